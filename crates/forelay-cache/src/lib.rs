@@ -1,0 +1,2 @@
+//! placeholder header: to be replaced by the crate's owner.
+#![forbid(unsafe_code)]

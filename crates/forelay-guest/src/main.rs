@@ -1,0 +1,2 @@
+//! placeholder header: to be replaced.
+fn main() {}

@@ -1,0 +1,185 @@
+//! Component metadata: what a component is, offers and needs.
+//!
+//! A component's id is the digest of its metadata in canonical form; the metadata pins
+//! the image digest, so the id pins every byte. Versions compare by Debian's rules.
+//!
+//! Invariant: [`Component::canonical_json`] is a pure function of the value (struct
+//! order, sorted lists), so the id is the same on any host.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Digest;
+
+/// Digest of a component's canonical metadata.
+pub type ComponentId = Digest;
+
+/// What a component is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// A bootable root file system.
+    Base,
+    /// Kernel, its modules and the initramfs.
+    Kernel,
+    /// A language runtime.
+    Runtime,
+    /// An application.
+    Package,
+    /// Shared libraries.
+    Library,
+    /// Configuration.
+    Config,
+}
+
+/// A name that a component offers, with the version it offers it at, if any.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Capability {
+    /// Real or virtual name.
+    pub name: String,
+    /// Version, in Debian's syntax.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+}
+
+/// One alternative of a requirement, or a conflict: a name and a range of versions.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct NameRange {
+    /// Real or virtual name.
+    pub name: String,
+    /// Comma-separated constraints such as `>= 1.2, << 2`; empty for any version.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub range: String,
+}
+
+/// A requirement: any one of the alternatives satisfies it.
+pub type Requirement = Vec<NameRange>;
+
+/// A package that a component was built from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SbomPackage {
+    /// Package name.
+    pub name: String,
+    /// Package version.
+    pub version: String,
+    /// Architecture as the package system names it.
+    pub architecture: String,
+    /// Package URL (purl), e.g. `pkg:deb/debian/nginx@1.22.1-9`.
+    pub purl: String,
+}
+
+/// A component's image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// Identity of the EROFS image: SHA-256 of its bytes with the superblock's UUID zeroed.
+    pub digest: Digest,
+    /// Size in bytes, a multiple of 4096.
+    pub bytes: u64,
+    /// Bytes at the image's start that hold all metadata (superblock, inodes, directories).
+    pub metadata_bytes: u64,
+    /// Number of inodes.
+    pub inodes: u64,
+}
+
+/// Metadata of one component.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Component {
+    /// Name, e.g. `nginx`.
+    pub name: String,
+    /// Version in Debian's syntax.
+    pub version: String,
+    /// What it is for.
+    pub role: Role,
+    /// Its function in one line.
+    #[serde(default)]
+    pub description: String,
+    /// Architecture, e.g. `amd64`.
+    pub architecture: String,
+    /// The EROFS image.
+    pub image: ImageRef,
+    /// Names it offers besides its own.
+    #[serde(default)]
+    pub provides: Vec<Capability>,
+    /// What it needs beside it.
+    #[serde(default)]
+    pub requires: Vec<Requirement>,
+    /// What must not be beside it.
+    #[serde(default)]
+    pub conflicts: Vec<NameRange>,
+    /// Command that a VM runs if its manifest names none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub entrypoint: Vec<String>,
+    /// Kernel command line, for role `kernel`: modules to load and the like go into the initramfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Things the builder could not reproduce, in words (for example maintainer scripts).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// Packages it was built from.
+    #[serde(default)]
+    pub sbom: Vec<SbomPackage>,
+}
+
+impl Component {
+    /// The bytes that are hashed into the id: compact JSON with sorted lists.
+    pub fn canonical_json(&self) -> Vec<u8> {
+        let mut sorted = self.clone();
+        sorted.provides.sort();
+        sorted.requires.sort();
+        sorted.conflicts.sort();
+        sorted.sbom.sort();
+        serde_json::to_vec(&sorted).expect("component metadata always serialises")
+    }
+
+    /// The component's identity.
+    pub fn id(&self) -> ComponentId {
+        Digest::of(&self.canonical_json())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn component() -> Component {
+        Component {
+            name: "nginx".into(),
+            version: "1.22.1-9".into(),
+            role: Role::Package,
+            description: "web server".into(),
+            architecture: "amd64".into(),
+            image: ImageRef {
+                digest: Digest::of(b"i"),
+                bytes: 4096,
+                metadata_bytes: 4096,
+                inodes: 1,
+            },
+            provides: vec![
+                Capability {
+                    name: "httpd".into(),
+                    version: None,
+                },
+                Capability {
+                    name: "a".into(),
+                    version: Some("1".into()),
+                },
+            ],
+            requires: vec![],
+            conflicts: vec![],
+            entrypoint: vec![],
+            cmdline: None,
+            notes: vec![],
+            sbom: vec![],
+        }
+    }
+
+    #[test]
+    fn id_ignores_list_order_and_pins_the_image() {
+        let one = component();
+        let mut reordered = one.clone();
+        reordered.provides.reverse();
+        assert_eq!(one.id(), reordered.id());
+        let mut other = one.clone();
+        other.image.digest = Digest::of(b"j");
+        assert_ne!(one.id(), other.id());
+    }
+}

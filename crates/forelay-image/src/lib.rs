@@ -1,0 +1,17 @@
+//! Pure formats of Forelay: digests, file trees, EROFS component and map images,
+//! chunk indexes, component metadata, manifests and locks.
+//!
+//! Owns every byte layout that leaves a process. Refuses to know where bytes come
+//! from or go to: no network, no clock, no threads, no mounts.
+#![forbid(unsafe_code)]
+
+pub mod chunk;
+pub mod component;
+pub mod digest;
+pub mod extent;
+pub mod tree;
+
+pub use chunk::{Chunk, ChunkIndex};
+pub use component::{Component, ComponentId};
+pub use digest::Digest;
+pub use extent::{Extent, PAGE_BYTES};

@@ -1,0 +1,1 @@
+//! placeholder header: to be replaced by the crate's owner.
