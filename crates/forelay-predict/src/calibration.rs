@@ -1,0 +1,1 @@
+//! Do the probabilities mean what they say? Reliability bins, Brier score, online recalibration.
