@@ -1,2 +1,42 @@
-//! Project tasks.
-fn main() {}
+//! Project tasks: `demo`, `test`, `bench` and `tidy`.
+//!
+//! Owns how the project is built, checked and shown; holds no logic of the product.
+//! Everything it starts it ends by its own ids.
+
+mod guest;
+mod prerequisites;
+mod process;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask <TASK>
+
+Tasks:
+  demo            install what is needed, build, compose and boot real VMs, show the main job
+  test            install what is needed and run the whole suite
+  bench <NAME>    measure; writes target/bench/<NAME>.json
+  tidy            check what drifts: names in ARCHITECTURE.md, module headers, commands in docs
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["test", rest @ ..] => test::run_all(rest),
+        ["tidy"] => tidy::run(),
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Installs the Debian packages that building components and booting VMs needs.
+//!
+//! Does nothing when every program is there already; without root it says what to
+//! install and goes on, so that the tests that need none of it still run.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::process::run;
+
+/// Programs and the packages that bring them, in installation order: `qemu-img` comes
+/// after the emulator, whose version of it fits.
+const NEEDED: &[(&str, &str)] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("fsck.erofs", "erofs-utils"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("cc", "gcc"),
+    ("dpkg-deb", "dpkg"),
+    ("unshare", "util-linux"),
+    ("losetup", "mount"),
+];
+
+/// Installs whatever is missing.
+pub fn install() -> Result<()> {
+    let missing: Vec<_> = NEEDED
+        .iter()
+        .filter(|(program, _)| !on_path(program))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
+    if !is_root() || !on_path("apt-get") {
+        eprintln!(
+            "NOT INSTALLED: {}. Tests that need them are skipped; install them as root with \
+             `apt-get install {}`.",
+            packages.join(", "),
+            packages.join(" ")
+        );
+        return Ok(());
+    }
+    run(apt().arg("update").arg("-qq"))?;
+    for package in packages {
+        // One at a time: a preinstalled qemu-img of another release gives way to the
+        // emulator's, and is then replaced by the one that fits it.
+        run(apt()
+            .args(["install", "-qq", "-y", "--no-install-recommends"])
+            .arg(package))?;
+    }
+    // The emulator's installation may have removed a qemu-img that was there at the start.
+    if !on_path("qemu-img") {
+        run(apt().args([
+            "install",
+            "-qq",
+            "-y",
+            "--no-install-recommends",
+            "qemu-utils",
+        ]))?;
+    }
+    Ok(())
+}
+
+/// True if this process runs as root.
+pub fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|metadata| {
+        use std::os::unix::fs::MetadataExt as _;
+        metadata.uid() == 0
+    })
+}
+
+fn apt() -> Command {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let sbin = ["/usr/sbin", "/sbin"].map(Path::new);
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+        || sbin.iter().any(|dir| dir.join(program).is_file())
+}
