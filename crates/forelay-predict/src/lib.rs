@@ -13,3 +13,4 @@
 pub mod arrivals;
 pub mod calibration;
 pub mod time;
+pub mod working_set;

@@ -1,0 +1,252 @@
+//! Which parts of a component a profile touches, how likely, and when after the launch.
+//!
+//! Owns the touch statistics of every (profile, component image) pair and the plan made from
+//! them. Refuses to know how touches were seen (page scans, the READ log) and where the bytes
+//! are now: it speaks of image digests, byte extents and milliseconds since the launch.
+//!
+//! ```text
+//! observe(launch) --> own counts of (profile, image) --+
+//!                                                      +--> shrink own towards pooled --> plan
+//! counts of other profiles for the same image ---------+
+//! inherit(old image -> new image, by file path) ---> counts that start a patched component
+//! ```
+//!
+//! Invariants:
+//! - the extents of a set are page-aligned, disjoint and sorted, at most [`Config::max_spans`];
+//! - counts decay per launch of their profile, never with the clock: a profile that rests keeps
+//!   its working set;
+//! - a page's probability is the mean of a Beta posterior whose prior is what other profiles
+//!   touched, so that little evidence never says 0 or 1.
+
+mod inherit;
+mod pool;
+mod set;
+mod snapshot;
+mod spans;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use forelay_image::{Digest, Extent};
+use serde::{Deserialize, Serialize};
+
+pub use inherit::FileLayout;
+pub use set::WorkingSet;
+pub use snapshot::SnapshotError;
+
+/// Bounds and rates; one setting serves every profile.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// Launches of a profile after which an observation counts half.
+    pub half_life_launches: f32,
+    /// Touches later than this after the launch do not belong to the working set, in
+    /// milliseconds.
+    pub window_ms: u32,
+    /// Spans kept per pair; beyond it the most alike neighbours are joined.
+    pub max_spans: usize,
+    /// Extents less likely than this stay out of a plan.
+    pub min_probability: f32,
+    /// Other profiles asked about one image, the best-known first.
+    pub max_pooled_profiles: usize,
+    /// Launches that an inherited set may count as, at most.
+    pub inherited_launches: f32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            half_life_launches: 32.0,
+            window_ms: 600_000,
+            max_spans: 2048,
+            min_probability: 0.05,
+            max_pooled_profiles: 64,
+            inherited_launches: 4.0,
+        }
+    }
+}
+
+/// One touched extent of one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touch {
+    /// Image the extent belongs to.
+    pub image: Digest,
+    /// Bytes touched; widened to pages.
+    pub extent: Extent,
+    /// When they were first seen touched, in milliseconds after the launch. A periodic scan gives
+    /// the scan's time, the READ log the exact one.
+    pub first_touch_ms: u32,
+}
+
+/// Where a planned extent's probability comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "basis")]
+pub enum Basis {
+    /// Launches of this very profile touched it.
+    Own {
+        /// Launches that touched it.
+        hits: u32,
+        /// Launches that had the image.
+        launches: u32,
+    },
+    /// Only launches before an upgrade of the component touched it, in the same files.
+    Predecessor {
+        /// Launches that touched it, before the upgrade.
+        hits: u32,
+        /// Launches that had the predecessor.
+        launches: u32,
+    },
+    /// This profile never touched it; others did.
+    OtherProfiles {
+        /// Profiles asked.
+        profiles: u32,
+        /// Their launches.
+        launches: u32,
+    },
+}
+
+/// An extent worth having in memory, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedExtent {
+    /// Image the extent belongs to.
+    pub image: Digest,
+    /// The bytes.
+    pub extent: Extent,
+    /// Probability that the next launch of the profile touches it.
+    pub probability: f32,
+    /// Expected first touch, in milliseconds after the launch.
+    pub first_touch_ms: u32,
+    /// What the probability rests on.
+    #[serde(flatten)]
+    pub basis: Basis,
+}
+
+/// The working sets of all profiles on a host.
+#[derive(Clone, Debug, Default)]
+pub struct WorkingSets {
+    config: Config,
+    /// Pairs by image first: pooling over profiles is then one walk.
+    images: BTreeMap<Digest, BTreeMap<Arc<str>, WorkingSet>>,
+}
+
+impl WorkingSets {
+    /// No observations yet.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            images: BTreeMap::new(),
+        }
+    }
+
+    /// The bounds in force.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Learns from one finished (or observed long enough) launch of `profile`: `images` are all
+    /// component images it had, `touches` what it touched of them in any order. An image without
+    /// touches counts as untouched; a touch of an image not listed is ignored.
+    pub fn observe(&mut self, profile: &str, images: &[Digest], touches: &[Touch]) {
+        let mut by_image: BTreeMap<Digest, Vec<spans::Seen>> =
+            images.iter().map(|image| (*image, Vec::new())).collect();
+        for touch in touches {
+            if touch.first_touch_ms > self.config.window_ms {
+                continue;
+            }
+            if let Some(list) = by_image.get_mut(&touch.image) {
+                list.extend(spans::Seen::new(touch.extent, touch.first_touch_ms));
+            }
+        }
+        let profile: Arc<str> = profile.into();
+        for (image, seen) in by_image {
+            let set = self.images.entry(image).or_default();
+            set.entry(profile.clone())
+                .or_default()
+                .observe(spans::disjoint(seen), &self.config);
+        }
+    }
+
+    /// The statistics of one pair, if it was ever observed or inherited.
+    pub fn get(&self, profile: &str, image: &Digest) -> Option<&WorkingSet> {
+        self.images.get(image)?.get(profile)
+    }
+
+    /// Puts a pair's statistics in place, as a host that replays its history does.
+    pub fn insert(&mut self, profile: &str, image: Digest, set: WorkingSet) {
+        self.images
+            .entry(image)
+            .or_default()
+            .insert(profile.into(), set);
+    }
+
+    /// Every pair, ordered by image and profile.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &Digest, &WorkingSet)> {
+        self.images.iter().flat_map(|(image, sets)| {
+            sets.iter()
+                .map(move |(profile, set)| (&**profile, image, set))
+        })
+    }
+
+    /// Forgets an image that no longer exists in the repository.
+    pub fn forget_image(&mut self, image: &Digest) {
+        self.images.remove(image);
+    }
+
+    /// Forgets a profile.
+    pub fn forget_profile(&mut self, profile: &str) {
+        for sets in self.images.values_mut() {
+            sets.remove(profile);
+        }
+        self.images.retain(|_, sets| !sets.is_empty());
+    }
+
+    /// What the next launch of `profile` with `components` will touch, in order of first touch.
+    ///
+    /// With a budget, the likeliest extents (the earlier of equals first) are kept until it is
+    /// spent; the last one is cut at a page border.
+    pub fn plan(
+        &self,
+        profile: &str,
+        components: &[Digest],
+        budget_bytes: Option<u64>,
+    ) -> Vec<PlannedExtent> {
+        let mut planned = Vec::new();
+        let mut images = components.to_vec();
+        images.sort_unstable();
+        images.dedup();
+        let similarity = pool::Similarity::new(&self.images, profile, &images, &self.config);
+        for image in &images {
+            let Some(sets) = self.images.get(image) else {
+                continue;
+            };
+            let pooled = pool::pool(sets, profile, image, &similarity, &self.config);
+            let own = sets.get(profile);
+            planned.extend(pool::blend(*image, own, &pooled, &self.config));
+        }
+        if let Some(budget_bytes) = budget_bytes {
+            keep_likeliest(&mut planned, budget_bytes);
+        }
+        planned.sort_by(|a, b| {
+            (a.first_touch_ms, a.image, a.extent).cmp(&(b.first_touch_ms, b.image, b.extent))
+        });
+        planned
+    }
+}
+
+/// Cuts `planned` to the likeliest `budget_bytes`.
+fn keep_likeliest(planned: &mut Vec<PlannedExtent>, budget_bytes: u64) {
+    planned.sort_by(|a, b| {
+        b.probability
+            .total_cmp(&a.probability)
+            .then(a.first_touch_ms.cmp(&b.first_touch_ms))
+            .then((a.image, a.extent).cmp(&(b.image, b.extent)))
+    });
+    let mut left = budget_bytes / forelay_image::PAGE_BYTES * forelay_image::PAGE_BYTES;
+    planned.retain_mut(|entry| {
+        entry.extent.len = entry.extent.len.min(left);
+        left -= entry.extent.len;
+        entry.extent.len > 0
+    });
+}
+
+#[cfg(test)]
+mod tests;
