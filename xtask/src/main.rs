@@ -3,7 +3,10 @@
 //! Owns how the project is built, checked and shown; holds no logic of the product.
 //! Everything it starts it ends by its own ids.
 
+mod demo;
 mod guest;
+mod host;
+mod pages;
 mod prerequisites;
 mod process;
 mod test;
@@ -25,6 +28,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
+        ["demo"] => demo::run_all(),
         ["test", rest @ ..] => test::run_all(rest),
         ["tidy"] => tidy::run(),
         _ => {

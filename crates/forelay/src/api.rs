@@ -1,0 +1,391 @@
+//! What the daemon and its clients say to each other: JSON over HTTP on a Unix socket.
+//!
+//! Fields are stable: new ones may be added, none changes its meaning. Times are seconds
+//! (`_s`) or milliseconds since the epoch (`_ms`), sizes are bytes.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use forelay_image::Digest;
+use serde::{Deserialize, Serialize};
+
+/// Version of the API, the first part of every path.
+pub const VERSION: &str = "v1";
+
+/// A request to launch a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LaunchRequest {
+    /// The manifest's text (TOML).
+    pub manifest: String,
+    /// A lock's text, to launch exactly what it pins; solved anew if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<String>,
+    /// Name of the instance; made from the profile if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How much to have in shared memory before the launch.
+    #[serde(default)]
+    pub prefetch: PrefetchMode,
+}
+
+/// How a launch fills shared memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrefetchMode {
+    /// The forecast working set, in first-touch order, beside the launch.
+    #[default]
+    Forecast,
+    /// The forecast working set, resident before the VMM starts.
+    ForecastFirst,
+    /// Nothing: every page is a demand fetch.
+    None,
+    /// All bytes of all components, resident before the VMM starts.
+    Everything,
+}
+
+/// Where an instance is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VmState {
+    /// Resolving, composing, starting the VMM.
+    Launching,
+    /// The VMM runs; the guest has not mounted its image yet.
+    Booting,
+    /// The guest has mounted its image.
+    Mounted,
+    /// The guest says that its work is ready.
+    Ready,
+    /// Stopped as asked, or ended by itself with success.
+    Stopped,
+    /// Ended by an error; `error` says which.
+    Failed,
+}
+
+impl VmState {
+    /// True while a VMM process may exist.
+    pub const fn is_live(self) -> bool {
+        matches!(self, Self::Launching | Self::Booting | Self::Mounted | Self::Ready)
+    }
+}
+
+/// Whether a launch found its bytes in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LaunchMode {
+    /// No working set was known or used.
+    Cold,
+    /// A forecast working set was prefetched.
+    Predicted,
+    /// All that was planned was resident already.
+    Warm,
+}
+
+/// One instance.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Vm {
+    /// Unique name on this host.
+    pub name: String,
+    /// The workload's name.
+    pub profile: String,
+    /// Owner; the trust domain is derived from it.
+    pub owner: String,
+    /// Trust domain.
+    pub domain: String,
+    /// State.
+    pub state: VmState,
+    /// Process id of the VMM, while there is one.
+    pub pid: Option<u32>,
+    /// Launch asked for, milliseconds since the epoch.
+    pub launched_ms: i64,
+    /// Host port to guest port.
+    pub forwards: BTreeMap<u16, u16>,
+    /// Components in compose order.
+    pub components: Vec<VmComponent>,
+    /// Figures of the launch.
+    pub launch: LaunchFigures,
+    /// Directory with sockets and logs.
+    pub runtime_dir: PathBuf,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Exit status of the entrypoint, once it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_status: Option<i32>,
+}
+
+/// A component of an instance.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmComponent {
+    /// Name.
+    pub name: String,
+    /// Version.
+    pub version: String,
+    /// Component id.
+    pub id: Digest,
+    /// Image digest, the key of shared memory.
+    pub image: Digest,
+    /// Size of the image.
+    pub image_bytes: u64,
+    /// Attached while the VM was running.
+    #[serde(default)]
+    pub attached: bool,
+}
+
+/// What a launch cost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LaunchFigures {
+    /// Whether its bytes were there.
+    pub mode: Option<LaunchMode>,
+    /// Solving the manifest, if no lock was given.
+    pub solve_s: f64,
+    /// Composing the map image and its devices.
+    pub compose_s: f64,
+    /// From the request to the VMM's start.
+    pub vmm_started_s: f64,
+    /// From the request to the guest having mounted its image.
+    pub mounted_s: Option<f64>,
+    /// From the request to `ready`.
+    pub ready_s: Option<f64>,
+    /// Faults that had to wait for a byte that was not in shared memory.
+    pub demand_fetches: u64,
+    /// Bytes those faults asked for.
+    pub demand_bytes: u64,
+    /// Sum of the time those faults waited.
+    pub stall_s: f64,
+    /// Bytes prefetched into shared memory for this launch.
+    pub prefetched_bytes: u64,
+    /// Compressed bytes read from the repository during the launch.
+    pub repository_bytes: u64,
+    /// Sum of the images' sizes.
+    pub image_bytes: u64,
+    /// Bytes of the map image.
+    pub map_bytes: u64,
+    /// Bytes of component images that the guest touched.
+    pub touched_bytes: u64,
+}
+
+/// A command to run in the guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Give up after this many seconds.
+    #[serde(default)]
+    pub timeout_s: Option<f64>,
+}
+
+/// What the command did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExecResult {
+    /// Exit status; 128 + signal if killed.
+    pub status: i32,
+    /// Standard output, lossy UTF-8.
+    pub stdout: String,
+    /// Standard error, lossy UTF-8.
+    pub stderr: String,
+}
+
+/// A component to hot-attach or detach.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// Name, optionally `name@range`.
+    pub component: String,
+}
+
+/// Shared memory on this host.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// Bytes that components may take.
+    pub budget_bytes: u64,
+    /// Bytes that components take now.
+    pub resident_bytes: u64,
+    /// Of those, pinned.
+    pub pinned_bytes: u64,
+    /// Of those, prefetched and not touched yet.
+    pub prefetched_unused_bytes: u64,
+    /// Sum over VMs of what they map, as if nothing were shared.
+    pub mapped_sum_bytes: u64,
+    /// Host's available memory.
+    pub available_bytes: u64,
+    /// `plenty`, `low` or `critical`.
+    pub pressure: String,
+    /// Per trust domain.
+    pub domains: Vec<DomainMemory>,
+    /// Per VM: its proportional share.
+    pub vms: Vec<VmMemory>,
+    /// Since the daemon's start.
+    pub totals: Totals,
+}
+
+/// Shared memory of a trust domain.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DomainMemory {
+    /// Name.
+    pub domain: String,
+    /// Per component image.
+    pub components: Vec<ComponentMemory>,
+}
+
+/// Shared memory of a component in one domain.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ComponentMemory {
+    /// Name and version.
+    pub component: String,
+    /// Image digest.
+    pub image: Digest,
+    /// Size of the image.
+    pub image_bytes: u64,
+    /// Bytes in memory.
+    pub resident_bytes: u64,
+    /// Bytes pinned.
+    pub pinned_bytes: u64,
+    /// Number of VMs that map it.
+    pub mapped_by: usize,
+    /// Bytes mapped by at least one VM.
+    pub mapped_bytes: u64,
+    /// Bytes mapped by two VMs or more.
+    pub shared_bytes: u64,
+}
+
+/// A VM's share of shared memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmMemory {
+    /// Instance.
+    pub vm: String,
+    /// Bytes of component images that it maps.
+    pub mapped_bytes: u64,
+    /// Its proportional share of them: each page divided by the VMs that map it.
+    pub charged_bytes: u64,
+}
+
+/// Counters since the daemon's start.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Faults that had to wait for bytes.
+    pub demand_fetches: u64,
+    /// Bytes they asked for.
+    pub demand_bytes: u64,
+    /// Bytes pushed ahead of any touch.
+    pub pushed_bytes: u64,
+    /// Of those, bytes that a VM touched later.
+    pub pushed_used_bytes: u64,
+    /// Time that faults waited.
+    pub stall_s: f64,
+    /// Compressed bytes read from the repository.
+    pub repository_bytes: u64,
+    /// Requests made to the repository.
+    pub repository_requests: u64,
+    /// Bytes evicted.
+    pub evicted_bytes: u64,
+}
+
+/// A touched extent of a component image.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Touch {
+    /// Component image.
+    pub image: Digest,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// First seen touched, milliseconds after the launch was asked for.
+    pub first_touch_ms: u64,
+}
+
+/// The mapping table of one VM: guest file -> component -> where its bytes are now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmMap {
+    /// Instance.
+    pub vm: String,
+    /// Devices in slot order; the first is the map image.
+    pub devices: Vec<MapDevice>,
+    /// Files with data in a component, by guest path.
+    pub files: Vec<MapFile>,
+}
+
+/// One pmem device of a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MapDevice {
+    /// Slot; 0 is the map image.
+    pub slot: usize,
+    /// Component name and version, or `map image`.
+    pub component: String,
+    /// Image digest.
+    pub image: Digest,
+    /// Host path that the VMM maps.
+    pub path: PathBuf,
+    /// Size of the image.
+    pub image_bytes: u64,
+    /// Bytes in shared memory.
+    pub resident_bytes: u64,
+    /// Bytes that this VM touched.
+    pub touched_bytes: u64,
+    /// Residency of the device in equal parts, from 0 (none) to 8 (all).
+    pub bar: Vec<u8>,
+}
+
+/// One guest file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MapFile {
+    /// Path in the guest.
+    pub path: String,
+    /// Device slot.
+    pub slot: usize,
+    /// First byte in the component image.
+    pub offset: u64,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Bytes of it in shared memory.
+    pub resident_bytes: u64,
+    /// Bytes of it that this VM touched.
+    pub touched_bytes: u64,
+}
+
+/// A component that a profile is expected to need.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ForecastEntry {
+    /// Profile.
+    pub profile: String,
+    /// Component name and version.
+    pub component: String,
+    /// Image digest.
+    pub image: Digest,
+    /// Probability that it is needed within the horizon.
+    pub probability: f64,
+    /// Seconds until the expected need; absent if no launch is expected.
+    pub expected_in_s: Option<f64>,
+    /// Bytes of it that are expected to be touched.
+    pub bytes: u64,
+    /// Of those, bytes in shared memory now.
+    pub resident_bytes: u64,
+    /// Expected seconds saved per byte, the order of the list.
+    pub score: f64,
+    /// Why, in words.
+    pub reasons: Vec<String>,
+}
+
+/// What is known of a profile's past.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HistoryEntry {
+    /// Profile.
+    pub profile: String,
+    /// Owner.
+    pub owner: String,
+    /// Launches recorded.
+    pub launches: u64,
+    /// The last one, milliseconds since the epoch.
+    pub last_launch_ms: Option<i64>,
+    /// Share of launches that needed no demand fetch.
+    pub warm_share: f64,
+    /// Median seconds to ready.
+    pub ready_p50_s: Option<f64>,
+    /// Bytes of its working set.
+    pub working_set_bytes: u64,
+}
+
+/// An error as the API reports it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ApiError {
+    /// What failed, why, and what to do.
+    pub error: String,
+}

@@ -1,0 +1,246 @@
+//! `forelay doctor`: what this host lacks, what that costs, and the command that fixes it.
+//!
+//! Only looks; changes nothing. Exit code 1 if anything is missing that Forelay cannot
+//! work without.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use super::output;
+use crate::config::Config;
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grade {
+    /// As it should be.
+    Ok,
+    /// Works in a reduced way, which the finding states.
+    Reduced,
+    /// Forelay cannot work without it.
+    Missing,
+}
+
+/// One thing looked at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub what: &'static str,
+    /// How it is.
+    pub grade: Grade,
+    /// What was seen, and what it means.
+    pub seen: String,
+    /// The command or setting that mends it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
+}
+
+impl Finding {
+    fn ok(what: &'static str, seen: impl Into<String>) -> Self {
+        Self { what, grade: Grade::Ok, seen: seen.into(), fix: None }
+    }
+
+    fn reduced(what: &'static str, seen: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { what, grade: Grade::Reduced, seen: seen.into(), fix: Some(fix.into()) }
+    }
+
+    fn missing(what: &'static str, seen: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { what, grade: Grade::Missing, seen: seen.into(), fix: Some(fix.into()) }
+    }
+}
+
+/// Looks at everything.
+pub fn examine(config: &Config) -> Vec<Finding> {
+    let mut findings = vec![root(), kernel(), fuse(), qemu(&config.vmm.qemu), kvm()];
+    findings.extend([pressure_stall(), cgroups(), memory_lock(), builder(), repository(config)]);
+    findings
+}
+
+/// `forelay doctor`.
+pub fn run(config: &Config, json: bool) -> Result<()> {
+    let findings = examine(config);
+    if json {
+        output::json(&findings)?;
+    } else {
+        for finding in &findings {
+            let mark = match finding.grade {
+                Grade::Ok => "ok     ",
+                Grade::Reduced => "reduced",
+                Grade::Missing => "MISSING",
+            };
+            println!("{mark}  {:<16} {}", finding.what, finding.seen);
+            if let Some(fix) = &finding.fix {
+                println!("         {:<16} fix: {fix}", "");
+            }
+        }
+    }
+    let missing = findings.iter().filter(|finding| finding.grade == Grade::Missing).count();
+    if missing > 0 {
+        bail!("{missing} thing(s) are missing that Forelay cannot work without");
+    }
+    Ok(())
+}
+
+fn root() -> Finding {
+    if rustix::process::geteuid().is_root() {
+        return Finding::ok("root", "running as root");
+    }
+    Finding::missing("root", "not root: mounting and pinning need it", "run as root (sudo)")
+}
+
+/// The running kernel's version as (major, minor).
+fn kernel_version() -> Option<(u32, u32)> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    let mut parts = release.trim().split(['.', '-']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn kernel() -> Finding {
+    let Some((major, minor)) = kernel_version() else {
+        return Finding::missing("kernel", "cannot tell the version", "run on Linux 5.14 or later");
+    };
+    let seen = format!("Linux {major}.{minor}");
+    let upgrade = "upgrade the host kernel to 6.9 or later";
+    match (major, minor) {
+        v if v >= (6, 9) => Finding::ok("kernel", seen),
+        v if v >= (6, 7) => Finding::reduced(
+            "kernel",
+            format!("{seen}: no RESEND, so faults in flight when the daemon dies are lost"),
+            upgrade,
+        ),
+        v if v >= (5, 14) => Finding::reduced(
+            "kernel",
+            format!("{seen}: no PAGEMAP_SCAN (slower observation), no RESEND (no takeover)"),
+            upgrade,
+        ),
+        _ => Finding::missing("kernel", format!("{seen} is too old"), upgrade),
+    }
+}
+
+fn fuse() -> Finding {
+    if Path::new("/dev/fuse").exists() {
+        return Finding::ok("/dev/fuse", "present");
+    }
+    Finding::missing("/dev/fuse", "absent: shared memory needs it", "modprobe fuse")
+}
+
+fn find_program(program: &Path) -> Option<PathBuf> {
+    if program.components().count() > 1 {
+        return program.is_file().then(|| program.to_path_buf());
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
+}
+
+fn qemu(program: &Path) -> Finding {
+    let fix = "apt-get install qemu-system-x86 (or set vmm.qemu in the configuration)";
+    let Some(path) = find_program(program) else {
+        let seen = format!("{} is not on the PATH", program.display());
+        return Finding::missing("qemu", seen, fix);
+    };
+    match std::process::Command::new(&path).arg("--version").output() {
+        Ok(out) if out.status.success() => {
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            Finding::ok("qemu", text.lines().next().unwrap_or_default())
+        }
+        _ => Finding::missing("qemu", format!("{} does not run", path.display()), fix),
+    }
+}
+
+fn kvm() -> Finding {
+    let fix = "enable virtualisation in the firmware or the outer host, then `modprobe kvm`";
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => Finding::ok("kvm", "/dev/kvm opens (the first launch probes whether it boots)"),
+        Err(error) => {
+            Finding::reduced("kvm", format!("/dev/kvm: {error}; VMs run under slow TCG"), fix)
+        }
+    }
+}
+
+fn pressure_stall() -> Finding {
+    match std::fs::read_to_string("/proc/pressure/memory") {
+        Ok(text) if text.starts_with("some") => Finding::ok("pressure stall", "/proc/pressure"),
+        _ => Finding::reduced(
+            "pressure stall",
+            "no /proc/pressure/memory: pressure is seen from MemAvailable alone",
+            "boot the host with psi=1",
+        ),
+    }
+}
+
+fn cgroups() -> Finding {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        return Finding::ok("cgroups", "version 2");
+    }
+    if Path::new("/sys/fs/cgroup/memory/memory.usage_in_bytes").exists() {
+        return Finding::ok("cgroups", "version 1 with the memory controller");
+    }
+    Finding::reduced(
+        "cgroups",
+        "no memory controller: figures come from page counts alone",
+        "mount cgroup2 on /sys/fs/cgroup",
+    )
+}
+
+fn memory_lock() -> Finding {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock);
+    match limit.current {
+        _ if rustix::process::geteuid().is_root() => {
+            Finding::ok("memory lock", "root may pin without a limit")
+        }
+        None => Finding::ok("memory lock", "unlimited"),
+        Some(bytes) => Finding::reduced(
+            "memory lock",
+            format!("limit is {}: little can be pinned", output::bytes(bytes)),
+            "raise LimitMEMLOCK of the daemon's unit",
+        ),
+    }
+}
+
+fn builder() -> Finding {
+    match find_program(Path::new("mmdebstrap")) {
+        Some(_) => Finding::ok("mmdebstrap", "present"),
+        None => Finding::reduced(
+            "mmdebstrap",
+            "absent: no Debian base can be built here (running VMs needs none)",
+            "apt-get install mmdebstrap",
+        ),
+    }
+}
+
+fn repository(config: &Config) -> Finding {
+    let path = config.repository_path();
+    match std::fs::metadata(&path) {
+        Ok(metadata) if metadata.is_dir() => {
+            Finding::ok("repository", path.display().to_string())
+        }
+        Ok(_) => Finding::missing(
+            "repository",
+            format!("{} is not a directory", path.display()),
+            "set repository.path in the configuration",
+        ),
+        Err(_) => Finding::reduced(
+            "repository",
+            format!("{} does not exist yet", path.display()),
+            "forelay component build --base debian (creates it)",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_vmm_is_found_with_a_fix() {
+        let mut config = Config::default();
+        config.vmm.qemu = "/nonexistent/qemu".into();
+        let findings = examine(&config);
+        let qemu = findings.iter().find(|finding| finding.what == "qemu").unwrap();
+        assert_eq!(qemu.grade, Grade::Missing);
+        assert!(qemu.fix.is_some());
+        assert!(run(&config, true).is_err());
+    }
+}

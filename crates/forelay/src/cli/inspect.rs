@@ -1,0 +1,148 @@
+//! Commands that read the daemon's state: memory, map, forecast, history.
+
+use anyhow::Result;
+
+use super::output::{self, bytes, optional, seconds};
+use crate::api::{ForecastEntry, HistoryEntry, MapDevice, MemoryReport, VmMap};
+use crate::client::Client;
+
+/// `forelay memory`.
+pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> {
+    let report: MemoryReport = if drop_idle {
+        client.post("/v1/memory/drop", &()).await?
+    } else {
+        client.get("/v1/memory").await?
+    };
+    if json {
+        return output::json(&report);
+    }
+    println!(
+        "components take {} of {} ({} pinned, {} prefetched and not used yet)",
+        bytes(report.resident_bytes),
+        bytes(report.budget_bytes),
+        bytes(report.pinned_bytes),
+        bytes(report.prefetched_unused_bytes),
+    );
+    println!(
+        "VMs map {} of them; host has {} available, pressure {}",
+        bytes(report.mapped_sum_bytes),
+        bytes(report.available_bytes),
+        report.pressure,
+    );
+    for domain in &report.domains {
+        println!("\ntrust domain {}", domain.domain);
+        let rows = domain.components.iter().map(|component| {
+            vec![
+                component.component.clone(),
+                component.image.short(),
+                bytes(component.image_bytes),
+                bytes(component.resident_bytes),
+                bytes(component.pinned_bytes),
+                component.mapped_by.to_string(),
+                bytes(component.mapped_bytes),
+                bytes(component.shared_bytes),
+            ]
+        });
+        let headings =
+            ["component", "image", "size", "resident", "pinned", "vms", "mapped", "shared"];
+        output::table(&headings, rows.collect());
+    }
+    if !report.vms.is_empty() {
+        println!();
+        let rows = report.vms.iter();
+        let rows =
+            rows.map(|vm| vec![vm.vm.clone(), bytes(vm.mapped_bytes), bytes(vm.charged_bytes)]);
+        output::table(&["vm", "maps", "charged"], rows.collect());
+    }
+    Ok(())
+}
+
+/// `forelay map`.
+pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
+    let map: VmMap = client.get(&format!("/v1/vms/{name}/map")).await?;
+    if json {
+        return output::json(&map);
+    }
+    let rows = map.devices.iter().map(|device| {
+        vec![
+            device.slot.to_string(),
+            device.component.clone(),
+            device.image.short(),
+            bytes(device.image_bytes),
+            bytes(device.resident_bytes),
+            bytes(device.touched_bytes),
+            bar(device),
+        ]
+    });
+    let headings = ["slot", "component", "image", "size", "resident", "touched", "in memory"];
+    output::table(&headings, rows.collect());
+    let mut touched: Vec<_> = map.files.iter().filter(|file| file.touched_bytes > 0).collect();
+    touched.sort_by_key(|file| std::cmp::Reverse(file.touched_bytes));
+    println!("\n{} files, {} touched; the most touched:", map.files.len(), touched.len());
+    let rows = touched.iter().take(20).map(|file| {
+        vec![
+            file.path.clone(),
+            format!("{}+{:#x}", file.slot, file.offset),
+            bytes(file.bytes),
+            bytes(file.resident_bytes),
+            bytes(file.touched_bytes),
+        ]
+    });
+    output::table(&["guest file", "slot+offset", "size", "resident", "touched"], rows.collect());
+    Ok(())
+}
+
+fn bar(device: &MapDevice) -> String {
+    const LEVELS: [char; 9] = ['·', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    device.bar.iter().map(|&level| LEVELS[usize::from(level).min(8)]).collect()
+}
+
+fn of_profile(path: &str, profile: Option<&str>) -> String {
+    match profile {
+        Some(profile) => format!("{path}?profile={profile}"),
+        None => path.to_owned(),
+    }
+}
+
+/// `forelay forecast`.
+pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Result<()> {
+    let entries: Vec<ForecastEntry> = client.get(&of_profile("/v1/forecast", profile)).await?;
+    if json {
+        return output::json(&entries);
+    }
+    let rows = entries.iter().map(|entry| {
+        vec![
+            entry.profile.clone(),
+            entry.component.clone(),
+            format!("{:.2}", entry.probability),
+            optional(entry.expected_in_s, seconds),
+            bytes(entry.bytes),
+            bytes(entry.resident_bytes),
+            entry.reasons.join("; "),
+        ]
+    });
+    let headings = ["profile", "component", "p", "expected in", "needs", "resident", "because"];
+    output::table(&headings, rows.collect());
+    Ok(())
+}
+
+/// `forelay history`.
+pub async fn history(client: &Client, profile: Option<&str>, json: bool) -> Result<()> {
+    let entries: Vec<HistoryEntry> = client.get(&of_profile("/v1/history", profile)).await?;
+    if json {
+        return output::json(&entries);
+    }
+    let rows = entries.iter().map(|entry| {
+        vec![
+            entry.profile.clone(),
+            entry.owner.clone(),
+            entry.launches.to_string(),
+            format!("{:.0}%", 100.0 * entry.warm_share),
+            optional(entry.ready_p50_s, seconds),
+            bytes(entry.working_set_bytes),
+        ]
+    });
+    let headings = ["profile", "owner", "launches", "warm", "ready p50", "working set"];
+    output::table(&headings, rows.collect());
+    Ok(())
+}

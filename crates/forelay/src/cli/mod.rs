@@ -1,0 +1,239 @@
+//! The `forelay` command line: parsing and dispatch. Each family of commands has a file.
+//!
+//! Commands on VMs and memory speak to the daemon; commands on components, manifests and
+//! traces work on their own. Exit code 0 is success, 1 a failure told on standard error,
+//! 2 wrong usage; `exec` passes on the guest command's.
+
+mod components;
+mod doctor;
+mod inspect;
+mod manifests;
+mod output;
+mod simulate;
+mod vms;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::client::Client;
+use crate::config::Config;
+use crate::daemon;
+
+/// Composes VM images from shared components and has them in memory before they are needed.
+#[derive(Debug, Parser)]
+#[command(name = "forelay", version, max_term_width = 100)]
+struct Arguments {
+    /// Host configuration (TOML).
+    #[arg(long, global = true, env = "FORELAY_CONFIG")]
+    config: Option<PathBuf>,
+    /// The daemon's socket.
+    #[arg(long, global = true, env = "FORELAY_SOCKET")]
+    socket: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the host daemon: API, shared memory, forecaster.
+    Daemon,
+    /// Build, list and show components.
+    #[command(subcommand)]
+    Component(components::Command),
+    /// Resolve a manifest into a digest-pinned lock.
+    Lock(manifests::LockArguments),
+    /// Compose a manifest's image and print how to start a VMM with it.
+    Compose(manifests::ComposeArguments),
+    /// Launch a VM.
+    Run(vms::RunArguments),
+    /// List VMs.
+    Ps {
+        /// Also those that ended.
+        #[arg(long, short)]
+        all: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop VMs.
+    Stop {
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a command in a VM.
+    Exec {
+        name: String,
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Attach a component to a running VM.
+    Attach {
+        name: String,
+        component: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Detach a component from a running VM; refused while in use.
+    Detach {
+        name: String,
+        component: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a VM's console log.
+    Logs {
+        name: String,
+        /// Go on until the VM ends.
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Connect to a VM's serial console.
+    Console { name: String },
+    /// What components take in memory, and who pays.
+    Memory {
+        /// First drop all that no VM maps.
+        #[arg(long)]
+        drop_idle: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// A VM's mapping table: guest file, component, where it is now.
+    Map {
+        name: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// What is expected to be needed next, and why.
+    Forecast {
+        profile: Option<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// What is known of profiles' past.
+    History {
+        profile: Option<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Replay a trace of launches against policies.
+    Simulate(simulate::Arguments),
+    /// Remove what no component references from the repository.
+    Gc {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read the whole repository and check every digest.
+    Verify {
+        #[arg(long)]
+        json: bool,
+    },
+    /// What this host lacks, and the command that fixes it.
+    Doctor {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a shell's completion script.
+    Completions { shell: clap_complete::Shell },
+    /// The daemon's worker, started by `forelay daemon`.
+    #[command(hide = true)]
+    InternalWorker,
+    /// The pinner, started by `forelay daemon`.
+    #[command(hide = true)]
+    InternalPinner,
+}
+
+/// Entry point of the `forelay` program.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<ExitCode> {
+    if let Command::Completions { shell } = &arguments.command {
+        let mut command = Arguments::command();
+        clap_complete::generate(*shell, &mut command, "forelay", &mut std::io::stdout());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let config = Config::load(arguments.config.as_deref())?;
+    match arguments.command {
+        Command::Daemon => daemon::run_holder(config, arguments.config.as_deref())?,
+        Command::InternalWorker => daemon::run_worker(config)?,
+        Command::InternalPinner => daemon::run_pinner()?,
+        Command::Doctor { json } => doctor::run(&config, json)?,
+        Command::Simulate(arguments) => simulate::run(arguments)?,
+        command => {
+            let client = Client::new(arguments.socket.unwrap_or_else(|| config.socket()));
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .context("cannot start the runtime")?;
+            let status = runtime.block_on(run_async(command, &config, &client))?;
+            runtime.shutdown_background();
+            return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Commands that wait for the network, the daemon or the repository.
+async fn run_async(command: Command, config: &Config, client: &Client) -> Result<i32> {
+    match command {
+        Command::Component(command) => components::run(command, config).await?,
+        Command::Lock(arguments) => manifests::lock(arguments, config).await?,
+        Command::Compose(arguments) => manifests::compose(arguments, config).await?,
+        Command::Run(arguments) => vms::run(client, arguments).await?,
+        Command::Ps { all, json } => vms::ps(client, all, json).await?,
+        Command::Stop { names, json } => vms::stop(client, &names, json).await?,
+        Command::Exec { name, command, json } => {
+            return vms::exec(client, &name, command, json).await;
+        }
+        Command::Attach { name, component, json } => {
+            vms::attach(client, &name, component, false, json).await?;
+        }
+        Command::Detach { name, component, json } => {
+            vms::attach(client, &name, component, true, json).await?;
+        }
+        Command::Logs { name, follow } => vms::logs(client, &name, follow).await?,
+        Command::Console { name } => vms::console(client, &name).await?,
+        Command::Memory { drop_idle, json } => inspect::memory(client, drop_idle, json).await?,
+        Command::Map { name, json } => inspect::map(client, &name, json).await?,
+        Command::Forecast { profile, json } => {
+            inspect::forecast(client, profile.as_deref(), json).await?;
+        }
+        Command::History { profile, json } => {
+            inspect::history(client, profile.as_deref(), json).await?;
+        }
+        Command::Gc { json } => components::gc(config, json).await?,
+        Command::Verify { json } => components::verify(config, json).await?,
+        Command::Daemon
+        | Command::InternalWorker
+        | Command::InternalPinner
+        | Command::Doctor { .. }
+        | Command::Simulate(_)
+        | Command::Completions { .. } => unreachable!("handled by `run`"),
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,297 @@
+//! Commands on instances: run, ps, stop, exec, attach, detach, logs, console.
+
+use std::io::{IsTerminal as _, Read as _, Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::output;
+use crate::api::{
+    AttachRequest, ExecRequest, ExecResult, LaunchRequest, PrefetchMode, Vm, VmState,
+};
+use crate::client::Client;
+
+/// Arguments of `forelay run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArguments {
+    /// The manifest (TOML); a lock beside it (`M.lock`) is used if it fits.
+    pub manifest: PathBuf,
+    /// Name of the instance; made from the profile if absent.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Launch exactly what this lock pins.
+    #[arg(long)]
+    pub lock: Option<PathBuf>,
+    /// Return when the VM is ready (without it: follow its console until it ends).
+    #[arg(long, short)]
+    pub detach: bool,
+    /// What to have in shared memory before the launch.
+    #[arg(long, value_enum, default_value = "forecast")]
+    pub prefetch: Prefetch,
+    /// Give up waiting for `ready` after this many seconds.
+    #[arg(long, default_value_t = 300)]
+    pub timeout: u64,
+    /// Print the instance as JSON when it is ready.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How a launch fills shared memory; see [`PrefetchMode`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Prefetch {
+    /// The forecast working set, beside the launch.
+    Forecast,
+    /// The forecast working set, before the VMM starts.
+    ForecastFirst,
+    /// Nothing.
+    None,
+    /// All bytes of all components, before the VMM starts.
+    Everything,
+}
+
+impl From<Prefetch> for PrefetchMode {
+    fn from(prefetch: Prefetch) -> Self {
+        match prefetch {
+            Prefetch::Forecast => Self::Forecast,
+            Prefetch::ForecastFirst => Self::ForecastFirst,
+            Prefetch::None => Self::None,
+            Prefetch::Everything => Self::Everything,
+        }
+    }
+}
+
+/// `forelay run`.
+pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
+    let manifest = read(&arguments.manifest)?;
+    let lock = arguments.lock.as_deref().map(read).transpose()?;
+    let request = LaunchRequest {
+        manifest,
+        lock,
+        name: arguments.name,
+        prefetch: arguments.prefetch.into(),
+    };
+    let spinner = spinner(arguments.json);
+    spinner.set_message("launching");
+    let vm: Vm = client.post("/v1/vms", &request).await?;
+    let vm = wait_ready(client, &vm.name, Duration::from_secs(arguments.timeout), &spinner).await;
+    spinner.finish_and_clear();
+    let vm = vm?;
+    if arguments.json {
+        output::json(&vm)?;
+    } else {
+        print_ready(&vm);
+    }
+    if !arguments.detach && !arguments.json {
+        follow(client, &vm).await?;
+    }
+    Ok(())
+}
+
+fn print_ready(vm: &Vm) {
+    println!("{} is {:?}, pid {}", vm.name, vm.state, output::optional(vm.pid, |p| p.to_string()));
+    println!(
+        "  ready after {}, {} demand fetches ({} stalled), {} prefetched, {} from the repository",
+        output::optional(vm.launch.ready_s, output::seconds),
+        vm.launch.demand_fetches,
+        output::seconds(vm.launch.stall_s),
+        output::bytes(vm.launch.prefetched_bytes),
+        output::bytes(vm.launch.repository_bytes),
+    );
+    for (host, guest) in &vm.forwards {
+        println!("  127.0.0.1:{host} -> guest port {guest}");
+    }
+}
+
+fn spinner(quiet: bool) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+async fn wait_ready(
+    client: &Client,
+    name: &str,
+    timeout: Duration,
+    spinner: &ProgressBar,
+) -> Result<Vm> {
+    let deadline = tokio::time::Instant::now() + timeout;
+    loop {
+        let vm: Vm = client.get(&format!("/v1/vms/{name}?wait_ms=500")).await?;
+        match vm.state {
+            VmState::Ready | VmState::Stopped => return Ok(vm),
+            VmState::Failed => {
+                let why = vm.error.unwrap_or_else(|| "no reason given".into());
+                bail!("VM {name} failed: {why}\nits console is in `forelay logs {name}`");
+            }
+            VmState::Launching | VmState::Booting | VmState::Mounted => {
+                spinner.set_message(format!(
+                    "{name}: {:?}, {} prefetched, {} demand fetches",
+                    vm.state,
+                    output::bytes(vm.launch.prefetched_bytes),
+                    vm.launch.demand_fetches
+                ));
+            }
+        }
+        if tokio::time::Instant::now() >= deadline {
+            bail!(
+                "VM {name} was not ready after {} s; it still runs: see `forelay logs {name}`, \
+                 end it with `forelay stop {name}`",
+                timeout.as_secs()
+            );
+        }
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// `forelay ps`.
+pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
+    let mut vms: Vec<Vm> = client.get("/v1/vms").await?;
+    vms.retain(|vm| all || vm.state.is_live());
+    if json {
+        return output::json(&vms);
+    }
+    let rows = vms
+        .iter()
+        .map(|vm| {
+            vec![
+                vm.name.clone(),
+                vm.profile.clone(),
+                format!("{:?}", vm.state).to_lowercase(),
+                output::optional(vm.pid, |pid| pid.to_string()),
+                output::optional(vm.launch.ready_s, output::seconds),
+                vm.launch.demand_fetches.to_string(),
+                output::seconds(vm.launch.stall_s),
+                forwards(vm),
+            ]
+        })
+        .collect();
+    let headings = ["name", "profile", "state", "pid", "ready", "demand", "stall", "ports"];
+    output::table(&headings, rows);
+    Ok(())
+}
+
+fn forwards(vm: &Vm) -> String {
+    let pairs = vm.forwards.iter().map(|(host, guest)| format!("{host}->{guest}"));
+    pairs.collect::<Vec<_>>().join(" ")
+}
+
+/// `forelay stop`.
+pub async fn stop(client: &Client, names: &[String], json: bool) -> Result<()> {
+    let mut stopped = Vec::new();
+    for name in names {
+        let vm: Vm = client.delete(&format!("/v1/vms/{name}")).await?;
+        if !json {
+            println!("{name} stopped");
+        }
+        stopped.push(vm);
+    }
+    if json { output::json(&stopped) } else { Ok(()) }
+}
+
+/// `forelay exec`: returns the command's exit status.
+pub async fn exec(client: &Client, name: &str, command: Vec<String>, json: bool) -> Result<i32> {
+    let request = ExecRequest { command, timeout_s: None };
+    let result: ExecResult = client.post(&format!("/v1/vms/{name}/exec"), &request).await?;
+    if json {
+        output::json(&result)?;
+        return Ok(0);
+    }
+    std::io::stdout().write_all(result.stdout.as_bytes())?;
+    std::io::stderr().write_all(result.stderr.as_bytes())?;
+    Ok(result.status)
+}
+
+/// `forelay attach` and `forelay detach`.
+pub async fn attach(
+    client: &Client,
+    name: &str,
+    component: String,
+    detach: bool,
+    json: bool,
+) -> Result<()> {
+    let verb = if detach { "detach" } else { "attach" };
+    let request = AttachRequest { component: component.clone() };
+    let vm: Vm = client.post(&format!("/v1/vms/{name}/{verb}"), &request).await?;
+    if json {
+        return output::json(&vm);
+    }
+    println!("{component} {verb}ed {} {name}", if detach { "from" } else { "to" });
+    Ok(())
+}
+
+/// `forelay logs`.
+pub async fn logs(client: &Client, name: &str, follow_on: bool) -> Result<()> {
+    let vm: Vm = client.get(&format!("/v1/vms/{name}")).await?;
+    if follow_on {
+        return follow(client, &vm).await;
+    }
+    let path = console_log(&vm);
+    let mut file =
+        std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    std::io::copy(&mut file, &mut std::io::stdout())?;
+    Ok(())
+}
+
+fn console_log(vm: &Vm) -> PathBuf {
+    vm.runtime_dir.join("console.log")
+}
+
+/// Prints the console from its start until the VM ends.
+async fn follow(client: &Client, vm: &Vm) -> Result<()> {
+    let path = console_log(vm);
+    let mut file =
+        std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut buffer = Vec::new();
+    let mut at = 0;
+    loop {
+        let now: Vm = client.get(&format!("/v1/vms/{}", vm.name)).await?;
+        file.seek(std::io::SeekFrom::Start(at))?;
+        buffer.clear();
+        at += file.read_to_end(&mut buffer)? as u64;
+        std::io::stdout().write_all(&buffer)?;
+        std::io::stdout().flush()?;
+        if !now.state.is_live() {
+            if let (VmState::Failed, Some(error)) = (now.state, now.error) {
+                bail!("VM {} failed: {error}", vm.name);
+            }
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// `forelay console`: both directions until end of input or of the VM.
+pub async fn console(client: &Client, name: &str) -> Result<()> {
+    let vm: Vm = client.get(&format!("/v1/vms/{name}")).await?;
+    if !vm.state.is_live() {
+        bail!("VM {name} does not run; its console's past is in `forelay logs {name}`");
+    }
+    let path = vm.runtime_dir.join("console.sock");
+    let stream = tokio::net::UnixStream::connect(&path)
+        .await
+        .with_context(|| format!("cannot connect to the console {}", path.display()))?;
+    eprintln!("connected to {name}; end with Ctrl-C (the VM goes on)");
+    let (mut from_vm, mut to_vm) = stream.into_split();
+    let output = async { tokio::io::copy(&mut from_vm, &mut tokio::io::stdout()).await };
+    let input = async { tokio::io::copy(&mut tokio::io::stdin(), &mut to_vm).await };
+    tokio::select! {
+        done = output => { done?; }
+        done = async { input.await?; std::future::pending::<std::io::Result<u64>>().await } => {
+            done?;
+        }
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    Ok(())
+}

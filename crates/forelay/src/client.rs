@@ -1,0 +1,122 @@
+//! Client of the daemon's API over its Unix socket.
+//!
+//! One connection per request; no retries: a request either has an answer or an error
+//! that names the socket and what to do.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use crate::api::ApiError;
+
+/// A daemon's API.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// Why a request had no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No daemon answers.
+    #[error("no daemon answers on {socket}: start one with `forelay daemon`")]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The connection broke.
+    #[error("the connection to the daemon on {socket} broke: {message}")]
+    Broken {
+        /// The socket.
+        socket: PathBuf,
+        /// How.
+        message: String,
+    },
+    /// The daemon refused.
+    #[error("{message}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// The daemon's words.
+        message: String,
+    },
+}
+
+impl Client {
+    /// A client of the daemon on `socket`.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// `GET path`.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.request(Method::GET, path, Bytes::new()).await
+    }
+
+    /// `DELETE path`.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.request(Method::DELETE, path, Bytes::new()).await
+    }
+
+    /// `POST path` with a JSON body.
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|error| self.broken(error))?;
+        self.request(Method::POST, path, body.into()).await
+    }
+
+    async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| ClientError::Connect { socket: self.socket.clone(), source })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(error))?;
+        let driver = tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "forelay")
+            .header("content-type", "application/json")
+            .body(Full::new(body))
+            .map_err(|error| self.broken(error))?;
+        let response = sender.send_request(request).await.map_err(|error| self.broken(error))?;
+        let status = response.status();
+        let body = response.into_body().collect().await.map_err(|error| self.broken(error))?;
+        drop(sender);
+        driver.abort();
+        let body = body.to_bytes();
+        if status != StatusCode::OK {
+            let message = serde_json::from_slice::<ApiError>(&body)
+                .map_or_else(|_| String::from_utf8_lossy(&body).into_owned(), |error| error.error);
+            return Err(ClientError::Refused { status: status.as_u16(), message });
+        }
+        serde_json::from_slice(&body).map_err(|error| self.broken(error))
+    }
+
+    fn broken(&self, error: impl std::fmt::Display) -> ClientError {
+        ClientError::Broken { socket: self.socket.clone(), message: error.to_string() }
+    }
+}

@@ -1,0 +1,218 @@
+//! The host's configuration: a TOML file with a default for everything.
+//!
+//! Looked for at `--config`, `$FORELAY_CONFIG`, `/etc/forelay/forelay.toml`, in this
+//! order; a missing default file means all defaults. Unknown keys are errors.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the configuration is when nobody says.
+pub const DEFAULT_PATH: &str = "/etc/forelay/forelay.toml";
+
+/// Host configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// What must survive a reboot: disk cache, history, keys.
+    pub state_dir: PathBuf,
+    /// What need not: mounts, VM runtime directories, the socket.
+    pub runtime_dir: PathBuf,
+    /// The API's Unix socket; `runtime_dir/forelay.sock` if absent.
+    pub socket: Option<PathBuf>,
+    /// Where components come from.
+    pub repository: RepositoryConfig,
+    /// The disk cache in front of the repository.
+    pub cache: CacheConfig,
+    /// Shared memory.
+    pub memory: MemoryConfig,
+    /// Learning and forecasting.
+    pub forecast: ForecastConfig,
+    /// VMM defaults.
+    pub vmm: VmmConfig,
+}
+
+/// Where components come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RepositoryConfig {
+    /// A directory; `state_dir/repository` if absent.
+    pub path: Option<PathBuf>,
+    /// Added to every request, in milliseconds: stands in for a remote repository.
+    pub latency_ms: u64,
+    /// Ceiling on bytes per second, 0 for none: stands in for a remote repository.
+    pub bandwidth_bytes_per_s: u64,
+}
+
+/// The disk cache.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Directory; `state_dir/cache` if absent.
+    pub path: Option<PathBuf>,
+    /// Cap in bytes.
+    pub cap_bytes: u64,
+}
+
+/// Shared memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Most bytes that components may take; 0 for adaptive (a share of free memory).
+    pub budget_bytes: u64,
+    /// Available memory below this is critical, in bytes; 0 for 5% of all memory.
+    pub critical_bytes: u64,
+}
+
+/// Learning and forecasting.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ForecastConfig {
+    /// The kill switch: with `false` nothing is prefetched, everything is on demand.
+    pub prefetch: bool,
+    /// Prefetch and set up before a launch is asked for.
+    pub ahead: bool,
+    /// Seconds after `ready` during which touches still count to the working set.
+    pub window_s: f64,
+}
+
+/// VMM defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmmConfig {
+    /// The QEMU program.
+    pub qemu: PathBuf,
+    /// `auto` probes KVM once and falls back to TCG; `kvm` and `tcg` force one.
+    pub accelerator: String,
+    /// Most pmem devices per VM before small components are bundled.
+    pub pmem_slots: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/forelay".into(),
+            runtime_dir: "/run/forelay".into(),
+            socket: None,
+            repository: RepositoryConfig::default(),
+            cache: CacheConfig::default(),
+            memory: MemoryConfig::default(),
+            forecast: ForecastConfig::default(),
+            vmm: VmmConfig::default(),
+        }
+    }
+}
+
+impl Default for RepositoryConfig {
+    fn default() -> Self {
+        Self { path: None, latency_ms: 0, bandwidth_bytes_per_s: 0 }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { path: None, cap_bytes: 20 << 30 }
+    }
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { budget_bytes: 0, critical_bytes: 0 }
+    }
+}
+
+impl Default for ForecastConfig {
+    fn default() -> Self {
+        Self { prefetch: true, ahead: true, window_s: 5.0 }
+    }
+}
+
+impl Default for VmmConfig {
+    fn default() -> Self {
+        Self { qemu: "qemu-system-x86_64".into(), accelerator: "auto".into(), pmem_slots: 32 }
+    }
+}
+
+/// Why the configuration could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: give another with --config or create it")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not valid.
+    #[error("the configuration {path} is not valid: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Loads `path`, or the default places (see the module's header).
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let named = path.map(Path::to_path_buf).or_else(|| {
+            std::env::var_os("FORELAY_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from)
+        });
+        let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(source) => return Err(ConfigError::Read { path, source }),
+        };
+        toml::from_str(&text).map_err(|error| ConfigError::Parse { path, message: error.to_string() })
+    }
+
+    /// The API's Unix socket.
+    pub fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| self.runtime_dir.join("forelay.sock"))
+    }
+
+    /// The repository's directory.
+    pub fn repository_path(&self) -> PathBuf {
+        self.repository.path.clone().unwrap_or_else(|| self.state_dir.join("repository"))
+    }
+
+    /// The disk cache's directory.
+    pub fn cache_path(&self) -> PathBuf {
+        self.cache.path.clone().unwrap_or_else(|| self.state_dir.join("cache"))
+    }
+
+    /// Where trust domains are mounted.
+    pub fn mounts_dir(&self) -> PathBuf {
+        self.runtime_dir.join("memory")
+    }
+
+    /// Where instances keep their runtime files.
+    pub fn vms_dir(&self) -> PathBuf {
+        self.runtime_dir.join("vms")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_are_refused_and_defaults_fill_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("forelay.toml");
+        std::fs::write(&path, "[memory]\nbudget_bytes = 1048576\n").unwrap();
+        let config = Config::load(Some(&path)).unwrap();
+        assert_eq!(config.memory.budget_bytes, 1 << 20);
+        assert!(config.forecast.prefetch);
+        std::fs::write(&path, "[memory]\nbuget_bytes = 1\n").unwrap();
+        let error = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("buget_bytes"), "{error}");
+        assert!(Config::load(Some(&dir.path().join("absent.toml"))).is_err());
+    }
+}

@@ -1,0 +1,171 @@
+//! The API's routes: parse, call the [`Host`], answer JSON. No logic of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Json, Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::{Deserialize, Serialize};
+
+use super::{Host, HostError};
+use crate::api::{ApiError, AttachRequest, ExecRequest, LaunchRequest};
+
+type Shared = State<Arc<Host>>;
+
+/// All routes.
+pub fn router(host: Arc<Host>) -> Router {
+    Router::new()
+        .route("/v1/health", get(health))
+        .route("/v1/vms", get(list).post(launch))
+        .route("/v1/vms/{name}", get(show).delete(stop))
+        .route("/v1/vms/{name}/exec", post(exec))
+        .route("/v1/vms/{name}/attach", post(attach))
+        .route("/v1/vms/{name}/detach", post(detach))
+        .route("/v1/vms/{name}/map", get(map))
+        .route("/v1/vms/{name}/touched", get(touched))
+        .route("/v1/memory", get(memory))
+        .route("/v1/memory/drop", post(drop_memory))
+        .route("/v1/forecast", get(forecast))
+        .route("/v1/history", get(history))
+        .fallback(unknown)
+        .with_state(host)
+}
+
+/// An error on its way to the client.
+struct Failure(HostError);
+
+impl From<HostError> for Failure {
+    fn from(error: HostError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = match &self.0 {
+            HostError::NoSuchVm(_) => StatusCode::NOT_FOUND,
+            HostError::Invalid(_) => StatusCode::BAD_REQUEST,
+            HostError::Busy(_) => StatusCode::CONFLICT,
+            HostError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(ApiError { error: self.0.to_string() })).into_response()
+    }
+}
+
+type Answer<T> = Result<Json<T>, Failure>;
+
+/// The daemon's state of health.
+#[derive(Debug, Serialize)]
+struct Health {
+    version: &'static str,
+    pid: u32,
+    uptime_s: f64,
+    accelerator: String,
+}
+
+async fn health(State(host): Shared) -> Json<Health> {
+    Json(Health {
+        version: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+        uptime_s: host.uptime().as_secs_f64(),
+        accelerator: host.accelerator(),
+    })
+}
+
+async fn unknown() -> Response {
+    let error = "no such path in the API; `forelay --help` lists what there is".to_owned();
+    (StatusCode::NOT_FOUND, Json(ApiError { error })).into_response()
+}
+
+async fn list(State(host): Shared) -> Response {
+    Json(host.vms()).into_response()
+}
+
+async fn launch(State(host): Shared, Json(request): Json<LaunchRequest>) -> Response {
+    match host.launch(request).await {
+        Ok(vm) => Json(vm).into_response(),
+        Err(error) => Failure(error).into_response(),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct Wait {
+    wait_ms: Option<u64>,
+}
+
+/// With `wait_ms`, answers when the state changes or that time is over.
+async fn show(
+    State(host): Shared,
+    Path(name): Path<String>,
+    Query(wait): Query<Wait>,
+) -> Answer<crate::api::Vm> {
+    let patience = Duration::from_millis(wait.wait_ms.unwrap_or(0).min(60_000));
+    Ok(Json(host.vm(&name, patience).await?))
+}
+
+async fn stop(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
+    Ok(Json(host.stop(&name).await?))
+}
+
+async fn exec(
+    State(host): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<ExecRequest>,
+) -> Answer<crate::api::ExecResult> {
+    Ok(Json(host.exec(&name, request).await?))
+}
+
+async fn attach(
+    State(host): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<AttachRequest>,
+) -> Answer<crate::api::Vm> {
+    Ok(Json(host.attach(&name, &request.component).await?))
+}
+
+async fn detach(
+    State(host): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<AttachRequest>,
+) -> Answer<crate::api::Vm> {
+    Ok(Json(host.detach(&name, &request.component).await?))
+}
+
+async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::VmMap> {
+    Ok(Json(host.map(&name).await?))
+}
+
+async fn touched(State(host): Shared, Path(name): Path<String>) -> Answer<Vec<crate::api::Touch>> {
+    Ok(Json(host.touches(&name)?))
+}
+
+async fn memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
+    Ok(Json(host.memory().await?))
+}
+
+async fn drop_memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
+    host.drop_memory().await?;
+    Ok(Json(host.memory().await?))
+}
+
+#[derive(Debug, Deserialize)]
+struct OfProfile {
+    profile: Option<String>,
+}
+
+async fn forecast(
+    State(host): Shared,
+    Query(query): Query<OfProfile>,
+) -> Answer<Vec<crate::api::ForecastEntry>> {
+    Ok(Json(host.forecast(query.profile.as_deref()).await?))
+}
+
+async fn history(
+    State(host): Shared,
+    Query(query): Query<OfProfile>,
+) -> Answer<Vec<crate::api::HistoryEntry>> {
+    Ok(Json(host.history(query.profile.as_deref()).await?))
+}
