@@ -3,6 +3,7 @@
 //! Owns how the project is built, checked and shown; holds no logic of the product.
 //! Everything it starts it ends by its own ids.
 
+mod bench;
 mod demo;
 mod guest;
 mod host;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
+        ["bench", name, rest @ ..] => bench::run_named(name, rest),
         ["demo"] => demo::run_all(),
         ["test", rest @ ..] => test::run_all(rest),
         ["tidy"] => tidy::run(),

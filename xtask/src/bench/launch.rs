@@ -1,0 +1,311 @@
+//! `bench launch`: one manifest four ways in one run, interleaved: on demand, predicted,
+//! everything resident, and a plain qcow2 overlay of the same root file system.
+//!
+//! Every Forelay launch starts with an empty disk cache and empty shared memory behind a
+//! repository throttled to 20 ms and 100 MB/s; what differs is what is loaded before or
+//! beside the launch. Since emulation hides I/O, the recorded touches are also replayed
+//! natively: one process maps the same files and touches the same pages in the same order.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::statistics::{median, ratio};
+use crate::demo;
+use crate::host::{self, Host, Programs, Settings};
+use crate::process::{output, run, target_dir};
+
+const PROFILE: &str = "web";
+const ROUNDS: usize = 5;
+const REPLAY_ROUNDS: usize = 7;
+
+/// The ways of launching, in the order in which each round takes them.
+const WAYS: [&str; 4] = ["on_demand", "predicted", "resident", "qcow2"];
+
+#[derive(Default)]
+struct Samples {
+    ready_s: Vec<f64>,
+    demand_fetches: Vec<f64>,
+    stall_s: Vec<f64>,
+}
+
+struct Bench {
+    programs: Programs,
+    settings: Settings,
+    manifest: PathBuf,
+    disk: PathBuf,
+    boot_disk: PathBuf,
+    replay: PathBuf,
+}
+
+/// Runs the benchmark and writes its figures to `out`.
+pub fn run_bench(out: &Path) -> Result<()> {
+    let bench = prepare()?;
+    let touches = bench.learn()?;
+    let mut samples: [Samples; 4] = Default::default();
+    for round in 0..ROUNDS {
+        for (way, samples) in WAYS.iter().zip(&mut samples) {
+            let figures = bench.launch(way)?;
+            let ready_s = figures["ready_s"]
+                .as_f64()
+                .context("a ready VM has a time")?;
+            println!(
+                "round {}/{ROUNDS}: {way:<10} ready {ready_s:.2} s, {} demand fetches, stall {:.3} s",
+                round + 1,
+                figures["demand_fetches"],
+                figures["stall_s"].as_f64().unwrap_or(0.0),
+            );
+            samples.ready_s.push(ready_s);
+            samples
+                .demand_fetches
+                .push(figures["demand_fetches"].as_f64().unwrap_or(0.0));
+            samples
+                .stall_s
+                .push(figures["stall_s"].as_f64().unwrap_or(0.0));
+        }
+    }
+    let replay = bench.replays(&touches)?;
+    let [on_demand, predicted, resident, qcow2] = &samples;
+    let ready = |samples: &Samples| median(&samples.ready_s);
+    let ways = WAYS.iter().zip(&samples).map(|(way, samples)| {
+        let figures = json!({
+            "ready_s": samples.ready_s,
+            "ready_median_s": ready(samples),
+            "demand_fetches_median": median(&samples.demand_fetches),
+            "stall_median_s": median(&samples.stall_s),
+        });
+        ((*way).to_owned(), figures)
+    });
+    let document = json!({
+        "rounds": ROUNDS,
+        "demand_fetch_ratio":
+            ratio(median(&predicted.demand_fetches), median(&on_demand.demand_fetches)),
+        "stall_ratio": ratio(median(&predicted.stall_s), median(&on_demand.stall_s)),
+        "ready_ratio_to_resident": ready(predicted) / ready(resident),
+        "ready_ratio_to_on_demand": ready(predicted) / ready(on_demand),
+        "ready_ratio_to_qcow2": ready(predicted) / ready(qcow2),
+        "replay": replay,
+        "ways": ways.collect::<serde_json::Map<_, _>>(),
+    });
+    super::write(out, &document)
+}
+
+fn prepare() -> Result<Bench> {
+    crate::prerequisites::install()?;
+    let programs = host::build()?;
+    let repository = target_dir().join("demo/repository");
+    demo::build_components(&programs, &repository)?;
+    let state = target_dir().join("bench/launch-state");
+    let _ = std::fs::remove_dir_all(&state);
+    let settings = Settings {
+        repository,
+        state,
+        latency_ms: demo::LATENCY_MS,
+        bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
+        budget_bytes: 0,
+    };
+    let mut bench = Bench {
+        programs,
+        settings,
+        manifest: demo::manifest(PROFILE),
+        disk: target_dir().join("bench/launch-disk"),
+        boot_disk: super::build_example("forelay-vm", "boot_disk")?,
+        replay: super::build_example("forelay-memory", "replay")?,
+    };
+    bench.disk = bench.make_disk()?;
+    Ok(bench)
+}
+
+impl Bench {
+    fn host(&self) -> Result<Host> {
+        Host::new(&self.programs, &self.settings)
+    }
+
+    fn forget_disk_cache(&self) -> Result<()> {
+        match std::fs::remove_dir_all(self.settings.state.join("cache")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same root file system as an ext4 image in qcow2 form.
+    fn make_disk(&self) -> Result<PathBuf> {
+        let dir = &self.disk;
+        let _ = std::fs::remove_dir_all(dir);
+        std::fs::create_dir_all(dir)?;
+        let host = self.host()?;
+        let layout = dir.join("composed");
+        run(host
+            .forelay(["compose", "--emit", "files", "--out"])
+            .arg(&layout)
+            .arg(&self.manifest))?;
+        let raw = dir.join("root.raw");
+        run(Command::new("unshare")
+            .args(["--mount", "sh", "-euc", MAKE_EXT4, "sh"])
+            .arg(&layout)
+            .arg(&raw))?;
+        let image = dir.join("root.qcow2");
+        run(Command::new("qemu-img")
+            .args(["convert", "-O", "qcow2"])
+            .arg(&raw)
+            .arg(&image))?;
+        std::fs::remove_file(&raw)?;
+        Ok(layout)
+    }
+
+    /// Launches until the working set is known; returns what was touched.
+    fn learn(&self) -> Result<Vec<Value>> {
+        let mut touches = Vec::new();
+        for round in 0..2 {
+            self.forget_disk_cache()?;
+            let mut host = self.host()?;
+            host.start_daemon()?;
+            host.launch(&self.manifest, PROFILE, &[])?;
+            demo::wait_for_working_set(&host, PROFILE)?;
+            if round == 0 {
+                let map = host.json(["map", PROFILE])?;
+                touches = map["touches"].as_array().cloned().unwrap_or_default();
+            }
+            host.stop_all()?;
+            host.stop_daemon()?;
+        }
+        ensure!(!touches.is_empty(), "the launch touched nothing");
+        Ok(touches)
+    }
+
+    fn launch(&self, way: &str) -> Result<Value> {
+        self.forget_disk_cache()?;
+        if way == "qcow2" {
+            return self.launch_qcow2();
+        }
+        let mut host = self.host()?;
+        host.start_daemon()?;
+        let mode = match way {
+            "on_demand" => "none",
+            "predicted" => "forecast",
+            _ => {
+                self.prefetch(&host, "everything")?;
+                "none"
+            }
+        };
+        let vm = host.launch(&self.manifest, PROFILE, &["--prefetch", mode])?;
+        host.stop_all()?;
+        host.stop_daemon()?;
+        Ok(vm["launch"].clone())
+    }
+
+    fn launch_qcow2(&self) -> Result<Value> {
+        let overlay = self
+            .disk
+            .parent()
+            .context("has a parent")?
+            .join("launch-overlay.qcow2");
+        let backing = self
+            .disk
+            .parent()
+            .context("has a parent")?
+            .join("root.qcow2");
+        run_quiet(
+            Command::new("qemu-img")
+                .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+                .arg(&backing)
+                .arg(&overlay),
+        )?;
+        let text = output(
+            Command::new(&self.boot_disk)
+                .arg(self.disk.join("vmlinuz"))
+                .arg(self.disk.join("initrd"))
+                .arg(&overlay)
+                .stderr(Stdio::inherit()),
+        )?;
+        serde_json::from_slice(&text).context("boot_disk printed no JSON")
+    }
+
+    /// Maps the manifest's devices and loads ahead of a launch; returns the devices.
+    fn prefetch(&self, host: &Host, mode: &str) -> Result<Vec<Value>> {
+        let mut arguments = vec!["prefetch".as_ref(), "--wait".as_ref(), "--mode".as_ref()];
+        arguments.extend([mode.as_ref(), self.manifest.as_os_str()]);
+        let answer = host.json(arguments)?;
+        answer["devices"]
+            .as_array()
+            .cloned()
+            .context("prefetch names the devices")
+    }
+
+    /// Replays the touches natively in each of three ways.
+    fn replays(&self, touches: &[Value]) -> Result<Value> {
+        let mut times: [Vec<f64>; 3] = Default::default();
+        for _ in 0..REPLAY_ROUNDS {
+            for (mode, times) in ["none", "forecast", "everything"].iter().zip(&mut times) {
+                self.forget_disk_cache()?;
+                let mut host = self.host()?;
+                host.start_daemon()?;
+                let devices = self.prefetch(&host, mode)?;
+                let list = host.scratch().join("touches");
+                std::fs::write(&list, touch_list(touches, &devices)?)?;
+                let started = Instant::now();
+                let text = output(Command::new(&self.replay).arg(&list))?;
+                let wall_s = started.elapsed().as_secs_f64();
+                let answer: Value = serde_json::from_slice(&text).context("replay printed JSON")?;
+                times.push(answer["seconds"].as_f64().unwrap_or(wall_s));
+                host.stop_daemon()?;
+            }
+        }
+        let [on_demand, predicted, resident] = times.map(|times| median(&times));
+        println!(
+            "replay: on demand {on_demand:.4} s, predicted {predicted:.4} s, resident {resident:.4} s"
+        );
+        Ok(json!({
+            "rounds": REPLAY_ROUNDS,
+            "touches": touches.len(),
+            "on_demand_s": on_demand,
+            "predicted_s": predicted,
+            "resident_s": resident,
+            "speedup_over_on_demand": on_demand / predicted,
+            "ratio_to_resident": predicted / resident,
+        }))
+    }
+}
+
+/// Lines `PATH OFFSET LENGTH` in first-touch order.
+fn touch_list(touches: &[Value], devices: &[Value]) -> Result<String> {
+    let mut text = String::new();
+    for touch in touches {
+        let device = devices
+            .iter()
+            .find(|device| device["image"] == touch["image"]);
+        let device = device.context("a touched image is among the devices")?;
+        let path = device["path"].as_str().context("a device has a path")?;
+        text.push_str(&format!("{path} {} {}\n", touch["offset"], touch["len"]));
+    }
+    Ok(text)
+}
+
+fn run_quiet(command: &mut Command) -> Result<()> {
+    output(command).map(drop)
+}
+
+/// Mounts the composed image from its files and copies the tree into an ext4 image.
+/// Arguments: directory with `map.img`, `1.img`, `2.img`...; the image to make.
+const MAKE_EXT4: &str = r#"
+devices=
+options=ro
+loops=
+trap 'umount "$1/tree" 2>/dev/null || true; for d in $loops; do losetup -d "$d"; done' EXIT
+n=1
+while [ -e "$1/$n.img" ]; do
+  d=$(losetup --find --show --read-only "$1/$n.img")
+  loops="$loops $d"; options="$options,device=$d"; n=$((n + 1))
+done
+map=$(losetup --find --show --read-only "$1/map.img")
+loops="$loops $map"
+mkdir -p "$1/tree"
+mount -t erofs -o "$options" "$map" "$1/tree"
+kib=$(du -sk "$1/tree" | cut -f1)
+rm -f "$2"
+truncate -s "$((kib * 3 / 2 + 131072))K" "$2"
+mkfs.ext4 -q -F -d "$1/tree" "$2"
+"#;

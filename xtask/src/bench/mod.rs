@@ -1,0 +1,65 @@
+//! Benchmarks. Each measures in one run, interleaved, and reports ratios; each writes
+//! `target/bench/NAME.json`.
+
+mod launch;
+mod statistics;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::process::{cargo, run, target_dir};
+
+const NAMES: &str = "launch, compose, forecast";
+
+/// Runs one benchmark.
+pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
+    let out = target_dir().join("bench").join(format!("{name}.json"));
+    std::fs::create_dir_all(out.parent().context("the output has a directory")?)?;
+    match name {
+        "launch" => launch::run_bench(&out)?,
+        "compose" => example("forelay-image", "bench_compose", &out, arguments)?,
+        "forecast" => example("forelay-sim", "bench_forecast", &out, arguments)?,
+        _ => bail!("no benchmark is called {name:?}; there are: {NAMES}"),
+    }
+    println!("\n{}", std::fs::read_to_string(&out)?);
+    println!("written to {}", out.display());
+    Ok(())
+}
+
+/// Runs an example of a crate, optimised; it writes its figures to `out`.
+fn example(package: &str, name: &str, out: &Path, arguments: &[&str]) -> Result<()> {
+    crate::prerequisites::install()?;
+    run(cargo(&[
+        "run",
+        "--quiet",
+        "--release",
+        "--package",
+        package,
+        "--example",
+        name,
+        "--",
+    ])
+    .arg(out)
+    .args(arguments))
+}
+
+/// Builds an example of a crate, optimised, and returns its path.
+fn build_example(package: &str, name: &str) -> Result<PathBuf> {
+    run(&mut cargo(&[
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        package,
+        "--example",
+        name,
+    ]))?;
+    Ok(target_dir().join("release/examples").join(name))
+}
+
+fn write(out: &Path, document: &Value) -> Result<()> {
+    std::fs::write(out, serde_json::to_vec_pretty(document)?)
+        .with_context(|| format!("cannot write {}", out.display()))
+}
