@@ -1,0 +1,361 @@
+//! The agent: answers the guest channel, runs the entrypoint, reports what happens.
+//!
+//! Threads: reaper, channel reader, channel writer, readiness probe, one for each running
+//! command (bounded). The writer blocks while no host is connected; events that do not fit
+//! its queue are dropped, since a host that connects asks for the [`Status`].
+//!
+//! Invariant: nothing the host sends panics the agent or makes it allocate without bound.
+
+use std::convert::Infallible;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use forelay_guest::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
+use forelay_guest::protocol::{
+    Command, ErrorKind, ExitStatus, GuestMessage, Line, LineBuffer, MAX_LINE_BYTES, Mounted,
+    PROTOCOL_VERSION, Reply, Request, Status, encode_line,
+};
+
+use crate::boot::console;
+use crate::graft::Grafts;
+use crate::process::{self, Reaper};
+use crate::{devices, ready, sys};
+
+/// Messages that may wait for the writer.
+const QUEUE_MESSAGES: usize = 256;
+/// Commands that may run at once.
+const MAX_RUNNING: usize = 32;
+/// Environment variable that carries [`Mounted`] to an agent beside an init.
+const MOUNTED_VARIABLE: &str = "FORELAY_MOUNTED";
+
+enum Outgoing {
+    Line(Vec<u8>),
+    Flush(SyncSender<()>),
+}
+
+struct Agent {
+    config: VmConfig,
+    is_init: bool,
+    reaper: Arc<Reaper>,
+    status: Mutex<Status>,
+    grafts: Mutex<Grafts>,
+    outgoing: SyncSender<Outgoing>,
+    running: AtomicUsize,
+}
+
+/// Runs the agent for ever; `is_init` if it is PID 1.
+pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T> {
+    let reaper = Reaper::start()?;
+    let (outgoing, queue) = mpsc::sync_channel(QUEUE_MESSAGES);
+    let status = Status {
+        protocol: PROTOCOL_VERSION,
+        mounted: mounted.clone(),
+        ..Status::default()
+    };
+    let agent = Arc::new(Agent {
+        config,
+        is_init,
+        reaper,
+        status: Mutex::new(status),
+        grafts: Mutex::default(),
+        outgoing,
+        running: AtomicUsize::new(0),
+    });
+    agent.send(GuestMessage::Mounted(mounted));
+    let for_channel = Arc::clone(&agent);
+    thread("channel", move || channel(&for_channel, queue))?;
+    agent.start_entrypoint();
+    agent.start_console()?;
+    ready::wait(&agent.config, &agent.reaper);
+    let uptime_ms = sys::uptime_ms();
+    agent.status().ready_uptime_ms = Some(uptime_ms);
+    agent.send(GuestMessage::Ready { uptime_ms });
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Starts the agent as a child before the image's own init takes over.
+pub fn spawn_beside_init(mounted: &Mounted) -> io::Result<()> {
+    use std::os::unix::process::CommandExt;
+    let text = serde_json::to_string(mounted)?;
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command
+        .arg0("@forelay-guest")
+        .arg("agent")
+        .env_clear()
+        .env(MOUNTED_VARIABLE, text);
+    sys::prepare_child(&mut command, sys::ChildSetup::default());
+    command
+        .stdin(Stdio::null())
+        .spawn()
+        .map_err(crate::boot::context("start the agent"))?;
+    Ok(())
+}
+
+/// Runs the agent that [`spawn_beside_init`] started.
+pub fn run_from_environment() -> io::Result<Infallible> {
+    let mounted = std::env::var(MOUNTED_VARIABLE).unwrap_or_default();
+    let mounted = serde_json::from_str(&mounted).unwrap_or_default();
+    let config = serde_json::from_slice(&std::fs::read(VM_CONFIG_PATH)?)?;
+    run(config, mounted, false)
+}
+
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map(drop)
+}
+
+fn channel(agent: &Arc<Agent>, queue: Receiver<Outgoing>) {
+    let Some(port) = devices::wait_for(Duration::from_secs(20), devices::channel_port) else {
+        return console("no guest channel: the host cannot talk to this VM");
+    };
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&port);
+    let (reader, writer) = match opened.and_then(|file| Ok((file.try_clone()?, file))) {
+        Ok(both) => both,
+        Err(error) => return console(&format!("guest channel {}: {error}", port.display())),
+    };
+    if let Err(error) = thread("channel-writer", move || write_queue(writer, &queue)) {
+        return console(&format!("guest channel: {error}"));
+    }
+    read_requests(agent, reader);
+}
+
+fn write_queue(mut port: File, queue: &Receiver<Outgoing>) {
+    while let Ok(item) = queue.recv() {
+        match item {
+            Outgoing::Line(line) => {
+                // While no host is connected the write blocks; other errors lose one message.
+                let _ = port.write_all(&line);
+            }
+            Outgoing::Flush(done) => drop(done.try_send(())),
+        }
+    }
+}
+
+fn read_requests(agent: &Arc<Agent>, mut port: File) {
+    let mut lines = LineBuffer::new(MAX_LINE_BYTES);
+    let mut buffer = vec![0; 32 << 10];
+    loop {
+        match port.read(&mut buffer) {
+            // The host is not connected.
+            Ok(0) => std::thread::sleep(Duration::from_millis(50)),
+            Ok(count) => {
+                for line in lines.push(&buffer[..count]) {
+                    agent.handle_line(line);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return console(&format!("guest channel: {error}")),
+        }
+    }
+}
+
+fn refuse(kind: ErrorKind, text: impl Into<String>) -> Reply {
+    Reply::Error {
+        kind,
+        text: text.into(),
+    }
+}
+
+impl Agent {
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn grafts(&self) -> MutexGuard<'_, Grafts> {
+        self.grafts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues an event; dropped if the queue is full.
+    fn send(&self, message: GuestMessage) {
+        let _ = self
+            .outgoing
+            .try_send(Outgoing::Line(encode_line(&message)));
+    }
+
+    /// Queues a reply; waits for room.
+    fn reply(&self, id: u64, result: Reply) {
+        let line = encode_line(&GuestMessage::Reply { id, result });
+        let _ = self.outgoing.send(Outgoing::Line(line));
+    }
+
+    fn handle_line(self: &Arc<Self>, line: Line) {
+        let request = match line {
+            Line::Complete(line) => serde_json::from_slice::<Request>(&line)
+                .map_err(|error| format!("not a request: {error}")),
+            Line::TooLong => Err(format!("a request is at most {MAX_LINE_BYTES} bytes")),
+        };
+        match request {
+            Ok(Request {
+                id,
+                command: Command::Status,
+            }) => {
+                let status = self.status().clone();
+                self.reply(id, Reply::Status(status));
+            }
+            Ok(request) => self.start_request(request),
+            Err(text) => self.reply(0, refuse(ErrorKind::BadRequest, text)),
+        }
+    }
+
+    /// Runs a request that may take long on a thread of its own.
+    fn start_request(self: &Arc<Self>, request: Request) {
+        let id = request.id;
+        if self.running.fetch_add(1, Ordering::SeqCst) >= MAX_RUNNING {
+            self.running.fetch_sub(1, Ordering::SeqCst);
+            let text = format!("{MAX_RUNNING} requests are already running");
+            return self.reply(id, refuse(ErrorKind::Busy, text));
+        }
+        let agent = Arc::clone(self);
+        let started = thread("request", move || {
+            let reply = agent.perform(id, request.command);
+            agent.running.fetch_sub(1, Ordering::SeqCst);
+            agent.reply(id, reply);
+        });
+        if let Err(error) = started {
+            self.running.fetch_sub(1, Ordering::SeqCst);
+            self.reply(
+                id,
+                refuse(ErrorKind::Failed, format!("start a thread: {error}")),
+            );
+        }
+    }
+
+    fn perform(&self, id: u64, command: Command) -> Reply {
+        match command {
+            Command::Status => Reply::Status(self.status().clone()),
+            Command::Exec(exec) => match process::run(&self.reaper, &self.config.env, &exec) {
+                Ok(result) => Reply::Exec(result),
+                Err(error) => {
+                    let program = exec.argv.first().map_or("", String::as_str);
+                    let kind = match error.kind() {
+                        io::ErrorKind::NotFound => ErrorKind::NotFound,
+                        _ => ErrorKind::Failed,
+                    };
+                    refuse(kind, format!("{program}: {error}"))
+                }
+            },
+            Command::Attach(attach) => {
+                let result = self.grafts().attach(&attach);
+                self.status().attached = self.grafts().uuids();
+                result.map_or_else(|(kind, text)| refuse(kind, text), Reply::Attached)
+            }
+            Command::Detach { uuid } => {
+                let result = self.grafts().detach(&uuid);
+                self.status().attached = self.grafts().uuids();
+                result.map_or_else(|(kind, text)| refuse(kind, text), |()| Reply::Detached)
+            }
+            Command::Poweroff => {
+                self.reply(id, Reply::PoweringOff);
+                self.power_off()
+            }
+        }
+    }
+
+    fn start_entrypoint(self: &Arc<Self>) {
+        let Run::Entrypoint(entrypoint) = &self.config.run else {
+            return;
+        };
+        match self.spawn_entrypoint(entrypoint) {
+            Ok(exit) => {
+                let agent = Arc::clone(self);
+                let waiting = thread("entrypoint", move || {
+                    if let Ok(status) = exit.recv() {
+                        agent.entrypoint_ended(status);
+                    }
+                });
+                if let Err(error) = waiting {
+                    console(&format!("entrypoint: {error}"));
+                }
+            }
+            Err(error) => {
+                let text = format!("entrypoint {:?}: {error}", entrypoint.argv);
+                console(&text);
+                self.send(GuestMessage::Log { text });
+                self.entrypoint_ended(ExitStatus::Code(127));
+            }
+        }
+    }
+
+    fn spawn_entrypoint(&self, entrypoint: &Entrypoint) -> io::Result<Receiver<ExitStatus>> {
+        let Entrypoint {
+            argv, cwd, user, ..
+        } = entrypoint;
+        let mut command = process::command(argv, &self.config.env, cwd, user, false)?;
+        let output = std::fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/console")?;
+        command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        Ok(self.reaper.spawn(&mut command)?.1)
+    }
+
+    fn entrypoint_ended(&self, status: ExitStatus) {
+        self.status().exited = Some(status);
+        self.send(GuestMessage::Exited(status));
+        if matches!(&self.config.run, Run::Entrypoint(entry) if entry.poweroff_on_exit) {
+            self.power_off();
+        }
+    }
+
+    /// Keeps the configured program running on the serial console.
+    fn start_console(self: &Arc<Self>) -> io::Result<()> {
+        if self.config.console.is_empty() {
+            return Ok(());
+        }
+        let agent = Arc::clone(self);
+        thread("console", move || {
+            loop {
+                if let Err(error) = agent.run_console() {
+                    return console(&format!("console program: {error}"));
+                }
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        })
+    }
+
+    fn run_console(&self) -> io::Result<()> {
+        let terminal = File::options().read(true).write(true).open("/dev/ttyS0")?;
+        let mut command = process::command(&self.config.console, &self.config.env, "", "", true)?;
+        command
+            .stdin(terminal.try_clone()?)
+            .stdout(terminal.try_clone()?)
+            .stderr(terminal);
+        let (_, exit) = self.reaper.spawn(&mut command)?;
+        exit.recv().map(drop).map_err(io::Error::other)
+    }
+
+    /// Ends everything and powers off.
+    fn power_off(&self) -> ! {
+        let (done, flushed) = mpsc::sync_channel(1);
+        if self.outgoing.try_send(Outgoing::Flush(done)).is_ok() {
+            let _ = flushed.recv_timeout(Duration::from_millis(300));
+        }
+        if self.is_init {
+            let _ = sys::kill(-1, libc::SIGTERM);
+            let all_gone = || sys::no_children().then_some(());
+            devices::wait_for(Duration::from_secs(2), all_gone);
+            let _ = sys::kill(-1, libc::SIGKILL);
+        } else {
+            let _ = sys::kill(1, sys::systemd_poweroff_signal());
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        console(&format!("power off: {}", sys::power_off()));
+        loop {
+            std::thread::park();
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! From the initramfs to the VM's root: what PID 1 does before anything of the image runs.
+//!
+//! ```text
+//! mount /proc /sys /dev -> load modules -> root (see root.rs) -> network -> agent
+//!                                                                  |
+//!                              entrypoint: agent is PID 1 <--------+---> init: exec init,
+//!                                                                        agent is a child
+//! ```
+//! Kernel command line: `forelay.map=<uuid>` mounts the map image over pmem,
+//! `forelay.flat=1` mounts a flat image from the disk with serial `forelay-flat`,
+//! `forelay.root=<device>` mounts a disk with an ext4 root. `forelay.scratch=1` puts the
+//! overlay's upper on the disk with serial `forelay-scratch`, else it is a tmpfs.
+//!
+//! Invariant: any failure ends in a message on the console and a power-off, never a hang.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use forelay_guest::config::{Run, VM_CONFIG_PATH, VmConfig};
+use forelay_guest::protocol::{GuestMessage, encode_line};
+
+use crate::{agent, devices, network, root, sys};
+
+/// List of modules in the initramfs: one path a line, in load order.
+const MODULE_LIST: &str = "/modules.list";
+
+/// Boots the VM; returns only the reason why that failed.
+pub fn run() -> io::Error {
+    match boot() {
+        Ok(never) => match never {},
+        Err(error) => {
+            console(&format!("boot failed: {error}"));
+            report_failure(&error);
+            error
+        }
+    }
+}
+
+/// Writes a line to the console.
+pub fn console(text: &str) {
+    let line = format!("forelay-guest: {text}\r\n");
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/console")
+        .and_then(|mut console| io::Write::write_all(&mut console, line.as_bytes()));
+    if written.is_err() {
+        eprint!("{line}");
+    }
+}
+
+/// Adds what was being done to an error.
+pub fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+enum Never {}
+
+fn boot() -> io::Result<Never> {
+    mount_kernel_file_systems()?;
+    let parameters = parameters(&fs::read_to_string("/proc/cmdline")?);
+    load_modules();
+    let (mounted, lower) = root::mount(&parameters)?;
+    let config = read_config(&lower)?;
+    root::overlay(&parameters, &config, &lower, &mounted)?;
+    root::switch(&mounted)?;
+    prepare_root(&config);
+    let report = root::report(&mounted);
+    match &config.run {
+        Run::Init { path } => {
+            agent::spawn_beside_init(&report)?;
+            Err(exec_init(path))
+        }
+        Run::Entrypoint(_) | Run::AgentOnly => agent::run(config, report, true),
+    }
+}
+
+fn exec_init(path: &str) -> io::Error {
+    use std::os::unix::process::CommandExt;
+    let error = std::process::Command::new(path)
+        .env_clear()
+        .env("TERM", "linux")
+        .exec();
+    context(format!("exec {path}"))(error)
+}
+
+fn mount_kernel_file_systems() -> io::Result<()> {
+    let flags = sys::MS_NOSUID | sys::MS_NOEXEC | sys::MS_NODEV;
+    for (fs_type, target, flags) in [
+        ("proc", "/proc", flags),
+        ("sysfs", "/sys", flags),
+        ("devtmpfs", "/dev", sys::MS_NOSUID),
+    ] {
+        fs::create_dir_all(target)?;
+        let options = if fs_type == "devtmpfs" {
+            "mode=0755"
+        } else {
+            ""
+        };
+        sys::mount(fs_type, target, fs_type, flags, options)
+            .map_err(context(format!("mount {target}")))?;
+    }
+    Ok(())
+}
+
+/// `key=value` words of the kernel command line.
+fn parameters(cmdline: &str) -> BTreeMap<String, String> {
+    cmdline
+        .split_ascii_whitespace()
+        .filter_map(|word| word.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}
+
+/// Loads the listed modules; one that fails is named on the console, and what needs it will
+/// fail with a clearer message than a missing module could give.
+fn load_modules() {
+    let list = fs::read_to_string(MODULE_LIST).unwrap_or_default();
+    for path in list.lines().map(str::trim).filter(|path| !path.is_empty()) {
+        let path = std::path::Path::new("/").join(path);
+        let loaded = fs::File::open(&path).and_then(|file| sys::load_module(&file));
+        match loaded {
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => {
+                console(&format!("module {}: {error}", path.display()));
+            }
+            // The kernel has its own copy: give the initramfs's memory back.
+            _ => drop(fs::remove_file(&path)),
+        }
+    }
+}
+
+fn read_config(lower: &str) -> io::Result<VmConfig> {
+    let path = format!("{lower}{VM_CONFIG_PATH}");
+    match fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map_err(|error| io::Error::other(format!("{VM_CONFIG_PATH}: {error}"))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(VmConfig::default()),
+        Err(error) => Err(context(VM_CONFIG_PATH)(error)),
+    }
+}
+
+/// What every VM gets on top of its image; failures are named and not fatal.
+fn prepare_root(config: &VmConfig) {
+    let flags = sys::MS_NOSUID | sys::MS_NODEV;
+    let mut failures = Vec::new();
+    let mut mount = |fs_type: &str, target: &str, flags, options: &str| {
+        let result = fs::create_dir_all(target)
+            .and_then(|()| sys::mount(fs_type, target, fs_type, flags, options));
+        if let Err(error) = result {
+            failures.push(format!("mount {target}: {error}"));
+        }
+    };
+    mount("tmpfs", "/run", flags, "mode=0755");
+    mount(
+        "devpts",
+        "/dev/pts",
+        sys::MS_NOSUID,
+        "mode=0620,gid=5,ptmxmode=0666",
+    );
+    mount("tmpfs", "/dev/shm", flags, "mode=1777");
+    if !matches!(config.run, Run::Init { .. }) {
+        mount("tmpfs", "/tmp", flags, "mode=1777");
+    }
+    let _ = fs::create_dir_all("/run/lock");
+    let links = [
+        ("/proc/self/fd", "/dev/fd"),
+        ("fd/0", "/dev/stdin"),
+        ("fd/1", "/dev/stdout"),
+        ("fd/2", "/dev/stderr"),
+    ];
+    for (target, link) in links {
+        let target = if target.starts_with('/') {
+            target.to_owned()
+        } else {
+            format!("/proc/self/{target}")
+        };
+        let _ = std::os::unix::fs::symlink(target, link);
+    }
+    if !config.hostname.is_empty() {
+        if let Err(error) = sys::set_hostname(&config.hostname) {
+            failures.push(format!("host name: {error}"));
+        }
+    }
+    if let Err(error) = network::configure(config.network.as_ref()) {
+        failures.push(format!("network: {error}"));
+    }
+    for failure in failures {
+        console(&failure);
+    }
+}
+
+/// Tells the host over the channel, if the channel is there already.
+fn report_failure(error: &io::Error) {
+    let Some(port) = devices::wait_for(Duration::from_millis(500), devices::channel_port) else {
+        return;
+    };
+    let message = encode_line(&GuestMessage::Failed {
+        text: error.to_string(),
+    });
+    // Non-blocking: nobody may be listening, and the power-off must not wait for them.
+    use std::os::unix::fs::OpenOptionsExt;
+    let sent = fs::OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(port)
+        .and_then(|mut port| io::Write::write_all(&mut port, &message));
+    if sent.is_ok() {
+        // The host reads it before the VM is gone.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_words_with_an_equals_sign() {
+        let found = parameters("console=ttyS0 quiet forelay.map=00ff  x=a=b\n");
+        assert_eq!(found.get("forelay.map").map(String::as_str), Some("00ff"));
+        assert_eq!(found.get("x").map(String::as_str), Some("a=b"));
+        assert_eq!(found.len(), 3);
+    }
+}

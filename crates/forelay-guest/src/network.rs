@@ -1,0 +1,36 @@
+//! Static IPv4 configuration: loopback and `eth0`, `/etc/resolv.conf`.
+//!
+//! No DHCP: the address is part of the VM's configuration, and a boot should not wait for
+//! an answer it already knows.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use forelay_guest::config::Network;
+
+use crate::boot::context;
+use crate::{devices, sys};
+
+/// Configures the network; without `network` only the loopback interface.
+pub fn configure(network: Option<&Network>) -> io::Result<()> {
+    sys::configure_interface("lo", None).map_err(context("lo"))?;
+    let Some(network) = network else {
+        return Ok(());
+    };
+    devices::wait_for(Duration::from_secs(2), || {
+        Path::new("/sys/class/net/eth0").exists().then_some(())
+    })
+    .ok_or_else(|| io::Error::other("no eth0 appeared"))?;
+    sys::configure_interface("eth0", Some((network.address, network.prefix)))
+        .map_err(context("eth0"))?;
+    sys::default_route(network.gateway).map_err(context("default route"))?;
+    let text = format!("nameserver {}\n", network.dns);
+    fs::create_dir_all("/etc")?;
+    let path = Path::new("/etc/resolv.conf");
+    if fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) {
+        fs::remove_file(path)?;
+    }
+    fs::write(path, text).map_err(context("/etc/resolv.conf"))
+}

@@ -1,0 +1,280 @@
+//! The system calls of the guest binary: mounts, modules, network configuration, signals,
+//! power. The only unsafe code of this crate.
+//!
+//! Knows no Forelay concepts. Every wrapper returns `io::Error` with the call's errno.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+fn c_string(text: impl AsRef<std::ffi::OsStr>) -> io::Result<CString> {
+    use std::os::unix::ffi::OsStrExt;
+    CString::new(text.as_ref().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+pub use libc::{MS_BIND, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY};
+
+/// `mount(2)`.
+pub fn mount(
+    source: impl AsRef<Path>,
+    target: impl AsRef<Path>,
+    fs_type: &str,
+    flags: libc::c_ulong,
+    options: &str,
+) -> io::Result<()> {
+    let source = c_string(source.as_ref())?;
+    let target = c_string(target.as_ref())?;
+    let fs_type = c_string(fs_type)?;
+    let options = c_string(options)?;
+    // SAFETY: all pointers are NUL-terminated strings that outlive the call.
+    check(unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            fs_type.as_ptr(),
+            flags,
+            options.as_ptr().cast(),
+        )
+    })
+}
+
+/// `umount2(2)` without flags: fails with EBUSY while in use.
+pub fn unmount(target: impl AsRef<Path>) -> io::Result<()> {
+    let target = c_string(target.as_ref())?;
+    // SAFETY: `target` is a NUL-terminated string that outlives the call.
+    check(unsafe { libc::umount2(target.as_ptr(), libc::UMOUNT_NOFOLLOW) })
+}
+
+/// `finit_module(2)`.
+pub fn load_module(file: &std::fs::File) -> io::Result<()> {
+    // SAFETY: a valid descriptor and an empty NUL-terminated parameter string.
+    let result =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Changes the root directory of this process.
+pub fn chroot(path: &str) -> io::Result<()> {
+    std::os::unix::fs::chroot(path)
+}
+
+/// Sets the host name.
+pub fn set_hostname(name: &str) -> io::Result<()> {
+    // SAFETY: pointer and length describe `name`.
+    check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) })
+}
+
+/// Flushes file systems.
+pub fn sync() {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::sync() }
+}
+
+/// Powers the machine off; returns only on failure.
+pub fn power_off() -> io::Error {
+    sync();
+    // SAFETY: a constant command; needs no memory.
+    unsafe { libc::reboot(libc::RB_POWER_OFF) };
+    io::Error::last_os_error()
+}
+
+/// Sends a signal; a negative `pid` names a process group.
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::kill(pid, signal) })
+}
+
+/// The signal by which systemd is told to power off.
+pub fn systemd_poweroff_signal() -> i32 {
+    libc::SIGRTMIN() + 4
+}
+
+/// Milliseconds since the kernel started.
+pub fn uptime_ms() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a valid place for the result.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
+
+/// Blocks SIGCHLD in this thread and those it starts, so that [`wait_sigchld`] gets it.
+pub fn block_sigchld() {
+    // SAFETY: `set` is initialised by sigemptyset before use.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+    }
+}
+
+/// Waits for SIGCHLD, at most one second.
+pub fn wait_sigchld() {
+    let limit = libc::timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    };
+    // SAFETY: `set` is initialised by sigemptyset before use; `limit` outlives the call.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        libc::sigtimedwait(&set, std::ptr::null_mut(), &limit);
+    }
+}
+
+/// A child that has ended, left waitable.
+pub fn peek_ended_child() -> Option<i32> {
+    // SAFETY: `info` is a valid place for the result; WNOHANG leaves it zeroed if no child
+    // has ended.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        if libc::waitid(libc::P_ALL, 0, &mut info, flags) < 0 {
+            return None;
+        }
+        Some(info.si_pid()).filter(|&pid| pid > 0)
+    }
+}
+
+/// True if this process has no children, neither running nor ended.
+pub fn no_children() -> bool {
+    // SAFETY: a null info pointer is allowed; WNOHANG and WNOWAIT change nothing.
+    let result = unsafe {
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        libc::waitid(libc::P_ALL, 0, std::ptr::null_mut(), flags)
+    };
+    result < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD)
+}
+
+/// Reaps one ended child; returns the raw wait status.
+pub fn reap(pid: i32) -> Option<i32> {
+    let mut status = 0;
+    // SAFETY: `status` is a valid place for the result.
+    let reaped = unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) };
+    (reaped == pid).then_some(status)
+}
+
+/// What a child does between fork and exec.
+#[derive(Clone, Debug, Default)]
+pub struct ChildSetup {
+    /// User, group and supplementary groups to become.
+    pub credentials: Option<(u32, u32, Vec<u32>)>,
+    /// Make standard input the controlling terminal.
+    pub controlling_terminal: bool,
+}
+
+/// Makes `command` start in its own session with an empty signal mask.
+pub fn prepare_child(command: &mut std::process::Command, setup: ChildSetup) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: the closure makes only async-signal-safe system calls on memory that was
+    // allocated before the fork.
+    unsafe {
+        command.pre_exec(move || {
+            libc::setsid();
+            let mut set = std::mem::zeroed();
+            libc::sigemptyset(&mut set);
+            libc::sigprocmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+            if setup.controlling_terminal {
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+            }
+            if let Some((uid, gid, groups)) = &setup.credentials {
+                check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+                check(libc::setgid(*gid))?;
+                check(libc::setuid(*uid))?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Brings an interface up with an IPv4 address; `None` brings it up as it is.
+pub fn configure_interface(
+    name: &str,
+    address: Option<(std::net::Ipv4Addr, u8)>,
+) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    if let Some((address, prefix)) = address {
+        let mask = u32::MAX
+            .checked_shl(32 - u32::from(prefix.min(32)))
+            .unwrap_or(0);
+        interface_address(&socket, name, libc::SIOCSIFADDR, address)?;
+        interface_address(&socket, name, libc::SIOCSIFNETMASK, mask.into())?;
+    }
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    interface_ioctl(&socket, libc::SIOCSIFFLAGS, &mut request)
+}
+
+/// Adds the default route.
+pub fn default_route(gateway: std::net::Ipv4Addr) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let any = socket_address(std::net::Ipv4Addr::UNSPECIFIED);
+    // SAFETY: rtentry is plain data for which zero is a valid value.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_dst = any;
+    route.rt_genmask = any;
+    route.rt_gateway = socket_address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    // SAFETY: the kernel reads one rtentry, which outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT as _, &raw mut route) })
+}
+
+fn interface_request(name: &str) -> io::Result<libc::ifreq> {
+    if name.len() >= libc::IFNAMSIZ {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: ifreq is plain data for which zero is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn interface_address(
+    socket: &std::net::UdpSocket,
+    name: &str,
+    call: libc::c_ulong,
+    address: std::net::Ipv4Addr,
+) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_addr = socket_address(address);
+    interface_ioctl(socket, call, &mut request)
+}
+
+fn interface_ioctl(
+    socket: &std::net::UdpSocket,
+    call: libc::c_ulong,
+    request: &mut libc::ifreq,
+) -> io::Result<()> {
+    // SAFETY: the kernel reads and writes one ifreq, which outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), call as _, request as *mut libc::ifreq) })
+}
+
+fn socket_address(address: std::net::Ipv4Addr) -> libc::sockaddr {
+    let mut data = [0 as libc::c_char; 14];
+    for (to, from) in data[2..6].iter_mut().zip(address.octets()) {
+        *to = from as libc::c_char;
+    }
+    libc::sockaddr {
+        sa_family: libc::AF_INET as u16,
+        sa_data: data,
+    }
+}
