@@ -1,0 +1,572 @@
+//! Requests in, answers out: the reader threads' side of a mount.
+//!
+//! States of a READ:
+//! ```text
+//!   received ──known file──▶ waiting ──data()──▶ answered
+//!      │                      │  ▲  ╲─push covers it─▶ answered
+//!      │ unknown file         │  │ retry
+//!      ▼                      ▼  │
+//!    parked ──file added──▶  abandoned (its Reply was dropped)
+//! ```
+//! Invariants: a READ is answered in full or not at all (a short answer truncates the
+//! file, an error is a SIGBUS in the VMM), by whoever takes it out of the waiting table.
+//! Reader threads receive, reply and call the handler; they never notify.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use forelay_image::extent::Extent;
+use parking_lot::{Condvar, Mutex, RwLock};
+use rustix::io::Errno;
+
+use crate::counters::Tally;
+use crate::files::{FileKey, Files, SharedFile};
+use crate::fuse::abi::{self, Attributes, InitIn, ReadIn, RequestHeader, notify, opcode};
+use crate::fuse::connection::{Connection, REQUEST_BYTES, Received, Waiter};
+use crate::ranges::RangeSet;
+
+/// Answers READs that the page cache could not.
+pub trait FaultHandler: Send + Sync {
+    /// Someone waits for `fault`'s bytes. Called on reader threads (and by
+    /// `retry_pending` and `add_file` on theirs); must hand the work on, not wait.
+    fn fault(&self, fault: Fault);
+}
+
+impl<F: Fn(Fault) + Send + Sync> FaultHandler for F {
+    fn fault(&self, fault: Fault) {
+        self(fault);
+    }
+}
+
+/// Bytes of an image that someone waits for.
+#[derive(Debug)]
+pub struct Fault {
+    /// The image.
+    pub file: FileKey,
+    /// First byte, a multiple of the page size.
+    pub offset: u64,
+    /// Bytes; never reaches past the image's end.
+    pub len: u32,
+    /// Where the bytes go.
+    pub reply: Reply,
+}
+
+/// Why an answer was not accepted. The READ stays pending.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplyError {
+    /// Too few or too many bytes.
+    #[error("a READ of {wanted} bytes cannot be answered with {given}")]
+    Length {
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes given.
+        given: usize,
+    },
+    /// The kernel did not take it.
+    #[error("the kernel did not take the answer to a READ")]
+    Kernel(#[source] std::io::Error),
+}
+
+/// The duty to answer one READ. Dropped unanswered, the READ stays pending: for
+/// [`retry_pending`](crate::SharedMemory::retry_pending), for a push that covers it, or
+/// for the next daemon.
+#[derive(Debug)]
+pub struct Reply {
+    core: Arc<Core>,
+    unique: u64,
+    content_len: usize,
+    answered: bool,
+}
+
+impl Reply {
+    /// Answers with exactly the fault's bytes.
+    pub fn data(self, data: &[u8]) -> Result<(), ReplyError> {
+        self.data_parts(&[data])
+    }
+
+    /// Answers with the fault's bytes, given in pieces.
+    pub fn data_parts(mut self, parts: &[&[u8]]) -> Result<(), ReplyError> {
+        let given = parts.iter().map(|part| part.len()).sum();
+        if given != self.content_len {
+            return Err(ReplyError::Length {
+                wanted: self.content_len,
+                given,
+            });
+        }
+        let Some(waiting) = self.core.waiting.lock().remove(&self.unique) else {
+            self.answered = true; // a push was faster
+            return Ok(());
+        };
+        self.answered = true;
+        self.core
+            .answer(&waiting, parts)
+            .map_err(|error| ReplyError::Kernel(error.into()))
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if self.answered {
+            return;
+        }
+        if let Some(waiting) = self.core.waiting.lock().get_mut(&self.unique) {
+            waiting.abandoned = true;
+        }
+    }
+}
+
+/// A READ that waits.
+#[derive(Debug)]
+struct Waiting {
+    file: Arc<SharedFile>,
+    /// `unique` as last delivered, with the resend bit if it was.
+    wire_unique: u64,
+    extent: Extent,
+    arrived: Instant,
+    abandoned: bool,
+}
+
+impl Waiting {
+    /// How much of it is image content; the rest is padding.
+    fn content_len(&self) -> usize {
+        let end = self.extent.end().min(self.file.spec.image_bytes);
+        end.saturating_sub(self.extent.offset) as usize
+    }
+}
+
+#[derive(Debug)]
+struct Parked {
+    request: Vec<u8>,
+    /// When to give up; READs are never given up.
+    deadline: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Chores {
+    parked: Vec<Parked>,
+    resend_at: VecDeque<Instant>,
+    stop: bool,
+}
+
+/// What reader threads, replies and the public handle share.
+pub(crate) struct Core {
+    pub connection: Connection,
+    pub files: RwLock<Files>,
+    pub total: Tally,
+    pub settings: Settings,
+    handler: Arc<dyn FaultHandler>,
+    waiting: Mutex<HashMap<u64, Waiting>>,
+    chores: Mutex<Chores>,
+    chores_changed: Condvar,
+}
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core").finish_non_exhaustive()
+    }
+}
+
+/// What does not change during a session.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    pub uid: u32,
+    pub gid: u32,
+    pub max_readahead_bytes: u32,
+    /// Until then a request for an unknown file waits for the file to be added.
+    pub grace_until: Option<Instant>,
+}
+
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Slices of zeros that add up to `len` bytes.
+pub(crate) fn zero_parts<'a>(len: usize) -> impl Iterator<Item = &'a [u8]> {
+    let full = std::iter::repeat_n(&ZEROS[..], len / ZEROS.len());
+    full.chain(std::iter::once(&ZEROS[..len % ZEROS.len()]))
+}
+
+impl Core {
+    pub fn new(connection: Connection, settings: Settings, handler: Arc<dyn FaultHandler>) -> Self {
+        Self {
+            connection,
+            files: RwLock::default(),
+            total: Tally::default(),
+            settings,
+            handler,
+            waiting: Mutex::default(),
+            chores: Mutex::default(),
+            chores_changed: Condvar::new(),
+        }
+    }
+
+    /// Body of a reader thread: until told to stop or unmounted.
+    pub fn read_requests(self: &Arc<Self>, waiter: &Waiter) {
+        let mut buffer = vec![0; REQUEST_BYTES];
+        loop {
+            match self.connection.receive(&mut buffer) {
+                Ok(Received::Request(len)) => self.handle(&buffer[..len]),
+                Ok(Received::Unmounted) => return,
+                Ok(Received::Empty) => match waiter.wait() {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => {
+                        tracing::error!(%error, "cannot wait for FUSE requests");
+                        return;
+                    }
+                },
+                Err(error) => {
+                    tracing::error!(%error, "cannot read FUSE requests");
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    /// Serves one request.
+    fn handle(self: &Arc<Self>, request: &[u8]) {
+        let Some((header, body)) = RequestHeader::parse(request) else {
+            tracing::error!(bytes = request.len(), "a FUSE request that is cut short");
+            return;
+        };
+        let unique = header.unique;
+        let answer = match header.opcode {
+            opcode::READ => {
+                self.read(header, body, request);
+                return;
+            }
+            opcode::FORGET | opcode::BATCH_FORGET => return,
+            opcode::INIT => self.init(body),
+            opcode::LOOKUP => match self.lookup(header, body, request) {
+                Some(answer) => answer,
+                None => return,
+            },
+            opcode::GETATTR => match self.getattr(header, request) {
+                Some(answer) => answer,
+                None => return,
+            },
+            opcode::OPENDIR => Ok(abi::opendir_reply().to_vec()),
+            opcode::READDIR => match ReadIn::parse(body) {
+                Some(read) => Ok(self.files.read().read_dir(read.offset, read.len as usize)),
+                None => Err(Errno::INVAL),
+            },
+            opcode::STATFS => Ok(abi::statfs_reply(self.files.read().len() as u64)),
+            opcode::RELEASE | opcode::RELEASEDIR | opcode::DESTROY => Ok(Vec::new()),
+            opcode::SETATTR
+            | opcode::SYMLINK
+            | opcode::MKNOD
+            | opcode::MKDIR
+            | opcode::UNLINK
+            | opcode::RMDIR
+            | opcode::RENAME
+            | opcode::RENAME2
+            | opcode::LINK
+            | opcode::WRITE
+            | opcode::FSYNC
+            | opcode::SETXATTR
+            | opcode::REMOVEXATTR
+            | opcode::CREATE
+            | opcode::FALLOCATE => Err(Errno::ROFS),
+            // OPEN among them: no handles. The kernel then stops asking.
+            _ => Err(Errno::NOSYS),
+        };
+        let sent = match &answer {
+            Ok(body) => self.connection.reply(unique, &[body]),
+            Err(errno) => self.connection.reply_error(unique, *errno),
+        };
+        if let Err(error) = sent {
+            tracing::warn!(%error, opcode = header.opcode, "a FUSE reply was not taken");
+        }
+    }
+
+    fn init(&self, body: &[u8]) -> Result<Vec<u8>, Errno> {
+        let init = InitIn::parse(body).ok_or(Errno::INVAL)?;
+        if init.major != abi::MAJOR || init.minor < 23 {
+            tracing::error!(?init, "this kernel's FUSE is too old");
+            return Err(Errno::PROTO);
+        }
+        Ok(init.answer(self.settings.max_readahead_bytes))
+    }
+
+    fn root(&self) -> Attributes {
+        Attributes {
+            node: abi::ROOT_NODE,
+            size_bytes: 0,
+            mode: libc::S_IFDIR | 0o550,
+            uid: self.settings.uid,
+            gid: self.settings.gid,
+        }
+    }
+
+    fn attributes(&self, file: &SharedFile) -> Attributes {
+        Attributes {
+            node: file.id.0,
+            size_bytes: file.spec.device_bytes,
+            mode: libc::S_IFREG | 0o440,
+            ..self.root()
+        }
+    }
+
+    /// `None` if the request was parked.
+    fn lookup(
+        &self,
+        header: RequestHeader,
+        body: &[u8],
+        request: &[u8],
+    ) -> Option<Result<Vec<u8>, Errno>> {
+        let name = abi::name(body).filter(|_| header.node == abi::ROOT_NODE);
+        let files = self.files.read();
+        match name.map(|name| files.by_name(name)) {
+            Some(Ok(Some(file))) => Some(Ok(self.attributes(file).entry_reply())),
+            Some(Ok(None)) if self.park(request, true) => None,
+            _ => Some(Err(Errno::NOENT)),
+        }
+    }
+
+    fn getattr(&self, header: RequestHeader, request: &[u8]) -> Option<Result<Vec<u8>, Errno>> {
+        if header.node == abi::ROOT_NODE {
+            return Some(Ok(self.root().attr_reply()));
+        }
+        let files = self.files.read();
+        match files.by_node(header.node) {
+            Some(file) => Some(Ok(self.attributes(file).attr_reply())),
+            None if self.park(request, true) => None,
+            None => Some(Err(Errno::NOENT)),
+        }
+    }
+
+    fn read(self: &Arc<Self>, header: RequestHeader, body: &[u8], request: &[u8]) {
+        let Some(read) = ReadIn::parse(body) else {
+            tracing::error!("a READ that is cut short");
+            return;
+        };
+        // Parked under the lock of `files`, so that `add` cannot slip in between.
+        let files = self.files.read();
+        let Some(file) = files.by_node(header.node).cloned() else {
+            self.park(request, false);
+            return;
+        };
+        drop(files);
+        let waiting = Waiting {
+            extent: Extent::new(read.offset, u64::from(read.len)),
+            wire_unique: header.unique,
+            arrived: Instant::now(),
+            abandoned: false,
+            file,
+        };
+        let content_len = waiting.content_len();
+        if content_len == 0 {
+            self.total.padding_reads.fetch_add(1, Relaxed);
+            waiting.file.tally.padding_reads.fetch_add(1, Relaxed);
+            // A refusal was logged, and the kernel keeps no READ that it refused.
+            let _ = self.send_full(&waiting, &[], 0);
+            return;
+        }
+        let unique = header.unique & !abi::UNIQUE_RESEND;
+        let key = waiting.file.key;
+        {
+            let mut table = self.waiting.lock();
+            if let Some(known) = table.get_mut(&unique) {
+                known.wire_unique = header.unique; // delivered again; its Reply lives
+                return;
+            }
+            self.total.fault(content_len as u64);
+            waiting.file.tally.fault(content_len as u64);
+            table.insert(unique, waiting);
+        }
+        self.call_handler(key, read.offset, content_len, unique);
+    }
+
+    fn call_handler(self: &Arc<Self>, file: FileKey, offset: u64, content_len: usize, unique: u64) {
+        let reply = Reply {
+            core: Arc::clone(self),
+            unique,
+            content_len,
+            answered: false,
+        };
+        let fault = Fault {
+            file,
+            offset,
+            len: content_len as u32,
+            reply,
+        };
+        let called = std::panic::catch_unwind(AssertUnwindSafe(|| self.handler.fault(fault)));
+        if called.is_err() {
+            tracing::error!(%file, offset, "the fault handler panicked; the READ stays pending");
+        }
+    }
+
+    fn answer(&self, waiting: &Waiting, parts: &[&[u8]]) -> rustix::io::Result<()> {
+        let stall = waiting.arrived.elapsed();
+        let padding = waiting.extent.len as usize - waiting.content_len();
+        let result = if padding == 0 {
+            self.connection.reply(waiting.wire_unique, parts)
+        } else {
+            self.send_full(waiting, parts, waiting.content_len())
+        };
+        self.total.answered(stall);
+        waiting.file.tally.answered(stall);
+        result
+    }
+
+    /// Sends `parts`, `given` bytes together, and zeros up to the full length.
+    fn send_full(
+        &self,
+        waiting: &Waiting,
+        parts: &[&[u8]],
+        given: usize,
+    ) -> rustix::io::Result<()> {
+        let mut all = parts.to_vec();
+        all.extend(zero_parts(waiting.extent.len as usize - given));
+        let sent = self.connection.reply(waiting.wire_unique, &all);
+        if let Err(error) = &sent {
+            tracing::warn!(%error, key = %waiting.file.key, "an answer was not taken");
+        }
+        sent
+    }
+
+    /// Calls the handler anew for each READ whose Reply was dropped; returns how many.
+    pub fn retry_abandoned(self: &Arc<Self>) -> usize {
+        let mut again = Vec::new();
+        for (&unique, waiting) in self.waiting.lock().iter_mut() {
+            if std::mem::take(&mut waiting.abandoned) {
+                again.push((
+                    waiting.arrived,
+                    unique,
+                    waiting.file.key,
+                    waiting.extent.offset,
+                    waiting.content_len(),
+                ));
+            }
+        }
+        again.sort_unstable_by_key(|&(arrived, unique, ..)| (arrived, unique));
+        for &(_, unique, key, offset, content_len) in &again {
+            self.call_handler(key, offset, content_len, unique);
+        }
+        again.len()
+    }
+
+    /// Answers the READs of `file` that `data` (at `offset`) covers in full.
+    pub fn answer_from(&self, file: &SharedFile, offset: u64, data: &[u8]) {
+        let pushed = Extent::new(offset, data.len() as u64);
+        let covered: Vec<Waiting> = {
+            let mut table = self.waiting.lock();
+            let uniques: Vec<u64> = table
+                .iter()
+                .filter(|(_, waiting)| {
+                    waiting.file.id == file.id
+                        && waiting.extent.offset >= offset
+                        && waiting.extent.offset + waiting.content_len() as u64 <= pushed.end()
+                })
+                .map(|(&unique, _)| unique)
+                .collect();
+            uniques
+                .iter()
+                .filter_map(|unique| table.remove(unique))
+                .collect()
+        };
+        for waiting in covered {
+            let start = (waiting.extent.offset - offset) as usize;
+            let content = &data[start..start + waiting.content_len()];
+            self.total.answered_by_push.fetch_add(1, Relaxed);
+            file.tally.answered_by_push.fetch_add(1, Relaxed);
+            // A refusal was logged, and the kernel keeps no READ that it refused.
+            let _ = self.answer(&waiting, &[content]);
+        }
+    }
+
+    /// The pages of `file` that unanswered READs hold locked.
+    pub fn locked_by_reads(&self, file: &SharedFile) -> RangeSet {
+        let table = self.waiting.lock();
+        let reads = table.values().filter(|waiting| waiting.file.id == file.id);
+        reads.map(|waiting| waiting.extent).collect()
+    }
+
+    /// READs that wait: (file, extent of image content).
+    pub fn waiting_reads(&self) -> Vec<(FileKey, Extent)> {
+        let table = self.waiting.lock();
+        let mut reads: Vec<_> = table
+            .values()
+            .map(|waiting| {
+                let content = Extent::new(waiting.extent.offset, waiting.content_len() as u64);
+                (waiting.arrived, waiting.file.key, content)
+            })
+            .collect();
+        reads.sort_unstable();
+        reads
+            .into_iter()
+            .map(|(_, key, extent)| (key, extent))
+            .collect()
+    }
+
+    /// Keeps a request for a file not added yet; `false` if the grace period is over.
+    fn park(&self, request: &[u8], may_expire: bool) -> bool {
+        let deadline = self.settings.grace_until;
+        if may_expire && deadline.is_none_or(|deadline| deadline <= Instant::now()) {
+            return false;
+        }
+        if !may_expire {
+            tracing::warn!("a READ of an unknown file waits for the file to be added");
+        }
+        self.chores.lock().parked.push(Parked {
+            request: request.to_vec(),
+            deadline: deadline.filter(|_| may_expire),
+        });
+        self.chores_changed.notify_all();
+        true
+    }
+
+    /// Serves all parked requests again, now that a file was added.
+    pub fn unpark(self: &Arc<Self>) {
+        let parked = std::mem::take(&mut self.chores.lock().parked);
+        for parked in parked {
+            self.handle(&parked.request);
+        }
+    }
+
+    /// Has the kernel deliver unanswered requests again, now and after the delays: a
+    /// dying predecessor may still take requests off the queue for a moment.
+    pub fn resend(&self, delays: &[Duration]) {
+        let now = Instant::now();
+        self.chores.lock().resend_at = delays.iter().map(|delay| now + *delay).collect();
+        self.chores_changed.notify_all();
+    }
+
+    /// Body of the chores thread: grace periods and resends.
+    pub fn do_chores(self: &Arc<Self>) {
+        let mut chores = self.chores.lock();
+        while !chores.stop {
+            let now = Instant::now();
+            let resend = chores.resend_at.front().is_some_and(|&at| at <= now);
+            if resend {
+                chores.resend_at.pop_front();
+            }
+            let due = |parked: &mut Parked| parked.deadline.is_some_and(|at| at <= now);
+            let expired: Vec<Parked> = chores.parked.extract_if(.., due).collect();
+            let next = chores.parked.iter().filter_map(|parked| parked.deadline);
+            let next = next.chain(chores.resend_at.front().copied()).min();
+            if !resend && expired.is_empty() {
+                match next {
+                    Some(at) => drop(self.chores_changed.wait_until(&mut chores, at)),
+                    None => self.chores_changed.wait(&mut chores),
+                }
+                continue;
+            }
+            drop(chores);
+            for parked in expired {
+                self.handle(&parked.request);
+            }
+            if resend && let Err(error) = self.connection.notify(notify::RESEND, &[]) {
+                // Before Linux 6.9; or nothing was ever mounted.
+                tracing::warn!(%error, "the kernel does not deliver requests again");
+            }
+            chores = self.chores.lock();
+        }
+    }
+
+    pub fn stop_chores(&self) {
+        self.chores.lock().stop = true;
+        self.chores_changed.notify_all();
+    }
+}

@@ -1,0 +1,478 @@
+//! [`SharedMemory`]: one mount, one copy of each image in the host's page cache.
+//!
+//! Owns the reader threads and tells the kernel which pages to take (push) and to drop
+//! (evict). Knows neither where bytes come from nor which of them are worth their place.
+//!
+//! Invariants: notifications are sent on the caller's thread, never on a reader's; each
+//! file is held open and mapped while it is here, because the page cache of an inode
+//! that nobody holds may go any time.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use forelay_image::extent::{Extent, PAGE_BYTES, normalise, total_bytes};
+use rustix::event::EventfdFlags;
+use rustix::io::Errno;
+
+use crate::counters::Counters;
+use crate::files::{AddFileError, FileId, FileKey, FileSpec, SharedFile, file_name};
+use crate::fuse::abi::{self, notify};
+use crate::fuse::connection::{Connection, Waiter};
+use crate::fuse::mount::{self, MountError};
+use crate::mapping::FileMapping;
+use crate::session::{Core, FaultHandler, Settings, zero_parts};
+
+/// Largest piece of one STORE.
+const STORE_BYTES: usize = 1 << 20;
+/// When a successor asks for unanswered requests, counted from its start.
+const RESEND_DELAYS: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(200),
+    Duration::from_secs(1),
+    Duration::from_secs(5),
+];
+
+/// Where the FUSE session comes from.
+#[derive(Debug)]
+pub enum Session {
+    /// Mount here and now; unmount when dropped.
+    New,
+    /// Serve a mount that somebody else holds, whether fresh or with requests in flight;
+    /// leave it mounted when dropped.
+    Takeover(OwnedFd),
+}
+
+/// How to serve a mount.
+#[derive(Debug)]
+pub struct Config {
+    /// The directory that shows the files.
+    pub mountpoint: PathBuf,
+    /// New or held.
+    pub session: Session,
+    /// Threads that receive and answer requests.
+    pub read_threads: usize,
+    /// How far the kernel reads around a fault, in KiB.
+    pub readahead_kib: u32,
+    /// Group that may read the files besides the owner.
+    pub gid: Option<u32>,
+    /// How long after a takeover lookups of unknown files wait for the file to be added.
+    pub unknown_file_grace: Duration,
+}
+
+impl Config {
+    /// The usual settings: 128 KiB around a fault, two reader threads.
+    pub fn new(mountpoint: impl Into<PathBuf>, session: Session) -> Self {
+        Self {
+            mountpoint: mountpoint.into(),
+            session,
+            read_threads: 2,
+            readahead_kib: 128,
+            gid: None,
+            unknown_file_grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why a mount cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Mounting failed.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// Threads or descriptors ran out.
+    #[error("cannot start serving {mountpoint}")]
+    Threads {
+        /// The mount.
+        mountpoint: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Why pages could not be pushed, evicted or asked about.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// No such file in this mount.
+    #[error("{0} is not in this mount")]
+    UnknownFile(FileKey),
+    /// Bytes that are not whole pages of the image.
+    #[error("{key}: {len} bytes at {offset} are not whole pages of the image")]
+    Unaligned {
+        /// The file.
+        key: FileKey,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The kernel refused.
+    #[error("{key}: {what} at {offset} failed")]
+    Kernel {
+        /// The file.
+        key: FileKey,
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A mount that is being served.
+#[derive(Debug)]
+pub struct SharedMemory {
+    core: Arc<Core>,
+    mountpoint: PathBuf,
+    unmount_on_drop: bool,
+    stop: OwnedFd,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl SharedMemory {
+    /// Mounts (or takes over) and starts answering.
+    pub fn start(mut config: Config, handler: Arc<dyn FaultHandler>) -> Result<Self, StartError> {
+        let session = std::mem::replace(&mut config.session, Session::New);
+        let (fd, is_new) = match session {
+            Session::New => (mount::mount(&config.mountpoint)?, true),
+            Session::Takeover(fd) => (fd, false),
+        };
+        let mut memory = Self::serve(fd, is_new, &config, handler).map_err(|error| {
+            if is_new && let Err(error) = mount::unmount_lazily(&config.mountpoint) {
+                tracing::warn!(%error, "a mount stays behind");
+            }
+            StartError::Threads {
+                mountpoint: config.mountpoint.clone(),
+                source: error,
+            }
+        })?;
+        memory.unmount_on_drop = is_new;
+        if !is_new {
+            memory.core.resend(&RESEND_DELAYS);
+        }
+        if let Err(error) = memory.tune(config.readahead_kib) {
+            tracing::warn!(%error, "readahead of the mount keeps the kernel's default");
+        }
+        Ok(memory)
+    }
+
+    fn serve(
+        fd: OwnedFd,
+        is_new: bool,
+        config: &Config,
+        handler: Arc<dyn FaultHandler>,
+    ) -> std::io::Result<Self> {
+        let settings = Settings {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: config.gid.unwrap_or(rustix::process::getegid().as_raw()),
+            max_readahead_bytes: 1 << 20,
+            grace_until: (!is_new).then(|| Instant::now() + config.unknown_file_grace),
+        };
+        let core = Arc::new(Core::new(Connection::new(fd)?, settings, handler));
+        let mut memory = Self {
+            stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
+            mountpoint: config.mountpoint.clone(),
+            unmount_on_drop: false,
+            threads: Vec::new(),
+            core,
+        };
+        for n in 0..config.read_threads.max(1) {
+            let waiter = Waiter::new(&memory.core.connection, &memory.stop)?;
+            let core = Arc::clone(&memory.core);
+            memory.spawn(format!("fuse-read-{n}"), move || {
+                core.read_requests(&waiter)
+            })?;
+        }
+        let core = Arc::clone(&memory.core);
+        memory.spawn("fuse-chores".to_owned(), move || core.do_chores())?;
+        Ok(memory)
+    }
+
+    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let thread = std::thread::Builder::new().name(name).spawn(body)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Waits until INIT is done (any answered request shows that), then sets readahead:
+    /// INIT would overwrite it.
+    fn tune(&self, readahead_kib: u32) -> std::io::Result<()> {
+        rustix::fs::statvfs(&self.mountpoint)?;
+        mount::set_readahead(&self.mountpoint, readahead_kib)
+    }
+
+    /// The directory that shows the files.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Where `key` is, once added.
+    pub fn path(&self, key: &FileKey) -> PathBuf {
+        self.mountpoint.join(file_name(key))
+    }
+
+    /// Adds the file of an image; adding it again with equal sizes changes nothing. Call
+    /// it from no thread that answers faults: it opens the file through the mount.
+    pub fn add_file(&self, key: FileKey, spec: FileSpec) -> Result<FileId, AddFileError> {
+        self.add(key, spec, None)
+    }
+
+    /// Adds a file under the id that an earlier daemon gave it.
+    pub fn add_file_as(
+        &self,
+        key: FileKey,
+        spec: FileSpec,
+        id: FileId,
+    ) -> Result<FileId, AddFileError> {
+        self.add(key, spec, Some(id))
+    }
+
+    fn add(
+        &self,
+        key: FileKey,
+        spec: FileSpec,
+        id: Option<FileId>,
+    ) -> Result<FileId, AddFileError> {
+        let file = self.core.files.write().add(key, spec, id)?;
+        self.core.unpark();
+        if file.mapping.get().is_none() {
+            let mapping = File::open(self.path(&key))
+                .and_then(|open| FileMapping::new(open, spec.device_bytes))
+                .map_err(|source| AddFileError::Open { key, source })?;
+            // If somebody else added it at the same time, one mapping is as good.
+            let _ = file.mapping.set(mapping);
+        }
+        Ok(file.id)
+    }
+
+    /// Takes a file away; its pages go with its last user. READs that its users may still
+    /// cause wait until it is added again, so remove only what nothing maps.
+    pub fn remove_file(&self, key: &FileKey) -> Result<(), MemoryError> {
+        let removed = self.core.files.write().remove(key);
+        let file = removed.ok_or(MemoryError::UnknownFile(*key))?;
+        let node = file.id.0;
+        drop(file);
+        let body = abi::inval_entry_body(file_name(key).as_bytes());
+        match self.core.connection.notify(notify::INVAL_ENTRY, &[&body]) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(MemoryError::Kernel {
+                key: *key,
+                what: "removing the entry",
+                offset: node,
+                source: error.into(),
+            }),
+        }
+    }
+
+    /// The files in this mount, by node id.
+    pub fn files(&self) -> Vec<(FileKey, FileId, FileSpec)> {
+        let files = self.core.files.read();
+        files
+            .iter()
+            .map(|file| (file.key, file.id, file.spec))
+            .collect()
+    }
+
+    fn file(&self, key: &FileKey) -> Result<Arc<SharedFile>, MemoryError> {
+        let files = self.core.files.read();
+        let file = files.by_key(key).ok_or(MemoryError::UnknownFile(*key))?;
+        Ok(Arc::clone(file))
+    }
+
+    /// Puts bytes of an image into the page cache ahead of any touch. `offset` is a
+    /// multiple of the page size, and so is the length unless the image ends there.
+    /// READs that wait for these bytes are answered with them.
+    ///
+    /// Blocks while a READ that overlaps is unanswered: never call it on a thread that
+    /// answers faults.
+    pub fn push(&self, key: &FileKey, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let file = self.file(key)?;
+        let end = offset.saturating_add(data.len() as u64);
+        let whole_pages = end.is_multiple_of(PAGE_BYTES) || end == file.spec.image_bytes;
+        if !offset.is_multiple_of(PAGE_BYTES) || !whole_pages || end > file.content_bytes() {
+            return Err(MemoryError::Unaligned {
+                key: *key,
+                offset,
+                len: data.len() as u64,
+            });
+        }
+        if data.is_empty() {
+            return Ok(());
+        }
+        let extent = Extent::new(offset, data.len() as u64);
+        // READs hold their pages locked: take those that the data answers out of the
+        // way, and leave the others' pages to their answers.
+        let locked = self.core.locked_by_reads(&file);
+        self.core.answer_from(&file, offset, data);
+        for gap in locked.gaps(extent) {
+            let start = (gap.offset - offset) as usize;
+            self.store(&file, gap.offset, &data[start..start + gap.len as usize])?;
+        }
+        file.pushed.lock().insert(extent.page_aligned());
+        self.core.total.pushed_bytes.fetch_add(extent.len, Relaxed);
+        file.tally.pushed_bytes.fetch_add(extent.len, Relaxed);
+        Ok(())
+    }
+
+    fn store(&self, file: &SharedFile, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let mut at = offset;
+        for piece in data.chunks(STORE_BYTES) {
+            let padding = piece.len().next_multiple_of(PAGE_BYTES as usize) - piece.len();
+            let body = abi::store_body(file.id.0, at, (piece.len() + padding) as u32);
+            let mut parts: Vec<&[u8]> = vec![&body, piece];
+            parts.extend(zero_parts(padding));
+            self.core
+                .connection
+                .notify(notify::STORE, &parts)
+                .map_err(|error| MemoryError::Kernel {
+                    key: file.key,
+                    what: "storing pages",
+                    offset: at,
+                    source: error.into(),
+                })?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Drops pages from the page cache, also those that VMs map: they fault them back.
+    /// Pages that unanswered READs are about to fill stay. Returns the bytes freed, by
+    /// residency before and after.
+    pub fn evict(&self, key: &FileKey, extents: &[Extent]) -> Result<u64, MemoryError> {
+        let file = self.file(key)?;
+        let clipped = extents.iter().filter_map(|extent| file.clip(*extent));
+        let locked = self.core.locked_by_reads(&file);
+        let mut freed_bytes = 0;
+        for extent in normalise(clipped.collect()) {
+            let before = total_bytes(&self.resident_within(&file, extent)?);
+            for gap in locked.gaps(extent) {
+                self.invalidate(&file, gap)?;
+                file.pushed.lock().remove(gap);
+                file.used.lock().remove(gap);
+            }
+            let after = total_bytes(&self.resident_within(&file, extent)?);
+            freed_bytes += before.saturating_sub(after);
+        }
+        self.core
+            .total
+            .evicted_bytes
+            .fetch_add(freed_bytes, Relaxed);
+        file.tally.evicted_bytes.fetch_add(freed_bytes, Relaxed);
+        Ok(freed_bytes)
+    }
+
+    fn invalidate(&self, file: &SharedFile, extent: Extent) -> Result<(), MemoryError> {
+        let body = abi::inval_inode_body(file.id.0, extent.offset, extent.len);
+        match self.core.connection.notify(notify::INVAL_INODE, &[&body]) {
+            // Not looked up: nothing is cached.
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(MemoryError::Kernel {
+                key: file.key,
+                what: "dropping pages",
+                offset: extent.offset,
+                source: error.into(),
+            }),
+        }
+    }
+
+    /// Which pages of a file are in memory, exactly, padding included.
+    pub fn resident(&self, key: &FileKey) -> Result<Vec<Extent>, MemoryError> {
+        let file = self.file(key)?;
+        self.resident_within(&file, Extent::new(0, file.spec.device_bytes))
+    }
+
+    fn resident_within(
+        &self,
+        file: &SharedFile,
+        within: Extent,
+    ) -> Result<Vec<Extent>, MemoryError> {
+        let Some(mapping) = file.mapping.get() else {
+            return Ok(Vec::new());
+        };
+        mapping
+            .resident(within)
+            .map_err(|source| MemoryError::Kernel {
+                key: file.key,
+                what: "asking for residency",
+                offset: within.offset,
+                source,
+            })
+    }
+
+    /// Tells that an observation found `touched` pages, so that pushed bytes count as used.
+    pub fn note_touched(&self, key: &FileKey, touched: &[Extent]) -> Result<(), MemoryError> {
+        let file = self.file(key)?;
+        let pushed = file.pushed.lock();
+        let mut used = file.used.lock();
+        let mut used_bytes = 0;
+        for extent in touched {
+            for hit in pushed.overlaps(*extent) {
+                used_bytes += used.insert(hit);
+            }
+        }
+        self.core
+            .total
+            .pushed_used_bytes
+            .fetch_add(used_bytes, Relaxed);
+        file.tally.pushed_used_bytes.fetch_add(used_bytes, Relaxed);
+        Ok(())
+    }
+
+    /// Asks the handler again for each READ whose reply was dropped; returns how many.
+    pub fn retry_pending(&self) -> usize {
+        self.core.retry_abandoned()
+    }
+
+    /// READs that wait for an answer now, oldest first.
+    pub fn waiting_reads(&self) -> Vec<(FileKey, Extent)> {
+        self.core.waiting_reads()
+    }
+
+    /// Counters of the whole mount.
+    pub fn counters(&self) -> Counters {
+        self.core.total.snapshot()
+    }
+
+    /// Counters of one file.
+    pub fn file_counters(&self, key: &FileKey) -> Result<Counters, MemoryError> {
+        Ok(self.file(key)?.tally.snapshot())
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        self.core.stop_chores();
+        if let Err(error) = rustix::io::write(&self.stop, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "cannot stop the reader threads");
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a FUSE thread panicked");
+            }
+        }
+        // Our own mappings would keep the mount busy.
+        let files = self
+            .core
+            .files
+            .read()
+            .iter()
+            .map(|file| file.key)
+            .collect::<Vec<_>>();
+        let removed: Vec<_> = {
+            let mut table = self.core.files.write();
+            files.iter().filter_map(|key| table.remove(key)).collect()
+        };
+        drop(removed);
+        if self.unmount_on_drop
+            && let Err(error) = mount::unmount_lazily(&self.mountpoint)
+        {
+            tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
+        }
+    }
+}

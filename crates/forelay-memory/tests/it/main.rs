@@ -1,0 +1,5 @@
+//! Integration tests of shared memory against the real kernel: `/dev/fuse`, real mounts,
+//! real mappings in real processes. Needs root; says so loudly where it has none.
+
+mod content;
+mod support;

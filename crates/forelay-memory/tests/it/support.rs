@@ -1,0 +1,118 @@
+//! What the tests share: images with computable bytes, handlers that serve them, mounts
+//! that clean up after themselves.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use forelay_image::digest::Digest;
+use forelay_memory::mapping::FileMapping;
+use forelay_memory::{Config, Fault, FaultHandler, FileKey, FileSpec, Session, SharedMemory};
+
+pub const MIB: u64 = 1 << 20;
+pub const PAGE: u64 = 4096;
+
+/// Says loudly why a test does nothing here; `true` if it should return.
+pub fn skipped(test: &str) -> bool {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|meta| {
+        use std::os::unix::fs::MetadataExt as _;
+        meta.uid() == 0
+    });
+    let fuse = Path::new("/dev/fuse").exists();
+    if !root || !fuse {
+        eprintln!("SKIPPED {test}: needs root and /dev/fuse (root: {root}, fuse: {fuse})");
+    }
+    !root || !fuse
+}
+
+/// An image whose every 8 bytes follow from its seed and their offset.
+#[derive(Clone, Copy, Debug)]
+pub struct TestImage {
+    pub seed: u64,
+    pub bytes: u64,
+}
+
+fn word(seed: u64, index: u64) -> u64 {
+    let mut x = (index ^ seed.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x ^= x >> 29;
+    x.wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1
+}
+
+impl TestImage {
+    pub fn new(seed: u64, bytes: u64) -> Self {
+        Self { seed, bytes }
+    }
+
+    pub fn key(&self) -> FileKey {
+        Digest::of(format!("{} {}", self.seed, self.bytes).as_bytes())
+    }
+
+    pub fn spec(&self) -> FileSpec {
+        FileSpec::padded(self.bytes)
+    }
+
+    /// Image bytes; zeros behind its end.
+    pub fn content(&self, offset: u64, len: usize) -> Vec<u8> {
+        assert_eq!(offset % 8, 0);
+        let words =
+            (0..len.div_ceil(8) as u64).flat_map(|n| word(self.seed, offset / 8 + n).to_ne_bytes());
+        let mut out: Vec<u8> = words.take(len).collect();
+        let inside = self.bytes.saturating_sub(offset).min(len as u64) as usize;
+        out[inside..].fill(0);
+        out
+    }
+
+    /// Whether the page of `mapping` at `offset` holds the right bytes.
+    pub fn page_is_right(&self, mapping: &FileMapping, offset: u64) -> bool {
+        let got = &mapping.bytes()[offset as usize..(offset + PAGE) as usize];
+        got == self.content(offset, PAGE as usize)
+    }
+}
+
+/// Answers every fault at once with the right bytes.
+pub struct Images(HashMap<FileKey, TestImage>);
+
+impl Images {
+    pub fn new(images: &[TestImage]) -> Arc<Self> {
+        Arc::new(Self(
+            images.iter().map(|image| (image.key(), *image)).collect(),
+        ))
+    }
+}
+
+impl FaultHandler for Images {
+    fn fault(&self, fault: Fault) {
+        let image = self.0[&fault.file];
+        let data = image.content(fault.offset, fault.len as usize);
+        fault.reply.data(&data).unwrap();
+    }
+}
+
+/// A mount in a fresh directory, with `images` added.
+pub struct TestMount {
+    pub memory: SharedMemory,
+    _dir: tempfile::TempDir,
+}
+
+impl TestMount {
+    pub fn new(images: &[TestImage]) -> Self {
+        Self::with_handler(images, Images::new(images))
+    }
+
+    pub fn with_handler(images: &[TestImage], handler: Arc<dyn FaultHandler>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::new(dir.path().join("mount"), Session::New);
+        let memory = SharedMemory::start(config, handler).unwrap();
+        for image in images {
+            memory.add_file(image.key(), image.spec()).unwrap();
+        }
+        Self { memory, _dir: dir }
+    }
+
+    /// A mapping as a VMM would make it.
+    pub fn map(&self, image: &TestImage) -> FileMapping {
+        let file = File::open(self.memory.path(&image.key())).unwrap();
+        FileMapping::new(file, image.spec().device_bytes).unwrap()
+    }
+}
