@@ -8,6 +8,7 @@
 pub mod chunk;
 pub mod component;
 pub mod digest;
+pub mod erofs;
 pub mod extent;
 pub mod tree;
 

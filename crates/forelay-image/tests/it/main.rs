@@ -1,0 +1,5 @@
+//! Integration tests of component images and map images, with the kernel, `fsck.erofs`
+//! and `dump.erofs` as referees.
+
+mod compose;
+mod referee;
