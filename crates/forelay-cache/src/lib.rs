@@ -1,2 +1,18 @@
-//! placeholder header: to be replaced by the crate's owner.
+//! Memory decisions of Forelay: the mapping table, the plan (admission, prefetch,
+//! eviction), eviction policies, accounting and the adaptive budget.
+//!
+//! Owns what shall be in shared memory and what is. Refuses to know the clock, files,
+//! sockets and threads: events and times come in, actions go out, so the daemon and
+//! the simulator run the same code.
 #![forbid(unsafe_code)]
+
+pub mod budget;
+pub mod mapping_table;
+pub mod names;
+pub mod page_set;
+pub mod plan;
+pub mod policy;
+
+pub use mapping_table::MappingTable;
+pub use names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
+pub use plan::{Action, Event, Planner};

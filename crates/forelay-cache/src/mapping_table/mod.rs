@@ -1,0 +1,705 @@
+//! The mapping table: (domain, VM, device, component image, extent) -> (state, place,
+//! references), with rows for VMs that do not exist yet.
+//!
+//! Owns which VM can reach which image, and where every page of every image is. Refuses
+//! to know how pages get there, what they are worth, what time it is: it is told.
+//!
+//! Residency is kept once for each image and domain ([`image_row`]); a VM's row only
+//! refers to images and holds the pages that VM has touched. So 1,000 VMs cost 1,000
+//! touch sets, not 1,000 residency maps.
+//!
+//! Invariants (checked by [`MappingTable::validate`]): those of [`image_row`]; an
+//! image's `mapped_by` is the number of device rows that refer to it; no image row is
+//! kept about which nothing is known. Lookups allocate nothing.
+
+mod image_row;
+#[cfg(test)]
+mod model_test;
+mod shared;
+
+use std::collections::BTreeMap;
+
+use forelay_image::{Digest, Extent, PAGE_BYTES};
+use serde::{Deserialize, Serialize};
+
+use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
+use crate::page_set::{PageRun, PageSet};
+
+pub(crate) use image_row::ImageRow;
+pub use shared::{SharedTable, TableLock};
+
+/// State of a page of an image in one domain's shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PageState {
+    /// No bytes, and no VM that could reach them.
+    Absent,
+    /// Mapped ahead of any byte.
+    Reserved,
+    /// On its way into shared memory.
+    Fetching,
+    /// In shared memory.
+    Resident,
+}
+
+/// What kind of shared memory holds an image's resident pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tier {
+    /// 4 KiB pages of the FUSE file's page cache.
+    #[default]
+    PageCache,
+    /// A huge-page backed copy.
+    HugePages,
+}
+
+/// Whether a row's VM exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Mapped ahead: devices are set up, no VMM runs.
+    Premapped,
+    /// The VMM runs.
+    Running,
+}
+
+/// How bytes came into shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arrival {
+    /// A VM waited for them.
+    Demand,
+    /// They were pushed before anyone asked.
+    Prefetch,
+}
+
+/// Why the table refused an operation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TableError {
+    /// No row for this VM.
+    #[error("VM {0} is not in the mapping table")]
+    UnknownVm(VmName),
+    /// A row for this VM exists already.
+    #[error("VM {0} is in the mapping table already")]
+    VmExists(VmName),
+    /// The VM has no device for this image.
+    #[error("VM {vm} has no device for image {image}")]
+    NoDevice {
+        /// The VM.
+        vm: VmName,
+        /// The image.
+        image: Digest,
+    },
+    /// Nothing is known about this image.
+    #[error("image {image} is not in the mapping table of domain {domain}")]
+    UnknownImage {
+        /// The trust domain.
+        domain: Domain,
+        /// The image.
+        image: Digest,
+    },
+    /// The image is known with another size.
+    #[error("image {image} has {known_bytes} bytes, not {claimed_bytes}")]
+    SizeMismatch {
+        /// The image.
+        image: Digest,
+        /// Its size as the table knows it, in bytes.
+        known_bytes: u64,
+        /// The size that was claimed, in bytes.
+        claimed_bytes: u64,
+    },
+    /// The extent reaches past the image.
+    #[error("bytes {}..{} are not within image {image} of {image_bytes} bytes", extent.offset, extent.end())]
+    OutOfImage {
+        /// The image.
+        image: Digest,
+        /// The offending extent.
+        extent: Extent,
+        /// The image's size in bytes.
+        image_bytes: u64,
+    },
+}
+
+/// Answer of [`MappingTable::lookup`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry<'a> {
+    /// Image and the domain whose shared memory holds it.
+    pub image: &'a SharedImage,
+    /// State of the page asked about.
+    pub state: PageState,
+    /// The longest extent around it in the same state.
+    pub extent: Extent,
+    /// Kind of memory that holds it when resident.
+    pub tier: Tier,
+    /// VMs that can reach it.
+    pub references: u32,
+    /// Pins on the page.
+    pub pins: u32,
+    /// Whether this VM has touched the page.
+    pub touched: bool,
+}
+
+/// Answer of [`MappingTable::touch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Touch {
+    /// Bytes that the table did not know to be resident.
+    pub learned_bytes: u64,
+    /// Bytes that this VM had not touched before.
+    pub first_touch_bytes: u64,
+}
+
+/// A VM's row.
+#[derive(Clone, Debug)]
+pub(crate) struct VmRow {
+    pub(crate) domain: Domain,
+    pub(crate) profile: ProfileName,
+    pub(crate) phase: Phase,
+    pub(crate) devices: Vec<DeviceRow>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceRow {
+    /// Index into `MappingTable::images`.
+    pub(crate) image: u32,
+    pub(crate) touched: PageSet,
+}
+
+/// The mapping table. See the module's header.
+#[derive(Clone, Debug, Default)]
+pub struct MappingTable {
+    pub(crate) by_key: BTreeMap<SharedImage, u32>,
+    pub(crate) images: Vec<Option<ImageRow>>,
+    free: Vec<u32>,
+    pub(crate) vms: BTreeMap<VmName, VmRow>,
+    pub(crate) resident_bytes: u64,
+    pub(crate) fetching_bytes: u64,
+}
+
+impl MappingTable {
+    /// An empty table.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    // ---- VMs -----------------------------------------------------------------
+
+    /// Adds a VM with its devices in order. With [`Phase::Premapped`] this is done from a
+    /// forecast, before the launch is asked for.
+    pub fn map(
+        &mut self,
+        vm: &VmName,
+        domain: &Domain,
+        profile: &ProfileName,
+        devices: &[DeviceImage],
+        phase: Phase,
+    ) -> Result<(), TableError> {
+        if self.vms.contains_key(vm) {
+            return Err(TableError::VmExists(vm.clone()));
+        }
+        for device in devices {
+            self.check_size(domain, device)?;
+        }
+        let rows = devices
+            .iter()
+            .map(|device| self.refer(domain, device))
+            .collect();
+        let row = VmRow {
+            domain: domain.clone(),
+            profile: profile.clone(),
+            phase,
+            devices: rows,
+        };
+        self.vms.insert(vm.clone(), row);
+        Ok(())
+    }
+
+    /// The VM's VMM runs now.
+    pub fn start(&mut self, vm: &VmName) -> Result<(), TableError> {
+        self.vm_mut(vm)?.phase = Phase::Running;
+        Ok(())
+    }
+
+    /// Gives a row mapped ahead to the VM that is launched now, under its own name.
+    pub fn rename(&mut self, from: &VmName, to: &VmName) -> Result<(), TableError> {
+        if self.vms.contains_key(to) {
+            return Err(TableError::VmExists(to.clone()));
+        }
+        let row = self.vms.remove(from);
+        let row = row.ok_or_else(|| TableError::UnknownVm(from.clone()))?;
+        self.vms.insert(to.clone(), row);
+        Ok(())
+    }
+
+    /// Removes a VM. Its images stay resident.
+    pub fn unmap(&mut self, vm: &VmName) -> Result<(), TableError> {
+        let row = self.vms.remove(vm);
+        let row = row.ok_or_else(|| TableError::UnknownVm(vm.clone()))?;
+        for device in row.devices {
+            self.release(device.image);
+        }
+        Ok(())
+    }
+
+    /// Adds a device to a VM (hot attach).
+    pub fn attach(&mut self, vm: &VmName, device: &DeviceImage) -> Result<(), TableError> {
+        let domain = self.vm(vm)?.domain.clone();
+        self.check_size(&domain, device)?;
+        let row = self.refer(&domain, device);
+        self.vm_mut(vm)?.devices.push(row);
+        Ok(())
+    }
+
+    /// Removes a VM's last device for `image` (hot detach).
+    pub fn detach(&mut self, vm: &VmName, image: &Digest) -> Result<(), TableError> {
+        let at = self.device_index(vm, image)?;
+        let device = self.vm_mut(vm)?.devices.remove(at);
+        self.release(device.image);
+        Ok(())
+    }
+
+    /// Records that `vm` has touched pages of `image`, which are resident by definition.
+    pub fn touch(
+        &mut self,
+        vm: &VmName,
+        image: &Digest,
+        extent: Extent,
+    ) -> Result<Touch, TableError> {
+        let at = self.device_index(vm, image)?;
+        let index = self.vm(vm)?.devices[at].image;
+        let run = self.run_in(index, extent)?;
+        let first = self.vm_mut(vm)?.devices[at].touched.insert(run);
+        let row = self.row_mut(index);
+        row.prefetched_unused.remove(run);
+        let fetched = row.fetching.remove(run);
+        let learned = row.resident.insert(run);
+        self.fetching_bytes -= page_bytes(fetched);
+        self.resident_bytes += page_bytes(learned);
+        Ok(Touch {
+            learned_bytes: page_bytes(learned),
+            first_touch_bytes: page_bytes(first),
+        })
+    }
+
+    /// Forgets what `vm` has touched of `image`, before a fresh observation is recorded.
+    pub fn clear_touched(&mut self, vm: &VmName, image: &Digest) -> Result<(), TableError> {
+        let at = self.device_index(vm, image)?;
+        self.vm_mut(vm)?.devices[at].touched = PageSet::new();
+        Ok(())
+    }
+
+    // ---- pages ---------------------------------------------------------------
+
+    /// Makes an image known before any VM maps it, so that it can be prefetched.
+    pub fn add_image(&mut self, domain: &Domain, device: &DeviceImage) -> Result<(), TableError> {
+        self.check_size(domain, device)?;
+        let key = SharedImage::new(domain.clone(), device.image);
+        if !self.by_key.contains_key(&key) {
+            self.insert_image(key, device.image_bytes);
+        }
+        Ok(())
+    }
+
+    /// Marks the pages of `extent` that are neither resident nor on their way as being
+    /// fetched, and returns exactly those.
+    pub fn begin_fetch(
+        &mut self,
+        image: &SharedImage,
+        extent: Extent,
+    ) -> Result<Vec<Extent>, TableError> {
+        let index = self.index(image)?;
+        let run = self.run_in(index, extent)?;
+        let row = self.row_mut(index);
+        let missing: Vec<PageRun> = row
+            .resident
+            .gaps_within(run)
+            .flat_map(|gap| row.fetching.gaps_within(gap))
+            .collect();
+        let mut pages = 0;
+        for &run in &missing {
+            pages += row.fetching.insert(run);
+        }
+        self.fetching_bytes += page_bytes(pages);
+        Ok(missing.into_iter().map(PageRun::extent).collect())
+    }
+
+    /// The bytes of `extent` are in shared memory now; returns how many are new.
+    pub fn complete_fetch(
+        &mut self,
+        image: &SharedImage,
+        extent: Extent,
+        arrival: Arrival,
+    ) -> Result<u64, TableError> {
+        let index = self.index(image)?;
+        let run = self.run_in(index, extent)?;
+        let row = self.row_mut(index);
+        let fetched = row.fetching.remove(run);
+        if arrival == Arrival::Prefetch {
+            let new: Vec<PageRun> = row.resident.gaps_within(run).collect();
+            for run in new {
+                row.prefetched_unused.insert(run);
+            }
+        }
+        let arrived = row.resident.insert(run);
+        self.fetching_bytes -= page_bytes(fetched);
+        self.resident_bytes += page_bytes(arrived);
+        Ok(page_bytes(arrived))
+    }
+
+    /// A fetch failed or was cancelled; returns the bytes that were on their way.
+    pub fn abort_fetch(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
+        let index = self.index(image)?;
+        let run = self.run_in(index, extent)?;
+        let stopped = page_bytes(self.row_mut(index).fetching.remove(run));
+        self.fetching_bytes -= stopped;
+        self.drop_if_unused(index);
+        Ok(stopped)
+    }
+
+    /// Pages of `extent` were given back; pinned ones stay. Returns the bytes freed.
+    pub fn evict(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
+        let index = self.index(image)?;
+        let run = self.run_in(index, extent)?;
+        let row = self.row_mut(index);
+        let mut pages = 0;
+        for run in row.evictable(run) {
+            pages += row.resident.remove(run);
+            row.prefetched_unused.remove(run);
+        }
+        self.resident_bytes -= page_bytes(pages);
+        self.drop_if_unused(index);
+        Ok(page_bytes(pages))
+    }
+
+    /// Adds one pin to every page of `extent`.
+    pub fn pin(&mut self, image: &SharedImage, extent: Extent) -> Result<(), TableError> {
+        let index = self.index(image)?;
+        let run = self.run_in(index, extent)?;
+        if !run.is_empty() {
+            self.row_mut(index).pin(run);
+        }
+        Ok(())
+    }
+
+    /// Takes one pin off every page of `extent` that has one; returns those bytes.
+    pub fn unpin(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
+        let index = self.index(image)?;
+        let run = self.run_in(index, extent)?;
+        let unpinned = page_bytes(self.row_mut(index).unpin(run));
+        self.drop_if_unused(index);
+        Ok(unpinned)
+    }
+
+    /// Says which kind of memory serves an image from now on.
+    pub fn set_tier(&mut self, image: &SharedImage, tier: Tier) -> Result<(), TableError> {
+        let index = self.index(image)?;
+        self.row_mut(index).tier = tier;
+        Ok(())
+    }
+
+    // ---- reading -------------------------------------------------------------
+
+    /// Where byte `offset` of `image` is for `vm`. Allocates nothing.
+    pub fn lookup(&self, vm: &str, image: &Digest, offset: u64) -> Option<Entry<'_>> {
+        let row = self.vms.get(vm)?;
+        row.devices
+            .iter()
+            .find_map(|device| self.entry(device, offset, Some(image)))
+    }
+
+    /// Where byte `offset` of the VM's device number `device` is. Allocates nothing.
+    pub fn lookup_device(&self, vm: &str, device: usize, offset: u64) -> Option<Entry<'_>> {
+        self.entry(self.vms.get(vm)?.devices.get(device)?, offset, None)
+    }
+
+    fn entry(&self, device: &DeviceRow, offset: u64, only: Option<&Digest>) -> Option<Entry<'_>> {
+        let row = self.images.get(device.image as usize)?.as_ref()?;
+        if only.is_some_and(|image| *image != row.key.image) || offset >= row.image_bytes {
+            return None;
+        }
+        let page = u32::try_from(offset / PAGE_BYTES).ok()?;
+        Some(Entry {
+            image: &row.key,
+            state: row.state(page),
+            extent: row.run_around(page).extent(),
+            tier: row.tier,
+            references: row.mapped_by,
+            pins: row.pin_count(page),
+            touched: device.touched.contains(page),
+        })
+    }
+
+    /// State of one byte's page; [`PageState::Absent`] for an unknown image.
+    pub fn state(&self, image: &SharedImage, offset: u64) -> PageState {
+        let page = u32::try_from(offset / PAGE_BYTES).unwrap_or(u32::MAX);
+        self.image_row(image)
+            .map_or(PageState::Absent, |row| row.state(page))
+    }
+
+    /// Resident extents of an image, in order.
+    pub fn resident(&self, image: &SharedImage) -> impl Iterator<Item = Extent> + '_ {
+        let row = self.image_row(image);
+        row.into_iter()
+            .flat_map(|row| row.resident.runs().map(PageRun::extent))
+    }
+
+    /// Resident and unpinned parts of `extent`.
+    pub fn evictable(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
+        let row = self.image_row(image);
+        row.map_or_else(Vec::new, |row| {
+            let runs = row.evictable(PageRun::covering(extent));
+            runs.into_iter().map(PageRun::extent).collect()
+        })
+    }
+
+    /// Parts of `extent` that are neither resident nor on their way.
+    pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
+        let Some(row) = self.image_row(image) else {
+            return vec![extent.page_aligned()];
+        };
+        let run = PageRun::covering(extent).intersection(row.whole());
+        row.resident
+            .gaps_within(run)
+            .flat_map(|gap| row.fetching.gaps_within(gap))
+            .map(PageRun::extent)
+            .collect()
+    }
+
+    /// Images that the table knows, in order.
+    pub fn known_images(&self) -> impl Iterator<Item = &SharedImage> {
+        self.by_key.keys()
+    }
+
+    /// VMs in the table with their phase, in order of names.
+    pub fn known_vms(&self) -> impl Iterator<Item = (&VmName, Phase)> {
+        self.vms.iter().map(|(name, row)| (name, row.phase))
+    }
+
+    /// Domain and profile of a VM.
+    pub fn vm_identity(&self, vm: &str) -> Option<(&Domain, &ProfileName)> {
+        self.vms.get(vm).map(|row| (&row.domain, &row.profile))
+    }
+
+    /// Images of a VM's devices, in device order.
+    pub fn devices(&self, vm: &str) -> impl Iterator<Item = DeviceImage> + '_ {
+        let devices = self.vms.get(vm).map_or(&[][..], |row| &row.devices);
+        devices.iter().filter_map(|device| {
+            let row = self.images[device.image as usize].as_ref()?;
+            Some(DeviceImage {
+                image: row.key.image,
+                image_bytes: row.image_bytes,
+            })
+        })
+    }
+
+    /// VMs (running or mapped ahead) that can reach an image.
+    pub fn mapped_by(&self, image: &SharedImage) -> u32 {
+        self.image_row(image).map_or(0, |row| row.mapped_by)
+    }
+
+    /// Size of a known image in bytes.
+    pub fn image_bytes(&self, image: &SharedImage) -> Option<u64> {
+        self.image_row(image).map(|row| row.image_bytes)
+    }
+
+    /// Resident bytes of one image.
+    pub fn resident_bytes_of(&self, image: &SharedImage) -> u64 {
+        self.image_row(image).map_or(0, |row| row.resident.bytes())
+    }
+
+    /// Pinned bytes of one image, resident or not.
+    pub fn pinned_bytes_of(&self, image: &SharedImage) -> u64 {
+        self.image_row(image).map_or(0, ImageRow::pinned_bytes)
+    }
+
+    /// Bytes in shared memory, over all domains.
+    pub const fn resident_bytes(&self) -> u64 {
+        self.resident_bytes
+    }
+
+    /// Bytes on their way into shared memory, over all domains.
+    pub const fn fetching_bytes(&self) -> u64 {
+        self.fetching_bytes
+    }
+
+    /// Memory that the table itself takes, in bytes, without its names.
+    pub fn heap_bytes(&self) -> usize {
+        let images = self.images.iter().flatten().map(ImageRow::heap_bytes);
+        let rows = self.images.capacity() * size_of::<Option<ImageRow>>();
+        // A B-tree node holds up to 11 entries and is on average about 70% full.
+        let keys = self.by_key.len() * (size_of::<SharedImage>() + 4) * 3 / 2;
+        let vms = self.vms.values().map(|row| {
+            let touched = row.devices.iter().map(|device| device.touched.heap_bytes());
+            let devices = row.devices.capacity() * size_of::<DeviceRow>();
+            touched.sum::<usize>() + devices + size_of::<(VmName, VmRow)>() * 3 / 2
+        });
+        images.sum::<usize>() + rows + keys + vms.sum::<usize>()
+    }
+
+    /// Chooses the smallest form of every set.
+    pub fn compact(&mut self) {
+        for row in self.images.iter_mut().flatten() {
+            row.resident.compact();
+            row.fetching.compact();
+            row.prefetched_unused.compact();
+        }
+        for row in self.vms.values_mut() {
+            for device in &mut row.devices {
+                device.touched.compact();
+            }
+            row.devices.shrink_to_fit();
+        }
+    }
+
+    /// Checks the invariants named in the module's header; the error says which broke.
+    pub fn validate(&self) -> Result<(), String> {
+        let mut references = vec![0u32; self.images.len()];
+        for (name, row) in &self.vms {
+            for device in &row.devices {
+                let Some(Some(image)) = self.images.get(device.image as usize) else {
+                    return Err(format!("VM {name} refers to a missing image row"));
+                };
+                if image.key.domain != row.domain {
+                    return Err(format!("VM {name} reaches into another domain"));
+                }
+                device.touched.validate()?;
+                references[device.image as usize] += 1;
+            }
+        }
+        let (mut resident, mut fetching) = (0, 0);
+        for (row, expected) in self.images.iter().zip(references) {
+            let Some(row) = row else { continue };
+            row.validate()?;
+            if row.mapped_by != expected {
+                return Err(format!(
+                    "{} counts {} VMs, not {expected}",
+                    row.key.image, row.mapped_by
+                ));
+            }
+            resident += row.resident.bytes();
+            fetching += row.fetching.bytes();
+        }
+        if (resident, fetching) != (self.resident_bytes, self.fetching_bytes) {
+            return Err("sums of resident or fetching bytes are off".into());
+        }
+        if self.by_key.len() + self.free.len() != self.images.len() {
+            return Err("image rows and keys disagree".into());
+        }
+        Ok(())
+    }
+
+    // ---- inside --------------------------------------------------------------
+
+    fn vm(&self, vm: &VmName) -> Result<&VmRow, TableError> {
+        let row = self.vms.get(vm);
+        row.ok_or_else(|| TableError::UnknownVm(vm.clone()))
+    }
+
+    fn vm_mut(&mut self, vm: &VmName) -> Result<&mut VmRow, TableError> {
+        let row = self.vms.get_mut(vm);
+        row.ok_or_else(|| TableError::UnknownVm(vm.clone()))
+    }
+
+    fn device_index(&self, vm: &VmName, image: &Digest) -> Result<usize, TableError> {
+        let devices = &self.vm(vm)?.devices;
+        let is = |device: &DeviceRow| {
+            let row = self.images[device.image as usize].as_ref();
+            row.is_some_and(|row| row.key.image == *image)
+        };
+        devices.iter().rposition(is).ok_or(TableError::NoDevice {
+            vm: vm.clone(),
+            image: *image,
+        })
+    }
+
+    fn index(&self, image: &SharedImage) -> Result<u32, TableError> {
+        let index = self.by_key.get(image).copied();
+        index.ok_or_else(|| TableError::UnknownImage {
+            domain: image.domain.clone(),
+            image: image.image,
+        })
+    }
+
+    /// The row of a known image, if there is one.
+    pub(crate) fn image_row(&self, image: &SharedImage) -> Option<&ImageRow> {
+        self.images[*self.by_key.get(image)? as usize].as_ref()
+    }
+
+    fn row_mut(&mut self, index: u32) -> &mut ImageRow {
+        let row = self.images[index as usize].as_mut();
+        row.expect("indexes come from by_key or device rows, which validate() holds to live rows")
+    }
+
+    fn run_in(&mut self, index: u32, extent: Extent) -> Result<PageRun, TableError> {
+        let row = self.row_mut(index);
+        let run = PageRun::covering(extent);
+        if run.end > row.whole().end || extent.end() > u64::from(row.whole().end) * PAGE_BYTES {
+            return Err(TableError::OutOfImage {
+                image: row.key.image,
+                extent,
+                image_bytes: row.image_bytes,
+            });
+        }
+        Ok(run)
+    }
+
+    fn check_size(&self, domain: &Domain, device: &DeviceImage) -> Result<(), TableError> {
+        let key = SharedImage::new(domain.clone(), device.image);
+        match self.image_bytes(&key) {
+            Some(known_bytes) if known_bytes != device.image_bytes => {
+                Err(TableError::SizeMismatch {
+                    image: device.image,
+                    known_bytes,
+                    claimed_bytes: device.image_bytes,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn refer(&mut self, domain: &Domain, device: &DeviceImage) -> DeviceRow {
+        let key = SharedImage::new(domain.clone(), device.image);
+        let image = match self.by_key.get(&key) {
+            Some(&index) => index,
+            None => self.insert_image(key, device.image_bytes),
+        };
+        self.row_mut(image).mapped_by += 1;
+        DeviceRow {
+            image,
+            touched: PageSet::new(),
+        }
+    }
+
+    fn release(&mut self, index: u32) {
+        self.row_mut(index).mapped_by -= 1;
+        self.drop_if_unused(index);
+    }
+
+    fn insert_image(&mut self, key: SharedImage, image_bytes: u64) -> u32 {
+        let row = Some(ImageRow::new(key.clone(), image_bytes));
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.images[index as usize] = row;
+                index
+            }
+            None => {
+                self.images.push(row);
+                u32::try_from(self.images.len() - 1).expect("fewer than 2^32 images fit in memory")
+            }
+        };
+        self.by_key.insert(key, index);
+        index
+    }
+
+    fn drop_if_unused(&mut self, index: u32) {
+        let row = self.images[index as usize].take_if(|row| row.is_unused());
+        if let Some(row) = row {
+            self.by_key.remove(&row.key);
+            self.free.push(index);
+        }
+    }
+}
+
+/// Bytes of `pages` pages.
+const fn page_bytes(pages: u32) -> u64 {
+    pages as u64 * PAGE_BYTES
+}

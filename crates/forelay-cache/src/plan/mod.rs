@@ -1,0 +1,614 @@
+//! The plan: what to prefetch, pin, evict and map ahead, as a pure function of events.
+//!
+//! Owns admission, prefetch order and eviction. Refuses to know the clock and how
+//! anything is carried out: [`Planner::step`] takes an event and the time and returns
+//! actions; results come back as events.
+//!
+//! ```text
+//!   ForecastChanged --> Reserve/Release, queue(Forecast) --+
+//!   LaunchRequested --> queue(Launch, first-touch order) --+--> pump --> Prefetch
+//!                                                          |     |
+//!   Pushed/PushFailed/Evicted -----------------------------+     +-- no room --> Evict
+//!   Pressure(Critical) --> PausePrefetch, Unpin, Evict ... calm --> ResumePrefetch
+//! ```
+//!
+//! Invariants: resident and fetching bytes never exceed the budget through a prefetch;
+//! bytes of prefetches under way never exceed `inflight_bytes` (but one piece may
+//! always go); nothing is evicted while all of it fits and no pressure is critical;
+//! under [`EvictionRule::LeastUsed`] nothing mapped is ever evicted; pinned bytes never.
+
+mod message;
+mod pressure;
+mod queue;
+#[cfg(test)]
+mod tests;
+mod victims;
+mod worth;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use forelay_image::Extent;
+use serde::Serialize;
+
+use crate::budget::{BudgetConfig, BudgetController};
+use crate::mapping_table::{Arrival, MappingTable, Phase, SharedTable};
+use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
+use crate::page_set::{PageRun, PageSet};
+
+pub use message::{
+    Action, Event, EvictionRule, PlanConfig, PlannedExtent, PrefetchClass, PressureLevel, Urgency,
+};
+use queue::{Piece, Queue, Reason};
+use victims::{Choice, Victims};
+use worth::{Forecast, Worth, pieces};
+
+/// Pins that the planner has asked for on behalf of one launch.
+#[derive(Clone, Debug, Default)]
+struct Launch {
+    pinned: Vec<(SharedImage, Extent)>,
+    started_ms: Option<i64>,
+}
+
+/// What the planner has done so far, for `forelay memory` and metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PlanCounters {
+    /// Bytes asked to be prefetched for requested launches.
+    pub launch_prefetch_bytes: u64,
+    /// Bytes asked to be prefetched from forecasts.
+    pub forecast_prefetch_bytes: u64,
+    /// Bytes asked to be evicted to stay within the budget.
+    pub budget_evicted_bytes: u64,
+    /// Bytes asked to be evicted under critical pressure.
+    pub pressure_evicted_bytes: u64,
+    /// Bytes that a demand fetch brought back within the half-life of their eviction.
+    pub refetched_bytes: u64,
+    /// Prefetches dropped because nothing worth less was resident.
+    pub refused_bytes: u64,
+    /// Events that the mapping table refused (unknown VM or image, bad extent).
+    pub refused_events: u64,
+}
+
+/// Decides what happens to shared memory. See the module's header.
+#[derive(Debug)]
+pub struct Planner {
+    config: PlanConfig,
+    table: Arc<SharedTable>,
+    worth: Worth,
+    queue: Queue,
+    budget: BudgetController,
+    budget_bytes: u64,
+    launches: BTreeMap<VmName, Launch>,
+    pinned_by_plan_bytes: u64,
+    /// Asked to be evicted, not confirmed yet.
+    leaving: BTreeMap<SharedImage, PageSet>,
+    /// Evicted not long ago; what returns from here was evicted too early.
+    ghosts: BTreeMap<SharedImage, PageSet>,
+    level: PressureLevel,
+    paused: bool,
+    calm_since_ms: Option<i64>,
+    /// When bytes were last asked to leave.
+    evicting_ms: i64,
+    tidied_ms: i64,
+    counters: PlanCounters,
+}
+
+impl Planner {
+    /// A planner over `table`, which others may read meanwhile.
+    pub fn new(config: PlanConfig, budget: BudgetConfig, table: Arc<SharedTable>) -> Self {
+        let mut budget = BudgetController::new(budget);
+        budget.set_cap(config.budget_bytes);
+        Self {
+            worth: Worth::new(&config),
+            budget_bytes: config.budget_bytes,
+            config,
+            table,
+            queue: Queue::default(),
+            budget,
+            launches: BTreeMap::new(),
+            pinned_by_plan_bytes: 0,
+            leaving: BTreeMap::new(),
+            ghosts: BTreeMap::new(),
+            level: PressureLevel::Plenty,
+            paused: false,
+            calm_since_ms: None,
+            evicting_ms: i64::MIN,
+            tidied_ms: i64::MIN,
+            counters: PlanCounters::default(),
+        }
+    }
+
+    /// The mapping table that the planner keeps.
+    pub const fn table(&self) -> &Arc<SharedTable> {
+        &self.table
+    }
+
+    /// What was done so far.
+    pub const fn counters(&self) -> PlanCounters {
+        self.counters
+    }
+
+    /// Most that shared memory may take at this moment, in bytes.
+    pub const fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
+    }
+
+    /// How short of memory the host is.
+    pub const fn pressure(&self) -> PressureLevel {
+        self.level
+    }
+
+    /// Whether prefetching is paused.
+    pub const fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Bytes of prefetches that wait or are under way.
+    pub fn queued_bytes(&self) -> u64 {
+        self.queue.waiting_bytes() + self.queue.under_way_bytes()
+    }
+
+    /// Takes one event at `now_ms` and returns what to do, in order.
+    pub fn step(&mut self, event: Event, now_ms: i64) -> Vec<Action> {
+        let table = Arc::clone(&self.table);
+        table.write(|table| {
+            let mut actions = Vec::new();
+            self.take(table, event, now_ms, &mut actions);
+            self.pump(table, now_ms, &mut actions);
+            actions
+        })
+    }
+
+    fn take(
+        &mut self,
+        table: &mut MappingTable,
+        event: Event,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) {
+        let result = match event {
+            Event::LaunchRequested {
+                vm,
+                domain,
+                profile,
+                devices,
+                working_set,
+            } => {
+                self.launch_requested(table, vm, &domain, &profile, &devices, &working_set, now_ms)
+            }
+            Event::ForecastChanged {
+                domain,
+                profile,
+                devices,
+                launch_probability,
+                next_launch_ms,
+                working_set,
+            } => {
+                let forecast = Forecast {
+                    devices,
+                    launch_probability,
+                    next_launch_ms,
+                    working_set,
+                    updated_ms: now_ms,
+                    reserved: false,
+                };
+                self.forecast_changed(table, domain, profile, forecast, now_ms, actions)
+            }
+            Event::VmStarted { vm } => {
+                self.launches.entry(vm.clone()).or_default().started_ms = Some(now_ms);
+                table.start(&vm)
+            }
+            Event::VmStopped { vm } => {
+                let reason = Reason::Launch(vm.clone());
+                self.queue.drop_reason(&reason);
+                self.cancel_unwanted(table, &reason, &PageSetByImage::new(), actions);
+                self.unpin_launch(&vm, actions);
+                table.unmap(&vm)
+            }
+            Event::Attached { vm, device } => table.attach(&vm, &device),
+            Event::Detached { vm, image } => table.detach(&vm, &image),
+            Event::Touched { vm, image, extents } => {
+                self.touched(table, &vm, image, &extents, now_ms)
+            }
+            Event::Fetched { image, extent } => {
+                self.fetched(table, &image, extent, now_ms, actions)
+            }
+            Event::Pushed { image, extent } => self.pushed(table, &image, extent, actions),
+            Event::PushFailed { image, extent } => {
+                self.queue.ended(&image, extent);
+                table.abort_fetch(&image, extent).map(drop)
+            }
+            Event::Evicted { image, extent } => self.evicted(table, &image, extent),
+            Event::Pinned { image, extent } => table.pin(&image, extent),
+            Event::Unpinned { image, extent } => table.unpin(&image, extent).map(drop),
+            Event::Pressure {
+                level,
+                deficit_bytes,
+            } => {
+                self.pressure_is(table, level, deficit_bytes, now_ms, actions);
+                Ok(())
+            }
+            Event::BudgetChanged { budget_bytes } => {
+                self.budget.set_cap(budget_bytes);
+                self.config.budget_bytes = budget_bytes;
+                self.budget_bytes = budget_bytes;
+                self.shrink_to_budget(table, now_ms, actions);
+                Ok(())
+            }
+            Event::MemorySampled(sample) => {
+                let decision = self.budget.sample(&sample);
+                self.budget_bytes = decision.budget_bytes;
+                self.pressure_is(
+                    table,
+                    decision.level,
+                    decision.deficit_bytes,
+                    now_ms,
+                    actions,
+                );
+                Ok(())
+            }
+            Event::FetchCostMeasured {
+                latency_ms,
+                bandwidth_bytes_per_s,
+            } => {
+                self.worth.set_fetch_cost(latency_ms, bandwidth_bytes_per_s);
+                Ok(())
+            }
+            Event::Tick => {
+                self.tick(now_ms, actions);
+                Ok(())
+            }
+        };
+        self.counters.refused_events += u64::from(result.is_err());
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the fields of one event")]
+    fn launch_requested(
+        &mut self,
+        table: &mut MappingTable,
+        vm: VmName,
+        domain: &Domain,
+        profile: &ProfileName,
+        devices: &[DeviceImage],
+        working_set: &[PlannedExtent],
+        now_ms: i64,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        let ahead = ahead_name(domain, profile);
+        let forecast = self
+            .worth
+            .forecasts
+            .get_mut(&(domain.clone(), profile.clone()));
+        let reserved = forecast.is_some_and(|forecast| std::mem::take(&mut forecast.reserved));
+        if reserved && table.devices(ahead.as_str()).eq(devices.iter().copied()) {
+            table.rename(&ahead, &vm)?;
+        } else {
+            if reserved {
+                table.unmap(&ahead)?;
+            }
+            table.map(&vm, domain, profile, devices, Phase::Premapped)?;
+        }
+        for device in devices {
+            let image = SharedImage::new(domain.clone(), device.image);
+            self.worth.used(&image, PageRun::new(0, 0), true, now_ms);
+        }
+        let forecast_reason = Reason::Forecast(domain.clone(), profile.clone());
+        self.queue.drop_reason(&forecast_reason);
+        for planned in pieces(devices, working_set, self.config.piece_bytes) {
+            if planned.probability < self.config.prefetch_probability {
+                continue;
+            }
+            let wait = self.worth.wait_per_byte(planned.extent.len);
+            self.queue.push(Piece {
+                image: SharedImage::new(domain.clone(), planned.image),
+                image_bytes: Worth::image_bytes(devices, &planned.image).unwrap_or(0),
+                extent: planned.extent,
+                urgency: Urgency {
+                    class: PrefetchClass::Launch,
+                    // Later launches do not overtake the tail of earlier ones for free.
+                    order: (now_ms.max(0) as u64).saturating_add(planned.first_touch_ms.into()),
+                },
+                reason: Reason::Launch(vm.clone()),
+                seconds_per_byte: planned.probability * wait,
+                pin: planned.probability >= self.config.pin_probability,
+            });
+        }
+        self.launches.insert(vm, Launch::default());
+        Ok(())
+    }
+
+    fn forecast_changed(
+        &mut self,
+        table: &mut MappingTable,
+        domain: Domain,
+        profile: ProfileName,
+        mut forecast: Forecast,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        let key = (domain.clone(), profile.clone());
+        let reason = Reason::Forecast(domain.clone(), profile.clone());
+        self.queue.drop_reason(&reason);
+        let launch = self.worth.launch_probability(&forecast, now_ms);
+        let before = self.worth.forecasts.get(&key);
+        forecast.reserved = before.is_some_and(|before| before.reserved);
+        let mut wanted = PageSetByImage::new();
+        for planned in pieces(
+            &forecast.devices,
+            &forecast.working_set,
+            self.config.piece_bytes,
+        ) {
+            let need = launch * planned.probability;
+            if need < self.config.prefetch_probability {
+                continue;
+            }
+            let seconds_per_byte = need * self.worth.wait_per_byte(planned.extent.len);
+            let image = SharedImage::new(domain.clone(), planned.image);
+            wanted
+                .entry(image.clone())
+                .or_default()
+                .insert(PageRun::covering(planned.extent));
+            self.queue.push(Piece {
+                image,
+                image_bytes: Worth::image_bytes(&forecast.devices, &planned.image).unwrap_or(0),
+                extent: planned.extent,
+                urgency: Urgency {
+                    class: PrefetchClass::Forecast,
+                    order: descending(seconds_per_byte),
+                },
+                reason: reason.clone(),
+                seconds_per_byte,
+                pin: false,
+            });
+        }
+        self.cancel_unwanted(table, &reason, &wanted, actions);
+        let result = self.reserve(table, &key, &mut forecast, launch, actions);
+        self.worth.forecasts.insert(key, forecast);
+        result
+    }
+
+    /// Cancels prefetches under way for `reason` that are not among what is still `wanted`.
+    fn cancel_unwanted(
+        &mut self,
+        table: &mut MappingTable,
+        reason: &Reason,
+        wanted: &PageSetByImage,
+        actions: &mut Vec<Action>,
+    ) {
+        let still = |piece: &Piece| {
+            let run = PageRun::covering(piece.extent);
+            wanted
+                .get(&piece.image)
+                .is_some_and(|set| set.count_within(run) > 0)
+        };
+        let gone = self
+            .queue
+            .take_under_way(|piece| piece.reason == *reason && !still(piece));
+        for piece in gone {
+            // Refused only if the image is gone meanwhile, and then nothing is under way.
+            let _ = table.abort_fetch(&piece.image, piece.extent);
+            actions.push(Action::CancelPrefetch {
+                image: piece.image,
+                extent: piece.extent,
+            });
+        }
+    }
+
+    /// Maps a likely launch ahead, or releases one that is not likely any more.
+    fn reserve(
+        &mut self,
+        table: &mut MappingTable,
+        (domain, profile): &(Domain, ProfileName),
+        forecast: &mut Forecast,
+        launch: f64,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        let ahead = ahead_name(domain, profile);
+        let stale = forecast.reserved
+            && !table
+                .devices(ahead.as_str())
+                .eq(forecast.devices.iter().copied());
+        if forecast.reserved && (stale || launch < self.config.reserve_probability / 2.0) {
+            forecast.reserved = false;
+            table.unmap(&ahead)?;
+            let (domain, profile) = (domain.clone(), profile.clone());
+            actions.push(Action::Release { domain, profile });
+        }
+        if !forecast.reserved && launch >= self.config.reserve_probability {
+            table.map(&ahead, domain, profile, &forecast.devices, Phase::Premapped)?;
+            forecast.reserved = true;
+            let (domain, profile) = (domain.clone(), profile.clone());
+            let devices = forecast.devices.clone();
+            actions.push(Action::Reserve {
+                domain,
+                profile,
+                devices,
+            });
+        }
+        Ok(())
+    }
+
+    fn touched(
+        &mut self,
+        table: &mut MappingTable,
+        vm: &VmName,
+        image: forelay_image::Digest,
+        extents: &[Extent],
+        now_ms: i64,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        let domain = table
+            .vm_identity(vm.as_str())
+            .map(|(domain, _)| domain.clone());
+        for &extent in extents {
+            let touch = table.touch(vm, &image, extent)?;
+            if let (true, Some(domain)) = (touch.first_touch_bytes > 0, &domain) {
+                let key = SharedImage::new(domain.clone(), image);
+                self.worth
+                    .used(&key, PageRun::covering(extent), false, now_ms);
+            }
+        }
+        Ok(())
+    }
+
+    fn fetched(
+        &mut self,
+        table: &mut MappingTable,
+        image: &SharedImage,
+        extent: Extent,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        table.complete_fetch(image, extent, Arrival::Demand)?;
+        self.queue.ended(image, extent);
+        let run = PageRun::covering(extent);
+        self.worth.used(image, run, false, now_ms);
+        if let Some(ghost) = self.ghosts.get_mut(image) {
+            self.counters.refetched_bytes += u64::from(ghost.remove(run)) * 4096;
+        }
+        // Demand is never refused; what it takes beyond the budget others give back.
+        self.shrink_to_budget(table, now_ms, actions);
+        Ok(())
+    }
+
+    fn pushed(
+        &mut self,
+        table: &mut MappingTable,
+        image: &SharedImage,
+        extent: Extent,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        table.complete_fetch(image, extent, Arrival::Prefetch)?;
+        if let Some(ghost) = self.ghosts.get_mut(image) {
+            ghost.remove(PageRun::covering(extent));
+        }
+        let most = (self.budget_bytes as f64 * self.config.pin_share.clamp(0.0, 1.0)) as u64;
+        for piece in self.queue.ended(image, extent) {
+            let Reason::Launch(vm) = &piece.reason else {
+                continue;
+            };
+            let room = self.pinned_by_plan_bytes.saturating_add(piece.extent.len) <= most;
+            let calm = self.level == PressureLevel::Plenty;
+            let Some(launch) = self.launches.get_mut(vm) else {
+                continue;
+            };
+            if piece.pin && room && calm {
+                self.pinned_by_plan_bytes += piece.extent.len;
+                launch.pinned.push((image.clone(), piece.extent));
+                let extents = vec![piece.extent];
+                actions.push(Action::Pin {
+                    image: image.clone(),
+                    extents,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn evicted(
+        &mut self,
+        table: &mut MappingTable,
+        image: &SharedImage,
+        extent: Extent,
+    ) -> Result<(), crate::mapping_table::TableError> {
+        let run = PageRun::covering(extent);
+        if let Some(leaving) = self.leaving.get_mut(image) {
+            leaving.remove(run);
+            if leaving.is_empty() {
+                self.leaving.remove(image);
+            }
+        }
+        table.evict(image, extent)?;
+        self.ghosts.entry(image.clone()).or_default().insert(run);
+        Ok(())
+    }
+
+    /// Starts waiting prefetches as far as budget and in-flight bytes allow.
+    fn pump(&mut self, table: &mut MappingTable, now_ms: i64, actions: &mut Vec<Action>) {
+        while !self.paused {
+            let only_launches = self.level != PressureLevel::Plenty;
+            match self.queue.first_class() {
+                None => return,
+                Some(PrefetchClass::Forecast) if only_launches => return,
+                Some(_) => {}
+            }
+            let Some(piece) = self.queue.pop() else {
+                return;
+            };
+            let missing = table.missing(&piece.image, piece.extent);
+            let bytes: u64 = missing.iter().map(|extent| extent.len).sum();
+            if bytes == 0 {
+                continue;
+            }
+            let under_way = self.queue.under_way_bytes();
+            if under_way > 0 && under_way + bytes > self.config.inflight_bytes {
+                self.queue.unpop(piece);
+                return;
+            }
+            let taken = table.resident_bytes() + table.fetching_bytes();
+            let lacking = (taken + bytes).saturating_sub(self.budget_bytes);
+            if lacking > 0 {
+                if self.make_room(table, &piece, lacking, now_ms, actions) {
+                    self.queue.unpop(piece);
+                    return;
+                }
+                // Pieces of a forecast come in falling worth: none of the rest fits either.
+                self.counters.refused_bytes += bytes;
+                if piece.urgency.class == PrefetchClass::Forecast {
+                    self.queue.drop_class(PrefetchClass::Forecast);
+                } else {
+                    self.queue.drop_reason(&piece.reason);
+                }
+                continue;
+            }
+            self.start(table, &piece, &missing, actions);
+        }
+    }
+
+    fn start(
+        &mut self,
+        table: &mut MappingTable,
+        piece: &Piece,
+        missing: &[Extent],
+        actions: &mut Vec<Action>,
+    ) {
+        let device = DeviceImage {
+            image: piece.image.image,
+            image_bytes: piece.image_bytes,
+        };
+        if table.add_image(&piece.image.domain, &device).is_err() {
+            self.counters.refused_events += 1;
+            return;
+        }
+        for &extent in missing {
+            if table.begin_fetch(&piece.image, extent).is_err() {
+                self.counters.refused_events += 1;
+                continue;
+            }
+            match piece.urgency.class {
+                PrefetchClass::Launch => self.counters.launch_prefetch_bytes += extent.len,
+                PrefetchClass::Forecast => self.counters.forecast_prefetch_bytes += extent.len,
+            }
+            self.queue.started(Piece {
+                extent,
+                ..piece.clone()
+            });
+            actions.push(Action::Prefetch {
+                image: piece.image.clone(),
+                extent,
+                priority: piece.urgency,
+            });
+        }
+    }
+}
+
+type PageSetByImage = BTreeMap<SharedImage, PageSet>;
+
+/// The name under which a launch is mapped ahead.
+fn ahead_name(domain: &Domain, profile: &ProfileName) -> VmName {
+    VmName::from(format!("~{domain}/{profile}"))
+}
+
+/// An order in which larger values come first.
+fn descending(value: f64) -> u64 {
+    // Bits of non-negative floats sort like the floats.
+    u64::MAX - value.max(0.0).to_bits()
+}

@@ -1,0 +1,243 @@
+//! The planner under shortage: making room, shrinking to the budget, pressure levels,
+//! and what the passing of time does.
+//!
+//! Invariants: eviction happens only for a better prefetch, for demand beyond the
+//! budget, or at critical level; it stops at what was asked for; prefetching resumes
+//! only after the calm time without pressure.
+
+use forelay_image::Extent;
+
+use crate::mapping_table::MappingTable;
+use crate::names::VmName;
+use crate::page_set::PageRun;
+
+use super::queue::Piece;
+use super::{Action, Choice, EvictionRule, Planner, PressureLevel, Victims};
+
+/// How often stale history is dropped, in milliseconds.
+const TIDY_EVERY_MS: i64 = 60_000;
+
+/// After this long without an answer an eviction counts as failed, in milliseconds.
+const EVICTION_PATIENCE_MS: i64 = 10_000;
+
+impl Planner {
+    fn leaving_bytes(&self) -> u64 {
+        self.leaving.values().map(|set| set.bytes()).sum()
+    }
+
+    fn choice<'a>(&'a self, table: &'a MappingTable, now_ms: i64, mapped_too: bool) -> Choice<'a> {
+        Choice {
+            table,
+            worth: &self.worth,
+            leaving: &self.leaving,
+            now_ms,
+            mapped_too,
+        }
+    }
+
+    /// Evicts what is worth less than `piece`, so that `lacking_bytes` become free.
+    /// Whether it is worth waiting for that.
+    pub(super) fn make_room(
+        &mut self,
+        table: &MappingTable,
+        piece: &Piece,
+        lacking_bytes: u64,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) -> bool {
+        let Some(needed) = lacking_bytes
+            .checked_sub(self.leaving_bytes())
+            .filter(|&n| n > 0)
+        else {
+            return true;
+        };
+        let victims = match self.config.rule {
+            // Never for a component larger than the budget.
+            EvictionRule::LeastUsed if piece.image_bytes > self.budget_bytes => Vec::new(),
+            EvictionRule::LeastUsed => self.choice(table, now_ms, false).least_used(needed),
+            EvictionRule::Worth => {
+                let below = piece.seconds_per_byte / self.config.displace_factor.max(1.0);
+                // A little more than needed, so that not every piece searches anew.
+                let slack = (self.budget_bytes / 128).max(needed);
+                self.choice(table, now_ms, false).by_worth(slack, below)
+            }
+        };
+        let found: u64 = victims
+            .iter()
+            .flat_map(|(_, e)| e)
+            .map(|extent| extent.len)
+            .sum();
+        if found < needed {
+            return false;
+        }
+        self.counters.budget_evicted_bytes += found;
+        self.evict(victims, now_ms, actions);
+        true
+    }
+
+    /// Gives back what is beyond the budget; mapped extents too if nothing else is left
+    /// and the rule allows it.
+    pub(super) fn shrink_to_budget(
+        &mut self,
+        table: &MappingTable,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) {
+        let excess = table.resident_bytes().saturating_sub(self.budget_bytes);
+        let needed = excess.saturating_sub(self.leaving_bytes());
+        if needed > 0 {
+            let evicted = self.evict_worst(table, needed, now_ms, actions);
+            self.counters.budget_evicted_bytes += evicted;
+        }
+    }
+
+    /// Evicts what is worth least, unmapped components first; returns the bytes asked for.
+    fn evict_worst(
+        &mut self,
+        table: &MappingTable,
+        needed: u64,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) -> u64 {
+        let bytes_of = |victims: &Victims| {
+            let extents = victims.iter().flat_map(|(_, extents)| extents);
+            extents.map(|extent| extent.len).sum::<u64>()
+        };
+        if self.config.rule == EvictionRule::LeastUsed {
+            let mut victims = self.choice(table, now_ms, false).least_used(needed);
+            if victims.is_empty() {
+                // Not enough in all: then all there is.
+                let all = self
+                    .choice(table, now_ms, false)
+                    .by_worth(needed, f64::INFINITY);
+                victims = all;
+            }
+            let found = bytes_of(&victims);
+            self.evict(victims, now_ms, actions);
+            return found;
+        }
+        let unmapped = self
+            .choice(table, now_ms, false)
+            .by_worth(needed, f64::INFINITY);
+        let mut found = bytes_of(&unmapped);
+        self.evict(unmapped, now_ms, actions);
+        if found < needed {
+            let mapped = self
+                .choice(table, now_ms, true)
+                .by_worth(needed - found, f64::INFINITY);
+            found += bytes_of(&mapped);
+            self.evict(mapped, now_ms, actions);
+        }
+        found
+    }
+
+    fn evict(&mut self, victims: Victims, now_ms: i64, actions: &mut Vec<Action>) {
+        self.evicting_ms = now_ms;
+        for (image, extents) in victims {
+            let leaving = self.leaving.entry(image.clone()).or_default();
+            for &extent in &extents {
+                leaving.insert(PageRun::covering(extent));
+            }
+            actions.push(Action::Evict { image, extents });
+        }
+    }
+
+    /// Takes a new pressure level.
+    pub(super) fn pressure_is(
+        &mut self,
+        table: &mut MappingTable,
+        level: PressureLevel,
+        deficit_bytes: u64,
+        now_ms: i64,
+        actions: &mut Vec<Action>,
+    ) {
+        self.level = level;
+        match level {
+            PressureLevel::Critical => {
+                self.calm_since_ms = None;
+                if !self.paused {
+                    self.paused = true;
+                    actions.push(Action::PausePrefetch);
+                    for piece in self.queue.take_under_way(|_| true) {
+                        // Refused only if the image is gone, and then nothing is under way.
+                        let _ = table.abort_fetch(&piece.image, piece.extent);
+                        let (image, extent) = (piece.image.clone(), piece.extent);
+                        actions.push(Action::CancelPrefetch { image, extent });
+                        self.queue.push(piece);
+                    }
+                }
+                self.unpin_all(actions);
+                let needed = deficit_bytes.saturating_sub(self.leaving_bytes());
+                if needed > 0 {
+                    let evicted = self.evict_worst(table, needed, now_ms, actions);
+                    self.counters.pressure_evicted_bytes += evicted;
+                }
+            }
+            PressureLevel::Low => self.calm_since_ms = None,
+            PressureLevel::Plenty => {
+                let since_ms = *self.calm_since_ms.get_or_insert(now_ms);
+                self.resume_when_calm(since_ms, now_ms, actions);
+            }
+        }
+    }
+
+    fn resume_when_calm(&mut self, since_ms: i64, now_ms: i64, actions: &mut Vec<Action>) {
+        if self.paused && now_ms.saturating_sub(since_ms) >= self.config.calm_ms {
+            self.paused = false;
+            actions.push(Action::ResumePrefetch);
+        }
+    }
+
+    /// Takes off the pins that the planner asked for on behalf of `vm`, and forgets it.
+    pub(super) fn unpin_launch(&mut self, vm: &VmName, actions: &mut Vec<Action>) {
+        let Some(launch) = self.launches.remove(vm) else {
+            return;
+        };
+        self.unpin(launch.pinned, actions);
+    }
+
+    fn unpin_all(&mut self, actions: &mut Vec<Action>) {
+        let pinned = self
+            .launches
+            .values_mut()
+            .map(|launch| std::mem::take(&mut launch.pinned));
+        let pinned: Vec<_> = pinned.flatten().collect();
+        self.unpin(pinned, actions);
+    }
+
+    fn unpin(&mut self, pinned: Vec<(crate::SharedImage, Extent)>, actions: &mut Vec<Action>) {
+        for (image, extent) in pinned {
+            self.pinned_by_plan_bytes -= extent.len;
+            let extents = vec![extent];
+            actions.push(Action::Unpin { image, extents });
+        }
+    }
+
+    pub(super) fn tick(&mut self, now_ms: i64, actions: &mut Vec<Action>) {
+        if let (PressureLevel::Plenty, Some(since_ms)) = (self.level, self.calm_since_ms) {
+            self.resume_when_calm(since_ms, now_ms, actions);
+        }
+        let hold_ms = self.config.pin_hold_ms;
+        let held = |started_ms: i64| now_ms.saturating_sub(started_ms) < hold_ms;
+        let mut over = Vec::new();
+        for launch in self.launches.values_mut() {
+            if launch
+                .started_ms
+                .is_some_and(|started_ms| !held(started_ms))
+            {
+                over.append(&mut launch.pinned);
+            }
+        }
+        self.unpin(over, actions);
+        if now_ms.saturating_sub(self.evicting_ms) >= EVICTION_PATIENCE_MS {
+            self.leaving.clear();
+        }
+        if now_ms.saturating_sub(self.tidied_ms) >= TIDY_EVERY_MS {
+            self.tidied_ms = now_ms;
+            self.worth.forget_stale(now_ms);
+            if self.ghosts.values().map(|set| set.bytes()).sum::<u64>() > self.budget_bytes {
+                self.ghosts.clear();
+            }
+        }
+    }
+}

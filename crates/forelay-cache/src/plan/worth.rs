@@ -1,0 +1,309 @@
+//! What an extent is worth: expected seconds that a VM would wait if it were not
+//! resident, per byte, within the horizon.
+//!
+//! Two sources, both ageing: forecasts (profiles with a launch probability and a working
+//! set) and observed uses (decayed counts by segment of 256 KiB and by component, so
+//! that bytes no forecast speaks of still have a history).
+//!
+//! Refuses to know what is resident or mapped. Invariant: every worth is finite and not
+//! negative, whatever probabilities come in.
+
+use std::collections::BTreeMap;
+
+use forelay_image::{Digest, Extent};
+
+use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
+use crate::page_set::PageRun;
+
+use super::message::{PlanConfig, PlannedExtent};
+
+/// Pages of a segment, the grain of observed uses.
+const SEGMENT_PAGES: u32 = 64;
+
+/// Demand comes in pieces of at most this many pages (1 MiB), each a round trip.
+const LARGEST_PIECE_PAGES: u32 = 256;
+
+/// What is forecast for one profile.
+#[derive(Clone, Debug)]
+pub(super) struct Forecast {
+    pub(super) devices: Vec<DeviceImage>,
+    pub(super) launch_probability: f64,
+    pub(super) next_launch_ms: Option<i64>,
+    pub(super) working_set: Vec<PlannedExtent>,
+    pub(super) updated_ms: i64,
+    pub(super) reserved: bool,
+}
+
+/// A count that halves every half-life.
+#[derive(Clone, Copy, Debug, Default)]
+struct Decayed {
+    count: f32,
+    at_ms: i64,
+}
+
+impl Decayed {
+    fn at(self, now_ms: i64, half_life_ms: i64) -> f64 {
+        let age_ms = now_ms.saturating_sub(self.at_ms).max(0);
+        f64::from(self.count) * (-(age_ms as f64) / half_life_ms.max(1) as f64).exp2()
+    }
+
+    fn bump(&mut self, now_ms: i64, half_life_ms: i64) {
+        self.count = (self.at(now_ms, half_life_ms) + 1.0) as f32;
+        self.at_ms = self.at_ms.max(now_ms);
+    }
+}
+
+/// Observed uses of one image.
+#[derive(Clone, Debug, Default)]
+struct Uses {
+    component: Decayed,
+    total: u64,
+    last_ms: i64,
+    segments: Vec<Decayed>,
+}
+
+/// Forecasts and uses of everything. See the module's header.
+#[derive(Clone, Debug)]
+pub(super) struct Worth {
+    pub(super) forecasts: BTreeMap<(Domain, ProfileName), Forecast>,
+    uses: BTreeMap<SharedImage, Uses>,
+    latency_s: f64,
+    seconds_per_byte: f64,
+    half_life_ms: i64,
+    horizon_ms: i64,
+}
+
+/// A run of pages and what each of its bytes is worth, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ValuedRun {
+    pub(super) run: PageRun,
+    pub(super) seconds_per_byte: f64,
+}
+
+fn probability(value: f64) -> f64 {
+    if value.is_nan() {
+        0.0
+    } else {
+        value.clamp(0.0, 1.0)
+    }
+}
+
+impl Worth {
+    pub(super) fn new(config: &PlanConfig) -> Self {
+        let mut worth = Self {
+            forecasts: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            latency_s: 0.0,
+            seconds_per_byte: 0.0,
+            half_life_ms: config.half_life_ms,
+            horizon_ms: config.horizon_ms,
+        };
+        worth.set_fetch_cost(config.latency_ms, config.bandwidth_bytes_per_s);
+        worth
+    }
+
+    pub(super) fn set_fetch_cost(&mut self, latency_ms: f64, bandwidth_bytes_per_s: f64) {
+        let valid = |value: f64| value.is_finite() && value > 0.0;
+        self.latency_s = if valid(latency_ms) {
+            latency_ms / 1e3
+        } else {
+            0.0
+        };
+        let bandwidth = if valid(bandwidth_bytes_per_s) {
+            bandwidth_bytes_per_s
+        } else {
+            100e6
+        };
+        self.seconds_per_byte = 1.0 / bandwidth;
+    }
+
+    /// Seconds that one demand fetch of `bytes` takes, per byte.
+    pub(super) fn wait_per_byte(&self, bytes: u64) -> f64 {
+        let piece = bytes.clamp(4096, u64::from(LARGEST_PIECE_PAGES) * 4096) as f64;
+        self.latency_s / piece + self.seconds_per_byte
+    }
+
+    /// Probability, now, that `forecast` comes true within the horizon.
+    pub(super) fn launch_probability(&self, forecast: &Forecast, now_ms: i64) -> f64 {
+        let age_ms = now_ms.saturating_sub(forecast.updated_ms).max(0);
+        let mut fresh = (-(age_ms as f64) / self.half_life_ms.max(1) as f64).exp2();
+        if let Some(next_ms) = forecast.next_launch_ms {
+            // A launch beyond the horizon is worth less, the further away it is.
+            let beyond_ms = next_ms
+                .saturating_sub(now_ms)
+                .saturating_sub(self.horizon_ms)
+                .max(0);
+            fresh *= (-(beyond_ms as f64) / self.horizon_ms.max(1) as f64).exp2();
+        }
+        probability(forecast.launch_probability) * fresh
+    }
+
+    /// A VM has touched `run` of an image; `first` says whether it is its first touch of
+    /// this image at all, which counts as one use of the component.
+    pub(super) fn used(&mut self, image: &SharedImage, run: PageRun, first: bool, now_ms: i64) {
+        let half_life_ms = self.half_life_ms;
+        if !self.uses.contains_key(image) {
+            self.uses.insert(image.clone(), Uses::default());
+        }
+        let Some(uses) = self.uses.get_mut(image) else {
+            return;
+        };
+        if first {
+            uses.total += 1;
+            uses.component.bump(now_ms, half_life_ms);
+        }
+        uses.last_ms = uses.last_ms.max(now_ms);
+        if run.is_empty() {
+            return;
+        }
+        let (from, to) = (run.start / SEGMENT_PAGES, (run.end - 1) / SEGMENT_PAGES);
+        if uses.segments.len() <= to as usize {
+            uses.segments.resize(to as usize + 1, Decayed::default());
+        }
+        for segment in &mut uses.segments[from as usize..=to as usize] {
+            segment.bump(now_ms, half_life_ms);
+        }
+    }
+
+    /// How often a component was used in all, and when last.
+    pub(super) fn component_uses(&self, image: &SharedImage) -> (u64, i64) {
+        let uses = self.uses.get(image);
+        uses.map_or((0, i64::MIN), |uses| (uses.total, uses.last_ms))
+    }
+
+    /// Probability of a use within the horizon, from the observed uses of a segment.
+    fn use_probability(&self, image: &SharedImage, segment: u32, now_ms: i64) -> f64 {
+        let Some(uses) = self.uses.get(image) else {
+            return 0.0;
+        };
+        let Some(segment) = uses.segments.get(segment as usize) else {
+            return 0.0;
+        };
+        // A steady rate r leaves a decayed count of r * half-life / ln 2.
+        let rate = segment.at(now_ms, self.half_life_ms) * std::f64::consts::LN_2
+            / self.half_life_ms.max(1) as f64;
+        1.0 - (-rate * self.horizon_ms as f64).exp()
+    }
+
+    /// Values the pages of `runs` of one image, splitting runs where the value changes.
+    pub(super) fn value(
+        &self,
+        image: &SharedImage,
+        runs: &[PageRun],
+        now_ms: i64,
+    ) -> Vec<ValuedRun> {
+        let steps = self.forecast_steps(image, now_ms);
+        let mut parts: Vec<(PageRun, f64)> = Vec::new();
+        for &run in runs {
+            let mut page = run.start;
+            let mut step = steps.partition_point(|step| step.0 <= page);
+            while page < run.end {
+                let forecast = if step == 0 { 0.0 } else { steps[step - 1].1 };
+                let segment = page / SEGMENT_PAGES;
+                let mut end = run.end.min((segment + 1).saturating_mul(SEGMENT_PAGES));
+                if let Some(next) = steps.get(step) {
+                    end = end.min(next.0);
+                }
+                let observed = self.use_probability(image, segment, now_ms);
+                let need = 1.0 - (1.0 - probability(forecast)) * (1.0 - observed);
+                match parts.last_mut() {
+                    Some((last, known))
+                        if last.end == page
+                            && last.pages() < LARGEST_PIECE_PAGES
+                            && (*known - need).abs() <= *known * 1e-3 =>
+                    {
+                        last.end = end;
+                    }
+                    _ => parts.push((PageRun::new(page, end), need)),
+                }
+                page = end;
+                while steps.get(step).is_some_and(|next| next.0 <= page) {
+                    step += 1;
+                }
+            }
+        }
+        let value = |(run, need): (PageRun, f64)| ValuedRun {
+            run,
+            seconds_per_byte: need * self.wait_per_byte(run.extent().len),
+        };
+        parts.into_iter().map(value).collect()
+    }
+
+    /// Step function over pages: from page `.0` on, a forecast launch needs it with
+    /// probability `.1`.
+    fn forecast_steps(&self, image: &SharedImage, now_ms: i64) -> Vec<(u32, f64)> {
+        let mut changes: Vec<(u32, f64)> = Vec::new();
+        for ((domain, _), forecast) in &self.forecasts {
+            if *domain != image.domain {
+                continue;
+            }
+            let launch = self.launch_probability(forecast, now_ms);
+            for planned in &forecast.working_set {
+                if planned.image == image.image {
+                    let run = PageRun::covering(planned.extent);
+                    let need = launch * probability(planned.probability);
+                    changes.push((run.start, need));
+                    changes.push((run.end, -need));
+                }
+            }
+        }
+        changes.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        let mut steps: Vec<(u32, f64)> = Vec::new();
+        let mut sum = 0.0f64;
+        for (page, change) in changes {
+            sum += change;
+            match steps.last_mut() {
+                Some(last) if last.0 == page => last.1 = sum.max(0.0),
+                _ => steps.push((page, sum.max(0.0))),
+            }
+        }
+        steps
+    }
+
+    /// Forgets images without uses worth keeping; called now and then.
+    pub(super) fn forget_stale(&mut self, now_ms: i64) {
+        let half_life_ms = self.half_life_ms;
+        let alive = |uses: &Uses| uses.component.at(now_ms, half_life_ms) > 1e-3;
+        self.uses.retain(|_, uses| alive(uses));
+        let old_ms = half_life_ms.saturating_mul(20);
+        let fresh = |forecast: &Forecast| now_ms.saturating_sub(forecast.updated_ms) < old_ms;
+        self.forecasts
+            .retain(|_, forecast| forecast.reserved || fresh(forecast));
+    }
+
+    /// Images named by a forecast, with their sizes.
+    pub(super) fn image_bytes(devices: &[DeviceImage], image: &Digest) -> Option<u64> {
+        let device = devices.iter().find(|device| device.image == *image);
+        device.map(|device| device.image_bytes)
+    }
+}
+
+/// The extents of `working_set` cut to `piece_bytes`, page-aligned and within their image.
+pub(super) fn pieces(
+    devices: &[DeviceImage],
+    working_set: &[PlannedExtent],
+    piece_bytes: u64,
+) -> Vec<PlannedExtent> {
+    let piece_bytes = (piece_bytes / 4096).max(1) * 4096;
+    let mut pieces = Vec::with_capacity(working_set.len());
+    for planned in working_set {
+        let Some(image_bytes) = Worth::image_bytes(devices, &planned.image) else {
+            continue;
+        };
+        let whole = Extent::new(0, image_bytes).page_aligned();
+        let Some(extent) = planned.extent.page_aligned().intersection(&whole) else {
+            continue;
+        };
+        let mut offset = extent.offset;
+        while offset < extent.end() {
+            let len = piece_bytes.min(extent.end() - offset);
+            pieces.push(PlannedExtent {
+                extent: Extent::new(offset, len),
+                probability: probability(planned.probability),
+                ..*planned
+            });
+            offset += len;
+        }
+    }
+    pieces
+}

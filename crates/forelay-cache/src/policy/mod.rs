@@ -1,0 +1,3 @@
+//! Eviction policies, one a file.
+
+pub mod least_used;
