@@ -7,6 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Digest, Extent};
 
+mod codec;
+
+pub use codec::ChunkCodecError;
+
 /// Largest chunk, in bytes. Small enough for an IPFS block.
 pub const MAX_CHUNK_BYTES: u64 = 1 << 20;
 
