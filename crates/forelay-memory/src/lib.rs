@@ -7,10 +7,13 @@
 //! which bytes go where and asks a [`FaultHandler`] for those that are missing. Threads
 //! only, no async runtime. The one crate with unsafe code besides the guest.
 
+pub mod command_hints;
 pub mod counters;
 pub mod files;
 pub mod fuse;
 pub mod mapping;
+pub mod observe;
+pub mod pressure;
 pub mod ranges;
 mod session;
 mod shared;

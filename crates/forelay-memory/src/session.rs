@@ -400,14 +400,14 @@ impl Core {
     fn answer(&self, waiting: &Waiting, parts: &[&[u8]]) -> rustix::io::Result<()> {
         let stall = waiting.arrived.elapsed();
         let padding = waiting.extent.len as usize - waiting.content_len();
-        let result = if padding == 0 {
+        // Counted first: whoever waits may look at the counters right after.
+        self.total.answered(stall);
+        waiting.file.tally.answered(stall);
+        if padding == 0 {
             self.connection.reply(waiting.wire_unique, parts)
         } else {
             self.send_full(waiting, parts, waiting.content_len())
-        };
-        self.total.answered(stall);
-        waiting.file.tally.answered(stall);
-        result
+        }
     }
 
     /// Sends `parts`, `given` bytes together, and zeros up to the full length.

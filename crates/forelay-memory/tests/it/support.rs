@@ -116,3 +116,14 @@ impl TestMount {
         FileMapping::new(file, image.spec().device_bytes).unwrap()
     }
 }
+
+/// Waits for something that has to happen soon; how soon is not asserted.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..2000 {
+        if holds() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("in 20 s it did not come true that {what}");
+}

@@ -1,0 +1,382 @@
+//! How short memory is: the host's, and that of the cgroup we are charged in.
+//!
+//! A [`Probe`] samples what the kernel says; a [`Trigger`] waits for the kernel to say
+//! that tasks stall. Neither judges: thresholds belong to the cache policy. What a host
+//! lacks (pressure-stall information, a memory cgroup, a limit) is `None`, not an error.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+/// One look at memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sample {
+    /// The host's memory.
+    pub mem_total_bytes: u64,
+    /// What the kernel could give without swapping.
+    pub mem_available_bytes: u64,
+    /// The memory cgroup that binds us, if any has a limit.
+    pub cgroup: Option<CgroupMemory>,
+    /// Pressure-stall information, where the kernel keeps it.
+    pub stall: Option<Stall>,
+}
+
+/// What a memory cgroup uses and may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupMemory {
+    /// Charged memory, page cache included.
+    pub usage_bytes: u64,
+    /// The smallest limit on the way to the root.
+    pub limit_bytes: Option<u64>,
+    /// Page cache in it that was not used lately: reclaimed before anything suffers.
+    pub inactive_file_bytes: u64,
+}
+
+/// `/proc/pressure/memory`: share of time in the last 10 s in which tasks waited.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stall {
+    /// At least one task waited, in percent.
+    pub some_avg10: f64,
+    /// All tasks waited, in percent.
+    pub full_avg10: f64,
+    /// Total time at least one task waited, in microseconds.
+    pub some_total_us: u64,
+}
+
+impl Sample {
+    /// What may still be used before the nearer of host and cgroup is exhausted.
+    pub fn headroom_bytes(&self) -> u64 {
+        let cgroup = self.cgroup.and_then(|cgroup| {
+            let used_bytes = cgroup
+                .usage_bytes
+                .saturating_sub(cgroup.inactive_file_bytes);
+            Some(cgroup.limit_bytes?.saturating_sub(used_bytes))
+        });
+        self.mem_available_bytes.min(cgroup.unwrap_or(u64::MAX))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Cgroup {
+    V1(Vec<PathBuf>),
+    V2(Vec<PathBuf>),
+}
+
+/// Samples memory. Finds its cgroup once; make a new one after moving between cgroups.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    proc: PathBuf,
+    cgroup: Option<Cgroup>,
+}
+
+impl Probe {
+    /// A probe of this host and this process's cgroup.
+    pub fn new() -> Self {
+        Self::at(Path::new("/"))
+    }
+
+    /// A probe of the `proc` and `sys` trees below `root`.
+    pub fn at(root: &Path) -> Self {
+        let proc = root.join("proc");
+        let cgroup = find_cgroup(&proc, root);
+        Self { proc, cgroup }
+    }
+
+    /// Looks once; a few small reads.
+    pub fn sample(&self) -> io::Result<Sample> {
+        let meminfo = std::fs::read_to_string(self.proc.join("meminfo"))?;
+        let kib = |name: &str| {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_ascii_whitespace().next()?.parse::<u64>().ok()
+        };
+        let missing = || io::Error::new(io::ErrorKind::InvalidData, "meminfo without MemAvailable");
+        Ok(Sample {
+            mem_total_bytes: kib("MemTotal:").ok_or_else(missing)? * 1024,
+            mem_available_bytes: kib("MemAvailable:").ok_or_else(missing)? * 1024,
+            cgroup: self.cgroup.as_ref().and_then(Cgroup::read),
+            stall: std::fs::read_to_string(self.proc.join("pressure/memory"))
+                .ok()
+                .and_then(|text| parse_stall(&text)),
+        })
+    }
+
+    /// Which cgroup is watched, if any: its directory and the hierarchy's version.
+    pub fn cgroup(&self) -> Option<(&Path, u8)> {
+        match self.cgroup.as_ref()? {
+            Cgroup::V1(dirs) => Some((dirs.first()?, 1)),
+            Cgroup::V2(dirs) => Some((dirs.first()?, 2)),
+        }
+    }
+}
+
+impl Default for Probe {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The cgroup of this process that accounts memory, its directory first, then its
+/// ancestors'.
+fn find_cgroup(proc: &Path, root: &Path) -> Option<Cgroup> {
+    let membership = std::fs::read_to_string(proc.join("self/cgroup")).ok()?;
+    let mounts = std::fs::read_to_string(proc.join("self/mounts")).ok()?;
+    let mut v2 = None;
+    for line in membership.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?);
+        let is_memory = |options: &str| options.split(',').any(|option| option == "memory");
+        let mounted = |fs_type: &str, wanted: &dyn Fn(&str) -> bool| {
+            mounts.lines().find_map(|mount| {
+                let fields: Vec<&str> = mount.split(' ').collect();
+                let matches = *fields.get(2)? == fs_type && wanted(fields.get(3)?);
+                matches.then(|| root.join(fields[1].trim_start_matches('/')))
+            })
+        };
+        if is_memory(controllers) {
+            let mount = mounted("cgroup", &|options| is_memory(options))?;
+            return Some(Cgroup::V1(ancestry(&mount, path, "memory.usage_in_bytes")));
+        }
+        if controllers.is_empty()
+            && let Some(mount) = mounted("cgroup2", &|_| true)
+        {
+            let dirs = ancestry(&mount, path, "memory.current");
+            v2 = (!dirs.is_empty()).then_some(Cgroup::V2(dirs));
+        }
+    }
+    v2
+}
+
+/// `path` below `mount` and its ancestors, as far as they have `file`. In a cgroup
+/// namespace the path may not exist below the mount; then the mount's root is it.
+fn ancestry(mount: &Path, path: &str, file: &str) -> Vec<PathBuf> {
+    let own = mount.join(path.trim_start_matches('/'));
+    let own = if own.join(file).exists() {
+        own
+    } else {
+        mount.to_owned()
+    };
+    own.ancestors()
+        .take_while(|dir| dir.starts_with(mount))
+        .filter(|dir| dir.join(file).exists())
+        .map(Path::to_owned)
+        .collect()
+}
+
+impl Cgroup {
+    fn read(&self) -> Option<CgroupMemory> {
+        let (dirs, usage, limits, inactive) = match self {
+            Self::V1(dirs) => (
+                dirs,
+                "memory.usage_in_bytes",
+                &["memory.limit_in_bytes"][..],
+                "total_inactive_file ",
+            ),
+            Self::V2(dirs) => (
+                dirs,
+                "memory.current",
+                &["memory.max", "memory.high"][..],
+                "inactive_file ",
+            ),
+        };
+        // Of the cgroups that have a limit, the one with the least room binds.
+        let read = |dir: &PathBuf| {
+            let limit_bytes = limits
+                .iter()
+                .filter_map(|file| number(&dir.join(file)))
+                .min();
+            let stat = std::fs::read_to_string(dir.join("memory.stat")).ok()?;
+            let inactive_file = stat.lines().find_map(|line| line.strip_prefix(inactive));
+            Some(CgroupMemory {
+                usage_bytes: number(&dir.join(usage))?,
+                limit_bytes: limit_bytes.filter(|&limit| limit < UNLIMITED_BYTES),
+                inactive_file_bytes: inactive_file?.parse().ok()?,
+            })
+        };
+        let all: Vec<CgroupMemory> = dirs.iter().filter_map(read).collect();
+        let limited = all.iter().filter(|cgroup| cgroup.limit_bytes.is_some());
+        limited
+            .min_by_key(|cgroup| {
+                cgroup
+                    .limit_bytes
+                    .map(|limit| limit.saturating_sub(cgroup.usage_bytes))
+            })
+            .or(all.first())
+            .copied()
+    }
+}
+
+/// cgroup v1 writes "no limit" as the largest page-aligned number.
+const UNLIMITED_BYTES: u64 = 1 << 60;
+
+fn number(path: &Path) -> Option<u64> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+fn parse_stall(text: &str) -> Option<Stall> {
+    let field = |line: &str, name: &str| {
+        let mut words = line.split_ascii_whitespace();
+        words.find_map(|word| word.strip_prefix(name)?.parse::<f64>().ok())
+    };
+    let some = text.lines().find(|line| line.starts_with("some "))?;
+    let full = text.lines().find(|line| line.starts_with("full "));
+    Some(Stall {
+        some_avg10: field(some, "avg10=")?,
+        full_avg10: full.and_then(|line| field(line, "avg10=")).unwrap_or(0.0),
+        some_total_us: field(some, "total=")? as u64,
+    })
+}
+
+/// Why the kernel sends no pressure events.
+#[derive(Debug, thiserror::Error)]
+#[error("no pressure-stall events from {path}: poll MemAvailable instead")]
+pub struct TriggerError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Wakes when tasks stalled on memory for longer than a threshold within a window.
+#[derive(Debug)]
+pub struct Trigger(File);
+
+impl Trigger {
+    /// Host-wide trigger: `stall` within `window` (0.5 to 10 s).
+    pub fn arm(stall: Duration, window: Duration) -> Result<Self, TriggerError> {
+        Self::arm_at(Path::new("/proc/pressure/memory"), stall, window)
+    }
+
+    /// Trigger of one cgroup (v2): its `memory.pressure` file.
+    pub fn arm_at(path: &Path, stall: Duration, window: Duration) -> Result<Self, TriggerError> {
+        let fail = |source| TriggerError {
+            path: path.to_owned(),
+            source,
+        };
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(fail)?;
+        let order = format!("some {} {}\0", stall.as_micros(), window.as_micros());
+        file.write_all(order.as_bytes()).map_err(fail)?;
+        Ok(Self(file))
+    }
+
+    /// Waits for an event; `false` if `timeout` passed without one.
+    pub fn wait(&self, timeout: Duration) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&self.0, PollFlags::PRI)];
+        let timeout = Timespec::try_from(timeout).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(0) | Err(Errno::INTR) => Ok(false),
+            Ok(_) if fds[0].revents().contains(PollFlags::ERR) => {
+                Err(io::Error::other("the pressure file went away"))
+            }
+            Ok(_) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Trigger {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    const MEMINFO: (&str, &str) = (
+        "proc/meminfo",
+        "MemTotal:       1000 kB\nMemFree: 10 kB\nMemAvailable:    600 kB\n",
+    );
+
+    #[test]
+    fn this_host_is_sane() {
+        let sample = Probe::new().sample().unwrap();
+        assert!(sample.mem_available_bytes <= sample.mem_total_bytes);
+        assert!(sample.headroom_bytes() <= sample.mem_available_bytes);
+        assert!(sample.mem_available_bytes > 0);
+    }
+
+    #[test]
+    fn a_host_without_cgroups_and_stall_information_still_samples() {
+        let root = host(&[MEMINFO]);
+        let sample = Probe::at(root.path()).sample().unwrap();
+        assert_eq!(sample.headroom_bytes(), 600 * 1024);
+        assert_eq!((sample.cgroup, sample.stall), (None, None));
+    }
+
+    #[test]
+    fn cgroup_v2_limits_of_ancestors_bind() {
+        let root = host(&[
+            MEMINFO,
+            ("proc/self/cgroup", "0::/a/b\n"),
+            (
+                "proc/self/mounts",
+                "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n",
+            ),
+            ("sys/fs/cgroup/a/b/memory.current", "1000\n"),
+            ("sys/fs/cgroup/a/b/memory.max", "max\n"),
+            ("sys/fs/cgroup/a/b/memory.stat", "anon 5\ninactive_file 7\n"),
+            ("sys/fs/cgroup/a/memory.current", "5000\n"),
+            ("sys/fs/cgroup/a/memory.max", "9000\n"),
+            ("sys/fs/cgroup/a/memory.high", "8000\n"),
+            ("sys/fs/cgroup/a/memory.stat", "inactive_file 100\n"),
+            (
+                "proc/pressure/memory",
+                "some avg10=1.50 avg60=0 avg300=0 total=77\nfull avg10=0.25 avg60=0 avg300=0 total=9\n",
+            ),
+        ]);
+        let sample = Probe::at(root.path()).sample().unwrap();
+        let cgroup = sample.cgroup.unwrap();
+        assert_eq!((cgroup.usage_bytes, cgroup.limit_bytes), (5000, Some(8000)));
+        assert_eq!(sample.headroom_bytes(), 3100);
+        let stall = sample.stall.unwrap();
+        assert_eq!(
+            (stall.some_avg10, stall.full_avg10, stall.some_total_us),
+            (1.5, 0.25, 77)
+        );
+    }
+
+    #[test]
+    fn cgroup_v1_without_a_limit_binds_nothing() {
+        let root = host(&[
+            MEMINFO,
+            ("proc/self/cgroup", "4:memory:/x\n0::/\n"),
+            (
+                "proc/self/mounts",
+                "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n",
+            ),
+            ("sys/fs/cgroup/memory/x/memory.usage_in_bytes", "4096\n"),
+            (
+                "sys/fs/cgroup/memory/x/memory.limit_in_bytes",
+                "9223372036854771712\n",
+            ),
+            (
+                "sys/fs/cgroup/memory/x/memory.stat",
+                "total_inactive_file 0\n",
+            ),
+        ]);
+        let probe = Probe::at(root.path());
+        assert_eq!(probe.cgroup().unwrap().1, 1);
+        let sample = probe.sample().unwrap();
+        assert_eq!(sample.cgroup.unwrap().limit_bytes, None);
+        assert_eq!(sample.headroom_bytes(), 600 * 1024);
+    }
+}
