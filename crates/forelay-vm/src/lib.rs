@@ -1,1 +1,35 @@
-//! placeholder header: to be replaced by the crate's owner.
+//! Running VMs: descriptions, VMM drivers, lifecycle, the guest channel.
+//!
+//! ```text
+//! VmSpec --VmmDriver::launch--> VmHandle --exec, attach, stop--> guest (channel)
+//!                                  |      --hot-plug, quit-----> VMM   (VmControl)
+//!                                  +------- reattach(runtime_dir) by the next daemon
+//! ```
+//! A VM outlives the daemon that started it: the VMM owns the server end of every socket
+//! (VMM monitor, guest channel, console), and `vm-state.json` in the runtime directory says
+//! what a successor needs. Nothing here kills a VM because a handle is dropped.
+//!
+//! This crate knows neither components nor shared memory: it is given files and tells the
+//! VMM to map them. How the VMM process is confined (seccomp, session, cgroup) is decided by
+//! the caller through [`spec::Wrap`].
+
+#![forbid(unsafe_code)]
+
+pub mod accelerator;
+pub mod channel;
+pub mod driver;
+pub mod handle;
+pub mod lifecycle;
+mod lines;
+pub mod process;
+pub mod qemu;
+pub mod scratch;
+pub mod spec;
+pub mod state;
+
+pub use accelerator::{Accelerator, Probe, probe_accelerator};
+pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};
+pub use forelay_guest::{config as guest_config, protocol as guest_protocol};
+pub use handle::{VmError, VmHandle};
+pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
+pub use spec::{Boot, Disk, DiskFormat, Forward, PmemDevice, Upper, VmSpec, Wrap};

@@ -1,0 +1,448 @@
+//! A launched VM: its progress, commands in it, hot attach, stop.
+//!
+//! A handle is cheap to clone and dropping it changes nothing for the VM. One task watches
+//! the VMM's process; its end is what makes a VM ended, whatever else was said.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forelay_guest::payload::Payload;
+use forelay_guest::protocol::{Attach, Attached, Command, Exec, ExecResult, Reply, Status};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use crate::channel::{Channel, ChannelError};
+use crate::driver::{AttachError, Detachment, VmControl};
+use crate::lifecycle::{Cause, Ended, Phase, Progress};
+use crate::process::Process;
+use crate::spec::PmemDevice;
+use crate::state::VmState;
+
+/// Bytes of console that an error shows.
+const CONSOLE_TAIL_BYTES: u64 = 2048;
+/// How long the guest may take for a request that does little.
+const SHORT: Duration = Duration::from_secs(20);
+/// How long an attach may take.
+const ATTACH: Duration = Duration::from_secs(60);
+/// How long a VMM may take to quit before it is killed.
+const QUIT: Duration = Duration::from_secs(5);
+
+/// Why waiting for a VM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// It ended first.
+    #[error(
+        "VM {name} ended before it was {wanted}: {ended}{reason}; last console lines:\n{console}"
+    )]
+    Ended {
+        /// The VM.
+        name: String,
+        /// What was waited for.
+        wanted: &'static str,
+        /// How it ended.
+        ended: Ended,
+        /// The guest's own words, if any.
+        reason: String,
+        /// End of its console log.
+        console: String,
+    },
+    /// Not in time.
+    #[error("VM {name} was not {wanted} within {limit:?}; last console lines:\n{console}")]
+    TimedOut {
+        /// The VM.
+        name: String,
+        /// What was waited for.
+        wanted: &'static str,
+        /// The limit.
+        limit: Duration,
+        /// End of its console log.
+        console: String,
+    },
+    /// A command could not be run.
+    #[error("VM {name}")]
+    Channel {
+        /// The VM.
+        name: String,
+        /// Why.
+        source: ChannelError,
+    },
+    /// The VMM could not be killed.
+    #[error("VM {name}: kill the VMM")]
+    Kill {
+        /// The VM.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A launched VM.
+#[derive(Clone)]
+pub struct VmHandle {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    state: VmState,
+    runtime_dir: PathBuf,
+    process: Arc<Process>,
+    channel: Channel,
+    control: Arc<dyn VmControl>,
+    progress: watch::Sender<Progress>,
+    launched: Instant,
+}
+
+/// What a driver knows of a running VMM.
+pub(crate) struct Parts {
+    /// The state file's content.
+    pub state: VmState,
+    /// Where it is.
+    pub runtime_dir: PathBuf,
+    /// The VMM's process.
+    pub process: Process,
+    /// The guest channel's connection.
+    pub channel: crate::lines::LineConnection,
+    /// The VMM's control.
+    pub control: Arc<dyn VmControl>,
+    /// When the VMM was started; for a reattached VM, when it was reattached.
+    pub launched: Instant,
+}
+
+impl VmHandle {
+    /// Puts a handle together and starts watching the process.
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts {
+            state,
+            runtime_dir,
+            process,
+            channel,
+            control,
+            launched,
+        } = parts;
+        let (progress, _) = watch::channel(Progress::default());
+        let channel = Channel::start(channel, launched, progress.clone());
+        let process = Arc::new(process);
+        tokio::spawn(watch_process(
+            process.clone(),
+            control.clone(),
+            progress.clone(),
+        ));
+        let inner = Inner {
+            state,
+            runtime_dir,
+            process,
+            channel,
+            control,
+            progress,
+            launched,
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// Name of the VM.
+    pub fn name(&self) -> &str {
+        &self.inner.state.name
+    }
+
+    /// Pid of the VMM.
+    pub fn pid(&self) -> u32 {
+        self.inner.process.id().pid
+    }
+
+    /// State as of launch or reattachment.
+    pub fn state(&self) -> &VmState {
+        &self.inner.state
+    }
+
+    /// Directory of the VM's sockets.
+    pub fn runtime_dir(&self) -> &Path {
+        &self.inner.runtime_dir
+    }
+
+    /// When the VMM was started (or this handle reattached).
+    pub fn launched(&self) -> Instant {
+        self.inner.launched
+    }
+
+    /// What is known now.
+    pub fn progress(&self) -> Progress {
+        self.inner.progress.borrow().clone()
+    }
+
+    /// Changes of [`Progress`] as they come.
+    pub fn watch(&self) -> watch::Receiver<Progress> {
+        self.inner.progress.subscribe()
+    }
+
+    /// Waits until the guest's root is mounted.
+    pub async fn wait_mounted(&self, limit: Duration) -> Result<Progress, VmError> {
+        self.wait("mounted", limit, |progress| progress.mounted.is_some())
+            .await
+    }
+
+    /// Waits until the guest is ready.
+    pub async fn wait_ready(&self, limit: Duration) -> Result<Progress, VmError> {
+        self.wait("ready", limit, |progress| progress.ready.is_some())
+            .await
+    }
+
+    /// Waits until the entrypoint has ended.
+    pub async fn wait_entrypoint(&self, limit: Duration) -> Result<Progress, VmError> {
+        self.wait("done", limit, |progress| progress.entrypoint.is_some())
+            .await
+    }
+
+    /// Waits until the VMM's process is gone.
+    pub async fn wait_ended(&self) -> Ended {
+        let mut progress = self.watch();
+        let found = progress.wait_for(|progress| progress.ended.is_some()).await;
+        let ended = found.ok().and_then(|progress| progress.ended.clone());
+        // The sender lives in this handle, so the wait cannot fail.
+        ended.unwrap_or(Ended {
+            cause: Cause::VmmDied,
+            exit_code: None,
+            signal: None,
+        })
+    }
+
+    async fn wait(
+        &self,
+        wanted: &'static str,
+        limit: Duration,
+        reached: impl Fn(&Progress) -> bool,
+    ) -> Result<Progress, VmError> {
+        let mut progress = self.watch();
+        let found = progress.wait_for(|progress| reached(progress) || progress.ended.is_some());
+        let name = self.name().to_owned();
+        let found = match tokio::time::timeout(limit, found).await {
+            Ok(Ok(found)) => found.clone(),
+            Ok(Err(_)) => self.progress(),
+            Err(_) => {
+                let console = self.console_tail();
+                return Err(VmError::TimedOut {
+                    name,
+                    wanted,
+                    limit,
+                    console,
+                });
+            }
+        };
+        match &found.ended {
+            Some(ended) if !reached(&found) => {
+                let reason = match &found.failure {
+                    Some(failure) => format!("; the guest said: {failure}"),
+                    None => String::new(),
+                };
+                let (ended, console) = (ended.clone(), self.console_tail());
+                Err(VmError::Ended {
+                    name,
+                    wanted,
+                    ended,
+                    reason,
+                    console,
+                })
+            }
+            _ => Ok(found),
+        }
+    }
+
+    /// The last lines of the serial console.
+    pub fn console_tail(&self) -> String {
+        file_tail(&self.inner.state.console_log)
+    }
+
+    /// Connects to the serial console: bytes in both directions, one client at a time.
+    pub async fn console(&self) -> io::Result<UnixStream> {
+        UnixStream::connect(self.inner.runtime_dir.join("console.sock")).await
+    }
+
+    fn channel_error(&self, source: ChannelError) -> VmError {
+        VmError::Channel {
+            name: self.name().to_owned(),
+            source,
+        }
+    }
+
+    /// What the agent says of the boot; also proves that it answers.
+    pub async fn status(&self) -> Result<Status, VmError> {
+        match self.inner.channel.request(Command::Status, SHORT).await {
+            Ok(Reply::Status(status)) => Ok(status),
+            Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
+            Err(error) => Err(self.channel_error(error)),
+        }
+    }
+
+    /// Runs a command in the guest; `limit` bounds it in the guest and on the host.
+    pub async fn exec(&self, argv: &[&str], limit: Duration) -> Result<ExecResult, VmError> {
+        let argv = argv.iter().map(|word| (*word).to_owned()).collect();
+        self.exec_with(
+            Exec {
+                argv,
+                ..Exec::default()
+            },
+            limit,
+        )
+        .await
+    }
+
+    /// Runs a command with all its settings.
+    pub async fn exec_with(&self, mut exec: Exec, limit: Duration) -> Result<ExecResult, VmError> {
+        if exec.timeout_ms == 0 {
+            exec.timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
+        }
+        match self
+            .inner
+            .channel
+            .request(Command::Exec(exec), limit + SHORT)
+            .await
+        {
+            Ok(Reply::Exec(ExecResult {
+                status,
+                stdout,
+                stderr,
+                truncated,
+            })) => {
+                let (Payload(stdout), Payload(stderr)) = (stdout, stderr);
+                let (stdout, stderr) = (Payload(stdout), Payload(stderr));
+                Ok(ExecResult {
+                    status,
+                    stdout,
+                    stderr,
+                    truncated,
+                })
+            }
+            Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
+            Err(error) => Err(self.channel_error(error)),
+        }
+    }
+
+    /// Hot-plugs a component's device and makes its files visible in the guest.
+    pub async fn attach(
+        &self,
+        device: &PmemDevice,
+        request: Attach,
+    ) -> Result<Attached, AttachError> {
+        self.inner.control.attach_pmem(device).await?;
+        match self
+            .inner
+            .channel
+            .request(Command::Attach(request), ATTACH)
+            .await
+        {
+            Ok(Reply::Attached(attached)) => Ok(attached),
+            other => {
+                if let Err(error) = self.inner.control.detach_pmem(&device.id).await {
+                    tracing::warn!(vm = self.name(), device = device.id, %error, "unplug");
+                }
+                Err(other.err().unwrap_or(ChannelError::Unexpected).into())
+            }
+        }
+    }
+
+    /// Takes a component's files away from the guest, then its device. The guest refuses
+    /// ([`forelay_guest::protocol::ErrorKind::Busy`]) while they are in use.
+    pub async fn detach(&self, device_id: &str, uuid: &str) -> Result<Detachment, AttachError> {
+        let command = Command::Detach {
+            uuid: uuid.to_owned(),
+        };
+        match self.inner.channel.request(command, ATTACH).await? {
+            Reply::Detached => self.inner.control.detach_pmem(device_id).await,
+            _ => Err(ChannelError::Unexpected.into()),
+        }
+    }
+
+    /// The VMM's control, for devices that the guest mounts itself.
+    pub fn control(&self) -> &dyn VmControl {
+        &*self.inner.control
+    }
+
+    /// Stops the VM: asks the agent, after `grace` tells the VMM to quit, then kills it.
+    pub async fn stop(&self, grace: Duration) -> Result<Ended, VmError> {
+        self.inner
+            .progress
+            .send_modify(|progress| progress.advance(Phase::Stopping));
+        if self.progress().mounted.is_some() && !grace.is_zero() {
+            let asked = self
+                .inner
+                .channel
+                .request(Command::Poweroff, grace.min(SHORT))
+                .await;
+            if asked.is_ok() {
+                if let Ok(ended) = tokio::time::timeout(grace, self.wait_ended()).await {
+                    return Ok(ended);
+                }
+            }
+        }
+        let quit = async {
+            self.inner.control.quit().await.ok()?;
+            Some(self.wait_ended().await)
+        };
+        if let Ok(Some(ended)) = tokio::time::timeout(QUIT, quit).await {
+            return Ok(ended);
+        }
+        self.kill()?;
+        Ok(self.wait_ended().await)
+    }
+
+    /// Kills the VMM.
+    pub fn kill(&self) -> Result<(), VmError> {
+        let name = self.name().to_owned();
+        self.inner
+            .process
+            .kill()
+            .map_err(|source| VmError::Kill { name, source })
+    }
+}
+
+async fn watch_process(
+    process: Arc<Process>,
+    control: Arc<dyn VmControl>,
+    progress: watch::Sender<Progress>,
+) {
+    let exit = process.wait().await;
+    // The monitor's last event and the guest's last line may still be in their sockets.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let cause = match exit {
+        crate::process::Exit {
+            signal: Some(_), ..
+        } => Cause::VmmDied,
+        crate::process::Exit {
+            code: Some(1..), ..
+        } => Cause::VmmDied,
+        _ => control.last_words().unwrap_or(Cause::VmmDied),
+    };
+    progress.send_modify(|progress| {
+        progress.advance(Phase::Ended);
+        progress.ended = Some(Ended {
+            cause,
+            exit_code: exit.code,
+            signal: exit.signal,
+        });
+    });
+}
+
+/// The end of a text file that someone else wrote, printable.
+pub(crate) fn file_tail(path: &Path) -> String {
+    use std::os::unix::fs::FileExt;
+    let read = || -> io::Result<Vec<u8>> {
+        let file = std::fs::File::open(path)?;
+        let bytes = file.metadata()?.len();
+        let start = bytes.saturating_sub(CONSOLE_TAIL_BYTES);
+        let mut tail = vec![0; (bytes - start) as usize];
+        file.read_exact_at(&mut tail, start)?;
+        Ok(tail)
+    };
+    let text = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).replace('\r', "");
+    let printable = |c: &char| *c == '\n' || !c.is_control();
+    let text: String = text.chars().filter(printable).collect();
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    lines[lines.len().saturating_sub(12)..].join("\n")
+}

@@ -1,0 +1,135 @@
+//! A process that is identified for good: pid and start time, held by a pidfd.
+//!
+//! Invariant: no signal ever reaches another process that was given the same pid later. The
+//! pidfd is opened first and the start time compared after that.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Pid and start time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Process id.
+    pub pid: u32,
+    /// Start time in clock ticks since the host booted.
+    pub start_ticks: u64,
+}
+
+impl ProcessId {
+    /// Identifies a running process.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"))?;
+        start_ticks(&stat)
+            .map(|start_ticks| Self { pid, start_ticks })
+            .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+    }
+}
+
+/// Field 22; the name in field 2 may hold spaces and parentheses.
+fn start_ticks(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?
+        .1
+        .split_ascii_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
+}
+
+/// A held process.
+#[derive(Debug)]
+pub struct Process {
+    id: ProcessId,
+    descriptor: AsyncFd<OwnedFd>,
+}
+
+/// How a process ended, as far as this process may know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, if it was a child that exited.
+    pub code: Option<i32>,
+    /// Signal, if it was a child that was killed.
+    pub signal: Option<i32>,
+}
+
+impl Process {
+    /// Holds the process `id`; `None` if it is gone.
+    pub fn hold(id: ProcessId) -> io::Result<Option<Self>> {
+        let pid = i32::try_from(id.pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| io::Error::other(format!("{} is not a pid", id.pid)))?;
+        let descriptor = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(descriptor) => descriptor,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if ProcessId::of(id.pid).ok() != Some(id) {
+            return Ok(None);
+        }
+        let descriptor = AsyncFd::register_with_interest(descriptor, Interest::READABLE)?;
+        Ok(Some(Self { id, descriptor }))
+    }
+
+    /// Its identity.
+    pub fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    /// Kills it; no error if it is gone already.
+    pub fn kill(&self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(self.descriptor.get_ref(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until it has ended; reaps it if it was a child.
+    pub async fn wait(&self) -> Exit {
+        // The error case cannot come from the descriptor; then the status is just unknown.
+        let _ = self.descriptor.readable().await;
+        use std::os::fd::AsFd;
+        let target = WaitId::PidFd(self.descriptor.get_ref().as_fd());
+        match rustix::process::waitid(target, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+            Ok(Some(status)) => Exit {
+                code: status.exit_status(),
+                signal: status.terminating_signal(),
+            },
+            _ => Exit::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_time_is_found_behind_hostile_names() {
+        let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 4242 1 2";
+        assert_eq!(start_ticks(stat), Some(4242));
+        assert_eq!(start_ticks("7 a"), None);
+    }
+
+    #[tokio::test]
+    async fn a_process_is_held_killed_and_reaped_and_a_wrong_start_time_is_refused() {
+        let child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        let other = ProcessId {
+            start_ticks: id.start_ticks + 1,
+            ..id
+        };
+        assert!(Process::hold(other).unwrap().is_none());
+        let process = Process::hold(id).unwrap().unwrap();
+        process.kill().unwrap();
+        let exit = process.wait().await;
+        assert_eq!((exit.code, exit.signal), (None, Some(9)));
+        process.kill().unwrap();
+    }
+}

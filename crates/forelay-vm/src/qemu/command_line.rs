@@ -1,0 +1,364 @@
+//! QEMU's command line for a [`VmSpec`]: a pure function.
+//!
+//! Machine `pc`: the only one of QEMU's x86 machines with ACPI hot-plug on the root bus and
+//! without the start-up cost of q35's bridges. PCI slots:
+//!
+//! ```text
+//! 1        chipset
+//! 2        guest channel, random numbers, network      one slot, many functions
+//! 3..=13   pmem of the launch, 8 functions each        up to 88 devices
+//! 14       disks, 8 functions
+//! 16..=31  free: one hot-plugged device each           up to 16 devices
+//! ```
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use crate::accelerator::Accelerator;
+use crate::spec::{Boot, Disk, DiskFormat, PmemDevice, Upper, VmSpec};
+
+/// First and last slot for hot-plugged devices.
+pub const HOTPLUG_SLOTS: std::ops::RangeInclusive<u8> = 16..=31;
+/// Most pmem devices at launch.
+pub const MAX_PMEM: usize = 88;
+/// Most disks.
+pub const MAX_DISKS: usize = 8;
+
+const FIRST_PMEM_SLOT: usize = 3;
+const DISK_SLOT: usize = 14;
+
+/// Monitor socket in the runtime directory.
+pub const MONITOR_SOCKET: &str = "monitor.sock";
+/// Guest channel socket in the runtime directory.
+pub const CHANNEL_SOCKET: &str = "channel.sock";
+/// Console socket in the runtime directory.
+pub const CONSOLE_SOCKET: &str = "console.sock";
+
+/// The arguments, without the program.
+pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString>, String> {
+    spec.validate()?;
+    let mut line = Line::default();
+    line.plain(&[
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    line.option("-name", &[("guest=", OsStr::new(&spec.name))]);
+    line.plain(&["-M", "pc,usb=off,vmport=off,hpet=off"]);
+    match accelerator {
+        Accelerator::Kvm => line.plain(&["-accel", "kvm", "-cpu", "host"]),
+        Accelerator::Tcg => line.plain(&["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]),
+    }
+    line.plain(&["-smp", &spec.cpus.to_string()]);
+    line.plain(&["-m", &memory(spec)]);
+    line.path("-kernel", &spec.kernel);
+    line.path("-initrd", &spec.initrd);
+    line.plain(&["-append", &kernel_command_line(spec)]);
+    sockets(&mut line, spec);
+    network(&mut line, spec)?;
+    pmem(&mut line, spec)?;
+    disks(&mut line, spec)?;
+    Ok(line.arguments)
+}
+
+/// The model with what Debian's programs may use, without what costs TCG much (5-level paging).
+const TCG_CPU: &str = "max,la57=off";
+
+fn memory(spec: &VmSpec) -> String {
+    let pmem: u64 = spec.pmem.iter().map(|device| device.bytes).sum();
+    // Every device may need alignment, so leave room beside the sizes.
+    let room = pmem + (spec.pmem.len() as u64 + 16) * (1 << 30) / 16 + spec.hotplug_bytes;
+    let most_mib = u64::from(spec.memory_mib) + room.div_ceil(1 << 20);
+    format!("{}M,slots=1,maxmem={most_mib}M", spec.memory_mib)
+}
+
+/// The kernel's command line.
+pub fn kernel_command_line(spec: &VmSpec) -> String {
+    let mut words: Vec<String> = [
+        "console=ttyS0",
+        "quiet",
+        "panic=-1",
+        "net.ifnames=0",
+        "random.trust_cpu=on",
+    ]
+    .map(str::to_owned)
+    .into();
+    words.push(match &spec.boot {
+        Boot::Map { uuid } => format!("forelay.map={uuid}"),
+        Boot::Flat { .. } => "forelay.flat=1".to_owned(),
+        Boot::Root(_) => "forelay.root=/dev/vda".to_owned(),
+    });
+    if matches!(spec.upper, Upper::Scratch { .. }) {
+        words.push("forelay.scratch=1".to_owned());
+    }
+    words.extend(spec.append.iter().cloned());
+    words.join(" ")
+}
+
+fn sockets(line: &mut Line, spec: &VmSpec) {
+    let path = |name: &str| spec.runtime_dir.join(name);
+    let server = OsStr::new(",server=on,wait=off");
+    for (id, name) in [("monitor", MONITOR_SOCKET), ("channel", CHANNEL_SOCKET)] {
+        let prefix = format!("socket,id={id},path=");
+        let path = escape(path(name).as_os_str());
+        line.raw("-chardev", &[OsStr::new(&prefix), &path, server]);
+    }
+    let console = escape(path(CONSOLE_SOCKET).as_os_str());
+    let log = escape(spec.console_log.as_os_str());
+    let parts = [
+        OsStr::new("socket,id=console,path="),
+        &console,
+        server,
+        OsStr::new(",logappend=on,logfile="),
+        &log,
+    ];
+    line.raw("-chardev", &parts);
+    line.plain(&["-mon", "chardev=monitor,mode=control"]);
+    line.plain(&["-serial", "chardev:console"]);
+    line.device("virtio-serial-pci,id=serial,max_ports=2,addr=0x2.0,multifunction=on");
+    let name = forelay_guest::protocol::PORT_NAME;
+    line.device(&format!(
+        "virtserialport,bus=serial.0,nr=1,chardev=channel,name={name}"
+    ));
+    line.device("virtio-rng-pci,addr=0x2.1,multifunction=on");
+}
+
+fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
+    if !spec.network {
+        if spec.forwards.is_empty() {
+            return Ok(());
+        }
+        return Err("ports are forwarded, but the VM has no network".to_owned());
+    }
+    let mut user = "user,id=network,ipv6=off".to_owned();
+    for forward in &spec.forwards {
+        let rule = format!(",hostfwd=tcp:127.0.0.1:{}-:{}", forward.host, forward.guest);
+        user.push_str(&rule);
+    }
+    line.plain(&["-netdev", &user]);
+    line.device("virtio-net-pci,netdev=network,romfile=,addr=0x2.2,multifunction=on");
+    Ok(())
+}
+
+fn pmem(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
+    if spec.pmem.len() > MAX_PMEM {
+        return Err(format!(
+            "{} pmem devices, but {MAX_PMEM} is the most: put small components into a bundle",
+            spec.pmem.len()
+        ));
+    }
+    for (index, device) in spec.pmem.iter().enumerate() {
+        let (slot, function) = (FIRST_PMEM_SLOT + index / 8, index % 8);
+        let prefix = format!(
+            "memory-backend-file,id=m-{},size={}",
+            device.id, device.bytes
+        );
+        let path = escape(device.path.as_os_str());
+        let backend = ",share=on,readonly=on,align=2M,mem-path=";
+        line.raw(
+            "-object",
+            &[OsStr::new(&prefix), OsStr::new(backend), &path],
+        );
+        line.device(&format!(
+            "virtio-pmem-pci,id=d-{id},memdev=m-{id},addr={slot:#x}.{function},multifunction=on",
+            id = device.id
+        ));
+    }
+    Ok(())
+}
+
+fn disks(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
+    let mut all: Vec<(&str, Disk)> = Vec::new();
+    match &spec.boot {
+        Boot::Map { .. } => {}
+        Boot::Flat { path } => {
+            all.push(("forelay-flat", raw_disk(path, true)));
+        }
+        Boot::Root(disk) => all.push(("forelay-root", disk.clone())),
+    }
+    if let Upper::Scratch { path, .. } = &spec.upper {
+        all.push(("forelay-scratch", raw_disk(path, false)));
+    }
+    all.extend(spec.disks.iter().map(|disk| ("", disk.clone())));
+    if all.len() > MAX_DISKS {
+        return Err(format!("{} disks, but {MAX_DISKS} is the most", all.len()));
+    }
+    for (index, (serial, disk)) in all.iter().enumerate() {
+        let format = match disk.format {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        };
+        let read_only = if disk.read_only { "on" } else { "off" };
+        let prefix = format!(
+            "if=none,id=disk{index},format={format},readonly={read_only},discard=unmap,file="
+        );
+        let path = escape(disk.path.as_os_str());
+        line.raw("-drive", &[OsStr::new(&prefix), &path]);
+        line.device(&format!(
+            "virtio-blk-pci,drive=disk{index},serial={serial},addr={DISK_SLOT:#x}.{index},\
+             multifunction=on"
+        ));
+    }
+    Ok(())
+}
+
+fn raw_disk(path: &Path, read_only: bool) -> Disk {
+    Disk {
+        path: path.to_owned(),
+        format: DiskFormat::Raw,
+        read_only,
+    }
+}
+
+/// QMP arguments of the backend of a hot-plugged device.
+pub fn hotplug_backend(device: &PmemDevice) -> serde_json::Value {
+    serde_json::json!({
+        "qom-type": "memory-backend-file",
+        "id": format!("m-{}", device.id),
+        "mem-path": device.path.to_string_lossy(),
+        "size": device.bytes,
+        "share": true,
+        "readonly": true,
+        "align": crate::spec::PMEM_ALIGN_BYTES,
+    })
+}
+
+/// QMP arguments of a hot-plugged device.
+pub fn hotplug_device(device: &PmemDevice, slot: u8) -> serde_json::Value {
+    serde_json::json!({
+        "driver": "virtio-pmem-pci",
+        "id": format!("d-{}", device.id),
+        "memdev": format!("m-{}", device.id),
+        "bus": "pci.0",
+        "addr": format!("{slot:#x}"),
+    })
+}
+
+/// QEMU's option syntax takes a comma in a value doubled.
+fn escape(text: &OsStr) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let mut out = Vec::with_capacity(text.len());
+    for &byte in text.as_bytes() {
+        out.push(byte);
+        if byte == b',' {
+            out.push(byte);
+        }
+    }
+    OsString::from_vec(out)
+}
+
+#[derive(Default)]
+struct Line {
+    arguments: Vec<OsString>,
+}
+
+impl Line {
+    fn plain(&mut self, words: &[&str]) {
+        self.arguments.extend(words.iter().map(OsString::from));
+    }
+
+    fn path(&mut self, option: &str, path: &Path) {
+        self.arguments.push(option.into());
+        self.arguments.push(path.into());
+    }
+
+    fn device(&mut self, text: &str) {
+        self.plain(&["-device", text]);
+    }
+
+    /// An option whose values are escaped.
+    fn option(&mut self, option: &str, pairs: &[(&str, &OsStr)]) {
+        let mut value = OsString::new();
+        for (key, text) in pairs {
+            value.push(key);
+            value.push(escape(text));
+        }
+        self.arguments.push(option.into());
+        self.arguments.push(value);
+    }
+
+    /// An option made of parts that are escaped already.
+    fn raw(&mut self, option: &str, parts: &[&OsStr]) {
+        let mut value = OsString::new();
+        parts.iter().for_each(|part| value.push(part));
+        self.arguments.push(option.into());
+        self.arguments.push(value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{Forward, PMEM_ALIGN_BYTES};
+
+    fn spec(devices: usize) -> VmSpec {
+        let boot = Boot::Map {
+            uuid: "ab".repeat(16),
+        };
+        let mut spec = VmSpec::new("vm", "/k".into(), "/i".into(), boot);
+        for index in 0..devices {
+            spec.pmem.push(PmemDevice {
+                id: format!("c{index}"),
+                path: format!("/f,{index}").into(),
+                bytes: PMEM_ALIGN_BYTES,
+            });
+        }
+        spec
+    }
+
+    fn text(spec: &VmSpec) -> String {
+        let words = arguments(spec, Accelerator::Tcg).unwrap();
+        words
+            .iter()
+            .map(|word| word.to_string_lossy())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn forty_devices_get_addresses_of_their_own_and_leave_hotplug_slots() {
+        let text = text(&spec(40));
+        let mut addresses: Vec<&str> = text
+            .split("addr=")
+            .skip(1)
+            .map(|rest| rest.split([',', ' ']).next().unwrap())
+            .collect();
+        let count = addresses.len();
+        assert_eq!(count, 43);
+        addresses.sort_unstable();
+        addresses.dedup();
+        assert_eq!(addresses.len(), count);
+        assert!(addresses.iter().all(|address| {
+            let slot = address.trim_start_matches("0x").split('.').next().unwrap();
+            !HOTPLUG_SLOTS.contains(&u8::from_str_radix(slot, 16).unwrap())
+        }));
+        assert!(text.contains("mem-path=/f,,39"), "commas are doubled");
+        assert!(
+            arguments(&spec(MAX_PMEM + 1), Accelerator::Tcg)
+                .unwrap_err()
+                .contains("bundle")
+        );
+    }
+
+    #[test]
+    fn ports_disks_and_kernel_words_appear() {
+        let mut spec = spec(1);
+        spec.forwards = vec![Forward {
+            host: 8080,
+            guest: 80,
+        }];
+        spec.upper = Upper::Scratch {
+            path: "/s".into(),
+            bytes: 1 << 30,
+        };
+        spec.append = vec!["systemd.log_level=debug".into()];
+        let text = text(&spec);
+        assert!(text.contains("hostfwd=tcp:127.0.0.1:8080-:80"));
+        assert!(text.contains("serial=forelay-scratch"));
+        assert!(text.contains("forelay.scratch=1 systemd.log_level=debug"));
+        spec.network = false;
+        assert!(arguments(&spec, Accelerator::Tcg).is_err());
+    }
+}

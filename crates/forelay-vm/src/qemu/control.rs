@@ -1,0 +1,171 @@
+//! Hot-plug and quit of a running QEMU, over its monitor.
+//!
+//! The state file is rewritten after each change, so that a successor knows which slots are
+//! taken. One change at a time: a lock is held across each.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::command_line::{self, HOTPLUG_SLOTS};
+use super::{Qmp, QmpError};
+use crate::driver::{AttachError, Detachment, VmControl};
+use crate::lifecycle::Cause;
+use crate::spec::PmemDevice;
+use crate::state::{Hotplugged, VmState};
+
+/// How long the guest may take to let a device go.
+const UNPLUG: Duration = Duration::from_secs(10);
+
+/// Control of one QEMU.
+pub struct QemuControl {
+    qmp: Qmp,
+    runtime_dir: PathBuf,
+    state: Mutex<VmState>,
+}
+
+impl QemuControl {
+    /// Control over `qmp` of the VM with this state.
+    pub fn new(qmp: Qmp, runtime_dir: PathBuf, state: VmState) -> Self {
+        Self {
+            qmp,
+            runtime_dir,
+            state: Mutex::new(state),
+        }
+    }
+
+    async fn plug(&self, device: &PmemDevice, slot: u8) -> Result<(), AttachError> {
+        self.qmp
+            .command("object-add", command_line::hotplug_backend(device))
+            .await?;
+        let arguments = command_line::hotplug_device(device, slot);
+        let added = self.qmp.command("device_add", arguments).await;
+        if added.is_err() {
+            let _ = self.delete_backend(&device.id).await;
+        }
+        added?;
+        Ok(())
+    }
+
+    async fn delete_backend(&self, id: &str) -> Result<Value, QmpError> {
+        self.qmp
+            .command("object-del", json!({ "id": format!("m-{id}") }))
+            .await
+    }
+
+    /// True if the device is gone; false if this QEMU cannot unplug it.
+    async fn unplug(&self, id: &str) -> Result<bool, AttachError> {
+        let device = format!("d-{id}");
+        let mut events = self.qmp.events();
+        match self
+            .qmp
+            .command("device_del", json!({ "id": device }))
+            .await
+        {
+            Ok(_) => {}
+            Err(QmpError::Refused { text, .. }) => {
+                tracing::debug!(id, text, "QEMU cannot unplug the device");
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let gone = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.name == "DEVICE_DELETED" => {
+                        if event.data["device"] == device.as_str() {
+                            return true;
+                        }
+                    }
+                    Ok(_) | Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => return false,
+                }
+            }
+        };
+        if !tokio::time::timeout(UNPLUG, gone).await.unwrap_or(false) {
+            return Ok(false);
+        }
+        self.delete_backend(id).await?;
+        Ok(true)
+    }
+}
+
+#[async_trait]
+impl VmControl for QemuControl {
+    async fn attach_pmem(&self, device: &PmemDevice) -> Result<(), AttachError> {
+        device.validate().map_err(AttachError::Device)?;
+        let mut state = self.state.lock().await;
+        if state.pmem.iter().any(|known| known.id == device.id) {
+            let text = format!("the VM was launched with device {}", device.id);
+            return Err(AttachError::Device(text));
+        }
+        if let Some(known) = state
+            .hotplugged
+            .iter_mut()
+            .find(|known| known.device.id == device.id)
+        {
+            if known.device != *device {
+                let text = format!("device {} is another file", device.id);
+                return Err(AttachError::Device(text));
+            }
+            known.retained = false;
+        } else {
+            let used = |slot: &u8| state.hotplugged.iter().any(|known| known.slot == *slot);
+            let slot =
+                HOTPLUG_SLOTS
+                    .into_iter()
+                    .find(|slot| !used(slot))
+                    .ok_or(AttachError::NoSlot {
+                        used: state.hotplugged.len(),
+                    })?;
+            self.plug(device, slot).await?;
+            let device = device.clone();
+            state.hotplugged.push(Hotplugged {
+                device,
+                slot,
+                retained: false,
+            });
+        }
+        state.write(&self.runtime_dir).map_err(AttachError::State)
+    }
+
+    async fn detach_pmem(&self, id: &str) -> Result<Detachment, AttachError> {
+        let mut state = self.state.lock().await;
+        let index = state
+            .hotplugged
+            .iter()
+            .position(|known| known.device.id == id)
+            .ok_or_else(|| AttachError::Unknown(id.to_owned()))?;
+        let detachment = if self.unplug(id).await? {
+            state.hotplugged.remove(index);
+            Detachment::Removed
+        } else {
+            state.hotplugged[index].retained = true;
+            Detachment::Retained
+        };
+        state.write(&self.runtime_dir).map_err(AttachError::State)?;
+        Ok(detachment)
+    }
+
+    async fn hotplugged(&self) -> Vec<String> {
+        let state = self.state.lock().await;
+        state
+            .hotplugged
+            .iter()
+            .map(|known| known.device.id.clone())
+            .collect()
+    }
+
+    async fn quit(&self) -> Result<(), AttachError> {
+        self.qmp.command("quit", Value::Null).await?;
+        Ok(())
+    }
+
+    fn last_words(&self) -> Option<Cause> {
+        self.qmp.last_words()
+    }
+}

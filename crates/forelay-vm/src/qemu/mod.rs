@@ -1,0 +1,307 @@
+//! QEMU as the VMM: stock, unpatched, one process for each VM.
+//!
+//! Launch: command line ([`command_line`]) -> start in a process group of its own, output
+//! into `qemu.log` -> monitor connects -> state file -> guest channel connects. Everything
+//! later goes over the three sockets that QEMU serves in the runtime directory.
+//!
+//! QEMU up to at least 7.2 cannot unplug virtio-pmem: [`Detachment::Retained`] says so, and
+//! the device is used again when the same component is attached again.
+
+pub mod command_line;
+mod control;
+mod qmp;
+
+pub use control::QemuControl;
+pub use qmp::{Event, Qmp, QmpError};
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+
+use crate::accelerator::{Accelerator, Probe, probe_accelerator};
+use crate::driver::{LaunchError, ReattachError, VmmDriver};
+use crate::handle::{Parts, VmHandle, file_tail};
+use crate::lifecycle::{Cause, Ended};
+use crate::process::{Process, ProcessId};
+use crate::spec::{Boot, Upper, VmSpec};
+use crate::state::{STATE_FILE, VmState};
+use crate::{lines, scratch};
+
+/// How long QEMU may take to open its sockets.
+const START: Duration = Duration::from_secs(20);
+/// Interval of attempts to connect.
+const POLL: Duration = Duration::from_millis(3);
+/// What QEMU prints goes here, in the runtime directory.
+const LOG_FILE: &str = "qemu.log";
+
+/// Launches VMs with QEMU.
+#[derive(Clone, Debug)]
+pub struct QemuDriver {
+    /// The program.
+    pub binary: PathBuf,
+    /// Fixed accelerator; `None` probes once for each kernel and caches the answer.
+    pub accelerator: Option<Accelerator>,
+    /// Where probe results are cached.
+    pub state_dir: PathBuf,
+}
+
+impl QemuDriver {
+    /// `qemu-system-x86_64` from `PATH`, probing the accelerator.
+    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            binary: "qemu-system-x86_64".into(),
+            accelerator: None,
+            state_dir: state_dir.into(),
+        }
+    }
+
+    /// The accelerator that VMs with this kernel get, and why.
+    pub async fn probe(&self, kernel: &Path) -> Probe {
+        match self.accelerator {
+            Some(accelerator) => Probe {
+                accelerator,
+                reason: "configured".to_owned(),
+            },
+            None => probe_accelerator(&self.binary, kernel, &self.state_dir).await,
+        }
+    }
+
+    async fn arguments(&self, spec: &VmSpec) -> Result<(Vec<OsString>, Accelerator), LaunchError> {
+        let accelerator = self.probe(&spec.kernel).await.accelerator;
+        let arguments =
+            command_line::arguments(spec, accelerator).map_err(|reason| LaunchError::Spec {
+                name: spec.name.clone(),
+                reason,
+            })?;
+        Ok((arguments, accelerator))
+    }
+
+    fn start(&self, spec: &VmSpec, arguments: &[OsString]) -> Result<Process, LaunchError> {
+        let file_error = |path: &Path| {
+            let (name, path) = (spec.name.clone(), path.to_owned());
+            move |source| LaunchError::File { name, path, source }
+        };
+        let log = spec.runtime_dir.join(LOG_FILE);
+        let output = std::fs::File::create(&log).map_err(file_error(&log))?;
+        let errors = output.try_clone().map_err(file_error(&log))?;
+        let mut command = Command::new(&self.binary);
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors);
+        match &spec.wrap {
+            Some(wrap) => (wrap.0)(&mut command),
+            None => drop(command.process_group(0)),
+        }
+        let start_error = |source| LaunchError::Start {
+            program: self.binary.display().to_string(),
+            source,
+        };
+        let child = command.spawn().map_err(start_error)?;
+        let id = ProcessId::of(child.id()).map_err(start_error)?;
+        let held = Process::hold(id).map_err(start_error)?;
+        // An unreaped child keeps its pid, so it can be held even if it has ended already.
+        held.ok_or_else(|| start_error(std::io::Error::other("the process vanished")))
+    }
+}
+
+/// Checks the files that a VM needs, since QEMU's own words for a missing one are poor.
+fn check_files(spec: &VmSpec) -> Result<(), LaunchError> {
+    let mut paths = vec![&spec.kernel, &spec.initrd];
+    paths.extend(spec.pmem.iter().map(|device| &device.path));
+    paths.extend(spec.disks.iter().map(|disk| &disk.path));
+    match &spec.boot {
+        Boot::Map { .. } => {}
+        Boot::Flat { path } => paths.push(path),
+        Boot::Root(disk) => paths.push(&disk.path),
+    }
+    for path in paths {
+        std::fs::metadata(path).map_err(|source| {
+            let (name, path) = (spec.name.clone(), path.clone());
+            LaunchError::File { name, path, source }
+        })?;
+    }
+    Ok(())
+}
+
+fn prepare_directory(spec: &VmSpec) -> Result<(), LaunchError> {
+    let file_error = |path: &Path| {
+        let (name, path) = (spec.name.clone(), path.to_owned());
+        move |source| LaunchError::File { name, path, source }
+    };
+    std::fs::create_dir_all(&spec.runtime_dir).map_err(file_error(&spec.runtime_dir))?;
+    if let Some(parent) = spec.console_log.parent() {
+        std::fs::create_dir_all(parent).map_err(file_error(parent))?;
+    }
+    // A dead predecessor's sockets and state must not be taken for the new VM's.
+    use command_line::{CHANNEL_SOCKET, CONSOLE_SOCKET, MONITOR_SOCKET};
+    for name in [STATE_FILE, MONITOR_SOCKET, CHANNEL_SOCKET, CONSOLE_SOCKET] {
+        let path = spec.runtime_dir.join(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(file_error(&path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl VmmDriver for QemuDriver {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    async fn command_line(&self, spec: &VmSpec) -> Result<Vec<OsString>, LaunchError> {
+        let mut words = vec![self.binary.clone().into_os_string()];
+        words.extend(self.arguments(spec).await?.0);
+        Ok(words)
+    }
+
+    async fn launch(&self, spec: &VmSpec) -> Result<VmHandle, LaunchError> {
+        check_files(spec)?;
+        let (arguments, accelerator) = self.arguments(spec).await?;
+        if let Upper::Scratch { path, bytes } = &spec.upper {
+            let made = scratch::ensure(path, *bytes).await;
+            made.map_err(|source| LaunchError::Scratch {
+                name: spec.name.clone(),
+                source,
+            })?;
+        }
+        prepare_directory(spec)?;
+        let launched = Instant::now();
+        let process = self.start(spec, &arguments)?;
+        let state = VmState {
+            name: spec.name.clone(),
+            driver: self.name().to_owned(),
+            process: process.id(),
+            launched_ms: now_ms(),
+            accelerator: accelerator.to_string(),
+            console_log: spec.console_log.clone(),
+            pmem: spec.pmem.clone(),
+            forwards: spec.forwards.clone(),
+            hotplugged: Vec::new(),
+        };
+        let connected = connect(&process, spec, &state).await;
+        let (qmp, channel) = match connected {
+            Ok(both) => both,
+            Err(error) => {
+                let _ = process.kill();
+                process.wait().await;
+                return Err(error);
+            }
+        };
+        let control = Arc::new(QemuControl::new(
+            qmp,
+            spec.runtime_dir.clone(),
+            state.clone(),
+        ));
+        let runtime_dir = spec.runtime_dir.clone();
+        Ok(VmHandle::new(Parts {
+            state,
+            runtime_dir,
+            process,
+            channel,
+            control,
+            launched,
+        }))
+    }
+
+    async fn reattach(&self, runtime_dir: &Path) -> Result<VmHandle, ReattachError> {
+        let state = VmState::read(runtime_dir).map_err(|source| ReattachError::State {
+            path: runtime_dir.join(STATE_FILE),
+            source,
+        })?;
+        let name = state.name.clone();
+        let connect_error = |what: &str| {
+            let (name, what) = (name.clone(), what.to_owned());
+            move |source| ReattachError::Connect { name, what, source }
+        };
+        let process = Process::hold(state.process)
+            .map_err(connect_error("hold the VMM's process"))?
+            .ok_or_else(|| ReattachError::Ended { name: name.clone() })?;
+        let monitor = runtime_dir.join(command_line::MONITOR_SOCKET);
+        let qmp = Qmp::connect(&monitor)
+            .await
+            .map_err(|error| connect_error("QEMU's monitor")(std::io::Error::other(error)))?;
+        let channel = runtime_dir.join(command_line::CHANNEL_SOCKET);
+        let channel = lines::connect(&channel, forelay_guest::protocol::MAX_LINE_BYTES)
+            .await
+            .map_err(connect_error("the guest channel"))?;
+        let runtime_dir = runtime_dir.to_owned();
+        let control = Arc::new(QemuControl::new(qmp, runtime_dir.clone(), state.clone()));
+        let launched = Instant::now();
+        Ok(VmHandle::new(Parts {
+            state,
+            runtime_dir,
+            process,
+            channel,
+            control,
+            launched,
+        }))
+    }
+}
+
+fn now_ms() -> u64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Connects to both sockets as soon as QEMU serves them, unless it ends first.
+async fn connect(
+    process: &Process,
+    spec: &VmSpec,
+    state: &VmState,
+) -> Result<(Qmp, lines::LineConnection), LaunchError> {
+    let name = || spec.name.clone();
+    let socket = |file: &str| spec.runtime_dir.join(file);
+    let connecting = async {
+        let monitor = socket(command_line::MONITOR_SOCKET);
+        let qmp = loop {
+            match Qmp::connect(&monitor).await {
+                Err(QmpError::Connect { .. }) => tokio::time::sleep(POLL).await,
+                other => break other,
+            }
+        };
+        let qmp = qmp.map_err(|source| LaunchError::Monitor {
+            name: name(),
+            source,
+        })?;
+        let path = socket(command_line::CHANNEL_SOCKET);
+        let channel = lines::connect(&path, forelay_guest::protocol::MAX_LINE_BYTES).await;
+        let channel = channel.map_err(|source| LaunchError::File {
+            name: name(),
+            path,
+            source,
+        })?;
+        state.write(&spec.runtime_dir).map_err(|source| {
+            let path = socket(STATE_FILE);
+            LaunchError::File {
+                name: name(),
+                path,
+                source,
+            }
+        })?;
+        Ok((qmp, channel))
+    };
+    tokio::select! {
+        connected = tokio::time::timeout(START, connecting) => connected.unwrap_or_else(|_| {
+            let source = QmpError::TimedOut { command: "at start".to_owned() };
+            Err(LaunchError::Monitor { name: name(), source })
+        }),
+        exit = process.wait() => {
+            let ended = Ended { cause: Cause::VmmDied, exit_code: exit.code, signal: exit.signal };
+            let output = file_tail(&socket(LOG_FILE));
+            Err(LaunchError::Died { name: name(), ended, output })
+        }
+    }
+}

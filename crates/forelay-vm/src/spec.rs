@@ -1,0 +1,265 @@
+//! What a VM consists of, independent of the VMM.
+//!
+//! Invariants checked by [`VmSpec::validate`]: device ids are unique and plain, pmem sizes
+//! are multiples of 2 MiB (the guest maps them with huge pages, the VMM insists), socket
+//! paths fit `sun_path`.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// Sizes of pmem devices are multiples of this.
+pub const PMEM_ALIGN_BYTES: u64 = 2 << 20;
+
+/// Longest path of a Unix socket.
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// A VM to launch.
+#[derive(Clone, Debug)]
+pub struct VmSpec {
+    /// Name for people and for the VMM's process title.
+    pub name: String,
+    /// Guest memory.
+    pub memory_mib: u32,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Kernel: a bzImage, or an ELF image with a PVH entry (faster to boot).
+    pub kernel: PathBuf,
+    /// Initramfs with the guest init.
+    pub initrd: PathBuf,
+    /// More words for the kernel command line.
+    pub append: Vec<String>,
+    /// What the root comes from.
+    pub boot: Boot,
+    /// pmem devices in order; with [`Boot::Map`] the map image and one per component.
+    pub pmem: Vec<PmemDevice>,
+    /// Where the root's writes go.
+    pub upper: Upper,
+    /// TCP ports of the host that lead into the guest.
+    pub forwards: Vec<Forward>,
+    /// False leaves the VM without a network device.
+    pub network: bool,
+    /// Serial console log, appended to.
+    pub console_log: PathBuf,
+    /// Directory for sockets and the state file; made if missing.
+    pub runtime_dir: PathBuf,
+    /// More disks, in order `/dev/vda`, `/dev/vdb` and so on.
+    pub disks: Vec<Disk>,
+    /// Address space kept free for hot-plugged pmem.
+    pub hotplug_bytes: u64,
+    /// Applied to the VMM's command just before it starts.
+    pub wrap: Option<Wrap>,
+}
+
+impl VmSpec {
+    /// A VM with 512 MiB and one CPU and no devices.
+    pub fn new(name: impl Into<String>, kernel: PathBuf, initrd: PathBuf, boot: Boot) -> Self {
+        let name = name.into();
+        let runtime_dir = PathBuf::from("/run/forelay/vms").join(&name);
+        Self {
+            memory_mib: 512,
+            cpus: 1,
+            kernel,
+            initrd,
+            append: Vec::new(),
+            boot,
+            pmem: Vec::new(),
+            upper: Upper::Tmpfs,
+            forwards: Vec::new(),
+            network: true,
+            console_log: runtime_dir.join("console.log"),
+            runtime_dir,
+            disks: Vec::new(),
+            hotplug_bytes: 16 << 30,
+            wrap: None,
+            name,
+        }
+    }
+
+    /// Checks what no VMM could run; the error says what to change.
+    pub fn validate(&self) -> Result<(), String> {
+        let plain = |id: &str| {
+            !id.is_empty()
+                && id.len() <= 64
+                && id
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        };
+        if !plain(&self.name) {
+            return Err(format!(
+                "the VM name {:?} is not 1 to 64 letters, digits, `-`, `_`, `.`",
+                self.name
+            ));
+        }
+        if self.cpus == 0 || self.memory_mib < 64 {
+            return Err("a VM needs at least 1 CPU and 64 MiB".to_owned());
+        }
+        let mut ids = BTreeSet::new();
+        for device in &self.pmem {
+            device.validate()?;
+            if !ids.insert(&device.id) {
+                return Err(format!("two pmem devices are called {:?}", device.id));
+            }
+        }
+        if matches!(self.boot, Boot::Map { .. }) && self.pmem.is_empty() {
+            return Err("a VM that boots from a map image needs its pmem device".to_owned());
+        }
+        let socket = self.runtime_dir.join("console.sock");
+        if socket.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
+            return Err(format!(
+                "{} is longer than the {MAX_SOCKET_PATH_BYTES} bytes a Unix socket path may \
+                 have: use a shorter runtime directory",
+                socket.display()
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What the root comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Boot {
+    /// The map image with this UUID (32 hex digits), on a pmem device.
+    Map {
+        /// UUID of the map image.
+        uuid: String,
+    },
+    /// A flat image on a disk: for guests without pmem.
+    Flat {
+        /// The image file.
+        path: PathBuf,
+    },
+    /// A disk with an ext4 root, writable: what VMs without Forelay use.
+    Root(Disk),
+}
+
+/// A pmem device: a file mapped read-only and shared into the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PmemDevice {
+    /// Name, unique in the VM: letters, digits, `-`, `_`, `.`.
+    pub id: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Its size, a multiple of [`PMEM_ALIGN_BYTES`].
+    pub bytes: u64,
+}
+
+impl PmemDevice {
+    /// Checks id and size.
+    pub fn validate(&self) -> Result<(), String> {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        if self.id.is_empty() || self.id.len() > 100 || !self.id.bytes().all(plain) {
+            return Err(format!(
+                "the device id {:?} is not 1 to 100 letters, digits, `-`, `_`, `.`",
+                self.id
+            ));
+        }
+        if self.bytes == 0 || !self.bytes.is_multiple_of(PMEM_ALIGN_BYTES) {
+            return Err(format!(
+                "pmem device {}: {} bytes are not a multiple of 2 MiB",
+                self.id, self.bytes
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Where the root's writes go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upper {
+    /// Guest memory; gone with the VM.
+    Tmpfs,
+    /// An ext4 file on the host; made (sparse) if missing.
+    Scratch {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+}
+
+/// A TCP port of the host that leads into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forward {
+    /// Port on 127.0.0.1 of the host.
+    pub host: u16,
+    /// Port in the guest.
+    pub guest: u16,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DiskFormat,
+    /// Not writable by the guest.
+    pub read_only: bool,
+}
+
+/// Format of a disk file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// Plain bytes.
+    Raw,
+    /// qcow2, possibly with a backing file.
+    Qcow2,
+}
+
+/// Changes the VMM's command before it starts (seccomp, session, cgroup, limits).
+#[derive(Clone)]
+pub struct Wrap(pub Arc<dyn Fn(&mut Command) + Send + Sync>);
+
+impl fmt::Debug for Wrap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wrap")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        let boot = Boot::Map {
+            uuid: "0".repeat(32),
+        };
+        let mut spec = VmSpec::new("vm-1", "/k".into(), "/i".into(), boot);
+        let device = PmemDevice {
+            id: "map".into(),
+            path: "/m".into(),
+            bytes: PMEM_ALIGN_BYTES,
+        };
+        spec.pmem.push(device);
+        spec
+    }
+
+    #[test]
+    fn bad_specs_are_refused_with_what_to_change() {
+        assert_eq!(spec().validate(), Ok(()));
+        let cases: [(fn(&mut VmSpec), &str); 6] = [
+            (|spec| spec.name = "a,b".into(), "name"),
+            (|spec| spec.cpus = 0, "CPU"),
+            (|spec| spec.pmem[0].bytes += 4096, "2 MiB"),
+            (|spec| spec.pmem.push(spec.pmem[0].clone()), "two pmem"),
+            (|spec| spec.pmem.clear(), "pmem device"),
+            (
+                |spec| spec.runtime_dir = format!("/{}", "x".repeat(100)).into(),
+                "shorter",
+            ),
+        ];
+        for (change, word) in cases {
+            let mut bad = spec();
+            change(&mut bad);
+            let text = bad.validate().unwrap_err();
+            assert!(text.contains(word), "{text}");
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! `vm-state.json`: what the next daemon needs to take a VM over.
+//!
+//! Written before the launch is reported and after each hot-plug, always by rename, so a
+//! reader sees a whole file. The file is host-private; the guest cannot reach it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::process::ProcessId;
+use crate::spec::{Forward, PmemDevice};
+
+/// Name of the file in the runtime directory.
+pub const STATE_FILE: &str = "vm-state.json";
+
+/// A launched VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmState {
+    /// Name of the VM.
+    pub name: String,
+    /// Kind of VMM.
+    pub driver: String,
+    /// The VMM's process.
+    pub process: ProcessId,
+    /// When it was launched, milliseconds since the epoch.
+    pub launched_ms: u64,
+    /// Accelerator in use.
+    pub accelerator: String,
+    /// Serial console log.
+    pub console_log: PathBuf,
+    /// pmem devices from the launch.
+    pub pmem: Vec<PmemDevice>,
+    /// Ports.
+    pub forwards: Vec<Forward>,
+    /// pmem devices plugged in since, with their slots.
+    pub hotplugged: Vec<Hotplugged>,
+}
+
+/// A hot-plugged device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hotplugged {
+    /// The device.
+    pub device: PmemDevice,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// Detached by the guest, but the VMM could not unplug it.
+    pub retained: bool,
+}
+
+impl VmState {
+    /// Reads the state file of a runtime directory.
+    pub fn read(runtime_dir: &Path) -> io::Result<Self> {
+        let bytes = std::fs::read(runtime_dir.join(STATE_FILE))?;
+        serde_json::from_slice(&bytes).map_err(io::Error::other)
+    }
+
+    /// Writes it.
+    pub fn write(&self, runtime_dir: &Path) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
+        let temporary = runtime_dir.join(format!("{STATE_FILE}.new"));
+        std::fs::write(&temporary, text)?;
+        std::fs::rename(&temporary, runtime_dir.join(STATE_FILE))
+    }
+}
