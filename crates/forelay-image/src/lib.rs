@@ -10,7 +10,10 @@ pub mod component;
 pub mod digest;
 pub mod erofs;
 pub mod extent;
+pub mod lock;
+pub mod manifest;
 pub mod tree;
+pub mod version;
 
 pub use chunk::{Chunk, ChunkIndex};
 pub use component::{Component, ComponentId};

@@ -1,2 +1,33 @@
-//! placeholder header: to be replaced by the crate's owner.
+//! Repositories, packs, the disk cache, the fetch scheduler and the importers.
+//!
+//! ```text
+//! import -> publish -> repository (packs, indexes, components)
+//!                          |
+//!            Scheduler: demand before prefetch, single flight, verified
+//!                          |
+//!                      disk cache -> bytes for shared memory
+//! ```
+//! Refuses to know shared memory, VMs and what will be needed next. Nothing leaves this
+//! crate unverified.
 #![forbid(unsafe_code)]
+
+pub mod disk_cache;
+pub mod error;
+pub mod fetch;
+pub mod images;
+pub mod import;
+pub mod layout;
+pub mod pack;
+pub mod publish;
+pub mod repositories;
+pub mod repository;
+pub mod sealed;
+pub mod store;
+
+pub use error::StoreError;
+pub use fetch::{FetchConfig, FetchError, Prefetch, PrefetchItem, Priority, Scheduler};
+pub use images::ImageMap;
+pub use repositories::directory::DirectoryRepository;
+pub use repositories::throttle::Throttled;
+pub use repository::{Repository, RepositoryError};
+pub use store::{ImageReader, Store, StoreConfig};

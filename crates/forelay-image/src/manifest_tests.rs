@@ -1,0 +1,182 @@
+use super::*;
+
+const WEB: &str = r#"
+name = "web"
+base = "debian@>= 12"
+components = ["nginx@>=1.22", "redis"]
+entrypoint = ["/usr/sbin/nginx", "-g", "daemon off;"]
+ready = { tcp = 80 }
+
+[vm]
+memory_mib = 256
+forward = ["8080:80", "5353:53/udp"]
+scratch = "2G"
+
+[env]
+LANG = "C"
+
+[files."/etc/motd"]
+content = "hello\n"
+mode = "0600"
+"#;
+
+#[test]
+fn a_full_manifest_parses_and_round_trips() {
+    let manifest = Manifest::parse(WEB).unwrap();
+    assert_eq!(manifest.base.range, ">= 12");
+    assert_eq!(manifest.components[0].range, ">= 1.22");
+    assert_eq!(manifest.ready, Some(Ready::Tcp(80)));
+    assert_eq!(manifest.vm.scratch, Scratch::Disk { bytes: 2 << 30 });
+    assert_eq!(
+        manifest.vm.forward[1],
+        Forward {
+            host: 5353,
+            guest: 53,
+            udp: true
+        }
+    );
+    assert_eq!(manifest.vm.cpus, 1);
+    assert_eq!(manifest.files["/etc/motd"].mode, 0o600);
+    assert_eq!(manifest.profile_name(), "web");
+    let again = Manifest::parse(&manifest.to_toml()).unwrap();
+    assert_eq!(again, manifest);
+    assert_eq!(again.digest(), manifest.digest());
+    let commented = format!("# a comment\n{WEB}");
+    assert_eq!(
+        Manifest::parse(&commented).unwrap().digest(),
+        manifest.digest()
+    );
+}
+
+#[test]
+fn defaults_are_those_of_the_documentation() {
+    let manifest = Manifest::parse("base = 'debian'").unwrap();
+    assert_eq!(manifest.vm, VmSettings::default());
+    assert_eq!((manifest.vm.memory_mib, manifest.vm.cpus), (512, 1));
+    assert_eq!(manifest.profile_name(), "debian");
+    assert!(manifest.init.is_none() && manifest.kernel.is_none());
+    for (text, path) in [
+        ("true", "/sbin/init"),
+        ("'systemd'", "/lib/systemd/systemd"),
+        ("'/x'", "/x"),
+    ] {
+        let manifest = Manifest::parse(&format!("base = 'debian'\ninit = {text}")).unwrap();
+        assert_eq!(manifest.init.as_deref(), Some(path));
+    }
+}
+
+#[test]
+fn errors_name_the_place_and_the_fix() {
+    let cases = [
+        (
+            "base = 'debian'\ncomponets = []",
+            2,
+            1,
+            "unknown field `componets`",
+            Some("`components`"),
+        ),
+        (
+            "components = []",
+            1,
+            1,
+            "missing field `base`",
+            Some("debian@>= 12"),
+        ),
+        ("base = 'debian@>='", 1, 8, "not a version constraint", None),
+        (
+            "base = 'debian'\ncomponents = ['ok', 'bad name']",
+            2,
+            21,
+            "not a component name",
+            None,
+        ),
+        (
+            "base = 'debian'\n[vm]\nmemory_mb = 5",
+            3,
+            1,
+            "unknown field `memory_mb`",
+            Some("`memory_mib`"),
+        ),
+        (
+            "base = 'debian'\n[vm]\nforward = ['80']",
+            3,
+            12,
+            "not a port forward",
+            None,
+        ),
+        (
+            "base = 'debian'\n[vm]\nscratch = '2 apples'",
+            3,
+            11,
+            "`scratch` is",
+            None,
+        ),
+        (
+            "base = 'debian'\n[vm]\ncpus = 0",
+            3,
+            8,
+            "give 1 to 1024",
+            None,
+        ),
+        (
+            "base = 'debian'\nentrypoint = ['x']\ninit = true",
+            3,
+            1,
+            "exclude each other",
+            Some("keep `entrypoint`"),
+        ),
+        (
+            "base = 'debian'\n[files.'etc/x']\ncontent = ''",
+            2,
+            2,
+            "not a file's absolute path",
+            None,
+        ),
+        (
+            "base = 'debian'\nready = { http = 80 }",
+            2,
+            11,
+            "unknown variant `http`",
+            None,
+        ),
+        ("base = 'debian", 1, 8, "", None),
+    ];
+    for (text, line, column, message, help) in cases {
+        let error = Manifest::parse(text).unwrap_err();
+        assert!(error.message.contains(message), "{text}: {error}");
+        assert_eq!(error.line, line, "{text}: {error}");
+        assert_eq!(error.help.is_some(), help.is_some(), "{text}: {error}");
+        if let (Some(found), Some(help)) = (&error.help, help) {
+            assert!(found.contains(help), "{text}: {error}");
+        }
+        if column > 0 {
+            assert_eq!(error.column, column, "{text}: {error}");
+        }
+    }
+}
+
+#[test]
+fn nearest_finds_typos_and_nothing_far_away() {
+    let names = ["nginx", "redis", "postgresql", "node"];
+    assert_eq!(nearest("ngnix", names), Some("nginx"));
+    assert_eq!(nearest("postgres", names), Some("postgresql"));
+    assert_eq!(nearest("apache", names), None);
+}
+
+#[test]
+fn sizes_parse() {
+    assert_eq!(parse_bytes("2G"), Ok(2 << 30));
+    assert_eq!(parse_bytes("512 MiB"), Ok(512 << 20));
+    assert_eq!(parse_bytes("7"), Ok(7));
+    for bad in [
+        "",
+        "G",
+        "-1",
+        "1.5G",
+        "99999999999999999999",
+        "99999999999T",
+        "1x",
+    ] {
+        assert!(parse_bytes(bad).is_err(), "{bad}");
+    }
+}

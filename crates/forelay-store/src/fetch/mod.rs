@@ -1,0 +1,448 @@
+//! The fetch scheduler: brings chunks from the disk cache or the repository.
+//!
+//! Demand (a VM waits in a page fault) goes before prefetch: see [`queue`] for the
+//! order, [`transfer`] for how a request runs, [`prefetch`] for streams of a plan.
+//!
+//! Refuses to know shared memory: it hands bytes to callbacks and streams.
+//!
+//! Invariants: bytes handed out were verified, by SHA-256 if they came from the
+//! repository and by the cache's checksum if they came from the disk; every demand's
+//! callback is called exactly once, unless the runtime is shut down before.
+
+mod counters;
+mod prefetch;
+mod queue;
+mod transfer;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use forelay_image::{Digest, Extent};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+pub use counters::FetchCounters;
+pub use prefetch::{Piece, Prefetch, PrefetchItem};
+pub use queue::Limits;
+
+use crate::disk_cache::DiskCache;
+use crate::error::StoreError;
+use crate::images::{ImageMap, Images};
+use crate::repository::Repository;
+use queue::{Group, Queue, Source, Submitted};
+
+/// Why a chunk is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Priority {
+    /// A VM waits for it.
+    Demand,
+    /// It will probably be needed.
+    Prefetch,
+}
+
+/// How the scheduler behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchConfig {
+    /// Slots and sizes of requests.
+    pub limits: Limits,
+    /// Attempts after which a prefetch is given up.
+    pub prefetch_attempts: u32,
+    /// Failed attempts after which a demand counts as in trouble. It is tried on.
+    pub demand_trouble_attempts: u32,
+    /// Wait before the second attempt; doubles with each further one.
+    pub first_backoff: Duration,
+    /// Longest wait between attempts.
+    pub longest_backoff: Duration,
+    /// Bytes that a prefetch stream may be ahead of its consumer.
+    pub stream_window_bytes: u64,
+}
+
+impl Default for FetchConfig {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            prefetch_attempts: 5,
+            demand_trouble_attempts: 6,
+            first_backoff: Duration::from_millis(50),
+            longest_backoff: Duration::from_secs(5),
+            stream_window_bytes: 32 << 20,
+        }
+    }
+}
+
+/// Why a chunk could not be fetched. Cheap to clone, since several may wait for one chunk.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    /// The image's index cannot be read, or the image is gone.
+    #[error("image {image} cannot be opened")]
+    Image {
+        /// The image.
+        image: Digest,
+        /// The cause.
+        source: Arc<StoreError>,
+    },
+    /// The image has no such chunk.
+    #[error("image {image} has no chunk {chunk_no}")]
+    NoSuchChunk {
+        /// The image.
+        image: Digest,
+        /// The number asked for.
+        chunk_no: u32,
+    },
+    /// The pack that holds the chunk is gone.
+    #[error(
+        "chunk {chunk_no} of image {image} is gone: the repository has no pack {pack}; build the component again"
+    )]
+    Vanished {
+        /// The image.
+        image: Digest,
+        /// The chunk's number.
+        chunk_no: u32,
+        /// The pack.
+        pack: Digest,
+    },
+    /// The repository has other bytes than it should.
+    #[error(
+        "chunk {chunk_no} of image {image} is corrupted in pack {pack}: {problem}; run `forelay verify`"
+    )]
+    Corrupted {
+        /// The image.
+        image: Digest,
+        /// The chunk's number.
+        chunk_no: u32,
+        /// The pack.
+        pack: Digest,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The repository failed.
+    #[error("chunk {chunk_no} of image {image} cannot be fetched after {attempts} attempts")]
+    Repository {
+        /// The image.
+        image: Digest,
+        /// The chunk's number.
+        chunk_no: u32,
+        /// Attempts made.
+        attempts: u32,
+        /// The cause.
+        source: Arc<crate::repository::RepositoryError>,
+    },
+    /// The prefetch was cancelled, or the scheduler is shutting down.
+    #[error("the fetch was cancelled")]
+    Cancelled,
+}
+
+/// Takes the outcome of a demand.
+pub type Callback = Box<dyn FnOnce(Result<Bytes, FetchError>) + Send>;
+
+pub(crate) struct State {
+    queue: Queue<Callback>,
+    counters: FetchCounters,
+    prefetch_bytes_per_s: Option<u64>,
+    prefetch_due: Option<Instant>,
+    wake_set: bool,
+    next_group: Group,
+    /// Bandwidth estimate: bytes since the line became busy.
+    busy_since: Option<Instant>,
+    busy_bytes: u64,
+}
+
+pub(crate) struct Inner {
+    pub(crate) repository: Arc<dyn Repository>,
+    pub(crate) cache: Arc<DiskCache>,
+    pub(crate) images: Arc<Images>,
+    config: FetchConfig,
+    handle: Handle,
+    state: Mutex<State>,
+}
+
+/// Brings chunks from the disk cache or the repository.
+#[derive(Clone)]
+pub struct Scheduler(pub(crate) Arc<Inner>);
+
+const NO_GROUP: Group = 0;
+
+impl Scheduler {
+    /// Starts a scheduler on the current tokio runtime.
+    pub(crate) fn new(
+        repository: Arc<dyn Repository>,
+        cache: Arc<DiskCache>,
+        images: Arc<Images>,
+        config: FetchConfig,
+    ) -> Self {
+        let state = State {
+            queue: Queue::new(config.limits),
+            counters: FetchCounters::default(),
+            prefetch_bytes_per_s: None,
+            prefetch_due: None,
+            wake_set: false,
+            next_group: NO_GROUP + 1,
+            busy_since: None,
+            busy_bytes: 0,
+        };
+        let handle = Handle::current();
+        let state = Mutex::new(state);
+        Self(Arc::new(Inner {
+            repository,
+            cache,
+            images,
+            config,
+            handle,
+            state,
+        }))
+    }
+
+    /// One chunk of an image, from the disk cache or the repository.
+    pub async fn fetch(
+        &self,
+        image: Digest,
+        chunk_no: u32,
+        priority: Priority,
+    ) -> Result<Bytes, FetchError> {
+        let map = self.open(image).await?;
+        let source = source(&map, chunk_no)?;
+        if let Some(bytes) = self
+            .read_cached(vec![(source.chunk, 0, source.chunk_bytes)])
+            .await
+            .pop()
+            .flatten()
+        {
+            return Ok(bytes);
+        }
+        self.fetch_source(source, priority, NO_GROUP).await
+    }
+
+    /// One chunk of an image for a thread that must not block; `callback` is called on
+    /// another thread, once.
+    pub fn fetch_demand(&self, image: Digest, chunk_no: u32, callback: Callback) {
+        let this = self.clone();
+        self.0.handle.spawn(async move {
+            callback(this.fetch(image, chunk_no, Priority::Demand).await);
+        });
+    }
+
+    /// A range of an image for a thread that must not block, such as one that serves
+    /// faults; `callback` is called on another thread, once, with exactly the range.
+    /// The part of `extent` beyond the image's end reads as zeros (device padding).
+    pub fn demand(&self, image: Digest, extent: Extent, callback: Callback) {
+        let this = self.clone();
+        self.0.handle.spawn(async move {
+            callback(this.read(image, extent, Priority::Demand).await);
+        });
+    }
+
+    /// A range of an image; beyond the image's end it reads as zeros.
+    pub async fn read(
+        &self,
+        image: Digest,
+        extent: Extent,
+        priority: Priority,
+    ) -> Result<Bytes, FetchError> {
+        let map = self.open(image).await?;
+        let wanted: Vec<(Source, Extent)> = parts(&map, extent)?;
+        let reads = wanted
+            .iter()
+            .map(|(source, part)| (source.chunk, part.offset as u32, part.len as u32));
+        let cached = self.read_cached(reads.collect()).await;
+        let fetches = wanted
+            .iter()
+            .zip(cached)
+            .map(|((source, part), cached)| async move {
+                match cached {
+                    Some(bytes) => Ok(bytes),
+                    None => {
+                        let bytes = self.fetch_source(*source, priority, NO_GROUP).await?;
+                        Ok(bytes.slice(part.offset as usize..part.end() as usize))
+                    }
+                }
+            });
+        let pieces = futures_util::future::try_join_all(fetches).await?;
+        Ok(assemble(pieces, extent.len as usize))
+    }
+
+    /// A range of an image if all of it is in the disk cache, read on the calling
+    /// thread. For warm reads from threads that may wait for the local disk.
+    pub fn try_cached(&self, image: Digest, extent: Extent) -> Option<Bytes> {
+        let map = self.0.images.get(image)?;
+        let wanted = parts(&map, extent).ok()?;
+        if !wanted
+            .iter()
+            .all(|(source, _)| self.0.cache.contains(source.chunk))
+        {
+            return None;
+        }
+        let read = |(source, part): &(Source, Extent)| {
+            self.0
+                .cache
+                .read(source.chunk, part.offset as u32, part.len as u32)
+        };
+        let pieces = wanted.iter().map(read).collect::<Option<Vec<_>>>()?;
+        self.0.state.lock().counters.cache_hits += pieces.len() as u64;
+        Some(assemble(pieces, extent.len as usize))
+    }
+
+    /// True if the whole range is in the disk cache (its bytes may still turn out corrupt).
+    pub fn is_cached(&self, image: Digest, extent: Extent) -> bool {
+        self.0
+            .images
+            .get(image)
+            .and_then(|map| parts(&map, extent).ok())
+            .is_some_and(|wanted| {
+                wanted
+                    .iter()
+                    .all(|(source, _)| self.0.cache.contains(source.chunk))
+            })
+    }
+
+    /// Brings a plan's extents, in the plan's order, as a stream. Dropping the stream
+    /// cancels what has not started.
+    pub fn prefetch(&self, plan: Vec<(Digest, Extent)>) -> Prefetch {
+        Prefetch::start(self.clone(), plan)
+    }
+
+    /// Stops or resumes the start of prefetch requests; those in flight end.
+    pub fn pause_prefetch(&self, paused: bool) {
+        self.0.state.lock().queue.pause_prefetch(paused);
+        self.pump();
+    }
+
+    /// Limits what prefetch takes from the repository.
+    pub fn set_prefetch_rate(&self, bytes_per_s: Option<u64>) {
+        let mut state = self.0.state.lock();
+        state.prefetch_bytes_per_s = bytes_per_s.map(|rate| rate.max(1));
+        state.prefetch_due = None;
+        drop(state);
+        self.pump();
+    }
+
+    /// Counters since the scheduler started.
+    pub fn counters(&self) -> FetchCounters {
+        self.0.state.lock().counters.clone()
+    }
+
+    /// The chunks of an image, opening it if need be.
+    pub async fn open(&self, image: Digest) -> Result<Arc<ImageMap>, FetchError> {
+        let opened = self.0.images.open(image).await;
+        opened.map_err(|source| FetchError::Image {
+            image,
+            source: Arc::new(source),
+        })
+    }
+
+    /// Reads parts of chunks from the disk cache, off the async threads.
+    pub(super) async fn read_cached(&self, reads: Vec<(Digest, u32, u32)>) -> Vec<Option<Bytes>> {
+        let count = reads.len();
+        if !reads
+            .iter()
+            .any(|(chunk, ..)| self.0.cache.contains(*chunk))
+        {
+            return vec![None; count];
+        }
+        let cache = self.0.cache.clone();
+        let read = move || {
+            reads
+                .into_iter()
+                .map(|(chunk, start, len)| cache.read(chunk, start, len))
+                .collect::<Vec<_>>()
+        };
+        let pieces = tokio::task::spawn_blocking(read)
+            .await
+            .unwrap_or_else(|_| vec![None; count]);
+        self.0.state.lock().counters.cache_hits += pieces.iter().flatten().count() as u64;
+        pieces
+    }
+
+    async fn fetch_source(
+        &self,
+        source: Source,
+        priority: Priority,
+        group: Group,
+    ) -> Result<Bytes, FetchError> {
+        let (sender, receiver) = oneshot::channel();
+        let callback = Box::new(move |result| drop(sender.send(result)));
+        self.submit(source, priority, group, callback);
+        receiver.await.unwrap_or(Err(FetchError::Cancelled))
+    }
+
+    /// Asks for a chunk from the repository.
+    pub(super) fn submit(
+        &self,
+        source: Source,
+        priority: Priority,
+        group: Group,
+        callback: Callback,
+    ) {
+        let mut state = self.0.state.lock();
+        let submitted = state.queue.submit(source, priority, group, callback);
+        match &submitted {
+            Submitted::Joined => state.counters.joined += 1,
+            Submitted::Promoted => state.counters.promoted += 1,
+            Submitted::Queued | Submitted::Here(..) => {}
+        }
+        drop(state);
+        match submitted {
+            Submitted::Here(callback, bytes) => callback(Ok(bytes)),
+            _ => self.pump(),
+        }
+    }
+
+    pub(super) fn new_group(&self) -> Group {
+        let mut state = self.0.state.lock();
+        state.next_group += 1;
+        state.next_group
+    }
+
+    pub(super) fn cancel(&self, group: Group) {
+        let cancelled = self.0.state.lock().queue.cancel(group);
+        for callback in cancelled {
+            callback(Err(FetchError::Cancelled));
+        }
+    }
+}
+
+/// The source of a chunk.
+fn source(map: &ImageMap, chunk_no: u32) -> Result<Source, FetchError> {
+    let image = map.image().digest;
+    let found = map.chunk(chunk_no).zip(map.location(chunk_no));
+    let (chunk, (pack, location)) = found.ok_or(FetchError::NoSuchChunk { image, chunk_no })?;
+    Ok(Source {
+        image,
+        chunk_no,
+        chunk: chunk.digest,
+        chunk_bytes: chunk.len,
+        pack,
+        offset: location.offset,
+        stored_bytes: location.stored_bytes,
+    })
+}
+
+/// The chunks of a range, each with the range of it that is wanted.
+fn parts(map: &ImageMap, extent: Extent) -> Result<Vec<(Source, Extent)>, FetchError> {
+    map.chunk_numbers(extent)
+        .filter_map(|chunk_no| {
+            let covered = map.chunk(chunk_no)?.extent();
+            let part = covered.intersection(&extent)?;
+            let within = Extent::new(part.offset - covered.offset, part.len);
+            Some(source(map, chunk_no).map(|source| (source, within)))
+        })
+        .collect()
+}
+
+/// Joins consecutive pieces and pads with zeros to `len` bytes.
+fn assemble(mut pieces: Vec<Bytes>, len: usize) -> Bytes {
+    if pieces.len() == 1 && pieces[0].len() == len {
+        return pieces.remove(0);
+    }
+    let mut out = BytesMut::with_capacity(len);
+    for piece in pieces {
+        out.extend_from_slice(&piece);
+    }
+    out.resize(len, 0);
+    out.freeze()
+}

@@ -1,0 +1,182 @@
+//! What a host knows of the images it uses: chunks and where they are.
+//!
+//! Chunk indexes, locations and component metadata are small and immutable, so they are
+//! kept as files in the cache directory and in memory. Files there are written under a
+//! temporary name and renamed; one that does not decode is fetched again.
+//!
+//! Invariant: an [`ImageMap`]'s chunk index is valid and has as many chunks as locations.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forelay_image::component::ImageRef;
+use forelay_image::{Chunk, ChunkIndex, Digest, Extent};
+use parking_lot::RwLock;
+
+use crate::error::StoreError;
+use crate::layout;
+use crate::pack::{Location, Locations};
+use crate::repository::Repository;
+
+/// Chunks of an image and where they are.
+#[derive(Debug)]
+pub struct ImageMap {
+    /// The chunks.
+    pub index: ChunkIndex,
+    /// Where each is.
+    pub locations: Locations,
+}
+
+impl ImageMap {
+    /// Pairs an index with locations, if they fit.
+    pub fn new(index: ChunkIndex, locations: Locations) -> Result<Self, &'static str> {
+        if index.validate().is_err() {
+            return Err("the chunk index is not valid");
+        }
+        if index.image != locations.image.digest || index.image_bytes != locations.image.bytes {
+            return Err("the chunk index and the locations are of different images");
+        }
+        if index.chunks.len() != locations.chunks.len() {
+            return Err("the chunk index and the locations count different chunks");
+        }
+        Ok(Self { index, locations })
+    }
+
+    /// The image.
+    pub fn image(&self) -> &ImageRef {
+        &self.locations.image
+    }
+
+    /// Numbers of the chunks that overlap `extent`.
+    pub fn chunk_numbers(&self, extent: Extent) -> Range<u32> {
+        let chunks = &self.index.chunks;
+        let first = chunks.partition_point(|chunk| chunk.extent().end() <= extent.offset);
+        let last = chunks.partition_point(|chunk| chunk.offset < extent.end());
+        first.min(last) as u32..last as u32
+    }
+
+    /// A chunk by number.
+    pub fn chunk(&self, chunk_no: u32) -> Option<&Chunk> {
+        self.index.chunks.get(chunk_no as usize)
+    }
+
+    /// The pack that a chunk is in, and where in it.
+    pub fn location(&self, chunk_no: u32) -> Option<(Digest, Location)> {
+        let location = *self.locations.chunks.get(chunk_no as usize)?;
+        let pack = *self.locations.packs.get(location.pack as usize)?;
+        Some((pack, location))
+    }
+}
+
+/// The images in use on this host.
+pub(crate) struct Images {
+    repository: Arc<dyn Repository>,
+    folder: PathBuf,
+    open: RwLock<HashMap<Digest, Arc<ImageMap>>>,
+}
+
+impl Images {
+    pub(crate) fn new(
+        repository: Arc<dyn Repository>,
+        cache_dir: &Path,
+    ) -> Result<Self, StoreError> {
+        let folder = cache_dir.join("objects");
+        fs::create_dir_all(&folder).map_err(|source| StoreError::CacheDirectory {
+            path: folder.clone(),
+            source,
+        })?;
+        Ok(Self {
+            repository,
+            folder,
+            open: RwLock::default(),
+        })
+    }
+
+    /// The map of an image that was opened before.
+    pub(crate) fn get(&self, image: Digest) -> Option<Arc<ImageMap>> {
+        self.open.read().get(&image).cloned()
+    }
+
+    /// The map of an image, from memory, the cache directory or the repository.
+    pub(crate) async fn open(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
+        if let Some(map) = self.get(image) {
+            return Ok(map);
+        }
+        self.load(image, true).await
+    }
+
+    /// Fetches the locations anew, after a pack was found to be gone.
+    pub(crate) async fn reload(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
+        self.load(image, false).await
+    }
+
+    async fn load(&self, image: Digest, cached: bool) -> Result<Arc<ImageMap>, StoreError> {
+        let missing = |error: StoreError| match error {
+            StoreError::Repository(source) if source.is_not_found() => {
+                StoreError::ImageMissing { image }
+            }
+            other => other,
+        };
+        let index_key = layout::chunk_index(image);
+        let locations_key = layout::locations(image);
+        let decode_index =
+            |bytes: &[u8]| ChunkIndex::decode(bytes).map_err(|error| error.to_string());
+        let decode_locations =
+            |bytes: &[u8]| Locations::decode(bytes).map_err(|error| error.to_string());
+        let (index, locations) = tokio::try_join!(
+            self.object(&index_key, cached, decode_index),
+            self.object(&locations_key, cached, decode_locations),
+        )
+        .map_err(missing)?;
+        let map = ImageMap::new(index, locations).map_err(|problem| StoreError::Corrupted {
+            key: locations_key,
+            problem: problem.to_owned(),
+        })?;
+        if map.image().digest != image {
+            return Err(StoreError::Corrupted {
+                key: index_key,
+                problem: "it is of another image".into(),
+            });
+        }
+        let map = Arc::new(map);
+        self.open.write().insert(image, map.clone());
+        Ok(map)
+    }
+
+    /// A small immutable object, decoded; from the cache directory if `cached`.
+    pub(crate) async fn object<T>(
+        &self,
+        key: &str,
+        cached: bool,
+        decode: impl Fn(&[u8]) -> Result<T, String>,
+    ) -> Result<T, StoreError> {
+        let path = self.folder.join(key.replace('/', "-"));
+        if cached {
+            let local = fs::read(&path).ok().and_then(|bytes| decode(&bytes).ok());
+            if let Some(value) = local {
+                return Ok(value);
+            }
+        }
+        let bytes: Bytes = self.repository.get(key).await?;
+        let value = decode(&bytes).map_err(|problem| StoreError::Corrupted {
+            key: key.to_owned(),
+            problem,
+        })?;
+        if let Err(error) = self.keep(&path, &bytes) {
+            tracing::warn!(path = %path.display(), %error, "cannot keep an index in the cache directory");
+        }
+        Ok(value)
+    }
+
+    fn keep(&self, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
+        file.write_all(bytes)?;
+        file.persist(path)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,271 @@
+//! A repository in a directory: one file per object.
+//!
+//! Publication is atomic: bytes go to `.tmp/<unique>` in the same file system, are
+//! synced, then *linked* to their key, which fails if the key is taken; last the
+//! directory is synced. A crash leaves at most a file in `.tmp`, which nothing reads and
+//! [`DirectoryRepository::open`] removes when it is older than a day. Any number of
+//! processes may publish into one directory.
+//!
+//! Refuses to know what the objects contain.
+//!
+//! Invariant: a file under its key is complete and never changes.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use forelay_image::Extent;
+
+use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError, check_key};
+
+const TEMPORARY: &str = ".tmp";
+const STALE: Duration = Duration::from_secs(24 * 3600);
+
+/// A repository in a directory.
+#[derive(Clone, Debug)]
+pub struct DirectoryRepository {
+    root: PathBuf,
+}
+
+impl DirectoryRepository {
+    /// Opens the repository in `root`, creating the directory if it does not exist.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, RepositoryError> {
+        let root = root.into();
+        let temporary = root.join(TEMPORARY);
+        fs::create_dir_all(&temporary).map_err(|source| RepositoryError::Permanent {
+            operation: "creation",
+            key: root.display().to_string(),
+            source: source.into(),
+        })?;
+        remove_stale(&temporary);
+        Ok(Self { root })
+    }
+
+    /// The directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn path(&self, key: &str) -> Result<PathBuf, RepositoryError> {
+        check_key(key)?;
+        Ok(self.root.join(key))
+    }
+
+    /// Runs blocking file work off the async threads.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, RepositoryError> + Send + 'static,
+    ) -> Result<T, RepositoryError> {
+        let this = self.clone();
+        match tokio::task::spawn_blocking(move || work(&this)).await {
+            Ok(result) => result,
+            Err(error) => Err(RepositoryError::Transient {
+                operation: "file access",
+                key: self.root.display().to_string(),
+                source: error.into(),
+            }),
+        }
+    }
+
+    fn read(&self, key: &str, extent: Option<Extent>) -> Result<Bytes, RepositoryError> {
+        let path = self.path(key)?;
+        let failed = |source| classify("reading", key, &path, 0, source);
+        let file = File::open(&path).map_err(failed)?;
+        let bytes = file.metadata().map_err(failed)?.len();
+        let extent = extent.unwrap_or(Extent::new(0, bytes));
+        if extent.end() > bytes {
+            return Err(RepositoryError::Truncated {
+                key: key.to_owned(),
+                bytes,
+                extent,
+            });
+        }
+        let mut buffer = vec![0; extent.len as usize];
+        file.read_exact_at(&mut buffer, extent.offset)
+            .map_err(failed)?;
+        Ok(buffer.into())
+    }
+
+    fn write(&self, key: &str, body: &Body) -> Result<Put, RepositoryError> {
+        let path = self.path(key)?;
+        if path.exists() {
+            return Ok(Put::Present);
+        }
+        let bytes = match body {
+            Body::Bytes(bytes) => bytes.len() as u64,
+            Body::File(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+        };
+        let failed = |source| classify("writing", key, &path, bytes, source);
+        let folder = path.parent().unwrap_or(&self.root);
+        fs::create_dir_all(folder).map_err(failed)?;
+        let (temporary, mut file) = self.temporary().map_err(failed)?;
+        let result = fill(&mut file, body)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::hard_link(&temporary, &path));
+        drop(file);
+        // A temporary that cannot be removed is harmless.
+        let _ = fs::remove_file(&temporary);
+        match result {
+            Ok(()) => {
+                File::open(folder)
+                    .and_then(|folder| folder.sync_all())
+                    .map_err(failed)?;
+                Ok(Put::Created)
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(Put::Present),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn temporary(&self) -> io::Result<(PathBuf, File)> {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+            let path = self
+                .root
+                .join(TEMPORARY)
+                .join(format!("{}-{count}", std::process::id()));
+            match OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(file) => return Ok((path, file)),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn fill(file: &mut File, body: &Body) -> io::Result<()> {
+    match body {
+        Body::Bytes(bytes) => file.write_all(bytes),
+        Body::File(path) => io::copy(&mut File::open(path)?, file).map(drop),
+    }
+}
+
+fn remove_stale(temporary: &Path) {
+    let Ok(entries) = fs::read_dir(temporary) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let modified = entry.metadata().and_then(|metadata| metadata.modified());
+        let age = modified
+            .ok()
+            .and_then(|time| SystemTime::now().duration_since(time).ok());
+        if age.is_some_and(|age| age > STALE) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn classify(
+    operation: &'static str,
+    key: &str,
+    path: &Path,
+    bytes: u64,
+    source: io::Error,
+) -> RepositoryError {
+    let key = key.to_owned();
+    match source.kind() {
+        ErrorKind::NotFound if operation != "writing" => RepositoryError::NotFound { key },
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => RepositoryError::NoSpace {
+            path: path.to_owned(),
+            bytes,
+            source,
+        },
+        ErrorKind::Interrupted
+        | ErrorKind::TimedOut
+        | ErrorKind::WouldBlock
+        | ErrorKind::StaleNetworkFileHandle
+        | ErrorKind::UnexpectedEof => RepositoryError::Transient {
+            operation,
+            key,
+            source: source.into(),
+        },
+        _ => RepositoryError::Permanent {
+            operation,
+            key,
+            source: source.into(),
+        },
+    }
+}
+
+#[async_trait]
+impl Repository for DirectoryRepository {
+    fn describe(&self) -> Description {
+        Description {
+            kind: "directory",
+            location: self.root.display().to_string(),
+        }
+    }
+
+    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
+        let key = key.to_owned();
+        self.blocking(move |this| this.read(&key, None)).await
+    }
+
+    async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError> {
+        let key = key.to_owned();
+        self.blocking(move |this| this.read(&key, Some(extent)))
+            .await
+    }
+
+    async fn put_if_absent(&self, key: &str, body: Body) -> Result<Put, RepositoryError> {
+        let key = key.to_owned();
+        self.blocking(move |this| this.write(&key, &body)).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+        let prefix = prefix.trim_end_matches('/').to_owned();
+        self.blocking(move |this| {
+            let folder = this.path(&prefix)?;
+            let failed = |source| classify("listing", &prefix, &folder, 0, source);
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+                Err(error) => return Err(failed(error)),
+            };
+            let mut objects = Vec::new();
+            for entry in entries {
+                let entry = entry.map_err(failed)?;
+                let Ok(name) = entry.file_name().into_string() else {
+                    continue;
+                };
+                let metadata = match entry.metadata() {
+                    Ok(metadata) => metadata,
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    Err(error) => return Err(failed(error)),
+                };
+                let key = format!("{prefix}/{name}");
+                if metadata.is_file() && check_key(&key).is_ok() {
+                    let modified = metadata.modified().map_err(failed)?;
+                    objects.push(Object {
+                        key,
+                        bytes: metadata.len(),
+                        modified,
+                    });
+                }
+            }
+            objects.sort_by(|a, b| a.key.cmp(&b.key));
+            Ok(objects)
+        })
+        .await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), RepositoryError> {
+        let key = key.to_owned();
+        self.blocking(move |this| {
+            let path = this.path(&key)?;
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    Err(classify("deletion", &key, &path, 0, error))
+                }
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+}

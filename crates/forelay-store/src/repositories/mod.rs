@@ -1,0 +1,4 @@
+//! The places a repository can be in; one implementation a file.
+
+pub mod directory;
+pub mod throttle;

@@ -1,0 +1,170 @@
+//! What a repository is: a flat space of immutable objects named by keys.
+//!
+//! The trait is small enough for a directory, S3, an OCI registry or IPFS. Everything
+//! above it (packs, indexes, components, gc) is written in terms of it alone.
+//!
+//! Refuses to know what the objects contain.
+//!
+//! Invariants that implementations keep:
+//! - An object is visible whole or not at all, also after a crash.
+//! - [`Repository::put_if_absent`] never changes an existing object. Callers use keys
+//!   whose content is determined by the key, or for which any writer's content is right,
+//!   so an implementation whose "if absent" is not atomic is still safe.
+//! - Errors say whether trying again can help ([`RepositoryError::is_transient`]).
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use forelay_image::Extent;
+
+/// What to store under a key.
+#[derive(Clone, Debug)]
+pub enum Body {
+    /// Bytes in memory.
+    Bytes(Bytes),
+    /// The contents of a host file.
+    File(PathBuf),
+}
+
+impl From<Vec<u8>> for Body {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Bytes(bytes.into())
+    }
+}
+
+/// What [`Repository::put_if_absent`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// The object is new.
+    Created,
+    /// There was one already; it is unchanged.
+    Present,
+}
+
+/// An entry of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// Its key.
+    pub key: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// When it was stored, by the repository's clock.
+    pub modified: SystemTime,
+}
+
+/// What and where a repository is, for people and counters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// Kind, e.g. `directory`.
+    pub kind: &'static str,
+    /// Where it is, e.g. a path.
+    pub location: String,
+}
+
+/// Why a repository operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    /// There is no such object.
+    #[error("the repository has no object {key}")]
+    NotFound {
+        /// The key asked for.
+        key: String,
+    },
+    /// The object ends before the requested range does.
+    #[error("object {key} has {bytes} bytes, but bytes {} to {} were asked for: it is truncated", extent.offset, extent.end())]
+    Truncated {
+        /// The key asked for.
+        key: String,
+        /// Size of the object.
+        bytes: u64,
+        /// The range asked for.
+        extent: Extent,
+    },
+    /// No space is left.
+    #[error("no space left for {} ({bytes} bytes): free some and try again; nothing was published", path.display())]
+    NoSpace {
+        /// File that could not be written.
+        path: PathBuf,
+        /// Bytes that were to be written.
+        bytes: u64,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A key that could leave the repository or is no key.
+    #[error("{0:?} is not a valid object key")]
+    Key(String),
+    /// A failure that may pass.
+    #[error("{operation} of {key} failed for now")]
+    Transient {
+        /// What was attempted.
+        operation: &'static str,
+        /// The key.
+        key: String,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A failure that will not pass by itself.
+    #[error("{operation} of {key} failed")]
+    Permanent {
+        /// What was attempted.
+        operation: &'static str,
+        /// The key.
+        key: String,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl RepositoryError {
+    /// True if trying again may help.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Transient { .. })
+    }
+
+    /// True if the object does not exist.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+}
+
+/// A place where components are published and fetched from.
+#[async_trait]
+pub trait Repository: Send + Sync + 'static {
+    /// What and where it is.
+    fn describe(&self) -> Description;
+
+    /// The whole object.
+    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError>;
+
+    /// Exactly the bytes of `extent`; [`RepositoryError::Truncated`] if there are fewer.
+    async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError>;
+
+    /// Stores an object unless the key is taken. When this returns `Ok`, the object is durable.
+    async fn put_if_absent(&self, key: &str, body: Body) -> Result<Put, RepositoryError>;
+
+    /// All objects whose key starts with `prefix` (a `folder/`), sorted by key.
+    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError>;
+
+    /// Deletes an object; one that does not exist counts as deleted.
+    async fn delete(&self, key: &str) -> Result<(), RepositoryError>;
+}
+
+/// Accepts keys of one or more `/`-separated parts of letters, digits and `. _ -`; parts
+/// do not start with a dot.
+pub fn check_key(key: &str) -> Result<(), RepositoryError> {
+    let part_ok = |part: &str| {
+        !part.is_empty()
+            && part.len() <= 200
+            && !part.starts_with('.')
+            && part
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+    };
+    if key.split('/').all(part_ok) {
+        Ok(())
+    } else {
+        Err(RepositoryError::Key(key.to_owned()))
+    }
+}

@@ -1,0 +1,336 @@
+//! The store: a repository, the disk cache in front of it and the scheduler between.
+//!
+//! Owns the life of components on a host: publishing, finding, reading. Refuses to know
+//! VMs and shared memory.
+//!
+//! Invariant: a component that [`Store::components`] lists was whole when it was
+//! published, and `gc` keeps all that it refers to.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forelay_image::{Component, ComponentId, Digest, Extent};
+use parking_lot::Mutex;
+
+use crate::disk_cache::DiskCache;
+use crate::error::StoreError;
+use crate::fetch::{FetchConfig, Priority, Scheduler};
+use crate::images::{ImageMap, Images};
+use crate::layout::{self, Access, Descriptor};
+use crate::repository::{Repository, RepositoryError};
+
+/// What a store is made of.
+pub struct StoreConfig {
+    /// Where components are published.
+    pub repository: Arc<dyn Repository>,
+    /// Directory of this host's caches.
+    pub cache_dir: PathBuf,
+    /// Bytes of chunks that the disk cache may hold.
+    pub cache_cap_bytes: u64,
+    /// How chunks are fetched.
+    pub fetch: FetchConfig,
+}
+
+pub(crate) struct Inner {
+    pub(crate) repository: Arc<dyn Repository>,
+    pub(crate) images: Arc<Images>,
+    pub(crate) scratch: PathBuf,
+    access: Access,
+    cache: Arc<DiskCache>,
+    scheduler: Scheduler,
+    components: Mutex<BTreeMap<ComponentId, Arc<Component>>>,
+}
+
+/// A repository with this host's caches. Cheap to clone.
+#[derive(Clone)]
+pub struct Store(pub(crate) Arc<Inner>);
+
+impl Store {
+    /// Opens a store on the current tokio runtime. An empty repository is initialised.
+    pub async fn open(config: StoreConfig) -> Result<Self, StoreError> {
+        let StoreConfig {
+            repository,
+            cache_dir,
+            cache_cap_bytes,
+            fetch,
+        } = config;
+        let access = open_descriptor(&*repository).await?;
+        let scratch = cache_dir.join("publishing");
+        std::fs::create_dir_all(&scratch).map_err(|source| StoreError::CacheDirectory {
+            path: scratch.clone(),
+            source,
+        })?;
+        let cache = Arc::new(DiskCache::open(&cache_dir, cache_cap_bytes)?);
+        let images = Arc::new(Images::new(repository.clone(), &cache_dir)?);
+        let scheduler = Scheduler::new(repository.clone(), cache.clone(), images.clone(), fetch);
+        let components = Mutex::default();
+        Ok(Self(Arc::new(Inner {
+            repository,
+            images,
+            scratch,
+            access,
+            cache,
+            scheduler,
+            components,
+        })))
+    }
+
+    /// The fetch scheduler.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.0.scheduler
+    }
+
+    /// The disk cache.
+    pub fn disk_cache(&self) -> &DiskCache {
+        &self.0.cache
+    }
+
+    /// The repository.
+    pub fn repository(&self) -> &Arc<dyn Repository> {
+        &self.0.repository
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<(), StoreError> {
+        match &self.0.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly(features) => Err(StoreError::ReadOnly {
+                features: features.clone(),
+            }),
+        }
+    }
+
+    /// All published components, by name and version. Metadata that is corrupted or
+    /// vanishes meanwhile is left out with a warning, so that one bad object does not
+    /// hide the others.
+    pub async fn components(&self) -> Result<Vec<Arc<Component>>, StoreError> {
+        let listed = self.0.repository.list(layout::COMPONENTS).await?;
+        let ids = listed
+            .iter()
+            .filter_map(|object| layout::digest_in(&object.key, layout::COMPONENTS, ".json"));
+        let mut components = Vec::new();
+        let ids: Vec<ComponentId> = ids.collect();
+        for group in ids.chunks(32) {
+            let fetched =
+                futures_util::future::join_all(group.iter().map(|id| self.load_component(*id)))
+                    .await;
+            for (id, component) in group.iter().zip(fetched) {
+                match component {
+                    Ok(component) => components.push(component),
+                    Err(
+                        error
+                        @ (StoreError::Corrupted { .. } | StoreError::ComponentMissing { .. }),
+                    ) => {
+                        tracing::warn!(component = %id, %error, "leaving out a component");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        self.0.components.lock().retain(|id, _| ids.contains(id));
+        components.sort_by(|a, b| {
+            a.name
+                .cmp(&b.name)
+                .then_with(|| forelay_image::version::compare(&a.version, &b.version))
+                .then_with(|| a.image.digest.cmp(&b.image.digest))
+        });
+        Ok(components)
+    }
+
+    /// One component. Asks the repository, so one that was removed is reported missing.
+    pub async fn component(&self, id: ComponentId) -> Result<Arc<Component>, StoreError> {
+        let key = layout::component(id);
+        let bytes = self
+            .0
+            .repository
+            .get(&key)
+            .await
+            .map_err(|error| missing(error, id))?;
+        let component = decode_component(id, &bytes)
+            .map_err(|problem| StoreError::Corrupted { key, problem })?;
+        Ok(Arc::new(component))
+    }
+
+    /// Like [`Store::component`], but content with this host's copy.
+    async fn load_component(&self, id: ComponentId) -> Result<Arc<Component>, StoreError> {
+        let known = self.0.components.lock().get(&id).cloned();
+        if let Some(component) = known {
+            return Ok(component);
+        }
+        let key = layout::component(id);
+        let component = self
+            .0
+            .images
+            .object(&key, true, |bytes| decode_component(id, bytes))
+            .await;
+        let component = Arc::new(component.map_err(|error| match error {
+            StoreError::Repository(error) => missing(error, id),
+            other => other,
+        })?);
+        self.0.components.lock().insert(id, component.clone());
+        Ok(component)
+    }
+
+    /// Makes a component invisible. `gc` later deletes what nothing else refers to.
+    pub async fn remove_component(&self, id: ComponentId) -> Result<(), StoreError> {
+        self.check_writable()?;
+        self.component(id).await?;
+        self.0.repository.delete(&layout::component(id)).await?;
+        self.0.components.lock().remove(&id);
+        Ok(())
+    }
+
+    /// Chunks of an image and where they are.
+    pub async fn open_image(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
+        self.0.images.open(image).await
+    }
+
+    /// All metadata of an image: its first `metadata_bytes`, for compose.
+    pub async fn image_metadata(&self, image: Digest) -> Result<Bytes, StoreError> {
+        let map = self.open_image(image).await?;
+        let metadata = Extent::new(0, map.image().metadata_bytes);
+        self.read_image(image, metadata, Priority::Demand).await
+    }
+
+    /// A range of an image.
+    pub async fn read_image(
+        &self,
+        image: Digest,
+        extent: Extent,
+        priority: Priority,
+    ) -> Result<Bytes, StoreError> {
+        let map = self.open_image(image).await?;
+        let image_bytes = map.image().bytes;
+        if extent.end() > image_bytes {
+            let (offset, end) = (extent.offset, extent.end());
+            return Err(StoreError::BeyondEnd {
+                image,
+                image_bytes,
+                offset,
+                end,
+            });
+        }
+        Ok(self.0.scheduler.read(image, extent, priority).await?)
+    }
+
+    /// A range of an image if all of it is in the disk cache, read on the calling thread.
+    pub fn try_cached(&self, image: Digest, extent: Extent) -> Option<Bytes> {
+        self.0.scheduler.try_cached(image, extent)
+    }
+
+    /// Writes a whole image to `path`, which appears only when it is complete.
+    pub async fn materialise(&self, image: Digest, path: &Path) -> Result<(), StoreError> {
+        let map = self.open_image(image).await?;
+        let failed = |source| StoreError::File {
+            doing: "writing",
+            path: path.to_owned(),
+            source,
+        };
+        let folder = path
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty());
+        let file =
+            tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let whole = Extent::new(0, map.image().bytes);
+        let mut items = self.0.scheduler.prefetch(vec![(image, whole)]);
+        // One extent, so the chunks arrive in image order.
+        while let Some(item) = items.next().await {
+            for piece in item.pieces? {
+                out.write_all(&piece.bytes).map_err(failed)?;
+            }
+        }
+        let file = out
+            .into_inner()
+            .map_err(|error| failed(error.into_error()))?;
+        let written = file.as_file().metadata().map_err(failed)?.len();
+        if written != whole.len {
+            return Err(StoreError::Fetch(crate::fetch::FetchError::Cancelled));
+        }
+        file.persist(path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+
+    /// Opens the image for random access through [`forelay_image`]'s readers, on a
+    /// thread that may block (never an async one).
+    pub async fn image_reader(&self, image: Digest) -> Result<ImageReader, StoreError> {
+        let map = self.open_image(image).await?;
+        let image_bytes = map.image().bytes;
+        Ok(ImageReader {
+            store: self.clone(),
+            handle: tokio::runtime::Handle::current(),
+            image,
+            image_bytes,
+        })
+    }
+}
+
+/// Blocking random access to an image.
+pub struct ImageReader {
+    store: Store,
+    handle: tokio::runtime::Handle,
+    image: Digest,
+    image_bytes: u64,
+}
+
+impl ImageReader {
+    /// Size of the image in bytes.
+    pub fn image_bytes(&self) -> u64 {
+        self.image_bytes
+    }
+
+    /// Reads up to `buf.len()` bytes from `offset`; fewer only at the image's end. Must
+    /// not be called on an async thread.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        let len = (buf.len() as u64).min(self.image_bytes.saturating_sub(offset));
+        if len == 0 {
+            return Ok(0);
+        }
+        let extent = Extent::new(offset, len);
+        let bytes = match self.store.try_cached(self.image, extent) {
+            Some(bytes) => bytes,
+            None => {
+                let read = self.store.read_image(self.image, extent, Priority::Demand);
+                self.handle.block_on(read).map_err(std::io::Error::other)?
+            }
+        };
+        buf[..bytes.len()].copy_from_slice(&bytes);
+        Ok(bytes.len())
+    }
+}
+
+fn missing(error: RepositoryError, id: ComponentId) -> StoreError {
+    if error.is_not_found() {
+        StoreError::ComponentMissing { id }
+    } else {
+        error.into()
+    }
+}
+
+pub(crate) fn decode_component(id: ComponentId, bytes: &[u8]) -> Result<Component, String> {
+    if Digest::of(bytes) != id {
+        return Err("its bytes do not have the digest that its name says".into());
+    }
+    let component: Component = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    Ok(component)
+}
+
+async fn open_descriptor(repository: &dyn Repository) -> Result<Access, StoreError> {
+    let bytes = match repository.get(layout::DESCRIPTOR).await {
+        Err(error) if error.is_not_found() => {
+            let new = Descriptor::current().to_json();
+            repository
+                .put_if_absent(layout::DESCRIPTOR, new.into())
+                .await?;
+            // Another process may have been first: what counts is what is there.
+            repository.get(layout::DESCRIPTOR).await?
+        }
+        other => other?,
+    };
+    let location = repository.describe().location;
+    let parsed = Descriptor::parse(&bytes);
+    let (_, access) = parsed.map_err(|source| StoreError::Descriptor { location, source })?;
+    Ok(access)
+}
