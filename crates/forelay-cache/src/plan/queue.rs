@@ -88,15 +88,13 @@ impl Queue {
         }
     }
 
-    /// Takes the pieces under way that begin inside `extent`: they have ended.
+    /// Takes the pieces under way that lie within `extent`: they have ended.
     pub(super) fn ended(&mut self, image: &SharedImage, extent: Extent) -> Vec<Piece> {
         let from = (image.clone(), extent.offset);
         let to = (image.clone(), extent.end());
-        let keys: Vec<_> = self
-            .under_way
-            .range(from..to)
-            .map(|(key, _)| key.clone())
-            .collect();
+        let within = self.under_way.range(from..to);
+        let within = within.filter(|(_, piece)| piece.extent.end() <= extent.end());
+        let keys: Vec<_> = within.map(|(key, _)| key.clone()).collect();
         let pieces = keys.iter().filter_map(|key| self.under_way.remove(key));
         let pieces: Vec<Piece> = pieces.collect();
         self.under_way_bytes -= pieces.iter().map(|piece| piece.extent.len).sum::<u64>();

@@ -65,6 +65,11 @@ impl Host {
     fn tell(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
+            if let Event::Fetched { image, extent } = &event {
+                let covers = |wish: &Extent| wish.intersection(extent) == Some(*wish);
+                self.wishes
+                    .retain(|(at, wish)| at != image || !covers(wish));
+            }
             let before = self
                 .planner
                 .table
