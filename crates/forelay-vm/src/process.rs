@@ -4,13 +4,13 @@
 //! pidfd is opened first and the start time compared after that.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 
 /// Pid and start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +45,8 @@ fn start_ticks(stat: &str) -> Option<u64> {
 #[derive(Debug)]
 pub struct Process {
     id: ProcessId,
-    descriptor: AsyncFd<OwnedFd>,
+    descriptor: Arc<OwnedFd>,
+    exit: watch::Receiver<Option<Exit>>,
 }
 
 /// How a process ended, as far as this process may know.
@@ -70,8 +71,17 @@ impl Process {
         if ProcessId::of(id.pid).ok() != Some(id) {
             return Ok(None);
         }
-        let descriptor = AsyncFd::register_with_interest(descriptor, Interest::READABLE)?;
-        Ok(Some(Self { id, descriptor }))
+        let descriptor = Arc::new(descriptor);
+        let (sender, exit) = watch::channel(None);
+        let for_thread = Arc::clone(&descriptor);
+        std::thread::Builder::new()
+            .name(format!("pidfd-{}", id.pid))
+            .spawn(move || sender.send(Some(await_exit(&for_thread))))?;
+        Ok(Some(Self {
+            id,
+            descriptor,
+            exit,
+        }))
     }
 
     /// Its identity.
@@ -81,25 +91,37 @@ impl Process {
 
     /// Kills it; no error if it is gone already.
     pub fn kill(&self) -> io::Result<()> {
-        match rustix::process::pidfd_send_signal(self.descriptor.get_ref(), Signal::KILL) {
+        match rustix::process::pidfd_send_signal(&*self.descriptor, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Waits until it has ended; reaps it if it was a child.
+    /// Waits until it has ended; it has been reaped then, if it was a child.
     pub async fn wait(&self) -> Exit {
-        // The error case cannot come from the descriptor; then the status is just unknown.
-        let _ = self.descriptor.readable().await;
-        use std::os::fd::AsFd;
-        let target = WaitId::PidFd(self.descriptor.get_ref().as_fd());
-        match rustix::process::waitid(target, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
-            Ok(Some(status)) => Exit {
-                code: status.exit_status(),
-                signal: status.terminating_signal(),
-            },
-            _ => Exit::default(),
+        let mut exit = self.exit.clone();
+        let found = exit.wait_for(Option::is_some).await;
+        found.ok().and_then(|found| *found).unwrap_or_default()
+    }
+}
+
+/// Blocks until the process has ended. A thread of its own for each process: tokio's way to
+/// await a descriptor needs unsafe code, and these threads only sleep.
+fn await_exit(descriptor: &OwnedFd) -> Exit {
+    use rustix::event::{PollFd, PollFlags, poll};
+    loop {
+        match poll(&mut [PollFd::new(descriptor, PollFlags::IN)], None) {
+            Err(rustix::io::Errno::INTR) => {}
+            _ => break,
         }
+    }
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    match rustix::process::waitid(WaitId::PidFd(descriptor.as_fd()), options) {
+        Ok(Some(status)) => Exit {
+            code: status.exit_status(),
+            signal: status.terminating_signal(),
+        },
+        _ => Exit::default(),
     }
 }
 
