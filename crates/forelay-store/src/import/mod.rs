@@ -1,0 +1,29 @@
+//! Building components from what already exists: Debian packages, a Debian base, the
+//! Debian cloud kernel, tar archives and host directories.
+//!
+//! Each importer turns its source into a [`forelay_image::tree::Tree`] whose content
+//! stays in spool files. Importers know no repository: they hand over an image.
+//!
+//! Invariants: the same source gives the same image digest, on any host and at any time;
+//! nothing is left behind on failure (mounts live in a namespace of their own that ends
+//! with the build, files in temporary directories).
+
+pub mod accounts;
+pub mod apt;
+pub mod base;
+pub mod clean;
+pub mod control;
+pub mod deb;
+pub mod dir;
+mod draft;
+mod error;
+pub mod merge;
+mod progress;
+pub mod spool;
+pub mod tar;
+mod tool;
+pub mod unpack;
+
+pub use draft::{Draft, Imported, host_architecture};
+pub use error::ImportError;
+pub use progress::{Phase, Progress, Reporter};
