@@ -2,4 +2,5 @@
 //! and `dump.erofs` as referees.
 
 mod compose;
+mod host_tree;
 mod referee;
