@@ -50,6 +50,8 @@ pub struct Fault {
     pub offset: u64,
     /// Bytes; never reaches past the image's end.
     pub len: u32,
+    /// Thread that waits (or whose fault made the kernel read ahead).
+    pub thread: u32,
     /// Where the bytes go.
     pub reply: Reply,
 }
@@ -122,6 +124,7 @@ impl Drop for Reply {
 #[derive(Debug)]
 struct Waiting {
     file: Arc<SharedFile>,
+    thread: u32,
     /// `unique` as last delivered, with the resend bit if it was.
     wire_unique: u64,
     extent: Extent,
@@ -351,6 +354,7 @@ impl Core {
         let waiting = Waiting {
             extent: Extent::new(read.offset, u64::from(read.len)),
             wire_unique: header.unique,
+            thread: header.thread,
             arrived: Instant::now(),
             abandoned: false,
             file,
@@ -375,10 +379,17 @@ impl Core {
             waiting.file.tally.fault(content_len as u64);
             table.insert(unique, waiting);
         }
-        self.call_handler(key, read.offset, content_len, unique);
+        self.call_handler(key, read.offset, content_len, header.thread, unique);
     }
 
-    fn call_handler(self: &Arc<Self>, file: FileKey, offset: u64, content_len: usize, unique: u64) {
+    fn call_handler(
+        self: &Arc<Self>,
+        file: FileKey,
+        offset: u64,
+        content_len: usize,
+        thread: u32,
+        unique: u64,
+    ) {
         let reply = Reply {
             core: Arc::clone(self),
             unique,
@@ -389,6 +400,7 @@ impl Core {
             file,
             offset,
             len: content_len as u32,
+            thread,
             reply,
         };
         let called = std::panic::catch_unwind(AssertUnwindSafe(|| self.handler.fault(fault)));
@@ -437,12 +449,13 @@ impl Core {
                     waiting.file.key,
                     waiting.extent.offset,
                     waiting.content_len(),
+                    waiting.thread,
                 ));
             }
         }
         again.sort_unstable_by_key(|&(arrived, unique, ..)| (arrived, unique));
-        for &(_, unique, key, offset, content_len) in &again {
-            self.call_handler(key, offset, content_len, unique);
+        for &(_, unique, key, offset, content_len, thread) in &again {
+            self.call_handler(key, offset, content_len, thread, unique);
         }
         again.len()
     }

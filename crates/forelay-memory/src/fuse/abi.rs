@@ -115,6 +115,8 @@ pub struct RequestHeader {
     pub unique: u64,
     /// The node asked about.
     pub node: u64,
+    /// Thread that asks, as the mount's pid namespace numbers it.
+    pub thread: u32,
 }
 
 impl RequestHeader {
@@ -126,14 +128,9 @@ impl RequestHeader {
         if len as usize != request.len() {
             return None;
         }
-        Some((
-            Self {
-                opcode: fields.u32()?,
-                unique: fields.u64()?,
-                node: fields.u64()?,
-            },
-            body,
-        ))
+        let (opcode, unique, node) = (fields.u32()?, fields.u64()?, fields.u64()?);
+        let (_uid, _gid, thread) = (fields.u32()?, fields.u32()?, fields.u32()?);
+        Some((Self { opcode, unique, node, thread }, body))
     }
 }
 
