@@ -12,5 +12,6 @@
 
 pub mod arrivals;
 pub mod calibration;
+pub mod resources;
 pub mod time;
 pub mod working_set;
