@@ -3,6 +3,10 @@
 //!
 //! Invariant: what is chosen covers the need, or nothing is chosen.
 
+use std::collections::{BTreeMap, HashMap};
+
+use super::{Policy, Request};
+
 /// A component that may be evicted.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate<K> {
@@ -36,6 +40,75 @@ pub fn choose<K: Ord + Copy>(mut candidates: Vec<Candidate<K>>, needed_bytes: u6
         .take_while(enough)
         .map(|candidate| candidate.key)
         .collect()
+}
+
+/// The rule as a policy over whole components.
+#[derive(Clone, Debug)]
+pub struct LeastUsed {
+    capacity_bytes: u64,
+    used_bytes: u64,
+    held: BTreeMap<u32, Candidate<u32>>,
+    /// Uses of every component ever seen: they survive its eviction.
+    uses: HashMap<u32, u64>,
+}
+
+impl LeastUsed {
+    /// An empty memory of `capacity_bytes`.
+    pub fn new(capacity_bytes: u64) -> Self {
+        Self {
+            capacity_bytes,
+            used_bytes: 0,
+            held: BTreeMap::new(),
+            uses: HashMap::new(),
+        }
+    }
+}
+
+impl Policy for LeastUsed {
+    fn name(&self) -> &'static str {
+        "least-used"
+    }
+
+    fn request(&mut self, request: &Request) -> bool {
+        let uses = self.uses.entry(request.object).or_insert(0);
+        *uses += 1;
+        let candidate = Candidate {
+            key: request.object,
+            bytes: request.bytes,
+            uses: *uses,
+            last_use_ms: request.now_ms,
+        };
+        if let Some(held) = self.held.get_mut(&request.object) {
+            (held.uses, held.last_use_ms) = (candidate.uses, candidate.last_use_ms);
+            return true;
+        }
+        if request.bytes > self.capacity_bytes {
+            return false;
+        }
+        let lacking = (self.used_bytes + request.bytes).saturating_sub(self.capacity_bytes);
+        if lacking > 0 {
+            for key in choose(self.held.values().copied().collect(), lacking) {
+                if let Some(gone) = self.held.remove(&key) {
+                    self.used_bytes -= gone.bytes;
+                }
+            }
+        }
+        self.used_bytes += request.bytes;
+        self.held.insert(request.object, candidate);
+        false
+    }
+
+    fn contains(&self, object: u32) -> bool {
+        self.held.contains_key(&object)
+    }
+
+    fn used_bytes(&self) -> u64 {
+        self.used_bytes
+    }
+
+    fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes
+    }
 }
 
 #[cfg(test)]
