@@ -1,0 +1,96 @@
+//! From launch to ready and back, on pmem.
+
+use std::time::Duration;
+
+use forelay_guest::config::{Entrypoint, Ready, Run, VmConfig};
+use forelay_guest::protocol::{Exec, ExitStatus};
+use forelay_image::tree::Tree;
+use forelay_vm::{Cause, Phase};
+
+use crate::fixture::{Bench, LIMIT, assets, base_tree, file, sh};
+
+#[tokio::test]
+async fn privileged_boots_a_merged_image_from_pmem() {
+    let Some(assets) = assets("privileged_boots_a_merged_image_from_pmem") else {
+        return;
+    };
+    let bench = Bench::new();
+    let base = bench.image("base", &base_tree(assets));
+    let mut tool = Tree::new();
+    tool.insert_path(b"usr/bin/tool", file("#!/bin/sh\necho tool $X\n", 0o755))
+        .unwrap();
+    tool.insert_path(b"etc/motd", file("from tool\n", 0o644))
+        .unwrap();
+    let tool = bench.image("tool", &tool);
+    let entrypoint = Entrypoint {
+        argv: ["sh", "-c", "echo serving; touch /run/serving; sleep 1000"]
+            .map(str::to_owned)
+            .into(),
+        ..Entrypoint::default()
+    };
+    let config = VmConfig {
+        hostname: "merged".into(),
+        run: Run::Entrypoint(entrypoint),
+        env: [("X".to_owned(), "42".to_owned())].into(),
+        ready: Some(Ready::Path("/run/serving".into())),
+        ..VmConfig::default()
+    };
+    let spec = bench.spec(assets, &[&base, &tool], &config);
+    let before = std::fs::read(&base.device.path).unwrap();
+    let vm = bench.ready(&spec).await;
+
+    let progress = vm.progress();
+    let root = progress.root.clone().unwrap();
+    assert_eq!(
+        (root.source.as_str(), root.devices, root.dax),
+        ("pmem", 2, true)
+    );
+    assert_eq!(progress.phase, Phase::Ready);
+    println!(
+        "mounted {:?}\nready   {:?}",
+        progress.mounted.unwrap(),
+        progress.ready.unwrap()
+    );
+
+    assert_eq!(sh(&vm, "cat /etc/motd; tool").await, "from tool\ntool 42\n");
+    assert_eq!(sh(&vm, "cat /proc/sys/kernel/hostname").await, "merged\n");
+    sh(&vm, "echo changed > /etc/motd && grep -q changed /etc/motd || busybox grep -q changed /etc/motd")
+        .await;
+    let exec = Exec {
+        argv: ["sh", "-c", "id -u; cat; exit 7"].map(str::to_owned).into(),
+        user: "web".into(),
+        stdin: forelay_guest::payload::Payload(vec![0, 255, 10]),
+        ..Exec::default()
+    };
+    let result = vm.exec_with(exec, LIMIT).await.unwrap();
+    assert_eq!(result.status, ExitStatus::Code(7));
+    assert_eq!(result.stdout.0, b"33\n\x00\xff\n");
+    let late = vm
+        .exec(&["sleep", "600"], Duration::from_millis(300))
+        .await
+        .unwrap();
+    assert_eq!(late.status, ExitStatus::TimedOut);
+
+    // A guest that writes to its pmem harms nobody: neither the host's file nor itself.
+    let devices = sh(&vm, "ls /dev | busybox grep pmem").await;
+    assert_eq!(devices.lines().count(), 3, "{devices}");
+    for device in devices.lines() {
+        let script = format!("dd if=/dev/zero of=/dev/{device} bs=4096 count=64 conv=fsync 2>&1");
+        let _ = vm.exec(&["sh", "-c", &script], LIMIT).await.unwrap();
+    }
+    assert!(
+        std::fs::read(&base.device.path).unwrap() == before,
+        "the host's file has changed"
+    );
+
+    let ended = vm.stop(LIMIT).await.unwrap();
+    assert_eq!(
+        (ended.cause, ended.exit_code),
+        (Cause::GuestPoweroff, Some(0))
+    );
+    assert!(
+        vm.console_tail().contains("serving"),
+        "{}",
+        vm.console_tail()
+    );
+}
