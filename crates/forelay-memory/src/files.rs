@@ -5,6 +5,7 @@
 //! order of adding, and then the caller gets the id back to hand it in again.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use forelay_image::digest::Digest;
@@ -94,6 +95,10 @@ pub(crate) struct SharedFile {
     pub pushed: Mutex<RangeSet>,
     /// What of it was seen touched.
     pub used: Mutex<RangeSet>,
+    /// No less than what the pinner has locked.
+    pub pinned: Mutex<RangeSet>,
+    /// Whether the pinner knows the file.
+    pub pinner_knows: AtomicBool,
     /// Keeps the inode, and with it the pages, and answers residency.
     pub mapping: OnceLock<FileMapping>,
 }
@@ -175,6 +180,8 @@ impl Files {
             tally: Tally::default(),
             pushed: Mutex::default(),
             used: Mutex::default(),
+            pinned: Mutex::default(),
+            pinner_knows: AtomicBool::new(false),
             mapping: OnceLock::new(),
         });
         self.by_node.insert(node, Arc::clone(&file));

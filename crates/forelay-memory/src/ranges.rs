@@ -98,12 +98,18 @@ impl RangeSet {
     }
 }
 
+impl Extend<Extent> for RangeSet {
+    fn extend<I: IntoIterator<Item = Extent>>(&mut self, extents: I) {
+        for extent in extents {
+            self.insert(extent);
+        }
+    }
+}
+
 impl FromIterator<Extent> for RangeSet {
     fn from_iter<I: IntoIterator<Item = Extent>>(extents: I) -> Self {
         let mut set = Self::default();
-        for extent in extents {
-            set.insert(extent);
-        }
+        set.extend(extents);
         set
     }
 }

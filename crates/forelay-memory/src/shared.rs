@@ -7,6 +7,7 @@
 //! file is held open and mapped while it is here, because the page cache of an inode
 //! that nobody holds may go any time.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forelay_image::extent::{Extent, PAGE_BYTES, normalise, total_bytes};
+use parking_lot::Mutex;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
@@ -25,6 +27,7 @@ use crate::fuse::abi::{self, notify};
 use crate::fuse::connection::{Connection, Waiter};
 use crate::fuse::mount::{self, MountError};
 use crate::mapping::FileMapping;
+use crate::pinner::{self, PinError};
 use crate::session::{Core, FaultHandler, Settings, zero_parts};
 
 /// Largest piece of one STORE.
@@ -60,6 +63,10 @@ pub struct Config {
     pub readahead_kib: u32,
     /// Group that may read the files besides the owner.
     pub gid: Option<u32>,
+    /// Trust domain, the pinner's name for this mount.
+    pub domain: String,
+    /// Who holds locks; without one, nothing can be pinned.
+    pub pinner: Option<Arc<pinner::Client>>,
     /// How long after a takeover lookups of unknown files wait for the file to be added.
     pub unknown_file_grace: Duration,
 }
@@ -73,6 +80,8 @@ impl Config {
             read_threads: 2,
             readahead_kib: 128,
             gid: None,
+            domain: "default".to_owned(),
+            pinner: None,
             unknown_file_grace: Duration::from_secs(10),
         }
     }
@@ -110,6 +119,12 @@ pub enum MemoryError {
         /// Bytes.
         len: u64,
     },
+    /// This mount was started without a pinner.
+    #[error("{0} cannot be pinned: there is no pinner")]
+    NoPinner(FileKey),
+    /// The pinner could not do it.
+    #[error(transparent)]
+    Pin(#[from] PinError),
     /// The kernel refused.
     #[error("{key}: {what} at {offset} failed")]
     Kernel {
@@ -130,6 +145,10 @@ pub struct SharedMemory {
     core: Arc<Core>,
     mountpoint: PathBuf,
     unmount_on_drop: bool,
+    domain: String,
+    pinner: Option<Arc<pinner::Client>>,
+    /// Pins that an earlier daemon left, of files not added yet.
+    inherited_pins: Mutex<BTreeMap<FileKey, Vec<Extent>>>,
     stop: OwnedFd,
     threads: Vec<JoinHandle<()>>,
 }
@@ -178,6 +197,9 @@ impl SharedMemory {
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
             mountpoint: config.mountpoint.clone(),
             unmount_on_drop: false,
+            domain: config.domain.clone(),
+            pinner: config.pinner.clone(),
+            inherited_pins: Mutex::new(inherited_pins(config, is_new)),
             threads: Vec::new(),
             core,
         };
@@ -239,6 +261,9 @@ impl SharedMemory {
         id: Option<FileId>,
     ) -> Result<FileId, AddFileError> {
         let file = self.core.files.write().add(key, spec, id)?;
+        if let Some(extents) = self.inherited_pins.lock().remove(&key) {
+            file.pinned.lock().extend(extents);
+        }
         self.core.unpark();
         if file.mapping.get().is_none() {
             let mapping = File::open(self.path(&key))
@@ -257,6 +282,9 @@ impl SharedMemory {
         let file = removed.ok_or(MemoryError::UnknownFile(*key))?;
         let node = file.id.0;
         drop(file);
+        if let Some(pinner) = &self.pinner {
+            pinner.forget(&self.domain, *key)?;
+        }
         let body = abi::inval_entry_body(file_name(key).as_bytes());
         match self.core.connection.notify(notify::INVAL_ENTRY, &[&body]) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -340,15 +368,81 @@ impl SharedMemory {
         Ok(())
     }
 
+    /// Keeps those pages of `extents` that are in memory now from being reclaimed, also
+    /// when this process dies. Returns the bytes newly pinned.
+    pub fn pin(&self, key: &FileKey, extents: &[Extent]) -> Result<u64, MemoryError> {
+        let file = self.file(key)?;
+        let pinner = self.pinner.as_ref().ok_or(MemoryError::NoPinner(*key))?;
+        let mut resident = Vec::new();
+        for extent in normalise(
+            extents
+                .iter()
+                .filter_map(|extent| file.clip(*extent))
+                .collect(),
+        ) {
+            resident.extend(self.resident_within(&file, extent)?);
+        }
+        if resident.is_empty() {
+            return Ok(0);
+        }
+        if !file.pinner_knows.load(Relaxed)
+            && let Some(mapping) = file.mapping.get()
+        {
+            pinner.add(&self.domain, *key, mapping.file(), mapping.len())?;
+            file.pinner_knows.store(true, Relaxed);
+        }
+        // Noted first: what is noted is at least what is locked.
+        file.pinned.lock().extend(resident.iter().copied());
+        Ok(pinner.pin(&self.domain, *key, &resident)?)
+    }
+
+    /// Lets go of pins; the pages stay until evicted or reclaimed. Returns the bytes that
+    /// were pinned.
+    pub fn unpin(&self, key: &FileKey, extents: &[Extent]) -> Result<u64, MemoryError> {
+        let file = self.file(key)?;
+        let clipped = extents.iter().filter_map(|extent| file.clip(*extent));
+        self.unpin_clipped(&file, &normalise(clipped.collect()))
+    }
+
+    fn unpin_clipped(&self, file: &SharedFile, extents: &[Extent]) -> Result<u64, MemoryError> {
+        let pinned: Vec<Extent> = {
+            let set = file.pinned.lock();
+            extents
+                .iter()
+                .flat_map(|extent| set.overlaps(*extent))
+                .collect()
+        };
+        if pinned.is_empty() {
+            return Ok(0);
+        }
+        let pinner = self
+            .pinner
+            .as_ref()
+            .ok_or(MemoryError::NoPinner(file.key))?;
+        let unpinned_bytes = pinner.unpin(&self.domain, file.key, &pinned)?;
+        let mut set = file.pinned.lock();
+        for extent in pinned {
+            set.remove(extent);
+        }
+        Ok(unpinned_bytes)
+    }
+
+    /// What is pinned of a file.
+    pub fn pinned(&self, key: &FileKey) -> Result<Vec<Extent>, MemoryError> {
+        Ok(self.file(key)?.pinned.lock().extents())
+    }
+
     /// Drops pages from the page cache, also those that VMs map: they fault them back.
-    /// Pages that unanswered READs are about to fill stay. Returns the bytes freed, by
+    /// Pins on them are let go first. Pages that unanswered READs are about to fill stay. Returns the bytes freed, by
     /// residency before and after.
     pub fn evict(&self, key: &FileKey, extents: &[Extent]) -> Result<u64, MemoryError> {
         let file = self.file(key)?;
         let clipped = extents.iter().filter_map(|extent| file.clip(*extent));
         let locked = self.core.locked_by_reads(&file);
+        let extents = normalise(clipped.collect());
+        self.unpin_clipped(&file, &extents)?;
         let mut freed_bytes = 0;
-        for extent in normalise(clipped.collect()) {
+        for extent in extents {
             let before = total_bytes(&self.resident_within(&file, extent)?);
             for gap in locked.gaps(extent) {
                 self.invalidate(&file, gap)?;
@@ -473,6 +567,25 @@ impl Drop for SharedMemory {
             && let Err(error) = mount::unmount_lazily(&self.mountpoint)
         {
             tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
+        }
+    }
+}
+
+/// What the pinner still holds of this domain. A new mount inherits nothing: the pinner
+/// replaces files of an earlier one when they are added.
+fn inherited_pins(config: &Config, is_new: bool) -> BTreeMap<FileKey, Vec<Extent>> {
+    let Some(pinner) = config.pinner.as_ref().filter(|_| !is_new) else {
+        return BTreeMap::new();
+    };
+    match pinner.table() {
+        Ok(rows) => rows
+            .into_iter()
+            .filter(|row| row.domain == config.domain)
+            .map(|row| (row.key, row.extents))
+            .collect(),
+        Err(error) => {
+            tracing::error!(%error, "pins of the daemon before are not known");
+            BTreeMap::new()
         }
     }
 }

@@ -130,7 +130,15 @@ impl RequestHeader {
         }
         let (opcode, unique, node) = (fields.u32()?, fields.u64()?, fields.u64()?);
         let (_uid, _gid, thread) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        Some((Self { opcode, unique, node, thread }, body))
+        Some((
+            Self {
+                opcode,
+                unique,
+                node,
+                thread,
+            },
+            body,
+        ))
     }
 }
 

@@ -1,0 +1,170 @@
+//! A whole held mount in one executable: holder, pinner, a daemon that serves computable
+//! images, and a process that maps them as a VMM would. Shows how the parts fit together;
+//! the takeover tests run it.
+//!
+//! ```text
+//! held_mount holder MOUNTPOINT IMAGES MIB    start everything; SIGTERM ends it
+//! held_mount map MOUNTPOINT IMAGES MIB S SEED    touch pages for S seconds, check bytes
+//! ```
+
+#[allow(dead_code)]
+#[path = "../tests/it/support.rs"]
+mod support;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use forelay_image::extent::Extent;
+use forelay_memory::holder::{self, Farewell, HolderConfig};
+use forelay_memory::{Config, Fault, FaultHandler, Session, SharedMemory, pinner};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use support::{Images, PAGE, TestImage};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn main() -> Outcome {
+    let args: Vec<String> = std::env::args().collect();
+    let arg = |n: usize| args.get(n).cloned().ok_or("see the file's head for usage");
+    let number = |n: usize| Ok::<u64, Box<dyn std::error::Error>>(arg(n)?.parse()?);
+    match arg(1)?.as_str() {
+        "holder" => hold(&args),
+        "pinner" => Ok(pinner::run(holder::pinner_socket()?.ok_or("no holder")?)?),
+        "daemon" => serve(arg(2)?.into(), &images(number(3)?, number(4)?)),
+        "map" => map(
+            arg(2)?.into(),
+            &images(number(3)?, number(4)?),
+            number(5)?,
+            number(6)?,
+        ),
+        other => Err(format!("no role {other}").into()),
+    }
+}
+
+fn images(count: u64, mib: u64) -> Vec<TestImage> {
+    (0..count)
+        .map(|n| TestImage::new(n, (mib << 20) - n * 1000))
+        .collect()
+}
+
+fn hold(args: &[String]) -> Outcome {
+    let me = std::env::current_exe()?;
+    let role = |role: &str| {
+        let rest = args[2..].iter().map(Into::into);
+        [me.clone().into(), role.into()]
+            .into_iter()
+            .chain(rest)
+            .collect()
+    };
+    let code = holder::run(HolderConfig {
+        daemon: role("daemon"),
+        pinner: role("pinner"),
+    })?;
+    std::process::exit(code)
+}
+
+/// Answers after a moment, on another thread: so that a kill finds READs in flight.
+struct Slow(std::sync::mpsc::Sender<Fault>);
+
+impl FaultHandler for Slow {
+    fn fault(&self, fault: Fault) {
+        // The receiver lives as long as the process.
+        let _ = self.0.send(fault);
+    }
+}
+
+fn serve(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
+    let client = holder::Client::from_env()?.ok_or("start the holder instead")?;
+    let domain = match client.domains()?.pop() {
+        Some(held) => held,
+        None => client.create_domain("test", &mountpoint)?,
+    };
+    let (sender, faults) = std::sync::mpsc::channel::<Fault>();
+    let answers = Images::new(images);
+    std::thread::spawn(move || {
+        for fault in faults {
+            std::thread::sleep(Duration::from_micros(200));
+            answers.fault(fault);
+        }
+    });
+    let mut config = Config::new(domain.mountpoint, Session::Takeover(domain.fuse));
+    config.domain = domain.name;
+    config.pinner = Some(Arc::new(client.pinner()?));
+    let memory = SharedMemory::start(config, Arc::new(Slow(sender)))?;
+    for image in images {
+        memory.add_file(image.key(), image.spec())?;
+    }
+    client.ready()?;
+    println!("serving {}", std::process::id());
+    let stop = Arc::new(AtomicBool::new(false));
+    terminate_on_signal(Arc::clone(&stop))?;
+    churn(&memory, images, &stop)?;
+    client.farewell(Farewell::Stop)?;
+    Ok(())
+}
+
+/// Pushes, pins and evicts at random, as a cache under pressure would.
+fn churn(memory: &SharedMemory, images: &[TestImage], stop: &AtomicBool) -> Outcome {
+    let mut rng = ChaCha8Rng::seed_from_u64(u64::from(std::process::id()));
+    while !stop.load(Ordering::Relaxed) {
+        let image = images[rng.random_range(0..images.len())];
+        let pages = image.bytes / PAGE;
+        let start = rng.random_range(0..pages) * PAGE;
+        let len = (rng.random_range(1..=64) * PAGE).min(image.bytes - start);
+        let extent = Extent::new(start, len);
+        match rng.random_range(0..8) {
+            0..4 => {
+                memory.push(&image.key(), start, &image.content(start, len as usize))?;
+            }
+            4 => {
+                memory.pin(&image.key(), &[extent])?;
+            }
+            _ => {
+                memory.evict(&image.key(), &[extent])?;
+            }
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+    Ok(())
+}
+
+/// SIGTERM becomes a flag by way of a thread that waits for it.
+fn terminate_on_signal(stop: Arc<AtomicBool>) -> Outcome {
+    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM])?;
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            stop.store(true, Ordering::Relaxed);
+        }
+    });
+    Ok(())
+}
+
+/// Touches random pages of mappings and compares; wrong bytes end it with an error, and
+/// an unanswerable fault with SIGBUS.
+fn map(mountpoint: PathBuf, images: &[TestImage], seconds: u64, seed: u64) -> Outcome {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let mut mappings = Vec::new();
+    for image in images {
+        let name = format!("{}.img", image.key().hex());
+        let file = std::fs::File::open(mountpoint.join(name))?;
+        let mapping = forelay_memory::mapping::FileMapping::new(file, image.spec().device_bytes)?;
+        mappings.push((*image, mapping));
+    }
+    let (mut pages, mut longest) = (0u64, Duration::ZERO);
+    while Instant::now() < until {
+        let (image, mapping) = &mappings[rng.random_range(0..mappings.len())];
+        let offset = rng.random_range(0..mapping.len() / PAGE) * PAGE;
+        let before = Instant::now();
+        let right = image.page_is_right(mapping, offset);
+        longest = longest.max(before.elapsed());
+        if !right {
+            return Err(format!("wrong bytes in image {} at {offset}", image.seed).into());
+        }
+        pages += 1;
+    }
+    println!("pages {pages} longest_ms {}", longest.as_millis());
+    Ok(())
+}
