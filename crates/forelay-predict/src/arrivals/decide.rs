@@ -1,0 +1,138 @@
+//! The one rule: hold a profile while hazard x cold-start cost exceeds the price of its memory.
+//!
+//! Owns costs, decisions, and the account of whether forecasting pays against the simple rule
+//! (a fixed keep-alive). Invariant: both rules are charged for the same stretches and launches, so
+//! regret compares like with like even while a profile has fallen back.
+
+use super::config::Config;
+use super::walk::Segment;
+use crate::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// What a cold start costs against memory: the one knob.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ColdCost {
+    /// Seconds that a launch waits if the profile is not loaded.
+    pub cold_start_s: f64,
+    /// Bytes that stay resident while it is loaded.
+    pub resident_bytes: u64,
+    /// Seconds of waiting that one GiB of memory is worth per hour (higher under pressure).
+    pub seconds_per_gib_hour: f64,
+}
+
+impl ColdCost {
+    /// Launches per minute from which holding pays.
+    #[must_use]
+    pub fn price_per_min(&self) -> f64 {
+        let gib = self.resident_bytes as f64 / (1u64 << 30) as f64;
+        gib * self.seconds_per_gib_hour / 60.0 / self.cold_start_s.max(1.0e-6)
+    }
+}
+
+/// What to do with a profile now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// Be loaded, and ask again at that time at the latest.
+    Keep {
+        /// When the rule will first release, as things stand.
+        until: Timestamp,
+    },
+    /// Be unloaded, and load again at that time.
+    PrewarmAt {
+        /// When the rule will first hold again, as things stand.
+        at: Timestamp,
+    },
+    /// Be unloaded; nothing is foreseen.
+    Release,
+}
+
+/// The rule at one price, as the simulator applies it to a stretch of time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rule {
+    /// Launches per minute from which holding pays.
+    pub price_per_min: f64,
+    /// The simple rule's keep-alive.
+    pub keep_alive_min: f64,
+}
+
+impl Rule {
+    /// Whether forecasting holds the profile over this stretch.
+    #[must_use]
+    pub fn forecast_holds(&self, segment: &Segment) -> bool {
+        segment.worth_per_min() > self.price_per_min
+    }
+
+    /// Whether the simple rule does.
+    #[must_use]
+    pub fn simple_holds(&self, segment: &Segment) -> bool {
+        segment.start_min < self.keep_alive_min
+    }
+
+    /// Whether the rule in force for this profile does.
+    #[must_use]
+    pub fn holds(&self, segment: &Segment, regret: &Regret) -> bool {
+        if regret.harmful() {
+            self.simple_holds(segment)
+        } else {
+            self.forecast_holds(segment)
+        }
+    }
+}
+
+/// Running cost of forecasting and of the simple rule, in cold starts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Regret {
+    forecast_cost: f32,
+    simple_cost: f32,
+    launches: u16,
+}
+
+impl Regret {
+    const DECAY: f32 = 0.98;
+    const PATIENCE: u16 = 8;
+    const MARGIN: f32 = 3.0;
+
+    /// Charges both rules for a stretch.
+    pub fn note(&mut self, segment: &Segment, rule: &Rule) {
+        let memory = (segment.length_min * rule.price_per_min) as f32;
+        let charge = |cost: &mut f32, held: bool| {
+            if held {
+                *cost += memory;
+            } else if segment.launched {
+                *cost += 1.0;
+            }
+        };
+        charge(&mut self.forecast_cost, rule.forecast_holds(segment));
+        charge(&mut self.simple_cost, rule.simple_holds(segment));
+        if segment.launched {
+            self.launches = self.launches.saturating_add(1);
+            self.forecast_cost *= Self::DECAY;
+            self.simple_cost *= Self::DECAY;
+        }
+    }
+
+    /// Cold starts that forecasting cost more than the simple rule; negative if it saves.
+    #[must_use]
+    pub fn excess(&self) -> f64 {
+        f64::from(self.forecast_cost - self.simple_cost)
+    }
+
+    /// True if forecasting has done harm for long enough to be set aside.
+    #[must_use]
+    pub fn harmful(&self) -> bool {
+        self.launches >= Self::PATIENCE
+            && self.forecast_cost > 1.1 * self.simple_cost + Self::MARGIN
+    }
+}
+
+impl Config {
+    /// The rule by which regret is kept inside the forecaster.
+    #[must_use]
+    pub fn reference_rule(&self) -> Rule {
+        Rule {
+            price_per_min: self.reference_price_per_min,
+            keep_alive_min: self.keep_alive_min,
+        }
+    }
+}

@@ -1,0 +1,583 @@
+//! The forecaster: takes launches in, gives probabilities and decisions out.
+//!
+//! Owns the records of all profiles, the pools and the online calibration. Refuses to know clocks:
+//! every call takes the time. Invariants: events of the past (late, twice, after a clock jump) never
+//! corrupt state, they are counted and told to the caller; `probability` and `decide` change
+//! nothing; `advance` only settles what has already happened.
+
+use super::config::Config;
+use super::decide::{ColdCost, Decision, Regret};
+use super::hazard_scale::HazardScale;
+use super::outlook::{Outlook, likelihoods};
+use super::pool::{OwnerPool, Pool};
+use super::record::Record;
+use super::triggers;
+use super::walk::{self, Segment};
+use crate::calibration::{Recalibration, Reliability};
+use crate::time::{MINUTE_MS, Timestamp};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+
+/// A profile's number inside one forecaster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ProfileKey(pub u32);
+
+/// An owner's number inside one forecaster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OwnerKey(pub u32);
+
+/// What became of an observed launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Observed {
+    /// The first launch of this profile.
+    First,
+    /// A launch after a gap that was learned.
+    Learned,
+    /// The same moment again: counted, nothing learned.
+    Repeated,
+    /// Older than what is known already: ignored.
+    Late,
+    /// The clock went back, or a gap was absurd: the profile's timeline was restarted.
+    Restarted,
+}
+
+/// Horizon of the probabilities that are calibrated online.
+pub(super) const CALIBRATED_HORIZON_S: f64 = 600.0;
+/// Profiles looked at in one call of `advance`.
+const ADVANCE_BATCH: usize = 4096;
+/// Longest look ahead of `decide`, in minutes and in stretches.
+const DECIDE_HORIZON_MIN: f64 = 8.0 * 1440.0;
+const DECIDE_STRETCHES: usize = 512;
+
+/// Forecasts the launches of all profiles of a host.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Forecaster {
+    pub(super) config: Config,
+    pub(super) names: Names,
+    owner_names: Names,
+    pub(super) records: Vec<Record>,
+    pub(super) owners: Vec<OwnerPool>,
+    pub(super) pool: Pool,
+    pub(super) scale: HazardScale,
+    recalibration: Recalibration,
+    reliability: Reliability,
+    sampled_at: Option<Timestamp>,
+    sampled: (u32, u32),
+    late_events: u64,
+}
+
+/// Strings and their numbers.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(from = "Vec<String>", into = "Vec<String>")]
+pub(super) struct Names {
+    list: Vec<String>,
+    index: HashMap<String, u32>,
+}
+
+impl From<Vec<String>> for Names {
+    fn from(list: Vec<String>) -> Self {
+        let index = list.iter().cloned().zip(0..).collect();
+        Self { list, index }
+    }
+}
+
+impl From<Names> for Vec<String> {
+    fn from(names: Names) -> Self {
+        names.list
+    }
+}
+
+impl Names {
+    fn intern(&mut self, name: &str) -> u32 {
+        if let Some(&key) = self.index.get(name) {
+            return key;
+        }
+        let key = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
+        self.list.push(name.to_owned());
+        self.index.insert(name.to_owned(), key);
+        key
+    }
+
+    pub(super) fn name(&self, key: u32) -> &str {
+        self.list.get(key as usize).map_or("?", String::as_str)
+    }
+}
+
+impl Forecaster {
+    /// A forecaster that knows nothing yet.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            names: Names::default(),
+            owner_names: Names::default(),
+            records: Vec::new(),
+            owners: Vec::new(),
+            pool: Pool::default(),
+            scale: HazardScale::default(),
+            recalibration: Recalibration::default(),
+            reliability: Reliability::default(),
+            sampled_at: None,
+            sampled: (0, 0),
+            late_events: 0,
+        }
+    }
+
+    /// The settings in force.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The kill switch: with `false`, every decision is the fixed keep-alive from now on.
+    pub fn set_forecasting(&mut self, on: bool) {
+        self.config.forecasting = on;
+    }
+
+    /// The number of a profile, new if it was never named before.
+    pub fn profile(&mut self, name: &str) -> ProfileKey {
+        let key = self.names.intern(name);
+        if key as usize == self.records.len() {
+            self.records.push(Record::new(0));
+        }
+        ProfileKey(key)
+    }
+
+    /// The number of a profile that has been named before.
+    #[must_use]
+    pub fn find_profile(&self, name: &str) -> Option<ProfileKey> {
+        self.names.index.get(name).map(|&key| ProfileKey(key))
+    }
+
+    /// The number of an owner, new if it was never named before.
+    pub fn owner(&mut self, name: &str) -> OwnerKey {
+        let key = self.owner_names.intern(name);
+        if key as usize == self.owners.len() {
+            self.owners.push(OwnerPool::default());
+        }
+        OwnerKey(key)
+    }
+
+    /// The name behind a number.
+    #[must_use]
+    pub fn profile_name(&self, profile: ProfileKey) -> &str {
+        self.names.name(profile.0)
+    }
+
+    /// How many profiles have been named.
+    #[must_use]
+    pub fn profile_count(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Launches refused so far because something later was known already.
+    #[must_use]
+    pub fn late_events(&self) -> u64 {
+        self.late_events
+    }
+
+    /// Notes a launch. `repeats` counts further launches of the profile at the same moment.
+    pub fn observe_launch(
+        &mut self,
+        profile: ProfileKey,
+        owner: OwnerKey,
+        at: Timestamp,
+        repeats: u32,
+    ) -> Observed {
+        self.settle(profile, at, true, |_| {});
+        self.learn_launch(profile, owner, at, repeats)
+    }
+
+    /// Accounts for a profile's time until `until`, giving each stretch with the hazard that was
+    /// foreseen for it. `launched` says that a launch ends the last one; [`Self::learn_launch`]
+    /// must follow then. The simulator's way in: it sees every decision before the outcome.
+    pub fn settle(
+        &mut self,
+        profile: ProfileKey,
+        until: Timestamp,
+        launched: bool,
+        mut sink: impl FnMut(&Segment),
+    ) {
+        let Some(record) = self.records.get_mut(profile.0 as usize) else {
+            return;
+        };
+        walk::settle(
+            record,
+            until,
+            launched,
+            &mut self.scale,
+            &self.config,
+            &mut sink,
+        );
+    }
+
+    /// The second half of [`Self::observe_launch`], after [`Self::settle`].
+    pub fn learn_launch(
+        &mut self,
+        profile: ProfileKey,
+        owner: OwnerKey,
+        at: Timestamp,
+        repeats: u32,
+    ) -> Observed {
+        let index = profile.0 as usize;
+        if index >= self.records.len() || owner.0 as usize >= self.owners.len() {
+            return Observed::Late;
+        }
+        let outcome = self.classify(index, at);
+        match outcome {
+            Observed::Late => {
+                self.late_events += 1;
+                return outcome;
+            }
+            Observed::Repeated => {
+                let record = &mut self.records[index];
+                record.note_repeats(u32::from(record.last_burst).saturating_add(repeats));
+                return outcome;
+            }
+            Observed::First | Observed::Learned | Observed::Restarted => {}
+        }
+        if outcome == Observed::Learned {
+            self.learn_gap(index, owner, at);
+        }
+        let previous = (outcome == Observed::Learned).then(|| self.records[index].last);
+        self.resolve_sample(index, at);
+        let record = &mut self.records[index];
+        if outcome == Observed::First {
+            self.owners[owner.0 as usize].enrol(profile.0);
+            record.weights = self
+                .pool
+                .weights(0)
+                .iter()
+                .map(|&weight| weight as f32)
+                .collect();
+        }
+        record.owner = owner.0;
+        record.launches = record.launches.saturating_add(1);
+        triggers::settle(record, at, &self.config);
+        let owner_pool = &self.owners[owner.0 as usize];
+        triggers::discover(
+            &mut self.records,
+            profile.0,
+            owner_pool,
+            at,
+            previous,
+            &self.config,
+        );
+        let record = &mut self.records[index];
+        record.last = at;
+        record.settled_min = 0.0;
+        record.note_repeats(repeats);
+        record.outlook = Outlook::new(
+            record,
+            &self.owners[owner.0 as usize],
+            &self.pool,
+            &self.config,
+        );
+        self.announce(index, at);
+        self.owners[owner.0 as usize].note_launch(profile.0, at);
+        self.scale.publish(at);
+        outcome
+    }
+
+    fn classify(&self, index: usize, at: Timestamp) -> Observed {
+        let record = &self.records[index];
+        if record.launches == 0 {
+            return Observed::First;
+        }
+        let gap_min = at.seconds_since(record.last) / 60.0;
+        if gap_min == 0.0 {
+            Observed::Repeated
+        } else if gap_min < -self.config.late_tolerance_min || gap_min > self.config.longest_gap_min
+        {
+            Observed::Restarted
+        } else if gap_min < 0.0 {
+            Observed::Late
+        } else {
+            Observed::Learned
+        }
+    }
+
+    fn learn_gap(&mut self, index: usize, owner: OwnerKey, at: Timestamp) {
+        let owner_pool = &self.owners[owner.0 as usize];
+        let record = &mut self.records[index];
+        let gap_min = at.seconds_since(record.last) / 60.0;
+        let densities = likelihoods(record, owner_pool, &self.pool, &self.config, gap_min);
+        let pooled = self.pool.weights(record.gap_count);
+        let share = self.config.share;
+        let mut sum = 0.0;
+        for (expert, weight) in record.weights.iter_mut().enumerate() {
+            let prior = (1.0 - share) * f64::from(*weight) + share * pooled[expert];
+            let posterior = prior * (densities[expert] + 1.0e-12);
+            *weight = posterior as f32;
+            sum += posterior;
+        }
+        for weight in &mut record.weights {
+            *weight = (f64::from(*weight) / sum) as f32;
+        }
+        self.pool
+            .learn(record.gap_count, gap_min, &densities, &record.weights);
+        record.push_gap(gap_min, &self.config);
+        self.owners[owner.0 as usize].learn_gap(gap_min);
+    }
+
+    /// Opens the announcements that a launch makes.
+    fn announce(&mut self, source: usize, at: Timestamp) {
+        for position in 0..self.records[source].successors.len() {
+            let successor = self.records[source].successors[position] as usize;
+            if self.records[successor].last >= at {
+                continue;
+            }
+            let open = |record: &Record| {
+                record
+                    .slots
+                    .iter()
+                    .any(|slot| slot.source as usize == source && slot.open_since.is_some())
+            };
+            if open(&self.records[successor]) {
+                // Its past must be settled before the announcement moves.
+                self.settle(ProfileKey(successor as u32), at, false, |_| {});
+            }
+            let record = &mut self.records[successor];
+            if let Some(slot) = record
+                .slots
+                .iter_mut()
+                .find(|slot| slot.source as usize == source)
+            {
+                slot.open(at);
+            }
+        }
+    }
+
+    /// Lets time pass: settles what happened until `now` for some of the profiles, takes samples
+    /// for calibration. Call it every ten minutes or so; each call costs a few milliseconds.
+    pub fn advance(&mut self, now: Timestamp, mut sink: impl FnMut(ProfileKey, &Segment)) {
+        self.scale.publish(now);
+        let count = self.records.len();
+        if count == 0 {
+            return;
+        }
+        if let Some(at) = self.sampled_at {
+            if now.seconds_since(at) < CALIBRATED_HORIZON_S && now >= at {
+                return;
+            }
+            for index in self.sampled.0..self.sampled.1.min(count as u32) {
+                self.close_sample(index as usize);
+            }
+        }
+        let start = if (self.sampled.1 as usize) < count {
+            self.sampled.1 as usize
+        } else {
+            0
+        };
+        let end = (start + ADVANCE_BATCH).min(count);
+        for index in start..end {
+            let key = ProfileKey(index as u32);
+            self.settle(key, now, false, |segment| sink(key, segment));
+            let raw = self.raw_probability(index, now, CALIBRATED_HORIZON_S);
+            self.records[index].pending = raw as f32;
+        }
+        self.sampled = (start as u32, end as u32);
+        self.sampled_at = Some(now);
+    }
+
+    /// A launch answers the sample that is waiting for it.
+    fn resolve_sample(&mut self, index: usize, at: Timestamp) {
+        let Some(sampled_at) = self.sampled_at else {
+            return;
+        };
+        let pending = self.records[index].pending;
+        if pending < 0.0 {
+            return;
+        }
+        let wait_s = at.seconds_since(sampled_at);
+        if wait_s > 0.0 && wait_s <= CALIBRATED_HORIZON_S {
+            self.note_sample(index, true);
+        }
+    }
+
+    fn close_sample(&mut self, index: usize) {
+        if self.records[index].pending >= 0.0 {
+            self.note_sample(index, false);
+        }
+    }
+
+    fn note_sample(&mut self, index: usize, launched: bool) {
+        let record = &mut self.records[index];
+        let raw = f64::from(record.pending);
+        record.pending = -1.0;
+        if record.launches == 0 {
+            return;
+        }
+        self.reliability
+            .note(self.recalibration.apply(raw), launched);
+        self.recalibration.learn(raw, launched);
+    }
+
+    fn raw_probability(&self, index: usize, now: Timestamp, horizon_s: f64) -> f64 {
+        let record = &self.records[index];
+        if record.launches == 0 || record.outlook.is_empty() {
+            return 0.0;
+        }
+        let start = (now.seconds_since(record.last) / 60.0).max(0.0);
+        1.0 - (-self.integrated_hazard(record, start, start + horizon_s / 60.0)).exp()
+    }
+
+    fn integrated_hazard(&self, record: &Record, start_min: f64, end_min: f64) -> f64 {
+        let mut at = start_min;
+        let mut survival = record.outlook.survival(at);
+        let mut sum = 0.0;
+        while at < end_min {
+            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
+            let length = stretch.length_min.min(end_min - at);
+            sum += stretch.hazard_per_min * length;
+            at += stretch.length_min;
+            survival = stretch.survival_after;
+        }
+        sum
+    }
+
+    /// Probability that the profile launches within `horizon_s` after `now`.
+    #[must_use]
+    pub fn probability(&self, profile: ProfileKey, now: Timestamp, horizon_s: f64) -> f64 {
+        if profile.0 as usize >= self.records.len() || horizon_s <= 0.0 {
+            return 0.0;
+        }
+        self.recalibration
+            .apply(self.raw_probability(profile.0 as usize, now, horizon_s))
+    }
+
+    /// Expected launches per minute at `now`.
+    #[must_use]
+    pub fn hazard_per_min(&self, profile: ProfileKey, now: Timestamp) -> f64 {
+        let Some(record) = self.records.get(profile.0 as usize) else {
+            return 0.0;
+        };
+        if record.launches == 0 || record.outlook.is_empty() {
+            return 0.0;
+        }
+        let start = (now.seconds_since(record.last) / 60.0).max(0.0);
+        let survival = record.outlook.survival(start);
+        walk::stretch(record, start, survival, &self.scale, &self.config).hazard_per_min
+    }
+
+    /// Whether to be loaded now, and when that changes as things stand.
+    #[must_use]
+    pub fn decide(&self, profile: ProfileKey, now: Timestamp, cost: ColdCost) -> Decision {
+        let Some(record) = self.records.get(profile.0 as usize) else {
+            return Decision::Release;
+        };
+        if record.launches == 0 {
+            return Decision::Release;
+        }
+        if !self.config.forecasting || record.regret.harmful() {
+            let until = record.last.plus_seconds(self.config.keep_alive_min * 60.0);
+            return if now < until {
+                Decision::Keep { until }
+            } else {
+                Decision::Release
+            };
+        }
+        self.decide_by_forecast(record, now, cost.price_per_min())
+    }
+
+    fn decide_by_forecast(&self, record: &Record, now: Timestamp, price: f64) -> Decision {
+        let start = (now.seconds_since(record.last) / 60.0).max(0.0);
+        let mut at = start;
+        let mut survival = record.outlook.survival(at);
+        let mut held_now = None;
+        let moment = |elapsed_min: f64| record.last.plus_seconds(elapsed_min * 60.0);
+        for _ in 0..DECIDE_STRETCHES {
+            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
+            let repeats = if at < 1.0 {
+                f64::from(record.repeats)
+            } else {
+                0.0
+            };
+            let hold = stretch.hazard_per_min + repeats > price;
+            match held_now {
+                None => held_now = Some(hold),
+                Some(true) if !hold => return Decision::Keep { until: moment(at) },
+                Some(false) if hold => return Decision::PrewarmAt { at: moment(at) },
+                Some(_) => {}
+            }
+            at += stretch.length_min;
+            survival = stretch.survival_after;
+            if at - start > DECIDE_HORIZON_MIN {
+                break;
+            }
+        }
+        if held_now == Some(true) {
+            Decision::Keep { until: moment(at) }
+        } else {
+            Decision::Release
+        }
+    }
+
+    /// The least that holding is worth, per minute, at any time within the minute after the latest
+    /// launch: what decides about repeats of which only the minute is known.
+    #[must_use]
+    pub fn worth_of_first_minute(&self, profile: ProfileKey) -> f64 {
+        let Some(record) = self.records.get(profile.0 as usize) else {
+            return 0.0;
+        };
+        let mut at = 0.0;
+        let mut survival = 1.0;
+        let mut least = f64::MAX;
+        while at < 1.0 {
+            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
+            least = least.min(stretch.hazard_per_min);
+            at += stretch.length_min;
+            survival = stretch.survival_after;
+        }
+        least + f64::from(record.repeats)
+    }
+
+    /// The account of forecasting against the simple rule, for one profile.
+    #[must_use]
+    pub fn regret(&self, profile: ProfileKey) -> Regret {
+        self.records
+            .get(profile.0 as usize)
+            .map(|record| record.regret)
+            .unwrap_or_default()
+    }
+
+    /// How well "launch within ten minutes" has been told so far, each forecast judged before it
+    /// was learned from.
+    #[must_use]
+    pub fn reliability(&self) -> &Reliability {
+        &self.reliability
+    }
+
+    /// Bytes of state per profile, owners' shared state included, names not.
+    #[must_use]
+    pub fn bytes_per_profile(&self) -> f64 {
+        let records: usize = self.records.iter().map(Record::bytes).sum();
+        let owners: usize = self.owners.iter().map(OwnerPool::bytes).sum();
+        (records + owners) as f64 / self.records.len().max(1) as f64
+    }
+
+    /// Recomputes what a snapshot leaves out; call it after deserialising.
+    pub fn rebuild(&mut self) {
+        let owners = &self.owners;
+        for record in &mut self.records {
+            if record.launches > 0
+                && let Some(owner) = owners.get(record.owner as usize)
+            {
+                record.outlook = Outlook::new(record, owner, &self.pool, &self.config);
+            }
+        }
+    }
+
+    /// Drops what a snapshot need not hold: superseded calibration, spent samples.
+    pub fn trim(&mut self) {
+        self.scale.forget_old_versions();
+    }
+
+    /// Rounds a moment down to the calibration's ten minutes; for callers' timers.
+    #[must_use]
+    pub fn advance_slot(now: Timestamp) -> Timestamp {
+        Timestamp(now.0.div_euclid(10 * MINUTE_MS) * 10 * MINUTE_MS)
+    }
+}

@@ -1,0 +1,64 @@
+//! The kernel that blurs a past gap into a belief about the next: a logistic bell, cut at zero.
+//!
+//! Owns the closed forms. Invariant: `fraction_by` is a distribution function on [0, infinity).
+
+/// Logistic function.
+pub(crate) fn logistic(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Mass below zero of an uncut kernel.
+fn below_zero(centre: f64, scale: f64) -> f64 {
+    let z = centre / scale;
+    if z > 30.0 { 0.0 } else { logistic(-z) }
+}
+
+/// Share of the kernel's mass at or below `x`.
+pub(crate) fn fraction_by(centre: f64, scale: f64, x: f64) -> f64 {
+    let z = (x - centre) / scale;
+    if z > 30.0 {
+        return 1.0;
+    }
+    if z < -30.0 {
+        return 0.0;
+    }
+    let cut = below_zero(centre, scale);
+    ((logistic(z) - cut) / (1.0 - cut)).clamp(0.0, 1.0)
+}
+
+/// Density per minute at `x`, averaged over a quarter of a minute (the resolution of decisions).
+pub(crate) fn density(centre: f64, scale: f64, x: f64) -> f64 {
+    const HALF: f64 = 0.125;
+    let high = (x + HALF - centre) / scale;
+    if high < -30.0 {
+        return 0.0;
+    }
+    let low = (x - HALF - centre) / scale;
+    if low > 30.0 {
+        return 0.0;
+    }
+    let cut = below_zero(centre, scale);
+    let upper = (logistic(high) - cut).max(0.0);
+    let lower = (logistic(low) - cut).max(0.0);
+    (upper - lower) / (1.0 - cut) / (2.0 * HALF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_a_distribution() {
+        for (centre, scale) in [(5.0, 0.1), (0.2, 1.5), (1440.0, 25.0)] {
+            assert!(fraction_by(centre, scale, 0.0) < 1.0e-9);
+            assert!(fraction_by(centre, scale, centre + 40.0 * scale) > 1.0 - 1.0e-9);
+            let mut mass = 0.0;
+            let mut x = 0.125;
+            while x < centre + 60.0 * scale {
+                mass += density(centre, scale, x) * 0.25;
+                x += 0.25;
+            }
+            assert!((mass - 1.0).abs() < 0.01, "{centre} {scale}: {mass}");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! What all profiles, and the profiles of one owner, have in common.
+//!
+//! Owns the pooled histograms, the pooled weights of the experts (by how many launches a profile
+//! has), the weights of calendar periods, and each owner's recent gaps and launches. A sparse
+//! profile is judged by these until it has a history of its own. Invariants: bounded in size
+//! (an owner costs at most 2 KiB, and only an owner of several profiles costs that).
+
+use super::bins::{BINS, bin_of};
+use super::experts::{BLURS, CALENDAR, EXPERTS, HISTOGRAM, OWNER, PERIODS, expert, period_blur};
+use super::kernel::density;
+use super::record::Record;
+use crate::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// Stages of experience: 0, 1, 2, 3, 4-7, 8-15, 16 and more gaps.
+pub(crate) const STAGES: usize = 7;
+const OWNER_GAPS: usize = 32;
+const OWNER_LAUNCHES: usize = 48;
+
+/// Stage of a profile with that many gaps.
+pub(crate) fn stage(gap_count: u32) -> usize {
+    match gap_count {
+        0..=3 => gap_count as usize,
+        4..=7 => 4,
+        8..=15 => 5,
+        _ => 6,
+    }
+}
+
+/// Knowledge shared by all profiles.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Pool {
+    histograms: Vec<Vec<f64>>,
+    weights: Vec<Vec<f64>>,
+    seen: Vec<f64>,
+    periods: Vec<f64>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            histograms: vec![vec![0.2; BINS]; STAGES],
+            weights: (0..STAGES).map(initial_weights).collect(),
+            seen: vec![0.0; STAGES],
+            periods: PERIODS.iter().map(|&(_, weight)| weight).collect(),
+        }
+    }
+}
+
+/// Before anything is known: a newcomer follows the calendar or its owner, everyone else mostly
+/// repeats itself exactly.
+fn initial_weights(stage: usize) -> Vec<f64> {
+    let mut weights = vec![0.3 / EXPERTS as f64; EXPERTS];
+    if stage == 0 {
+        weights[CALENDAR] += 0.8;
+        weights[OWNER] += 0.1;
+        weights[HISTOGRAM] += 0.2;
+    } else {
+        weights[CALENDAR] += 0.05;
+        weights[OWNER] += 0.05;
+        weights[HISTOGRAM] += 0.1;
+        for view in 0..super::experts::GAP_VIEWS {
+            weights[expert(view, 0)] += 0.08;
+            weights[expert(view, 1)] += 0.04;
+            weights[expert(view, 2)] += 0.04;
+        }
+        weights[expert(super::experts::GAP_VIEWS, 0)] += 0.02;
+    }
+    let sum: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / sum).collect()
+}
+
+impl Pool {
+    /// Pooled weights of the experts for a profile with that many gaps.
+    pub(crate) fn weights(&self, gap_count: u32) -> &[f64] {
+        &self.weights[stage(gap_count)]
+    }
+
+    /// Learns one gap of a profile that had `gap_count` gaps before; `likelihoods` are the
+    /// experts' densities of it, `posterior` the profile's own new weights.
+    pub(crate) fn learn(
+        &mut self,
+        gap_count: u32,
+        gap_min: f64,
+        likelihoods: &[f64; EXPERTS],
+        posterior: &[f32],
+    ) {
+        let stage = stage(gap_count);
+        self.seen[stage] += 1.0;
+        let rate = (1.0 / (self.seen[stage] + 30.0)).max(0.002);
+        let weights = &mut self.weights[stage];
+        let sum: f64 = weights
+            .iter()
+            .zip(likelihoods)
+            .map(|(w, f)| w * (f + 1.0e-12))
+            .sum();
+        for (expert, weight) in weights.iter_mut().enumerate() {
+            let pooled = *weight * (likelihoods[expert] + 1.0e-12) / sum;
+            let own = f64::from(posterior[expert]);
+            *weight = *weight * (1.0 - rate) + rate * 0.5 * (pooled + own);
+        }
+        for cell in &mut self.histograms[stage] {
+            *cell *= 0.9995;
+        }
+        self.histograms[stage][bin_of(gap_min)] += 1.0;
+        self.learn_period(gap_min);
+    }
+
+    fn learn_period(&mut self, gap_min: f64) {
+        let nearest = PERIODS
+            .iter()
+            .map(|&(period, _)| density(period, period_blur(period), gap_min))
+            .enumerate()
+            .max_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some((index, likelihood)) = nearest
+            && likelihood > 0.1
+        {
+            self.periods[index] += 1.0;
+            if self.periods[index] > 400.0 {
+                for weight in &mut self.periods {
+                    *weight *= 0.5;
+                }
+            }
+        }
+    }
+
+    /// Weight of each calendar period; sums to one.
+    pub(crate) fn period_weights(&self) -> [f64; PERIODS.len()] {
+        let sum: f64 = self.periods.iter().sum();
+        std::array::from_fn(|i| self.periods[i] / sum)
+    }
+
+    /// Probability of each gap bin for a profile: own histogram over owner's over everyone's.
+    pub(crate) fn background(
+        &self,
+        record: &Record,
+        owner: &OwnerPool,
+        pool_strength: f64,
+    ) -> [f64; BINS] {
+        let everyone = &self.histograms[stage(record.gap_count)];
+        let everyone_sum: f64 = everyone.iter().sum();
+        let owner_sum: f64 = owner.histogram.iter().map(|&x| f64::from(x)).sum();
+        let own_sum: f64 = record.histogram.iter().map(|&x| f64::from(x)).sum();
+        std::array::from_fn(|bin| {
+            let general = everyone[bin] / everyone_sum;
+            let counted = owner.histogram.get(bin).map_or(0.0, |&x| f64::from(x));
+            let pooled = (counted + 5.0 * general) / (owner_sum + 5.0);
+            let own = f64::from(record.histogram[bin]);
+            (own + pool_strength * pooled) / (own_sum + pool_strength)
+        })
+    }
+}
+
+/// Knowledge shared by the profiles of one owner.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct OwnerPool {
+    profiles: u32,
+    last_newcomer: Option<u32>,
+    histogram: Vec<f32>,
+    gaps: Vec<f32>,
+    cursor: u32,
+    launches: Vec<(u32, Timestamp)>,
+    launches_cursor: u32,
+}
+
+impl OwnerPool {
+    /// Notes that a profile was first launched under this owner.
+    pub(crate) fn enrol(&mut self, profile: u32) {
+        if self.last_newcomer != Some(profile) {
+            self.profiles = self.profiles.saturating_add(1);
+            self.last_newcomer = Some(profile);
+        }
+    }
+
+    /// Learns a gap of one of the owner's profiles.
+    pub(crate) fn learn_gap(&mut self, gap_min: f64) {
+        if self.histogram.is_empty() {
+            self.histogram = vec![0.0; BINS];
+        }
+        for cell in &mut self.histogram {
+            *cell *= 0.99;
+        }
+        self.histogram[bin_of(gap_min)] += 1.0;
+        if self.gaps.len() < OWNER_GAPS {
+            self.gaps.push(gap_min as f32);
+        } else {
+            self.gaps[self.cursor as usize % OWNER_GAPS] = gap_min as f32;
+            self.cursor = (self.cursor + 1) % OWNER_GAPS as u32;
+        }
+    }
+
+    /// Recent gaps of the owner's profiles, in no order.
+    pub(crate) fn gaps(&self) -> &[f32] {
+        &self.gaps
+    }
+
+    /// Notes a launch, for the search of what announces what.
+    pub(crate) fn note_launch(&mut self, profile: u32, at: Timestamp) {
+        if self.profiles < 2 {
+            return;
+        }
+        if self.launches.len() < OWNER_LAUNCHES {
+            self.launches.push((profile, at));
+        } else {
+            self.launches[self.launches_cursor as usize % OWNER_LAUNCHES] = (profile, at);
+            self.launches_cursor = (self.launches_cursor + 1) % OWNER_LAUNCHES as u32;
+        }
+    }
+
+    /// Recent launches, newest first.
+    pub(crate) fn recent_launches(&self) -> impl Iterator<Item = (u32, Timestamp)> + '_ {
+        let count = self.launches.len();
+        let newest = if count < OWNER_LAUNCHES {
+            count
+        } else {
+            self.launches_cursor as usize
+        };
+        (1..=count).map(move |back| self.launches[(newest + count - back) % count])
+    }
+
+    /// Bytes held by this owner, heap included.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + (self.histogram.capacity() + self.gaps.capacity()) * size_of::<f32>()
+            + self.launches.capacity() * size_of::<(u32, Timestamp)>()
+    }
+}
+
+const _: () = assert!(BLURS.len() == 6);

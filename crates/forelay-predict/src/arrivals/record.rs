@@ -1,0 +1,161 @@
+//! What is remembered about one profile's launches.
+//!
+//! Owns the fixed-size memory: a ring of the last gaps with the size of the burst that preceded
+//! each, a decayed histogram of gap lengths, the weight of each expert, the phase of its schedule.
+//! Invariants: `gaps` newest is at `cursor - 1`; weights sum to one; no field grows with history.
+
+use super::bins::{BINS, bin_of};
+use super::config::Config;
+use super::experts::EXPERTS;
+use super::outlook::Outlook;
+use super::triggers::Slot;
+use crate::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// How many gaps are remembered one by one.
+pub(crate) const REMEMBERED: usize = 20;
+
+/// State of one profile.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// Owner at the latest launch.
+    pub owner: u32,
+    /// Latest launch; meaningless while `launches` is zero.
+    pub last: Timestamp,
+    /// Launch moments learned (repeats at one moment count once).
+    pub launches: u32,
+    /// Gaps learned, saturating.
+    pub gap_count: u32,
+    gaps: [f32; REMEMBERED],
+    bursts: [u16; REMEMBERED],
+    cursor: u8,
+    /// Launches at the latest moment.
+    pub last_burst: u16,
+    /// Expected further launches within the minute after a launch.
+    pub repeats: f32,
+    /// Where the schedule expects the latest launch to have been, relative to it, in minutes.
+    pub phase_offset_min: f32,
+    pub histogram: Vec<f32>,
+    pub weights: Vec<f32>,
+    /// How far (minutes since `last`) hazards have been settled.
+    pub settled_min: f64,
+    /// Launches that may announce this profile's next one.
+    pub slots: Vec<Slot>,
+    /// Profiles whose launch this one may announce.
+    pub successors: Vec<u32>,
+    /// Share of launches that a trigger announced, and how many launches that rests on.
+    pub announced: f32,
+    pub announced_count: u16,
+    /// Forecast awaiting its outcome, negative if none.
+    pub pending: f32,
+    /// Balance of forecasting against the simple rule.
+    pub regret: super::decide::Regret,
+    #[serde(skip)]
+    pub outlook: Outlook,
+}
+
+impl Record {
+    pub(crate) fn new(owner: u32) -> Self {
+        Self {
+            owner,
+            last: Timestamp(0),
+            launches: 0,
+            gap_count: 0,
+            gaps: [0.0; REMEMBERED],
+            bursts: [0; REMEMBERED],
+            cursor: 0,
+            last_burst: 1,
+            repeats: 0.0,
+            phase_offset_min: 0.0,
+            histogram: vec![0.0; BINS],
+            weights: vec![1.0 / EXPERTS as f32; EXPERTS],
+            settled_min: 0.0,
+            slots: Vec::new(),
+            successors: Vec::new(),
+            announced: 0.0,
+            announced_count: 0,
+            pending: -1.0,
+            regret: super::decide::Regret::default(),
+            outlook: Outlook::default(),
+        }
+    }
+
+    /// How many gaps the ring holds.
+    pub(crate) fn remembered(&self) -> usize {
+        (self.gap_count as usize).min(REMEMBERED)
+    }
+
+    /// Gap by age, zero is the latest; `None` beyond what is remembered.
+    pub(crate) fn gap(&self, age: usize) -> Option<f64> {
+        (age < self.remembered()).then(|| f64::from(self.gaps[self.slot(age)]))
+    }
+
+    /// Size of the burst before the gap of that age.
+    pub(crate) fn burst(&self, age: usize) -> f64 {
+        f64::from(self.bursts[self.slot(age)])
+    }
+
+    fn slot(&self, age: usize) -> usize {
+        (self.cursor as usize + REMEMBERED - 1 - age % REMEMBERED) % REMEMBERED
+    }
+
+    /// Median of the remembered gaps, zero if there are none.
+    pub(crate) fn median_gap_min(&self) -> f64 {
+        let count = self.remembered();
+        if count == 0 {
+            return 0.0;
+        }
+        let mut sorted = [0.0f32; REMEMBERED];
+        for (age, cell) in sorted.iter_mut().enumerate().take(count) {
+            *cell = self.gaps[self.slot(age)];
+        }
+        let sorted = &mut sorted[..count];
+        sorted.sort_unstable_by(f32::total_cmp);
+        f64::from(sorted[count / 2] + sorted[(count - 1) / 2]) / 2.0
+    }
+
+    /// Appends a gap to ring, histogram and phase.
+    pub(crate) fn push_gap(&mut self, gap_min: f64, config: &Config) {
+        for cell in &mut self.histogram {
+            *cell *= config.histogram_decay as f32;
+        }
+        self.histogram[bin_of(gap_min)] += 1.0;
+        let at = self.cursor as usize % REMEMBERED;
+        self.gaps[at] = gap_min as f32;
+        self.bursts[at] = self.last_burst;
+        self.cursor = ((at + 1) % REMEMBERED) as u8;
+        self.gap_count = self.gap_count.saturating_add(1);
+        self.follow_phase(gap_min, config);
+    }
+
+    fn follow_phase(&mut self, gap_min: f64, config: &Config) {
+        let period = self.median_gap_min();
+        // The schedule expected this launch at `phase_offset + period` after the previous one.
+        let error = gap_min - (f64::from(self.phase_offset_min) + period);
+        self.phase_offset_min = if error.abs() < 0.25 * period {
+            (-error * (1.0 - config.phase_gain)) as f32
+        } else {
+            0.0
+        };
+    }
+
+    /// Notes the size of the burst at the latest launch moment.
+    pub(crate) fn note_repeats(&mut self, repeats: u32) {
+        let capped = repeats.min(5) as f32;
+        self.repeats = if self.gap_count == 0 {
+            capped * 0.5
+        } else {
+            self.repeats * 0.98 + 0.02 * capped
+        };
+        self.last_burst = repeats.saturating_add(1).min(u32::from(u16::MAX)) as u16;
+    }
+
+    /// Bytes held by this profile, heap included.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + (self.histogram.capacity() + self.weights.capacity()) * size_of::<f32>()
+            + self.slots.capacity() * size_of::<Slot>()
+            + self.successors.capacity() * size_of::<u32>()
+            + self.outlook.heap_bytes()
+    }
+}

@@ -1,0 +1,192 @@
+//! A profile's hazard as a series of stretches of time.
+//!
+//! Owns the joining of gaps and announcements into one hazard. Stretches are cut where an
+//! announcement opens, so that nothing decided before it knows of it. Invariant: the walk depends
+//! only on the record, the published scale and the moment it starts from.
+
+use super::config::Config;
+use super::hazard_scale::{HazardScale, Kind, Site};
+use super::record::Record;
+use super::triggers::Slot;
+use crate::time::Timestamp;
+
+/// A stretch of time over which the hazard is treated as constant, decided about at its start.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment {
+    /// Minutes from the latest launch to the start.
+    pub start_min: f64,
+    /// Length that was lived through, in minutes (shorter than planned if a launch ended it).
+    pub length_min: f64,
+    /// Expected launches per minute.
+    pub hazard_per_min: f64,
+    /// Further launches expected per minute right after a launch (bursts).
+    pub repeats_per_min: f64,
+    /// True if a launch ended this stretch.
+    pub launched: bool,
+}
+
+impl Segment {
+    /// Launches per minute that would find the profile loaded, if it is kept so.
+    #[must_use]
+    pub fn worth_per_min(&self) -> f64 {
+        self.hazard_per_min + self.repeats_per_min
+    }
+}
+
+/// A stretch as planned, before it is known what came of it.
+pub(crate) struct Stretch {
+    pub start_min: f64,
+    pub length_min: f64,
+    pub hazard_per_min: f64,
+    pub raw_hazard_per_min: f64,
+    pub site: Site,
+    /// Survival of the gap mixture at the end, to go on from.
+    pub survival_after: f64,
+    /// The announcement it rests on, if any.
+    pub slot: Option<usize>,
+}
+
+/// The strongest announcement open at a moment.
+pub(crate) fn strongest(record: &Record, at: Timestamp, config: &Config) -> Option<(usize, f64)> {
+    let mut best: Option<(usize, f64, f64)> = None;
+    for (index, slot) in record.slots.iter().enumerate() {
+        let Some(since_min) = open_for(slot, at) else {
+            continue;
+        };
+        if since_min < config.trigger_window_min {
+            let still = slot.still(since_min);
+            if still > best.map_or(0.02, |(_, _, value)| value) {
+                best = Some((index, since_min, still));
+            }
+        }
+    }
+    best.map(|(index, since_min, _)| (index, since_min))
+}
+
+fn open_for(slot: &Slot, at: Timestamp) -> Option<f64> {
+    let since_min = at.seconds_since(slot.open_since?) / 60.0;
+    (since_min >= 0.0).then_some(since_min)
+}
+
+/// Minutes after `start_min` at which the next announcement opens.
+fn next_opening(record: &Record, start_min: f64) -> Option<f64> {
+    record
+        .slots
+        .iter()
+        .filter_map(|slot| slot.open_since)
+        .map(|since| since.seconds_since(record.last) / 60.0 - start_min)
+        .filter(|&wait| wait > 1.0e-9)
+        .min_by(f64::total_cmp)
+}
+
+/// The stretch that starts `start_min` after the latest launch.
+pub(crate) fn stretch(
+    record: &Record,
+    start_min: f64,
+    survival: f64,
+    scale: &HazardScale,
+    config: &Config,
+) -> Stretch {
+    let at = record.last.plus_seconds(start_min * 60.0);
+    let mut length = record.outlook.stretch_min(start_min, config);
+    let open = strongest(record, at, config);
+    if let Some((index, since_min)) = open {
+        let lag = record.slots[index].lag_min();
+        length = length.min((0.5 * lag).max(0.5 * since_min).clamp(0.05, 5.0));
+    }
+    let survival_after = record.outlook.survival(start_min + length).min(survival);
+    let from_gaps = (survival / survival_after).ln() / length;
+    let (raw, site, slot) = match open {
+        Some((index, since_min)) => {
+            let slot = &record.slots[index];
+            let p = slot.probability();
+            let before = 1.0 - p * slot.fraction_by(since_min);
+            let after = (1.0 - p * slot.fraction_by(since_min + length)).min(before);
+            let announced = (before / after).ln() / length;
+            let raw = announced + from_gaps * (1.0 - f64::from(record.announced));
+            let experience = (slot.trials() as u32).clamp(1, 16);
+            (
+                raw,
+                Site::new(Kind::Announced, experience, since_min, raw),
+                Some(index),
+            )
+        }
+        None => {
+            let quarter = (record.announced * 4.0).floor().min(3.0);
+            let raw = from_gaps * (1.0 - 0.225 * f64::from(quarter));
+            let kind = if quarter > 0.0 {
+                Kind::Unannounced
+            } else {
+                Kind::Gaps
+            };
+            (raw, Site::new(kind, record.gap_count, start_min, raw), None)
+        }
+    };
+    let factor = scale.factor(scale.version_at(at), site);
+    let cut = next_opening(record, start_min).map_or(length, |wait| wait.min(length));
+    let survival_after = if cut < length {
+        record.outlook.survival(start_min + cut).min(survival)
+    } else {
+        survival_after
+    };
+    Stretch {
+        start_min,
+        length_min: cut,
+        hazard_per_min: raw * factor,
+        raw_hazard_per_min: raw,
+        site,
+        survival_after,
+        slot,
+    }
+}
+
+/// Walks a record's time from where it was settled to `until`, learning from each stretch.
+pub(crate) fn settle(
+    record: &mut Record,
+    until: Timestamp,
+    launched: bool,
+    scale: &mut HazardScale,
+    config: &Config,
+    sink: &mut impl FnMut(&Segment),
+) {
+    if record.launches == 0 || record.outlook.is_empty() {
+        return;
+    }
+    let end_min = until.seconds_since(record.last) / 60.0;
+    let mut start_min = record.settled_min;
+    let mut survival = record.outlook.survival(start_min);
+    let mut done = start_min >= end_min;
+    while !done {
+        let planned = stretch(record, start_min, survival, scale, config);
+        let next_min = start_min + planned.length_min;
+        done = next_min >= end_min - 1.0e-9;
+        let length_min = if done {
+            end_min - start_min
+        } else {
+            planned.length_min
+        };
+        let ended = done && launched;
+        let exposure = if ended {
+            planned.length_min
+        } else {
+            length_min
+        };
+        scale.learn(planned.site, planned.raw_hazard_per_min, exposure, ended);
+        let segment = Segment {
+            start_min,
+            length_min,
+            hazard_per_min: planned.hazard_per_min,
+            repeats_per_min: if start_min < 1.0 {
+                f64::from(record.repeats)
+            } else {
+                0.0
+            },
+            launched: ended,
+        };
+        record.regret.note(&segment, &config.reference_rule());
+        sink(&segment);
+        start_min = next_min;
+        survival = planned.survival_after;
+    }
+    record.settled_min = end_min.max(record.settled_min);
+}
