@@ -12,6 +12,7 @@ pub mod erofs;
 pub mod extent;
 pub mod lock;
 pub mod manifest;
+pub mod solve;
 pub mod tree;
 pub mod version;
 

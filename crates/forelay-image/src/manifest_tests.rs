@@ -1,3 +1,5 @@
+//! Tests of the manifest's syntax, defaults and errors.
+
 use super::*;
 
 const WEB: &str = r#"
@@ -86,7 +88,7 @@ fn errors_name_the_place_and_the_fix() {
         (
             "base = 'debian'\ncomponents = ['ok', 'bad name']",
             2,
-            21,
+            14,
             "not a component name",
             None,
         ),
@@ -100,7 +102,7 @@ fn errors_name_the_place_and_the_fix() {
         (
             "base = 'debian'\n[vm]\nforward = ['80']",
             3,
-            12,
+            11,
             "not a port forward",
             None,
         ),
@@ -128,7 +130,7 @@ fn errors_name_the_place_and_the_fix() {
         (
             "base = 'debian'\n[files.'etc/x']\ncontent = ''",
             2,
-            2,
+            0,
             "not a file's absolute path",
             None,
         ),
@@ -139,7 +141,7 @@ fn errors_name_the_place_and_the_fix() {
             "unknown variant `http`",
             None,
         ),
-        ("base = 'debian", 1, 8, "", None),
+        ("base = 'debian", 1, 15, "", None),
     ];
     for (text, line, column, message, help) in cases {
         let error = Manifest::parse(text).unwrap_err();

@@ -293,6 +293,29 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(150))]
+
+        /// `dpkg` is the referee.
+        #[test]
+        fn orders_like_dpkg(a in "([0-2]:)?[0-9][0-9a-cA-C.+~]{0,5}(-[0-9a-b+.~]{1,4})?",
+                            b in "([0-2]:)?[0-9][0-9a-cA-C.+~]{0,5}(-[0-9a-b+.~]{1,4})?") {
+            let dpkg = |relation: &str| {
+                let arguments = ["--compare-versions", &a, relation, &b];
+                std::process::Command::new("dpkg").args(arguments).status().map(|status| status.success())
+            };
+            let order = compare(&a, &b);
+            match dpkg("lt") {
+                Ok(earlier) => {
+                    proptest::prop_assert_eq!(earlier, order == Ordering::Less, "{} {}", a, b);
+                    proptest::prop_assert_eq!(dpkg("gt").unwrap(), order == Ordering::Greater, "{} {}", a, b);
+                }
+                Err(error) => println!("SKIPPED orders_like_dpkg: no dpkg here ({error})"),
+            }
+            proptest::prop_assert_eq!(compare(&b, &a), order.reverse());
+        }
+    }
+
     #[test]
     fn ranges_admit_what_lies_within_all_bounds() {
         let range: Range = ">= 1.2,<<2".parse().unwrap();

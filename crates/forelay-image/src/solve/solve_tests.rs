@@ -1,0 +1,329 @@
+//! Tests of the solver: rules, explanations, and agreement with brute force.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::Digest;
+use crate::component::{Capability, ImageRef};
+
+fn make(name: &str, version: &str, role: Role) -> Component {
+    Component {
+        name: name.into(),
+        version: version.into(),
+        role,
+        description: String::new(),
+        architecture: "amd64".into(),
+        image: ImageRef {
+            digest: Digest::of(format!("{name} {version}").as_bytes()),
+            bytes: 8192,
+            metadata_bytes: 4096,
+            inodes: 1,
+        },
+        provides: vec![],
+        requires: vec![],
+        conflicts: vec![],
+        entrypoint: vec![],
+        cmdline: None,
+        notes: vec![],
+        sbom: vec![],
+    }
+}
+
+fn package(name: &str, version: &str) -> Component {
+    make(name, version, Role::Package)
+}
+
+fn wanted(text: &str) -> NameRange {
+    version::parse_wanted(text).unwrap()
+}
+
+fn requires(mut component: Component, any: &[&str]) -> Component {
+    component
+        .requires
+        .push(any.iter().map(|text| wanted(text)).collect());
+    component
+}
+
+fn conflicts(mut component: Component, with: &str) -> Component {
+    component.conflicts.push(wanted(with));
+    component
+}
+
+fn provides(mut component: Component, name: &str, version: Option<&str>) -> Component {
+    component.provides.push(Capability {
+        name: name.into(),
+        version: version.map(Into::into),
+    });
+    component
+}
+
+fn world(more: Vec<Component>) -> Vec<Component> {
+    let mut all = vec![
+        make("debian", "12", Role::Base),
+        make("linux", "6.1.1-1", Role::Kernel),
+        make("linux", "6.12.1-1", Role::Kernel),
+    ];
+    all.extend(more);
+    all
+}
+
+fn manifest(components: &[&str]) -> Manifest {
+    let list: Vec<String> = components.iter().map(|text| format!("{text:?}")).collect();
+    Manifest::parse(&format!(
+        "base = 'debian'\ncomponents = [{}]",
+        list.join(",")
+    ))
+    .unwrap()
+}
+
+fn titles(lock: &Lock) -> Vec<String> {
+    lock.components
+        .iter()
+        .map(|one| format!("{} {}", one.name, one.version))
+        .collect()
+}
+
+fn failure(components: &[&str], world: &[Component]) -> String {
+    solve(&manifest(components), world).unwrap_err().to_string()
+}
+
+#[test]
+fn newest_versions_win_and_dependencies_come_first() {
+    let world = world(vec![
+        requires(package("app", "1"), &["libz@>= 1.10"]),
+        requires(package("app", "2"), &["libz@>= 1.10"]),
+        package("libz", "1.9"),
+        package("libz", "1.10"),
+        package("zlib-user", "1"),
+    ]);
+    let lock = solve(&manifest(&["zlib-user", "app"]), &world).unwrap();
+    assert_eq!(
+        titles(&lock),
+        ["debian 12", "libz 1.10", "app 2", "zlib-user 1"]
+    );
+    assert_eq!(lock.kernel.version, "6.12.1-1");
+    let mut reversed = world.clone();
+    reversed.reverse();
+    assert_eq!(
+        solve(&manifest(&["zlib-user", "app"]), &reversed).unwrap(),
+        lock
+    );
+    assert_eq!(Lock::parse(&lock.to_toml()).unwrap(), lock);
+}
+
+#[test]
+fn relocking_keeps_versions_unless_the_manifest_forbids_them() {
+    let old = world(vec![package("app", "1")]);
+    let lock = solve(&manifest(&["app"]), &old).unwrap();
+    let mut new = old.clone();
+    new.push(package("app", "2"));
+    new.push(make("linux", "7", Role::Kernel));
+    let again = relock(&manifest(&["app"]), &new, &lock).unwrap();
+    assert_eq!(
+        (titles(&again), again.kernel.clone()),
+        (titles(&lock), lock.kernel.clone())
+    );
+    assert_eq!(
+        titles(&solve(&manifest(&["app"]), &new).unwrap()),
+        ["debian 12", "app 2"]
+    );
+    assert_eq!(
+        titles(&relock(&manifest(&["app@>> 1"]), &new, &lock).unwrap()),
+        ["debian 12", "app 2"]
+    );
+}
+
+#[test]
+fn virtual_names_alternatives_and_conflicts() {
+    let world = world(vec![
+        requires(package("mta-user", "1"), &["mta"]),
+        provides(conflicts(package("exim", "4"), "mta"), "mta", None),
+        provides(conflicts(package("postfix", "3"), "mta"), "mta", Some("2")),
+        requires(package("picky", "1"), &["mta@>= 2"]),
+        requires(package("either", "1"), &["nothing-has-this", "exim"]),
+    ]);
+    assert_eq!(
+        titles(&solve(&manifest(&["mta-user"]), &world).unwrap())[1],
+        "exim 4"
+    );
+    // An unversioned provide does not meet a range.
+    assert_eq!(
+        titles(&solve(&manifest(&["mta-user", "picky"]), &world).unwrap())[1],
+        "postfix 3"
+    );
+    assert_eq!(
+        titles(&solve(&manifest(&["either"]), &world).unwrap())[1],
+        "exim 4"
+    );
+    let text = failure(&["either", "picky"], &world);
+    assert!(
+        text.contains("either and picky cannot be had together"),
+        "{text}"
+    );
+    assert!(text.contains("exim 4 excludes postfix 3"), "{text}");
+}
+
+#[test]
+fn backtracks_to_an_older_version() {
+    let world = world(vec![
+        requires(package("app", "2"), &["lib@>= 2"]),
+        requires(package("app", "1"), &["lib"]),
+        package("lib", "1"),
+        package("lib", "2"),
+        requires(package("other", "1"), &["lib@<< 2"]),
+    ]);
+    let lock = solve(&manifest(&["app", "other"]), &world).unwrap();
+    assert_eq!(titles(&lock), ["debian 12", "lib 1", "app 1", "other 1"]);
+}
+
+#[test]
+fn failures_say_what_to_do() {
+    let world = world(vec![
+        package("nginx", "1.22.1-9"),
+        requires(package("app", "1"), &["libfoo@>= 2"]),
+        package("libfoo", "1"),
+        requires(package("deep", "1"), &["app"]),
+    ]);
+    let text = failure(&["ngnix"], &world);
+    assert!(
+        text.contains("did you mean nginx?") && text.contains("build --deb ngnix"),
+        "{text}"
+    );
+    let text = failure(&["nginx@>= 1.25"], &world);
+    assert!(text.contains("has only nginx 1.22.1-9"), "{text}");
+    let text = failure(&["deep"], &world);
+    assert!(
+        text.contains("the manifest wants deep 1, which needs app 1, which wants libfoo@>= 2"),
+        "{text}"
+    );
+    assert!(text.contains("has only libfoo 1"), "{text}");
+    let no_kernel: Vec<_> = world
+        .iter()
+        .filter(|one| one.role != Role::Kernel)
+        .cloned()
+        .collect();
+    let text = failure(&["nginx"], &no_kernel);
+    assert!(
+        text.contains("no kernel at all") && text.contains("build --kernel"),
+        "{text}"
+    );
+    let text = solve(&Manifest::parse("base = 'nginx'").unwrap(), &world)
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("base components are: debian 12"), "{text}");
+}
+
+#[test]
+fn second_bases_and_malformed_ranges_are_refused() {
+    let mut all = world(vec![make("alpine", "3", Role::Base)]);
+    let text = failure(&["alpine"], &all);
+    assert!(
+        text.contains("debian and alpine cannot be had together"),
+        "{text}"
+    );
+    let mut bad = package("bad", "1");
+    bad.conflicts.push(NameRange {
+        name: "x".into(),
+        range: "?? 1".into(),
+    });
+    all.push(bad);
+    assert!(failure(&[], &all).contains("component bad 1 has a relation that cannot be read"));
+}
+
+#[test]
+fn cycles_are_ordered_and_terminate() {
+    let world = world(vec![
+        requires(package("a", "1"), &["b"]),
+        requires(package("b", "1"), &["a"]),
+    ]);
+    assert_eq!(
+        titles(&solve(&manifest(&["b"]), &world).unwrap()),
+        ["debian 12", "a 1", "b 1"]
+    );
+}
+
+const NAMES: [&str; 5] = ["a", "b", "c", "d", "v"];
+
+fn arbitrary_range() -> impl Strategy<Value = String> {
+    prop_oneof![
+        3 => Just(String::new()),
+        1 => (0..5usize, 1..4u32).prop_map(|(relation, bound)| {
+            format!("{} {bound}", ["<<", "<=", "=", ">=", ">>"][relation])
+        }),
+    ]
+}
+
+fn arbitrary_relation() -> impl Strategy<Value = NameRange> {
+    (0..NAMES.len(), arbitrary_range()).prop_map(|(name, range)| NameRange {
+        name: NAMES[name].into(),
+        range,
+    })
+}
+
+fn arbitrary_component() -> impl Strategy<Value = Component> {
+    let name_and_version = (0..4usize, 1..4u32);
+    let requires = prop::collection::vec(prop::collection::vec(arbitrary_relation(), 1..3), 0..3);
+    let conflicts = prop::collection::vec(arbitrary_relation(), 0..2);
+    let provides = prop::option::weighted(0.3, prop::option::of(1..4u32));
+    (name_and_version, requires, conflicts, provides).prop_map(
+        |((name, version), requires, conflicts, offered)| {
+            let mut component = package(NAMES[name], &version.to_string());
+            component.requires = requires;
+            component.conflicts = conflicts;
+            component.provides.extend(offered.map(|version| Capability {
+                name: "v".into(),
+                version: version.map(|version| version.to_string()),
+            }));
+            component
+        },
+    )
+}
+
+/// True if the set meets all rules, written down independently of the solver's glue.
+fn is_valid(set: &[&Component], wants: &[NameRange]) -> bool {
+    let meets = |component: &Component, wanted: &NameRange| {
+        satisfies(component, wanted, &wanted.range.parse().unwrap())
+    };
+    let has = |wanted: &NameRange| set.iter().any(|component| meets(component, wanted));
+    wants.iter().all(has)
+        && set.iter().enumerate().all(|(index, one)| {
+            one.requires.iter().all(|any| any.iter().any(has))
+                && set.iter().enumerate().all(|(other_index, other)| {
+                    other_index == index
+                        || (one.name != other.name
+                            && !one.conflicts.iter().any(|conflict| meets(other, conflict)))
+                })
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn agrees_with_brute_force(
+        components in prop::collection::vec(arbitrary_component(), 1..9),
+        wants in prop::collection::vec(arbitrary_relation(), 1..3),
+    ) {
+        let mut components = components;
+        components.sort_by(|a, b| (&a.name, &a.version).cmp(&(&b.name, &b.version)));
+        components.dedup_by(|a, b| a.name == b.name && a.version == b.version);
+        let possible = (0u32..1 << components.len()).any(|mask| {
+            let chosen = components.iter().enumerate().filter(|(index, _)| mask >> index & 1 == 1);
+            is_valid(&chosen.map(|(_, component)| component).collect::<Vec<_>>(), &wants)
+        });
+        let mut manifest = manifest(&[]);
+        manifest.components = wants.clone();
+        match solve(&manifest, &world(components.clone())) {
+            Ok(lock) => {
+                let find = |locked: &LockedComponent| components.iter().find(|one| one.id() == locked.id);
+                let chosen: Vec<&Component> = lock.components.iter().filter_map(find).collect();
+                prop_assert_eq!(chosen.len() + 1, lock.components.len());
+                prop_assert!(is_valid(&chosen, &wants), "chose {:?}", titles(&lock));
+            }
+            Err(error) => {
+                prop_assert!(!possible, "there is a solution, but: {}", error);
+                prop_assert!(!error.problems.is_empty());
+            }
+        }
+    }
+}
