@@ -41,8 +41,8 @@ pub const HOLDER_FD: &str = "FORELAY_HOLDER_FD";
 /// Environment variable that names the pinner's descriptor.
 pub const PINNER_FD: &str = "FORELAY_PINNER_FD";
 
-/// A daemon that lived this long did not die of its start.
-const STEADY: Duration = Duration::from_secs(10);
+/// A daemon that was ready and lived this long did not die of its start.
+const STEADY: Duration = Duration::from_millis(500);
 const MAX_DELAY: Duration = Duration::from_secs(5);
 
 /// What the holder starts.
@@ -202,7 +202,8 @@ impl Holder {
         if for_good {
             return Ok(Some(exit_code.unwrap_or(1)));
         }
-        self.failures = if lived > STEADY { 0 } else { self.failures + 1 };
+        let steady = was_ready && lived > STEADY;
+        self.failures = if steady { 0 } else { self.failures + 1 };
         let delay = match self.failures {
             0 | 1 => Duration::ZERO,
             n => (Duration::from_millis(50) * (1 << n.min(10))).min(MAX_DELAY),

@@ -2,4 +2,6 @@
 //! real mappings in real processes. Needs root; says so loudly where it has none.
 
 mod content;
+mod stress;
 mod support;
+mod takeover;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use forelay_image::digest::Digest;
 use forelay_memory::mapping::FileMapping;
+use forelay_memory::pinner;
 use forelay_memory::{Config, Fault, FaultHandler, FileKey, FileSpec, Session, SharedMemory};
 
 pub const MIB: u64 = 1 << 20;
@@ -102,7 +103,8 @@ impl TestMount {
 
     pub fn with_handler(images: &[TestImage], handler: Arc<dyn FaultHandler>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config::new(dir.path().join("mount"), Session::New);
+        let mut config = Config::new(dir.path().join("mount"), Session::New);
+        config.pinner = Some(Arc::new(pinner::Client::in_process().unwrap()));
         let memory = SharedMemory::start(config, handler).unwrap();
         for image in images {
             memory.add_file(image.key(), image.spec()).unwrap();
@@ -126,4 +128,60 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     panic!("in 20 s it did not come true that {what}");
+}
+
+/// A process of its own that maps a file, touches pages, and stays until dropped:
+/// `examples/replay.rs` with `--hold`.
+pub struct Mapper(std::process::Child);
+
+impl Mapper {
+    pub fn touching(path: &Path, bytes: u64, offsets: &[u64]) -> Self {
+        use std::io::{BufRead as _, BufReader, Write as _};
+        use std::process::{Command, Stdio};
+        let replay = example("replay");
+        let mut child = Command::new(replay)
+            .arg("--hold")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        writeln!(stdin, "file {bytes} {}", path.display()).unwrap();
+        for offset in offsets {
+            writeln!(stdin, "touch 0 {}", offset / PAGE).unwrap();
+        }
+        drop(stdin);
+        let mut line = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        stdout.read_line(&mut line).unwrap();
+        assert!(line.contains("touches"), "{line}");
+        Self(child)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Mapper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// An example of this crate, which a plain `cargo test` builds along with the tests.
+pub fn example(name: &str) -> std::path::PathBuf {
+    let tests = std::env::current_exe().unwrap();
+    let path = tests
+        .ancestors()
+        .nth(2)
+        .unwrap()
+        .join("examples")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{path:?} is missing: `cargo build --examples -p forelay-memory`"
+    );
+    path
 }

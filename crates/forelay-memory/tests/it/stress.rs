@@ -1,0 +1,217 @@
+//! Many things at once: mappers, pushes, pins and evictions on the same files, answers
+//! that come late, out of order, or at first not at all.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use forelay_image::extent::Extent;
+use forelay_memory::observe::{self, FileIdentity};
+use forelay_memory::{Fault, FaultHandler, SharedMemory};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
+use crate::support::{Images, MIB, Mapper, PAGE, TestImage, TestMount, eventually, skipped};
+
+/// Drops each third fault, and answers the others from another thread.
+struct Unreliable {
+    seen: Mutex<u64>,
+    late: Mutex<std::sync::mpsc::Sender<Fault>>,
+}
+
+impl Unreliable {
+    fn new(images: &[TestImage]) -> Arc<Self> {
+        let (sender, faults) = std::sync::mpsc::channel::<Fault>();
+        let answers = Images::new(images);
+        std::thread::spawn(move || faults.into_iter().for_each(|fault| answers.fault(fault)));
+        Arc::new(Self {
+            seen: Mutex::new(0),
+            late: Mutex::new(sender),
+        })
+    }
+}
+
+impl FaultHandler for Unreliable {
+    fn fault(&self, fault: Fault) {
+        let mut seen = self.seen.lock().unwrap();
+        *seen += 1;
+        if seen.is_multiple_of(3) {
+            return; // a transient failure: the READ stays pending
+        }
+        self.late.lock().unwrap().send(fault).unwrap();
+    }
+}
+
+fn churn(memory: &SharedMemory, images: &[TestImage], seed: u64, stop: &AtomicBool) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    while !stop.load(Ordering::Relaxed) {
+        let image = images[rng.random_range(0..images.len())];
+        let key = image.key();
+        let start = rng.random_range(0..image.bytes / PAGE) * PAGE;
+        let len = (rng.random_range(1..=80) * PAGE).min(image.bytes - start);
+        let extent = Extent::new(start, len);
+        match rng.random_range(0..10) {
+            0..5 => memory
+                .push(&key, start, &image.content(start, len as usize))
+                .unwrap(),
+            5 => drop(memory.pin(&key, &[extent]).unwrap()),
+            6 => drop(memory.unpin(&key, &[extent]).unwrap()),
+            7 => drop(memory.resident(&key).unwrap()),
+            _ => drop(memory.evict(&key, &[extent]).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn privileged_no_wrong_byte_while_pushing_pinning_and_evicting() {
+    if skipped("privileged_no_wrong_byte_while_pushing_pinning_and_evicting") {
+        return;
+    }
+    let images = [TestImage::new(1, 5 * MIB - 500), TestImage::new(2, 2 * MIB)];
+    let mount = TestMount::with_handler(&images, Unreliable::new(&images));
+    let stop = AtomicBool::new(false);
+    let pages = std::thread::scope(|scope| {
+        for seed in 0..2 {
+            let (memory, stop) = (&mount.memory, &stop);
+            scope.spawn(move || churn(memory, &images, seed, stop));
+        }
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                mount.memory.retry_pending();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let mappers: Vec<_> = (0..3)
+            .map(|seed| {
+                let mount = &mount;
+                scope.spawn(move || touch_at_random(mount, &images, seed))
+            })
+            .collect();
+        let pages: Vec<u64> = mappers
+            .into_iter()
+            .map(|mapper| mapper.join().unwrap())
+            .collect();
+        eventually("all READs are answered", || {
+            mount.memory.counters().in_flight == 0
+        });
+        stop.store(true, Ordering::Relaxed);
+        pages
+    });
+    assert!(pages.iter().all(|&count| count > 100), "{pages:?}");
+    let counters = mount.memory.counters();
+    assert!(counters.demand_faults > 0 && counters.evicted_bytes > 0 && counters.pushed_bytes > 0);
+    assert!(counters.padding_reads > 0 && counters.stall_ns > 0);
+    assert_eq!(
+        counters.stall_histogram.iter().sum::<u64>(),
+        counters.demand_faults,
+        "each READ that asked the handler was answered once"
+    );
+    let of_files: u64 = images
+        .iter()
+        .map(|image| {
+            mount
+                .memory
+                .file_counters(&image.key())
+                .unwrap()
+                .demand_faults
+        })
+        .sum();
+    assert_eq!(of_files, counters.demand_faults);
+}
+
+fn touch_at_random(mount: &TestMount, images: &[TestImage], seed: u64) -> u64 {
+    let mut rng = ChaCha8Rng::seed_from_u64(100 + seed);
+    let mappings: Vec<_> = images
+        .iter()
+        .map(|image| (image, mount.map(image)))
+        .collect();
+    let until = Instant::now() + Duration::from_secs(3);
+    let mut pages = 0;
+    while Instant::now() < until {
+        let (image, mapping) = &mappings[rng.random_range(0..mappings.len())];
+        let offset = rng.random_range(0..mapping.len() / PAGE) * PAGE;
+        assert!(
+            image.page_is_right(mapping, offset),
+            "image {} at {offset}",
+            image.seed
+        );
+        pages += 1;
+    }
+    pages
+}
+
+#[test]
+fn privileged_a_push_answers_the_reads_that_wait_for_it() {
+    if skipped("privileged_a_push_answers_the_reads_that_wait_for_it") {
+        return;
+    }
+    let image = TestImage::new(5, 2 * MIB);
+    // A handler that never answers.
+    let mount = TestMount::with_handler(&[image], Arc::new(|_: Fault| {}));
+    std::thread::scope(|scope| {
+        let mapping = mount.map(&image);
+        let toucher = scope.spawn(move || image.page_is_right(&mapping, 40 * PAGE));
+        eventually("the READ arrives", || {
+            !mount.memory.waiting_reads().is_empty()
+        });
+        let evicted = mount
+            .memory
+            .evict(&image.key(), &[Extent::new(0, 2 * MIB)])
+            .unwrap();
+        assert_eq!(evicted, 0, "evicting does not wait for unanswered READs");
+        mount
+            .memory
+            .push(&image.key(), 0, &image.content(0, 2 << 20))
+            .unwrap();
+        assert!(toucher.join().unwrap());
+    });
+    eventually("nothing waits", || mount.memory.counters().in_flight == 0);
+    assert!(mount.memory.counters().answered_by_push >= 1);
+    let resident = mount.memory.resident(&image.key()).unwrap();
+    assert_eq!(resident, [Extent::new(0, 2 * MIB)]);
+}
+
+#[test]
+fn privileged_two_processes_share_frames_and_observation_is_exact() {
+    if skipped("privileged_two_processes_share_frames_and_observation_is_exact") {
+        return;
+    }
+    let image = TestImage::new(7, 8 * MIB);
+    let mount = TestMount::new(&[image]);
+    let path = mount.memory.path(&image.key());
+    let pushed = [Extent::new(5 * PAGE, PAGE), Extent::new(MIB, 3 * PAGE)];
+    for extent in pushed {
+        let data = image.content(extent.offset, extent.len as usize);
+        mount
+            .memory
+            .push(&image.key(), extent.offset, &data)
+            .unwrap();
+    }
+    let offsets: Vec<u64> = pushed
+        .iter()
+        .flat_map(|extent| (extent.offset..extent.end()).step_by(PAGE as usize))
+        .collect();
+    let first = Mapper::touching(&path, image.spec().device_bytes, &offsets);
+    let second = Mapper::touching(&path, image.spec().device_bytes, &offsets);
+    assert_eq!(
+        mount.memory.counters().demand_faults,
+        0,
+        "0 READs for either"
+    );
+
+    let identity = FileIdentity::of(&path).unwrap();
+    assert_eq!(observe::touched(first.pid(), identity).unwrap(), pushed);
+    assert_eq!(observe::touched(second.pid(), identity).unwrap(), pushed);
+    let frames = observe::page_frames(first.pid(), identity).unwrap();
+    assert_eq!(frames.len(), 4);
+    assert!(frames.iter().all(|&(_, frame)| frame != 0));
+    assert_eq!(
+        frames,
+        observe::page_frames(second.pid(), identity).unwrap()
+    );
+    let weight = observe::weight(first.pid(), identity).unwrap();
+    assert_eq!((weight.rss_bytes, weight.pss_bytes), (4 * PAGE, 2 * PAGE));
+    let mut mappers = vec![std::process::id(), first.pid(), second.pid()];
+    mappers.sort_unstable();
+    assert_eq!(observe::mappers(identity).unwrap(), mappers);
+}
