@@ -5,3 +5,4 @@ mod content;
 mod stress;
 mod support;
 mod takeover;
+mod vmm;

@@ -1,0 +1,141 @@
+//! Stock QEMU on the mount: what one cold fault costs with and without the launch hints.
+//! The guest never runs; its monitor reads guest-physical memory, which faults in the same
+//! mapping at the same place as a guest would.
+
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use forelay_memory::command_hints::Hints;
+use forelay_memory::observe::{self, FileIdentity};
+
+use crate::support::{MIB, TestImage, TestMount, eventually, skipped};
+
+const RAM_MIB: u64 = 96;
+/// Where q35 puts the first memory device of a guest with so little RAM.
+const PMEM_ADDRESS: u64 = 1 << 32;
+
+struct Qemu {
+    process: Child,
+}
+
+impl Qemu {
+    fn start(pmem: &Path, bytes: u64, hints: Option<Hints>) -> Self {
+        let mut command = Command::new("qemu-system-x86_64");
+        let backend = format!(
+            "memory-backend-file,id=m0,mem-path={},size={bytes},share=on,readonly=on",
+            pmem.display()
+        );
+        command
+            .args([
+                "-M",
+                "q35,accel=tcg",
+                "-display",
+                "none",
+                "-nodefaults",
+                "-S",
+            ])
+            .args(["-m", &format!("{RAM_MIB}M,slots=2,maxmem=1G")])
+            .args(["-monitor", "stdio", "-object", &backend])
+            .args(["-device", "virtio-pmem-pci,id=p0,memdev=m0"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        if let Some(hints) = hints {
+            hints.apply(&mut command);
+        }
+        let process = command.spawn().unwrap();
+        Self { process }
+    }
+
+    /// Reads 8 bytes of pmem at each offset, as the monitor prints them, then quits.
+    fn read_words(mut self, offsets: &[u64]) -> Vec<u64> {
+        let mut stdin = self.process.stdin.take().unwrap();
+        for offset in offsets {
+            writeln!(stdin, "xp /1xg {:#x}", PMEM_ADDRESS + offset).unwrap();
+        }
+        writeln!(stdin, "quit").unwrap();
+        let mut text = String::new();
+        let mut stdout = self.process.stdout.take().unwrap();
+        stdout.read_to_string(&mut text).unwrap();
+        text.lines()
+            .filter_map(|line| {
+                let (address, value) = line.trim().split_once(": 0x")?;
+                address
+                    .bytes()
+                    .all(|byte| byte.is_ascii_hexdigit())
+                    .then_some(())?;
+                u64::from_str_radix(value, 16).ok()
+            })
+            .collect()
+    }
+
+    /// Whether the guest's RAM may get huge pages.
+    fn ram_is_huge(&self) -> bool {
+        let Ok(smaps) = std::fs::read_to_string(format!("/proc/{}/smaps", self.process.id()))
+        else {
+            return false;
+        };
+        let ram = format!("Size:{:>19} kB", RAM_MIB * 1024);
+        let mut in_ram = false;
+        smaps.lines().any(|line| {
+            in_ram = (in_ram || line == ram) && !line.starts_with("VmFlags:")
+                || in_ram && line.split_ascii_whitespace().any(|flag| flag == "hg");
+            in_ram && line.starts_with("VmFlags:")
+        })
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn is_there() -> bool {
+    let version = Command::new("qemu-system-x86_64").arg("--version").output();
+    let there = version.is_ok_and(|output| output.status.success());
+    if !there {
+        eprintln!("SKIPPED privileged_a_hinted_vmm_faults_in_small_pieces: no qemu-system-x86_64");
+    }
+    there
+}
+
+#[test]
+fn privileged_a_hinted_vmm_faults_in_small_pieces() {
+    if skipped("privileged_a_hinted_vmm_faults_in_small_pieces") || !is_there() {
+        return;
+    }
+    let image = TestImage::new(3, 64 * MIB);
+    let offsets: Vec<u64> = (0..8).map(|n| (4 + 7 * n) * MIB + 65536).collect();
+    let wanted: Vec<u64> = offsets
+        .iter()
+        .map(|&offset| u64::from_ne_bytes(image.content(offset, 8).try_into().unwrap()))
+        .collect();
+    let demand_bytes = |hints: Option<Hints>| {
+        let mount = TestMount::new(&[image]);
+        let path = mount.memory.path(&image.key());
+        let identity = FileIdentity::of(&path).unwrap();
+        let qemu = Qemu::start(&path, image.spec().device_bytes, hints.clone());
+        eventually("QEMU maps the image", || {
+            observe::mappings(qemu.process.id(), identity).is_ok_and(|ranges| !ranges.is_empty())
+        });
+        if hints.is_some() {
+            eventually("guest RAM keeps its huge pages", || qemu.ram_is_huge());
+        }
+        let before = mount.memory.counters().demand_bytes;
+        assert_eq!(qemu.read_words(&offsets), wanted);
+        mount.memory.counters().demand_bytes - before
+    };
+    let hinted = demand_bytes(Some(Hints {
+        guest_ram_bytes: Some(RAM_MIB * MIB),
+        ..Hints::default()
+    }));
+    let plain = demand_bytes(None);
+    println!("8 cold faults: {hinted} bytes read with hints, {plain} without");
+    assert!(hinted <= 8 * 128 * 1024, "{hinted} bytes for 8 faults");
+    assert!(
+        plain >= 4 * hinted,
+        "{plain} bytes without, {hinted} with hints"
+    );
+}
