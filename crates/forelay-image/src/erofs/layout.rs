@@ -70,18 +70,26 @@ impl LayoutError {
     }
 }
 
+#[inline]
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
+#[inline]
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+    let mut field = [0; 4];
+    field.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(field)
 }
 
+#[inline]
 pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+    let mut field = [0; 8];
+    field.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(field)
 }
 
+#[inline]
 fn put(out: &mut [u8], at: usize, bytes: &[u8]) {
     out[at..at + bytes.len()].copy_from_slice(bytes);
 }
@@ -328,66 +336,63 @@ const XATTR_HEADER_BYTES: u64 = 12;
 
 impl InodeRecord {
     /// Reads the inode that starts at the front of `bytes`.
+    #[inline]
     pub fn decode(bytes: &[u8], superblock: &Superblock) -> Result<Self, LayoutError> {
         const CUT: LayoutError = LayoutError::Truncated("an inode");
-        if bytes.len() < 32 {
-            return Err(CUT);
-        }
-        let format = u16_at(bytes, 0);
-        let layout = match format >> 1 & 7 {
-            0 => DataLayout::Plain,
-            2 => DataLayout::Inline,
-            4 => DataLayout::Chunked,
-            _ => DataLayout::Plain,
+        let short: &[u8; 32] = bytes.first_chunk().ok_or(CUT)?;
+        let format = u16_at(short, 0);
+        let layout = match (format >> 1 & 7, format & !0xF) {
+            (0, 0) => DataLayout::Plain,
+            (2, 0) => DataLayout::Inline,
+            (4, 0) => DataLayout::Chunked,
+            _ => {
+                let value = format.into();
+                let what = "inode format";
+                return Err(LayoutError::Unsupported { what, value });
+            }
         };
-        if format & !0xF != 0 || !matches!(format >> 1 & 7, 0 | 2 | 4) {
-            let value = format.into();
-            let what = "inode format";
-            return Err(LayoutError::Unsupported { what, value });
-        }
-        let xattr_count = u64::from(u16_at(bytes, 2));
-        let mode = u16_at(bytes, 4);
+        let mode = u16_at(short, 4);
         let file_type =
             FileType::from_mode(mode).ok_or(LayoutError::corrupt("file type", mode.into()))?;
-        let common = Self {
-            header_bytes: 32,
+        let record = Self {
+            header_bytes: INODE_BYTES,
             layout,
-            xattr_bytes: match xattr_count {
+            xattr_bytes: match u64::from(u16_at(short, 2)) {
                 0 => 0,
                 count => XATTR_HEADER_BYTES + 4 * (count - 1),
             },
             file_type,
             mode: mode & 0o7777,
-            size: u32_at(bytes, 8).into(),
-            union: u32_at(bytes, 16),
-            ino: u32_at(bytes, 20),
-            uid: u16_at(bytes, 24).into(),
-            gid: u16_at(bytes, 26).into(),
+            size: u64_at(short, 8),
+            union: u32_at(short, 16),
+            ino: u32_at(short, 20),
+            uid: u32_at(short, 24),
+            gid: u32_at(short, 28),
             mtime_s: superblock.build_time_s as i64,
             mtime_ns: superblock.build_time_ns,
-            nlink: u16_at(bytes, 6).into(),
+            nlink: u16_at(short, 6).into(),
         };
         if format & 1 == 0 {
-            return Ok(common);
+            return Ok(Self {
+                header_bytes: 32,
+                size: u32_at(short, 8).into(),
+                uid: u16_at(short, 24).into(),
+                gid: u16_at(short, 26).into(),
+                ..record
+            });
         }
-        if bytes.len() < INODE_BYTES as usize {
-            return Err(CUT);
-        }
+        let long: &[u8; INODE_BYTES as usize] = bytes.first_chunk().ok_or(CUT)?;
         Ok(Self {
-            header_bytes: INODE_BYTES,
-            size: u64_at(bytes, 8),
-            union: u32_at(bytes, 16),
-            uid: u32_at(bytes, 24),
-            gid: u32_at(bytes, 28),
-            mtime_s: u64_at(bytes, 32) as i64,
-            mtime_ns: u32_at(bytes, 40),
-            nlink: u32_at(bytes, 44),
-            ..common
+            mtime_s: u64_at(long, 32) as i64,
+            mtime_ns: u32_at(long, 40),
+            nlink: u32_at(long, 44),
+            ..record
         })
     }
 
     /// Writes the extended form; `out` is 64 zero bytes.
-    pub fn encode_into(&self, out: &mut [u8]) {
+    #[inline]
+    pub fn encode_into(&self, out: &mut [u8; INODE_BYTES as usize]) {
         let layout = match self.layout {
             DataLayout::Plain => 0,
             DataLayout::Inline => 2,

@@ -430,7 +430,10 @@ impl<'a> Plan<'a> {
             nlink: node.nlink,
         };
         let at = node.offset as usize;
-        record.encode_into(&mut out[at..at + INODE_BYTES as usize]);
+        let (header, _) = out[at..]
+            .split_first_chunk_mut()
+            .expect("metadata has room for every inode");
+        record.encode_into(header);
         let xattr_at = at + INODE_BYTES as usize;
         let tail_at = xattr_at + node.xattr_area.len();
         out[xattr_at..tail_at].copy_from_slice(&node.xattr_area);

@@ -4,7 +4,7 @@
 //! known before the first byte.
 
 use super::layer::Source;
-use super::walk::{Directory, Merged, Node};
+use super::walk::{Directory, Merged};
 use super::{ComposeError, Device};
 use crate::erofs::alloc::{InodePlaces, Split, split};
 use crate::erofs::directory::{Dirent, pack_block};
@@ -45,14 +45,13 @@ impl Places {
         let mut places = InodePlaces::new(start);
         let mut nodes = Vec::with_capacity(merged.nodes.len());
         for node in &merged.nodes {
-            let record = sources[usize::from(node.layer)].checked_inode(node.at);
-            let xattr_bytes = xattr_bytes(merged, node, &record);
+            let xattr_bytes = u64::from(node.xattr_bytes);
             let split = match node.file_type {
                 FileType::Directory => {
-                    let size = merged.directories[node.directory as usize].size;
+                    let size = merged.directories[node.extra as usize].size;
                     split(size, xattr_bytes)
                 }
-                FileType::Symlink => split(record.size, xattr_bytes),
+                FileType::Symlink => split(node.extra.into(), xattr_bytes),
                 _ => split(0, 0),
             };
             let at = places.place(INODE_BYTES + xattr_bytes + split.inline_bytes);
@@ -79,13 +78,6 @@ impl Places {
             nodes,
             metadata_blocks: block,
         })
-    }
-}
-
-fn xattr_bytes(merged: &Merged, node: &Node, record: &InodeRecord) -> u64 {
-    match node.rewritten {
-        0 => record.xattr_bytes,
-        index => merged.rewritten[index as usize - 1].len() as u64,
     }
 }
 
@@ -149,12 +141,13 @@ impl Emitter<'_, '_> {
         let place = &self.places.nodes[index];
         let source = &self.sources[usize::from(node.layer)];
         let old = source.checked_inode(node.at);
-        let area = match node.rewritten {
-            0 => source.xattr_area(node.at, &old),
-            rewritten => &self.merged.rewritten[rewritten as usize - 1],
+        let area = match (node.xattr_bytes, node.rewritten) {
+            (0, _) => &[],
+            (_, 0) => source.xattr_area(node.at, &old),
+            (_, rewritten) => self.merged.rewritten[rewritten as usize - 1].as_slice(),
         };
         let directory = match node.file_type {
-            FileType::Directory => Some(&self.merged.directories[node.directory as usize]),
+            FileType::Directory => Some(&self.merged.directories[node.extra as usize]),
             _ => None,
         };
         let shifted = i64::from(old.union) + self.shifts[usize::from(node.layer)];
@@ -178,7 +171,10 @@ impl Emitter<'_, '_> {
             ..old
         };
         let at = place.at as usize;
-        record.encode_into(&mut out[at..at + INODE_BYTES as usize]);
+        let (header, _) = out[at..]
+            .split_first_chunk_mut()
+            .expect("metadata has room for every inode");
+        record.encode_into(header);
         let xattr_at = at + INODE_BYTES as usize;
         let tail_at = xattr_at + area.len();
         if !area.is_empty() {

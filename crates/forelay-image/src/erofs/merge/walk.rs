@@ -23,8 +23,10 @@ pub(super) struct Node {
     /// Byte offset of the inode in its layer.
     pub at: u32,
     pub nlink: u32,
-    /// Index of the directory, for directories.
-    pub directory: u32,
+    /// Index of the directory, for directories; length of the target, for symlinks.
+    pub extra: u32,
+    /// Bytes of the attribute area in the output.
+    pub xattr_bytes: u32,
     /// Index into [`Merged::rewritten`] plus 1 if the attribute area is not the layer's.
     pub rewritten: u32,
 }
@@ -304,7 +306,11 @@ impl<'a> Walker<'_, 'a> {
             file_type: record.file_type,
             at,
             nlink: 1,
-            directory: 0,
+            extra: match record.file_type {
+                FileType::Symlink => record.size as u32,
+                _ => 0,
+            },
+            xattr_bytes: record.xattr_bytes as u32,
             rewritten: 0,
         });
         Ok(Some(node))
@@ -326,20 +332,22 @@ impl<'a> Walker<'_, 'a> {
         let &(layer, at, record) = explicit.unwrap_or(&group[group.len() - 1]);
         let node = self.out.nodes.len() as u32;
         let source = &self.sources[usize::from(layer)];
-        let rewritten = if source.is_opaque(at, &record) {
+        let mut xattr_bytes = record.xattr_bytes as u32;
+        let mut rewritten = 0;
+        if source.is_opaque(at, &record) {
             let area = without_opaque(source.xattr_area(at, &record))
                 .map_err(|error| source.error(at.into(), error))?;
+            xattr_bytes = area.len() as u32;
             self.out.rewritten.push(area);
-            self.out.rewritten.len() as u32
-        } else {
-            0
-        };
+            rewritten = self.out.rewritten.len() as u32;
+        }
         self.out.nodes.push(Node {
             layer,
             file_type: FileType::Directory,
             at,
             nlink: 2,
-            directory: self.out.directories.len() as u32,
+            extra: self.out.directories.len() as u32,
+            xattr_bytes,
             rewritten,
         });
         self.out.directories.push(Directory {
