@@ -44,7 +44,13 @@ impl AptCache {
             )));
         }
         let directory = parent.join("apt").join(suite);
-        for part in ["lists/partial", "archives/partial", "sources.d", "empty"] {
+        for part in [
+            "lists/partial",
+            "archives/partial",
+            "sources.d",
+            "empty",
+            "log",
+        ] {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(io_error("creating", &path))?;
         }

@@ -14,11 +14,9 @@ const EMPTIED: &[&str] = &[
     "run",
     "tmp",
     "var/tmp",
-    "var/cache/apt",
     "var/cache/ldconfig",
     "var/cache/man",
     "var/cache/fontconfig",
-    "var/lib/apt/lists",
     "var/lib/apt/mirrors",
     "var/lib/apt/periodic",
     "var/lib/dpkg/updates",
@@ -27,6 +25,9 @@ const EMPTIED: &[&str] = &[
     "var/log/apt",
     "var/log/journal",
 ];
+
+/// Directories that lose their files and keep their directories, which apt insists on.
+const EMPTIED_OF_FILES: &[&str] = &["var/cache/apt", "var/lib/apt/lists"];
 
 /// Files that go: backups, locks, caches, traces of the building host.
 const REMOVED: &[&str] = &[
@@ -66,6 +67,11 @@ pub fn remove_noise(tree: &mut Tree) {
     for path in EMPTIED {
         if let Some(id) = tree.lookup(path.as_bytes()) {
             clear(tree, id);
+        }
+    }
+    for path in EMPTIED_OF_FILES {
+        if let Some(id) = tree.lookup(path.as_bytes()) {
+            clear_files(tree, id);
         }
     }
     for path in REMOVED {
@@ -169,6 +175,20 @@ fn clear(tree: &mut Tree, id: NodeId) {
         .unwrap_or_default();
     for name in names {
         tree.remove(id, &name);
+    }
+}
+
+fn clear_files(tree: &mut Tree, id: NodeId) {
+    let mut pending = vec![id];
+    while let Some(id) = pending.pop() {
+        let entries = tree.entries(id).cloned().unwrap_or_default();
+        for (name, child) in entries {
+            if tree.entries(child).is_some() {
+                pending.push(child);
+            } else {
+                tree.remove(id, &name);
+            }
+        }
     }
 }
 

@@ -1,0 +1,374 @@
+//! The driver: from a request to a written image with its metadata.
+//!
+//! Owns the choice of importer, the overrides a request may make, and the order import,
+//! write, describe. Refuses to know repositories: the caller publishes what it gets.
+//! Blocking; run it on a thread that may block.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use forelay_image::ChunkIndex;
+use forelay_image::component::{Component, Role};
+use forelay_image::erofs::write::{WriteError, write_image};
+use tempfile::TempPath;
+
+use super::apt::{AptCache, DEFAULT_REFRESH_AFTER};
+use super::base::{BaseOptions, build_base};
+use super::control::{parse_provides, parse_relations, sbom_package};
+use super::deb::{merge_usr, read_deb};
+use super::dir::{Ownership, name_from_path, read_directory};
+use super::draft::{Draft, Imported};
+use super::error::{ImportError, io_error};
+use super::kernel::{KernelOptions, build_kernel};
+use super::packages::{PackageOptions, build_packages};
+use super::progress::{Phase, Progress, Reporter};
+use super::roots::BaseRoot;
+use super::spool::{DEFAULT_LIMIT_BYTES, Spool};
+use super::tar::read_tar;
+
+/// What a component is built from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// A host directory.
+    Directory {
+        /// Its path.
+        path: PathBuf,
+        /// Who owns the files.
+        ownership: Ownership,
+    },
+    /// A tar archive, compressed or not.
+    Tar {
+        /// Its path.
+        path: PathBuf,
+        /// Who owns the files.
+        ownership: Ownership,
+    },
+    /// One `.deb` file, unpacked; its maintainer scripts are not run.
+    DebFile {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Debian packages installed on a base.
+    Packages {
+        /// What to install.
+        options: PackageOptions,
+        /// The base.
+        base: Box<BaseRoot>,
+    },
+    /// A Debian base.
+    Base(BaseOptions),
+    /// The Debian cloud kernel with an initramfs.
+    Kernel(KernelOptions),
+}
+
+/// A component to be built. What is `None` comes from the source.
+#[derive(Clone, Debug)]
+pub struct BuildRequest {
+    /// What it is built from.
+    pub source: Source,
+    /// Its name.
+    pub name: Option<String>,
+    /// Its version.
+    pub version: Option<String>,
+    /// What it is for.
+    pub role: Option<Role>,
+    /// Its function in one line.
+    pub description: Option<String>,
+    /// Command that a VM runs if its manifest names none.
+    pub entrypoint: Option<Vec<String>>,
+}
+
+impl BuildRequest {
+    /// Builds `source` with what it says about itself.
+    pub fn new(source: Source) -> Self {
+        Self {
+            source,
+            name: None,
+            version: None,
+            role: None,
+            description: None,
+            entrypoint: None,
+        }
+    }
+}
+
+/// A component that was built.
+#[derive(Debug)]
+pub struct Built {
+    /// Its metadata.
+    pub component: Component,
+    /// Its image, deleted when this is dropped.
+    pub image: TempPath,
+    /// The image's chunks.
+    pub chunks: ChunkIndex,
+}
+
+/// Builds components, with downloads and unpacked bases kept in a cache directory.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    cache: PathBuf,
+    refresh_after: Duration,
+}
+
+impl Builder {
+    /// A builder that keeps its files in `cache` (which needs room for a few copies of
+    /// what is built, on a file system that overlayfs accepts as upper layer).
+    pub fn new(cache: &Path) -> Result<Self, ImportError> {
+        std::fs::create_dir_all(cache).map_err(io_error("creating", cache))?;
+        let cache = cache.canonicalize().map_err(io_error("opening", cache))?;
+        Ok(Self {
+            cache,
+            refresh_after: DEFAULT_REFRESH_AFTER,
+        })
+    }
+
+    /// Uses package indexes that are up to `age` old.
+    pub fn refresh_after(mut self, age: Duration) -> Self {
+        self.refresh_after = age;
+        self
+    }
+
+    /// The cache directory.
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// Where temporary files of builds are.
+    fn scratch(&self) -> PathBuf {
+        self.cache.join("tmp")
+    }
+
+    /// Builds one component.
+    pub fn build(
+        &self,
+        request: &BuildRequest,
+        report: Reporter<'_>,
+    ) -> Result<Built, ImportError> {
+        let mut imported = self.import(request, report)?;
+        apply_overrides(&mut imported.draft, request)?;
+        self.write(imported, report)
+    }
+
+    /// Reads the source into a tree, without writing an image.
+    pub fn import(
+        &self,
+        request: &BuildRequest,
+        report: Reporter<'_>,
+    ) -> Result<Imported, ImportError> {
+        let scratch = self.scratch();
+        let name = |default: String| request.name.clone().unwrap_or(default);
+        match &request.source {
+            Source::Base(options) => {
+                let apt = self.apt(&options.suite)?;
+                let name = name(options.default_name());
+                build_base(options, &name, &apt, &scratch, report)
+            }
+            Source::Packages { options, base } => {
+                let apt = self.apt(&suite_of(&base.component))?;
+                let name = name(options.default_name());
+                build_packages(options, &name, base, &apt, &scratch, report)
+            }
+            Source::Kernel(options) => {
+                let apt = self.apt(&options.suite)?;
+                build_kernel(options, &apt, &scratch, report)
+            }
+            Source::Directory { path, ownership } => {
+                report(Progress::Started(Phase::Read));
+                let tree = read_directory(path, *ownership)?;
+                let draft = Draft::new(&name_from_path(path), "0", Role::Package);
+                Ok(Imported {
+                    tree,
+                    draft,
+                    spools: Vec::new(),
+                })
+            }
+            Source::Tar { path, ownership } => {
+                report(Progress::Started(Phase::Read));
+                let mut spool = Spool::new(&scratch, DEFAULT_LIMIT_BYTES)?;
+                let tree = read_tar(path, &mut spool, *ownership)?;
+                let draft = Draft::new(&name_from_path(path), "0", Role::Package);
+                Ok(Imported {
+                    tree,
+                    draft,
+                    spools: vec![spool],
+                })
+            }
+            Source::DebFile { path } => import_deb_file(path, &scratch, report),
+        }
+    }
+
+    /// Writes the image of an imported tree.
+    pub fn write(&self, imported: Imported, report: Reporter<'_>) -> Result<Built, ImportError> {
+        report(Progress::Started(Phase::Write));
+        let scratch = self.scratch();
+        std::fs::create_dir_all(&scratch).map_err(io_error("creating", &scratch))?;
+        let file = tempfile::Builder::new()
+            .prefix("image-")
+            .tempfile_in(&scratch)
+            .map_err(io_error("creating an image in", &scratch))?;
+        let (file, image) = file.into_parts();
+        let total_bytes = content_bytes(&imported);
+        let mut out = Counted {
+            inner: BufWriter::with_capacity(1 << 20, file),
+            done_bytes: 0,
+            reported_bytes: 0,
+            total_bytes,
+            report,
+        };
+        let written = write_image(&imported.tree, &mut out).map_err(write_error)?;
+        out.flush().map_err(io_error("writing", &image))?;
+        Ok(Built {
+            component: imported.draft.with_image(written.image),
+            image,
+            chunks: written.chunks,
+        })
+    }
+
+    /// Unpacks the base `component`, whose image is `image`, unless it is unpacked already.
+    pub fn base_root(
+        &self,
+        component: &Component,
+        image: &dyn forelay_image::erofs::read::ReadAt,
+    ) -> Result<BaseRoot, ImportError> {
+        BaseRoot::open(&self.cache, component, image)
+    }
+
+    fn apt(&self, suite: &str) -> Result<AptCache, ImportError> {
+        AptCache::open(&self.cache, suite, self.refresh_after)
+    }
+}
+
+/// The Debian release that a base says it is (`debian-bookworm`).
+fn suite_of(base: &Component) -> String {
+    let suite = base.provides.iter().find_map(|capability| {
+        let suite = capability.name.strip_prefix("debian-")?;
+        (capability.version.as_ref() == Some(&base.version)).then_some(suite)
+    });
+    suite.unwrap_or("bookworm").to_owned()
+}
+
+fn import_deb_file(
+    path: &Path,
+    scratch: &Path,
+    report: Reporter<'_>,
+) -> Result<Imported, ImportError> {
+    report(Progress::Started(Phase::Read));
+    let mut spool = Spool::new(scratch, DEFAULT_LIMIT_BYTES)?;
+    let mut deb = read_deb(path, &mut spool)?;
+    merge_usr(&mut deb.tree, path)?;
+    let control = &deb.control;
+    let relations = |field: &str| parse_relations(control.field(field));
+    let mut draft = Draft::new(
+        control.field("Package"),
+        control.field("Version"),
+        Role::Package,
+    );
+    draft.description = control.summary().to_owned();
+    draft.architecture = control.field("Architecture").to_owned();
+    draft.provides = parse_provides(control.field("Provides"));
+    draft.requires = relations("Pre-Depends");
+    draft.requires.extend(relations("Depends"));
+    draft.conflicts = relations("Conflicts").into_iter().flatten().collect();
+    draft
+        .conflicts
+        .extend(relations("Breaks").into_iter().flatten());
+    draft.sbom = vec![sbom_package(control)];
+    if !deb.scripts.is_empty() {
+        let scripts = deb.scripts.join(", ");
+        draft
+            .notes
+            .push(format!("maintainer scripts were not run: {scripts}"));
+    }
+    Ok(Imported {
+        tree: deb.tree,
+        draft,
+        spools: vec![spool],
+    })
+}
+
+fn apply_overrides(draft: &mut Draft, request: &BuildRequest) -> Result<(), ImportError> {
+    if let Some(name) = &request.name {
+        draft.name = name.clone();
+    }
+    if let Some(version) = &request.version {
+        draft.version = version.clone();
+    }
+    if let Some(role) = request.role {
+        draft.role = role;
+    }
+    if let Some(description) = &request.description {
+        draft.description = description.clone();
+    }
+    if let Some(entrypoint) = &request.entrypoint {
+        draft.entrypoint = entrypoint.clone();
+    }
+    let good = |c: char| c.is_ascii_alphanumeric() || "+-._".contains(c);
+    if draft.name.is_empty() || !draft.name.chars().all(good) || draft.name.starts_with('.') {
+        return Err(ImportError::Request(format!(
+            "{:?} is not a component name: use letters, digits, and + - . _ (--name)",
+            draft.name
+        )));
+    }
+    Ok(())
+}
+
+fn content_bytes(imported: &Imported) -> u64 {
+    use forelay_image::tree::Kind;
+    let nodes = super::clean::reachable(&imported.tree).into_iter();
+    let sizes = nodes.map(|id| match &imported.tree.node(id).kind {
+        Kind::File(data) => data.len(),
+        _ => 0,
+    });
+    sizes.sum()
+}
+
+fn write_error(error: WriteError) -> ImportError {
+    match error {
+        WriteError::Write(error) if error.kind() == io::ErrorKind::StorageFull => {
+            ImportError::DiskFull {
+                doing: "writing the component image".to_owned(),
+            }
+        }
+        other => ImportError::Image(Box::new(other)),
+    }
+}
+
+/// Reports bytes on their way into the image.
+struct Counted<'a> {
+    inner: BufWriter<File>,
+    done_bytes: u64,
+    reported_bytes: u64,
+    total_bytes: u64,
+    report: Reporter<'a>,
+}
+
+/// Bytes between two reports.
+const REPORT_EVERY_BYTES: u64 = 4 << 20;
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.done_bytes += count as u64;
+        if self.done_bytes - self.reported_bytes >= REPORT_EVERY_BYTES {
+            self.reported_bytes = self.done_bytes;
+            (self.report)(Progress::Bytes {
+                phase: Phase::Write,
+                done_bytes: self.done_bytes,
+                total_bytes: Some(self.total_bytes.max(self.done_bytes)),
+            });
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl Seek for Counted<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.inner.seek(to)
+    }
+}

@@ -1,0 +1,120 @@
+//! Tests of what a package component says about itself; building one is tested with real
+//! packages in `tests/`.
+
+use std::path::PathBuf;
+
+use forelay_image::Digest;
+use forelay_image::component::{Component, ImageRef};
+
+use super::*;
+
+fn paragraphs(text: &str) -> BTreeMap<String, Paragraph> {
+    parse_paragraphs(text)
+        .into_iter()
+        .map(|paragraph| (paragraph.field("Package").to_owned(), paragraph))
+        .collect()
+}
+
+fn base(provides: &[(&str, &str)]) -> BaseRoot {
+    let image = ImageRef {
+        digest: Digest::of(b"base"),
+        bytes: 4096,
+        metadata_bytes: 4096,
+        inodes: 1,
+    };
+    let mut draft = Draft::new("debian", "12.12+20260915", Role::Base);
+    draft.provides = provides
+        .iter()
+        .map(|(name, version)| Capability {
+            name: (*name).to_owned(),
+            version: Some((*version).to_owned()),
+        })
+        .collect();
+    let component: Component = draft.with_image(image);
+    BaseRoot {
+        component,
+        directory: PathBuf::from("/nonexistent"),
+    }
+}
+
+const BEFORE: &str = "Package: libc6\nVersion: 2.36-9\n\nPackage: zlib1g\nVersion: 1\n";
+const AFTER: &str = "Package: libc6\nVersion: 2.36-9\n\nPackage: zlib1g\nVersion: 2\n\n\
+    Package: nginx\nVersion: 1.22\nProvides: httpd, nginx-abi (= 1)\n\
+    Depends: libc6 (>= 2.34), nginx-common (<< 2), iproute2\nConflicts: httpd-lite\n\
+    Breaks: nginx-common (<< 1)\n\n\
+    Package: nginx-common\nVersion: 1.22\nDepends: debconf (>= 0.5) | debconf-2.0\n";
+
+#[test]
+fn new_and_upgraded_packages_are_told_apart() {
+    let installed = Installed::compare(&paragraphs(BEFORE), &paragraphs(AFTER));
+    let names: Vec<_> = installed.packages.keys().map(String::as_str).collect();
+    assert_eq!(names, ["nginx", "nginx-common", "zlib1g"]);
+    assert_eq!(installed.notes(), ["replaces the base's zlib1g 1 by 2"]);
+}
+
+#[test]
+fn requirements_are_what_nothing_inside_satisfies() {
+    let installed = Installed::compare(&paragraphs(BEFORE), &paragraphs(AFTER));
+    let base = base(&[("debian-bookworm", "12.12+20260915"), ("libc6", "2.36-9")]);
+    let requires = requirements(&base, &installed, &[]);
+    let shown: Vec<String> = requires
+        .iter()
+        .map(|clause| {
+            let names: Vec<_> = clause
+                .iter()
+                .map(|relation| format!("{} {}", relation.name, relation.range))
+                .collect();
+            names.join("|")
+        })
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "debconf >= 0.5|debconf-2.0 ",
+            "debian-bookworm ",
+            "iproute2 ",
+            "libc6 >= 2.34"
+        ]
+    );
+    let provides = [Capability {
+        name: "nginx-common".into(),
+        version: None,
+    }];
+    let conflicts = conflicts(&installed, &provides);
+    assert_eq!(conflicts.len(), 1);
+    assert_eq!(conflicts[0].name, "httpd-lite");
+}
+
+#[test]
+fn an_unknown_base_is_required_as_it_is() {
+    let requirement = base_requirement(&base(&[]));
+    assert_eq!(requirement.name, "debian");
+    assert_eq!(requirement.range, "= 12.12+20260915");
+}
+
+#[test]
+fn packages_that_the_base_has_or_that_are_no_names_are_refused() {
+    let status = paragraphs(BEFORE);
+    let check = |name: &str| {
+        let packages = vec![name.to_owned()];
+        check_request(&PackageOptions { packages }, &status)
+    };
+    assert!(matches!(check("libc6"), Err(ImportError::InBase { .. })));
+    assert!(matches!(check("-oDebug=1"), Err(ImportError::Request(_))));
+    assert!(matches!(check("a b"), Err(ImportError::Request(_))));
+    assert!(check("nginx=1.22").is_ok());
+}
+
+#[test]
+fn roles_follow_names_and_sections() {
+    let role = |name: &str, section: &str| {
+        let text = format!("Package: {name}\nSection: {section}\n");
+        role_of(&parse_paragraphs(&text)[0])
+    };
+    assert_eq!(role("python3", "python"), Role::Runtime);
+    assert_eq!(role("python3.11", "python"), Role::Runtime);
+    assert_eq!(role("nodejs", "javascript"), Role::Runtime);
+    assert_eq!(role("python3-flask", "python"), Role::Library);
+    assert_eq!(role("libssl3", "libs"), Role::Library);
+    assert_eq!(role("nginx", "httpd"), Role::Package);
+}
