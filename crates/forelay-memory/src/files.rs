@@ -122,7 +122,7 @@ pub fn file_name(key: &FileKey) -> String {
     format!("{}.img", key.hex())
 }
 
-fn key_of(name: &[u8]) -> Option<FileKey> {
+pub(crate) fn key_of(name: &[u8]) -> Option<FileKey> {
     let hex = std::str::from_utf8(name).ok()?.strip_suffix(".img")?;
     // Only the canonical spelling: one name for one node.
     let canonical = hex.len() == 64 && !hex.bytes().any(|byte| byte.is_ascii_uppercase());

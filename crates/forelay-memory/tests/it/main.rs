@@ -2,6 +2,7 @@
 //! real mappings in real processes. Needs root; says so loudly where it has none.
 
 mod content;
+mod huge;
 mod stress;
 mod support;
 mod takeover;

@@ -76,12 +76,11 @@ impl Qemu {
             return false;
         };
         let ram = format!("Size:{:>19} kB", RAM_MIB * 1024);
-        let mut in_ram = false;
-        smaps.lines().any(|line| {
-            in_ram = (in_ram || line == ram) && !line.starts_with("VmFlags:")
-                || in_ram && line.split_ascii_whitespace().any(|flag| flag == "hg");
-            in_ram && line.starts_with("VmFlags:")
-        })
+        let entry = smaps.lines().skip_while(|line| **line != ram);
+        let flags = entry
+            .into_iter()
+            .find_map(|line| line.strip_prefix("VmFlags:"));
+        flags.is_some_and(|flags| flags.split_ascii_whitespace().any(|flag| flag == "hg"))
     }
 }
 
