@@ -32,6 +32,8 @@ use crate::{devices, root, sys};
 
 const ATTACHED: &str = "/run/forelay/attached";
 const DEFAULT_WAIT: Duration = Duration::from_secs(10);
+/// How long a component may stay busy without a process that uses it.
+const BUSY_GRACE: Duration = Duration::from_secs(2);
 /// More would make the mount table slow for everyone.
 const MAX_MOUNTS: usize = 4096;
 const MAX_COPIES: usize = 16_384;
@@ -138,7 +140,16 @@ impl Grafts {
             .iter()
             .position(|graft| graft.uuid == uuid)
             .ok_or_else(|| (ErrorKind::NotFound, format!("{uuid} is not attached")))?;
-        self.attached[index].remove(Path::new("/"))?;
+        let graft = &self.attached[index];
+        let deadline = Instant::now() + BUSY_GRACE;
+        while let Err((kind, text)) = graft.remove(Path::new("/")) {
+            // Without a process to name, the last user is just on its way out.
+            let leaving = kind == ErrorKind::Busy && graft.users().is_empty();
+            if !leaving || Instant::now() >= deadline {
+                return Err((kind, text));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
         self.attached.remove(index);
         Ok(())
     }

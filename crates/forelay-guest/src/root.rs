@@ -24,8 +24,18 @@ const LOWER: &str = "/lower";
 const UPPER: &str = "/upper";
 const ROOT: &str = "/root";
 
-/// How long the VM's own devices may take to appear.
+/// How long the VM's own devices may take to appear, unless `forelay.device_wait_ms=` says
+/// otherwise.
 const DEVICE_LIMIT: Duration = Duration::from_secs(20);
+
+type Parameters = BTreeMap<String, String>;
+
+fn device_limit(parameters: &Parameters) -> Duration {
+    let given = parameters
+        .get("forelay.device_wait_ms")
+        .and_then(|text| text.parse().ok());
+    given.map_or(DEVICE_LIMIT, Duration::from_millis)
+}
 
 /// The mounted image.
 pub struct Source {
@@ -45,8 +55,9 @@ pub fn report(source: &Source) -> Mounted {
 }
 
 /// Mounts the image that the command line names; returns where its files are.
-pub fn mount(parameters: &BTreeMap<String, String>) -> io::Result<(Source, String)> {
+pub fn mount(parameters: &Parameters) -> io::Result<(Source, String)> {
     let get = |key: &str| parameters.get(key).map(String::as_str);
+    let limit = device_limit(parameters);
     for directory in [LOWER, UPPER, ROOT] {
         fs::create_dir_all(directory)?;
     }
@@ -54,9 +65,9 @@ pub fn mount(parameters: &BTreeMap<String, String>) -> io::Result<(Source, Strin
         let uuid = superblock::parse_uuid(hex).ok_or_else(|| {
             io::Error::other(format!("forelay.map={hex}: a UUID is 32 hex digits"))
         })?;
-        Ok((mount_map(&uuid)?, LOWER.to_owned()))
+        Ok((mount_map(&uuid, limit)?, LOWER.to_owned()))
     } else if get("forelay.flat") == Some("1") {
-        let disk = wait_for_disk("forelay-flat")?;
+        let disk = wait_for_disk("forelay-flat", limit)?;
         sys::mount(&disk, LOWER, "erofs", sys::MS_RDONLY, "")
             .map_err(context(format!("mount flat image {}", disk.display())))?;
         Ok((
@@ -68,7 +79,7 @@ pub fn mount(parameters: &BTreeMap<String, String>) -> io::Result<(Source, Strin
             LOWER.to_owned(),
         ))
     } else if let Some(device) = get("forelay.root") {
-        let disk = wait_for_root_disk(device)?;
+        let disk = wait_for_root_disk(device, limit)?;
         sys::mount(&disk, ROOT, "ext4", 0, "")
             .map_err(context(format!("mount root disk {}", disk.display())))?;
         Ok((
@@ -88,16 +99,16 @@ pub fn mount(parameters: &BTreeMap<String, String>) -> io::Result<(Source, Strin
 }
 
 /// Mounts the map image with the components that its device slots name.
-fn mount_map(uuid: &[u8; 16]) -> io::Result<Source> {
+fn mount_map(uuid: &[u8; 16], limit: Duration) -> io::Result<Source> {
     let mut pmem = devices::PmemDevices::default();
-    let (map, found) = devices::wait_for(DEVICE_LIMIT, || pmem.find(uuid)).ok_or_else(|| {
+    let (map, found) = devices::wait_for(limit, || pmem.find(uuid)).ok_or_else(|| {
         let uuid = superblock::format_uuid(uuid);
         io::Error::other(format!("no pmem device holds the map image {uuid}"))
     })?;
     let slots = devices::slot_uuids(&map, &found).map_err(context("device slots"))?;
     let mut options = String::new();
     for slot in &slots {
-        let (device, _) = devices::wait_for(DEVICE_LIMIT, || pmem.find(slot)).ok_or_else(|| {
+        let (device, _) = devices::wait_for(limit, || pmem.find(slot)).ok_or_else(|| {
             let slot = superblock::format_uuid(slot);
             io::Error::other(format!("no pmem device holds the component {slot}"))
         })?;
@@ -142,13 +153,13 @@ pub fn mount_erofs(device: &Path, target: &Path, options: &str) -> io::Result<bo
         }))
 }
 
-fn wait_for_disk(serial: &str) -> io::Result<PathBuf> {
-    devices::wait_for(DEVICE_LIMIT, || devices::disk_by_serial(serial))
+fn wait_for_disk(serial: &str, limit: Duration) -> io::Result<PathBuf> {
+    devices::wait_for(limit, || devices::disk_by_serial(serial))
         .ok_or_else(|| io::Error::other(format!("no disk has the serial {serial}")))
 }
 
-fn wait_for_root_disk(device: &str) -> io::Result<PathBuf> {
-    devices::wait_for(DEVICE_LIMIT, || {
+fn wait_for_root_disk(device: &str, limit: Duration) -> io::Result<PathBuf> {
+    devices::wait_for(limit, || {
         devices::disk_by_serial("forelay-root")
             .or_else(|| Some(PathBuf::from(device)).filter(|path| path.exists()))
     })
@@ -157,7 +168,7 @@ fn wait_for_root_disk(device: &str) -> io::Result<PathBuf> {
 
 /// Puts the writable overlay over the image.
 pub fn overlay(
-    parameters: &BTreeMap<String, String>,
+    parameters: &Parameters,
     config: &VmConfig,
     lower: &str,
     source: &Source,
@@ -166,7 +177,7 @@ pub fn overlay(
         return Ok(());
     }
     if parameters.get("forelay.scratch").map(String::as_str) == Some("1") {
-        let disk = wait_for_disk("forelay-scratch")?;
+        let disk = wait_for_disk("forelay-scratch", device_limit(parameters))?;
         sys::mount(&disk, UPPER, "ext4", sys::MS_NODEV, "")
             .map_err(context(format!("mount scratch disk {}", disk.display())))?;
     } else {

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_guest::payload::Payload;
 use forelay_guest::protocol::{Attach, Attached, Command, Exec, ExecResult, Reply, Status};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -21,7 +20,9 @@ use crate::spec::PmemDevice;
 use crate::state::VmState;
 
 /// Bytes of console that an error shows.
-const CONSOLE_TAIL_BYTES: u64 = 2048;
+const CONSOLE_TAIL_BYTES: u64 = 4096;
+/// Lines of it: a kernel's panic message is above its call trace.
+const CONSOLE_TAIL_LINES: usize = 30;
 /// How long the guest may take for a request that does little.
 const SHORT: Duration = Duration::from_secs(20);
 /// How long an attach may take.
@@ -300,21 +301,7 @@ impl VmHandle {
             .request(Command::Exec(exec), limit + SHORT)
             .await
         {
-            Ok(Reply::Exec(ExecResult {
-                status,
-                stdout,
-                stderr,
-                truncated,
-            })) => {
-                let (Payload(stdout), Payload(stderr)) = (stdout, stderr);
-                let (stdout, stderr) = (Payload(stdout), Payload(stderr));
-                Ok(ExecResult {
-                    status,
-                    stdout,
-                    stderr,
-                    truncated,
-                })
-            }
+            Ok(Reply::Exec(result)) => Ok(result),
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
             Err(error) => Err(self.channel_error(error)),
         }
@@ -444,5 +431,5 @@ pub(crate) fn file_tail(path: &Path) -> String {
         .lines()
         .filter(|line| !line.trim().is_empty())
         .collect();
-    lines[lines.len().saturating_sub(12)..].join("\n")
+    lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n")
 }

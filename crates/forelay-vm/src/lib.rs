@@ -22,6 +22,7 @@ pub mod handle;
 pub mod lifecycle;
 mod lines;
 pub mod process;
+pub mod qcow2;
 pub mod qemu;
 pub mod scratch;
 pub mod spec;

@@ -31,6 +31,19 @@ impl ProcessId {
     }
 }
 
+impl ProcessId {
+    /// True if it still runs; false for a zombie that nobody has reaped.
+    pub fn is_running(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        stat.is_ok_and(|stat| {
+            let state = stat
+                .rsplit_once(')')
+                .and_then(|(_, rest)| rest.trim_start().chars().next());
+            start_ticks(&stat) == Some(self.start_ticks) && !matches!(state, Some('Z' | 'X'))
+        })
+    }
+}
+
 /// Field 22; the name in field 2 may hold spaces and parentheses.
 fn start_ticks(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?
@@ -148,6 +161,7 @@ mod tests {
             ..id
         };
         assert!(Process::hold(other).unwrap().is_none());
+        assert!(id.is_running() && !other.is_running());
         let process = Process::hold(id).unwrap().unwrap();
         process.kill().unwrap();
         let exit = process.wait().await;

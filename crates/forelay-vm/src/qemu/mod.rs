@@ -34,6 +34,8 @@ use crate::{lines, scratch};
 
 /// How long QEMU may take to open its sockets.
 const START: Duration = Duration::from_secs(20);
+/// How long a QEMU that closed its monitor may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Interval of attempts to connect.
 const POLL: Duration = Duration::from_millis(3);
 /// What QEMU prints goes here, in the runtime directory.
@@ -226,6 +228,7 @@ impl VmmDriver for QemuDriver {
         };
         let process = Process::hold(state.process)
             .map_err(connect_error("hold the VMM's process"))?
+            .filter(|process| process.id().is_running())
             .ok_or_else(|| ReattachError::Ended { name: name.clone() })?;
         let monitor = runtime_dir.join(command_line::MONITOR_SOCKET);
         let qmp = Qmp::connect(&monitor)
@@ -293,15 +296,39 @@ async fn connect(
         })?;
         Ok((qmp, channel))
     };
-    tokio::select! {
-        connected = tokio::time::timeout(START, connecting) => connected.unwrap_or_else(|_| {
-            let source = QmpError::TimedOut { command: "at start".to_owned() };
-            Err(LaunchError::Monitor { name: name(), source })
-        }),
-        exit = process.wait() => {
-            let ended = Ended { cause: Cause::VmmDied, exit_code: exit.code, signal: exit.signal };
-            let output = file_tail(&socket(LOG_FILE));
-            Err(LaunchError::Died { name: name(), ended, output })
+    let connected = async {
+        tokio::time::timeout(START, connecting)
+            .await
+            .unwrap_or_else(|_| {
+                let source = QmpError::TimedOut {
+                    command: "at start".to_owned(),
+                };
+                Err(LaunchError::Monitor {
+                    name: name(),
+                    source,
+                })
+            })
+    };
+    let exit = tokio::select! {
+        connected = connected => {
+            let Err(error) = connected else { return connected };
+            // A QEMU that gives up closes its sockets first: its own words are better.
+            match tokio::time::timeout(LAST_WORDS, process.wait()).await {
+                Ok(exit) => exit,
+                Err(_) => return Err(error),
+            }
         }
-    }
+        exit = process.wait() => exit,
+    };
+    let ended = Ended {
+        cause: Cause::VmmDied,
+        exit_code: exit.code,
+        signal: exit.signal,
+    };
+    let output = file_tail(&socket(LOG_FILE));
+    Err(LaunchError::Died {
+        name: name(),
+        ended,
+        output,
+    })
 }

@@ -1,7 +1,7 @@
 //! What the VM tests share: kernel, initramfs, component images, a guard that ends VMs.
 
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -9,12 +9,11 @@ use std::time::Duration;
 
 use forelay_guest::config::VmConfig;
 use forelay_image::component::ImageRef;
-use forelay_image::digest::Digest;
-use forelay_image::erofs::merge::{ComposeOptions, Layer, MapLayout, compose};
+use forelay_image::erofs::merge::{ComposeOptions, Composed, Layer, MapLayout, compose};
 use forelay_image::erofs::write::write_image;
 use forelay_image::tree::{Attributes, FileData, Kind, Node, Tree};
 use forelay_vm::qemu::QemuDriver;
-use forelay_vm::{Boot, PmemDevice, VmHandle, VmSpec, VmmDriver};
+use forelay_vm::{Boot, Disk, DiskFormat, PmemDevice, VmHandle, VmSpec, VmmDriver};
 
 /// Time for anything a guest does; only hangs take that long.
 pub const LIMIT: Duration = Duration::from_secs(90);
@@ -327,12 +326,7 @@ impl Bench {
         }
     }
 
-    fn compose(
-        &self,
-        images: &[&Image],
-        config: &VmConfig,
-        layout: MapLayout,
-    ) -> (Vec<u8>, Digest) {
+    fn compose(&self, images: &[&Image], config: &VmConfig, layout: MapLayout) -> Composed {
         let layers: Vec<Layer<'_>> = images
             .iter()
             .map(|image| Layer {
@@ -346,24 +340,64 @@ impl Bench {
         let json = serde_json::to_vec(config).unwrap();
         own.insert_path(b".forelay/vm.json", file(json, 0o600))
             .unwrap();
-        let composed = compose(&layers, &own, ComposeOptions { layout }).unwrap();
-        (composed.map_image, composed.digest)
+        compose(&layers, &own, ComposeOptions { layout }).unwrap()
     }
 
     /// A VM that boots from the merged images.
     pub fn spec(&self, assets: &Assets, images: &[&Image], config: &VmConfig) -> VmSpec {
-        let (map, digest) = self.compose(images, config, MapLayout::Devices);
+        let composed = self.compose(images, config, MapLayout::Devices);
         let boot = Boot::Map {
-            uuid: digest.hex()[..32].to_owned(),
+            uuid: composed.digest.hex()[..32].to_owned(),
         };
+        let mut spec = self.plain_spec(assets, boot);
+        spec.pmem.push(self.store("map", &composed.map_image));
+        // Not in slot order: the guest goes by UUID.
+        spec.pmem
+            .extend(images.iter().rev().map(|image| image.device.clone()));
+        spec
+    }
+
+    /// A VM that boots from the same tree as one flat disk.
+    pub fn flat_spec(&self, assets: &Assets, images: &[&Image], config: &VmConfig) -> VmSpec {
+        let composed = self.compose(images, config, MapLayout::Flat);
+        let path = self.dir.path().join("flat");
+        let disk = std::fs::File::create(&path).unwrap();
+        disk.write_all_at(&composed.map_image, 0).unwrap();
+        for (device, image) in composed.devices.iter().zip(images) {
+            let bytes = std::fs::read(&image.device.path).unwrap();
+            disk.write_all_at(&bytes, u64::from(device.mapped_block) * 4096)
+                .unwrap();
+        }
+        self.plain_spec(assets, Boot::Flat { path })
+    }
+
+    /// A VM that boots from a qcow2 overlay over an ext4 disk with the files of `directory`.
+    pub fn root_spec(&self, assets: &Assets, directory: &Path) -> VmSpec {
+        let disk = self.dir.path().join("root.ext4");
+        let overlay = self.dir.path().join("root.qcow2");
+        std::fs::File::create(&disk)
+            .unwrap()
+            .set_len(64 << 20)
+            .unwrap();
+        run(Command::new("mkfs.ext4")
+            .args(["-q", "-d"])
+            .arg(directory)
+            .arg(&disk))
+        .unwrap();
+        forelay_vm::qcow2::create_overlay(&overlay, &disk).unwrap();
+        let boot = Boot::Root(Disk {
+            path: overlay,
+            format: DiskFormat::Qcow2,
+            read_only: false,
+        });
+        self.plain_spec(assets, boot)
+    }
+
+    fn plain_spec(&self, assets: &Assets, boot: Boot) -> VmSpec {
         let mut spec = VmSpec::new("test", assets.kernel.clone(), assets.initrd.clone(), boot);
         spec.memory_mib = 256;
         spec.runtime_dir = self.dir.path().join("run");
         spec.console_log = self.dir.path().join("console.log");
-        spec.pmem.push(self.store("map", &map));
-        // Not in slot order: the guest goes by UUID.
-        spec.pmem
-            .extend(images.iter().rev().map(|image| image.device.clone()));
         spec
     }
 
