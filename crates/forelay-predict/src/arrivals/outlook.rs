@@ -226,11 +226,6 @@ impl Outlook {
         (0.3 * distance).clamp(config.tick_min, longest)
     }
 
-    /// The candidates, by centre.
-    pub(crate) fn atoms(&self) -> &[Atom] {
-        &self.atoms
-    }
-
     /// True until the first launch has been seen.
     pub(crate) fn is_empty(&self) -> bool {
         self.background.is_empty()

@@ -35,15 +35,12 @@ impl Segment {
 
 /// A stretch as planned, before it is known what came of it.
 pub(crate) struct Stretch {
-    pub start_min: f64,
     pub length_min: f64,
     pub hazard_per_min: f64,
     pub raw_hazard_per_min: f64,
     pub site: Site,
     /// Survival of the gap mixture at the end, to go on from.
     pub survival_after: f64,
-    /// The announcement it rests on, if any.
-    pub slot: Option<usize>,
 }
 
 /// The strongest announcement open at a moment.
@@ -96,7 +93,7 @@ pub(crate) fn stretch(
     }
     let survival_after = record.outlook.survival(start_min + length).min(survival);
     let from_gaps = (survival / survival_after).ln() / length;
-    let (raw, site, slot) = match open {
+    let (raw, site) = match open {
         Some((index, since_min)) => {
             let slot = &record.slots[index];
             let p = slot.probability();
@@ -105,11 +102,7 @@ pub(crate) fn stretch(
             let announced = (before / after).ln() / length;
             let raw = announced + from_gaps * (1.0 - f64::from(record.announced));
             let experience = (slot.trials() as u32).clamp(1, 16);
-            (
-                raw,
-                Site::new(Kind::Announced, experience, since_min, raw),
-                Some(index),
-            )
+            (raw, Site::new(Kind::Announced, experience, since_min, raw))
         }
         None => {
             let quarter = (record.announced * 4.0).floor().min(3.0);
@@ -119,7 +112,7 @@ pub(crate) fn stretch(
             } else {
                 Kind::Gaps
             };
-            (raw, Site::new(kind, record.gap_count, start_min, raw), None)
+            (raw, Site::new(kind, record.gap_count, start_min, raw))
         }
     };
     let factor = scale.factor(scale.version_at(at), site);
@@ -130,13 +123,11 @@ pub(crate) fn stretch(
         survival_after
     };
     Stretch {
-        start_min,
         length_min: cut,
         hazard_per_min: raw * factor,
         raw_hazard_per_min: raw,
         site,
         survival_after,
-        slot,
     }
 }
 

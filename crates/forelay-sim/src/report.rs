@@ -1,0 +1,267 @@
+//! What a simulation found: rows per policy, reliability, and where it went well or badly.
+//!
+//! Owns the running of policies and the stable JSON and table forms. The HTML form is `html`'s.
+
+use crate::policy::Policy;
+use crate::sides::{Sides, SidesError};
+use crate::sweep::{self, Sweep};
+use crate::tally::{Frame, Row, Tally};
+use crate::trace::{BadRow, Trace, TraceError};
+use crate::windows::WindowPolicy;
+use crate::{Config, html};
+use forelay_predict::calibration::ReliabilityBin;
+use serde::Serialize;
+
+/// Why a simulation could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum SimulateError {
+    /// The trace.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The side file.
+    #[error(transparent)]
+    Sides(#[from] SidesError),
+}
+
+/// How forecasts of "a launch within ten minutes" fared.
+#[derive(Debug, Clone, Serialize)]
+pub struct Calibration {
+    /// Forecasts judged.
+    pub forecasts: u64,
+    /// Expected calibration error over 20 bins of equal width.
+    pub expected_calibration_error: f64,
+    /// The same over forecasts of at least 0.05.
+    pub error_from_5_pct: f64,
+    /// Mean squared error.
+    pub brier_score: f64,
+    /// The diagram.
+    pub bins: Vec<ReliabilityBin>,
+}
+
+/// A profile on which Forelay did well or badly, against the hybrid policy.
+#[derive(Debug, Clone, Serialize)]
+pub struct ProfileOutcome {
+    /// Its name.
+    pub profile: String,
+    /// Its launches.
+    pub launches: u64,
+    /// Cold launches under Forelay.
+    pub cold_forelay: u32,
+    /// Cold launches under the reference policy.
+    pub cold_reference: u32,
+}
+
+/// The outcome of a simulation.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The trace's name.
+    pub trace: String,
+    /// Launches in it.
+    pub launches: u64,
+    /// Profiles in it.
+    pub profiles: usize,
+    /// Rows left out.
+    pub bad_rows: Vec<BadRow>,
+    /// One row per policy and setting.
+    pub rows: Vec<Row>,
+    /// Reliability of Forelay's forecasts, if it ran.
+    pub calibration: Option<Calibration>,
+    /// Bytes of forecaster state per profile, if it ran.
+    pub bytes_per_profile: Option<f64>,
+    /// Profiles that had fallen back to the simple rule at the end, per price.
+    pub fallen_back: Vec<usize>,
+    /// Where Forelay saved most against the reference.
+    pub best_profiles: Vec<ProfileOutcome>,
+    /// Where it lost most.
+    pub worst_profiles: Vec<ProfileOutcome>,
+    /// Row and reference row that the two lists compare.
+    pub compared: Option<(String, String)>,
+}
+
+/// Runs the policies of a configuration.
+pub(crate) fn run(trace: &Trace, config: &Config) -> Result<Report, SimulateError> {
+    let frame = Frame::new(trace, config.min_launches);
+    let sides = config
+        .components
+        .as_ref()
+        .map(|path| Sides::read(path, trace))
+        .transpose()?;
+    let load_min: Vec<f64> = (0..trace.profiles.len())
+        .map(|profile| {
+            (config.load_s + sides.as_ref().map_or(0.0, |sides| sides.load_s(profile))) / 60.0
+        })
+        .collect();
+    let fixed10 = WindowPolicy::Fixed(10.0)
+        .run(trace, &frame)
+        .row(&frame, "fixed:10", None);
+    let policies = if config.policies.is_empty() {
+        Policy::usual()
+    } else {
+        config.policies.clone()
+    };
+    let mut rows: Vec<(Row, Tally)> = Vec::new();
+    let mut sweep_found = None;
+    for policy in &policies {
+        if let Some(window) = policy.window() {
+            let tally = window.run(trace, &frame);
+            rows.push((tally.row(&frame, &policy.to_string(), None), tally));
+        }
+        match policy {
+            Policy::Bounded(eviction, slots) => {
+                let tally = eviction.run(trace, &frame, *slots);
+                let row = tally.row(&frame, eviction.name(), Some(*slots as f64));
+                rows.push((row, tally));
+            }
+            Policy::Forelay(prices) => {
+                let prices = if prices.is_empty() {
+                    Policy::curve()
+                } else {
+                    prices.clone()
+                };
+                let mut sweep = sweep::run(trace, &frame, &config.forecast, &prices, &load_min);
+                for (tally, &price) in std::mem::take(&mut sweep.tallies).into_iter().zip(&prices) {
+                    rows.push((tally.row(&frame, "forelay", Some(price)), tally));
+                }
+                sweep_found = Some(sweep);
+            }
+            _ => {}
+        }
+    }
+    for (row, _) in &mut rows {
+        row.relate_to(&fixed10);
+    }
+    Ok(assemble(trace, config, &frame, rows, sweep_found))
+}
+
+fn assemble(
+    trace: &Trace,
+    config: &Config,
+    frame: &Frame,
+    rows: Vec<(Row, Tally)>,
+    sweep: Option<Sweep>,
+) -> Report {
+    let (best_profiles, worst_profiles, compared) = extremes(trace, frame, &rows);
+    Report {
+        trace: config
+            .trace
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        launches: trace
+            .launches
+            .iter()
+            .map(|launch| u64::from(launch.count))
+            .sum(),
+        profiles: trace.profiles.len(),
+        bad_rows: trace.bad_rows.clone(),
+        rows: rows.into_iter().map(|(row, _)| row).collect(),
+        calibration: sweep.as_ref().map(|sweep| Calibration {
+            forecasts: sweep.reliability.count(),
+            expected_calibration_error: sweep.reliability.expected_calibration_error(),
+            error_from_5_pct: sweep.reliability.calibration_error_from(0.05),
+            brier_score: sweep.reliability.brier_score(),
+            bins: sweep.reliability.bins(),
+        }),
+        bytes_per_profile: sweep.as_ref().map(|sweep| sweep.bytes_per_profile),
+        fallen_back: sweep.map(|sweep| sweep.fallen_back).unwrap_or_default(),
+        best_profiles,
+        worst_profiles,
+        compared,
+    }
+}
+
+type Extremes = (
+    Vec<ProfileOutcome>,
+    Vec<ProfileOutcome>,
+    Option<(String, String)>,
+);
+
+/// Compares Forelay, at the price whose memory comes nearest to the reference's, with the last
+/// hybrid or fixed policy of the report.
+fn extremes(trace: &Trace, frame: &Frame, rows: &[(Row, Tally)]) -> Extremes {
+    let reference = rows
+        .iter()
+        .filter(|(row, _)| row.policy.starts_with("hybrid"))
+        .chain(
+            rows.iter()
+                .filter(|(row, _)| row.policy.starts_with("fixed")),
+        )
+        .next();
+    let Some((reference_row, reference)) = reference else {
+        return Extremes::default();
+    };
+    let distance =
+        |row: &Row| (row.memory_profile_minutes - reference_row.memory_profile_minutes).abs();
+    let Some((row, own)) = rows
+        .iter()
+        .filter(|(row, _)| row.policy == "forelay")
+        .min_by(|a, b| distance(&a.0).total_cmp(&distance(&b.0)))
+    else {
+        return Extremes::default();
+    };
+    let mut order: Vec<usize> = (0..frame.selected.len())
+        .filter(|&profile| frame.selected[profile])
+        .collect();
+    let gain = |profile: usize| i64::from(reference.cold[profile]) - i64::from(own.cold[profile]);
+    order.sort_by_key(|&profile| (std::cmp::Reverse(gain(profile)), profile));
+    let outcome = |&profile: &usize| ProfileOutcome {
+        profile: trace.profiles[profile].clone(),
+        launches: frame.launches[profile],
+        cold_forelay: own.cold[profile],
+        cold_reference: reference.cold[profile],
+    };
+    let best = order
+        .iter()
+        .take(10)
+        .filter(|&&p| gain(p) > 0)
+        .map(outcome)
+        .collect();
+    let worst = order
+        .iter()
+        .rev()
+        .take(10)
+        .filter(|&&p| gain(p) < 0)
+        .map(outcome)
+        .collect();
+    let label = format!("forelay at {:.4}", row.knob.unwrap_or(0.0));
+    (best, worst, Some((label, reference_row.policy.clone())))
+}
+
+impl Report {
+    /// The stable JSON form.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self).unwrap_or(serde_json::Value::Null)
+    }
+
+    /// Headings and cells for a table.
+    #[must_use]
+    pub fn table(&self) -> (Vec<&'static str>, Vec<Vec<String>>) {
+        let headings = vec![
+            "policy", "knob", "profiles", "cold p25", "cold p50", "cold p75", "cold %", "memory %",
+        ];
+        let cells = self
+            .rows
+            .iter()
+            .map(|row| {
+                vec![
+                    row.policy.clone(),
+                    row.knob.map_or(String::new(), |knob| format!("{knob:.5}")),
+                    row.profiles.to_string(),
+                    format!("{:.2}", row.cold_p25),
+                    format!("{:.2}", row.cold_p50),
+                    format!("{:.2}", row.cold_p75),
+                    format!("{:.3}", row.cold_total_pct),
+                    format!("{:.1}", row.memory_pct_of_fixed10),
+                ]
+            })
+            .collect();
+        (headings, cells)
+    }
+
+    /// One self-contained page.
+    #[must_use]
+    pub fn to_html(&self) -> String {
+        html::page(self)
+    }
+}

@@ -1,0 +1,427 @@
+//! Launch traces: what was launched when.
+//!
+//! Owns the in-memory trace and its readers: the CSV of Forelay's traces (`time_s, profile, owner`
+//! and optionally `count`, `duration_s`) and Azure Functions' published per-minute counts
+//! (`invocations_per_function_md.anon.d*.csv`: four key columns, then one column a minute), plain
+//! or gzipped. Refuses to know policies. Invariants: launches are ordered by time; rows that cannot
+//! be read are reported with their line number and never guessed.
+
+use flate2::read::MultiGzDecoder;
+use forelay_predict::time::{MINUTE_MS, Timestamp};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// A launch, or several of one profile at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// When.
+    pub at: Timestamp,
+    /// Index into [`Trace::profiles`].
+    pub profile: u32,
+    /// Index into [`Trace::owners`].
+    pub owner: u32,
+    /// How many at this moment, at least one.
+    pub count: u32,
+}
+
+/// What to do with a row that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnBadRow {
+    /// Leave it out and report it.
+    Skip,
+    /// Refuse the trace.
+    #[default]
+    Stop,
+}
+
+/// A row that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct BadRow {
+    /// Line in the file, the header is line 1.
+    pub line: u64,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// A whole trace.
+#[derive(Debug, Clone, Default)]
+pub struct Trace {
+    /// Launches by time.
+    pub launches: Vec<Launch>,
+    /// Names of profiles.
+    pub profiles: Vec<String>,
+    /// Names of owners.
+    pub owners: Vec<String>,
+    /// End of the observed time.
+    pub horizon: Timestamp,
+    /// Rows left out.
+    pub bad_rows: Vec<BadRow>,
+}
+
+/// Why a trace could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// The file could not be opened or read.
+    #[error("cannot read trace {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The header is of neither known form.
+    #[error(
+        "{path}: neither a launch trace (needs the columns time_s, profile, owner) nor Azure \
+         invocation counts (HashOwner, HashApp, HashFunction, Trigger, 1, 2, ...)"
+    )]
+    Header {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A row is unreadable and the caller asked to stop there.
+    #[error("{path}, line {line}: {reason} (use --on-bad-row skip to leave such rows out)")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// Line in the file.
+        line: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No row could be used.
+    #[error("{path}: no launches")]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Numbers names as they come.
+#[derive(Default)]
+struct Interner {
+    names: Vec<String>,
+    index: HashMap<String, u32>,
+}
+
+impl Interner {
+    fn key(&mut self, name: &str) -> u32 {
+        if let Some(&key) = self.index.get(name) {
+            return key;
+        }
+        let key = self.names.len() as u32;
+        self.names.push(name.to_owned());
+        self.index.insert(name.to_owned(), key);
+        key
+    }
+}
+
+struct Columns {
+    time: usize,
+    profile: usize,
+    owner: usize,
+    count: Option<usize>,
+}
+
+impl Trace {
+    /// Reads a trace; the format is told by the header, compression by the content.
+    ///
+    /// # Errors
+    /// If the file cannot be read, has an unknown header, a bad row (unless skipped) or no rows.
+    pub fn read(path: &Path, on_bad_row: OnBadRow) -> Result<Self, TraceError> {
+        let read_error = |source| TraceError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let file = File::open(path).map_err(read_error)?;
+        let mut reader = BufReader::new(file);
+        let magic = {
+            use std::io::BufRead as _;
+            reader
+                .fill_buf()
+                .map_err(read_error)?
+                .starts_with(&[0x1f, 0x8b])
+        };
+        let input: Box<dyn Read> = if magic {
+            Box::new(MultiGzDecoder::new(reader))
+        } else {
+            Box::new(reader)
+        };
+        let mut trace = Self::parse(input, path, on_bad_row)?;
+        if trace.launches.is_empty() {
+            return Err(TraceError::Empty {
+                path: path.to_owned(),
+            });
+        }
+        trace.finish();
+        Ok(trace)
+    }
+
+    fn parse(input: impl Read, path: &Path, on_bad_row: OnBadRow) -> Result<Self, TraceError> {
+        let mut rows = csv::ReaderBuilder::new()
+            .has_headers(false)
+            .flexible(true)
+            .trim(csv::Trim::All)
+            .from_reader(input);
+        let mut row = csv::StringRecord::new();
+        let header_error = || TraceError::Header {
+            path: path.to_owned(),
+        };
+        if !rows.read_record(&mut row).map_err(|_| header_error())? {
+            return Err(TraceError::Empty {
+                path: path.to_owned(),
+            });
+        }
+        let find = |name: &str| {
+            row.iter()
+                .position(|column| column.eq_ignore_ascii_case(name))
+        };
+        let wide = find("HashFunction").zip(find("HashOwner"));
+        let columns = match (find("time_s"), find("profile"), find("owner")) {
+            (Some(time), Some(profile), Some(owner)) => Some(Columns {
+                time,
+                profile,
+                owner,
+                count: find("count"),
+            }),
+            _ => None,
+        };
+        let minutes: Vec<(usize, i64)> = row
+            .iter()
+            .enumerate()
+            .filter_map(|(at, name)| name.parse::<i64>().ok().map(|minute| (at, minute - 1)))
+            .collect();
+        let mut builder = Builder::default();
+        loop {
+            match rows.read_record(&mut row) {
+                Ok(false) => break,
+                Ok(true) => {
+                    let outcome = match (&columns, wide) {
+                        (Some(columns), _) => builder.launch_row(&row, columns),
+                        (None, Some((function, owner))) if !minutes.is_empty() => {
+                            builder.minutes_row(&row, function, owner, &minutes)
+                        }
+                        _ => return Err(header_error()),
+                    };
+                    if let Err(reason) = outcome {
+                        let line = row.position().map_or(0, csv::Position::line);
+                        builder.bad_row(line, reason, path, on_bad_row)?;
+                    }
+                }
+                Err(error) => {
+                    if let csv::ErrorKind::Io(_) = error.kind() {
+                        let source = std::io::Error::other(error.to_string());
+                        return Err(TraceError::Read {
+                            path: path.to_owned(),
+                            source,
+                        });
+                    }
+                    let line = error.position().map_or(0, csv::Position::line);
+                    builder.bad_row(line, error.to_string(), path, on_bad_row)?;
+                }
+            }
+        }
+        Ok(builder.into_trace())
+    }
+
+    /// Orders launches and fixes the horizon: the end of the last minute for traces of whole
+    /// minutes, the last launch otherwise.
+    pub(crate) fn finish(&mut self) {
+        self.launches.sort_by_key(|launch| launch.at);
+        let whole_minutes = self
+            .launches
+            .iter()
+            .all(|launch| launch.at.0 % MINUTE_MS == 0);
+        let last = self
+            .launches
+            .last()
+            .map_or(Timestamp(0), |launch| launch.at);
+        self.horizon = if whole_minutes {
+            last.plus_ms(MINUTE_MS)
+        } else {
+            last
+        };
+    }
+
+    /// Launches per profile, repeats included.
+    #[must_use]
+    pub fn launch_counts(&self) -> Vec<u64> {
+        let mut counts = vec![0; self.profiles.len()];
+        for launch in &self.launches {
+            counts[launch.profile as usize] += u64::from(launch.count);
+        }
+        counts
+    }
+
+    /// First launch of the trace.
+    #[must_use]
+    pub fn start(&self) -> Timestamp {
+        self.launches
+            .first()
+            .map_or(Timestamp(0), |launch| launch.at)
+    }
+}
+
+#[derive(Default)]
+struct Builder {
+    profiles: Interner,
+    owners: Interner,
+    launches: Vec<Launch>,
+    bad_rows: Vec<BadRow>,
+}
+
+impl Builder {
+    fn bad_row(
+        &mut self,
+        line: u64,
+        reason: String,
+        path: &Path,
+        on_bad_row: OnBadRow,
+    ) -> Result<(), TraceError> {
+        match on_bad_row {
+            OnBadRow::Stop => Err(TraceError::Row {
+                path: path.to_owned(),
+                line,
+                reason,
+            }),
+            OnBadRow::Skip => {
+                self.bad_rows.push(BadRow { line, reason });
+                Ok(())
+            }
+        }
+    }
+
+    fn launch_row(&mut self, row: &csv::StringRecord, columns: &Columns) -> Result<(), String> {
+        let field = |index: usize, name: &str| {
+            row.get(index)
+                .filter(|value| !value.is_empty())
+                .ok_or_else(|| format!("no value in column {name}"))
+        };
+        let time = field(columns.time, "time_s")?;
+        let seconds: f64 = time
+            .parse()
+            .map_err(|_| format!("time_s is not a number: {time:?}"))?;
+        // Half of what milliseconds can hold, so that no difference overflows.
+        if !seconds.is_finite() || seconds.abs() > 4.0e15 {
+            return Err(format!("time_s is out of range: {time:?}"));
+        }
+        let profile = field(columns.profile, "profile")?;
+        let owner = field(columns.owner, "owner")?;
+        let count = match columns.count.and_then(|index| row.get(index)) {
+            None | Some("") => 1,
+            Some(text) => text
+                .parse::<u32>()
+                .ok()
+                .filter(|&count| count > 0)
+                .ok_or_else(|| format!("count is not a positive number: {text:?}"))?,
+        };
+        self.launches.push(Launch {
+            at: Timestamp::from_seconds(seconds),
+            profile: self.profiles.key(profile),
+            owner: self.owners.key(owner),
+            count,
+        });
+        Ok(())
+    }
+
+    fn minutes_row(
+        &mut self,
+        row: &csv::StringRecord,
+        function: usize,
+        owner: usize,
+        minutes: &[(usize, i64)],
+    ) -> Result<(), String> {
+        let profile = row
+            .get(function)
+            .filter(|v| !v.is_empty())
+            .ok_or("no HashFunction")?;
+        let owner = row
+            .get(owner)
+            .filter(|v| !v.is_empty())
+            .ok_or("no HashOwner")?;
+        let mut launches = Vec::new();
+        for &(column, minute) in minutes {
+            let text = row.get(column).unwrap_or("");
+            if text.is_empty() || text == "0" {
+                continue;
+            }
+            let count: u32 = text
+                .parse()
+                .map_err(|_| format!("minute {} is not a count: {text:?}", minute + 1))?;
+            launches.push((Timestamp(minute * MINUTE_MS), count));
+        }
+        let profile = self.profiles.key(profile);
+        let owner = self.owners.key(owner);
+        self.launches
+            .extend(launches.into_iter().map(|(at, count)| Launch {
+                at,
+                profile,
+                owner,
+                count,
+            }));
+        Ok(())
+    }
+
+    fn into_trace(self) -> Trace {
+        Trace {
+            launches: self.launches,
+            profiles: self.profiles.names,
+            owners: self.owners.names,
+            horizon: Timestamp(0),
+            bad_rows: self.bad_rows,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str, on_bad_row: OnBadRow) -> Result<Trace, TraceError> {
+        let mut trace = Trace::parse(text.as_bytes(), Path::new("t.csv"), on_bad_row)?;
+        trace.finish();
+        Ok(trace)
+    }
+
+    #[test]
+    fn rows_are_ordered_and_counted() {
+        let text = "time_s,profile,owner,count\n60,b,x,2\n0,a,x,1\n";
+        let trace = parse(text, OnBadRow::Stop).unwrap();
+        assert_eq!(trace.launches[0].at, Timestamp(0));
+        assert_eq!(trace.launch_counts(), vec![2, 1]);
+        assert_eq!(trace.horizon, Timestamp(120_000));
+    }
+
+    #[test]
+    fn bad_rows_have_their_line() {
+        let text =
+            "time_s,profile,owner,count\n0,a,x,1\nnan,a,x,1\n5,,x,1\n9,a,x,0\n1e300,a,x,1\n7";
+        let error = parse(text, OnBadRow::Stop).unwrap_err().to_string();
+        assert!(error.contains("line 3"), "{error}");
+        let trace = parse(text, OnBadRow::Skip).unwrap();
+        assert_eq!(trace.launches.len(), 1);
+        let lines: Vec<u64> = trace.bad_rows.iter().map(|bad| bad.line).collect();
+        assert_eq!(lines, [3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn azure_columns_are_minutes() {
+        let text =
+            "HashOwner,HashApp,HashFunction,Trigger,1,2,3\no,a,f,http,0,4,1\no,a,g,timer,1,x,0\n";
+        let trace = parse(text, OnBadRow::Skip).unwrap();
+        assert_eq!(trace.profiles, ["f"]);
+        assert_eq!(trace.launches[0].at, Timestamp(60_000));
+        assert_eq!(trace.launches[0].count, 4);
+        assert_eq!(trace.bad_rows[0].line, 3);
+    }
+
+    #[test]
+    fn an_unknown_header_is_refused() {
+        assert!(matches!(
+            parse("a,b\n1,2\n", OnBadRow::Skip),
+            Err(TraceError::Header { .. })
+        ));
+    }
+}
