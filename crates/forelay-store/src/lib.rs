@@ -14,6 +14,7 @@
 pub mod disk_cache;
 pub mod error;
 pub mod fetch;
+pub mod gc;
 pub mod images;
 pub mod import;
 pub mod layout;
@@ -23,6 +24,7 @@ pub mod repositories;
 pub mod repository;
 pub mod sealed;
 pub mod store;
+pub mod verify;
 
 pub use error::StoreError;
 pub use fetch::{FetchConfig, FetchError, Prefetch, PrefetchItem, Priority, Scheduler};

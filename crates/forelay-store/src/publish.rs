@@ -10,7 +10,7 @@
 //!
 //! Invariant: every chunk read from the image file has the digest that the index names.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -127,33 +127,55 @@ impl Store {
             .await
             .map_err(|error| StoreError::Inconsistent(error.to_string()))??;
         let locations = locate(component, chunks, &places)?;
-        let reused: BTreeSet<Digest> = locations
-            .packs
-            .iter()
-            .filter(|pack| !fresh.contains(pack))
-            .copied()
-            .collect();
-        repository
-            .put_if_absent(&layout::chunk_index(chunks.image), chunks.encode().into())
-            .await?;
-        // Locations found in the repository are another publication's and as good.
-        repository
-            .put_if_absent(&layout::locations(chunks.image), locations.encode().into())
-            .await?;
-        if !self.all_standing(&reused).await? {
-            repository.delete(&layout::locations(chunks.image)).await?;
+        if !self.put_indexes(chunks, &locations, &fresh).await? {
             return Ok(None);
         }
         let metadata = component.canonical_json();
         let put = repository
             .put_if_absent(&layout::component(component.id()), metadata.into())
             .await?;
+        // A collector that had listed the image as dead may have been at work: from here
+        // on the image is live, so what is there now stays.
+        if !self.put_indexes(chunks, &locations, &fresh).await? {
+            return Ok(None);
+        }
         let created = put == Put::Created;
         Ok(Some(Published {
             id: component.id(),
             created,
             progress: last,
         }))
+    }
+
+    /// Puts chunk index and locations, and checks that what they name stands. Indexes
+    /// found in the repository are another publication's, and as good if they stand.
+    async fn put_indexes(
+        &self,
+        chunks: &ChunkIndex,
+        locations: &Locations,
+        fresh: &HashSet<Digest>,
+    ) -> Result<bool, StoreError> {
+        let repository = &self.0.repository;
+        let image = chunks.image;
+        repository.delete(&layout::condemned(image)).await?;
+        repository
+            .put_if_absent(&layout::chunk_index(image), chunks.encode().into())
+            .await?;
+        let key = layout::locations(image);
+        let put = repository
+            .put_if_absent(&key, locations.encode().into())
+            .await?;
+        let standing = match put {
+            Put::Created => self.all_standing(&locations.packs, fresh).await?,
+            Put::Present => match Locations::decode(&repository.get(&key).await?) {
+                Ok(found) => self.all_standing(&found.packs, fresh).await?,
+                Err(_) => false,
+            },
+        };
+        if !standing {
+            repository.delete(&key).await?;
+        }
+        Ok(standing)
     }
 
     async fn put_pack(&self, pack: &FinishedPack) -> Result<(), StoreError> {
@@ -220,9 +242,13 @@ impl Store {
             .collect())
     }
 
-    /// True if none of the packs is condemned or gone.
-    async fn all_standing(&self, packs: &BTreeSet<Digest>) -> Result<bool, StoreError> {
-        if packs.is_empty() {
+    /// True if none of the packs is condemned or gone; `fresh` ones have just been put.
+    async fn all_standing(
+        &self,
+        packs: &[Digest],
+        fresh: &HashSet<Digest>,
+    ) -> Result<bool, StoreError> {
+        if packs.iter().all(|pack| fresh.contains(pack)) {
             return Ok(true);
         }
         let condemned = self.condemned().await?;

@@ -1,0 +1,216 @@
+//! Garbage collection: deletes what no component refers to.
+//!
+//! Roots are all visible components and the images that the caller names (those of locks
+//! in use). Live are the chunk index and locations of each root image and the packs that
+//! live locations name; of everything else the collector first only *condemns*: it puts
+//! a mark `condemned/<digest>`. A later run deletes what is still dead once its mark is
+//! older than the grace period. Publishers do not reuse condemned packs, take marks off
+//! what they revive, and look again before and after they make a component visible, so a
+//! publication is safe unless it takes longer than the grace period.
+//!
+//! Refuses to rewrite packs: a pack with one live chunk stays whole.
+//!
+//! Invariant: locations go before the packs that they name, so nothing visible ever
+//! names a pack that gc has deleted.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::{Duration, SystemTime};
+
+use forelay_image::Digest;
+
+use crate::error::StoreError;
+use crate::layout;
+use crate::pack::Locations;
+use crate::repository::{Object, Put};
+use crate::store::{Store, decode_component};
+
+/// What to collect.
+#[derive(Clone, Debug)]
+pub struct GcOptions {
+    /// Images that are in use besides those of visible components.
+    pub images_in_use: Vec<Digest>,
+    /// How long something must have been condemned before it is deleted. Must exceed
+    /// the longest publication.
+    pub grace: Duration,
+}
+
+impl Default for GcOptions {
+    fn default() -> Self {
+        Self {
+            images_in_use: Vec::new(),
+            grace: Duration::from_secs(24 * 3600),
+        }
+    }
+}
+
+/// What a collection did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct GcReport {
+    /// Visible components.
+    pub components: u64,
+    /// Images that are live.
+    pub live_images: u64,
+    /// Packs that are live.
+    pub live_packs: u64,
+    /// Images and packs condemned by this run.
+    pub condemned: u64,
+    /// Images and packs deleted.
+    pub deleted: u64,
+    /// Bytes given back.
+    pub freed_bytes: u64,
+    /// Images and packs that were condemned and are live again.
+    pub revived: u64,
+}
+
+/// Objects by the digest in their keys.
+type Objects = BTreeMap<Digest, Vec<Object>>;
+
+impl Store {
+    /// Collects garbage. The first run condemns, a run after the grace period deletes.
+    pub async fn gc(&self, options: &GcOptions) -> Result<GcReport, StoreError> {
+        self.check_writable()?;
+        let mut report = GcReport::default();
+        // Listed before the roots: what is published meanwhile is not in these lists.
+        let mut images = self.objects(layout::CHUNKS, &[".idx"]).await?;
+        for (image, objects) in self.objects(layout::LOCATIONS, &[".loc"]).await? {
+            images.entry(image).or_default().extend(objects);
+        }
+        let packs = self.objects(layout::PACKS, &[".pack", ".idx"]).await?;
+        let marks = self.objects(layout::CONDEMNED, &[""]).await?;
+
+        let mut live_images = self.root_images(&mut report).await?;
+        live_images.extend(&options.images_in_use);
+        let mut live_packs = BTreeSet::new();
+        for image in images.keys() {
+            // Also of dead images: their packs fall when they have.
+            live_packs.extend(self.packs_of(*image).await?);
+        }
+        report.live_images = images
+            .keys()
+            .filter(|image| live_images.contains(image))
+            .count() as u64;
+        report.live_packs = packs
+            .keys()
+            .filter(|pack| live_packs.contains(pack))
+            .count() as u64;
+
+        let sweep = Sweep {
+            store: self,
+            marks: &marks,
+            grace: options.grace,
+        };
+        // Locations before chunk indexes, so that half a deletion leaves no locations.
+        for objects in images.values_mut() {
+            objects.reverse();
+        }
+        sweep
+            .run(&images, |image| live_images.contains(image), &mut report)
+            .await?;
+        sweep
+            .run(&packs, |pack| live_packs.contains(pack), &mut report)
+            .await?;
+        Ok(report)
+    }
+
+    async fn objects(&self, folder: &str, suffixes: &[&str]) -> Result<Objects, StoreError> {
+        let mut objects = Objects::new();
+        for object in self.0.repository.list(folder).await? {
+            let digest = suffixes
+                .iter()
+                .find_map(|suffix| layout::digest_in(&object.key, folder, suffix));
+            if let Some(digest) = digest {
+                objects.entry(digest).or_default().push(object);
+            }
+        }
+        Ok(objects)
+    }
+
+    /// Images of visible components. Metadata that cannot be read stops the collection:
+    /// what it refers to is not known.
+    async fn root_images(&self, report: &mut GcReport) -> Result<HashSet<Digest>, StoreError> {
+        let mut images = HashSet::new();
+        for id in self
+            .objects(layout::COMPONENTS, &[".json"])
+            .await?
+            .into_keys()
+        {
+            let key = layout::component(id);
+            let bytes = match self.0.repository.get(&key).await {
+                Err(error) if error.is_not_found() => continue,
+                other => other?,
+            };
+            let component = decode_component(id, &bytes)
+                .map_err(|problem| StoreError::Corrupted { key, problem })?;
+            images.insert(component.image.digest);
+            report.components += 1;
+        }
+        Ok(images)
+    }
+
+    async fn packs_of(&self, image: Digest) -> Result<Vec<Digest>, StoreError> {
+        let key = layout::locations(image);
+        let bytes = match self.0.repository.get(&key).await {
+            Err(error) if error.is_not_found() => return Ok(Vec::new()),
+            other => other?,
+        };
+        let locations = Locations::decode(&bytes).map_err(|error| StoreError::Corrupted {
+            key,
+            problem: error.to_string(),
+        })?;
+        Ok(locations.packs)
+    }
+}
+
+struct Sweep<'a> {
+    store: &'a Store,
+    marks: &'a Objects,
+    grace: Duration,
+}
+
+impl Sweep<'_> {
+    async fn run(
+        &self,
+        objects: &Objects,
+        is_live: impl Fn(&Digest) -> bool,
+        report: &mut GcReport,
+    ) -> Result<(), StoreError> {
+        let repository = &self.store.0.repository;
+        for (digest, objects) in objects {
+            let mark = layout::condemned(*digest);
+            let marked = self.marks.get(digest).and_then(|marks| marks.first());
+            match (is_live(digest), marked) {
+                (true, None) => {}
+                (true, Some(_)) => {
+                    repository.delete(&mark).await?;
+                    report.revived += 1;
+                }
+                (false, None) => {
+                    // Objects younger than the grace period may belong to a publication.
+                    if objects.iter().all(|object| age(object) >= self.grace) {
+                        let put = repository.put_if_absent(&mark, Vec::new().into()).await?;
+                        report.condemned += u64::from(put == Put::Created);
+                    }
+                }
+                (false, Some(object)) => {
+                    // A publisher may have taken the mark off since it was listed.
+                    if age(object) < self.grace || repository.get(&mark).await.is_err() {
+                        continue;
+                    }
+                    for object in objects {
+                        repository.delete(&object.key).await?;
+                        report.freed_bytes += object.bytes;
+                    }
+                    repository.delete(&mark).await?;
+                    report.deleted += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn age(object: &Object) -> Duration {
+    SystemTime::now()
+        .duration_since(object.modified)
+        .unwrap_or_default()
+}

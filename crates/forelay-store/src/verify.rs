@@ -1,0 +1,203 @@
+//! Verification: reads everything in a repository and checks that it is what it says.
+//!
+//! Every pack is hashed and every chunk in it unpacked; every component, chunk index and
+//! locations object is decoded and checked against the packs. Goes on after a problem,
+//! so that one run finds all of them.
+//!
+//! Refuses to repair. Invariant: a repository without problems can serve every byte of
+//! every component.
+
+use std::collections::HashMap;
+
+use forelay_image::{ChunkIndex, Digest};
+
+use crate::error::StoreError;
+use crate::images::ImageMap;
+use crate::layout;
+use crate::pack::{Locations, PackIndex, open_frame};
+use crate::store::{Store, decode_component};
+
+/// How far a verification is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct VerifyProgress {
+    /// Packs read.
+    pub packs: u64,
+    /// Packs that there are.
+    pub total_packs: u64,
+    /// Chunks unpacked and hashed.
+    pub chunks: u64,
+    /// Bytes read from the repository.
+    pub bytes: u64,
+    /// Components checked.
+    pub components: u64,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Finding {
+    /// Key of the object.
+    pub key: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct VerifyReport {
+    /// What was read.
+    pub progress: VerifyProgress,
+    /// What is wrong, in the order of keys.
+    pub findings: Vec<Finding>,
+}
+
+impl Store {
+    /// Reads and checks the whole repository. Fails only if it cannot be listed.
+    pub async fn verify(
+        &self,
+        progress: &(dyn Fn(VerifyProgress) + Send + Sync),
+    ) -> Result<VerifyReport, StoreError> {
+        let mut report = VerifyReport::default();
+        let mut indexes: HashMap<Digest, PackIndex> = HashMap::new();
+        let listed = self.0.repository.list(layout::PACKS).await?;
+        let packs: Vec<Digest> = listed
+            .iter()
+            .filter_map(|object| layout::digest_in(&object.key, layout::PACKS, ".idx"))
+            .collect();
+        report.progress.total_packs = packs.len() as u64;
+        for pack in packs {
+            if let Some(index) = self.verify_pack(pack, &mut report).await {
+                indexes.insert(pack, index);
+            }
+            report.progress.packs += 1;
+            progress(report.progress);
+        }
+        for object in self.0.repository.list(layout::COMPONENTS).await? {
+            let problem = match layout::digest_in(&object.key, layout::COMPONENTS, ".json") {
+                Some(id) => self.verify_component(id, &indexes).await.err(),
+                None => Some("its name is not that of a component".to_owned()),
+            };
+            let key = object.key;
+            report
+                .findings
+                .extend(problem.map(|problem| Finding { key, problem }));
+            report.progress.components += 1;
+            progress(report.progress);
+        }
+        report.findings.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(report)
+    }
+
+    /// The pack's index, if the index itself is good.
+    async fn verify_pack(&self, pack: Digest, report: &mut VerifyReport) -> Option<PackIndex> {
+        let repository = &self.0.repository;
+        let mut found =
+            |key: String, problem: String| report.findings.push(Finding { key, problem });
+        let key = layout::pack_index(pack);
+        let decoded = match repository.get(&key).await {
+            Ok(bytes) => PackIndex::decode(&bytes).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let index = match decoded {
+            Ok(index) if index.pack == pack => index,
+            Ok(_) => {
+                found(key, "it is the index of another pack".into());
+                return None;
+            }
+            Err(problem) => {
+                found(key, problem);
+                return None;
+            }
+        };
+        let key = layout::pack(pack);
+        let bytes = match repository.get(&key).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                found(key, error.to_string());
+                return Some(index);
+            }
+        };
+        report.progress.bytes += bytes.len() as u64;
+        let work = move || {
+            let mut problems = Vec::new();
+            if Digest::of(&bytes) != pack {
+                problems.push(format!(
+                    "its {} bytes do not have the digest that its name says",
+                    bytes.len()
+                ));
+            }
+            for entry in &index.entries {
+                let range =
+                    entry.offset as usize..entry.offset as usize + entry.stored_bytes as usize;
+                let opened = bytes
+                    .get(range)
+                    .ok_or_else(|| "it lies beyond the pack's end".to_owned())
+                    .and_then(|frame| {
+                        open_frame(frame, entry.chunk_bytes, entry.chunk)
+                            .map_err(|error| error.to_string())
+                    });
+                if let Err(problem) = opened {
+                    problems.push(format!(
+                        "chunk {} at byte {}: {problem}",
+                        entry.chunk, entry.offset
+                    ));
+                }
+            }
+            (index, problems)
+        };
+        let (index, problems) = tokio::task::spawn_blocking(work).await.ok()?;
+        report.progress.chunks += index.entries.len() as u64;
+        report
+            .findings
+            .extend(problems.into_iter().map(|problem| Finding {
+                key: key.clone(),
+                problem,
+            }));
+        Some(index)
+    }
+
+    async fn verify_component(
+        &self,
+        id: Digest,
+        indexes: &HashMap<Digest, PackIndex>,
+    ) -> Result<(), String> {
+        let get = async |key: String| {
+            self.0
+                .repository
+                .get(&key)
+                .await
+                .map_err(|error| error.to_string())
+        };
+        let component = decode_component(id, &get(layout::component(id)).await?)?;
+        let image = component.image.digest;
+        let index = ChunkIndex::decode(&get(layout::chunk_index(image)).await?)
+            .map_err(|error| format!("chunk index of image {image}: {error}"))?;
+        let locations = Locations::decode(&get(layout::locations(image)).await?)
+            .map_err(|error| format!("locations of image {image}: {error}"))?;
+        if index.image != image || locations.image != component.image {
+            return Err(format!("the indexes of image {image} are of another image"));
+        }
+        let map = ImageMap::new(index, locations)?;
+        for (chunk_no, chunk) in map.index.chunks.iter().enumerate() {
+            let located = map.location(chunk_no as u32);
+            let there = located.is_some_and(|(pack, location)| {
+                indexes.get(&pack).is_some_and(|index| {
+                    let at = index
+                        .entries
+                        .binary_search_by_key(&location.offset, |entry| entry.offset);
+                    at.is_ok_and(|at| {
+                        let entry = index.entries[at];
+                        entry.chunk == chunk.digest
+                            && entry.stored_bytes == location.stored_bytes
+                            && entry.chunk_bytes == chunk.len
+                    })
+                })
+            });
+            if !there {
+                return Err(format!(
+                    "chunk {chunk_no} of image {image} is in no readable pack"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
