@@ -1,4 +1,4 @@
-//! Map images: composed from layers, read back, and mounted by the kernel.
+//! Helpers to build and compose small images, and the simplest use of them.
 
 use std::io::Cursor;
 
@@ -7,8 +7,6 @@ use forelay_image::erofs::merge::{ComposeOptions, Composed, Layer, MapLayout, co
 use forelay_image::erofs::read::{Image, ReadAt};
 use forelay_image::erofs::write::{Written, write_image};
 use forelay_image::tree::{Attributes, FileData, Kind, Node, Tree};
-
-use crate::referee::{Mount, run, skip};
 
 pub struct Built {
     pub bytes: Vec<u8>,
@@ -85,30 +83,4 @@ fn later_layers_win_and_own_files_stand_above_all() {
         .map(|c| c.path.as_slice())
         .collect();
     assert_eq!(conflicts, [b"/etc/b"]);
-}
-
-#[test]
-fn privileged_kernel_mounts_a_map_image_over_component_devices() {
-    if skip(
-        "privileged_kernel_mounts_a_map_image",
-        &["mount", "losetup", "fsck.erofs"],
-    ) {
-        return;
-    }
-    let base = build(&tree(&[("/etc/a", b"base a"), ("/etc/b", &[7; 9000])]));
-    let top = build(&tree(&[("/etc/b", b"top b"), ("/opt/new", &[9; 5000])]));
-    let own = tree(&[("/etc/hostname", b"vm")]);
-    let composed = compose_all(&[&base, &top], &own, MapLayout::Devices);
-    let dir = tempfile::tempdir().unwrap();
-    let path = |name: &str| dir.path().join(name);
-    std::fs::write(path("base"), &base.bytes).unwrap();
-    std::fs::write(path("top"), &top.bytes).unwrap();
-    std::fs::write(path("map"), &composed.map_image).unwrap();
-    run("fsck.erofs", &[path("base").to_str().unwrap()]);
-    let mount = Mount::new(&path("map"), &[path("base"), path("top")], &path("mnt"));
-    let read = |name: &str| std::fs::read(mount.point.join(name)).unwrap();
-    assert_eq!(read("etc/a"), b"base a");
-    assert_eq!(read("etc/b"), b"top b");
-    assert_eq!(read("opt/new"), [9; 5000]);
-    assert_eq!(read("etc/hostname"), b"vm");
 }

@@ -31,18 +31,18 @@ fn read_directory(
         let name = entry.file_name();
         let metadata = fs::symlink_metadata(&path).unwrap();
         let key = (metadata.dev(), metadata.ino());
-        if !metadata.is_dir() && metadata.nlink() > 1 {
-            if let Some(&target) = linked.get(&key) {
-                tree.link(parent, name.as_bytes(), target).unwrap();
-                continue;
-            }
+        if let Some(&target) = linked.get(&key) {
+            tree.link(parent, name.as_bytes(), target).unwrap();
+            continue;
         }
         let node = Node {
             attributes: attributes(&path, &metadata),
             kind: kind(&path, &metadata),
         };
         let id = tree.insert(parent, name.as_bytes(), node).unwrap();
-        linked.insert(key, id);
+        if !metadata.is_dir() && metadata.nlink() > 1 {
+            linked.insert(key, id);
+        }
         if metadata.is_dir() {
             read_directory(&path, id, tree, linked);
         }

@@ -3,4 +3,9 @@
 
 mod compose;
 mod host_tree;
+mod hostile;
+mod images;
+mod kernel;
+mod layers;
+mod model;
 mod referee;

@@ -172,12 +172,19 @@ impl<'a> Source<'a> {
     /// Where the data of a checked directory or symlink lies: whole blocks, then the tail.
     pub(super) fn data(&self, at: u32, record: &InodeRecord) -> [Range<usize>; 2] {
         let size = record.size as usize;
-        let start = record.union as usize * BLOCK_BYTES as usize;
-        if record.layout == DataLayout::Plain {
-            return [start..start + size, 0..0];
-        }
-        let tail_len = size % BLOCK_BYTES as usize;
-        let tail = at as usize + (record.header_bytes + record.xattr_bytes) as usize;
+        let tail_len = match record.layout {
+            DataLayout::Inline => size % BLOCK_BYTES as usize,
+            _ => 0,
+        };
+        // Without whole blocks the block address means nothing.
+        let start = match size - tail_len {
+            0 => 0,
+            _ => record.union as usize * BLOCK_BYTES as usize,
+        };
+        let tail = match tail_len {
+            0 => 0,
+            _ => at as usize + (record.header_bytes + record.xattr_bytes) as usize,
+        };
         [start..start + size - tail_len, tail..tail + tail_len]
     }
 

@@ -27,9 +27,8 @@ pub enum SourceError {
         /// What the system said.
         source: io::Error,
     },
-    /// The host file is shorter than it was when the tree was made, or its bytes changed
-    /// while the image was written.
-    #[error("{path} changed while the image was written")]
+    /// The host file is shorter than it was when the tree was made.
+    #[error("{path} became shorter while the image was written")]
     Changed {
         /// Path on the host.
         path: String,
@@ -172,9 +171,10 @@ pub(super) struct Writer<'a, W> {
     offset: u64,
     /// Where the output's own cursor stands.
     cursor: u64,
-    /// End of the last bytes written or skipped.
     buffer: Vec<u8>,
     padded: Vec<u8>,
+    /// Digest of a full piece of zeros: huge sparse files have many.
+    zeros: Option<Digest>,
 }
 
 impl<'a, W: Write + Seek> Writer<'a, W> {
@@ -192,6 +192,7 @@ impl<'a, W: Write + Seek> Writer<'a, W> {
             cursor: offset,
             buffer: Vec::new(),
             padded: Vec::new(),
+            zeros: None,
         }
     }
 
@@ -216,12 +217,18 @@ impl<'a, W: Write + Seek> Writer<'a, W> {
             &padded
         };
         self.hasher.update(bytes);
+        let is_zero = bytes.iter().all(|&byte| byte == 0);
+        let digest = if is_zero && bytes.len() as u64 == MAX_CHUNK_BYTES {
+            *self.zeros.get_or_insert_with(|| Digest::of(bytes))
+        } else {
+            Digest::of(bytes)
+        };
         self.chunks.push(Chunk {
             offset: self.offset,
             len: bytes.len() as u32,
-            digest: Digest::of(bytes),
+            digest,
         });
-        if bytes.iter().any(|&byte| byte != 0) {
+        if !is_zero {
             if self.cursor != self.offset {
                 self.out.seek(SeekFrom::Start(self.offset))?;
             }

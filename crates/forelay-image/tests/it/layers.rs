@@ -1,0 +1,214 @@
+//! Composing: compared with the plain model, and rule by rule.
+
+use forelay_image::Digest;
+use forelay_image::erofs::merge::{
+    ComposeError, ComposeOptions, Composed, FileConflict, MapLayout, compose,
+};
+use forelay_image::erofs::read::{Image, ReadAt, ReadError};
+use forelay_image::tree::{Attributes, Kind, Node, Tree};
+use proptest::prelude::*;
+
+use crate::compose::{Built, build, compose_all, file, tree};
+use crate::images::{check_links, one_of_everything};
+use crate::model::{self, Model};
+
+fn components(built: &[&Built]) -> Vec<(Digest, Vec<u8>)> {
+    let pairs = built.iter();
+    pairs
+        .map(|built| (built.written.image.digest, built.bytes.clone()))
+        .collect()
+}
+
+/// Opens a composed image with its components and hands it to `check`.
+fn with_image<R>(composed: &Composed, built: &[&Built], check: impl FnOnce(&Image<'_>) -> R) -> R {
+    let components = components(built);
+    let sources: Vec<(Digest, &dyn ReadAt)> = components
+        .iter()
+        .map(|(digest, bytes)| (*digest, bytes as &dyn ReadAt))
+        .collect();
+    check(&Image::open_multi(&composed.map_image, &sources).unwrap())
+}
+
+/// The flat disk: the map image, then each component at its place.
+pub fn flat_disk(composed: &Composed, built: &[&Built]) -> Vec<u8> {
+    let mut disk = composed.map_image.clone();
+    for device in &composed.devices {
+        let component = built
+            .iter()
+            .find(|built| built.written.image.digest == device.image);
+        disk.resize(device.mapped_block as usize * 4096, 0);
+        disk.extend(&component.unwrap().bytes);
+    }
+    disk
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn composed_layers_equal_the_model(
+        trees in prop::collection::vec(model::tree(25), 1..5),
+        own in model::tree(8),
+    ) {
+        let built: Vec<Built> = trees.iter().map(build).collect();
+        let built: Vec<&Built> = built.iter().collect();
+        let expected = Model::stack(trees.iter().chain([&own])).describe();
+        let composed = compose_all(&built, &own, MapLayout::Devices);
+        let read = with_image(&composed, &built, |image| {
+            check_links(image);
+            image.to_tree(1 << 30).unwrap()
+        });
+        prop_assert_eq!(&model::describe(&read), &expected);
+        let flat = compose_all(&built, &own, MapLayout::Flat);
+        let disk = flat_disk(&flat, &built);
+        let read = Image::open(&disk).unwrap().to_tree(1 << 30).unwrap();
+        prop_assert_eq!(&model::describe(&read), &expected);
+        let again = compose_all(&built, &own, MapLayout::Devices);
+        prop_assert_eq!(again.digest, composed.digest);
+        prop_assert_eq!(again.map_image, composed.map_image);
+    }
+}
+
+fn with_attributes(mode: u16, xattr: Option<(&str, &str)>, kind: Kind) -> Node {
+    let mut attributes = Attributes::with_mode(mode);
+    attributes.mtime_s = 1;
+    let xattr = xattr.into_iter();
+    attributes
+        .xattrs
+        .extend(xattr.map(|(name, value)| (name.into(), value.into())));
+    Node { attributes, kind }
+}
+
+fn paths(composed: &Composed, built: &[&Built]) -> Vec<String> {
+    with_image(composed, built, |image| {
+        let mut paths = Vec::new();
+        let walked = image.walk(|path, _| {
+            paths.push(String::from_utf8_lossy(path).into_owned());
+            Ok::<(), ReadError>(())
+        });
+        walked.unwrap();
+        paths
+    })
+}
+
+#[test]
+fn whiteouts_and_opaque_directories_hide_what_lies_below() {
+    let base = tree(&[("/a/1", b"1"), ("/a/2", b"2"), ("/b/1", b"1"), ("/c", b"c")]);
+    let mut top = tree(&[("/b/2", b"2")]);
+    let whiteout = Kind::CharDevice { major: 0, minor: 0 };
+    for path in [&b"/a/1"[..], b"/c", b"/never-there"] {
+        let node = with_attributes(0, None, whiteout.clone());
+        top.insert_path(path, node).unwrap();
+    }
+    let b = top.lookup(b"/b").unwrap();
+    let opaque = (b"trusted.overlay.opaque".to_vec(), b"y".to_vec());
+    top.node_mut(b).attributes.xattrs.extend([opaque]);
+    let (base, top) = (build(&base), build(&top));
+    let composed = compose_all(&[&base, &top], &Tree::new(), MapLayout::Devices);
+    assert_eq!(
+        paths(&composed, &[&base, &top]),
+        ["", "/a", "/a/2", "/b", "/b/2"]
+    );
+    assert!(composed.conflicts.is_empty());
+}
+
+#[test]
+fn a_directory_that_is_only_implied_keeps_the_attributes_below() {
+    let mut base = Tree::new();
+    let sticky = with_attributes(0o1777, None, Kind::Directory(Default::default()));
+    base.insert_path(b"/tmp", sticky).unwrap();
+    let base = build(&base);
+    let own = tree(&[("/tmp/file", b"x")]);
+    let composed = compose_all(&[&base], &own, MapLayout::Devices);
+    with_image(&composed, &[&base], |image| {
+        let tmp = image.lookup(b"/tmp").unwrap().unwrap();
+        assert_eq!(tmp.record.mode, 0o1777);
+    });
+}
+
+#[test]
+fn conflicts_are_differences_that_matter() {
+    let mut early = file(b"same");
+    early.attributes.mtime_s = 1;
+    let mut base = tree(&[("/differs", b"one"), ("/size", b"12"), ("/own", b"base")]);
+    let mut top = tree(&[("/differs", b"two"), ("/size", b"123"), ("/same", b"same")]);
+    base.insert_path(b"/same", early).unwrap();
+    base.insert_path(b"/mode", with_attributes(0o644, None, file(b"m").kind))
+        .unwrap();
+    top.insert_path(b"/mode", with_attributes(0o755, None, file(b"m").kind))
+        .unwrap();
+    let xattr = Some(("user.x", "1"));
+    base.insert_path(b"/xattr", with_attributes(0o644, xattr, file(b"m").kind))
+        .unwrap();
+    top.insert_path(b"/xattr", with_attributes(0o644, None, file(b"m").kind))
+        .unwrap();
+    // usrmerge: a package that ships /lib as a directory over the base's symlink.
+    let link = Kind::Symlink(b"usr/lib".to_vec());
+    base.insert_path(b"/lib", with_attributes(0o777, None, link.clone()))
+        .unwrap();
+    base.insert_path(b"/link", with_attributes(0o777, None, link.clone()))
+        .unwrap();
+    top.insert_path(b"/link", with_attributes(0o777, None, link))
+        .unwrap();
+    top.insert_path(b"/lib/x", file(b"")).unwrap();
+    let (base, top) = (build(&base), build(&top));
+    let own = tree(&[("/own", b"own")]);
+    let composed = compose_all(&[&base, &top], &own, MapLayout::Devices);
+    let expected: Vec<FileConflict> = ["/differs", "/lib", "/mode", "/size", "/xattr"]
+        .iter()
+        .map(|path| FileConflict {
+            path: path.as_bytes().to_vec(),
+            winner: 1,
+            loser: 0,
+        })
+        .collect();
+    assert_eq!(composed.conflicts, expected);
+    // Without chunk indexes equal content cannot be known.
+    let mut layers = [base.layer(), top.layer()];
+    layers[1].chunks = None;
+    let blind = compose(&layers, &own, ComposeOptions::default()).unwrap();
+    assert_eq!(blind.conflicts.len(), expected.len() + 1);
+}
+
+#[test]
+fn a_component_given_twice_is_one_device() {
+    let one = build(&tree(&[("/a", b"a")]));
+    let composed = compose_all(&[&one, &one], &Tree::new(), MapLayout::Devices);
+    assert_eq!(composed.devices.len(), 1);
+    assert_eq!(paths(&composed, &[&one]), ["", "/a"]);
+}
+
+#[test]
+fn content_of_a_component_that_is_not_open_names_it() {
+    let one = build(&tree(&[("/a", b"a")]));
+    let composed = compose_all(&[&one], &Tree::new(), MapLayout::Devices);
+    let image = Image::open(&composed.map_image).unwrap();
+    let inode = image.lookup(b"/a").unwrap().unwrap();
+    let error = image.read_whole(&inode, 100).unwrap_err();
+    let hex = one.written.image.digest.hex();
+    assert!(matches!(error, ReadError::DeviceMissing { tag, .. } if tag == hex));
+    let extents = image.extents_of(&inode).unwrap();
+    assert_eq!(extents[0].device, 1);
+    assert_eq!(extents[0].extent.offset, one.written.image.metadata_bytes);
+}
+
+#[test]
+fn metadata_of_another_image_is_refused() {
+    let one = build(&tree(&[("/a", b"a")]));
+    let mut layer = one.layer();
+    layer.image = Digest::of(b"other");
+    let error = compose(&[layer], &Tree::new(), ComposeOptions::default()).unwrap_err();
+    assert!(matches!(error, ComposeError::Identity { .. }));
+}
+
+#[test]
+fn golden_digest_of_a_map_image() {
+    let base = build(&one_of_everything());
+    let top = build(&tree(&[("/usr/share/many/name-0001", b"top")]));
+    let own = tree(&[("/etc/hostname", b"vm")]);
+    let composed = compose_all(&[&base, &top], &own, MapLayout::Devices);
+    assert_eq!(
+        composed.digest.to_string(),
+        "sha256:91808569f8e8b303ffb8e3da4093560d1549dc1ff2f1cc4f5d1edfe29a2cab2a"
+    );
+}

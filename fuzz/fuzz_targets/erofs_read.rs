@@ -1,0 +1,19 @@
+//! Any bytes as an image: everything that the reader offers either works or says why not.
+#![no_main]
+
+use forelay_image::erofs::read::{Image, ReadError};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(image) = Image::open(&bytes) else {
+        return;
+    };
+    let _ = image.file_extents();
+    let _ = image.lookup(b"usr/bin/x");
+    let _ = image.to_tree(1 << 20);
+    let _ = image.walk(|_, inode| {
+        let _ = image.xattrs(inode);
+        let _ = image.read_link(inode);
+        Ok::<(), ReadError>(())
+    });
+});
