@@ -28,6 +28,37 @@ pub struct LaunchRequest {
     pub prefetch: PrefetchMode,
 }
 
+/// A request to map a manifest's devices and fill shared memory ahead of a launch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PrefetchRequest {
+    /// The manifest's text (TOML).
+    pub manifest: String,
+    /// A lock's text; solved anew if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<String>,
+    /// What to load.
+    #[serde(default)]
+    pub mode: PrefetchMode,
+    /// Answer when it is loaded instead of when it is planned.
+    #[serde(default)]
+    pub wait: bool,
+}
+
+/// What a [`PrefetchRequest`] did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Prefetched {
+    /// Profile.
+    pub profile: String,
+    /// Trust domain.
+    pub domain: String,
+    /// Devices that a VM of this manifest would have; the map image is not among them.
+    pub devices: Vec<MapDevice>,
+    /// Bytes that the plan wants in shared memory.
+    pub planned_bytes: u64,
+    /// Seconds from the request to the answer.
+    pub took_s: f64,
+}
+
 /// How a launch fills shared memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -64,7 +95,10 @@ pub enum VmState {
 impl VmState {
     /// True while a VMM process may exist.
     pub const fn is_live(self) -> bool {
-        matches!(self, Self::Launching | Self::Booting | Self::Mounted | Self::Ready)
+        matches!(
+            self,
+            Self::Launching | Self::Booting | Self::Mounted | Self::Ready
+        )
     }
 }
 
@@ -301,6 +335,8 @@ pub struct VmMap {
     pub devices: Vec<MapDevice>,
     /// Files with data in a component, by guest path.
     pub files: Vec<MapFile>,
+    /// Extents touched so far, in first-touch order.
+    pub touches: Vec<Touch>,
 }
 
 /// One pmem device of a VM.

@@ -54,7 +54,9 @@ pub enum ClientError {
 impl Client {
     /// A client of the daemon on `socket`.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self {
+            socket: socket.into(),
+        }
     }
 
     /// The socket.
@@ -88,9 +90,13 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| ClientError::Connect { socket: self.socket.clone(), source })?;
+        let stream =
+            UnixStream::connect(&self.socket)
+                .await
+                .map_err(|source| ClientError::Connect {
+                    socket: self.socket.clone(),
+                    source,
+                })?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;
@@ -102,21 +108,36 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::new(body))
             .map_err(|error| self.broken(error))?;
-        let response = sender.send_request(request).await.map_err(|error| self.broken(error))?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| self.broken(error))?;
         let status = response.status();
-        let body = response.into_body().collect().await.map_err(|error| self.broken(error))?;
+        let body = response
+            .into_body()
+            .collect()
+            .await
+            .map_err(|error| self.broken(error))?;
         drop(sender);
         driver.abort();
         let body = body.to_bytes();
         if status != StatusCode::OK {
-            let message = serde_json::from_slice::<ApiError>(&body)
-                .map_or_else(|_| String::from_utf8_lossy(&body).into_owned(), |error| error.error);
-            return Err(ClientError::Refused { status: status.as_u16(), message });
+            let message = serde_json::from_slice::<ApiError>(&body).map_or_else(
+                |_| String::from_utf8_lossy(&body).into_owned(),
+                |error| error.error,
+            );
+            return Err(ClientError::Refused {
+                status: status.as_u16(),
+                message,
+            });
         }
         serde_json::from_slice(&body).map_err(|error| self.broken(error))
     }
 
     fn broken(&self, error: impl std::fmt::Display) -> ClientError {
-        ClientError::Broken { socket: self.socket.clone(), message: error.to_string() }
+        ClientError::Broken {
+            socket: self.socket.clone(),
+            message: error.to_string(),
+        }
     }
 }

@@ -105,31 +105,49 @@ impl Default for Config {
 
 impl Default for RepositoryConfig {
     fn default() -> Self {
-        Self { path: None, latency_ms: 0, bandwidth_bytes_per_s: 0 }
+        Self {
+            path: None,
+            latency_ms: 0,
+            bandwidth_bytes_per_s: 0,
+        }
     }
 }
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { path: None, cap_bytes: 20 << 30 }
+        Self {
+            path: None,
+            cap_bytes: 20 << 30,
+        }
     }
 }
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        Self { budget_bytes: 0, critical_bytes: 0 }
+        Self {
+            budget_bytes: 0,
+            critical_bytes: 0,
+        }
     }
 }
 
 impl Default for ForecastConfig {
     fn default() -> Self {
-        Self { prefetch: true, ahead: true, window_s: 5.0 }
+        Self {
+            prefetch: true,
+            ahead: true,
+            window_s: 5.0,
+        }
     }
 }
 
 impl Default for VmmConfig {
     fn default() -> Self {
-        Self { qemu: "qemu-system-x86_64".into(), accelerator: "auto".into(), pmem_slots: 32 }
+        Self {
+            qemu: "qemu-system-x86_64".into(),
+            accelerator: "auto".into(),
+            pmem_slots: 32,
+        }
     }
 }
 
@@ -159,7 +177,9 @@ impl Config {
     /// Loads `path`, or the default places (see the module's header).
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let named = path.map(Path::to_path_buf).or_else(|| {
-            std::env::var_os("FORELAY_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from)
+            std::env::var_os("FORELAY_CONFIG")
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from)
         });
         let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
         let text = match std::fs::read_to_string(&path) {
@@ -169,22 +189,33 @@ impl Config {
             }
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
-        toml::from_str(&text).map_err(|error| ConfigError::Parse { path, message: error.to_string() })
+        toml::from_str(&text).map_err(|error| ConfigError::Parse {
+            path,
+            message: error.to_string(),
+        })
     }
 
     /// The API's Unix socket.
     pub fn socket(&self) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| self.runtime_dir.join("forelay.sock"))
+        self.socket
+            .clone()
+            .unwrap_or_else(|| self.runtime_dir.join("forelay.sock"))
     }
 
     /// The repository's directory.
     pub fn repository_path(&self) -> PathBuf {
-        self.repository.path.clone().unwrap_or_else(|| self.state_dir.join("repository"))
+        self.repository
+            .path
+            .clone()
+            .unwrap_or_else(|| self.state_dir.join("repository"))
     }
 
     /// The disk cache's directory.
     pub fn cache_path(&self) -> PathBuf {
-        self.cache.path.clone().unwrap_or_else(|| self.state_dir.join("cache"))
+        self.cache
+            .path
+            .clone()
+            .unwrap_or_else(|| self.state_dir.join("cache"))
     }
 
     /// Where trust domains are mounted.

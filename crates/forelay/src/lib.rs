@@ -1,6 +1,13 @@
-//! The parts of the `forelay` host daemon that tests and benches reach without the command.
+//! The Forelay host daemon and the `forelay` command.
 //!
-//! Owns nothing itself; see the modules.
+//! Owns orchestration: it ties the store, shared memory, forecasts, the planner and the
+//! VMM together. Each of these knows nothing of the others; only this crate knows all.
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod daemon;
 pub mod history;
+pub mod recipe;

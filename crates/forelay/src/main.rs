@@ -1,2 +1,7 @@
-//! placeholder header: to be replaced.
-fn main() {}
+//! The `forelay` command: see [`forelay::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    forelay::cli::main()
+}

@@ -39,22 +39,43 @@ pub struct Finding {
 
 impl Finding {
     fn ok(what: &'static str, seen: impl Into<String>) -> Self {
-        Self { what, grade: Grade::Ok, seen: seen.into(), fix: None }
+        Self {
+            what,
+            grade: Grade::Ok,
+            seen: seen.into(),
+            fix: None,
+        }
     }
 
     fn reduced(what: &'static str, seen: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { what, grade: Grade::Reduced, seen: seen.into(), fix: Some(fix.into()) }
+        Self {
+            what,
+            grade: Grade::Reduced,
+            seen: seen.into(),
+            fix: Some(fix.into()),
+        }
     }
 
     fn missing(what: &'static str, seen: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { what, grade: Grade::Missing, seen: seen.into(), fix: Some(fix.into()) }
+        Self {
+            what,
+            grade: Grade::Missing,
+            seen: seen.into(),
+            fix: Some(fix.into()),
+        }
     }
 }
 
 /// Looks at everything.
 pub fn examine(config: &Config) -> Vec<Finding> {
     let mut findings = vec![root(), kernel(), fuse(), qemu(&config.vmm.qemu), kvm()];
-    findings.extend([pressure_stall(), cgroups(), memory_lock(), builder(), repository(config)]);
+    findings.extend([
+        pressure_stall(),
+        cgroups(),
+        memory_lock(),
+        builder(),
+        repository(config),
+    ]);
     findings
 }
 
@@ -76,7 +97,10 @@ pub fn run(config: &Config, json: bool) -> Result<()> {
             }
         }
     }
-    let missing = findings.iter().filter(|finding| finding.grade == Grade::Missing).count();
+    let missing = findings
+        .iter()
+        .filter(|finding| finding.grade == Grade::Missing)
+        .count();
     if missing > 0 {
         bail!("{missing} thing(s) are missing that Forelay cannot work without");
     }
@@ -87,7 +111,11 @@ fn root() -> Finding {
     if rustix::process::geteuid().is_root() {
         return Finding::ok("root", "running as root");
     }
-    Finding::missing("root", "not root: mounting and pinning need it", "run as root (sudo)")
+    Finding::missing(
+        "root",
+        "not root: mounting and pinning need it",
+        "run as root (sudo)",
+    )
 }
 
 /// The running kernel's version as (major, minor).
@@ -99,7 +127,11 @@ fn kernel_version() -> Option<(u32, u32)> {
 
 fn kernel() -> Finding {
     let Some((major, minor)) = kernel_version() else {
-        return Finding::missing("kernel", "cannot tell the version", "run on Linux 5.14 or later");
+        return Finding::missing(
+            "kernel",
+            "cannot tell the version",
+            "run on Linux 5.14 or later",
+        );
     };
     let seen = format!("Linux {major}.{minor}");
     let upgrade = "upgrade the host kernel to 6.9 or later";
@@ -123,7 +155,11 @@ fn fuse() -> Finding {
     if Path::new("/dev/fuse").exists() {
         return Finding::ok("/dev/fuse", "present");
     }
-    Finding::missing("/dev/fuse", "absent: shared memory needs it", "modprobe fuse")
+    Finding::missing(
+        "/dev/fuse",
+        "absent: shared memory needs it",
+        "modprobe fuse",
+    )
 }
 
 fn find_program(program: &Path) -> Option<PathBuf> {
@@ -131,7 +167,9 @@ fn find_program(program: &Path) -> Option<PathBuf> {
         return program.is_file().then(|| program.to_path_buf());
     }
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
 }
 
 fn qemu(program: &Path) -> Finding {
@@ -151,11 +189,20 @@ fn qemu(program: &Path) -> Finding {
 
 fn kvm() -> Finding {
     let fix = "enable virtualisation in the firmware or the outer host, then `modprobe kvm`";
-    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => Finding::ok("kvm", "/dev/kvm opens (the first launch probes whether it boots)"),
-        Err(error) => {
-            Finding::reduced("kvm", format!("/dev/kvm: {error}; VMs run under slow TCG"), fix)
-        }
+    match std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        Ok(_) => Finding::ok(
+            "kvm",
+            "/dev/kvm opens (the first launch probes whether it boots)",
+        ),
+        Err(error) => Finding::reduced(
+            "kvm",
+            format!("/dev/kvm: {error}; VMs run under slow TCG"),
+            fix,
+        ),
     }
 }
 
@@ -213,9 +260,7 @@ fn builder() -> Finding {
 fn repository(config: &Config) -> Finding {
     let path = config.repository_path();
     match std::fs::metadata(&path) {
-        Ok(metadata) if metadata.is_dir() => {
-            Finding::ok("repository", path.display().to_string())
-        }
+        Ok(metadata) if metadata.is_dir() => Finding::ok("repository", path.display().to_string()),
         Ok(_) => Finding::missing(
             "repository",
             format!("{} is not a directory", path.display()),
@@ -238,7 +283,10 @@ mod tests {
         let mut config = Config::default();
         config.vmm.qemu = "/nonexistent/qemu".into();
         let findings = examine(&config);
-        let qemu = findings.iter().find(|finding| finding.what == "qemu").unwrap();
+        let qemu = findings
+            .iter()
+            .find(|finding| finding.what == "qemu")
+            .unwrap();
         assert_eq!(qemu.grade, Grade::Missing);
         assert!(qemu.fix.is_some());
         assert!(run(&config, true).is_err());

@@ -43,15 +43,28 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
                 bytes(component.shared_bytes),
             ]
         });
-        let headings =
-            ["component", "image", "size", "resident", "pinned", "vms", "mapped", "shared"];
+        let headings = [
+            "component",
+            "image",
+            "size",
+            "resident",
+            "pinned",
+            "vms",
+            "mapped",
+            "shared",
+        ];
         output::table(&headings, rows.collect());
     }
     if !report.vms.is_empty() {
         println!();
         let rows = report.vms.iter();
-        let rows =
-            rows.map(|vm| vec![vm.vm.clone(), bytes(vm.mapped_bytes), bytes(vm.charged_bytes)]);
+        let rows = rows.map(|vm| {
+            vec![
+                vm.vm.clone(),
+                bytes(vm.mapped_bytes),
+                bytes(vm.charged_bytes),
+            ]
+        });
         output::table(&["vm", "maps", "charged"], rows.collect());
     }
     Ok(())
@@ -74,11 +87,27 @@ pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
             bar(device),
         ]
     });
-    let headings = ["slot", "component", "image", "size", "resident", "touched", "in memory"];
+    let headings = [
+        "slot",
+        "component",
+        "image",
+        "size",
+        "resident",
+        "touched",
+        "in memory",
+    ];
     output::table(&headings, rows.collect());
-    let mut touched: Vec<_> = map.files.iter().filter(|file| file.touched_bytes > 0).collect();
+    let mut touched: Vec<_> = map
+        .files
+        .iter()
+        .filter(|file| file.touched_bytes > 0)
+        .collect();
     touched.sort_by_key(|file| std::cmp::Reverse(file.touched_bytes));
-    println!("\n{} files, {} touched; the most touched:", map.files.len(), touched.len());
+    println!(
+        "\n{} files, {} touched; the most touched:",
+        map.files.len(),
+        touched.len()
+    );
     let rows = touched.iter().take(20).map(|file| {
         vec![
             file.path.clone(),
@@ -88,13 +117,20 @@ pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
             bytes(file.touched_bytes),
         ]
     });
-    output::table(&["guest file", "slot+offset", "size", "resident", "touched"], rows.collect());
+    output::table(
+        &["guest file", "slot+offset", "size", "resident", "touched"],
+        rows.collect(),
+    );
     Ok(())
 }
 
 fn bar(device: &MapDevice) -> String {
     const LEVELS: [char; 9] = ['·', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    device.bar.iter().map(|&level| LEVELS[usize::from(level).min(8)]).collect()
+    device
+        .bar
+        .iter()
+        .map(|&level| LEVELS[usize::from(level).min(8)])
+        .collect()
 }
 
 fn of_profile(path: &str, profile: Option<&str>) -> String {
@@ -121,7 +157,15 @@ pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Res
             entry.reasons.join("; "),
         ]
     });
-    let headings = ["profile", "component", "p", "expected in", "needs", "resident", "because"];
+    let headings = [
+        "profile",
+        "component",
+        "p",
+        "expected in",
+        "needs",
+        "resident",
+        "because",
+    ];
     output::table(&headings, rows.collect());
     Ok(())
 }
@@ -142,7 +186,14 @@ pub async fn history(client: &Client, profile: Option<&str>, json: bool) -> Resu
             bytes(entry.working_set_bytes),
         ]
     });
-    let headings = ["profile", "owner", "launches", "warm", "ready p50", "working set"];
+    let headings = [
+        "profile",
+        "owner",
+        "launches",
+        "warm",
+        "ready p50",
+        "working set",
+    ];
     output::table(&headings, rows.collect());
     Ok(())
 }

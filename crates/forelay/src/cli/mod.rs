@@ -49,6 +49,8 @@ enum Command {
     Compose(manifests::ComposeArguments),
     /// Launch a VM.
     Run(vms::RunArguments),
+    /// Map a manifest's devices and load what a launch of it is expected to touch.
+    Prefetch(vms::PrefetchArguments),
     /// List VMs.
     Ps {
         /// Also those that ended.
@@ -195,15 +197,28 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Lock(arguments) => manifests::lock(arguments, config).await?,
         Command::Compose(arguments) => manifests::compose(arguments, config).await?,
         Command::Run(arguments) => vms::run(client, arguments).await?,
+        Command::Prefetch(arguments) => vms::prefetch(client, arguments).await?,
         Command::Ps { all, json } => vms::ps(client, all, json).await?,
         Command::Stop { names, json } => vms::stop(client, &names, json).await?,
-        Command::Exec { name, command, json } => {
+        Command::Exec {
+            name,
+            command,
+            json,
+        } => {
             return vms::exec(client, &name, command, json).await;
         }
-        Command::Attach { name, component, json } => {
+        Command::Attach {
+            name,
+            component,
+            json,
+        } => {
             vms::attach(client, &name, component, false, json).await?;
         }
-        Command::Detach { name, component, json } => {
+        Command::Detach {
+            name,
+            component,
+            json,
+        } => {
             vms::attach(client, &name, component, true, json).await?;
         }
         Command::Logs { name, follow } => vms::logs(client, &name, follow).await?,

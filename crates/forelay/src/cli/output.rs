@@ -12,7 +12,9 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
 /// Prints rows under headings, in columns.
 pub fn table(headings: &[&str], rows: Vec<Vec<String>>) {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(headings.iter().map(|heading| heading.to_uppercase()));
     for row in rows {
         table.add_row(row);
@@ -31,7 +33,11 @@ pub fn bytes(count: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{count} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// `0.0123` as `12.3 ms`, `75` as `1 min 15 s`.
@@ -41,7 +47,11 @@ pub fn seconds(value: f64) -> String {
         v if v < 1.0 => format!("{:.1} ms", v * 1e3),
         v if v < 60.0 => format!("{v:.2} s"),
         v if v < 3600.0 => format!("{:.0} min {:.0} s", (v / 60.0).floor(), v % 60.0),
-        v => format!("{:.0} h {:.0} min", (v / 3600.0).floor(), (v % 3600.0) / 60.0),
+        v => format!(
+            "{:.0} h {:.0} min",
+            (v / 3600.0).floor(),
+            (v % 3600.0) / 60.0
+        ),
     }
 }
 

@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::output;
 use crate::api::{
-    AttachRequest, ExecRequest, ExecResult, LaunchRequest, PrefetchMode, Vm, VmState,
+    AttachRequest, ExecRequest, ExecResult, LaunchRequest, PrefetchMode, PrefetchRequest,
+    Prefetched, Vm, VmState,
 };
 use crate::client::Client;
 
@@ -62,6 +63,46 @@ impl From<Prefetch> for PrefetchMode {
     }
 }
 
+/// Arguments of `forelay prefetch`.
+#[derive(Debug, clap::Args)]
+pub struct PrefetchArguments {
+    /// The manifest (TOML).
+    pub manifest: PathBuf,
+    /// Load what this lock pins.
+    #[arg(long)]
+    pub lock: Option<PathBuf>,
+    /// What to load; `none` only maps the devices.
+    #[arg(long, value_enum, default_value = "forecast")]
+    pub mode: Prefetch,
+    /// Return when it is loaded.
+    #[arg(long)]
+    pub wait: bool,
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `forelay prefetch`.
+pub async fn prefetch(client: &Client, arguments: PrefetchArguments) -> Result<()> {
+    let request = PrefetchRequest {
+        manifest: read(&arguments.manifest)?,
+        lock: arguments.lock.as_deref().map(read).transpose()?,
+        mode: arguments.mode.into(),
+        wait: arguments.wait,
+    };
+    let done: Prefetched = client.post("/v1/prefetch", &request).await?;
+    if arguments.json {
+        return output::json(&done);
+    }
+    println!(
+        "{}: {} devices mapped, {} planned, after {}",
+        done.profile,
+        done.devices.len(),
+        output::bytes(done.planned_bytes),
+        output::seconds(done.took_s)
+    );
+    Ok(())
+}
+
 /// `forelay run`.
 pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
     let manifest = read(&arguments.manifest)?;
@@ -75,7 +116,13 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
     let spinner = spinner(arguments.json);
     spinner.set_message("launching");
     let vm: Vm = client.post("/v1/vms", &request).await?;
-    let vm = wait_ready(client, &vm.name, Duration::from_secs(arguments.timeout), &spinner).await;
+    let vm = wait_ready(
+        client,
+        &vm.name,
+        Duration::from_secs(arguments.timeout),
+        &spinner,
+    )
+    .await;
     spinner.finish_and_clear();
     let vm = vm?;
     if arguments.json {
@@ -90,7 +137,12 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
 }
 
 fn print_ready(vm: &Vm) {
-    println!("{} is {:?}, pid {}", vm.name, vm.state, output::optional(vm.pid, |p| p.to_string()));
+    println!(
+        "{} is {:?}, pid {}",
+        vm.name,
+        vm.state,
+        output::optional(vm.pid, |p| p.to_string())
+    );
     println!(
         "  ready after {}, {} demand fetches ({} stalled), {} prefetched, {} from the repository",
         output::optional(vm.launch.ready_s, output::seconds),
@@ -177,13 +229,18 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
             ]
         })
         .collect();
-    let headings = ["name", "profile", "state", "pid", "ready", "demand", "stall", "ports"];
+    let headings = [
+        "name", "profile", "state", "pid", "ready", "demand", "stall", "ports",
+    ];
     output::table(&headings, rows);
     Ok(())
 }
 
 fn forwards(vm: &Vm) -> String {
-    let pairs = vm.forwards.iter().map(|(host, guest)| format!("{host}->{guest}"));
+    let pairs = vm
+        .forwards
+        .iter()
+        .map(|(host, guest)| format!("{host}->{guest}"));
     pairs.collect::<Vec<_>>().join(" ")
 }
 
@@ -202,8 +259,13 @@ pub async fn stop(client: &Client, names: &[String], json: bool) -> Result<()> {
 
 /// `forelay exec`: returns the command's exit status.
 pub async fn exec(client: &Client, name: &str, command: Vec<String>, json: bool) -> Result<i32> {
-    let request = ExecRequest { command, timeout_s: None };
-    let result: ExecResult = client.post(&format!("/v1/vms/{name}/exec"), &request).await?;
+    let request = ExecRequest {
+        command,
+        timeout_s: None,
+    };
+    let result: ExecResult = client
+        .post(&format!("/v1/vms/{name}/exec"), &request)
+        .await?;
     if json {
         output::json(&result)?;
         return Ok(0);
@@ -222,12 +284,19 @@ pub async fn attach(
     json: bool,
 ) -> Result<()> {
     let verb = if detach { "detach" } else { "attach" };
-    let request = AttachRequest { component: component.clone() };
-    let vm: Vm = client.post(&format!("/v1/vms/{name}/{verb}"), &request).await?;
+    let request = AttachRequest {
+        component: component.clone(),
+    };
+    let vm: Vm = client
+        .post(&format!("/v1/vms/{name}/{verb}"), &request)
+        .await?;
     if json {
         return output::json(&vm);
     }
-    println!("{component} {verb}ed {} {name}", if detach { "from" } else { "to" });
+    println!(
+        "{component} {verb}ed {} {name}",
+        if detach { "from" } else { "to" }
+    );
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use axum::routing::{get, post};
 use serde::{Deserialize, Serialize};
 
 use super::{Host, HostError};
-use crate::api::{ApiError, AttachRequest, ExecRequest, LaunchRequest};
+use crate::api::{ApiError, AttachRequest, ExecRequest, LaunchRequest, PrefetchRequest};
 
 type Shared = State<Arc<Host>>;
 
@@ -25,9 +25,9 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/attach", post(attach))
         .route("/v1/vms/{name}/detach", post(detach))
         .route("/v1/vms/{name}/map", get(map))
-        .route("/v1/vms/{name}/touched", get(touched))
         .route("/v1/memory", get(memory))
         .route("/v1/memory/drop", post(drop_memory))
+        .route("/v1/prefetch", post(prefetch))
         .route("/v1/forecast", get(forecast))
         .route("/v1/history", get(history))
         .fallback(unknown)
@@ -51,7 +51,13 @@ impl IntoResponse for Failure {
             HostError::Busy(_) => StatusCode::CONFLICT,
             HostError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        (status, Json(ApiError { error: self.0.to_string() })).into_response()
+        (
+            status,
+            Json(ApiError {
+                error: self.0.to_string(),
+            }),
+        )
+            .into_response()
     }
 }
 
@@ -138,10 +144,6 @@ async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api
     Ok(Json(host.map(&name).await?))
 }
 
-async fn touched(State(host): Shared, Path(name): Path<String>) -> Answer<Vec<crate::api::Touch>> {
-    Ok(Json(host.touches(&name)?))
-}
-
 async fn memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
     Ok(Json(host.memory().await?))
 }
@@ -149,6 +151,13 @@ async fn memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
 async fn drop_memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
     host.drop_memory().await?;
     Ok(Json(host.memory().await?))
+}
+
+async fn prefetch(
+    State(host): Shared,
+    Json(request): Json<PrefetchRequest>,
+) -> Answer<crate::api::Prefetched> {
+    Ok(Json(host.prefetch(request).await?))
 }
 
 #[derive(Debug, Deserialize)]

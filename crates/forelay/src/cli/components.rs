@@ -1,0 +1,456 @@
+//! Commands on components and the repository: build, list, show, gc, verify.
+//!
+//! They work on the repository directly; a daemon that uses the same one sees what was
+//! published with its next launch.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use forelay_image::component::{Component, Role};
+use forelay_store::Store;
+use forelay_store::import::base::BaseOptions;
+use forelay_store::import::dir::Ownership;
+use forelay_store::import::kernel::KernelOptions;
+use forelay_store::import::packages::PackageOptions;
+use forelay_store::import::{BuildRequest, Builder, Built, Phase, Progress, Source};
+use indicatif::{ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
+
+use super::output::{self, bytes};
+use crate::config::Config;
+use crate::daemon::open_store;
+use crate::recipe::Reader;
+
+/// `forelay component ...`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Build a component and publish it.
+    Build(BuildArguments),
+    /// List components.
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a component's metadata.
+    Show {
+        /// Name, `name@version` or id.
+        component: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a component invisible; `forelay gc` then frees what nothing else uses.
+    Remove {
+        /// Name, `name@version` or id.
+        component: String,
+    },
+}
+
+/// Arguments of `forelay component build`. Exactly one source must be given.
+#[derive(Debug, clap::Args)]
+#[group(id = "source", required = true, multiple = true)]
+pub struct BuildArguments {
+    /// Debian packages, resolved by apt on the base, minus what the base has.
+    #[arg(long, value_name = "PACKAGE", num_args = 1.., conflicts_with_all = ["deb_file", "dir", "tar", "base_suite", "kernel"])]
+    deb: Vec<String>,
+    /// One .deb file, unpacked; its maintainer scripts are not run.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dir", "tar", "base_suite", "kernel"])]
+    deb_file: Option<PathBuf>,
+    /// A directory of the host.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["tar", "base_suite", "kernel"])]
+    dir: Option<PathBuf>,
+    /// A tar archive, compressed or not.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["base_suite", "kernel"])]
+    tar: Option<PathBuf>,
+    /// A base; `debian` is the one known.
+    #[arg(long = "base", value_name = "DISTRIBUTION", conflicts_with = "kernel")]
+    base_suite: Option<String>,
+    /// Debian's cloud kernel with an initramfs that holds the guest init.
+    #[arg(long)]
+    kernel: bool,
+    /// Base that --deb packages are installed on: name or name@version.
+    #[arg(long, value_name = "COMPONENT", default_value = "debian")]
+    on: String,
+    /// Debian release of --base and --kernel.
+    #[arg(long, default_value = "bookworm")]
+    suite: String,
+    /// With --base: systemd as init.
+    #[arg(long)]
+    systemd: bool,
+    /// With --base: further packages.
+    #[arg(long, value_name = "PACKAGE", num_args = 1..)]
+    include: Vec<String>,
+    /// With --base: keep documentation and translations.
+    #[arg(long)]
+    full: bool,
+    /// With --kernel: the guest init (built with the project; see README).
+    #[arg(long, env = "FORELAY_GUEST", value_name = "FILE")]
+    guest: Option<PathBuf>,
+    /// Name of the component.
+    #[arg(long)]
+    name: Option<String>,
+    /// Version of the component.
+    #[arg(long, id = "component-version", value_name = "VERSION")]
+    component_version: Option<String>,
+    /// Its function in one line.
+    #[arg(long)]
+    description: Option<String>,
+    /// Its role.
+    #[arg(long, value_parser = parse_role)]
+    role: Option<Role>,
+    /// Print the component's metadata as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_role(text: &str) -> Result<Role, String> {
+    serde_json::from_value(serde_json::Value::String(text.to_owned()))
+        .map_err(|_| "one of base, kernel, runtime, package, library, config".to_owned())
+}
+
+/// Runs a `component` command.
+pub async fn run(command: Command, config: &Config) -> Result<()> {
+    let store = open_store(config).await?;
+    match command {
+        Command::Build(arguments) => build(arguments, &store, config).await,
+        Command::List { json } => list(&store, json).await,
+        Command::Show { component, json } => {
+            let found = find(&store, &component).await?;
+            if json {
+                return output::json(&described(&found));
+            }
+            show(&found);
+            Ok(())
+        }
+        Command::Remove { component } => {
+            let found = find(&store, &component).await?;
+            store.remove_component(found.id()).await?;
+            println!("{} {} removed", found.name, found.version);
+            Ok(())
+        }
+    }
+}
+
+/// Metadata with the id that it hashes to.
+fn described(component: &Component) -> serde_json::Value {
+    let mut value = serde_json::to_value(component).unwrap_or_default();
+    value["id"] = serde_json::Value::String(component.id().to_string());
+    value
+}
+
+async fn list(store: &Store, json: bool) -> Result<()> {
+    let components = store.components().await?;
+    if json {
+        let all: Vec<_> = components
+            .iter()
+            .map(|component| described(component))
+            .collect();
+        return output::json(&all);
+    }
+    let rows = components.iter().map(|component| {
+        vec![
+            component.name.clone(),
+            component.version.clone(),
+            format!("{:?}", component.role).to_lowercase(),
+            component.id().short(),
+            bytes(component.image.bytes),
+            component.image.inodes.to_string(),
+            component.description.clone(),
+        ]
+    });
+    let headings = [
+        "name", "version", "role", "id", "size", "inodes", "function",
+    ];
+    output::table(&headings, rows.collect());
+    Ok(())
+}
+
+fn show(component: &Component) {
+    println!(
+        "{} {}  ({:?})",
+        component.name, component.version, component.role
+    );
+    println!("  {}", component.description);
+    println!("  id     {}", component.id());
+    println!(
+        "  image  {} {}",
+        component.image.digest,
+        bytes(component.image.bytes)
+    );
+    let names = |list: &[forelay_image::component::NameRange]| {
+        let words = list.iter().map(|one| match one.range.as_str() {
+            "" => one.name.clone(),
+            range => format!("{} ({range})", one.name),
+        });
+        words.collect::<Vec<_>>().join(" | ")
+    };
+    for requirement in &component.requires {
+        println!("  requires  {}", names(requirement));
+    }
+    for conflict in &component.conflicts {
+        println!("  conflicts {}", names(std::slice::from_ref(conflict)));
+    }
+    if !component.entrypoint.is_empty() {
+        println!("  runs   {}", component.entrypoint.join(" "));
+    }
+    println!("  built from {} packages", component.sbom.len());
+    for note in &component.notes {
+        println!("  note: {note}");
+    }
+}
+
+/// The newest component that `wanted` names.
+pub async fn find(store: &Store, wanted: &str) -> Result<Arc<Component>> {
+    let components = store.components().await?;
+    let (name, version) = match wanted.split_once('@') {
+        Some((name, version)) => (name, Some(version)),
+        None => (wanted, None),
+    };
+    let matches = |component: &Component| {
+        component.id().to_string() == wanted
+            || (component.name == name && version.is_none_or(|v| v == component.version))
+    };
+    let found = components.iter().rev().find(|component| matches(component));
+    found.cloned().with_context(|| {
+        let known = components.iter().map(|component| component.name.as_str());
+        let near = forelay_image::manifest::nearest(name, known)
+            .map_or_else(String::new, |near| format!("; did you mean {near}?"));
+        format!("no component {wanted:?} in the repository{near} (`forelay component list`)")
+    })
+}
+
+async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Result<()> {
+    let json = arguments.json;
+    let builder = Builder::new(&config.state_dir.join("build"))?;
+    let request = request(arguments, store, &builder).await?;
+    let bar = Arc::new(Bar::new());
+    let (working, shown) = (builder.clone(), Arc::clone(&bar));
+    let started = Instant::now();
+    let built = tokio::task::spawn_blocking(move || {
+        working.build(&request, &|progress| shown.show(progress))
+    });
+    let Built {
+        component,
+        image,
+        chunks,
+    } = built.await??;
+    let publishing = Arc::clone(&bar);
+    let published = store
+        .publish(&component, &image, &chunks, &move |progress| {
+            publishing.bytes(
+                "publishing",
+                progress.done_bytes,
+                Some(progress.total_bytes),
+            );
+        })
+        .await?;
+    bar.clear();
+    if json {
+        return output::json(&described(&component));
+    }
+    let word = if published.created {
+        "published"
+    } else {
+        "was there already"
+    };
+    println!(
+        "{} {} {word}: {} in {} chunks ({} new in the repository), {:.1} s",
+        component.name,
+        component.version,
+        bytes(component.image.bytes),
+        chunks.chunks.len(),
+        bytes(published.progress.stored_bytes),
+        started.elapsed().as_secs_f64()
+    );
+    for note in &component.notes {
+        println!("  note: {note}");
+    }
+    Ok(())
+}
+
+async fn request(
+    arguments: BuildArguments,
+    store: &Store,
+    builder: &Builder,
+) -> Result<BuildRequest> {
+    let root = |path| Source::Directory {
+        path,
+        ownership: Ownership::Keep,
+    };
+    let source = if let Some(path) = arguments.dir {
+        root(path)
+    } else if let Some(path) = arguments.tar {
+        Source::Tar {
+            path,
+            ownership: Ownership::Keep,
+        }
+    } else if let Some(path) = arguments.deb_file {
+        Source::DebFile { path }
+    } else if arguments.kernel {
+        Source::Kernel(KernelOptions {
+            suite: arguments.suite,
+            ..KernelOptions::new(&guest_init(arguments.guest)?)
+        })
+    } else if let Some(distribution) = arguments.base_suite {
+        if distribution != "debian" {
+            bail!("no base {distribution:?} can be built: `debian` can, or use --tar");
+        }
+        Source::Base(BaseOptions {
+            suite: arguments.suite,
+            include: arguments.include,
+            systemd: arguments.systemd,
+            slim: !arguments.full,
+        })
+    } else if !arguments.deb.is_empty() {
+        let base = find(store, &arguments.on).await.with_context(|| {
+            format!(
+                "--deb needs the base {}: `forelay component build --base debian`",
+                arguments.on
+            )
+        })?;
+        if base.role != Role::Base {
+            bail!("{} is no base: name one with --on", base.name);
+        }
+        let reader = Reader(store.image_reader(base.image.digest).await?);
+        let builder = builder.clone();
+        let base = tokio::task::spawn_blocking(move || builder.base_root(&base, &reader)).await??;
+        let options = PackageOptions {
+            packages: arguments.deb,
+        };
+        Source::Packages {
+            options,
+            base: Box::new(base),
+        }
+    } else {
+        bail!("say what to build: --deb, --deb-file, --dir, --tar, --base or --kernel");
+    };
+    Ok(BuildRequest {
+        source,
+        name: arguments.name,
+        version: arguments.component_version,
+        role: arguments.role,
+        description: arguments.description,
+        entrypoint: None,
+    })
+}
+
+/// The guest init: as given, or beside this program.
+fn guest_init(given: Option<PathBuf>) -> Result<PathBuf> {
+    let beside = || {
+        let program = std::env::current_exe().ok()?;
+        Some(program.parent()?.join("forelay-guest")).filter(|path| path.is_file())
+    };
+    let path = given.or_else(beside).context(
+        "where is the guest init? Give --guest FILE or set FORELAY_GUEST (`cargo xtask guest` \
+         builds it and prints its path)",
+    )?;
+    if !path.is_file() {
+        bail!(
+            "the guest init {} does not exist: `cargo xtask guest` builds it",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// Progress on a terminal: one bar for each phase, with rates.
+struct Bar(Mutex<(ProgressBar, &'static str)>);
+
+impl Bar {
+    fn new() -> Self {
+        let hidden = ProgressBar::hidden();
+        Self(Mutex::new((hidden, "")))
+    }
+
+    fn show(&self, progress: Progress) {
+        match progress {
+            Progress::Started(phase) => self.phase(phase.word(), None),
+            Progress::Permille {
+                phase,
+                permille,
+                detail,
+            } => {
+                self.phase(phase.word(), Some(1000));
+                let state = self.0.lock();
+                state.0.set_position(permille.into());
+                state.0.set_message(detail);
+            }
+            Progress::Bytes {
+                phase,
+                done_bytes,
+                total_bytes,
+            } => {
+                self.bytes(Phase::word(phase), done_bytes, total_bytes);
+            }
+        }
+    }
+
+    fn bytes(&self, word: &'static str, done_bytes: u64, total_bytes: Option<u64>) {
+        self.phase(word, total_bytes);
+        let state = self.0.lock();
+        if let Some(total_bytes) = total_bytes {
+            state.0.set_length(total_bytes);
+        }
+        state.0.set_position(done_bytes);
+    }
+
+    /// Begins a phase, unless it is the one under way.
+    fn phase(&self, word: &'static str, length: Option<u64>) {
+        let mut state = self.0.lock();
+        if state.1 == word {
+            return;
+        }
+        state.0.finish_and_clear();
+        if !std::io::stderr().is_terminal() {
+            if state.1 != word {
+                eprintln!("{word}");
+            }
+            state.1 = word;
+            return;
+        }
+        let bar = length.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
+        let template = match length {
+            Some(1000) => "{prefix:18} {bar:30} {percent}% {msg}",
+            Some(_) => "{prefix:18} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}",
+            None => "{prefix:18} {spinner} {elapsed}",
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_prefix(word);
+        *state = (bar, word);
+    }
+
+    fn clear(&self) {
+        self.0.lock().0.finish_and_clear();
+    }
+}
+
+/// `forelay gc`.
+pub async fn gc(config: &Config, json: bool) -> Result<()> {
+    let store = open_store(config).await?;
+    let report = store.gc(&forelay_store::gc::GcOptions::default()).await?;
+    if json {
+        return output::json(&report);
+    }
+    println!("{report:?}");
+    Ok(())
+}
+
+/// `forelay verify`.
+pub async fn verify(config: &Config, json: bool) -> Result<()> {
+    let store = open_store(config).await?;
+    let bar = Bar::new();
+    let report = store
+        .verify(&|progress| bar.bytes("verifying", progress.packs, Some(progress.total_packs)))
+        .await?;
+    bar.clear();
+    if json {
+        output::json(&report)?;
+    } else {
+        println!("{report:?}");
+    }
+    Ok(())
+}

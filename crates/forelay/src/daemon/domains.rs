@@ -1,0 +1,210 @@
+//! Trust domains: one shared memory (FUSE mount) each, and the answer to its faults.
+//!
+//! Owns the mounts of this daemon and how a fault gets its bytes: from the disk cache on
+//! the reader's thread, else from the repository with demand priority. Refuses to decide
+//! what is prefetched or evicted.
+//!
+//! Invariant: a fault that cannot be answered stays pending and is tried again; it is
+//! never answered with an error, which would kill the VM.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use forelay_cache::plan::Event;
+use forelay_cache::{Domain, SharedImage};
+use forelay_image::{Digest, Extent};
+use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory, pinner};
+use forelay_store::Scheduler;
+use parking_lot::RwLock;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::HostError;
+use super::faults::Attribution;
+use super::sessions::Sessions;
+
+/// Shared memory of one trust domain.
+#[derive(Debug)]
+pub struct DomainMemory {
+    /// Its name.
+    pub domain: Domain,
+    /// Its mount.
+    pub shared: SharedMemory,
+    pinner: Arc<pinner::Client>,
+}
+
+impl DomainMemory {
+    /// Pins resident extents, or takes the pins off.
+    pub fn set_pinned(
+        &self,
+        image: &Digest,
+        extents: &[Extent],
+        on: bool,
+    ) -> Result<(), pinner::PinError> {
+        let domain = self.domain.as_str();
+        let done = match on {
+            true => self.pinner.pin(domain, *image, extents),
+            false => self.pinner.unpin(domain, *image, extents),
+        };
+        done.map(drop)
+    }
+}
+
+/// Answers faults of one domain.
+struct Handler {
+    domain: Domain,
+    scheduler: Scheduler,
+    events: UnboundedSender<Event>,
+    attribution: Arc<Attribution>,
+}
+
+impl FaultHandler for Handler {
+    fn fault(&self, fault: Fault) {
+        let file = fault.file;
+        let extent = Extent::new(fault.offset, u64::from(fault.len));
+        let image = SharedImage::new(self.domain.clone(), file);
+        let fetched = Event::Fetched { image, extent };
+        let arrived = Instant::now();
+        if let Some(bytes) = self.scheduler.try_cached(file, extent) {
+            self.attribution
+                .answered(fault.thread, extent.len, arrived.elapsed());
+            answer(fault, &bytes);
+            let _ = self.events.send(fetched);
+            return;
+        }
+        let (events, attribution) = (self.events.clone(), Arc::clone(&self.attribution));
+        let answered = move |result: Result<bytes::Bytes, forelay_store::FetchError>| match result {
+            Ok(bytes) => {
+                attribution.answered(fault.thread, extent.len, arrived.elapsed());
+                answer(fault, &bytes);
+                let _ = events.send(fetched);
+            }
+            // Dropping the reply leaves the fault pending; it is retried on a timer.
+            Err(error) => tracing::error!(
+                image = %file,
+                offset = extent.offset,
+                error = %super::chain(&error),
+                "a VM waits for bytes that cannot be fetched; trying again"
+            ),
+        };
+        self.scheduler.demand(file, extent, Box::new(answered));
+    }
+}
+
+fn answer(fault: Fault, bytes: &[u8]) {
+    let (file, offset) = (fault.file, fault.offset);
+    if let Err(error) = fault.reply.data(bytes) {
+        tracing::error!(image = %file, offset, %error, "an answer to a fault was not taken");
+    }
+}
+
+/// All trust domains of this daemon.
+pub struct Domains {
+    mounts_dir: PathBuf,
+    scheduler: Scheduler,
+    events: UnboundedSender<Event>,
+    sessions: Sessions,
+    attribution: Arc<Attribution>,
+    table: RwLock<BTreeMap<Domain, Arc<DomainMemory>>>,
+}
+
+impl Domains {
+    /// No domain yet; mounts go below `mounts_dir`.
+    pub fn new(
+        mounts_dir: &Path,
+        scheduler: Scheduler,
+        events: UnboundedSender<Event>,
+        sessions: Sessions,
+    ) -> Self {
+        let mounts_dir = mounts_dir.to_path_buf();
+        let attribution = Arc::default();
+        Self {
+            mounts_dir,
+            scheduler,
+            events,
+            sessions,
+            attribution,
+            table: RwLock::default(),
+        }
+    }
+
+    /// Where sessions and pins live.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    /// Whose faults were they.
+    pub fn attribution(&self) -> &Attribution {
+        &self.attribution
+    }
+
+    /// The domain of this name, mounted if it was not. May take a moment: call it off the
+    /// async threads.
+    pub fn ensure(&self, domain: &Domain) -> Result<Arc<DomainMemory>, HostError> {
+        if let Some(memory) = self.get(domain) {
+            return Ok(memory);
+        }
+        let mut table = self.table.write();
+        if let Some(memory) = table.get(domain) {
+            return Ok(Arc::clone(memory));
+        }
+        let mountpoint = self.mounts_dir.join(domain.as_str());
+        let session = self.sessions.open(domain.as_str(), &mountpoint)?;
+        let handler = Handler {
+            domain: domain.clone(),
+            scheduler: self.scheduler.clone(),
+            events: self.events.clone(),
+            attribution: Arc::clone(&self.attribution),
+        };
+        let config = forelay_memory::Config::new(mountpoint, session);
+        let shared = SharedMemory::start(config, Arc::new(handler)).map_err(HostError::failed)?;
+        let memory = Arc::new(DomainMemory {
+            domain: domain.clone(),
+            shared,
+            pinner: Arc::clone(self.sessions.pinner()),
+        });
+        table.insert(domain.clone(), Arc::clone(&memory));
+        Ok(memory)
+    }
+
+    /// The domain of this name, if it is mounted.
+    pub fn get(&self, domain: &Domain) -> Option<Arc<DomainMemory>> {
+        self.table.read().get(domain).cloned()
+    }
+
+    /// All mounted domains.
+    pub fn all(&self) -> Vec<Arc<DomainMemory>> {
+        self.table.read().values().cloned().collect()
+    }
+
+    /// Makes an image reachable in a domain; returns the path that a VMM maps and the
+    /// device's size in bytes.
+    pub fn add_image(
+        &self,
+        memory: &DomainMemory,
+        image: Digest,
+        image_bytes: u64,
+    ) -> Result<(PathBuf, u64), HostError> {
+        let spec = FileSpec::padded(image_bytes);
+        memory
+            .shared
+            .add_file(image, spec)
+            .map_err(HostError::failed)?;
+        let path = memory.shared.path(&image);
+        let file = std::fs::File::open(&path).map_err(HostError::failed)?;
+        let domain = memory.domain.as_str();
+        memory
+            .pinner
+            .add(domain, image, &file, spec.device_bytes)
+            .map_err(HostError::failed)?;
+        Ok((path, spec.device_bytes))
+    }
+
+    /// Tries again what could not be answered.
+    pub fn retry_pending(&self) {
+        for memory in self.all() {
+            memory.shared.retry_pending();
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! What clients may look at: the mapping table of a VM, memory, forecasts.
+//!
+//! Residency is told from the kernel (the pages of the files themselves), not from the
+//! planner's belief.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use forelay_cache::Domain;
+use forelay_cache::page_set::{PageRun, PageSet};
+use forelay_image::erofs::read::{Image, ReadError};
+use forelay_image::extent::total_bytes;
+use forelay_image::{Digest, Extent};
+use forelay_memory::pressure::Probe;
+
+use super::instances::{DeviceRecord, Instance};
+use super::{Host, HostError};
+use crate::api::{
+    ComponentMemory, DomainMemory, MapDevice, MapFile, MemoryReport, Totals, Touch, VmMap, VmMemory,
+};
+use crate::recipe::Reader;
+
+/// Parts of a residency bar.
+const BAR_PARTS: u64 = 48;
+
+impl Host {
+    /// A device as clients see it.
+    pub(super) fn map_device(
+        &self,
+        domain: &Domain,
+        slot: usize,
+        record: &DeviceRecord,
+        touched_bytes: u64,
+    ) -> MapDevice {
+        let resident = self.resident(domain, &record.image);
+        MapDevice {
+            slot,
+            component: record.component.clone(),
+            image: record.image,
+            path: record.path.clone(),
+            image_bytes: record.image_bytes,
+            resident_bytes: total_bytes(&resident),
+            touched_bytes,
+            bar: bar(record.image_bytes, &resident),
+        }
+    }
+
+    /// Resident extents of an image, as the kernel has them.
+    fn resident(&self, domain: &Domain, image: &Digest) -> Vec<Extent> {
+        let memory = self.domains.get(domain);
+        memory
+            .and_then(|memory| memory.shared.resident(image).ok())
+            .unwrap_or_default()
+    }
+
+    /// The mapping table of one VM.
+    pub async fn map(self: &Arc<Self>, name: &str) -> Result<VmMap, HostError> {
+        let instance = self.instance(name)?;
+        let vm = instance.vm();
+        let domain = Domain::from(vm.domain.as_str());
+        let devices = instance.devices();
+        let touched = self.touched(name);
+        let touches = self.touches(name);
+        let mut readers = Vec::new();
+        for record in devices.iter().skip(1) {
+            let reader = self.store.image_reader(record.image).await;
+            readers.push(reader.map_err(HostError::failed)?);
+        }
+        let host = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || {
+            let mut shown = Vec::new();
+            let mut files = Vec::new();
+            for (slot, record) in devices.iter().enumerate() {
+                let pages = touched.get(&record.image).cloned().unwrap_or_default();
+                shown.push(host.map_device(&domain, slot, record, pages.bytes()));
+            }
+            for (index, reader) in readers.into_iter().enumerate() {
+                let record = &devices[index + 1];
+                let resident = host.resident(&domain, &record.image);
+                let resident = pages_of(&resident);
+                let pages = touched.get(&record.image).cloned().unwrap_or_default();
+                let reader = Reader(reader);
+                let found = map_files(&reader, index + 1, &resident, &pages);
+                files.extend(found.map_err(HostError::failed)?);
+            }
+            files.sort_by(|a, b| (&a.path, a.slot).cmp(&(&b.path, b.slot)));
+            Ok(VmMap {
+                vm: vm.name,
+                devices: shown,
+                files,
+                touches,
+            })
+        });
+        work.await.map_err(HostError::failed)?
+    }
+
+    fn touched(&self, name: &str) -> BTreeMap<Digest, PageSet> {
+        let mut by_image: BTreeMap<Digest, PageSet> = BTreeMap::new();
+        for touch in self.touches(name) {
+            let extent = Extent::new(touch.offset, touch.len);
+            by_image
+                .entry(touch.image)
+                .or_default()
+                .insert(PageRun::covering(extent));
+        }
+        by_image
+    }
+
+    /// What a VM has touched so far, in first-touch order.
+    fn touches(&self, name: &str) -> Vec<Touch> {
+        let observed = self.observers.lock().get(name).cloned();
+        let Some(observed) = observed else {
+            return Vec::new();
+        };
+        let observed = observed.lock();
+        let touches = observed.touches.iter().map(|touch| Touch {
+            image: touch.image,
+            offset: touch.extent.offset,
+            len: touch.extent.len,
+            first_touch_ms: touch.first_touch_ms.into(),
+        });
+        touches.collect()
+    }
+
+    /// What components take in memory, and who uses them.
+    pub async fn memory(self: &Arc<Self>) -> Result<MemoryReport, HostError> {
+        let host = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || host.memory_now());
+        work.await.map_err(HostError::failed)
+    }
+
+    fn memory_now(&self) -> MemoryReport {
+        let status = self.memory.status();
+        let live = self.instances.live();
+        let mut report = MemoryReport {
+            budget_bytes: status.budget_bytes,
+            pressure: format!("{:?}", status.level).to_lowercase(),
+            available_bytes: Probe::new()
+                .sample()
+                .map_or(0, |sample| sample.mem_available_bytes),
+            totals: self.totals(),
+            ..MemoryReport::default()
+        };
+        let mut shares: BTreeMap<String, (u64, f64)> = BTreeMap::new();
+        for memory in self.domains.all() {
+            let mut domain = DomainMemory {
+                domain: memory.domain.as_str().to_owned(),
+                components: Vec::new(),
+            };
+            for (image, _, spec) in memory.shared.files() {
+                let mappers: Vec<(String, PageSet)> = live
+                    .iter()
+                    .filter(|one| one.vm().domain == domain.domain && has_image(one, &image))
+                    .map(|one| {
+                        let name = one.vm().name;
+                        let pages = self.touched(&name).remove(&image).unwrap_or_default();
+                        (name, pages)
+                    })
+                    .collect();
+                let component =
+                    self.component_memory(&memory.domain, image, spec.image_bytes, &mappers);
+                charge(&mappers, &mut shares);
+                report.resident_bytes += component.resident_bytes;
+                report.pinned_bytes += component.pinned_bytes;
+                domain.components.push(component);
+            }
+            report.domains.push(domain);
+        }
+        report.vms = shares
+            .into_iter()
+            .map(|(vm, (mapped_bytes, charged))| VmMemory {
+                vm,
+                mapped_bytes,
+                charged_bytes: charged.round() as u64,
+            })
+            .collect();
+        report.mapped_sum_bytes = report.vms.iter().map(|vm| vm.mapped_bytes).sum();
+        report
+    }
+
+    fn component_memory(
+        &self,
+        domain: &Domain,
+        image: Digest,
+        image_bytes: u64,
+        mappers: &[(String, PageSet)],
+    ) -> ComponentMemory {
+        let label = self.label(&image).unwrap_or_else(|| image.short());
+        let shared_image = forelay_cache::SharedImage::new(domain.clone(), image);
+        let pinned_bytes = self
+            .memory
+            .table()
+            .read(|table| table.pinned_bytes_of(&shared_image));
+        let (mut once, mut twice) = (PageSet::new(), PageSet::new());
+        for (_, pages) in mappers {
+            for run in pages.runs() {
+                let again: Vec<PageRun> = once.runs_within(run).collect();
+                for run in again {
+                    twice.insert(run);
+                }
+                once.insert(run);
+            }
+        }
+        ComponentMemory {
+            component: label,
+            image,
+            image_bytes,
+            resident_bytes: total_bytes(&self.resident(domain, &image)),
+            pinned_bytes,
+            mapped_by: mappers.len(),
+            mapped_bytes: once.bytes(),
+            shared_bytes: twice.bytes(),
+        }
+    }
+
+    fn label(&self, image: &Digest) -> Option<String> {
+        let all = self.instances.all();
+        all.iter().find_map(|instance| {
+            let devices = instance.devices();
+            devices
+                .into_iter()
+                .find(|device| device.image == *image)
+                .map(|one| one.component)
+        })
+    }
+
+    fn totals(&self) -> Totals {
+        let fetched = self.store.scheduler().counters();
+        let waits = self.domains.attribution().total.figures();
+        let mut totals = Totals {
+            demand_fetches: waits.fetches,
+            demand_bytes: waits.bytes,
+            stall_s: waits.stall_ns as f64 / 1e9,
+            repository_bytes: fetched.repository_bytes(),
+            repository_requests: fetched.demand_requests + fetched.prefetch_requests,
+            ..Totals::default()
+        };
+        for memory in self.domains.all() {
+            let counters = memory.shared.counters();
+            totals.pushed_bytes += counters.pushed_bytes;
+            totals.pushed_used_bytes += counters.pushed_used_bytes;
+            totals.evicted_bytes += counters.evicted_bytes;
+        }
+        totals
+    }
+
+    /// Drops everything that no VM maps and nothing pins.
+    pub async fn drop_memory(self: &Arc<Self>) -> Result<(), HostError> {
+        let host = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || host.drop_idle());
+        work.await.map_err(HostError::failed)?
+    }
+
+    fn drop_idle(&self) -> Result<(), HostError> {
+        let live = self.instances.live();
+        for memory in self.domains.all() {
+            for (image, ..) in memory.shared.files() {
+                if live.iter().any(|one| has_image(one, &image)) {
+                    continue;
+                }
+                let resident = memory.shared.resident(&image).map_err(HostError::failed)?;
+                memory
+                    .shared
+                    .evict(&image, &resident)
+                    .map_err(HostError::failed)?;
+                for extent in resident {
+                    let image = forelay_cache::SharedImage::new(memory.domain.clone(), image);
+                    self.memory
+                        .tell(forelay_cache::plan::Event::Evicted { image, extent });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is expected to be needed next, most valuable first.
+    pub async fn forecast(
+        self: &Arc<Self>,
+        profile: Option<&str>,
+    ) -> Result<Vec<crate::api::ForecastEntry>, HostError> {
+        let _ = profile;
+        Ok(Vec::new())
+    }
+}
+
+fn has_image(instance: &Instance, image: &Digest) -> bool {
+    instance
+        .devices()
+        .iter()
+        .any(|device| device.image == *image)
+}
+
+/// Adds each VM's proportional share: a page that n VMs map is charged 1/n to each.
+fn charge(mappers: &[(String, PageSet)], shares: &mut BTreeMap<String, (u64, f64)>) {
+    for (vm, pages) in mappers {
+        let entry = shares.entry(vm.clone()).or_default();
+        entry.0 += pages.bytes();
+        for run in pages.runs() {
+            for page in run.start..run.end {
+                let count = mappers
+                    .iter()
+                    .filter(|(_, other)| other.contains(page))
+                    .count();
+                entry.1 += forelay_image::PAGE_BYTES as f64 / count.max(1) as f64;
+            }
+        }
+    }
+}
+
+fn pages_of(extents: &[Extent]) -> PageSet {
+    let mut pages = PageSet::new();
+    for &extent in extents {
+        pages.insert(PageRun::covering(extent));
+    }
+    pages
+}
+
+/// Fill of each part of an image, from 0 to 8.
+fn bar(image_bytes: u64, resident: &[Extent]) -> Vec<u8> {
+    let parts = BAR_PARTS
+        .min(image_bytes.div_ceil(forelay_image::PAGE_BYTES))
+        .max(1);
+    let part = |index: u64| {
+        let start = image_bytes * index / parts;
+        let whole = Extent::new(start, image_bytes * (index + 1) / parts - start);
+        let inside = resident
+            .iter()
+            .filter_map(|extent| extent.intersection(&whole));
+        let bytes: u64 = inside.map(|extent| extent.len).sum();
+        // A little is more than nothing.
+        (bytes * 8).div_ceil(whole.len.max(1)).min(8) as u8
+    };
+    (0..parts).map(part).collect()
+}
+
+fn map_files(
+    reader: &Reader,
+    slot: usize,
+    resident: &PageSet,
+    touched: &PageSet,
+) -> Result<Vec<MapFile>, ReadError> {
+    let image = Image::open(reader)?;
+    let mut files = Vec::new();
+    for file in image.file_extents()? {
+        let Some(first) = file.extents.first() else {
+            continue;
+        };
+        let within = |pages: &PageSet| -> u64 {
+            let runs = file.extents.iter().map(|&extent| PageRun::covering(extent));
+            runs.map(|run| u64::from(pages.count_within(run)) * forelay_image::PAGE_BYTES)
+                .sum()
+        };
+        let bytes = total_bytes(&file.extents);
+        files.push(MapFile {
+            path: String::from_utf8_lossy(&file.path).into_owned(),
+            slot,
+            offset: first.offset,
+            bytes,
+            resident_bytes: within(resident).min(bytes.next_multiple_of(forelay_image::PAGE_BYTES)),
+            touched_bytes: within(touched).min(bytes.next_multiple_of(forelay_image::PAGE_BYTES)),
+        });
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_shows_none_some_and_all() {
+        let shown = bar(
+            48 * 4096,
+            &[Extent::new(0, 4096), Extent::new(4096 * 47, 4096)],
+        );
+        assert_eq!(shown.len(), 48);
+        assert_eq!((shown[0], shown[1], shown[47]), (8, 0, 8));
+        assert_eq!(bar(4096, &[]), [0]);
+    }
+
+    #[test]
+    fn shares_add_up_to_one_copy() {
+        let pages = |run: PageRun| {
+            let mut set = PageSet::new();
+            set.insert(run);
+            set
+        };
+        let mappers = [
+            ("a".to_owned(), pages(PageRun::new(0, 10))),
+            ("b".to_owned(), pages(PageRun::new(5, 15))),
+        ];
+        let mut shares = BTreeMap::new();
+        charge(&mappers, &mut shares);
+        let charged: f64 = shares.values().map(|(_, charged)| charged).sum();
+        assert_eq!(charged, 15.0 * 4096.0);
+        assert_eq!(shares["a"], (10 * 4096, 7.5 * 4096.0));
+    }
+}

@@ -1,0 +1,129 @@
+//! Observation of one VM from outside: which pages of its devices it has touched, when.
+//!
+//! Scans the VMM's page tables at short intervals while the launch is young, rarely
+//! later. What a scan finds new was touched since the scan before it.
+//!
+//! Invariant: a page is reported once for each VM, with the time of the scan that found
+//! it; within one scan, extents are in image order.
+
+use std::path::PathBuf;
+
+use forelay_cache::page_set::{PageRun, PageSet};
+use forelay_image::{Digest, Extent};
+use forelay_memory::observe::{self, FileIdentity};
+
+/// One device of a VM, and what is known of it.
+#[derive(Debug)]
+struct Watched {
+    image: Digest,
+    file: FileIdentity,
+    touched: PageSet,
+}
+
+/// Pages of one image that a scan found touched for the first time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewTouches {
+    /// Component image.
+    pub image: Digest,
+    /// The pages.
+    pub extents: Vec<Extent>,
+}
+
+/// Watches one VMM.
+#[derive(Debug)]
+pub struct Observer {
+    pid: u32,
+    devices: Vec<Watched>,
+}
+
+impl Observer {
+    /// Watches the VMM `pid`.
+    pub const fn new(pid: u32) -> Self {
+        Self {
+            pid,
+            devices: Vec::new(),
+        }
+    }
+
+    /// Watches another device, the file `path`. May stat the file: not on async threads.
+    pub fn watch(&mut self, image: Digest, path: &PathBuf) -> std::io::Result<()> {
+        let file = FileIdentity::of(path)?;
+        self.devices.push(Watched {
+            image,
+            file,
+            touched: PageSet::new(),
+        });
+        Ok(())
+    }
+
+    /// Stops watching the devices of an image.
+    pub fn unwatch(&mut self, image: &Digest) {
+        self.devices.retain(|device| device.image != *image);
+    }
+
+    /// Scans all devices. A VMM that ends meanwhile shows nothing new.
+    pub fn scan(&mut self) -> Vec<NewTouches> {
+        let mut found = Vec::new();
+        for device in &mut self.devices {
+            let Ok(touched) = observe::touched(self.pid, device.file) else {
+                continue;
+            };
+            let extents = take_new(&mut device.touched, &touched);
+            if !extents.is_empty() {
+                found.push(NewTouches {
+                    image: device.image,
+                    extents,
+                });
+            }
+        }
+        found
+    }
+
+    /// Everything found so far.
+    pub fn touched(&self, image: &Digest) -> Vec<Extent> {
+        let mut devices = self.devices.iter().filter(|device| device.image == *image);
+        devices.next().map_or_else(Vec::new, |device| {
+            device.touched.runs().map(PageRun::extent).collect()
+        })
+    }
+
+    /// Bytes touched over all devices.
+    pub fn touched_bytes(&self) -> u64 {
+        self.devices
+            .iter()
+            .map(|device| device.touched.bytes())
+            .sum()
+    }
+}
+
+/// Adds `touched` to `known`; returns what was not known.
+fn take_new(known: &mut PageSet, touched: &[Extent]) -> Vec<Extent> {
+    let mut new = Vec::new();
+    for &extent in touched {
+        let run = PageRun::covering(extent);
+        let gaps: Vec<PageRun> = known.gaps_within(run).collect();
+        for gap in gaps {
+            known.insert(gap);
+            new.push(gap.extent());
+        }
+    }
+    new
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_page_is_new_once() {
+        let mut known = PageSet::new();
+        let first = take_new(
+            &mut known,
+            &[Extent::new(0, 8192), Extent::new(16384, 4096)],
+        );
+        assert_eq!(first, [Extent::new(0, 8192), Extent::new(16384, 4096)]);
+        let second = take_new(&mut known, &[Extent::new(0, 20480)]);
+        assert_eq!(second, [Extent::new(8192, 8192)]);
+        assert!(take_new(&mut known, &[Extent::new(4096, 4096)]).is_empty());
+    }
+}

@@ -1,0 +1,80 @@
+//! FUSE sessions and pins: asked of the holder, which outlives this daemon.
+//!
+//! Without a holder (tests, tools) both end with this process.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use forelay_memory::holder::{self, Farewell};
+use forelay_memory::{Session, pinner};
+
+use super::HostError;
+
+/// Where sessions and pins live.
+pub struct Sessions {
+    holder: Option<holder::Client>,
+    pinner: Arc<pinner::Client>,
+}
+
+impl Sessions {
+    /// The holder's, if this process was started by one; else this process's own.
+    pub fn connect() -> Result<Self, HostError> {
+        let holder = holder::Client::from_env().map_err(HostError::failed)?;
+        let pinner = match &holder {
+            Some(holder) => holder.pinner().map_err(HostError::failed)?,
+            None => pinner::Client::in_process().map_err(HostError::failed)?,
+        };
+        Ok(Self {
+            holder,
+            pinner: Arc::new(pinner),
+        })
+    }
+
+    /// The session of `domain`, mounted on `mountpoint`: taken over if the holder has it.
+    pub fn open(&self, domain: &str, mountpoint: &Path) -> Result<Session, HostError> {
+        let Some(holder) = &self.holder else {
+            return Ok(Session::New);
+        };
+        std::fs::create_dir_all(mountpoint).map_err(HostError::failed)?;
+        let held = holder.domains().map_err(HostError::failed)?;
+        let held = held.into_iter().find(|held| held.name == domain);
+        let held = match held {
+            Some(held) => held,
+            None => holder
+                .create_domain(domain, mountpoint)
+                .map_err(HostError::failed)?,
+        };
+        Ok(Session::Takeover(held.fuse))
+    }
+
+    /// Names of the domains that the holder holds from an earlier daemon.
+    pub fn held(&self) -> Result<Vec<String>, HostError> {
+        let Some(holder) = &self.holder else {
+            return Ok(Vec::new());
+        };
+        let held = holder.domains().map_err(HostError::failed)?;
+        Ok(held.into_iter().map(|held| held.name).collect())
+    }
+
+    /// Says that this daemon serves its mounts.
+    pub fn ready(&self) -> Result<(), HostError> {
+        self.holder
+            .as_ref()
+            .map_or(Ok(()), |holder| holder.ready().map_err(HostError::failed))
+    }
+
+    /// Says that the holder is to start another daemon when this one ends.
+    pub fn restart(&self) -> Result<(), HostError> {
+        let Some(holder) = &self.holder else {
+            return Ok(());
+        };
+        holder
+            .farewell(Farewell::Restart)
+            .map_err(HostError::failed)
+    }
+
+    /// The process that holds pins.
+    pub fn pinner(&self) -> &Arc<pinner::Client> {
+        &self.pinner
+    }
+}

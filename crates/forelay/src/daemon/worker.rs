@@ -1,0 +1,332 @@
+//! Processes of the daemon: the holder that stays, the pinner, the worker that may die.
+
+use std::collections::HashMap;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use forelay_cache::budget::BudgetConfig;
+use forelay_cache::mapping_table::{MappingTable, SharedTable};
+use forelay_cache::plan::{Event, PlanConfig, Planner};
+use forelay_cache::{DeviceImage, Domain};
+use forelay_memory::{holder, pinner, pressure};
+use forelay_store::{DirectoryRepository, FetchConfig, Repository, Store, StoreConfig, Throttled};
+use forelay_vm::qemu::QemuDriver;
+use forelay_vm::{Accelerator, VmmDriver as _};
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+
+use super::domains::Domains;
+use super::instances::{Instance, Record, load_records};
+use super::learning::Learner;
+use super::memory::Memory;
+use super::samples::Sampler;
+use super::sessions::Sessions;
+use super::{Host, server};
+use crate::api::VmState;
+use crate::config::{Config, RepositoryConfig};
+use crate::history::ProfileRef;
+
+/// Share of the host's memory that an adaptive budget may take at most.
+const ADAPTIVE_SHARE: f64 = 0.5;
+
+/// `forelay daemon`: holds the FUSE sessions and keeps a worker running.
+pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
+    refuse_second(&config.socket())?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let mut daemon = vec![program.clone().into_os_string()];
+    if let Some(path) = path {
+        daemon.push("--config".into());
+        daemon.push(path.canonicalize()?.into_os_string());
+    }
+    daemon.push("internal-worker".into());
+    let pinner = vec![program.into_os_string(), "internal-pinner".into()];
+    let code = holder::run(holder::HolderConfig { daemon, pinner })?;
+    if code != 0 {
+        bail!("the daemon ended with exit code {code}");
+    }
+    Ok(())
+}
+
+/// The pinner's process.
+pub fn run_pinner() -> Result<()> {
+    let socket = holder::pinner_socket()?.context("`forelay daemon` starts this")?;
+    Ok(pinner::run(socket)?)
+}
+
+/// The worker's process.
+pub fn run_worker(config: Config) -> Result<()> {
+    log();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(serve(config));
+    runtime.shutdown_background();
+    result
+}
+
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FORELAY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    // Fails only if a test has set one already.
+    let _ = match std::env::var("FORELAY_LOG_FORMAT").as_deref() {
+        Ok("json") => builder.json().try_init(),
+        _ => builder.with_ansi(false).try_init(),
+    };
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let socket = config.socket();
+    refuse_second(&socket)?;
+    for dir in [
+        &config.state_dir,
+        &config.runtime_dir,
+        &config.vms_dir(),
+        &config.mounts_dir(),
+    ] {
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot make the directory {}", dir.display()))?;
+    }
+    let host = open(config).await?;
+    take_over(&host).await?;
+    let listener = listen(&socket)?;
+    host.domains.sessions().ready()?;
+    tracing::info!(socket = %socket.display(), "ready");
+    let router = server::router(Arc::clone(&host));
+    let restart = tokio::select! {
+        served = axum::serve(listener, router) => {
+            served.context("the API's socket failed")?;
+            false
+        }
+        restart = stop_signal() => restart?,
+    };
+    let _ = std::fs::remove_file(&socket);
+    if restart {
+        tracing::info!("restarting; VMs go on");
+        host.domains.sessions().restart()?;
+        // The exit code of a restart is not looked at.
+        return Ok(());
+    }
+    tracing::info!("stopping all VMs");
+    host.stop_all().await;
+    Ok(())
+}
+
+/// Waits for SIGTERM or SIGINT (stop: false) or SIGHUP (restart: true).
+async fn stop_signal() -> Result<bool> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+        _ = hangup.recv() => true,
+    })
+}
+
+/// A socket on which somebody answers belongs to another daemon.
+fn refuse_second(socket: &Path) -> Result<()> {
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        bail!(
+            "a daemon answers on {} already: stop it first, or give this one its own \
+             `runtime_dir` in the configuration",
+            socket.display()
+        );
+    }
+    Ok(())
+}
+
+fn listen(socket: &Path) -> Result<UnixListener> {
+    let is_socket = |path: &Path| {
+        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+    };
+    if is_socket(socket) {
+        std::fs::remove_file(socket)?;
+    }
+    let listener = UnixListener::bind(socket)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// The store as configured.
+pub async fn open_store(config: &Config) -> Result<Store> {
+    let path = config.repository_path();
+    let directory = DirectoryRepository::open(&path)
+        .with_context(|| format!("cannot open the repository {}", path.display()))?;
+    let directory: Arc<dyn Repository> = Arc::new(directory);
+    let RepositoryConfig {
+        latency_ms,
+        bandwidth_bytes_per_s,
+        ..
+    } = &config.repository;
+    let repository: Arc<dyn Repository> = if *latency_ms > 0 || *bandwidth_bytes_per_s > 0 {
+        let latency = std::time::Duration::from_millis(*latency_ms);
+        let bandwidth = (*bandwidth_bytes_per_s > 0).then_some(*bandwidth_bytes_per_s);
+        Arc::new(Throttled::new(directory, latency, bandwidth))
+    } else {
+        directory
+    };
+    let config = StoreConfig {
+        repository,
+        cache_dir: config.cache_path(),
+        cache_cap_bytes: config.cache.cap_bytes,
+        fetch: FetchConfig::default(),
+    };
+    Ok(Store::open(config).await?)
+}
+
+async fn open(config: Config) -> Result<Arc<Host>> {
+    let store = open_store(&config).await?;
+    let scheduler = store.scheduler().clone();
+    let (events, incoming) = mpsc::unbounded_channel();
+    let domains = Arc::new(Domains::new(
+        &config.mounts_dir(),
+        scheduler.clone(),
+        events.clone(),
+        Sessions::connect()?,
+    ));
+    let (plan, budget) = memory_settings(&config);
+    let table = Arc::new(SharedTable::new(MappingTable::new()));
+    let planner = Planner::new(plan, budget, table);
+    let (reserve, _reserved) = mpsc::unbounded_channel();
+    let memory = Memory::start(
+        planner,
+        Arc::clone(&domains),
+        scheduler,
+        Sampler::new(),
+        (events, incoming),
+        reserve,
+    );
+    let window_ms = (config.forecast.window_s.max(0.0) * 1e3) as u32 + 600_000;
+    let learner = Learner::open(&config.state_dir, window_ms).await?;
+    let mut driver = QemuDriver::new(&config.state_dir);
+    driver.binary.clone_from(&config.vmm.qemu);
+    driver.accelerator = match config.vmm.accelerator.as_str() {
+        "auto" => None,
+        "kvm" => Some(Accelerator::Kvm),
+        "tcg" => Some(Accelerator::Tcg),
+        other => bail!("vmm.accelerator is {other:?}: it can be auto, kvm or tcg"),
+    };
+    Ok(Arc::new(Host {
+        config,
+        started: Instant::now(),
+        store,
+        domains,
+        memory,
+        learner,
+        instances: Default::default(),
+        handles: Default::default(),
+        observers: Default::default(),
+        driver,
+        accelerator: Default::default(),
+        recipes: HashMap::new().into(),
+        next_port: Default::default(),
+    }))
+}
+
+fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
+    let total = pressure::Probe::new()
+        .sample()
+        .map_or(1 << 30, |sample| sample.mem_total_bytes);
+    let cap_bytes = match config.memory.budget_bytes {
+        0 => (total as f64 * ADAPTIVE_SHARE) as u64,
+        bytes => bytes,
+    };
+    let mut budget = BudgetConfig {
+        cap_bytes,
+        ..BudgetConfig::default()
+    };
+    if config.memory.critical_bytes > 0 && total > 0 {
+        let critical = config.memory.critical_bytes as f64 / total as f64;
+        budget.headroom_share = critical / budget.critical_share;
+    }
+    (
+        PlanConfig {
+            budget_bytes: cap_bytes,
+            ..PlanConfig::default()
+        },
+        budget,
+    )
+}
+
+/// Serves what an earlier daemon left: mounts with their files, then the VMs.
+async fn take_over(host: &Arc<Host>) -> Result<()> {
+    let records = load_records(&host.config.vms_dir());
+    let mut names: Vec<String> = records
+        .iter()
+        .map(|record| record.vm.domain.clone())
+        .collect();
+    names.extend(host.domains.sessions().held()?);
+    names.sort();
+    names.dedup();
+    let (serving, files) = (Arc::clone(host), records.clone());
+    tokio::task::spawn_blocking(move || -> Result<(), super::HostError> {
+        for name in names {
+            let memory = serving.domains.ensure(&Domain::from(name.as_str()))?;
+            for record in files.iter().filter(|record| record.vm.domain == name) {
+                for device in record.devices.iter().skip(1) {
+                    serving
+                        .domains
+                        .add_image(&memory, device.image, device.image_bytes)?;
+                }
+            }
+        }
+        Ok(())
+    })
+    .await??;
+    for record in records {
+        reattach(host, record).await;
+    }
+    Ok(())
+}
+
+async fn reattach(host: &Arc<Host>, record: Record) {
+    let vm = record.vm.clone();
+    let of = ProfileRef::new(vm.profile.clone(), vm.owner.clone());
+    let devices = record.devices.iter().skip(1);
+    let devices: Vec<DeviceImage> = devices
+        .map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        })
+        .collect();
+    let instance = Arc::new(Instance::new(record));
+    if host.instances.insert(Arc::clone(&instance)).is_err() {
+        return;
+    }
+    match host.driver.reattach(&vm.runtime_dir).await {
+        Ok(handle) => {
+            tracing::info!(vm = vm.name, pid = handle.pid(), "reattached");
+            let name: forelay_cache::VmName = vm.name.as_str().into();
+            host.memory.tell(Event::LaunchRequested {
+                vm: name.clone(),
+                domain: vm.domain.as_str().into(),
+                profile: vm.profile.as_str().into(),
+                devices,
+                working_set: Vec::new(),
+            });
+            host.memory.tell(Event::VmStarted { vm: name });
+            host.handles.lock().insert(vm.name.clone(), handle.clone());
+            host.supervise_reattached(instance, handle, of);
+        }
+        Err(error) => {
+            let why = super::chain(&error);
+            tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
+            let _ = std::fs::remove_file(vm.runtime_dir.join("instance.json"));
+            instance.update(|vm| {
+                vm.pid = None;
+                vm.error = Some(why);
+                vm.state = VmState::Failed;
+            });
+        }
+    }
+}

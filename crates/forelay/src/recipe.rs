@@ -1,0 +1,387 @@
+//! Recipes: all that composing a lock's map image needs, in memory.
+//!
+//! A recipe holds each component's metadata region, chunk index and account fragments, so
+//! that a launch merges flat arrays and waits for nothing. Used by the daemon (which keeps
+//! recipes of recent locks) and by `forelay compose`.
+//!
+//! Invariant: a recipe depends on its lock alone; what belongs to one VM (host name, keys,
+//! files of the manifest) is added at compose time.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forelay_image::erofs::merge::{
+    ComposeError, ComposeOptions, Composed, Layer, MapLayout, compose,
+};
+use forelay_image::erofs::read::{Image, ReadAt, ReadError};
+use forelay_image::lock::{Lock, LockedComponent};
+use forelay_image::manifest::{Manifest, Ready};
+use forelay_image::tree::{Attributes, FileData, Kind, Node, Tree, TreeError};
+use forelay_store::import::merge::{
+    Fragments, MergeError, MergedFile, fragments_path, merged_files,
+};
+use forelay_store::{ImageMap, ImageReader, Store, StoreError};
+use forelay_vm::guest_config::{
+    Entrypoint, Network, Ready as GuestReady, Run, VM_CONFIG_PATH, VmConfig,
+};
+
+/// Largest fragments file that is read.
+const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
+/// Largest kernel or initramfs that is read.
+const KERNEL_LIMIT_BYTES: u64 = 512 << 20;
+
+/// One component of a recipe.
+struct Part {
+    component: LockedComponent,
+    metadata: Bytes,
+    map: Arc<ImageMap>,
+}
+
+/// What composing a lock's map image needs.
+pub struct Recipe {
+    parts: Vec<Part>,
+    merged: Vec<MergedFile>,
+    entrypoint: Vec<String>,
+}
+
+/// Why a map image could not be composed.
+#[derive(Debug, thiserror::Error)]
+pub enum RecipeError {
+    /// A component cannot be read from the repository.
+    #[error("component {component} cannot be read")]
+    Component {
+        /// Its name and version.
+        component: String,
+        /// The cause.
+        #[source]
+        source: StoreError,
+    },
+    /// A component's image is damaged.
+    #[error("the image of component {component} is damaged: build it again")]
+    Image {
+        /// Its name and version.
+        component: String,
+        /// The cause.
+        #[source]
+        source: ReadError,
+    },
+    /// Accounts of two components clash.
+    #[error("the components' accounts do not fit together")]
+    Accounts(#[from] MergeError),
+    /// A file of the manifest cannot be placed.
+    #[error("the manifest's files cannot be placed")]
+    Files(#[from] TreeError),
+    /// Merging failed.
+    #[error("the image cannot be composed")]
+    Compose(#[from] ComposeError),
+    /// A kernel component lacks a file.
+    #[error("kernel component {component} has no /{path}: build it with `--kernel`")]
+    NoKernel {
+        /// Its name and version.
+        component: String,
+        /// The file.
+        path: &'static str,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A thread died.
+    #[error("composing was interrupted")]
+    Interrupted,
+}
+
+/// A blocking reader of a component's image, for [`Image`]. Not for async threads.
+pub struct Reader(pub ImageReader);
+
+impl ReadAt for Reader {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn size(&self) -> std::io::Result<u64> {
+        Ok(self.0.image_bytes())
+    }
+}
+
+impl Recipe {
+    /// Reads what `lock` names from the store.
+    pub async fn load(store: &Store, lock: &Lock) -> Result<Self, RecipeError> {
+        let parts = lock
+            .components
+            .iter()
+            .map(|component| load_part(store, component));
+        let loaded = futures_util::future::try_join_all(parts).await?;
+        let (parts, fragments): (Vec<Part>, Vec<Fragments>) = loaded.into_iter().unzip();
+        let merged = merged_files(&fragments)?;
+        // The last component with a command of its own is what the VM is for.
+        let mut entrypoint = Vec::new();
+        for locked in lock.components.iter().rev() {
+            let component =
+                store
+                    .component(locked.id)
+                    .await
+                    .map_err(|source| RecipeError::Component {
+                        component: label(locked),
+                        source,
+                    })?;
+            if !component.entrypoint.is_empty() {
+                entrypoint.clone_from(&component.entrypoint);
+                break;
+            }
+        }
+        Ok(Self {
+            parts,
+            merged,
+            entrypoint,
+        })
+    }
+
+    /// Composes the map image of one VM.
+    pub fn compose(
+        &self,
+        manifest: &Manifest,
+        hostname: &str,
+        layout: MapLayout,
+    ) -> Result<Composed, RecipeError> {
+        let own = self.own_files(manifest, hostname)?;
+        let layers: Vec<Layer<'_>> = self
+            .parts
+            .iter()
+            .map(|part| Layer {
+                image: part.component.image,
+                image_bytes: part.component.image_bytes,
+                metadata: &part.metadata,
+                chunks: Some(&part.map.index),
+            })
+            .collect();
+        Ok(compose(&layers, &own, ComposeOptions { layout })?)
+    }
+
+    /// The files that belong to this VM alone.
+    fn own_files(&self, manifest: &Manifest, hostname: &str) -> Result<Tree, RecipeError> {
+        let mut tree = Tree::new();
+        for file in &self.merged {
+            put(
+                &mut tree,
+                &file.path,
+                &file.bytes,
+                file.mode,
+                (file.uid, file.gid),
+            )?;
+        }
+        put(
+            &mut tree,
+            "etc/hostname",
+            format!("{hostname}\n").as_bytes(),
+            0o644,
+            (0, 0),
+        )?;
+        let hosts = format!("127.0.0.1 localhost\n127.0.1.1 {hostname}\n::1 localhost\n");
+        put(&mut tree, "etc/hosts", hosts.as_bytes(), 0o644, (0, 0))?;
+        if !manifest.ssh_keys.is_empty() {
+            let keys = manifest.ssh_keys.join("\n") + "\n";
+            put(
+                &mut tree,
+                "root/.ssh/authorized_keys",
+                keys.as_bytes(),
+                0o600,
+                (0, 0),
+            )?;
+            for dir in ["root", "root/.ssh"] {
+                if let Some(id) = tree.lookup(dir.as_bytes()) {
+                    tree.node_mut(id).attributes.mode = 0o700;
+                }
+            }
+        }
+        for (path, file) in &manifest.files {
+            put(
+                &mut tree,
+                path,
+                file.content.as_bytes(),
+                file.mode,
+                (file.uid, file.gid),
+            )?;
+        }
+        let config = serde_json::to_vec(&self.guest_config(manifest, hostname))
+            .map_err(|_| RecipeError::Interrupted)?;
+        put(&mut tree, VM_CONFIG_PATH, &config, 0o644, (0, 0))?;
+        Ok(tree)
+    }
+
+    fn guest_config(&self, manifest: &Manifest, hostname: &str) -> VmConfig {
+        let argv = match &manifest.entrypoint {
+            own if !own.is_empty() => own.clone(),
+            _ => self.entrypoint.clone(),
+        };
+        let run = match &manifest.init {
+            Some(path) => Run::Init { path: path.clone() },
+            None if argv.is_empty() => Run::AgentOnly,
+            None => Run::Entrypoint(Entrypoint {
+                argv,
+                ..Entrypoint::default()
+            }),
+        };
+        let ready = manifest.ready.as_ref().map(|ready| match ready {
+            Ready::Tcp(port) => GuestReady::Tcp(*port),
+            Ready::Exec(command) => GuestReady::Exec(command.clone()),
+            Ready::Path(path) => GuestReady::Path(path.clone()),
+        });
+        VmConfig {
+            hostname: hostname.to_owned(),
+            run,
+            env: manifest.env.clone(),
+            ready,
+            network: Some(Network::default()),
+            ..VmConfig::default()
+        }
+    }
+}
+
+fn label(component: &LockedComponent) -> String {
+    format!("{} {}", component.name, component.version)
+}
+
+async fn load_part(
+    store: &Store,
+    component: &LockedComponent,
+) -> Result<(Part, Fragments), RecipeError> {
+    let failed = |source| RecipeError::Component {
+        component: label(component),
+        source,
+    };
+    let image = component.image;
+    let metadata = store.image_metadata(image).await.map_err(failed)?;
+    let map = store.open_image(image).await.map_err(failed)?;
+    let reader = Reader(store.image_reader(image).await.map_err(failed)?);
+    let name = component.name.clone();
+    let read = tokio::task::spawn_blocking(move || read_fragments(&reader, &name)).await;
+    let fragments = match read.map_err(|_| RecipeError::Interrupted)? {
+        Ok(Some(bytes)) => Fragments::decode(&component.name, &bytes)?,
+        Ok(None) => Fragments::default(),
+        Err(source) => {
+            return Err(RecipeError::Image {
+                component: label(component),
+                source,
+            });
+        }
+    };
+    Ok((
+        Part {
+            component: component.clone(),
+            metadata,
+            map,
+        },
+        fragments,
+    ))
+}
+
+fn read_fragments(reader: &Reader, name: &str) -> Result<Option<Vec<u8>>, ReadError> {
+    read_file(
+        &Image::open(reader)?,
+        &fragments_path(name),
+        FRAGMENTS_LIMIT_BYTES,
+    )
+}
+
+/// A whole file of an image, if there is one at `path` (symbolic links are not followed).
+pub fn read_file(
+    image: &Image<'_>,
+    path: &str,
+    limit_bytes: u64,
+) -> Result<Option<Vec<u8>>, ReadError> {
+    match image.lookup(path.as_bytes())? {
+        Some(inode) => image.read_whole(&inode, limit_bytes).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Kernel and initramfs on the host.
+#[derive(Clone, Debug)]
+pub struct KernelFiles {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Kernel and initramfs of a kernel component as files in `dir`, extracted once.
+pub async fn kernel_files(
+    store: &Store,
+    kernel: &LockedComponent,
+    dir: &Path,
+) -> Result<KernelFiles, RecipeError> {
+    let files = KernelFiles {
+        kernel: dir.join("vmlinuz"),
+        initrd: dir.join("initrd"),
+    };
+    if files.kernel.exists() && files.initrd.exists() {
+        return Ok(files);
+    }
+    let reader = store.image_reader(kernel.image).await;
+    let reader = Reader(reader.map_err(|source| RecipeError::Component {
+        component: label(kernel),
+        source,
+    })?);
+    let (name, dir) = (label(kernel), dir.to_path_buf());
+    let extracted = tokio::task::spawn_blocking(move || {
+        extract_kernel(&reader, &name, &dir, &files).map(|()| files)
+    });
+    extracted.await.map_err(|_| RecipeError::Interrupted)?
+}
+
+/// Writes kernel and initramfs; they appear when they are whole.
+fn extract_kernel(
+    reader: &Reader,
+    name: &str,
+    dir: &Path,
+    files: &KernelFiles,
+) -> Result<(), RecipeError> {
+    let damaged = |source| RecipeError::Image {
+        component: name.to_owned(),
+        source,
+    };
+    let image = Image::open(reader).map_err(damaged)?;
+    for (path, target) in [
+        ("boot/vmlinuz", &files.kernel),
+        ("boot/initrd.img", &files.initrd),
+    ] {
+        let bytes = read_file(&image, path, KERNEL_LIMIT_BYTES).map_err(damaged)?;
+        let bytes = bytes.ok_or_else(|| RecipeError::NoKernel {
+            component: name.to_owned(),
+            path,
+        })?;
+        let unfinished = target.with_extension("new");
+        std::fs::create_dir_all(dir)
+            .and_then(|()| std::fs::write(&unfinished, bytes))
+            .and_then(|()| std::fs::rename(&unfinished, target))
+            .map_err(|source| RecipeError::Write {
+                path: target.clone(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
+fn put(
+    tree: &mut Tree,
+    path: &str,
+    bytes: &[u8],
+    mode: u16,
+    (uid, gid): (u32, u32),
+) -> Result<(), TreeError> {
+    let attributes = Attributes {
+        uid,
+        gid,
+        ..Attributes::with_mode(mode)
+    };
+    let kind = Kind::File(FileData::Bytes(bytes.into()));
+    tree.insert_path(path.as_bytes(), Node { attributes, kind })
+        .map(drop)
+}
