@@ -26,6 +26,7 @@ pub struct AptCache {
     directory: PathBuf,
     suite: String,
     refresh_after: Duration,
+    mirror: Option<String>,
 }
 
 /// Held while apt works in the cache.
@@ -58,8 +59,15 @@ impl AptCache {
             directory,
             suite: suite.to_owned(),
             refresh_after,
+            mirror: None,
         };
         Ok(cache)
+    }
+
+    /// Uses the mirror at `uri` alone, instead of the host's sources.
+    pub fn with_mirror(mut self, uri: Option<String>) -> Self {
+        self.mirror = uri;
+        self
     }
 
     /// The release.
@@ -84,7 +92,10 @@ impl AptCache {
     /// their path, for tools that want it.
     pub fn write_sources(&self) -> Result<PathBuf, ImportError> {
         let path = self.directory.join("sources.d/forelay.list");
-        let text = sources_text(&host_sources(), &self.suite);
+        let text = match &self.mirror {
+            Some(uri) => format!("deb {uri} {} main\n", self.suite),
+            None => sources_text(&host_sources(), &self.suite),
+        };
         fs::write(&path, text).map_err(io_error("writing", &path))?;
         Ok(path)
     }

@@ -38,6 +38,10 @@ const SLIM: &[&str] = &[
     "path-exclude=/usr/share/bug/*",
 ];
 
+/// dpkg's option for the build, which the base does not keep.
+const UNSAFE_IO: &str = "force-unsafe-io";
+const DPKG_OPTIONS: &str = "etc/dpkg/dpkg.cfg.d/99mmdebstrap";
+
 /// Packages that make a base boot with systemd as its init.
 const SYSTEMD: &[&str] = &["systemd-sysv", "dbus", "udev", "kmod", "iproute2"];
 
@@ -131,6 +135,8 @@ fn bootstrap(
             "--format=directory",
         ])
         .arg("--skip=essential/unlink")
+        // The root is thrown away if the host fails: no need to wait for its disk.
+        .arg(format!("--dpkgopt={UNSAFE_IO}"))
         .arg(format!(
             "--setup-hook=mkdir -p \"$1\"/var/cache/apt/archives && \
              mount --bind '{}' \"$1\"/var/cache/apt/archives",
@@ -187,6 +193,20 @@ fn clean_base(
         "etc/apt/apt.conf.d/99mmdebstrap",
     ] {
         remove_path(tree, path.as_bytes());
+    }
+    if let Some(text) = text_of(tree, DPKG_OPTIONS)? {
+        remove_path(tree, DPKG_OPTIONS.as_bytes());
+        let kept: Vec<&str> = text.lines().filter(|line| *line != UNSAFE_IO).collect();
+        if !kept.is_empty() {
+            let text = kept.join("\n") + "\n";
+            put_file(
+                tree,
+                "etc/dpkg/dpkg.cfg.d/slim",
+                text.into_bytes(),
+                0o644,
+                root,
+            )?;
+        }
     }
     let sources = standard_sources(&options.suite);
     put_file(

@@ -110,6 +110,7 @@ pub struct Built {
 pub struct Builder {
     cache: PathBuf,
     refresh_after: Duration,
+    mirror: Option<String>,
 }
 
 impl Builder {
@@ -121,12 +122,19 @@ impl Builder {
         Ok(Self {
             cache,
             refresh_after: DEFAULT_REFRESH_AFTER,
+            mirror: None,
         })
     }
 
     /// Uses package indexes that are up to `age` old.
     pub fn refresh_after(mut self, age: Duration) -> Self {
         self.refresh_after = age;
+        self
+    }
+
+    /// Downloads from the Debian mirror at `uri` alone, instead of the host's sources.
+    pub fn mirror(mut self, uri: &str) -> Self {
+        self.mirror = Some(uri.to_owned());
         self
     }
 
@@ -236,7 +244,8 @@ impl Builder {
     }
 
     fn apt(&self, suite: &str) -> Result<AptCache, ImportError> {
-        AptCache::open(&self.cache, suite, self.refresh_after)
+        let apt = AptCache::open(&self.cache, suite, self.refresh_after)?;
+        Ok(apt.with_mirror(self.mirror.clone()))
     }
 }
 

@@ -8,9 +8,9 @@
 //! directories aside) as base + upper directory.
 
 use std::fs::{self, File, Metadata};
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use forelay_image::tree::{Attributes, FileData, Kind, NodeId, ROOT, Tree};
@@ -76,30 +76,28 @@ fn same_attributes(attributes: &Attributes, base: &Metadata) -> bool {
 
 fn same_content(data: &FileData, path: &Path) -> Result<bool, ImportError> {
     let mut old = File::open(path).map_err(io_error("reading", path))?;
-    let mut new: Box<dyn FnMut(&mut [u8], u64) -> std::io::Result<()>> = match data {
-        FileData::Bytes(bytes) => {
-            let mut bytes = &bytes[..];
-            Box::new(move |out, _| bytes.read_exact(out))
-        }
+    let mut new: Box<dyn Read + '_> = match data {
+        FileData::Bytes(bytes) => Box::new(&bytes[..]),
         FileData::HostFile {
             path: from, offset, ..
         } => {
-            let file = File::open(from).map_err(io_error("reading", from))?;
-            let offset = *offset;
-            Box::new(move |out, at| file.read_exact_at(out, offset + at))
+            let mut file = File::open(from).map_err(io_error("reading", from))?;
+            file.seek(SeekFrom::Start(*offset))
+                .map_err(io_error("reading", from))?;
+            Box::new(file)
         }
     };
     let (mut one, mut other) = (vec![0u8; 64 << 10], vec![0u8; 64 << 10]);
-    let mut at = 0;
-    while at < data.len() {
-        let count = (data.len() - at).min(one.len() as u64) as usize;
-        new(&mut one[..count], at).map_err(io_error("comparing", path))?;
-        old.read_exact(&mut other[..count])
+    let mut left = data.len();
+    while left > 0 {
+        let count = left.min(one.len() as u64) as usize;
+        new.read_exact(&mut one[..count])
+            .and_then(|()| old.read_exact(&mut other[..count]))
             .map_err(io_error("comparing", path))?;
         if one[..count] != other[..count] {
             return Ok(false);
         }
-        at += count as u64;
+        left -= count as u64;
     }
     Ok(true)
 }

@@ -28,7 +28,7 @@ cd /var/lib/postgresql
 exec setpriv --reuid=postgres --regid=postgres --init-groups -- \
     "/usr/lib/postgresql/$version/bin/postgres" \
     -D "/var/lib/postgresql/$version/main" \
-    -c "config_file=/etc/postgresql/$version/main/postgresql.conf"
+    -c "config_file=/etc/postgresql/$version/main/postgresql.conf" "$@"
 "#;
 
 /// Services whose units fork, by the package that has the unit.
@@ -126,7 +126,8 @@ fn script(service: &Service<'_>, user: Option<&str>, command: &str) -> String {
         let group = group.unwrap_or(user);
         format!("setpriv --reuid={user} --regid={group} --init-groups -- ")
     });
-    text.push_str(&format!("exec {switch}{command}\n"));
+    // Arguments of the entrypoint are added, so that a manifest can append options.
+    text.push_str(&format!("exec {switch}{command} \"$@\"\n"));
     text
 }
 
@@ -206,7 +207,7 @@ mod tests {
         assert!(text.contains("install -d -o redis -g redis -m 2755 /run/redis\n"));
         assert!(text.contains("if [ -r /etc/default/redis ]; then . /etc/default/redis; fi\n"));
         let exec = "exec setpriv --reuid=redis --regid=redis --init-groups -- \
-                    /usr/bin/redis-server /etc/redis/redis.conf $OPTS\n";
+                    /usr/bin/redis-server /etc/redis/redis.conf $OPTS \"$@\"\n";
         assert!(text.ends_with(exec), "{text}");
     }
 

@@ -74,6 +74,12 @@ const MERGED: &[MergedPath] = &[
         gid: 0,
     },
     MergedPath {
+        path: "var/lib/dpkg/statoverride",
+        rule: Rule::Lines,
+        mode: 0o644,
+        gid: 0,
+    },
+    MergedPath {
         path: "var/lib/dpkg/triggers/File",
         rule: Rule::Lines,
         mode: 0o644,

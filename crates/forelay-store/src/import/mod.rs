@@ -37,3 +37,7 @@ pub use build::{BuildRequest, Builder, Built, Source};
 pub use draft::{Draft, Imported, host_architecture};
 pub use error::ImportError;
 pub use progress::{Phase, Progress, Reporter};
+
+#[cfg(test)]
+#[path = "debian_tests.rs"]
+mod tests;

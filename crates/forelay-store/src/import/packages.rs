@@ -50,8 +50,8 @@ const DROPPED: &[&str] = &[
     "var/lib/shells.state",
 ];
 
-/// Package databases that stay whole if a package changes them; the later component wins.
-const KEPT_WHOLE: &[&str] = &["var/lib/dpkg/diversions", "var/lib/dpkg/statoverride"];
+/// Stays whole if a package changes it; the later component wins.
+const DIVERSIONS: &str = "var/lib/dpkg/diversions";
 
 /// What to install.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,11 +106,8 @@ pub fn build_packages(
     }
     remove_unchanged(&mut tree, &base.directory)?;
     notes.extend(linker_notes(&tree));
-    for path in KEPT_WHOLE
-        .iter()
-        .filter(|path| tree.lookup(path.as_bytes()).is_some())
-    {
-        notes.push(format!("replaces /{path} as a whole"));
+    if tree.lookup(DIVERSIONS.as_bytes()).is_some() {
+        notes.push(format!("replaces /{DIVERSIONS} as a whole"));
     }
     let draft = describe(&mut tree, options, name, base, &installed, notes)?;
     clamp_times(&mut tree, started_s, FALLBACK_TIME_S);

@@ -1,0 +1,298 @@
+//! Builds with real Debian packages. They need root, mmdebstrap and a mirror; the base
+//! and downloads are kept in `target/test-cache` between runs.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use forelay_image::component::{Component, Role};
+use forelay_image::erofs::read::Image;
+use forelay_image::{Digest, Extent};
+
+use super::base::BaseOptions;
+use super::deb::read_small_file;
+use super::dir::Ownership;
+use super::kernel::{INITRD_PATH, KERNEL_PATH, KernelOptions};
+use super::merge::{Fragments, fragments_path, merged_files, package_status, status_path};
+use super::packages::PackageOptions;
+use super::roots::BaseRoot;
+use super::sandbox::Sandbox;
+use super::unpack::write_directory;
+use super::*;
+
+fn silent(_: Progress) {}
+
+fn test_cache() -> PathBuf {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
+    let cache = target.join("test-cache/import");
+    fs::create_dir_all(&cache).unwrap();
+    cache.canonicalize().unwrap()
+}
+
+/// Why builds with Debian packages cannot run here, if they cannot.
+fn missing() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("not root".to_owned());
+    }
+    let tools = ["mmdebstrap", "unshare", "apt-get", "dpkg"];
+    let absent = tools.iter().find(|tool| {
+        let found = Command::new("sh")
+            .args(["-c", &format!("command -v {tool}")])
+            .output();
+        !found.is_ok_and(|found| found.status.success())
+    });
+    absent.map(|tool| format!("{tool} is not installed"))
+}
+
+macro_rules! require_debian {
+    ($name:literal) => {
+        if let Some(why) = missing() {
+            println!("SKIPPED {}: {why}", $name);
+            return;
+        }
+    };
+}
+
+fn builder() -> Builder {
+    Builder::new(&test_cache())
+        .unwrap()
+        .refresh_after(Duration::from_secs(6 * 3600))
+}
+
+/// The base that all tests share, built once for each state of the code that makes it.
+fn base() -> &'static BaseRoot {
+    static BASE: OnceLock<BaseRoot> = OnceLock::new();
+    BASE.get_or_init(|| {
+        let sources = [
+            include_str!("base.rs"),
+            include_str!("clean.rs"),
+            include_str!("accounts.rs"),
+            include_str!("merge.rs"),
+        ];
+        let key = Digest::of(sources.concat().as_bytes()).short();
+        let cache = test_cache();
+        let lock = File::create(cache.join("lock")).unwrap();
+        lock.lock().unwrap();
+        let image_path = cache.join(format!("base-{key}.img"));
+        let component_path = cache.join(format!("base-{key}.json"));
+        if !component_path.is_file() {
+            let request = BuildRequest::new(Source::Base(BaseOptions::default()));
+            let built = builder().build(&request, &silent).unwrap();
+            fs::rename(&built.image, &image_path).unwrap();
+            let json = serde_json::to_vec(&built.component).unwrap();
+            fs::write(&component_path, json).unwrap();
+        }
+        let json = fs::read(&component_path).unwrap();
+        let component: Component = serde_json::from_slice(&json).unwrap();
+        let image = File::open(&image_path).unwrap();
+        builder().base_root(&component, &image).unwrap()
+    })
+}
+
+fn packages(names: &[&str]) -> BuildRequest {
+    let packages = names.iter().map(|name| (*name).to_owned()).collect();
+    BuildRequest::new(Source::Packages {
+        options: PackageOptions { packages },
+        base: Box::new(base().clone()),
+    })
+}
+
+fn unpack(built: &Built, to: &Path) {
+    let image = File::open(&built.image).unwrap();
+    let tree = Image::open(&image).unwrap().to_tree(1 << 30).unwrap();
+    fs::create_dir(to).unwrap();
+    write_directory(&tree, to).unwrap();
+}
+
+/// What a launch does with fragments, written into a directory to be the topmost layer.
+fn merged_layer(layers: &[(&str, &Path)], to: &Path) {
+    let read = |(name, directory): &(&str, &Path)| {
+        let bytes = fs::read(directory.join(fragments_path(name))).ok();
+        bytes.map_or(Fragments::default(), |bytes| {
+            Fragments::decode(name, &bytes).unwrap()
+        })
+    };
+    let fragments: Vec<Fragments> = layers.iter().map(read).collect();
+    for file in merged_files(&fragments).unwrap() {
+        let path = to.join(&file.path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, file.bytes).unwrap();
+    }
+    let text = |path: PathBuf| fs::read_to_string(path).unwrap();
+    let base = text(layers[0].1.join("var/lib/dpkg/status"));
+    let added: Vec<String> = layers[1..]
+        .iter()
+        .map(|(name, directory)| text(directory.join(status_path(name))))
+        .collect();
+    let added: Vec<&str> = added.iter().map(String::as_str).collect();
+    fs::create_dir_all(to.join("var/lib/dpkg")).unwrap();
+    fs::write(
+        to.join("var/lib/dpkg/status"),
+        package_status(&base, &added),
+    )
+    .unwrap();
+}
+
+#[test]
+fn privileged_components_built_apart_work_together_on_their_base() {
+    require_debian!("privileged_components_built_apart_work_together_on_their_base");
+    let nginx = builder().build(&packages(&["nginx"]), &silent).unwrap();
+    let redis = builder().build(&packages(&["redis"]), &silent).unwrap();
+    let again = builder().build(&packages(&["redis"]), &silent).unwrap();
+    assert_eq!(
+        redis.component.id(),
+        again.component.id(),
+        "not reproducible"
+    );
+
+    let about = &nginx.component;
+    assert_eq!((about.name.as_str(), about.role), ("nginx", Role::Package));
+    assert_eq!(about.entrypoint, ["/usr/sbin/nginx", "-g", "daemon off;"]);
+    assert!(
+        about
+            .sbom
+            .iter()
+            .any(|package| package.name == "nginx-common")
+    );
+    assert!(!about.sbom.iter().any(|package| package.name == "libc6"));
+    assert!(
+        about
+            .requires
+            .iter()
+            .flatten()
+            .any(|need| need.name == "libc6")
+    );
+    assert_eq!(redis.component.entrypoint, ["/usr/lib/forelay/start/redis"]);
+
+    let scratch = tempfile::tempdir_in(test_cache()).unwrap();
+    let directory = |name: &str| scratch.path().join(name);
+    unpack(&nginx, &directory("nginx"));
+    unpack(&redis, &directory("redis"));
+    fs::create_dir(directory("merged")).unwrap();
+    let layers = [
+        ("debian", base().directory.as_path()),
+        ("nginx", &directory("nginx")),
+        ("redis", &directory("redis")),
+    ];
+    merged_layer(&layers, &directory("merged"));
+    let layers = ["merged", "redis", "nginx"].map(directory);
+    let layers = [&layers[0], &layers[1], &layers[2], &base().directory];
+    let root = Sandbox::new(scratch.path(), &layers.map(PathBuf::as_path)).unwrap();
+    let script = "set -e; nginx -t 2>&1; redis-server --version; id -u redis; \
+                  stat -c %U /var/lib/redis; dpkg -s nginx redis libc6 | grep -c '^Status: install ok'; \
+                  dpkg --verify redis-server nginx-common || true";
+    let said = root.run(script).unwrap();
+    assert!(said.contains("test is successful"), "{said}");
+    assert!(said.contains("Redis server v="), "{said}");
+    assert!(said.contains("\n216\nredis\n3\n"), "{said}");
+    // dpkg --verify also names what a slim base leaves out; changed content is a `5`.
+    let changed = said.lines().any(|line| line.starts_with("??5"));
+    assert!(!changed, "a packaged file differs: {said}");
+}
+
+#[test]
+fn privileged_failed_builds_say_why_and_leave_nothing() {
+    require_debian!("privileged_failed_builds_say_why_and_leave_nothing");
+    let build = |names: &[&str]| builder().build(&packages(names), &silent).unwrap_err();
+    let unknown = build(&["ngnix"]).to_string();
+    assert!(unknown.contains("did you mean nginx"), "{unknown}");
+    assert!(matches!(build(&["bash"]), ImportError::InBase { .. }));
+    let impossible = build(&["nginx=0.1"]);
+    assert!(
+        matches!(impossible, ImportError::Unsolvable { .. }),
+        "{impossible}"
+    );
+
+    let cache = tempfile::tempdir_in(test_cache()).unwrap();
+    let offline = Builder::new(cache.path())
+        .unwrap()
+        .mirror("http://127.0.0.1:9/debian");
+    let error = offline.build(&packages(&["nginx"]), &silent).unwrap_err();
+    assert!(matches!(error, ImportError::Network { .. }), "{error}");
+
+    let left = fs::read_dir(cache.path().join("tmp")).unwrap().count();
+    assert_eq!(left, 0, "temporary files are left");
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains("test-cache/import"), "{mounts}");
+}
+
+#[test]
+fn privileged_a_full_disk_is_named_and_nothing_is_left() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED privileged_a_full_disk_is_named_and_nothing_is_left: not root");
+        return;
+    }
+    struct Mounted(PathBuf);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(&self.0).status();
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (small, source) = (
+        directory.path().join("small"),
+        directory.path().join("source"),
+    );
+    fs::create_dir(&small).unwrap();
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), vec![7; 3 << 20]).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+        .arg(&small)
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        println!("SKIPPED privileged_a_full_disk_is_named_and_nothing_is_left: cannot mount");
+        return;
+    }
+    let _mounted = Mounted(small.clone());
+    let request = BuildRequest::new(Source::Directory {
+        path: source,
+        ownership: Ownership::Keep,
+    });
+    let error = Builder::new(&small)
+        .unwrap()
+        .build(&request, &silent)
+        .unwrap_err();
+    assert!(matches!(error, ImportError::DiskFull { .. }), "{error}");
+    assert_eq!(fs::read_dir(small.join("tmp")).unwrap().count(), 0);
+}
+
+#[test]
+fn privileged_the_kernel_component_holds_what_a_guest_needs_to_boot() {
+    require_debian!("privileged_the_kernel_component_holds_what_a_guest_needs_to_boot");
+    // Any executable stands in for init here; VMs boot the real one in forelay-vm's tests.
+    let options = KernelOptions::new(Path::new("/bin/true"));
+    let request = BuildRequest::new(Source::Kernel(options));
+    let built = builder().build(&request, &silent).unwrap();
+    assert_eq!(built.component.role, Role::Kernel);
+    assert!(built.component.cmdline.is_some());
+    let image = File::open(&built.image).unwrap();
+    let tree = Image::open(&image).unwrap().to_tree(1 << 30).unwrap();
+    let shown = Path::new("kernel component");
+    let kernel = read_small_file(&tree, KERNEL_PATH.as_bytes(), shown).unwrap();
+    assert_eq!(&kernel[0x202..0x206], b"HdrS", "not a bootable kernel");
+    let initrd = read_small_file(&tree, INITRD_PATH.as_bytes(), shown).unwrap();
+    let text = String::from_utf8_lossy(&initrd);
+    let lines = text
+        .lines()
+        .map(|line| line.rsplit('\0').next().unwrap_or(line));
+    let paths = lines.filter(|line| line.starts_with("lib/modules/") && line.ends_with(".ko"));
+    let list: Vec<String> = paths.map(modules::module_name).collect();
+    let at = |name: &str| list.iter().position(|known| known == name);
+    assert!(
+        at("virtio").unwrap() < at("virtio_pmem").unwrap(),
+        "{list:?}"
+    );
+    assert!(
+        at("libnvdimm").unwrap() < at("nd_pmem").unwrap(),
+        "{list:?}"
+    );
+    assert!(at("erofs").is_some() && at("overlay").is_some(), "{list:?}");
+    let whole = Extent::new(0, built.component.image.bytes);
+    assert_eq!(
+        built.chunks.overlapping(whole).len(),
+        built.chunks.chunks.len()
+    );
+}
