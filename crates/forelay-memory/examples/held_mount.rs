@@ -4,6 +4,8 @@
 //!
 //! ```text
 //! held_mount holder MOUNTPOINT IMAGES MIB    start everything; SIGTERM ends it
+//! held_mount solo MOUNTPOINT IMAGES MIB      no holder: does as standard input says, for image 0:
+//!                                            `push|pin OFFSET LEN`, `resident`
 //! held_mount map MOUNTPOINT IMAGES MIB S SEED    touch pages for S seconds, check bytes
 //! ```
 
@@ -39,6 +41,7 @@ fn main() -> Outcome {
             number(5)?,
             number(6)?,
         ),
+        "solo" => obey(arg(2)?.into(), &images(number(3)?, number(4)?)),
         other => Err(format!("no role {other}").into()),
     }
 }
@@ -96,12 +99,49 @@ fn serve(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
     for image in images {
         memory.add_file(image.key(), image.spec())?;
     }
-    client.ready()?;
-    println!("serving {}", std::process::id());
     let stop = Arc::new(AtomicBool::new(false));
     terminate_on_signal(Arc::clone(&stop))?;
+    client.ready()?;
+    println!("serving {}", std::process::id());
     churn(&memory, images, &stop)?;
     client.farewell(Farewell::Stop)?;
+    Ok(())
+}
+
+/// Serves a mount of its own and does as it is told.
+fn obey(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
+    let mut config = Config::new(mountpoint, Session::New);
+    config.pinner = Some(Arc::new(pinner::Client::in_process()?));
+    let memory = SharedMemory::start(config, Images::new(images))?;
+    for image in images {
+        memory.add_file(image.key(), image.spec())?;
+    }
+    let key = images[0].key();
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split(' ').collect();
+        let extent = || {
+            let number = |n: usize| words.get(n).and_then(|word| word.parse().ok());
+            Some(Extent::new(number(1)?, number(2)?))
+        };
+        match (words[0], extent()) {
+            ("push", Some(extent)) => {
+                let data = images[0].content(extent.offset, extent.len as usize);
+                memory.push(&key, extent.offset, &data)?;
+                println!("pushed");
+            }
+            ("pin", Some(extent)) => println!("pinned {}", memory.pin(&key, &[extent])?),
+            ("resident", _) => {
+                let extents = memory.resident(&key)?;
+                let words = extents
+                    .iter()
+                    .map(|found| format!("{} {}", found.offset, found.len));
+                println!("{}", words.collect::<Vec<_>>().join(" "));
+            }
+            _ => return Err(format!("not a command: {line:?}").into()),
+        }
+    }
     Ok(())
 }
 

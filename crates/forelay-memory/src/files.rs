@@ -5,8 +5,8 @@
 //! order of adding, and then the caller gets the id back to hand it in again.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
 
 use forelay_image::digest::Digest;
 use forelay_image::extent::{Extent, PAGE_BYTES, PMEM_ALIGN_BYTES};
@@ -100,7 +100,7 @@ pub(crate) struct SharedFile {
     /// Whether the pinner knows the file.
     pub pinner_knows: AtomicBool,
     /// Keeps the inode, and with it the pages, and answers residency.
-    pub mapping: OnceLock<FileMapping>,
+    pub mapping: Mutex<Option<Arc<FileMapping>>>,
 }
 
 impl SharedFile {
@@ -182,7 +182,7 @@ impl Files {
             used: Mutex::default(),
             pinned: Mutex::default(),
             pinner_knows: AtomicBool::new(false),
-            mapping: OnceLock::new(),
+            mapping: Mutex::default(),
         });
         self.by_node.insert(node, Arc::clone(&file));
         self.by_key.insert(key, Arc::clone(&file));

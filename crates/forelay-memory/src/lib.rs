@@ -7,6 +7,7 @@
 //! which bytes go where and asks a [`FaultHandler`] for those that are missing. Threads
 //! only, no async runtime. The one crate with unsafe code besides the guest.
 
+pub mod capabilities;
 pub mod command_hints;
 pub mod counters;
 pub mod files;

@@ -17,6 +17,8 @@ use std::path::Path;
 
 use forelay_image::extent::{Extent, PAGE_BYTES, normalise};
 
+use crate::capabilities::is_unknown;
+
 /// Which file a mapping is of, as `/proc/PID/maps` tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileIdentity {
@@ -94,7 +96,7 @@ pub fn touched(pid: u32, file: FileIdentity) -> Result<Vec<Extent>, ObserveError
         match scanned {
             Ok(()) => {}
             // Before Linux 6.7.
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+            Err(error) if is_unknown(&error) => {
                 let frames = entries(&pagemap, range).map_err(fail(pid, "reading pagemap"))?;
                 pages.extend(frames.map(|(offset, _)| Extent::new(offset, PAGE_BYTES)));
             }
@@ -258,6 +260,17 @@ fn scan(pagemap: &File, range: MappedRange, pages: &mut Vec<Extent>) -> io::Resu
         at = arg.walk_end;
     }
     Ok(())
+}
+
+/// Whether the kernel knows PAGEMAP_SCAN.
+pub(crate) fn scan_works() -> bool {
+    let nothing = MappedRange {
+        address: 0,
+        extent: Extent::new(0, PAGE_BYTES),
+    };
+    File::open("/proc/self/pagemap")
+        .and_then(|pagemap| scan(&pagemap, nothing, &mut Vec::new()))
+        .is_ok()
 }
 
 /// (file offset, page frame number) of each mapped page of `range`.

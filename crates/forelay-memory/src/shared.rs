@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -149,6 +149,8 @@ pub struct SharedMemory {
     pinner: Option<Arc<pinner::Client>>,
     /// Pins that an earlier daemon left, of files not added yet.
     inherited_pins: Mutex<BTreeMap<FileKey, Vec<Extent>>>,
+    /// Whether a file was closed yet: see [`SharedMemory::open`].
+    closed_once: AtomicBool,
     stop: OwnedFd,
     threads: Vec<JoinHandle<()>>,
 }
@@ -197,6 +199,7 @@ impl SharedMemory {
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
             mountpoint: config.mountpoint.clone(),
             unmount_on_drop: false,
+            closed_once: AtomicBool::new(false),
             domain: config.domain.clone(),
             pinner: config.pinner.clone(),
             inherited_pins: Mutex::new(inherited_pins(config, is_new)),
@@ -265,14 +268,23 @@ impl SharedMemory {
             file.pinned.lock().extend(extents);
         }
         self.core.unpark();
-        if file.mapping.get().is_none() {
-            let mapping = File::open(self.path(&key))
+        if file.mapping.lock().is_none() {
+            let mapping = self
+                .open(&key)
                 .and_then(|open| FileMapping::new(open, spec.device_bytes))
                 .map_err(|source| AddFileError::Open { key, source })?;
-            // If somebody else added it at the same time, one mapping is as good.
-            let _ = file.mapping.set(mapping);
+            *file.mapping.lock() = Some(Arc::new(mapping));
         }
         Ok(file.id)
+    }
+
+    /// Opens a file through the mount. The first close in a session asks whether anybody
+    /// minds (FLUSH); it is done here, while readers answer, so that no later close waits.
+    fn open(&self, key: &FileKey) -> std::io::Result<File> {
+        if !self.closed_once.swap(true, Relaxed) {
+            drop(File::open(self.path(key))?);
+        }
+        File::open(self.path(key))
     }
 
     /// Takes a file away; its pages go with its last user. READs that its users may still
@@ -281,7 +293,7 @@ impl SharedMemory {
         let removed = self.core.files.write().remove(key);
         let file = removed.ok_or(MemoryError::UnknownFile(*key))?;
         let node = file.id.0;
-        drop(file);
+        file.mapping.lock().take();
         if let Some(pinner) = &self.pinner {
             pinner.forget(&self.domain, *key)?;
         }
@@ -386,7 +398,7 @@ impl SharedMemory {
             return Ok(0);
         }
         if !file.pinner_knows.load(Relaxed)
-            && let Some(mapping) = file.mapping.get()
+            && let Some(mapping) = file.mapping.lock().clone()
         {
             pinner.add(&self.domain, *key, mapping.file(), mapping.len())?;
             file.pinner_knows.store(true, Relaxed);
@@ -485,7 +497,7 @@ impl SharedMemory {
         file: &SharedFile,
         within: Extent,
     ) -> Result<Vec<Extent>, MemoryError> {
-        let Some(mapping) = file.mapping.get() else {
+        let Some(mapping) = file.mapping.lock().clone() else {
             return Ok(Vec::new());
         };
         mapping
@@ -540,6 +552,16 @@ impl SharedMemory {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
+        // While readers still answer: closing a file may ask them, and our own mappings
+        // would keep the mount busy.
+        for file in self.core.files.read().iter() {
+            file.mapping.lock().take();
+        }
+        if self.unmount_on_drop
+            && let Err(error) = mount::unmount_lazily(&self.mountpoint)
+        {
+            tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
+        }
         self.core.stop_chores();
         if let Err(error) = rustix::io::write(&self.stop, &1u64.to_ne_bytes()) {
             tracing::error!(%error, "cannot stop the reader threads");
@@ -549,24 +571,6 @@ impl Drop for SharedMemory {
             if thread.join().is_err() {
                 tracing::error!("a FUSE thread panicked");
             }
-        }
-        // Our own mappings would keep the mount busy.
-        let files = self
-            .core
-            .files
-            .read()
-            .iter()
-            .map(|file| file.key)
-            .collect::<Vec<_>>();
-        let removed: Vec<_> = {
-            let mut table = self.core.files.write();
-            files.iter().filter_map(|key| table.remove(key)).collect()
-        };
-        drop(removed);
-        if self.unmount_on_drop
-            && let Err(error) = mount::unmount_lazily(&self.mountpoint)
-        {
-            tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
         }
     }
 }

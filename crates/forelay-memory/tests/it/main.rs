@@ -1,6 +1,7 @@
 //! Integration tests of shared memory against the real kernel: `/dev/fuse`, real mounts,
 //! real mappings in real processes. Needs root; says so loudly where it has none.
 
+mod charges;
 mod content;
 mod huge;
 mod stress;

@@ -132,41 +132,59 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 
 /// A process of its own that maps a file, touches pages, and stays until dropped:
 /// `examples/replay.rs` with `--hold`.
-pub struct Mapper(std::process::Child);
+pub struct Mapper {
+    process: std::process::Child,
+    plan: Option<std::process::ChildStdin>,
+}
 
 impl Mapper {
+    /// Has mapped and touched when this returns.
     pub fn touching(path: &Path, bytes: u64, offsets: &[u64]) -> Self {
-        use std::io::{BufRead as _, BufReader, Write as _};
+        let mut mapper = Self::prepared(path, bytes, offsets);
+        mapper.go();
+        mapper
+    }
+
+    /// Waits for [`Mapper::go`].
+    pub fn prepared(path: &Path, bytes: u64, offsets: &[u64]) -> Self {
+        use std::io::Write as _;
         use std::process::{Command, Stdio};
-        let replay = example("replay");
-        let mut child = Command::new(replay)
+        let mut process = Command::new(example("replay"))
             .arg("--hold")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        writeln!(stdin, "file {bytes} {}", path.display()).unwrap();
+        let mut plan = process.stdin.take().unwrap();
+        writeln!(plan, "file {bytes} {}", path.display()).unwrap();
         for offset in offsets {
-            writeln!(stdin, "touch 0 {}", offset / PAGE).unwrap();
+            writeln!(plan, "touch 0 {}", offset / PAGE).unwrap();
         }
-        drop(stdin);
+        Self {
+            process,
+            plan: Some(plan),
+        }
+    }
+
+    /// Lets it touch, and waits until it has.
+    pub fn go(&mut self) {
+        use std::io::{BufRead as _, BufReader};
+        self.plan = None;
         let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut stdout = BufReader::new(self.process.stdout.take().unwrap());
         stdout.read_line(&mut line).unwrap();
         assert!(line.contains("touches"), "{line}");
-        Self(child)
     }
 
     pub fn pid(&self) -> u32 {
-        self.0.id()
+        self.process.id()
     }
 }
 
 impl Drop for Mapper {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

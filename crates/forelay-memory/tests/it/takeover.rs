@@ -7,7 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use crate::support::{eventually, example, skipped};
+use forelay_memory::{Config, Session, SharedMemory};
+
+use crate::support::{Images, PAGE, TestImage, eventually, example, skipped};
 
 const IMAGES: &str = "3";
 const IMAGE_MIB: &str = "12";
@@ -182,4 +184,29 @@ fn privileged_a_second_holder_on_the_same_mountpoint_is_refused() {
         holder.mapper(1, 9).wait().unwrap().success(),
         "the first is unharmed"
     );
+}
+
+#[test]
+fn privileged_a_mount_whose_holder_was_killed_is_cleared_and_used_again() {
+    if skipped("privileged_a_mount_whose_holder_was_killed_is_cleared_and_used_again") {
+        return;
+    }
+    let mut holder = Holder::start();
+    let daemon = holder.next_daemon();
+    signal(holder.process.id(), "KILL");
+    holder.process.wait().unwrap();
+    signal(daemon, "KILL");
+    let dead = || {
+        let error = std::fs::read_dir(holder.mountpoint()).err();
+        error.and_then(|error| error.raw_os_error()) == Some(libc::ENOTCONN)
+    };
+    eventually("the mount is dead", dead);
+    let image = TestImage::new(1, PAGE);
+    let config = Config::new(holder.mountpoint(), Session::New);
+    let memory = SharedMemory::start(config, Images::new(&[image])).unwrap();
+    memory.add_file(image.key(), image.spec()).unwrap();
+    let bytes = std::fs::read(memory.path(&image.key())).unwrap();
+    assert_eq!(bytes[..PAGE as usize], image.content(0, PAGE as usize));
+    drop(memory);
+    assert!(!holder.is_mounted());
 }
