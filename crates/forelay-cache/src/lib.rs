@@ -6,6 +6,7 @@
 //! the simulator run the same code.
 #![forbid(unsafe_code)]
 
+pub mod accounting;
 pub mod budget;
 pub mod mapping_table;
 pub mod names;

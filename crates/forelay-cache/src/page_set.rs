@@ -273,15 +273,6 @@ impl PageSet {
         }
     }
 
-    #[expect(dead_code)]
-    /// The form's words, if it is one bit a page; for word-wise counting.
-    pub(crate) fn words(&self) -> Option<&[u64]> {
-        match &self.form {
-            Form::Bits(words) => Some(words),
-            Form::Runs(_) => None,
-        }
-    }
-
     /// Chooses the smaller form and gives spare heap memory back.
     pub fn compact(&mut self) {
         if let Form::Bits(words) = &mut self.form {

@@ -13,9 +13,14 @@
 //! kept about which nothing is known. Lookups allocate nothing.
 
 mod image_row;
+pub mod journal;
 #[cfg(test)]
 mod model_test;
+mod pages;
+mod reading;
+mod reconcile;
 mod shared;
+pub mod view;
 
 use std::collections::BTreeMap;
 
@@ -23,9 +28,12 @@ use forelay_image::{Digest, Extent, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::{PageRun, PageSet};
+use crate::page_set::PageRun;
+use crate::page_set::PageSet;
 
 pub(crate) use image_row::ImageRow;
+use journal::Record;
+pub use reconcile::{Disagreement, KernelTruth, Reconciliation};
 pub use shared::{SharedTable, TableLock};
 
 /// State of a page of an image in one domain's shared memory.
@@ -170,6 +178,8 @@ pub struct MappingTable {
     pub(crate) by_key: BTreeMap<SharedImage, u32>,
     pub(crate) images: Vec<Option<ImageRow>>,
     free: Vec<u32>,
+    /// Changes since the last drain, if the table is journalled.
+    records: Option<Vec<Record>>,
     pub(crate) vms: BTreeMap<VmName, VmRow>,
     pub(crate) resident_bytes: u64,
     pub(crate) fetching_bytes: u64,
@@ -210,12 +220,20 @@ impl MappingTable {
             devices: rows,
         };
         self.vms.insert(vm.clone(), row);
+        self.note(|| Record::Mapped {
+            vm: vm.clone(),
+            domain: domain.clone(),
+            profile: profile.clone(),
+            devices: devices.to_vec(),
+            phase,
+        });
         Ok(())
     }
 
     /// The VM's VMM runs now.
     pub fn start(&mut self, vm: &VmName) -> Result<(), TableError> {
         self.vm_mut(vm)?.phase = Phase::Running;
+        self.note(|| Record::Started { vm: vm.clone() });
         Ok(())
     }
 
@@ -227,6 +245,10 @@ impl MappingTable {
         let row = self.vms.remove(from);
         let row = row.ok_or_else(|| TableError::UnknownVm(from.clone()))?;
         self.vms.insert(to.clone(), row);
+        self.note(|| Record::Renamed {
+            from: from.clone(),
+            to: to.clone(),
+        });
         Ok(())
     }
 
@@ -237,6 +259,7 @@ impl MappingTable {
         for device in row.devices {
             self.release(device.image);
         }
+        self.note(|| Record::Unmapped { vm: vm.clone() });
         Ok(())
     }
 
@@ -246,6 +269,10 @@ impl MappingTable {
         self.check_size(&domain, device)?;
         let row = self.refer(&domain, device);
         self.vm_mut(vm)?.devices.push(row);
+        self.note(|| Record::Attached {
+            vm: vm.clone(),
+            device: *device,
+        });
         Ok(())
     }
 
@@ -254,6 +281,10 @@ impl MappingTable {
         let at = self.device_index(vm, image)?;
         let device = self.vm_mut(vm)?.devices.remove(at);
         self.release(device.image);
+        self.note(|| Record::Detached {
+            vm: vm.clone(),
+            image: *image,
+        });
         Ok(())
     }
 
@@ -287,304 +318,22 @@ impl MappingTable {
         Ok(())
     }
 
-    // ---- pages ---------------------------------------------------------------
+    // ---- journal -------------------------------------------------------------
 
-    /// Makes an image known before any VM maps it, so that it can be prefetched.
-    pub fn add_image(&mut self, domain: &Domain, device: &DeviceImage) -> Result<(), TableError> {
-        self.check_size(domain, device)?;
-        let key = SharedImage::new(domain.clone(), device.image);
-        if !self.by_key.contains_key(&key) {
-            self.insert_image(key, device.image_bytes);
+    /// Notes changes from now on, for [`MappingTable::drain_records`].
+    pub fn start_journal(&mut self) {
+        self.records.get_or_insert_default();
+    }
+
+    /// The changes since the last call, in order; to be appended to the journal.
+    pub fn drain_records(&mut self) -> Vec<Record> {
+        self.records.as_mut().map_or_else(Vec::new, std::mem::take)
+    }
+
+    fn note(&mut self, record: impl FnOnce() -> Record) {
+        if let Some(records) = &mut self.records {
+            records.push(record());
         }
-        Ok(())
-    }
-
-    /// Marks the pages of `extent` that are neither resident nor on their way as being
-    /// fetched, and returns exactly those.
-    pub fn begin_fetch(
-        &mut self,
-        image: &SharedImage,
-        extent: Extent,
-    ) -> Result<Vec<Extent>, TableError> {
-        let index = self.index(image)?;
-        let run = self.run_in(index, extent)?;
-        let row = self.row_mut(index);
-        let missing: Vec<PageRun> = row
-            .resident
-            .gaps_within(run)
-            .flat_map(|gap| row.fetching.gaps_within(gap))
-            .collect();
-        let mut pages = 0;
-        for &run in &missing {
-            pages += row.fetching.insert(run);
-        }
-        self.fetching_bytes += page_bytes(pages);
-        Ok(missing.into_iter().map(PageRun::extent).collect())
-    }
-
-    /// The bytes of `extent` are in shared memory now; returns how many are new.
-    pub fn complete_fetch(
-        &mut self,
-        image: &SharedImage,
-        extent: Extent,
-        arrival: Arrival,
-    ) -> Result<u64, TableError> {
-        let index = self.index(image)?;
-        let run = self.run_in(index, extent)?;
-        let row = self.row_mut(index);
-        let fetched = row.fetching.remove(run);
-        if arrival == Arrival::Prefetch {
-            let new: Vec<PageRun> = row.resident.gaps_within(run).collect();
-            for run in new {
-                row.prefetched_unused.insert(run);
-            }
-        }
-        let arrived = row.resident.insert(run);
-        self.fetching_bytes -= page_bytes(fetched);
-        self.resident_bytes += page_bytes(arrived);
-        Ok(page_bytes(arrived))
-    }
-
-    /// A fetch failed or was cancelled; returns the bytes that were on their way.
-    pub fn abort_fetch(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
-        let index = self.index(image)?;
-        let run = self.run_in(index, extent)?;
-        let stopped = page_bytes(self.row_mut(index).fetching.remove(run));
-        self.fetching_bytes -= stopped;
-        self.drop_if_unused(index);
-        Ok(stopped)
-    }
-
-    /// Pages of `extent` were given back; pinned ones stay. Returns the bytes freed.
-    pub fn evict(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
-        let index = self.index(image)?;
-        let run = self.run_in(index, extent)?;
-        let row = self.row_mut(index);
-        let mut pages = 0;
-        for run in row.evictable(run) {
-            pages += row.resident.remove(run);
-            row.prefetched_unused.remove(run);
-        }
-        self.resident_bytes -= page_bytes(pages);
-        self.drop_if_unused(index);
-        Ok(page_bytes(pages))
-    }
-
-    /// Adds one pin to every page of `extent`.
-    pub fn pin(&mut self, image: &SharedImage, extent: Extent) -> Result<(), TableError> {
-        let index = self.index(image)?;
-        let run = self.run_in(index, extent)?;
-        if !run.is_empty() {
-            self.row_mut(index).pin(run);
-        }
-        Ok(())
-    }
-
-    /// Takes one pin off every page of `extent` that has one; returns those bytes.
-    pub fn unpin(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
-        let index = self.index(image)?;
-        let run = self.run_in(index, extent)?;
-        let unpinned = page_bytes(self.row_mut(index).unpin(run));
-        self.drop_if_unused(index);
-        Ok(unpinned)
-    }
-
-    /// Says which kind of memory serves an image from now on.
-    pub fn set_tier(&mut self, image: &SharedImage, tier: Tier) -> Result<(), TableError> {
-        let index = self.index(image)?;
-        self.row_mut(index).tier = tier;
-        Ok(())
-    }
-
-    // ---- reading -------------------------------------------------------------
-
-    /// Where byte `offset` of `image` is for `vm`. Allocates nothing.
-    pub fn lookup(&self, vm: &str, image: &Digest, offset: u64) -> Option<Entry<'_>> {
-        let row = self.vms.get(vm)?;
-        row.devices
-            .iter()
-            .find_map(|device| self.entry(device, offset, Some(image)))
-    }
-
-    /// Where byte `offset` of the VM's device number `device` is. Allocates nothing.
-    pub fn lookup_device(&self, vm: &str, device: usize, offset: u64) -> Option<Entry<'_>> {
-        self.entry(self.vms.get(vm)?.devices.get(device)?, offset, None)
-    }
-
-    fn entry(&self, device: &DeviceRow, offset: u64, only: Option<&Digest>) -> Option<Entry<'_>> {
-        let row = self.images.get(device.image as usize)?.as_ref()?;
-        if only.is_some_and(|image| *image != row.key.image) || offset >= row.image_bytes {
-            return None;
-        }
-        let page = u32::try_from(offset / PAGE_BYTES).ok()?;
-        Some(Entry {
-            image: &row.key,
-            state: row.state(page),
-            extent: row.run_around(page).extent(),
-            tier: row.tier,
-            references: row.mapped_by,
-            pins: row.pin_count(page),
-            touched: device.touched.contains(page),
-        })
-    }
-
-    /// State of one byte's page; [`PageState::Absent`] for an unknown image.
-    pub fn state(&self, image: &SharedImage, offset: u64) -> PageState {
-        let page = u32::try_from(offset / PAGE_BYTES).unwrap_or(u32::MAX);
-        self.image_row(image)
-            .map_or(PageState::Absent, |row| row.state(page))
-    }
-
-    /// Resident extents of an image, in order.
-    pub fn resident(&self, image: &SharedImage) -> impl Iterator<Item = Extent> + '_ {
-        let row = self.image_row(image);
-        row.into_iter()
-            .flat_map(|row| row.resident.runs().map(PageRun::extent))
-    }
-
-    /// Resident and unpinned parts of `extent`.
-    pub fn evictable(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
-        let row = self.image_row(image);
-        row.map_or_else(Vec::new, |row| {
-            let runs = row.evictable(PageRun::covering(extent));
-            runs.into_iter().map(PageRun::extent).collect()
-        })
-    }
-
-    /// Parts of `extent` that are neither resident nor on their way.
-    pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
-        let Some(row) = self.image_row(image) else {
-            return vec![extent.page_aligned()];
-        };
-        let run = PageRun::covering(extent).intersection(row.whole());
-        row.resident
-            .gaps_within(run)
-            .flat_map(|gap| row.fetching.gaps_within(gap))
-            .map(PageRun::extent)
-            .collect()
-    }
-
-    /// Images that the table knows, in order.
-    pub fn known_images(&self) -> impl Iterator<Item = &SharedImage> {
-        self.by_key.keys()
-    }
-
-    /// VMs in the table with their phase, in order of names.
-    pub fn known_vms(&self) -> impl Iterator<Item = (&VmName, Phase)> {
-        self.vms.iter().map(|(name, row)| (name, row.phase))
-    }
-
-    /// Domain and profile of a VM.
-    pub fn vm_identity(&self, vm: &str) -> Option<(&Domain, &ProfileName)> {
-        self.vms.get(vm).map(|row| (&row.domain, &row.profile))
-    }
-
-    /// Images of a VM's devices, in device order.
-    pub fn devices(&self, vm: &str) -> impl Iterator<Item = DeviceImage> + '_ {
-        let devices = self.vms.get(vm).map_or(&[][..], |row| &row.devices);
-        devices.iter().filter_map(|device| {
-            let row = self.images[device.image as usize].as_ref()?;
-            Some(DeviceImage {
-                image: row.key.image,
-                image_bytes: row.image_bytes,
-            })
-        })
-    }
-
-    /// VMs (running or mapped ahead) that can reach an image.
-    pub fn mapped_by(&self, image: &SharedImage) -> u32 {
-        self.image_row(image).map_or(0, |row| row.mapped_by)
-    }
-
-    /// Size of a known image in bytes.
-    pub fn image_bytes(&self, image: &SharedImage) -> Option<u64> {
-        self.image_row(image).map(|row| row.image_bytes)
-    }
-
-    /// Resident bytes of one image.
-    pub fn resident_bytes_of(&self, image: &SharedImage) -> u64 {
-        self.image_row(image).map_or(0, |row| row.resident.bytes())
-    }
-
-    /// Pinned bytes of one image, resident or not.
-    pub fn pinned_bytes_of(&self, image: &SharedImage) -> u64 {
-        self.image_row(image).map_or(0, ImageRow::pinned_bytes)
-    }
-
-    /// Bytes in shared memory, over all domains.
-    pub const fn resident_bytes(&self) -> u64 {
-        self.resident_bytes
-    }
-
-    /// Bytes on their way into shared memory, over all domains.
-    pub const fn fetching_bytes(&self) -> u64 {
-        self.fetching_bytes
-    }
-
-    /// Memory that the table itself takes, in bytes, without its names.
-    pub fn heap_bytes(&self) -> usize {
-        let images = self.images.iter().flatten().map(ImageRow::heap_bytes);
-        let rows = self.images.capacity() * size_of::<Option<ImageRow>>();
-        // A B-tree node holds up to 11 entries and is on average about 70% full.
-        let keys = self.by_key.len() * (size_of::<SharedImage>() + 4) * 3 / 2;
-        let vms = self.vms.values().map(|row| {
-            let touched = row.devices.iter().map(|device| device.touched.heap_bytes());
-            let devices = row.devices.capacity() * size_of::<DeviceRow>();
-            touched.sum::<usize>() + devices + size_of::<(VmName, VmRow)>() * 3 / 2
-        });
-        images.sum::<usize>() + rows + keys + vms.sum::<usize>()
-    }
-
-    /// Chooses the smallest form of every set.
-    pub fn compact(&mut self) {
-        for row in self.images.iter_mut().flatten() {
-            row.resident.compact();
-            row.fetching.compact();
-            row.prefetched_unused.compact();
-        }
-        for row in self.vms.values_mut() {
-            for device in &mut row.devices {
-                device.touched.compact();
-            }
-            row.devices.shrink_to_fit();
-        }
-    }
-
-    /// Checks the invariants named in the module's header; the error says which broke.
-    pub fn validate(&self) -> Result<(), String> {
-        let mut references = vec![0u32; self.images.len()];
-        for (name, row) in &self.vms {
-            for device in &row.devices {
-                let Some(Some(image)) = self.images.get(device.image as usize) else {
-                    return Err(format!("VM {name} refers to a missing image row"));
-                };
-                if image.key.domain != row.domain {
-                    return Err(format!("VM {name} reaches into another domain"));
-                }
-                device.touched.validate()?;
-                references[device.image as usize] += 1;
-            }
-        }
-        let (mut resident, mut fetching) = (0, 0);
-        for (row, expected) in self.images.iter().zip(references) {
-            let Some(row) = row else { continue };
-            row.validate()?;
-            if row.mapped_by != expected {
-                return Err(format!(
-                    "{} counts {} VMs, not {expected}",
-                    row.key.image, row.mapped_by
-                ));
-            }
-            resident += row.resident.bytes();
-            fetching += row.fetching.bytes();
-        }
-        if (resident, fetching) != (self.resident_bytes, self.fetching_bytes) {
-            return Err("sums of resident or fetching bytes are off".into());
-        }
-        if self.by_key.len() + self.free.len() != self.images.len() {
-            return Err("image rows and keys disagree".into());
-        }
-        Ok(())
     }
 
     // ---- inside --------------------------------------------------------------

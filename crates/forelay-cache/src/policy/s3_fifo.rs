@@ -147,11 +147,11 @@ impl Policy for S3Fifo {
     }
 
     fn request(&mut self, request: &Request) -> bool {
-        if let Some(entry) = self.objects.get_mut(&request.object) {
-            if entry.place != Place::Ghost {
-                entry.uses = (entry.uses + 1).min(MOST_USES);
-                return true;
-            }
+        if let Some(entry) = self.objects.get_mut(&request.object)
+            && entry.place != Place::Ghost
+        {
+            entry.uses = (entry.uses + 1).min(MOST_USES);
+            return true;
         }
         if request.bytes > self.capacity_bytes {
             return false;

@@ -1,0 +1,199 @@
+//! Reading the mapping table: lookups, summaries, its own size, its invariants.
+
+use forelay_image::{Digest, Extent, PAGE_BYTES};
+
+use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
+use crate::page_set::PageRun;
+
+use super::{DeviceRow, Entry, ImageRow, MappingTable, PageState, Phase, VmRow};
+
+impl MappingTable {
+    /// Where byte `offset` of `image` is for `vm`. Allocates nothing.
+    pub fn lookup(&self, vm: &str, image: &Digest, offset: u64) -> Option<Entry<'_>> {
+        let row = self.vms.get(vm)?;
+        row.devices
+            .iter()
+            .find_map(|device| self.entry(device, offset, Some(image)))
+    }
+
+    /// Where byte `offset` of the VM's device number `device` is. Allocates nothing.
+    pub fn lookup_device(&self, vm: &str, device: usize, offset: u64) -> Option<Entry<'_>> {
+        self.entry(self.vms.get(vm)?.devices.get(device)?, offset, None)
+    }
+
+    fn entry(&self, device: &DeviceRow, offset: u64, only: Option<&Digest>) -> Option<Entry<'_>> {
+        let row = self.images.get(device.image as usize)?.as_ref()?;
+        if only.is_some_and(|image| *image != row.key.image) || offset >= row.image_bytes {
+            return None;
+        }
+        let page = u32::try_from(offset / PAGE_BYTES).ok()?;
+        Some(Entry {
+            image: &row.key,
+            state: row.state(page),
+            extent: row.run_around(page).extent(),
+            tier: row.tier,
+            references: row.mapped_by,
+            pins: row.pin_count(page),
+            touched: device.touched.contains(page),
+        })
+    }
+
+    /// State of one byte's page; [`PageState::Absent`] for an unknown image.
+    pub fn state(&self, image: &SharedImage, offset: u64) -> PageState {
+        let page = u32::try_from(offset / PAGE_BYTES).unwrap_or(u32::MAX);
+        self.image_row(image)
+            .map_or(PageState::Absent, |row| row.state(page))
+    }
+
+    /// Resident extents of an image, in order.
+    pub fn resident(&self, image: &SharedImage) -> impl Iterator<Item = Extent> + '_ {
+        let row = self.image_row(image);
+        row.into_iter()
+            .flat_map(|row| row.resident.runs().map(PageRun::extent))
+    }
+
+    /// Resident and unpinned parts of `extent`.
+    pub fn evictable(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
+        let row = self.image_row(image);
+        row.map_or_else(Vec::new, |row| {
+            let runs = row.evictable(PageRun::covering(extent));
+            runs.into_iter().map(PageRun::extent).collect()
+        })
+    }
+
+    /// Parts of `extent` that are neither resident nor on their way.
+    pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
+        let Some(row) = self.image_row(image) else {
+            return vec![extent.page_aligned()];
+        };
+        let run = PageRun::covering(extent).intersection(row.whole());
+        row.resident
+            .gaps_within(run)
+            .flat_map(|gap| row.fetching.gaps_within(gap))
+            .map(PageRun::extent)
+            .collect()
+    }
+
+    /// Images that the table knows, in order.
+    pub fn known_images(&self) -> impl Iterator<Item = &SharedImage> {
+        self.by_key.keys()
+    }
+
+    /// VMs in the table with their phase, in order of names.
+    pub fn known_vms(&self) -> impl Iterator<Item = (&VmName, Phase)> {
+        self.vms.iter().map(|(name, row)| (name, row.phase))
+    }
+
+    /// Domain and profile of a VM.
+    pub fn vm_identity(&self, vm: &str) -> Option<(&Domain, &ProfileName)> {
+        self.vms.get(vm).map(|row| (&row.domain, &row.profile))
+    }
+
+    /// Images of a VM's devices, in device order.
+    pub fn devices(&self, vm: &str) -> impl Iterator<Item = DeviceImage> + '_ {
+        let devices = self.vms.get(vm).map_or(&[][..], |row| &row.devices);
+        devices.iter().filter_map(|device| {
+            let row = self.images[device.image as usize].as_ref()?;
+            Some(DeviceImage {
+                image: row.key.image,
+                image_bytes: row.image_bytes,
+            })
+        })
+    }
+
+    /// VMs (running or mapped ahead) that can reach an image.
+    pub fn mapped_by(&self, image: &SharedImage) -> u32 {
+        self.image_row(image).map_or(0, |row| row.mapped_by)
+    }
+
+    /// Size of a known image in bytes.
+    pub fn image_bytes(&self, image: &SharedImage) -> Option<u64> {
+        self.image_row(image).map(|row| row.image_bytes)
+    }
+
+    /// Resident bytes of one image.
+    pub fn resident_bytes_of(&self, image: &SharedImage) -> u64 {
+        self.image_row(image).map_or(0, |row| row.resident.bytes())
+    }
+
+    /// Pinned bytes of one image, resident or not.
+    pub fn pinned_bytes_of(&self, image: &SharedImage) -> u64 {
+        self.image_row(image).map_or(0, ImageRow::pinned_bytes)
+    }
+
+    /// Bytes in shared memory, over all domains.
+    pub const fn resident_bytes(&self) -> u64 {
+        self.resident_bytes
+    }
+
+    /// Bytes on their way into shared memory, over all domains.
+    pub const fn fetching_bytes(&self) -> u64 {
+        self.fetching_bytes
+    }
+
+    /// Memory that the table itself takes, in bytes, without its names.
+    pub fn heap_bytes(&self) -> usize {
+        let images = self.images.iter().flatten().map(ImageRow::heap_bytes);
+        let rows = self.images.capacity() * size_of::<Option<ImageRow>>();
+        // A B-tree node holds up to 11 entries and is on average about 70% full.
+        let keys = self.by_key.len() * (size_of::<SharedImage>() + 4) * 3 / 2;
+        let vms = self.vms.values().map(|row| {
+            let touched = row.devices.iter().map(|device| device.touched.heap_bytes());
+            let devices = row.devices.capacity() * size_of::<DeviceRow>();
+            touched.sum::<usize>() + devices + size_of::<(VmName, VmRow)>() * 3 / 2
+        });
+        images.sum::<usize>() + rows + keys + vms.sum::<usize>()
+    }
+
+    /// Chooses the smallest form of every set.
+    pub fn compact(&mut self) {
+        for row in self.images.iter_mut().flatten() {
+            row.resident.compact();
+            row.fetching.compact();
+            row.prefetched_unused.compact();
+        }
+        for row in self.vms.values_mut() {
+            for device in &mut row.devices {
+                device.touched.compact();
+            }
+            row.devices.shrink_to_fit();
+        }
+    }
+
+    /// Checks the invariants named in the module's header; the error says which broke.
+    pub fn validate(&self) -> Result<(), String> {
+        let mut references = vec![0u32; self.images.len()];
+        for (name, row) in &self.vms {
+            for device in &row.devices {
+                let Some(Some(image)) = self.images.get(device.image as usize) else {
+                    return Err(format!("VM {name} refers to a missing image row"));
+                };
+                if image.key.domain != row.domain {
+                    return Err(format!("VM {name} reaches into another domain"));
+                }
+                device.touched.validate()?;
+                references[device.image as usize] += 1;
+            }
+        }
+        let (mut resident, mut fetching) = (0, 0);
+        for (row, expected) in self.images.iter().zip(references) {
+            let Some(row) = row else { continue };
+            row.validate()?;
+            if row.mapped_by != expected {
+                return Err(format!(
+                    "{} counts {} VMs, not {expected}",
+                    row.key.image, row.mapped_by
+                ));
+            }
+            resident += row.resident.bytes();
+            fetching += row.fetching.bytes();
+        }
+        if (resident, fetching) != (self.resident_bytes, self.fetching_bytes) {
+            return Err("sums of resident or fetching bytes are off".into());
+        }
+        if self.by_key.len() + self.free.len() != self.images.len() {
+            return Err("image rows and keys disagree".into());
+        }
+        Ok(())
+    }
+}
