@@ -29,6 +29,9 @@ pub use source::ReadAt;
 /// Longest path that a walk follows, in bytes: deeper trees are taken for an attack.
 const PATH_BYTES_MAX: usize = 16 << 10;
 
+/// Symbolic links that one path may lead through, as in Linux.
+const SYMLINKS_MAX: u32 = 40;
+
 /// Why an image cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
@@ -244,19 +247,59 @@ impl<'a> Image<'a> {
     pub fn lookup(&self, path: &[u8]) -> Result<Option<Inode>, ReadError> {
         let mut inode = self.root()?;
         for name in split_path(path) {
-            if inode.record.file_type != FileType::Directory {
-                return Ok(None);
+            match self.child(&inode, name)? {
+                Some(child) => inode = child,
+                None => return Ok(None),
             }
-            let mut found = None;
-            self.visit_dir(&inode, |entry_name, nid| {
-                if entry_name == name {
-                    found = Some(nid);
-                }
-            })?;
-            let Some(nid) = found else { return Ok(None) };
-            inode = self.inode(nid)?;
         }
         Ok(Some(inode))
+    }
+
+    /// Finds a path as a process in the VM would: symbolic links are followed within the
+    /// image. `None` also for links that lead nowhere or in circles.
+    pub fn resolve(&self, path: &[u8]) -> Result<Option<Inode>, ReadError> {
+        let mut links = 0;
+        let mut parents = vec![self.root()?];
+        let mut todo: Vec<Vec<u8>> = split_path(path).map(<[u8]>::to_vec).collect();
+        todo.reverse();
+        while let Some(name) = todo.pop() {
+            if name == b".." {
+                parents.truncate((parents.len() - 1).max(1));
+                continue;
+            }
+            let Some(child) = self.child(&parents[parents.len() - 1], &name)? else {
+                return Ok(None);
+            };
+            if child.record.file_type != FileType::Symlink {
+                parents.push(child);
+                continue;
+            }
+            links += 1;
+            if links > SYMLINKS_MAX {
+                return Ok(None);
+            }
+            let target = self.read_link(&child)?;
+            if target.first() == Some(&b'/') {
+                parents.truncate(1);
+            }
+            let parts: Vec<Vec<u8>> = split_path(&target).map(<[u8]>::to_vec).collect();
+            todo.extend(parts.into_iter().rev());
+        }
+        Ok(parents.pop())
+    }
+
+    /// The entry `name` of a directory; `None` for anything that is not a directory.
+    fn child(&self, inode: &Inode, name: &[u8]) -> Result<Option<Inode>, ReadError> {
+        if inode.record.file_type != FileType::Directory {
+            return Ok(None);
+        }
+        let mut found = None;
+        self.visit_dir(inode, |entry_name, nid| {
+            if entry_name == name {
+                found = Some(nid);
+            }
+        })?;
+        found.map(|nid| self.inode(nid)).transpose()
     }
 
     /// The entries of a directory in name order, without `.` and `..`.

@@ -37,7 +37,13 @@ fn compose_one(built: &Built, metadata: &[u8]) -> bool {
     };
     let other = build(&tree(&[("/etc/passwd", b"other"), ("/dev/x/y", b"")]));
     let layers = [layer, other.layer(), layer];
-    compose(&layers, &Tree::new(), ComposeOptions::default()).is_ok()
+    let composed = compose(&layers, &Tree::new(), ComposeOptions::default());
+    if let Ok(composed) = &composed {
+        // Whatever passes the checks gives a map image that reads.
+        let image = Image::open(&composed.map_image).unwrap();
+        image.file_extents().unwrap();
+    }
+    composed.is_ok()
 }
 
 fn small() -> Built {

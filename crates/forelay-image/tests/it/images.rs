@@ -128,6 +128,35 @@ fn offsets_lead_back_to_files() {
 }
 
 #[test]
+fn paths_resolve_through_links() {
+    let mut tree = tree(&[("/usr/sbin/init", b"init"), ("/etc/x", b"x")]);
+    for (path, target) in [
+        ("/sbin", "usr/sbin"),
+        ("/usr/sbin/up", "../../../etc/./x"),
+        ("/usr/absolute", "/sbin/up"),
+        ("/circle", "circle"),
+        ("/dangling", "nowhere/x"),
+    ] {
+        let mut node = file(b"");
+        node.kind = Kind::Symlink(target.into());
+        tree.insert_path(path.as_bytes(), node).unwrap();
+    }
+    let built = build(&tree);
+    let image = Image::open(&built.bytes).unwrap();
+    let content = |path: &str| {
+        let inode = image.resolve(path.as_bytes()).unwrap()?;
+        Some(image.read_whole(&inode, 100).unwrap())
+    };
+    assert_eq!(content("/sbin/init").unwrap(), b"init");
+    assert_eq!(content("/usr/absolute").unwrap(), b"x");
+    assert_eq!(content("/sbin/../../etc/x").unwrap(), b"x");
+    for path in ["/circle", "/dangling", "/etc/x/y", "/none"] {
+        assert_eq!(content(path), None);
+    }
+    assert!(image.lookup(b"/sbin/init").unwrap().is_none());
+}
+
+#[test]
 fn large_directories_span_many_blocks() {
     let mut tree = Tree::new();
     for index in 0..20_000 {

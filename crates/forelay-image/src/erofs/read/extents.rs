@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use super::{Image, Inode, ReadError};
 use crate::Extent;
-use crate::erofs::layout::{DataLayout, FileType};
+use crate::erofs::layout::{DataLayout, FileType, LayoutError};
 
 /// A run of a file's bytes on one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,21 @@ pub struct FileExtents {
 impl Image<'_> {
     /// Where an inode's data lies, in file order, neighbours joined. Holes are left out.
     pub fn extents_of(&self, inode: &Inode) -> Result<Vec<PlacedExtent>, ReadError> {
+        self.extents_within(inode, &mut self.pieces_max())
+    }
+
+    /// No honest image has more pieces than this: each takes at least 4 bytes of it.
+    fn pieces_max(&self) -> u64 {
+        self.bytes / 4
+    }
+
+    /// As [`Image::extents_of`]; takes the number of pieces looked at from `budget`, since
+    /// many inodes of a hostile image may share one large chunk array.
+    fn extents_within(
+        &self,
+        inode: &Inode,
+        budget: &mut u64,
+    ) -> Result<Vec<PlacedExtent>, ReadError> {
         let size = inode.record.size;
         let mut out: Vec<PlacedExtent> = Vec::new();
         let mut offset = 0;
@@ -43,6 +58,11 @@ impl Image<'_> {
         }
         while offset < size {
             let piece = self.piece(inode, offset)?;
+            *budget = budget.checked_sub(1).ok_or_else(|| {
+                let source = LayoutError::corrupt("chunk arrays that overlap", size);
+                let nid = inode.nid;
+                ReadError::Inode { nid, source }
+            })?;
             if let Some((device, at)) = piece.place {
                 match out.last_mut() {
                     Some(last)
@@ -67,9 +87,10 @@ impl Image<'_> {
     /// Regular files with content and where it lies in this image, by path.
     pub fn file_extents(&self) -> Result<Vec<FileExtents>, ReadError> {
         let mut out = Vec::new();
+        let mut budget = self.pieces_max();
         self.visit_files(|path, inode| {
             let extents: Vec<_> = self
-                .extents_of(inode)?
+                .extents_within(inode, &mut budget)?
                 .into_iter()
                 .filter(|placed| placed.device == 0)
                 .map(|placed| placed.extent)
