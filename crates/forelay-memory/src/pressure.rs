@@ -245,7 +245,8 @@ pub struct TriggerError {
 pub struct Trigger(File);
 
 impl Trigger {
-    /// Host-wide trigger: `stall` within `window` (0.5 to 10 s).
+    /// Host-wide trigger: `stall` within `window` (0.5 to 10 s; rounded up to a multiple of
+    /// 2 s for who lacks CAP_SYS_RESOURCE).
     pub fn arm(stall: Duration, window: Duration) -> Result<Self, TriggerError> {
         Self::arm_at(Path::new("/proc/pressure/memory"), stall, window)
     }
@@ -261,8 +262,15 @@ impl Trigger {
             .write(true)
             .open(path)
             .map_err(fail)?;
-        let order = format!("some {} {}\0", stall.as_micros(), window.as_micros());
-        file.write_all(order.as_bytes()).map_err(fail)?;
+        let mut order = |window: Duration| {
+            let order = format!("some {} {}\0", stall.as_micros(), window.as_micros());
+            file.write_all(order.as_bytes())
+        };
+        // Without CAP_SYS_RESOURCE only windows of whole multiples of 2 s are granted.
+        let granted = window.as_millis().div_ceil(1000) as u64;
+        order(window)
+            .or_else(|_| order(Duration::from_secs(granted.next_multiple_of(2))))
+            .map_err(fail)?;
         Ok(Self(file))
     }
 
@@ -312,6 +320,22 @@ mod tests {
         assert!(sample.mem_available_bytes <= sample.mem_total_bytes);
         assert!(sample.headroom_bytes() <= sample.mem_available_bytes);
         assert!(sample.mem_available_bytes > 0);
+    }
+
+    #[test]
+    fn privileged_triggers_arm_and_nonsense_is_refused() {
+        if !Path::new("/proc/pressure/memory").exists() || !rustix::process::geteuid().is_root() {
+            eprintln!(
+                "SKIPPED privileged_triggers_arm_and_nonsense_is_refused: needs root and PSI"
+            );
+            return;
+        }
+        let second = Duration::from_secs(1);
+        let trigger = Trigger::arm(second / 2, second).unwrap();
+        // Whether there is pressure right now is not for a test to say.
+        trigger.wait(Duration::from_millis(1)).unwrap();
+        assert!(Trigger::arm(second * 9, second).is_err());
+        assert!(Trigger::arm_at(Path::new("/nonexistent"), second / 2, second).is_err());
     }
 
     #[test]

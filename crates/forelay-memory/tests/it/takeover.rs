@@ -13,15 +13,20 @@ use crate::support::{Images, PAGE, TestImage, eventually, example, skipped};
 
 const IMAGES: &str = "3";
 const IMAGE_MIB: &str = "12";
+/// The first of the images that the example serves.
+pub const FIRST_IMAGE: TestImage = TestImage {
+    seed: 0,
+    bytes: 12 << 20,
+};
 
-struct Holder {
-    process: Child,
+pub struct Holder {
+    pub process: Child,
     daemons: Receiver<u32>,
     dir: tempfile::TempDir,
 }
 
 impl Holder {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut process = Command::new(example("held_mount"))
             .arg("holder")
@@ -48,11 +53,11 @@ impl Holder {
     }
 
     /// The pid of the next daemon that is ready.
-    fn next_daemon(&self) -> u32 {
+    pub fn next_daemon(&self) -> u32 {
         self.daemons.recv_timeout(Duration::from_secs(20)).unwrap()
     }
 
-    fn mountpoint(&self) -> PathBuf {
+    pub fn mountpoint(&self) -> PathBuf {
         self.dir.path().join("mount")
     }
 
@@ -85,7 +90,7 @@ impl Drop for Holder {
     }
 }
 
-fn signal(pid: u32, name: &str) {
+pub fn signal(pid: u32, name: &str) {
     // The process may have ended.
     let _ = Command::new("kill")
         .arg(format!("-{name}"))

@@ -10,6 +10,7 @@ use forelay_memory::command_hints::Hints;
 use forelay_memory::observe::{self, FileIdentity};
 
 use crate::support::{MIB, TestImage, TestMount, eventually, skipped};
+use crate::takeover::{FIRST_IMAGE, Holder, signal};
 
 const RAM_MIB: u64 = 96;
 /// Where q35 puts the first memory device of a guest with so little RAM.
@@ -91,18 +92,19 @@ impl Drop for Qemu {
     }
 }
 
-fn is_there() -> bool {
+fn is_there(test: &str) -> bool {
     let version = Command::new("qemu-system-x86_64").arg("--version").output();
     let there = version.is_ok_and(|output| output.status.success());
     if !there {
-        eprintln!("SKIPPED privileged_a_hinted_vmm_faults_in_small_pieces: no qemu-system-x86_64");
+        eprintln!("SKIPPED {test}: no qemu-system-x86_64");
     }
     there
 }
 
 #[test]
 fn privileged_a_hinted_vmm_faults_in_small_pieces() {
-    if skipped("privileged_a_hinted_vmm_faults_in_small_pieces") || !is_there() {
+    let test = "privileged_a_hinted_vmm_faults_in_small_pieces";
+    if skipped(test) || !is_there(test) {
         return;
     }
     let image = TestImage::new(3, 64 * MIB);
@@ -137,4 +139,44 @@ fn privileged_a_hinted_vmm_faults_in_small_pieces() {
         plain >= 4 * hinted,
         "{plain} bytes without, {hinted} with hints"
     );
+}
+
+#[test]
+fn privileged_a_vmm_reads_right_bytes_while_daemons_are_killed() {
+    let test = "privileged_a_vmm_reads_right_bytes_while_daemons_are_killed";
+    if skipped(test) || !is_there(test) {
+        return;
+    }
+    let holder = Holder::start();
+    let mut daemon = holder.next_daemon();
+    let path = holder
+        .mountpoint()
+        .join(format!("{}.img", FIRST_IMAGE.key().hex()));
+    let qemu = Qemu::start(
+        &path,
+        FIRST_IMAGE.spec().device_bytes,
+        Some(Hints::default()),
+    );
+    let pid = qemu.process.id();
+    // Every page, in an order that jumps about.
+    let pages = FIRST_IMAGE.bytes / 4096;
+    let offsets: Vec<u64> = (0..pages).map(|n| n * 1021 % pages * 4096).collect();
+    let reader = std::thread::spawn({
+        let offsets = offsets.clone();
+        move || qemu.read_words(&offsets)
+    });
+    let mut kills = 0;
+    while !reader.is_finished() && kills < 4 {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        signal(daemon, "KILL");
+        daemon = holder.next_daemon();
+        kills += 1;
+    }
+    let words = reader.join().unwrap();
+    assert_eq!(words.len(), offsets.len(), "QEMU {pid} ended early");
+    for (word, &offset) in words.iter().zip(&offsets) {
+        let wanted = FIRST_IMAGE.content(offset, 8);
+        assert_eq!(word.to_ne_bytes(), wanted[..], "at {offset}");
+    }
+    assert!(kills > 0);
 }
