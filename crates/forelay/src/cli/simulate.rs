@@ -1,15 +1,101 @@
 //! `forelay simulate`: a trace of launches against policies, on a virtual clock.
 
-use anyhow::{Result, bail};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use forelay_sim::trace::OnBadRow;
+use forelay_sim::{Config, Policy, simulate};
+
+use super::output;
 
 /// Arguments of `forelay simulate`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The trace (CSV, possibly gzip).
-    pub trace: std::path::PathBuf,
+    /// The trace: CSV with time_s, profile, owner, count or duration_s (gzip accepted), or
+    /// Azure Functions' invocations file.
+    pub trace: PathBuf,
+    /// Policies: none, fixed:MINUTES, hybrid, hybrid+mean, clairvoyant, forelay or
+    /// forelay:PRICE,PRICE..., and lru, lfu, gdsf, s3-fifo, min with :SLOTS. All of the usual
+    /// ones if absent.
+    #[arg(long = "policy", value_name = "POLICY", num_args = 1..)]
+    pub policies: Vec<Policy>,
+    /// Leave profiles with fewer launches out of the figures.
+    #[arg(long, default_value_t = 1)]
+    pub min_launches: u64,
+    /// What to do with rows that cannot be read.
+    #[arg(long, value_enum, default_value = "stop")]
+    pub on_bad_row: BadRow,
+    /// Side file: profile,component,bytes[,load_s].
+    #[arg(long)]
+    pub components: Option<PathBuf>,
+    /// Seconds that a load takes.
+    #[arg(long, default_value_t = 0.0)]
+    pub load_s: f64,
+    /// Write a self-contained HTML report.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Print the rows as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// See [`OnBadRow`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum BadRow {
+    /// Fail, naming the line.
+    Stop,
+    /// Leave it out; the report counts them.
+    Skip,
 }
 
 /// `forelay simulate`.
 pub fn run(arguments: Arguments) -> Result<()> {
-    bail!("{} cannot be simulated yet", arguments.trace.display())
+    let mut config = Config::new(arguments.trace);
+    config.policies = arguments.policies;
+    config.min_launches = arguments.min_launches;
+    config.on_bad_row = match arguments.on_bad_row {
+        BadRow::Stop => OnBadRow::Stop,
+        BadRow::Skip => OnBadRow::Skip,
+    };
+    config.components = arguments.components;
+    config.load_s = arguments.load_s;
+    let report = simulate(&config)?;
+    if let Some(path) = &arguments.report {
+        std::fs::write(path, report.to_html())
+            .with_context(|| format!("cannot write the report {}", path.display()))?;
+        eprintln!("report written to {}", path.display());
+    }
+    for row in &report.bad_rows {
+        eprintln!("line {}: {} (skipped)", row.line, row.reason);
+    }
+    if arguments.json {
+        return output::json(&report.rows);
+    }
+    let rows = report.rows.iter().map(|row| {
+        vec![
+            row.policy.clone(),
+            output::optional(row.knob, |knob| format!("{knob}")),
+            format!("{:.2}", row.cold_p50),
+            format!("{:.2}", row.cold_p75),
+            format!("{:.3}", row.cold_total_pct),
+            format!("{:.1}", row.memory_pct_of_fixed10),
+        ]
+    });
+    let headings = [
+        "policy",
+        "knob",
+        "cold p50 %",
+        "cold p75 %",
+        "cold total %",
+        "memory %",
+    ];
+    output::table(&headings, rows.collect());
+    if let Some(calibration) = &report.calibration {
+        println!(
+            "\nreliability of \"launch within 10 minutes\": expected calibration error {:.4}, Brier \
+             score {:.4} over {} forecasts",
+            calibration.expected_calibration_error, calibration.brier_score, calibration.forecasts
+        );
+    }
+    Ok(())
 }

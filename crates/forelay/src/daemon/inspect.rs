@@ -272,15 +272,6 @@ impl Host {
         }
         Ok(())
     }
-
-    /// What is expected to be needed next, most valuable first.
-    pub async fn forecast(
-        self: &Arc<Self>,
-        profile: Option<&str>,
-    ) -> Result<Vec<crate::api::ForecastEntry>, HostError> {
-        let _ = profile;
-        Ok(Vec::new())
-    }
 }
 
 fn has_image(instance: &Instance, image: &Digest) -> bool {

@@ -39,12 +39,32 @@ const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
 const FIRST_AUTO_PORT: u16 = 20_000;
 
 /// A request, understood.
+#[derive(Clone)]
 pub(super) struct Order {
     pub manifest: Manifest,
     pub lock: Lock,
     pub of: ProfileRef,
     pub domain: Domain,
     pub solve_s: f64,
+}
+
+impl Order {
+    /// What a manifest and its lock ask for.
+    pub(super) fn new(manifest: Manifest, lock: Lock, solve_s: f64) -> Result<Self, HostError> {
+        let owner = manifest
+            .owner
+            .clone()
+            .unwrap_or_else(|| DEFAULT_OWNER.to_owned());
+        let domain = domain_name(&owner)?;
+        let of = ProfileRef::new(manifest.profile_name(), owner);
+        Ok(Self {
+            manifest,
+            lock,
+            of,
+            domain,
+            solve_s,
+        })
+    }
 }
 
 /// What a launch wants in shared memory.
@@ -86,6 +106,7 @@ impl Host {
             exit_status: None,
         };
         let launch_id = self.learner.launched(&order.of, &vm).await;
+        self.last_launches.remember(&order);
         let instance = Arc::new(Instance::new(Record {
             vm: vm.clone(),
             launch_id,
@@ -137,20 +158,7 @@ impl Host {
                 solve(&manifest, &components).map_err(HostError::invalid)?
             }
         };
-        let owner = manifest
-            .owner
-            .clone()
-            .unwrap_or_else(|| DEFAULT_OWNER.to_owned());
-        let domain = domain_name(&owner)?;
-        let of = ProfileRef::new(manifest.profile_name(), owner);
-        let solve_s = started.elapsed().as_secs_f64();
-        Ok(Order {
-            manifest,
-            lock,
-            of,
-            domain,
-            solve_s,
-        })
+        Order::new(manifest, lock, started.elapsed().as_secs_f64())
     }
 
     async fn boot(
@@ -220,7 +228,10 @@ impl Host {
     }
 
     /// Makes the lock's images reachable in the domain's shared memory.
-    async fn map_images(self: &Arc<Self>, order: &Order) -> Result<Vec<DeviceRecord>, HostError> {
+    pub(super) async fn map_images(
+        self: &Arc<Self>,
+        order: &Order,
+    ) -> Result<Vec<DeviceRecord>, HostError> {
         for component in &order.lock.components {
             // A component that vanished is told now, not as a stuck fault later.
             let opened = self.store.open_image(component.image).await;
@@ -515,7 +526,7 @@ fn make_runtime_dir(dir: &Path) -> Result<(), HostError> {
     })
 }
 
-fn label(component: &LockedComponent) -> String {
+pub(super) fn label(component: &LockedComponent) -> String {
     format!("{} {}", component.name, component.version)
 }
 
@@ -530,7 +541,7 @@ pub(super) fn vm_component(component: &LockedComponent) -> VmComponent {
     }
 }
 
-fn device_images(lock: &Lock) -> Vec<DeviceImage> {
+pub(super) fn device_images(lock: &Lock) -> Vec<DeviceImage> {
     let images = lock.components.iter();
     images
         .map(|one| DeviceImage {

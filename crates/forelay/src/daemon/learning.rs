@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use forelay_cache::plan::PlannedExtent;
 use forelay_image::{Digest, Extent};
+use forelay_predict::arrivals::{self, Forecaster, LaunchForecast};
 use forelay_predict::time::Timestamp;
 use forelay_predict::working_set::{self, Touch, WorkingSet, WorkingSets};
 use parking_lot::Mutex;
@@ -28,6 +29,7 @@ const RECENT_LAUNCHES: u32 = 100;
 pub struct Learner {
     history: Arc<SqliteHistory>,
     sets: Mutex<WorkingSets>,
+    forecaster: Mutex<Forecaster>,
 }
 
 /// What one launch did, told when its window has passed.
@@ -56,9 +58,13 @@ pub fn model_key(of: &ProfileRef) -> String {
     format!("{}/{}", of.owner, of.profile)
 }
 
-struct Loader<'a>(&'a mut WorkingSets);
+struct Loader<'a>(&'a mut WorkingSets, &'a mut Forecaster);
 
 impl Sink for Loader<'_> {
+    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, _resolution_ms: i64) {
+        note_launch(self.1, of, at, count);
+    }
+
     fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
         self.0.insert(&model_key(of), image, set);
     }
@@ -66,6 +72,12 @@ impl Sink for Loader<'_> {
     fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
         self.0.observe(&model_key(of), images, touches);
     }
+}
+
+fn note_launch(forecaster: &mut Forecaster, of: &ProfileRef, at: Timestamp, count: u32) {
+    let profile = forecaster.profile(&model_key(of));
+    let owner = forecaster.owner(&of.owner);
+    forecaster.observe_launch(profile, owner, at, count.saturating_sub(1));
 }
 
 impl Learner {
@@ -79,7 +91,10 @@ impl Learner {
             ..working_set::Config::default()
         };
         let mut sets = WorkingSets::new(config);
-        let replayed = history.replay(Timestamp(0), &mut Loader(&mut sets)).await;
+        let mut forecaster = Forecaster::new(arrivals::Config::default());
+        let replayed = history
+            .replay(Timestamp(0), &mut Loader(&mut sets, &mut forecaster))
+            .await;
         let replayed = replayed.map_err(HostError::failed)?;
         tracing::info!(
             launches = replayed.launches,
@@ -90,6 +105,7 @@ impl Learner {
         Ok(Self {
             history: Arc::new(history),
             sets: Mutex::new(sets),
+            forecaster: Mutex::new(forecaster),
         })
     }
 
@@ -108,6 +124,18 @@ impl Learner {
             .collect()
     }
 
+    /// Profiles (by model key) likely to launch within the horizon, most likely first.
+    pub fn next_launches(
+        &self,
+        now: Timestamp,
+        horizon_s: f64,
+        least_probability: f64,
+    ) -> Vec<LaunchForecast> {
+        let mut forecaster = self.forecaster.lock();
+        forecaster.advance(now, |_, _| {});
+        forecaster.next_launches(now, horizon_s, least_probability)
+    }
+
     /// Records that a launch was asked for; returns its id.
     pub async fn launched(&self, of: &ProfileRef, vm: &Vm) -> i64 {
         let at = Timestamp(vm.launched_ms);
@@ -116,6 +144,7 @@ impl Learner {
             name: component.name.clone(),
             image: component.image,
         });
+        note_launch(&mut self.forecaster.lock(), of, at, 1);
         let what = What::Launch {
             components: components.collect(),
             count: 1,

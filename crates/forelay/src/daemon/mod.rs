@@ -13,6 +13,7 @@
 //! Invariants: no VM ever sees an error for a page; what a client is told to have
 //! happened is on disk or in the kernel.
 
+mod ahead;
 mod attach;
 mod domains;
 mod faults;
@@ -108,6 +109,7 @@ pub struct Host {
     domains: Arc<Domains>,
     memory: Memory,
     learner: Learner,
+    last_launches: ahead::LastLaunches,
     instances: Instances,
     handles: Mutex<HashMap<String, VmHandle>>,
     observers: Mutex<BTreeMap<String, Arc<Mutex<supervise::Observed>>>>,

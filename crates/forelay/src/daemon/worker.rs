@@ -18,6 +18,7 @@ use forelay_vm::{Accelerator, VmmDriver as _};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 
+use super::ahead::LastLaunches;
 use super::domains::Domains;
 use super::instances::{Instance, Record, load_records};
 use super::learning::Learner;
@@ -99,6 +100,9 @@ async fn serve(config: Config) -> Result<()> {
     let listener = listen(&socket)?;
     host.domains.sessions().ready()?;
     tracing::info!(socket = %socket.display(), "ready");
+    if host.config.forecast.prefetch && host.config.forecast.ahead {
+        tokio::spawn(Arc::clone(&host).look_ahead());
+    }
     let router = server::router(Arc::clone(&host));
     let restart = tokio::select! {
         served = axum::serve(listener, router) => {
@@ -208,6 +212,7 @@ async fn open(config: Config) -> Result<Arc<Host>> {
     );
     let window_ms = (config.forecast.window_s.max(0.0) * 1e3) as u32 + 600_000;
     let learner = Learner::open(&config.state_dir, window_ms).await?;
+    let last_launches = LastLaunches::open(&config.state_dir)?;
     let mut driver = QemuDriver::new(&config.state_dir);
     driver.binary.clone_from(&config.vmm.qemu);
     driver.accelerator = match config.vmm.accelerator.as_str() {
@@ -223,6 +228,7 @@ async fn open(config: Config) -> Result<Arc<Host>> {
         domains,
         memory,
         learner,
+        last_launches,
         instances: Default::default(),
         handles: Default::default(),
         observers: Default::default(),
