@@ -177,10 +177,10 @@ fn prepare_root(config: &VmConfig) {
         };
         let _ = std::os::unix::fs::symlink(target, link);
     }
-    if !config.hostname.is_empty() {
-        if let Err(error) = sys::set_hostname(&config.hostname) {
-            failures.push(format!("host name: {error}"));
-        }
+    if !config.hostname.is_empty()
+        && let Err(error) = sys::set_hostname(&config.hostname)
+    {
+        failures.push(format!("host name: {error}"));
     }
     if let Err(error) = network::configure(config.network.as_ref()) {
         failures.push(format!("network: {error}"));

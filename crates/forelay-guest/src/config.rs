@@ -32,7 +32,7 @@ pub struct VmConfig {
 }
 
 /// What runs in the VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Run {
     /// Container style: the agent stays PID 1 and runs one program.
@@ -43,13 +43,8 @@ pub enum Run {
         path: String,
     },
     /// Nothing but the agent: commands come through the guest channel.
+    #[default]
     AgentOnly,
-}
-
-impl Default for Run {
-    fn default() -> Self {
-        Self::AgentOnly
-    }
 }
 
 /// The program of a container-style VM.

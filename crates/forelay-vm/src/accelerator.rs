@@ -168,16 +168,9 @@ fn judge(console: &[u8], errors: &[u8]) -> Result<String, String> {
         return Ok("a stock kernel boots under KVM".to_owned());
     }
     let errors = String::from_utf8_lossy(errors);
-    let last = errors
-        .lines()
-        .chain(console.lines())
-        .filter(|line| !line.trim().is_empty());
-    let last: String = last
-        .last()
-        .unwrap_or("no output")
-        .chars()
-        .take(200)
-        .collect();
+    let mut lines = errors.lines().chain(console.lines());
+    let last = lines.rfind(|line| !line.trim().is_empty());
+    let last: String = last.unwrap_or("no output").chars().take(200).collect();
     Err(format!("a stock kernel does not boot under KVM: {last}"))
 }
 

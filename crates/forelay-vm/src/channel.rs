@@ -258,12 +258,12 @@ mod tests {
             let id = loop {
                 let count = guest.read(&mut buffer).await.unwrap();
                 text.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
-                let requests = text.lines().filter_map(|line| {
+                let mut requests = text.lines().filter_map(|line| {
                     serde_json::from_str::<Request>(line)
                         .ok()
                         .filter(|request| request.id != 0)
                 });
-                if let Some(request) = requests.last() {
+                if let Some(request) = requests.next_back() {
                     break request.id;
                 }
             };

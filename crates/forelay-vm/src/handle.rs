@@ -358,10 +358,10 @@ impl VmHandle {
                 .channel
                 .request(Command::Poweroff, grace.min(SHORT))
                 .await;
-            if asked.is_ok() {
-                if let Ok(ended) = tokio::time::timeout(grace, self.wait_ended()).await {
-                    return Ok(ended);
-                }
+            if asked.is_ok()
+                && let Ok(ended) = tokio::time::timeout(grace, self.wait_ended()).await
+            {
+                return Ok(ended);
             }
         }
         let quit = async {

@@ -19,6 +19,7 @@ pub mod accelerator;
 pub mod channel;
 pub mod driver;
 pub mod handle;
+pub mod kernel;
 pub mod lifecycle;
 mod lines;
 pub mod process;

@@ -122,12 +122,8 @@ impl Process {
 /// await a descriptor needs unsafe code, and these threads only sleep.
 fn await_exit(descriptor: &OwnedFd) -> Exit {
     use rustix::event::{PollFd, PollFlags, poll};
-    loop {
-        match poll(&mut [PollFd::new(descriptor, PollFlags::IN)], None) {
-            Err(rustix::io::Errno::INTR) => {}
-            _ => break,
-        }
-    }
+    let mut descriptors = [PollFd::new(descriptor, PollFlags::IN)];
+    while poll(&mut descriptors, None) == Err(rustix::io::Errno::INTR) {}
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     match rustix::process::waitid(WaitId::PidFd(descriptor.as_fd()), options) {
         Ok(Some(status)) => Exit {
@@ -150,6 +146,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(clippy::zombie_processes, reason = "`Process` reaps it")]
     async fn a_process_is_held_killed_and_reaped_and_a_wrong_start_time_is_refused() {
         let child = std::process::Command::new("sleep")
             .arg("60")

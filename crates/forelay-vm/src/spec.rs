@@ -244,7 +244,8 @@ mod tests {
     #[test]
     fn bad_specs_are_refused_with_what_to_change() {
         assert_eq!(spec().validate(), Ok(()));
-        let cases: [(fn(&mut VmSpec), &str); 6] = [
+        type Change = fn(&mut VmSpec);
+        let cases: [(Change, &str); 6] = [
             (|spec| spec.name = "a,b".into(), "name"),
             (|spec| spec.cpus = 0, "CPU"),
             (|spec| spec.pmem[0].bytes += 4096, "2 MiB"),

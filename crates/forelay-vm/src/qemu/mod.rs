@@ -30,7 +30,7 @@ use crate::lifecycle::{Cause, Ended};
 use crate::process::{Process, ProcessId};
 use crate::spec::{Boot, Upper, VmSpec};
 use crate::state::{STATE_FILE, VmState};
-use crate::{lines, scratch};
+use crate::{kernel, lines, scratch};
 
 /// How long QEMU may take to open its sockets.
 const START: Duration = Duration::from_secs(20);
@@ -75,8 +75,16 @@ impl QemuDriver {
 
     async fn arguments(&self, spec: &VmSpec) -> Result<(Vec<OsString>, Accelerator), LaunchError> {
         let accelerator = self.probe(&spec.kernel).await.accelerator;
+        let mut spec = spec.clone();
+        if accelerator == Accelerator::Tcg {
+            match kernel::uncompressed(&spec.kernel, &self.state_dir.join("kernels")) {
+                Ok(Some(uncompressed)) => spec.kernel = uncompressed,
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "the kernel boots from its compressed form"),
+            }
+        }
         let arguments =
-            command_line::arguments(spec, accelerator).map_err(|reason| LaunchError::Spec {
+            command_line::arguments(&spec, accelerator).map_err(|reason| LaunchError::Spec {
                 name: spec.name.clone(),
                 reason,
             })?;

@@ -1,0 +1,44 @@
+//! Boots a VM from a disk with the same kernel, guest init and VMM settings that composed
+//! VMs get, and tells how long it took: what composed VMs are compared with.
+//!
+//! Usage: `boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB]`. Prints one JSON line with
+//! `ready_s`; the VM is stopped and its runtime directory removed.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use forelay_vm::qemu::QemuDriver;
+use forelay_vm::{Boot, Disk, DiskFormat, Forward, VmSpec, VmmDriver as _};
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [kernel, initrd, disk, rest @ ..] = arguments.as_slice() else {
+        return Err("usage: boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB]".into());
+    };
+    let runtime_dir = std::env::temp_dir().join(format!("boot-disk-{}", std::process::id()));
+    let disk = Disk {
+        path: PathBuf::from(disk),
+        format: DiskFormat::Qcow2,
+        read_only: false,
+    };
+    let mut spec = VmSpec::new("boot-disk", kernel.into(), initrd.into(), Boot::Root(disk));
+    spec.memory_mib = rest.first().map_or(Ok(256), |text| text.parse())?;
+    spec.console_log = runtime_dir.join("console.log");
+    spec.runtime_dir.clone_from(&runtime_dir);
+    spec.forwards = vec![Forward {
+        host: 18_080,
+        guest: 80,
+    }];
+    let asked = Instant::now();
+    let handle = QemuDriver::new(std::env::temp_dir()).launch(&spec).await?;
+    let ready = handle.wait_ready(LIMIT).await;
+    let ready_s = asked.elapsed().as_secs_f64();
+    handle.stop(Duration::from_secs(5)).await?;
+    let result = ready
+        .map(|_| println!("{{\"ready_s\": {ready_s}, \"demand_fetches\": 0, \"stall_s\": 0}}"));
+    std::fs::remove_dir_all(&runtime_dir)?;
+    Ok(result?)
+}

@@ -1,0 +1,166 @@
+//! The uncompressed kernel inside a bzImage, for boots under TCG.
+//!
+//! A bzImage unpacks itself, which an emulated CPU is slow at; the ELF image inside has a
+//! PVH entry that QEMU starts directly. Only LZ4 payloads (Debian's) are unpacked here; with
+//! any other the bzImage is used as it is. The guest kernel is then not relocated at random,
+//! so this is for emulated guests only, not for KVM.
+//!
+//! Sources: the x86 boot protocol (Documentation/arch/x86/boot.rst) for the header, the LZ4
+//! block format and its legacy frame (lz4 project, doc/lz4_Block_format.md).
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+/// Magic of the LZ4 legacy frame.
+const LZ4_LEGACY: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
+/// A block of the legacy frame holds at most this much.
+const LZ4_BLOCK_BYTES: usize = 8 << 20;
+/// More than any kernel.
+const MAX_KERNEL_BYTES: usize = 512 << 20;
+
+/// The uncompressed form of `kernel` in `cache_dir`, made if missing; `None` if the kernel's
+/// format is not understood (then use it as it is).
+pub fn uncompressed(kernel: &Path, cache_dir: &Path) -> io::Result<Option<PathBuf>> {
+    let found = std::fs::metadata(kernel)?;
+    let modified = found
+        .modified()?
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let path: u64 = kernel
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    let name = format!(
+        "{path:016x}-{}-{:x}.vmlinux",
+        found.len(),
+        modified.as_nanos()
+    );
+    let target = cache_dir.join(name);
+    if target.exists() {
+        return Ok(Some(target));
+    }
+    let Some(image) = extract(&std::fs::read(kernel)?) else {
+        return Ok(None);
+    };
+    std::fs::create_dir_all(cache_dir)?;
+    let temporary = target.with_extension(format!("{}.new", std::process::id()));
+    std::fs::write(&temporary, image)?;
+    std::fs::rename(temporary, &target)?;
+    Ok(Some(target))
+}
+
+/// The ELF image inside a bzImage with an LZ4 payload.
+pub fn extract(image: &[u8]) -> Option<Vec<u8>> {
+    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?));
+    if image.get(0x202..0x206)? != b"HdrS" {
+        return None;
+    }
+    let setup_sectors = match *image.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = (setup_sectors + 1) * 512 + word(0x248)? as usize;
+    let payload = image.get(start..start.checked_add(word(0x24c)? as usize)?)?;
+    let mut blocks = payload.strip_prefix(&LZ4_LEGACY)?;
+    let mut kernel = Vec::new();
+    while blocks.len() > 4 {
+        let (size, rest) = blocks.split_at(4);
+        let size = u32::from_le_bytes(size.try_into().ok()?) as usize;
+        // The payload ends with the size of the kernel, which is no block.
+        let Some(block) = rest.get(..size) else { break };
+        unpack_block(block, &mut kernel)?;
+        blocks = &rest[size..];
+    }
+    kernel.starts_with(b"\x7fELF").then_some(kernel)
+}
+
+/// Unpacks one LZ4 block behind what is there; `None` if it is malformed or too large.
+fn unpack_block(mut block: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    let start = out.len();
+    while let Some((&token, rest)) = block.split_first() {
+        block = rest;
+        let literals = length(usize::from(token >> 4), &mut block)?;
+        out.extend_from_slice(block.get(..literals)?);
+        block = &block[literals..];
+        if block.is_empty() {
+            break;
+        }
+        let (offset, rest) = block.split_at_checked(2)?;
+        block = rest;
+        let offset = usize::from(u16::from_le_bytes(offset.try_into().ok()?));
+        let count = length(usize::from(token & 15), &mut block)? + 4;
+        let produced = out.len() - start;
+        if offset == 0 || offset > produced || produced + count > LZ4_BLOCK_BYTES {
+            return None;
+        }
+        // A match may overlap what it produces: then it repeats.
+        let from = out.len() - offset;
+        if offset >= count {
+            out.extend_from_within(from..from + count);
+        } else {
+            (from..from + count).for_each(|at| out.push(out[at]));
+        }
+    }
+    (out.len() - start <= LZ4_BLOCK_BYTES && out.len() <= MAX_KERNEL_BYTES).then_some(())
+}
+
+/// A length of 15 goes on in the following bytes, up to the first that is not 255.
+fn length(start: usize, block: &mut &[u8]) -> Option<usize> {
+    let mut total = start;
+    let mut more = start == 15;
+    while more {
+        let (&byte, rest) = block.split_first()?;
+        *block = rest;
+        total += usize::from(byte);
+        more = byte == 255;
+    }
+    Some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A bzImage with this LZ4 block as its payload.
+    fn image(block: &[u8]) -> Vec<u8> {
+        let mut payload = LZ4_LEGACY.to_vec();
+        payload.extend_from_slice(&(block.len() as u32).to_le_bytes());
+        payload.extend_from_slice(block);
+        payload.extend_from_slice(&[0xff; 4]);
+        let mut image = vec![0; 1024];
+        image[0x1f1] = 1;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        image.extend_from_slice(&payload);
+        image
+    }
+
+    #[test]
+    fn literals_copies_and_overlapping_copies_are_unpacked() {
+        // 6 literals, then 4 + 15 + 2 bytes from 2 back, then 1 literal.
+        let block = b"\x6f\x7fELFab\x02\x00\x02\x10z";
+        let kernel = extract(&image(block)).unwrap();
+        assert_eq!(
+            kernel,
+            [b"\x7fELFab".as_slice(), &b"ab".repeat(11)[..21], b"z"].concat()
+        );
+        assert_eq!(extract(&image(b"\x40\x7fELF")).unwrap(), b"\x7fELF");
+        for bad in [&b"\x40none"[..], b"\xf0", b"\x00\x01\x00", b"\x10a\x00\x00"] {
+            assert!(extract(&image(bad)).is_none());
+        }
+        assert!(extract(b"not a kernel").is_none());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+        #[test]
+        fn any_block_is_unpacked_or_refused(block in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = extract(&image(&block));
+        }
+    }
+}
