@@ -23,7 +23,7 @@
 mod record;
 mod segment;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,7 +34,6 @@ use forelay_image::{Digest, PAGE_BYTES};
 use parking_lot::{Mutex, RwLock};
 use twox_hash::XxHash3_64;
 
-use record::Record;
 use segment::{Segment, SegmentWriter};
 
 /// Chunks are checked in blocks of this many bytes.
@@ -126,16 +125,9 @@ impl DiskCache {
             return;
         };
         let segment = Arc::new(segment);
-        let mut live: BTreeMap<u64, (Digest, Record)> = BTreeMap::new();
-        for record in record::parse(&log) {
-            if record.dropped {
-                live.remove(&record.offset);
-            } else {
-                live.insert(record.offset, (record.chunk, record));
-            }
-        }
         let mut entries = self.entries.write();
-        for (chunk, record) in live.into_values() {
+        for record in record::live(&log).into_values() {
+            let chunk = record.chunk;
             let end = record.offset + u64::from(record.len);
             if end > segment.data_bytes() || entries.contains_key(&chunk) {
                 continue;

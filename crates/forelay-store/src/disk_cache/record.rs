@@ -7,6 +7,8 @@
 //! Invariant: [`parse`] never panics and stops at the first record that is torn or does
 //! not make sense.
 
+use std::collections::BTreeMap;
+
 use forelay_image::Digest;
 use forelay_image::chunk::MAX_CHUNK_BYTES;
 use twox_hash::XxHash3_64;
@@ -56,6 +58,19 @@ pub fn parse(log: &[u8]) -> Vec<Record> {
         rest = &rest[bytes..];
     }
     records
+}
+
+/// The chunks that a log says are there, by offset.
+pub fn live(log: &[u8]) -> BTreeMap<u64, Record> {
+    let mut live = BTreeMap::new();
+    for record in parse(log) {
+        if record.dropped {
+            live.remove(&record.offset);
+        } else {
+            live.insert(record.offset, record);
+        }
+    }
+    live
 }
 
 fn parse_one(log: &[u8]) -> Result<(Record, usize), SealError> {

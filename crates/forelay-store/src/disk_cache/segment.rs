@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forelay_image::{Digest, PAGE_BYTES};
 use rustix::fs::FallocateFlags;
 
-use super::record::Record;
+use super::record::{self, Record};
 
 /// A segment that chunks are read and dropped from.
 pub struct Segment {
@@ -114,9 +114,13 @@ impl Segment {
         self.remove_if_empty();
     }
 
-    /// Deletes the files of a segment that has no chunks and gets none.
+    /// Deletes the files of a segment that has no chunks and gets none. The log is asked
+    /// again, since another process may have appended what this one does not know.
     pub fn remove_if_empty(&self) {
-        if self.chunks.load(Ordering::Relaxed) == 0 && !self.open.load(Ordering::Relaxed) {
+        if self.chunks.load(Ordering::Relaxed) > 0 || self.open.load(Ordering::Relaxed) {
+            return;
+        }
+        if fs::read(&self.log_path).is_ok_and(|log| record::live(&log).is_empty()) {
             let _ = fs::remove_file(&self.data_path);
             let _ = fs::remove_file(&self.log_path);
         }

@@ -1,0 +1,211 @@
+//! Cold reads: order, single flight, promotion, coalescing, cancelling.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use forelay_image::Extent;
+use forelay_store::Priority;
+use tokio::sync::Semaphore;
+
+use crate::support::{Bench, Sample};
+
+async fn drain(mut stream: forelay_store::Prefetch, sample: &Sample) -> Vec<Extent> {
+    let mut seen = Vec::new();
+    while let Some(item) = stream.next().await {
+        assert_eq!(item.image, sample.image());
+        for piece in item.pieces.unwrap() {
+            assert_eq!(piece.bytes, sample.part(piece.extent));
+            seen.push(piece.extent);
+        }
+    }
+    seen
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_keeps_the_plans_order_and_cuts_exactly() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 40, 50_000)
+        .await;
+    let host = bench.store().await;
+    let plan = vec![
+        (sample.image(), Extent::new(1_500_000, 4096)),
+        (sample.image(), Extent::new(0, 120_000)),
+        (sample.image(), Extent::new(1_510_000, 4096)),
+        (sample.image(), Extent::new(10_000, 1000)),
+    ];
+    let expected = [
+        // Chunk 30 comes where it is named first, with both its ranges.
+        Extent::new(1_500_000, 4096),
+        Extent::new(1_510_000, 4096),
+        Extent::new(0, 50_000),
+        Extent::new(50_000, 50_000),
+        Extent::new(100_000, 20_000),
+    ];
+    assert_eq!(
+        drain(host.scheduler().prefetch(plan.clone()), &sample).await,
+        expected
+    );
+    let cold = host.scheduler().counters();
+    assert_eq!((cold.prefetch_chunks, cold.demand_requests), (4, 0));
+    // Warm: the same from the disk cache, also after a restart.
+    assert_eq!(
+        drain(host.scheduler().prefetch(plan), &sample).await,
+        expected
+    );
+    assert_eq!(
+        host.scheduler().counters().prefetch_requests,
+        cold.prefetch_requests
+    );
+    assert_eq!(host.scheduler().counters().cache_hits, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neighbours_are_fetched_together() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 200, 20_000)
+        .await;
+    let host = bench.store().await;
+    let whole = Extent::new(0, sample.bytes.len() as u64);
+    // Hold the line until the whole plan is queued.
+    let gate = Arc::new(Semaphore::new(0));
+    *bench.faults.gate.lock() = Some(gate.clone());
+    let stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    gate.add_permits(10_000);
+    assert_eq!(drain(stream, &sample).await.len(), 200);
+    let counters = host.scheduler().counters();
+    assert_eq!(counters.prefetch_chunks, 200);
+    assert!(
+        counters.prefetch_requests < 80,
+        "{} requests for 200 chunks",
+        counters.prefetch_requests
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_chunk_is_fetched_once_and_demand_joins_prefetch() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 4, 30_000)
+        .await;
+    let host = bench.store().await;
+    let gate = Arc::new(Semaphore::new(0));
+    *bench.faults.gate.lock() = Some(gate.clone());
+    let image = sample.image();
+    host.open_image(image).await.unwrap();
+    let stream = host.scheduler().prefetch(vec![(image, sample.extent(2))]);
+    while bench.faults.ranges.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let demands: Vec<_> = (0..5)
+        .map(|_| {
+            let (sender, receiver) = tokio::sync::oneshot::channel();
+            let scheduler = host.scheduler().clone();
+            // As a fault handler does it: from a thread that is not the runtime's.
+            let thread = std::thread::spawn(move || {
+                scheduler.fetch_demand(image, 2, Box::new(|result| drop(sender.send(result))));
+            });
+            thread.join().unwrap();
+            receiver
+        })
+        .collect();
+    while host.scheduler().counters().joined < 5 {
+        tokio::task::yield_now().await;
+    }
+    gate.add_permits(100);
+    for demand in demands {
+        assert_eq!(
+            demand.await.unwrap().unwrap(),
+            sample.part(sample.extent(2))
+        );
+    }
+    assert_eq!(drain(stream, &sample).await.len(), 1);
+    assert_eq!(bench.faults.ranges.lock().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn demand_passes_a_blocked_and_a_paused_prefetch() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 60, 200_000)
+        .await;
+    let host = bench.store().await;
+    let image = sample.image();
+    let scheduler = host.scheduler();
+    scheduler.pause_prefetch(true);
+    let whole = Extent::new(0, sample.bytes.len() as u64);
+    let stream = scheduler.prefetch(vec![(image, whole)]);
+    let last = sample.extent(59);
+    let read = host
+        .read_image(image, last, Priority::Demand)
+        .await
+        .unwrap();
+    assert_eq!(read, sample.part(last));
+    let counters = scheduler.counters();
+    assert_eq!(
+        (counters.prefetch_requests, counters.demand_requests),
+        (0, 1)
+    );
+    scheduler.pause_prefetch(false);
+    assert_eq!(drain(stream, &sample).await.len(), 60);
+    assert_eq!(scheduler.counters().demand_requests, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_stream_stops() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 100, 300_000)
+        .await;
+    let host = bench.store().await;
+    let gate = Arc::new(Semaphore::new(3));
+    *bench.faults.gate.lock() = Some(gate.clone());
+    let whole = Extent::new(0, sample.bytes.len() as u64);
+    let mut stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
+    stream.next().await.unwrap().pieces.unwrap();
+    drop(stream);
+    let started = bench.faults.ranges.lock().len();
+    gate.add_permits(1000);
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    let chunks = host.scheduler().counters().prefetch_chunks;
+    assert!(
+        bench.faults.ranges.lock().len() <= started + 1,
+        "new requests after the drop"
+    );
+    assert!(chunks < 100, "{chunks} chunks were fetched");
+    // What had been under way is good, and the rest can still be had.
+    assert_eq!(
+        drain(
+            host.scheduler().prefetch(vec![(sample.image(), whole)]),
+            &sample
+        )
+        .await
+        .len(),
+        100
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_gone_fails_alone() {
+    let bench = Bench::new();
+    let sample = bench.published(&bench.store().await, "app", 3, 4096).await;
+    let host = bench.store().await;
+    let gone = forelay_image::Digest::of(b"gone");
+    let plan = vec![
+        (gone, Extent::new(0, 4096)),
+        (sample.image(), sample.extent(1)),
+        (gone, Extent::new(0, 1)),
+    ];
+    let mut stream = host.scheduler().prefetch(plan);
+    let first = stream.next().await.unwrap();
+    assert_eq!(first.image, gone);
+    assert!(first.pieces.is_err());
+    assert_eq!(
+        stream.next().await.unwrap().pieces.unwrap()[0].bytes,
+        sample.part(sample.extent(1))
+    );
+    assert!(stream.next().await.is_none());
+    assert_eq!(bench.faults.calls_left.load(Ordering::SeqCst), -1);
+}

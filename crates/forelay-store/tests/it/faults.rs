@@ -1,0 +1,291 @@
+//! What happens when the repository fails, lies or loses things.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use forelay_image::Extent;
+use forelay_store::{FetchError, Priority, StoreError};
+
+use crate::support::Bench;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn publication_is_all_or_nothing_wherever_it_fails() {
+    let bench = Bench::new();
+    let store = bench.store().await;
+    let old = bench.published(&store, "old", 4, 60_000).await;
+    let new = bench.sample("new", &[(1, 4096), (2, 400_000), (3, 70_000)]);
+    let mut calls = 0;
+    loop {
+        bench.faults.fail_after(calls, -1);
+        let result = store
+            .publish(&new.component, &new.path, &new.index, &|_| {})
+            .await;
+        bench.faults.heal();
+        let reader = bench.store().await;
+        let listed = reader.components().await.unwrap();
+        assert!(
+            reader.verify(&|_| {}).await.unwrap().findings.is_empty(),
+            "after {calls} calls"
+        );
+        let visible = listed.iter().any(|one| one.id() == new.component.id());
+        if visible {
+            let whole = Extent::new(0, new.bytes.len() as u64);
+            assert_eq!(
+                reader
+                    .read_image(new.image(), whole, Priority::Demand)
+                    .await
+                    .unwrap(),
+                new.bytes
+            );
+        }
+        assert!(listed.iter().any(|one| one.id() == old.component.id()));
+        match result {
+            Ok(_) => {
+                assert!(visible);
+                break;
+            }
+            // The last steps only look after an image that is visible already.
+            Err(error) => assert!(matches!(error, StoreError::Repository(_)), "{error}"),
+        }
+        calls += 1;
+        assert!(calls < 100);
+    }
+    assert!(
+        calls > 5,
+        "the test must have failed at several places, not {calls}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn demand_outlasts_transient_failures_and_prefetch_gives_up() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 4, 30_000)
+        .await;
+    let host = bench.store().await;
+    host.open_image(sample.image()).await.unwrap();
+    bench.faults.fail_after(0, 20);
+    let read = host
+        .read_image(sample.image(), sample.extent(1), Priority::Demand)
+        .await
+        .unwrap();
+    assert_eq!(read, sample.part(sample.extent(1)));
+    let counters = host.scheduler().counters();
+    assert_eq!((counters.retries, counters.demands_in_trouble), (20, 0));
+    bench.faults.fail_after(0, -1);
+    let failed = host
+        .scheduler()
+        .fetch(sample.image(), 2, Priority::Prefetch)
+        .await;
+    assert!(
+        matches!(
+            failed,
+            Err(FetchError::Repository {
+                chunk_no: 2,
+                attempts: 5,
+                ..
+            })
+        ),
+        "{failed:?}"
+    );
+    bench.faults.heal();
+    assert!(
+        host.scheduler()
+            .fetch(sample.image(), 2, Priority::Prefetch)
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_are_fetched_again_and_never_handed_out() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 4, 30_000)
+        .await;
+    let host = bench.store().await;
+    let lies = Arc::new(AtomicU32::new(1));
+    let left = lies.clone();
+    *bench.faults.mangle.lock() = Some(Box::new(move |key, bytes| {
+        let lie = key.ends_with(".pack")
+            && left
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
+                    left.checked_sub(1)
+                })
+                .is_ok();
+        if !lie {
+            return bytes;
+        }
+        let mut changed = bytes.to_vec();
+        let middle = changed.len() / 2;
+        changed[middle] ^= 0x10;
+        changed.into()
+    }));
+    // One lie: the second look succeeds.
+    let read = host
+        .read_image(sample.image(), sample.extent(0), Priority::Demand)
+        .await
+        .unwrap();
+    assert_eq!(read, sample.part(sample.extent(0)));
+    // Lies for ever: a typed error, soon.
+    lies.store(u32::MAX, Ordering::SeqCst);
+    let failed = host
+        .scheduler()
+        .fetch(sample.image(), 1, Priority::Demand)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(failed, FetchError::Corrupted { image, chunk_no: 1, .. } if image == sample.image()),
+        "{failed}"
+    );
+    assert!(failed.to_string().contains("forelay verify"));
+    // Shorter answers than asked for.
+    *bench.faults.mangle.lock() = Some(Box::new(|key, bytes| {
+        if key.ends_with(".pack") {
+            bytes.slice(..bytes.len() / 2)
+        } else {
+            bytes
+        }
+    }));
+    let failed = host
+        .scheduler()
+        .fetch(sample.image(), 2, Priority::Demand)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(failed, FetchError::Corrupted { chunk_no: 2, .. }),
+        "{failed}"
+    );
+    bench.faults.heal();
+    assert!(
+        host.scheduler()
+            .fetch(sample.image(), 2, Priority::Demand)
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn truncated_and_vanished_packs_are_named_and_found_by_verify() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 10, 30_000)
+        .await;
+    let host = bench.store().await;
+    let pack = bench.packs().remove(0);
+    let bytes = std::fs::read(&pack).unwrap();
+    std::fs::write(&pack, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(
+        host.scheduler()
+            .fetch(sample.image(), 0, Priority::Demand)
+            .await
+            .is_ok()
+    );
+    let failed = host
+        .scheduler()
+        .fetch(sample.image(), 9, Priority::Demand)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(failed, FetchError::Corrupted { chunk_no: 9, .. }),
+        "{failed}"
+    );
+    let report = host.verify(&|_| {}).await.unwrap();
+    assert!(
+        report
+            .findings
+            .iter()
+            .any(|one| one.problem.contains("do not have the digest")),
+        "{report:?}"
+    );
+
+    let mut changed = bytes.clone();
+    changed[100] ^= 1;
+    std::fs::write(&pack, &changed).unwrap();
+    let report = host.verify(&|_| {}).await.unwrap();
+    assert_eq!(
+        report.findings.len(),
+        2,
+        "the pack, and the chunk in it: {report:?}"
+    );
+
+    std::fs::remove_file(&pack).unwrap();
+    let failed = host
+        .scheduler()
+        .fetch(sample.image(), 5, Priority::Demand)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(failed, FetchError::Vanished { chunk_no: 5, .. }),
+        "{failed}"
+    );
+    std::fs::write(&pack, &bytes).unwrap();
+    assert!(host.verify(&|_| {}).await.unwrap().findings.is_empty());
+    let index = pack.with_extension("idx");
+    let index_bytes = std::fs::read(&index).unwrap();
+    std::fs::write(&index, &index_bytes[..index_bytes.len() - 7]).unwrap();
+    let report = host.verify(&|_| {}).await.unwrap();
+    assert!(
+        report.findings[1].problem.contains("truncated")
+            || report.findings[0].problem.contains("in no readable pack"),
+        "{report:?}"
+    );
+    assert_eq!(report.findings.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repacked_image_is_found_again() {
+    let bench = Bench::new();
+    let publisher = bench.store().await;
+    let sample = bench.published(&publisher, "app", 4, 30_000).await;
+    let host = bench.store().await;
+    host.open_image(sample.image()).await.unwrap();
+    // The image goes and comes back in another pack (with one more image's chunks).
+    std::fs::remove_dir_all(bench.repository_path().join("packs")).unwrap();
+    std::fs::remove_dir_all(bench.repository_path().join("locations")).unwrap();
+    let mut chunks: Vec<(u64, usize)> = vec![(77, 90_000)];
+    let seed = u64::from(forelay_image::Digest::of(b"app").as_bytes()[0]) << 32;
+    chunks.extend((0..4).map(|number| (seed + number, 30_000)));
+    let other = bench.sample("other", &chunks);
+    let again = bench.store().await;
+    again
+        .publish(&other.component, &other.path, &other.index, &|_| {})
+        .await
+        .unwrap();
+    again
+        .publish(&sample.component, &sample.path, &sample.index, &|_| {})
+        .await
+        .unwrap();
+    let read = host
+        .read_image(sample.image(), sample.extent(3), Priority::Demand)
+        .await
+        .unwrap();
+    assert_eq!(read, sample.part(sample.extent(3)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_bad_metadata_object_does_not_hide_the_others() {
+    let bench = Bench::new();
+    let store = bench.store().await;
+    let good = bench.published(&store, "good", 2, 4096).await;
+    let bad = bench.published(&store, "bad", 2, 4096).await;
+    let path = bench
+        .repository_path()
+        .join(format!("components/{}.json", bad.component.id().hex()));
+    std::fs::write(&path, b"{}").unwrap();
+    let host = bench.store().await;
+    let listed = host.components().await.unwrap();
+    assert_eq!(
+        listed.iter().map(|one| one.id()).collect::<Vec<_>>(),
+        [good.component.id()]
+    );
+    let error = host.component(bad.component.id()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Corrupted { .. }), "{error}");
+    let index = bench
+        .repository_path()
+        .join(format!("chunks/{}.idx", good.image().hex()));
+    let bytes = std::fs::read(&index).unwrap();
+    std::fs::write(&index, &bytes[..bytes.len() / 2]).unwrap();
+    let error = host.open_image(good.image()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Corrupted { .. }), "{error}");
+}

@@ -1,0 +1,9 @@
+//! Integration tests of the store, in real directories.
+
+mod cold;
+mod decoders;
+mod faults;
+mod garbage;
+mod life;
+mod privileged;
+mod support;
