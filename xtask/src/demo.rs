@@ -26,7 +26,7 @@ pub const BANDWIDTH_BYTES_PER_S: u64 = 100_000_000;
 /// under which the repository then lists it.
 const COMPONENTS: &[(&[&str], &str)] = &[
     (&["--base", "debian"], "debian"),
-    (&["--kernel"], "linux"),
+    (&["--kernel"], "linux-cloud"),
     (&["--deb", "nginx"], "nginx"),
     (&["--deb", "redis"], "redis"),
     (&["--deb", "python3"], "python3"),
@@ -93,7 +93,7 @@ pub fn build_components(programs: &Programs, repository: &Path) -> Result<()> {
         .collect();
     for (arguments, name) in COMPONENTS {
         // The kernel component holds the guest's init, which may have changed.
-        if names.contains(name) && *name != "linux" {
+        if names.contains(name) && *name != "linux-cloud" {
             println!("component {name} is there from an earlier run");
             continue;
         }

@@ -350,7 +350,7 @@ fn extract_kernel(
     let image = Image::open(reader).map_err(damaged)?;
     for (path, target) in [
         ("boot/vmlinuz", &files.kernel),
-        ("boot/initrd.img", &files.initrd),
+        ("boot/initrd.cpio", &files.initrd),
     ] {
         let bytes = read_file(&image, path, KERNEL_LIMIT_BYTES).map_err(damaged)?;
         let bytes = bytes.ok_or_else(|| RecipeError::NoKernel {

@@ -8,7 +8,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -246,11 +245,13 @@ impl Bench {
                 let devices = self.prefetch(&host, mode)?;
                 let list = host.scratch().join("touches");
                 std::fs::write(&list, touch_list(touches, &devices)?)?;
-                let started = Instant::now();
-                let text = output(Command::new(&self.replay).arg(&list))?;
-                let wall_s = started.elapsed().as_secs_f64();
+                let input = std::fs::File::open(&list)?;
+                let text = output(Command::new(&self.replay).stdin(input))?;
                 let answer: Value = serde_json::from_slice(&text).context("replay printed JSON")?;
-                times.push(answer["seconds"].as_f64().unwrap_or(wall_s));
+                let total_ns = answer["total_ns"]
+                    .as_f64()
+                    .context("replay tells its time")?;
+                times.push(total_ns / 1e9);
                 host.stop_daemon()?;
             }
         }
@@ -270,16 +271,24 @@ impl Bench {
     }
 }
 
-/// Lines `PATH OFFSET LENGTH` in first-touch order.
+/// The replay's input: the files, then each touched page in first-touch order.
 fn touch_list(touches: &[Value], devices: &[Value]) -> Result<String> {
+    const PAGE_BYTES: u64 = 4096;
     let mut text = String::new();
-    for touch in touches {
-        let device = devices
-            .iter()
-            .find(|device| device["image"] == touch["image"]);
-        let device = device.context("a touched image is among the devices")?;
+    for device in devices {
         let path = device["path"].as_str().context("a device has a path")?;
-        text.push_str(&format!("{path} {} {}\n", touch["offset"], touch["len"]));
+        text.push_str(&format!("file {} {path}\n", std::fs::metadata(path)?.len()));
+    }
+    for touch in touches {
+        let file = devices
+            .iter()
+            .position(|device| device["image"] == touch["image"]);
+        let file = file.context("a touched image is among the devices")?;
+        let offset = touch["offset"].as_u64().context("a touch has an offset")?;
+        let len = touch["len"].as_u64().context("a touch has a length")?;
+        for page in offset / PAGE_BYTES..(offset + len).div_ceil(PAGE_BYTES) {
+            text.push_str(&format!("touch {file} {page}\n"));
+        }
     }
     Ok(text)
 }

@@ -15,7 +15,7 @@ use std::time::Instant;
 use forelay_cache::plan::Event;
 use forelay_cache::{Domain, SharedImage};
 use forelay_image::{Digest, Extent};
-use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory, pinner};
+use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory};
 use forelay_store::Scheduler;
 use parking_lot::RwLock;
 use tokio::sync::mpsc::UnboundedSender;
@@ -31,7 +31,6 @@ pub struct DomainMemory {
     pub domain: Domain,
     /// Its mount.
     pub shared: SharedMemory,
-    pinner: Arc<pinner::Client>,
 }
 
 impl DomainMemory {
@@ -41,13 +40,11 @@ impl DomainMemory {
         image: &Digest,
         extents: &[Extent],
         on: bool,
-    ) -> Result<(), pinner::PinError> {
-        let domain = self.domain.as_str();
-        let done = match on {
-            true => self.pinner.pin(domain, *image, extents),
-            false => self.pinner.unpin(domain, *image, extents),
-        };
-        done.map(drop)
+    ) -> Result<(), forelay_memory::MemoryError> {
+        match on {
+            true => self.shared.pin(image, extents).map(drop),
+            false => self.shared.unpin(image, extents).map(drop),
+        }
     }
 }
 
@@ -157,12 +154,13 @@ impl Domains {
             events: self.events.clone(),
             attribution: Arc::clone(&self.attribution),
         };
-        let config = forelay_memory::Config::new(mountpoint, session);
+        let mut config = forelay_memory::Config::new(mountpoint, session);
+        config.domain = domain.as_str().to_owned();
+        config.pinner = Some(Arc::clone(self.sessions.pinner()));
         let shared = SharedMemory::start(config, Arc::new(handler)).map_err(HostError::failed)?;
         let memory = Arc::new(DomainMemory {
             domain: domain.clone(),
             shared,
-            pinner: Arc::clone(self.sessions.pinner()),
         });
         table.insert(domain.clone(), Arc::clone(&memory));
         Ok(memory)
@@ -191,14 +189,7 @@ impl Domains {
             .shared
             .add_file(image, spec)
             .map_err(HostError::failed)?;
-        let path = memory.shared.path(&image);
-        let file = std::fs::File::open(&path).map_err(HostError::failed)?;
-        let domain = memory.domain.as_str();
-        memory
-            .pinner
-            .add(domain, image, &file, spec.device_bytes)
-            .map_err(HostError::failed)?;
-        Ok((path, spec.device_bytes))
+        Ok((memory.shared.path(&image), spec.device_bytes))
     }
 
     /// Tries again what could not be answered.
