@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use forelay_guest::protocol::{Attach, Attached, ErrorKind};
 use forelay_guest::superblock;
 
-use crate::{devices, root, sys};
+use crate::{accounts, devices, root, sys};
 
 const ATTACHED: &str = "/run/forelay/attached";
 const DEFAULT_WAIT: Duration = Duration::from_secs(10);
@@ -250,6 +250,10 @@ impl Graft {
     /// Plans and makes all changes; on failure nothing is left, the component unmounted.
     fn apply(mut self, root: &Path, etc: bool) -> Result<Self, Refusal> {
         let result = plan(&self.mountpoint, root, etc).and_then(|steps| {
+            let added = accounts::additions(&self.mountpoint, root)
+                .map_err(failed("accounts"))?
+                .map_err(|text| (ErrorKind::Conflict, text))?;
+            accounts::append(root, &added).map_err(failed("accounts"))?;
             for step in steps {
                 let path = step.path().display().to_string();
                 step.apply(&self.mountpoint, root)

@@ -7,6 +7,7 @@
 //! It knows the guest only: devices, mounts, processes and the guest channel. What a
 //! component is, where it came from and which VM this is are the host's business.
 
+mod accounts;
 mod agent;
 mod boot;
 mod devices;

@@ -185,10 +185,11 @@ impl VmHandle {
             .await
     }
 
-    /// Waits until the guest is ready.
+    /// Waits until the guest is ready. (After a reattachment that event may come before what
+    /// was missed of the mount; both are awaited.)
     pub async fn wait_ready(&self, limit: Duration) -> Result<Progress, VmError> {
-        self.wait("ready", limit, |progress| progress.ready.is_some())
-            .await
+        let reached = |progress: &Progress| progress.ready.is_some() && progress.mounted.is_some();
+        self.wait("ready", limit, reached).await
     }
 
     /// Waits until the entrypoint has ended.

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use forelay_guest::config::VmConfig;
-use forelay_guest::protocol::{Attach, ErrorKind};
+use forelay_guest::protocol::{Attach, ErrorKind, Exec};
 use forelay_image::tree::Tree;
 use forelay_vm::channel::ChannelError;
 use forelay_vm::state::VmState;
@@ -32,6 +32,9 @@ fn extra_tree() -> Tree {
     .unwrap();
     tree.insert_path(b"opt/extra/data", file("hot\n", 0o644))
         .unwrap();
+    let fragments = "{\"etc/passwd\": \"extra:x:300:300::/:/bin/sh\\n\"}";
+    let path = b"usr/lib/forelay/fragments/extra.json";
+    tree.insert_path(path, file(fragments, 0o644)).unwrap();
     tree.insert_path(b"etc/extra.conf", file("conf\n", 0o640))
         .unwrap();
     tree.insert_path(
@@ -62,13 +65,22 @@ async fn privileged_hot_attach_is_visible_at_once_and_detach_refuses_while_in_us
     println!("attach to ls {:?}: {attached:?}", started.elapsed());
     assert_eq!(
         (attached.dax, attached.mounts, attached.copies),
-        (true, 2, 1)
+        (true, 3, 1)
     );
     assert_eq!(
         sh(&vm, "extra; cat /etc/extra.conf /etc/motd").await,
         "hot\nconf\nfrom base\n"
     );
     assert_eq!(vm.status().await.unwrap().attached, [extra.uuid()]);
+    let exec = Exec {
+        argv: ["id", "-u"].map(str::to_owned).into(),
+        user: "extra".into(),
+        ..Exec::default()
+    };
+    assert_eq!(
+        vm.exec_with(exec, LIMIT).await.unwrap().stdout.to_text(),
+        "300\n"
+    );
 
     // In use: by a process whose directory it is, and by an open file.
     let user = "cd /opt/extra; sleep 1000 < /dev/null > /dev/null 2>&1 & echo $!";

@@ -1,7 +1,8 @@
 //! What the VM tests share: kernel, initramfs, component images, a guard that ends VMs.
 
+use std::collections::BTreeMap;
 use std::io::Write;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -11,7 +12,7 @@ use forelay_guest::config::VmConfig;
 use forelay_image::component::ImageRef;
 use forelay_image::erofs::merge::{ComposeOptions, Composed, Layer, MapLayout, compose};
 use forelay_image::erofs::write::write_image;
-use forelay_image::tree::{Attributes, FileData, Kind, Node, Tree};
+use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree};
 use forelay_vm::qemu::QemuDriver;
 use forelay_vm::{Boot, Disk, DiskFormat, PmemDevice, VmHandle, VmSpec, VmmDriver};
 
@@ -262,6 +263,75 @@ pub fn base_tree(assets: &Assets) -> Tree {
     tree.insert_path(b"etc/motd", file("from base\n", 0o644))
         .unwrap();
     tree
+}
+
+/// A minimal Debian with systemd, made once by mmdebstrap; `None` after a loud line.
+pub fn systemd_root(test: &str) -> Option<PathBuf> {
+    let made = || -> Result<PathBuf, String> {
+        let cache = workspace().join("target/test-cache");
+        let lock = std::fs::File::create(cache.join("lock")).map_err(|error| error.to_string())?;
+        lock.lock().map_err(|error| error.to_string())?;
+        let root = cache.join("systemd-root");
+        if root.exists() {
+            return Ok(root);
+        }
+        let temporary = cache.join("systemd-root.new");
+        let _ = std::fs::remove_dir_all(&temporary);
+        run(Command::new("mmdebstrap")
+            .args([
+                "--quiet",
+                "--mode=root",
+                "--variant=essential",
+                "--include=systemd-sysv",
+            ])
+            .args(
+                ["man", "doc", "locale"]
+                    .map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")),
+            )
+            .args(["--dpkgopt=force-unsafe-io", "bookworm"])
+            .arg(&temporary))?;
+        std::fs::rename(&temporary, &root).map_err(|error| error.to_string())?;
+        Ok(root)
+    };
+    made().map_err(|why| println!("SKIPPED {test}: {why}")).ok()
+}
+
+/// The tree of a host directory, as it is.
+pub fn directory_tree(directory: &Path) -> Tree {
+    let mut tree = Tree::new();
+    add_directory(&mut tree, ROOT, directory);
+    tree
+}
+
+fn add_directory(tree: &mut Tree, parent: NodeId, directory: &Path) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let found = std::fs::symlink_metadata(&path).unwrap();
+        let kind = if found.is_dir() {
+            Kind::Directory(BTreeMap::new())
+        } else if found.is_symlink() {
+            let target = std::fs::read_link(&path).unwrap();
+            Kind::Symlink(target.into_os_string().into_encoded_bytes())
+        } else if found.is_file() {
+            Kind::File(FileData::HostFile {
+                path: path.clone(),
+                offset: 0,
+                len: found.len(),
+            })
+        } else {
+            continue;
+        };
+        let mut attributes = Attributes::with_mode((found.mode() & 0o7777) as u16);
+        (attributes.uid, attributes.gid) = (found.uid(), found.gid());
+        attributes.mtime_s = found.mtime();
+        let name = path.file_name().unwrap().as_encoded_bytes();
+        let id = tree
+            .insert(parent, name, Node { attributes, kind })
+            .unwrap();
+        if found.is_dir() {
+            add_directory(tree, id, &path);
+        }
+    }
 }
 
 /// A component image on disk, padded as a pmem device.

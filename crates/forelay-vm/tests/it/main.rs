@@ -6,3 +6,4 @@ mod boot;
 mod disks;
 mod failures;
 mod fixture;
+mod init;
