@@ -15,6 +15,7 @@ mod build;
 pub mod clean;
 pub mod control;
 pub mod deb;
+mod describe;
 mod difference;
 pub mod dir;
 mod draft;

@@ -14,22 +14,21 @@
 //! Invariant: the same base and packages give the same image, up to randomness in
 //! maintainer scripts that [`super::clean`] does not know.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use forelay_image::component::{Capability, NameRange, Requirement, Role};
 use forelay_image::tree::Tree;
 
 use super::accounts::{IdMap, without_change_days};
 use super::apt::{AptCache, AptLock, network_error, report_line};
 use super::base::{FALLBACK_TIME_S, now_s, put_file, text_of};
 use super::clean::{clamp_times, remove_noise, remove_path, remove_secrets};
-use super::control::{Paragraph, parse_paragraphs, parse_provides, parse_relations, sbom_package};
+use super::control::{Paragraph, parse_paragraphs};
+use super::describe::describe;
 use super::difference::remove_unchanged;
 use super::dir::{Ownership, read_directory};
-use super::draft::{Draft, Imported};
-use super::entrypoint::{Start, from_unit, known_start};
+use super::draft::Imported;
 use super::error::{ImportError, io_error};
 use super::merge::{Fragments, fragment_of, fragments_path, merged_paths, status_path};
 use super::progress::{Phase, Progress, Reporter};
@@ -70,7 +69,7 @@ impl PackageOptions {
     }
 }
 
-fn plain_name(package: &str) -> &str {
+pub(super) fn plain_name(package: &str) -> &str {
     package.split(['=', '/', ':']).next().unwrap_or(package)
 }
 
@@ -246,9 +245,9 @@ fn install(
 }
 
 /// The packages that the component adds.
-struct Installed {
+pub(super) struct Installed {
     /// New or changed packages by name.
-    packages: BTreeMap<String, Paragraph>,
+    pub packages: BTreeMap<String, Paragraph>,
     /// Packages of the base that were replaced by another version: (name, old version).
     upgraded: Vec<(String, String)>,
     /// Packages of the base that were removed.
@@ -256,7 +255,10 @@ struct Installed {
 }
 
 impl Installed {
-    fn compare(base: &BTreeMap<String, Paragraph>, now: &BTreeMap<String, Paragraph>) -> Self {
+    pub(super) fn compare(
+        base: &BTreeMap<String, Paragraph>,
+        now: &BTreeMap<String, Paragraph>,
+    ) -> Self {
         let mut installed = Self {
             packages: BTreeMap::new(),
             upgraded: Vec::new(),
@@ -360,242 +362,6 @@ fn linker_notes(tree: &Tree) -> Vec<String> {
         )
     };
     names.map(note).collect()
-}
-
-fn describe(
-    tree: &mut Tree,
-    options: &PackageOptions,
-    name: &str,
-    base: &BaseRoot,
-    installed: &Installed,
-    mut notes: Vec<String>,
-) -> Result<Draft, ImportError> {
-    let first = plain_name(&options.packages[0]);
-    // A virtual name was asked for: the package that provides it.
-    let provider = || {
-        let mut all = installed.packages.values();
-        all.find(|p| {
-            parse_provides(p.field("Provides"))
-                .iter()
-                .any(|c| c.name == first)
-        })
-    };
-    let Some(main) = installed.packages.get(first).or_else(provider) else {
-        return Err(ImportError::Request(format!(
-            "{first} adds nothing to the base"
-        )));
-    };
-    let main = main.clone();
-    let entrypoint = find_entrypoint(tree, name, first, &main, base, installed, &mut notes)?;
-    let scripts = scripts_run(tree, installed);
-    if !scripts.is_empty() {
-        notes.push(format!(
-            "maintainer scripts ran for: {}",
-            scripts.join(", ")
-        ));
-    }
-    let mut provides = Vec::new();
-    for package in installed.packages.values() {
-        let version = Some(package.field("Version").to_owned());
-        let package_name = package.field("Package").to_owned();
-        if package_name != name {
-            provides.push(Capability {
-                name: package_name,
-                version,
-            });
-        }
-        provides.extend(parse_provides(package.field("Provides")));
-    }
-    provides.sort();
-    provides.dedup();
-    Ok(Draft {
-        name: name.to_owned(),
-        version: main.field("Version").to_owned(),
-        role: role_of(&main),
-        description: main.summary().to_owned(),
-        architecture: base.component.architecture.clone(),
-        requires: requirements(base, installed, &provides),
-        conflicts: conflicts(installed, &provides),
-        provides,
-        entrypoint,
-        cmdline: None,
-        notes,
-        sbom: installed.packages.values().map(sbom_package).collect(),
-    })
-}
-
-/// Names of the packages whose `postinst` was run.
-fn scripts_run(tree: &Tree, installed: &Installed) -> Vec<String> {
-    let names = installed.packages.iter().filter(|(name, paragraph)| {
-        let architecture = paragraph.field("Architecture");
-        [
-            format!("var/lib/dpkg/info/{name}.postinst"),
-            format!("var/lib/dpkg/info/{name}:{architecture}.postinst"),
-        ]
-        .iter()
-        .any(|path| tree.lookup(path.as_bytes()).is_some())
-    });
-    names.map(|(name, _)| name.clone()).collect()
-}
-
-fn find_entrypoint(
-    tree: &mut Tree,
-    name: &str,
-    first: &str,
-    main: &Paragraph,
-    base: &BaseRoot,
-    installed: &Installed,
-    notes: &mut Vec<String>,
-) -> Result<Vec<String>, ImportError> {
-    let main_name = main.field("Package");
-    let start = match known_start(first).or_else(|| known_start(main_name)) {
-        Some(start) => start,
-        None => match unit_of(tree, first, main, installed)? {
-            Some(unit) => from_unit(&unit),
-            None => return Ok(Vec::new()),
-        },
-    };
-    match start {
-        Start::Command(words) => Ok(words),
-        Start::Script(text) => {
-            let path = format!("usr/lib/forelay/start/{name}");
-            put_file(tree, &path, text.into_bytes(), 0o755, &base.directory)?;
-            Ok(vec![format!("/{path}")])
-        }
-        Start::Unknown(why) => {
-            notes.push(format!("no entrypoint: {why}"));
-            Ok(Vec::new())
-        }
-    }
-}
-
-/// The systemd unit of the main package, or of one that it depends on by a name like its
-/// own (`redis` depends on `redis-server`).
-fn unit_of(
-    tree: &Tree,
-    first: &str,
-    main: &Paragraph,
-    installed: &Installed,
-) -> Result<Option<String>, ImportError> {
-    let mut names = vec![first.to_owned(), main.field("Package").to_owned()];
-    for relation in parse_relations(main.field("Depends")).into_iter().flatten() {
-        let related = relation.name.starts_with(first);
-        if related && installed.packages.contains_key(&relation.name) {
-            names.push(relation.name);
-        }
-    }
-    for name in names {
-        let short = name.trim_end_matches("-server");
-        for unit in [&name[..], short] {
-            for directory in ["usr/lib/systemd/system", "lib/systemd/system"] {
-                let path = format!("{directory}/{unit}.service");
-                if let Some(text) = text_of(tree, &path)? {
-                    return Ok(Some(text));
-                }
-            }
-        }
-    }
-    Ok(None)
-}
-
-/// What the packages need from outside the component: their dependencies that no package
-/// inside satisfies, and the Debian release they were installed on.
-fn requirements(
-    base: &BaseRoot,
-    installed: &Installed,
-    provides: &[Capability],
-) -> Vec<Requirement> {
-    let inside: BTreeSet<&str> = installed
-        .packages
-        .keys()
-        .map(String::as_str)
-        .chain(provides.iter().map(|capability| &capability.name[..]))
-        .collect();
-    let mut requires = vec![vec![base_requirement(base)]];
-    for package in installed.packages.values() {
-        for field in ["Pre-Depends", "Depends"] {
-            let clauses = parse_relations(package.field(field)).into_iter();
-            requires.extend(clauses.filter(|clause| {
-                !clause
-                    .iter()
-                    .any(|relation| inside.contains(&relation.name[..]))
-            }));
-        }
-    }
-    requires.sort();
-    requires.dedup();
-    requires
-}
-
-/// Any base of the same release: what the scripts did holds there as well. A base that
-/// names no release is required as it is.
-fn base_requirement(base: &BaseRoot) -> NameRange {
-    let release = base.component.provides.iter().find(|capability| {
-        capability.name.starts_with("debian-")
-            && capability.version.as_ref() == Some(&base.component.version)
-    });
-    match release {
-        Some(capability) => NameRange {
-            name: capability.name.clone(),
-            range: String::new(),
-        },
-        None => NameRange {
-            name: base.component.name.clone(),
-            range: format!("= {}", base.component.version),
-        },
-    }
-}
-
-fn conflicts(installed: &Installed, provides: &[Capability]) -> Vec<NameRange> {
-    let mut conflicts = Vec::new();
-    for package in installed.packages.values() {
-        for field in ["Conflicts", "Breaks"] {
-            conflicts.extend(parse_relations(package.field(field)).into_iter().flatten());
-        }
-    }
-    // A package may provide and conflict with one virtual name ("only one of us"): that
-    // is about others, and stays. A range on a package that is inside was satisfied.
-    conflicts.retain(|conflict| {
-        let inside = provides
-            .iter()
-            .any(|capability| capability.name == conflict.name);
-        !inside || conflict.range.is_empty()
-    });
-    conflicts.sort();
-    conflicts.dedup();
-    conflicts
-}
-
-fn role_of(main: &Paragraph) -> Role {
-    let name = main.field("Package");
-    let section = main.field("Section");
-    let section = section.rsplit('/').next().unwrap_or(section);
-    let versioned = |stem: &str| {
-        let rest = name.strip_prefix(stem);
-        rest.is_some_and(|rest| {
-            rest.bytes()
-                .all(|byte| byte.is_ascii_digit() || byte == b'.')
-        })
-    };
-    let runtimes = ["python", "perl", "ruby", "php", "lua", "tcl", "golang"];
-    let named = [
-        "nodejs",
-        "default-jre",
-        "default-jre-headless",
-        "erlang-base",
-        "r-base-core",
-    ];
-    if runtimes.iter().any(|stem| versioned(stem))
-        || named.contains(&name)
-        || (name.starts_with("openjdk-") && section == "java")
-    {
-        return Role::Runtime;
-    }
-    match section {
-        "libs" | "oldlibs" | "libdevel" => Role::Library,
-        "python" | "perl" | "ruby" | "javascript" | "php" => Role::Library,
-        _ => Role::Package,
-    }
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@
 use std::path::PathBuf;
 
 use forelay_image::Digest;
-use forelay_image::component::{Component, ImageRef};
+use forelay_image::component::{Capability, Component, ImageRef, Role};
 
+use super::super::describe::{base_requirement, conflicts, only_unit, requirements, role_of};
+use super::super::draft::Draft;
 use super::*;
 
 fn paragraphs(text: &str) -> BTreeMap<String, Paragraph> {
@@ -117,4 +119,13 @@ fn roles_follow_names_and_sections() {
     assert_eq!(role("python3-flask", "python"), Role::Library);
     assert_eq!(role("libssl3", "libs"), Role::Library);
     assert_eq!(role("nginx", "httpd"), Role::Package);
+}
+
+#[test]
+fn the_unit_of_another_name_is_taken_if_it_is_the_only_one() {
+    let list =
+        "/.\n/lib/systemd/system/ssh.service\n/lib/systemd/system/ssh@.service\n/usr/x.service\n";
+    assert_eq!(only_unit(list), Some("ssh.service"));
+    let two = format!("{list}/lib/systemd/system/other.service\n");
+    assert_eq!(only_unit(&two), None);
 }
