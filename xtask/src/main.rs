@@ -22,6 +22,7 @@ Tasks:
   demo            install what is needed, build, compose and boot real VMs, show the main job
   test            install what is needed and run the whole suite
   bench <NAME>    measure; writes target/bench/<NAME>.json
+  guest           build the guest's init and print its path
   tidy            check what drifts: names in ARCHITECTURE.md, module headers, commands in docs
 ";
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         ["bench", name, rest @ ..] => bench::run_named(name, rest),
         ["demo"] => demo::run_all(),
         ["test", rest @ ..] => test::run_all(rest),
+        ["guest"] => guest::build().map(|path| println!("{}", path.display())),
         ["tidy"] => tidy::run(),
         _ => {
             eprint!("{USAGE}");

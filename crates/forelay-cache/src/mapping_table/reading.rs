@@ -52,6 +52,15 @@ impl MappingTable {
             .flat_map(|row| row.resident.runs().map(PageRun::extent))
     }
 
+    /// Bytes of `extent` that were prefetched and that no VM has touched yet.
+    pub fn prefetched_unused_bytes(&self, image: &SharedImage, extent: Extent) -> u64 {
+        let row = self.image_row(image);
+        row.map_or(0, |row| {
+            let pages = row.prefetched_unused.count_within(PageRun::covering(extent));
+            u64::from(pages) * PAGE_BYTES
+        })
+    }
+
     /// Resident and unpinned parts of `extent`.
     pub fn evictable(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
         let row = self.image_row(image);

@@ -69,6 +69,7 @@ impl Order {
 
 /// What a launch wants in shared memory.
 struct Wanted {
+    mode: LaunchMode,
     working_set: Vec<PlannedExtent>,
     /// Of it, what was not there.
     missing: Vec<(Digest, Extent)>,
@@ -173,11 +174,7 @@ impl Host {
         let devices = self.map_images(&order).await?;
         let wanted = self.wanted(&order, mode);
         instance.update(|vm| {
-            vm.launch.mode = Some(match () {
-                () if wanted.working_set.is_empty() => LaunchMode::Cold,
-                () if wanted.missing.is_empty() => LaunchMode::Warm,
-                () => LaunchMode::Predicted,
-            });
+            vm.launch.mode = Some(wanted.mode);
             vm.launch.prefetched_bytes = wanted.missing.iter().map(|(_, extent)| extent.len).sum();
         });
         self.memory.tell(Event::LaunchRequested {
@@ -290,10 +287,32 @@ impl Host {
             }
         };
         let missing = self.missing(&order.domain, &working_set);
+        let mode = match mode {
+            _ if working_set.is_empty() => LaunchMode::Cold,
+            // What other profiles touch of the same components helps, but is no forecast.
+            PrefetchMode::Forecast if !self.learner.knows(&order.of) => LaunchMode::Cold,
+            _ if !missing.is_empty() => LaunchMode::Predicted,
+            _ if self.prefetched_ahead(order, &working_set) => LaunchMode::Predicted,
+            _ => LaunchMode::Warm,
+        };
         Wanted {
+            mode,
             working_set,
             missing,
         }
+    }
+
+    /// True if most of a resident plan was prefetched and waits for its first touch.
+    fn prefetched_ahead(&self, order: &Order, plan: &[PlannedExtent]) -> bool {
+        self.memory.table().read(|table| {
+            let (mut unused, mut all) = (0, 0);
+            for planned in plan {
+                let image = SharedImage::new(order.domain.clone(), planned.image);
+                unused += table.prefetched_unused_bytes(&image, planned.extent);
+                all += planned.extent.len;
+            }
+            unused * 2 > all
+        })
     }
 
     /// What of a plan is not in shared memory.

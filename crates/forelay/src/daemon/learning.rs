@@ -124,6 +124,12 @@ impl Learner {
             .collect()
     }
 
+    /// True if launches of this very profile have been observed.
+    pub fn knows(&self, of: &ProfileRef) -> bool {
+        let key = model_key(of);
+        self.sets.lock().pairs().any(|(profile, ..)| profile == key)
+    }
+
     /// Profiles (by model key) likely to launch within the horizon, most likely first.
     pub fn next_launches(
         &self,

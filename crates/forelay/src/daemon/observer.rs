@@ -79,14 +79,6 @@ impl Observer {
         found
     }
 
-    /// Everything found so far.
-    pub fn touched(&self, image: &Digest) -> Vec<Extent> {
-        let mut devices = self.devices.iter().filter(|device| device.image == *image);
-        devices.next().map_or_else(Vec::new, |device| {
-            device.touched.runs().map(PageRun::extent).collect()
-        })
-    }
-
     /// Bytes touched over all devices.
     pub fn touched_bytes(&self) -> u64 {
         self.devices
