@@ -1,3 +1,5 @@
+//! Tests of the module above.
+
 use super::*;
 use forelay_image::PAGE_BYTES;
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Tests of the module above.
+
 use std::path::PathBuf;
 
 use forelay_image::{Extent, PAGE_BYTES};
