@@ -56,7 +56,9 @@ impl MappingTable {
     pub fn prefetched_unused_bytes(&self, image: &SharedImage, extent: Extent) -> u64 {
         let row = self.image_row(image);
         row.map_or(0, |row| {
-            let pages = row.prefetched_unused.count_within(PageRun::covering(extent));
+            let pages = row
+                .prefetched_unused
+                .count_within(PageRun::covering(extent));
             u64::from(pages) * PAGE_BYTES
         })
     }
