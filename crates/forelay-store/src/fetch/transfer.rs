@@ -213,11 +213,8 @@ impl Scheduler {
             }
             bad
         };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(bad) => bad,
-            // Only when the runtime shuts down: nobody waits any more.
-            Err(_) => Vec::new(),
-        }
+        // It fails only when the runtime shuts down: nobody waits any more.
+        tokio::task::spawn_blocking(work).await.unwrap_or_default()
     }
 
     /// Hands a chunk out, then keeps it on disk.
