@@ -272,6 +272,7 @@ fn main() {
             image_bytes: component.written.image.bytes,
             metadata: &component.metadata,
             chunks: Some(&component.written.chunks),
+            bundle: None,
         })
         .collect();
     let mkfs = time_mkfs(dir.path());

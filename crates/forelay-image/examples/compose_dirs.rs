@@ -48,6 +48,7 @@ fn main() {
             image_bytes: written.image.bytes,
             metadata: &bytes[..written.image.metadata_bytes as usize],
             chunks: Some(&written.chunks),
+            bundle: None,
         })
         .collect();
     let mut own = Tree::new();

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use forelay_image::bundle::Bundle;
 use forelay_image::component::ImageRef;
 use forelay_image::{Chunk, ChunkIndex, Digest, Extent};
 use parking_lot::RwLock;
@@ -78,6 +79,7 @@ pub(crate) struct Images {
     repository: Arc<dyn Repository>,
     folder: PathBuf,
     open: RwLock<HashMap<Digest, Arc<ImageMap>>>,
+    bundles: RwLock<HashMap<Digest, Bundle>>,
 }
 
 impl Images {
@@ -94,6 +96,7 @@ impl Images {
             repository,
             folder,
             open: RwLock::default(),
+            bundles: RwLock::default(),
         })
     }
 
@@ -115,7 +118,63 @@ impl Images {
         self.load(image, false).await
     }
 
+    /// Makes a bundle known: from now on its digest opens like an image's.
+    pub(crate) fn add_bundle(&self, bundle: Bundle) {
+        self.bundles.write().insert(bundle.digest(), bundle);
+    }
+
     async fn load(&self, image: Digest, cached: bool) -> Result<Arc<ImageMap>, StoreError> {
+        let bundle = self.bundles.read().get(&image).cloned();
+        let map = match bundle {
+            Some(bundle) => self.join(&bundle, cached).await?,
+            None => self.load_image(image, cached).await?,
+        };
+        let map = Arc::new(map);
+        self.open.write().insert(image, map.clone());
+        Ok(map)
+    }
+
+    /// A bundle's map: its members' maps one after the other.
+    async fn join(&self, bundle: &Bundle, cached: bool) -> Result<ImageMap, StoreError> {
+        let mut chunks = Vec::new();
+        let mut locations = Locations {
+            image: ImageRef {
+                digest: bundle.digest(),
+                bytes: bundle.bytes(),
+                metadata_bytes: 0,
+                inodes: 0,
+            },
+            packs: Vec::new(),
+            chunks: Vec::new(),
+        };
+        for member in bundle.members() {
+            let map = self.load_image(member.image, cached).await?;
+            let packs = locations.packs.len() as u32;
+            locations.packs.extend_from_slice(&map.locations.packs);
+            let placed = map.locations.chunks.iter();
+            locations.chunks.extend(placed.map(|one| Location {
+                pack: one.pack + packs,
+                ..*one
+            }));
+            let shifted = map.index.chunks.iter();
+            chunks.extend(shifted.map(|one| Chunk {
+                offset: one.offset + member.offset,
+                ..*one
+            }));
+        }
+        let (image, image_bytes) = (bundle.digest(), bundle.bytes());
+        let index = ChunkIndex {
+            image,
+            image_bytes,
+            chunks,
+        };
+        ImageMap::new(index, locations).map_err(|problem| StoreError::Corrupted {
+            key: format!("bundle {image}"),
+            problem: problem.to_owned(),
+        })
+    }
+
+    async fn load_image(&self, image: Digest, cached: bool) -> Result<ImageMap, StoreError> {
         let missing = |error: StoreError| match error {
             StoreError::Repository(source) if source.is_not_found() => {
                 StoreError::ImageMissing { image }
@@ -143,8 +202,6 @@ impl Images {
                 problem: "it is of another image".into(),
             });
         }
-        let map = Arc::new(map);
-        self.open.write().insert(image, map.clone());
         Ok(map)
     }
 

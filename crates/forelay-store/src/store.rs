@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use forelay_image::bundle::Bundle;
 use forelay_image::{Component, ComponentId, Digest, Extent};
 use parking_lot::Mutex;
 
@@ -185,6 +186,11 @@ impl Store {
     /// Chunks of an image and where they are.
     pub async fn open_image(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
         self.0.images.open(image).await
+    }
+
+    /// Makes a bundle known: its digest then opens, reads and prefetches like an image's.
+    pub fn add_bundle(&self, bundle: Bundle) {
+        self.0.images.add_bundle(bundle);
     }
 
     /// All metadata of an image: its first `metadata_bytes`, for compose.

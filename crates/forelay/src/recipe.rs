@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use forelay_image::bundle::Bundle;
 use forelay_image::erofs::merge::{
     ComposeError, ComposeOptions, Composed, Layer, MapLayout, compose,
 };
@@ -143,12 +144,14 @@ impl Recipe {
         })
     }
 
-    /// Composes the map image of one VM.
+    /// Composes the map image of one VM. Images that `bundle` has are looked for there,
+    /// all others on devices of their own.
     pub fn compose(
         &self,
         manifest: &Manifest,
         hostname: &str,
         layout: MapLayout,
+        bundle: Option<&Bundle>,
     ) -> Result<Composed, RecipeError> {
         let own = self.own_files(manifest, hostname)?;
         let layers: Vec<Layer<'_>> = self
@@ -159,6 +162,7 @@ impl Recipe {
                 image_bytes: part.component.image_bytes,
                 metadata: &part.metadata,
                 chunks: Some(&part.map.index),
+                bundle: bundle.filter(|one| one.offset_of(&part.component.image).is_some()),
             })
             .collect();
         Ok(compose(&layers, &own, ComposeOptions { layout })?)

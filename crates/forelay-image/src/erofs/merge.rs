@@ -23,7 +23,7 @@ use sha2::{Digest as _, Sha256};
 use super::layout::{BLOCK_BYTES, LayoutError, UUID_OFFSET};
 use super::write::{WriteError, write_image};
 use crate::extent::PMEM_ALIGN_BYTES;
-use crate::{ChunkIndex, Digest, tree::Tree};
+use crate::{ChunkIndex, Digest, bundle::Bundle, tree::Tree};
 
 mod conflict;
 mod emit;
@@ -47,6 +47,18 @@ pub struct Layer<'a> {
     pub metadata: &'a [u8],
     /// Its chunks, if at hand: with them, files of equal content are not conflicts.
     pub chunks: Option<&'a ChunkIndex>,
+    /// The bundle that the image is a member of, if it has no device of its own.
+    pub bundle: Option<&'a Bundle>,
+}
+
+impl Layer<'_> {
+    /// Tag and size of the device that holds the image.
+    fn device(&self) -> (Digest, u64) {
+        match self.bundle {
+            Some(bundle) => (bundle.tag(), bundle.bytes()),
+            None => (self.image, self.image_bytes),
+        }
+    }
 }
 
 /// How the guest gets at the components.
@@ -71,7 +83,7 @@ pub struct ComposeOptions {
 /// A component image as a device of the map image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// Identity of the image; in hex the device slot's tag.
+    /// Identity of the image, or of a bundle's first member; in hex the device slot's tag.
     pub image: Digest,
     /// Size in bytes.
     pub image_bytes: u64,
@@ -155,6 +167,7 @@ pub fn compose(
         image_bytes: written.image.bytes,
         metadata: own_metadata,
         chunks: Some(&written.chunks),
+        bundle: None,
     })?);
     let mut devices = devices_of(layers);
     let merged = walk::walk(&mut sources)?;
@@ -190,15 +203,16 @@ pub fn compose(
     })
 }
 
-/// One device for each image; a layer that occurs twice is one device.
+/// One device for each image or bundle; a layer that occurs twice is one device.
 fn devices_of(layers: &[Layer<'_>]) -> Vec<Device> {
     let mut devices: Vec<Device> = Vec::with_capacity(layers.len());
     for layer in layers {
-        if !devices.iter().any(|device| device.image == layer.image) {
+        let (tag, bytes) = layer.device();
+        if !devices.iter().any(|device| device.image == tag) {
             devices.push(Device {
-                image: layer.image,
-                image_bytes: layer.image_bytes,
-                blocks: (layer.image_bytes / BLOCK_BYTES) as u32,
+                image: tag,
+                image_bytes: bytes,
+                blocks: (bytes / BLOCK_BYTES) as u32,
                 mapped_block: 0,
             });
         }
@@ -228,8 +242,15 @@ fn shifts_of(
     own_metadata_bytes: usize,
 ) -> Vec<i64> {
     let mapped = |layer: &Layer<'_>| {
-        let device = devices.iter().find(|device| device.image == layer.image);
-        device.map_or(0, |device| i64::from(device.mapped_block))
+        let (tag, _) = layer.device();
+        let device = devices.iter().find(|device| device.image == tag);
+        let within = layer
+            .bundle
+            .and_then(|bundle| bundle.offset_of(&layer.image))
+            .unwrap_or(0);
+        device.map_or(0, |device| {
+            i64::from(device.mapped_block) + (within / BLOCK_BYTES) as i64
+        })
     };
     let own_blocks = own_metadata_bytes as i64 / BLOCK_BYTES as i64;
     let own = places.metadata_blocks as i64 - own_blocks;

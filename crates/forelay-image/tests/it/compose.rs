@@ -3,6 +3,7 @@
 use std::io::Cursor;
 
 use forelay_image::Digest;
+use forelay_image::bundle::Bundle;
 use forelay_image::erofs::merge::{ComposeOptions, Composed, Layer, MapLayout, compose};
 use forelay_image::erofs::read::{Image, ReadAt};
 use forelay_image::erofs::write::{Written, write_image};
@@ -28,6 +29,7 @@ impl Built {
             image_bytes: self.written.image.bytes,
             metadata: &self.bytes[..self.written.image.metadata_bytes as usize],
             chunks: Some(&self.written.chunks),
+            bundle: None,
         }
     }
 }
@@ -83,4 +85,33 @@ fn later_layers_win_and_own_files_stand_above_all() {
         .map(|c| c.path.as_slice())
         .collect();
     assert_eq!(conflicts, [b"/etc/b"]);
+}
+
+#[test]
+fn bundled_images_are_read_through_their_one_device() {
+    let base = build(&tree(&[("/etc/a", b"base a"), ("/usr/x", b"x")]));
+    let (one, two) = (
+        build(&tree(&[("/opt/one", b"1")])),
+        build(&tree(&[("/opt/two", b"22")])),
+    );
+    let image = |built: &Built| (built.written.image.digest, built.written.image.bytes);
+    let bundle = Bundle::new(&[image(&one), image(&two)]).unwrap();
+    let bundled = |built| Layer {
+        bundle: Some(&bundle),
+        ..Built::layer(built)
+    };
+    let layers = [bundled(&one), base.layer(), bundled(&two)];
+    let composed = compose(&layers, &Tree::new(), ComposeOptions::default()).unwrap();
+    assert_eq!(composed.devices.len(), 2);
+    assert_eq!(composed.devices[0].image, bundle.tag());
+    assert_eq!(composed.devices[0].image_bytes, bundle.bytes());
+    let joined = [&one.bytes[..], &two.bytes[..]].concat();
+    let devices: [(Digest, &dyn ReadAt); 2] = [
+        (bundle.tag(), &joined),
+        (base.written.image.digest, &base.bytes),
+    ];
+    let image = Image::open_multi(&composed.map_image, &devices).unwrap();
+    assert_eq!(read(&image, "/opt/one").unwrap(), b"1");
+    assert_eq!(read(&image, "/opt/two").unwrap(), b"22");
+    assert_eq!(read(&image, "/etc/a").unwrap(), b"base a");
 }

@@ -34,6 +34,7 @@ fn compose_one(built: &Built, metadata: &[u8]) -> bool {
         image_bytes: built.written.image.bytes,
         metadata,
         chunks: Some(&built.written.chunks),
+        bundle: None,
     };
     let other = build(&tree(&[("/etc/passwd", b"other"), ("/dev/x/y", b"")]));
     let layers = [layer, other.layer(), layer];

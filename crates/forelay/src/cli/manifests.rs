@@ -134,7 +134,7 @@ pub async fn compose(arguments: ComposeArguments, config: &Config) -> Result<()>
         Emit::Qemu | Emit::Files => MapLayout::Devices,
     };
     let started = std::time::Instant::now();
-    let composed = recipe.compose(&manifest, &hostname, layout)?;
+    let composed = recipe.compose(&manifest, &hostname, layout, None)?;
     let compose_s = started.elapsed().as_secs_f64();
     for conflict in &composed.conflicts {
         eprintln!(

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 /// Prints `value` as one JSON document.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    line(&serde_json::to_string_pretty(value)?);
     Ok(())
 }
 
@@ -19,8 +19,17 @@ pub fn table(headings: &[&str], rows: Vec<Vec<String>>) {
     for row in rows {
         table.add_row(row);
     }
-    for line in table.to_string().lines() {
-        println!("{}", line.trim_end());
+    for row in table.to_string().lines() {
+        line(row.trim_end());
+    }
+}
+
+/// Prints a line. A reader that has seen enough (`| head`) ends the program in peace.
+fn line(text: &str) {
+    use std::io::Write as _;
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        let seen_enough = error.kind() == std::io::ErrorKind::BrokenPipe;
+        std::process::exit(i32::from(!seen_enough));
     }
 }
 

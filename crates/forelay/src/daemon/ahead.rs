@@ -19,7 +19,7 @@ use forelay_predict::time::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::launch::{Order, device_images, label};
+use super::launch::{Order, PlannedDevice};
 use super::learning::model_key;
 use super::memory::now_ms;
 use super::{Host, HostError};
@@ -49,14 +49,15 @@ pub struct LastLaunches {
 
 impl LastLaunches {
     /// Reads what earlier daemons kept in `state_dir`. What cannot be read is skipped.
-    pub fn open(state_dir: &Path) -> std::io::Result<Self> {
+    pub fn open(state_dir: &Path, pmem_slots: usize) -> std::io::Result<Self> {
         let dir = state_dir.join("profiles");
         std::fs::create_dir_all(&dir)?;
         let mut orders = BTreeMap::new();
         for entry in std::fs::read_dir(&dir)?.flatten() {
             let read = std::fs::read(entry.path()).ok();
             let last: Option<LastLaunch> = read.and_then(|text| serde_json::from_slice(&text).ok());
-            if let Some(order) = last.and_then(|last| Order::remembered(&last.manifest, &last.lock))
+            if let Some(order) =
+                last.and_then(|last| Order::remembered(&last.manifest, &last.lock, pmem_slots))
             {
                 orders.insert(model_key(&order.of), Arc::new(order));
             }
@@ -149,7 +150,7 @@ impl Host {
         self.memory.tell(Event::ForecastChanged {
             domain: order.domain.clone(),
             profile: order.of.profile.as_str().into(),
-            devices: device_images(&order.lock),
+            devices: order.device_images(),
             launch_probability: probability,
             next_launch_ms,
             working_set,
@@ -157,8 +158,7 @@ impl Host {
     }
 
     fn working_set(&self, order: &Order) -> Vec<PlannedExtent> {
-        let images: Vec<_> = order.lock.components.iter().map(|one| one.image).collect();
-        self.learner.plan(&order.of, &images)
+        self.learner.plan(&order.of, &order.images())
     }
 
     /// What is expected to be needed next, most valuable first.
@@ -197,15 +197,13 @@ impl Host {
     ) -> Vec<ForecastEntry> {
         let plan = self.working_set(order);
         let missing = self.missing(&order.domain, &plan);
-        let component = |component: &forelay_image::lock::LockedComponent| {
+        let entry = |device: &PlannedDevice| {
             let extents: Vec<_> = plan
                 .iter()
-                .filter(|one| one.image == component.image)
+                .filter(|one| one.image == device.image)
                 .collect();
             let bytes: u64 = extents.iter().map(|one| one.extent.len).sum();
-            let absent = missing
-                .iter()
-                .filter(|(image, _)| *image == component.image);
+            let absent = missing.iter().filter(|(image, _)| *image == device.image);
             let absent: u64 = absent.map(|(_, extent)| extent.len).sum();
             let touched = extents
                 .iter()
@@ -222,8 +220,8 @@ impl Host {
             }
             ForecastEntry {
                 profile: order.of.profile.clone(),
-                component: label(component),
-                image: component.image,
+                component: device.label.clone(),
+                image: device.image,
                 probability,
                 expected_in_s: launch.map(|one| (one.expected_at.0 - now.0) as f64 / 1e3),
                 bytes,
@@ -232,14 +230,14 @@ impl Host {
                 reasons,
             }
         };
-        order.lock.components.iter().map(component).collect()
+        order.devices.iter().map(entry).collect()
     }
 }
 
 impl Order {
     /// An order from what was kept; `None` if it does not parse any more.
-    fn remembered(manifest: &str, lock: &str) -> Option<Self> {
+    fn remembered(manifest: &str, lock: &str, pmem_slots: usize) -> Option<Self> {
         let manifest = forelay_image::manifest::Manifest::parse(manifest).ok()?;
-        Self::new(manifest, Lock::parse(lock).ok()?, 0.0).ok()
+        Self::new(manifest, Lock::parse(lock).ok()?, 0.0, pmem_slots).ok()
     }
 }

@@ -17,7 +17,7 @@ use forelay_image::solve::relock;
 use forelay_vm::guest_protocol::Attach;
 
 use super::instances::{DeviceRecord, Instance};
-use super::launch::{pmem_device, vm_component};
+use super::launch::{PlannedDevice, pmem_device, vm_component};
 use super::{Host, HostError};
 use crate::api::{Vm, VmComponent};
 use crate::history::{ComponentRef, ProfileRef};
@@ -112,7 +112,7 @@ impl Host {
         let (host, component) = (Arc::clone(self), component.clone());
         let mapped = tokio::task::spawn_blocking(move || {
             let memory = host.domains.ensure(&domain)?;
-            host.map_image(&memory, &component)
+            host.map_image(&memory, &PlannedDevice::from(&component))
         });
         mapped.await.map_err(HostError::failed)?
     }

@@ -62,9 +62,19 @@ impl Host {
         let touched = self.touched(name);
         let touches = self.touches(name);
         let mut readers = Vec::new();
-        for record in devices.iter().skip(1) {
-            let reader = self.store.image_reader(record.image).await;
-            readers.push(reader.map_err(HostError::failed)?);
+        for (slot, record) in devices.iter().enumerate().skip(1) {
+            let whole = [(record.image, record.image_bytes)];
+            let members = if record.members.is_empty() {
+                &whole[..]
+            } else {
+                &record.members
+            };
+            let mut base = 0;
+            for &(image, bytes) in members {
+                let reader = self.store.image_reader(image).await;
+                readers.push((slot, base, reader.map_err(HostError::failed)?));
+                base += bytes;
+            }
         }
         let host = Arc::clone(self);
         let work = tokio::task::spawn_blocking(move || {
@@ -74,13 +84,13 @@ impl Host {
                 let pages = touched.get(&record.image).cloned().unwrap_or_default();
                 shown.push(host.map_device(&domain, slot, record, pages.bytes()));
             }
-            for (index, reader) in readers.into_iter().enumerate() {
-                let record = &devices[index + 1];
+            for (slot, base, reader) in readers {
+                let record = &devices[slot];
                 let resident = host.resident(&domain, &record.image);
                 let resident = pages_of(&resident);
                 let pages = touched.get(&record.image).cloned().unwrap_or_default();
                 let reader = Reader(reader);
-                let found = map_files(&reader, index + 1, &resident, &pages);
+                let found = map_files(&reader, slot, base, &resident, &pages);
                 files.extend(found.map_err(HostError::failed)?);
             }
             files.sort_by(|a, b| (&a.path, a.slot).cmp(&(&b.path, b.slot)));
@@ -324,9 +334,11 @@ fn bar(image_bytes: u64, resident: &[Extent]) -> Vec<u8> {
     (0..parts).map(part).collect()
 }
 
+/// Files of the image that starts at byte `base` of device `slot`.
 fn map_files(
     reader: &Reader,
     slot: usize,
+    base: u64,
     resident: &PageSet,
     touched: &PageSet,
 ) -> Result<Vec<MapFile>, ReadError> {
@@ -337,7 +349,11 @@ fn map_files(
             continue;
         };
         let within = |pages: &PageSet| -> u64 {
-            let runs = file.extents.iter().map(|&extent| PageRun::covering(extent));
+            let placed = file
+                .extents
+                .iter()
+                .map(|one| Extent::new(one.offset + base, one.len));
+            let runs = placed.map(PageRun::covering);
             runs.map(|run| u64::from(pages.count_within(run)) * forelay_image::PAGE_BYTES)
                 .sum()
         };
@@ -345,7 +361,7 @@ fn map_files(
         files.push(MapFile {
             path: String::from_utf8_lossy(&file.path).into_owned(),
             slot,
-            offset: first.offset,
+            offset: first.offset + base,
             bytes,
             resident_bytes: within(resident).min(bytes.next_multiple_of(forelay_image::PAGE_BYTES)),
             touched_bytes: within(touched).min(bytes.next_multiple_of(forelay_image::PAGE_BYTES)),

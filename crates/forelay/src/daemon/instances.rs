@@ -51,6 +51,9 @@ pub struct DeviceRecord {
     pub path: PathBuf,
     /// Component name and version, or `map image`.
     pub component: String,
+    /// Images and sizes of a bundle's members, in order; empty for a plain image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub members: Vec<(Digest, u64)>,
 }
 
 /// One instance.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use forelay_cache::plan::{Event, PlannedExtent};
 use forelay_cache::{DeviceImage, Domain, SharedImage};
+use forelay_image::bundle::Bundle;
 use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::{PMEM_ALIGN_BYTES, total_bytes};
 use forelay_image::lock::{Lock, LockedComponent};
@@ -45,26 +46,116 @@ pub(super) struct Order {
     pub lock: Lock,
     pub of: ProfileRef,
     pub domain: Domain,
+    /// pmem devices of the components, in slot order.
+    pub devices: Vec<PlannedDevice>,
+    /// The device that several small components share, if there are too many.
+    pub bundle: Option<Bundle>,
     pub solve_s: f64,
 }
 
+/// A device of an order: one component's image, or the bundle.
+#[derive(Clone)]
+pub(super) struct PlannedDevice {
+    pub image: Digest,
+    pub image_bytes: u64,
+    pub label: String,
+    /// Images and sizes of the bundle's members, in order.
+    pub members: Vec<(Digest, u64)>,
+}
+
 impl Order {
-    /// What a manifest and its lock ask for.
-    pub(super) fn new(manifest: Manifest, lock: Lock, solve_s: f64) -> Result<Self, HostError> {
+    /// What a manifest and its lock ask for, on a VMM with so many pmem slots.
+    pub(super) fn new(
+        manifest: Manifest,
+        lock: Lock,
+        solve_s: f64,
+        pmem_slots: usize,
+    ) -> Result<Self, HostError> {
         let owner = manifest
             .owner
             .clone()
             .unwrap_or_else(|| DEFAULT_OWNER.to_owned());
         let domain = domain_name(&owner)?;
         let of = ProfileRef::new(manifest.profile_name(), owner);
+        // The map image takes the first slot.
+        let bundle = bundle_smallest(&lock, pmem_slots.saturating_sub(1).max(1));
+        let alone = lock.components.iter().filter(|one| {
+            bundle
+                .as_ref()
+                .is_none_or(|bundle| bundle.offset_of(&one.image).is_none())
+        });
+        let mut devices: Vec<PlannedDevice> = alone.map(PlannedDevice::from).collect();
+        devices.extend(bundle.as_ref().map(|bundle| {
+            PlannedDevice {
+                image: bundle.digest(),
+                image_bytes: bundle.bytes(),
+                label: format!("bundle of {}", bundle.members().len()),
+                members: bundle
+                    .members()
+                    .iter()
+                    .map(|one| (one.image, one.bytes))
+                    .collect(),
+            }
+        }));
         Ok(Self {
             manifest,
             lock,
             of,
             domain,
+            devices,
+            bundle,
             solve_s,
         })
     }
+
+    /// The images of its devices.
+    pub(super) fn images(&self) -> Vec<Digest> {
+        self.devices.iter().map(|device| device.image).collect()
+    }
+
+    /// Its devices as the planner names them.
+    pub(super) fn device_images(&self) -> Vec<DeviceImage> {
+        let devices = self.devices.iter();
+        devices
+            .map(|one| DeviceImage {
+                image: one.image,
+                image_bytes: one.image_bytes,
+            })
+            .collect()
+    }
+}
+
+impl From<&LockedComponent> for PlannedDevice {
+    fn from(component: &LockedComponent) -> Self {
+        let LockedComponent {
+            image, image_bytes, ..
+        } = *component;
+        Self {
+            image,
+            image_bytes,
+            label: label(component),
+            members: Vec::new(),
+        }
+    }
+}
+
+/// The smallest components as one bundle, as many as it takes to fit `slots` devices.
+fn bundle_smallest(lock: &Lock, slots: usize) -> Option<Bundle> {
+    let mut images: Vec<(Digest, u64)> = Vec::new();
+    for component in &lock.components {
+        if !images.iter().any(|(image, _)| *image == component.image) {
+            images.push((component.image, component.image_bytes));
+        }
+    }
+    let excess = images
+        .len()
+        .checked_sub(slots)
+        .filter(|&excess| excess > 0)?;
+    let mut by_size = images.clone();
+    by_size.sort_by_key(|&(image, bytes)| (bytes, image));
+    let small: Vec<Digest> = by_size[..=excess].iter().map(|(image, _)| *image).collect();
+    images.retain(|(image, _)| small.contains(image));
+    Bundle::new(&images)
 }
 
 /// What a launch wants in shared memory.
@@ -159,7 +250,8 @@ impl Host {
                 solve(&manifest, &components).map_err(HostError::invalid)?
             }
         };
-        Order::new(manifest, lock, started.elapsed().as_secs_f64())
+        let solve_s = started.elapsed().as_secs_f64();
+        Order::new(manifest, lock, solve_s, self.config.vmm.pmem_slots)
     }
 
     async fn boot(
@@ -181,7 +273,7 @@ impl Host {
             vm: vm.name.as_str().into(),
             domain: order.domain.clone(),
             profile: order.of.profile.as_str().into(),
-            devices: device_images(&order.lock),
+            devices: order.device_images(),
             working_set: wanted.working_set.clone(),
         });
         if matches!(mode, PrefetchMode::Everything | PrefetchMode::ForecastFirst) {
@@ -238,10 +330,13 @@ impl Host {
             })?;
         }
         let (host, domain) = (Arc::clone(self), order.domain.clone());
-        let components = order.lock.components.clone();
+        let (devices, bundle) = (order.devices.clone(), order.bundle.clone());
         let mapped = tokio::task::spawn_blocking(move || {
             let memory = host.domains.ensure(&domain)?;
-            components
+            if let Some(bundle) = bundle {
+                host.store.add_bundle(bundle);
+            }
+            devices
                 .iter()
                 .map(|one| host.map_image(&memory, one))
                 .collect()
@@ -252,32 +347,34 @@ impl Host {
     pub(super) fn map_image(
         &self,
         memory: &super::domains::DomainMemory,
-        component: &LockedComponent,
+        device: &PlannedDevice,
     ) -> Result<DeviceRecord, HostError> {
-        let (image, image_bytes) = (component.image, component.image_bytes);
+        let PlannedDevice {
+            image, image_bytes, ..
+        } = *device;
         let (path, device_bytes) = self.domains.add_image(memory, image, image_bytes)?;
-        let component = label(component);
+        let component = device.label.clone();
         Ok(DeviceRecord {
             image,
             image_bytes,
             device_bytes,
             path,
             component,
+            members: device.members.clone(),
         })
     }
 
     fn wanted(&self, order: &Order, mode: PrefetchMode) -> Wanted {
-        let images: Vec<Digest> = order.lock.components.iter().map(|one| one.image).collect();
+        let images = order.images();
         let working_set = match mode {
             PrefetchMode::None => Vec::new(),
             _ if !self.config.forecast.prefetch && mode != PrefetchMode::Everything => Vec::new(),
             PrefetchMode::Everything => order
-                .lock
-                .components
+                .devices
                 .iter()
-                .map(|component| PlannedExtent {
-                    image: component.image,
-                    extent: Extent::new(0, component.image_bytes),
+                .map(|device| PlannedExtent {
+                    image: device.image,
+                    extent: Extent::new(0, device.image_bytes),
                     probability: 1.0,
                     first_touch_ms: 0,
                 })
@@ -366,11 +463,12 @@ impl Host {
 
     async fn compose(&self, order: &Order, vm: &Vm) -> Result<MapImage, HostError> {
         let recipe = self.recipe(&order.lock).await?;
-        let manifest = order.manifest.clone();
+        let (manifest, bundle) = (order.manifest.clone(), order.bundle.clone());
         let hostname = manifest.hostname.clone().unwrap_or_else(|| vm.name.clone());
         let path = vm.runtime_dir.join("map.img");
         let composed = tokio::task::spawn_blocking(move || {
-            let composed = recipe.compose(&manifest, &hostname, MapLayout::Devices);
+            let composed =
+                recipe.compose(&manifest, &hostname, MapLayout::Devices, bundle.as_ref());
             let composed = composed.map_err(HostError::failed)?;
             write_map_image(&composed, &path)
         });
@@ -477,7 +575,7 @@ impl Host {
         self.memory.tell(Event::ForecastChanged {
             domain: order.domain.clone(),
             profile: order.of.profile.as_str().into(),
-            devices: device_images(&order.lock),
+            devices: order.device_images(),
             launch_probability: 1.0,
             next_launch_ms: Some(now_ms()),
             working_set: wanted.working_set.clone(),
@@ -525,6 +623,7 @@ fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostErr
         device_bytes,
         path: path.to_path_buf(),
         component: "map image".to_owned(),
+        members: Vec::new(),
     };
     Ok(MapImage {
         record,
@@ -560,16 +659,6 @@ pub(super) fn vm_component(component: &LockedComponent) -> VmComponent {
     }
 }
 
-pub(super) fn device_images(lock: &Lock) -> Vec<DeviceImage> {
-    let images = lock.components.iter();
-    images
-        .map(|one| DeviceImage {
-            image: one.image,
-            image_bytes: one.image_bytes,
-        })
-        .collect()
-}
-
 pub(super) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
     let id = format!("c{}", &record.image.hex()[..24]);
     PmemDevice {
@@ -597,7 +686,49 @@ fn domain_name(owner: &str) -> Result<Domain, HostError> {
 
 #[cfg(test)]
 mod tests {
+    use forelay_image::component::Role;
+
     use super::*;
+
+    fn locked(name: &str, role: Role, image_bytes: u64) -> LockedComponent {
+        let image = Digest::of(name.as_bytes());
+        LockedComponent {
+            name: name.into(),
+            version: "1".into(),
+            role,
+            id: image,
+            image,
+            image_bytes,
+            metadata_bytes: 4096,
+        }
+    }
+
+    #[test]
+    fn too_many_components_share_a_device_the_smallest_first() {
+        let lock = Lock {
+            format: 1,
+            manifest_digest: Digest::of(b"manifest"),
+            kernel: locked("kernel", Role::Kernel, 1 << 20),
+            components: vec![
+                locked("base", Role::Base, 1 << 30),
+                locked("small", Role::Library, 4096),
+                locked("large", Role::Package, 1 << 20),
+                locked("smaller", Role::Library, 8192),
+            ],
+        };
+        assert_eq!(bundle_smallest(&lock, 4), None);
+        let bundle = bundle_smallest(&lock, 3).unwrap();
+        let small = ["small", "smaller"].map(|name| Digest::of(name.as_bytes()));
+        assert_eq!(
+            bundle
+                .members()
+                .iter()
+                .map(|one| one.image)
+                .collect::<Vec<_>>(),
+            small
+        );
+        assert_eq!(bundle_smallest(&lock, 2).unwrap().members().len(), 3);
+    }
 
     #[test]
     fn owners_that_could_leave_the_mount_directory_are_refused() {

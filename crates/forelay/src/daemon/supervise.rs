@@ -260,10 +260,11 @@ impl Host {
         let outcome = LaunchOutcome {
             launch_id: instance.launch_id(),
             of: launch.of.clone(),
-            images: vm
-                .components
+            images: instance
+                .devices()
                 .iter()
-                .map(|component| component.image)
+                .skip(1)
+                .map(|device| device.image)
                 .collect(),
             touches: observed.lock().touches.clone(),
             waits: launch.waits.figures(),

@@ -11,6 +11,7 @@ use forelay_cache::budget::BudgetConfig;
 use forelay_cache::mapping_table::{MappingTable, SharedTable};
 use forelay_cache::plan::{Event, PlanConfig, Planner};
 use forelay_cache::{DeviceImage, Domain};
+use forelay_image::bundle::Bundle;
 use forelay_memory::{holder, pinner, pressure};
 use forelay_store::{DirectoryRepository, FetchConfig, Repository, Store, StoreConfig, Throttled};
 use forelay_vm::qemu::QemuDriver;
@@ -35,6 +36,7 @@ const ADAPTIVE_SHARE: f64 = 0.5;
 
 /// `forelay daemon`: holds the FUSE sessions and keeps a worker running.
 pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
+    log();
     refuse_second(&config.socket())?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut daemon = vec![program.clone().into_os_string()];
@@ -84,8 +86,9 @@ fn log() {
 }
 
 async fn serve(config: Config) -> Result<()> {
+    // The holder has looked whether another daemon answers on the socket. Here it would be
+    // wrong to: a predecessor that was killed a moment ago may not have closed it yet.
     let socket = config.socket();
-    refuse_second(&socket)?;
     for dir in [
         &config.state_dir,
         &config.runtime_dir,
@@ -212,7 +215,7 @@ async fn open(config: Config) -> Result<Arc<Host>> {
     );
     let window_ms = (config.forecast.window_s.max(0.0) * 1e3) as u32 + 600_000;
     let learner = Learner::open(&config.state_dir, window_ms).await?;
-    let last_launches = LastLaunches::open(&config.state_dir)?;
+    let last_launches = LastLaunches::open(&config.state_dir, config.vmm.pmem_slots)?;
     let mut driver = QemuDriver::new(&config.state_dir);
     driver.binary.clone_from(&config.vmm.qemu);
     driver.accelerator = match config.vmm.accelerator.as_str() {
@@ -280,6 +283,9 @@ async fn take_over(host: &Arc<Host>) -> Result<()> {
             let memory = serving.domains.ensure(&Domain::from(name.as_str()))?;
             for record in files.iter().filter(|record| record.vm.domain == name) {
                 for device in record.devices.iter().skip(1) {
+                    if let Some(bundle) = Bundle::new(&device.members) {
+                        serving.store.add_bundle(bundle);
+                    }
                     serving
                         .domains
                         .add_image(&memory, device.image, device.image_bytes)?;
