@@ -6,8 +6,8 @@
 //! crash.
 //!
 //! ```text
-//!              SIGTERM: passed on        goodbye(stop), exit after SIGTERM, exit code 0,
-//!                   ▼                    or exit before the daemon was ready
+//!     SIGTERM, SIGHUP: passed on         goodbye(stop), exit after SIGTERM, exit code 0,
+//!                   ▼                    or exit before ready with no mount held
 //!   start ──▶ daemon running ───────────────────────────────────▶ unmount, end
 //!               ▲       │ killed, crashed, goodbye(restart), canary died
 //!               └───────┘ at once, then with growing delays
@@ -117,13 +117,15 @@ impl Holder {
         loop {
             let ready = self.wait()?;
             if ready.signal {
-                self.signals.drain();
-                if self.restart_at.is_some() {
+                let arrived = self.signals.take_arrived();
+                if arrived.stop && self.restart_at.is_some() {
                     return Ok(0);
                 }
-                self.farewell = Some(Farewell::Stop);
-                if let Err(error) = pidfd_send_signal(&self.daemon.pidfd, Signal::TERM) {
-                    tracing::warn!(%error, "the daemon cannot be told to stop");
+                if arrived.stop {
+                    self.farewell = Some(Farewell::Stop);
+                    self.pass_on(Signal::TERM);
+                } else if arrived.restart && self.restart_at.is_none() {
+                    self.pass_on(Signal::HUP);
                 }
             }
             if ready.pinner {
@@ -146,6 +148,12 @@ impl Holder {
             }
             self.dying
                 .retain_mut(|process| process.try_reap().is_none());
+        }
+    }
+
+    fn pass_on(&self, signal: Signal) {
+        if let Err(error) = pidfd_send_signal(&self.daemon.pidfd, signal) {
+            tracing::warn!(%error, ?signal, "the daemon cannot be signalled");
         }
     }
 
@@ -196,8 +204,9 @@ impl Holder {
         let for_good = match (farewell, exit_code) {
             (Some(Farewell::Stop), _) | (None, Some(0)) => true,
             (Some(Farewell::Restart), _) | (None, None) => false,
-            // Bad configuration, a socket that is taken: repeating it helps nobody.
-            (None, Some(_)) => !was_ready,
+            // Bad configuration, a socket that is taken: repeating it helps nobody. But with
+            // mounts to serve, giving up would kill the VMs that map them.
+            (None, Some(_)) => !was_ready && self.domains.is_empty(),
         };
         if for_good {
             return Ok(Some(exit_code.unwrap_or(1)));

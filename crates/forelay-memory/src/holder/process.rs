@@ -92,6 +92,7 @@ fn set_stop_signals(how: libc::c_int) -> io::Result<()> {
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, libc::SIGTERM);
         libc::sigaddset(&raw mut set, libc::SIGINT);
+        libc::sigaddset(&raw mut set, libc::SIGHUP);
         libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut())
     };
     match result {
@@ -100,11 +101,20 @@ fn set_stop_signals(how: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// SIGTERM and SIGINT as a descriptor.
+/// SIGTERM, SIGINT and SIGHUP as a descriptor.
 pub(super) struct StopSignals(OwnedFd);
 
+/// Signals that arrived.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Arrived {
+    /// SIGTERM or SIGINT: end.
+    pub stop: bool,
+    /// SIGHUP: replace the daemon.
+    pub restart: bool,
+}
+
 impl StopSignals {
-    /// Blocks both for this process.
+    /// Blocks them for this process.
     pub fn take() -> io::Result<Self> {
         set_stop_signals(libc::SIG_BLOCK)?;
         // SAFETY: as above; the returned descriptor is new and owned by nobody else.
@@ -113,6 +123,7 @@ impl StopSignals {
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
+            libc::sigaddset(&raw mut set, libc::SIGHUP);
             let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
             if fd < 0 {
                 return Err(io::Error::last_os_error());
@@ -125,9 +136,18 @@ impl StopSignals {
         self.0.as_fd()
     }
 
-    /// Forgets the signals that arrived.
-    pub fn drain(&self) {
-        let mut buffer = [0u8; 1024];
-        while rustix::io::read(&self.0, &mut buffer).is_ok_and(|len| len > 0) {}
+    /// The signals that arrived since the last call.
+    pub fn take_arrived(&self) -> Arrived {
+        const INFO_BYTES: usize = size_of::<libc::signalfd_siginfo>();
+        let mut arrived = Arrived::default();
+        let mut info = [0u8; INFO_BYTES];
+        while rustix::io::read(&self.0, &mut info) == Ok(INFO_BYTES) {
+            // The signal's number is the first field.
+            match i32::from_ne_bytes([info[0], info[1], info[2], info[3]]) {
+                libc::SIGHUP => arrived.restart = true,
+                _ => arrived.stop = true,
+            }
+        }
+        arrived
     }
 }
