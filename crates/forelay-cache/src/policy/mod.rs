@@ -11,13 +11,16 @@
 
 #[cfg(test)]
 mod contract_test;
+pub mod forecast;
 pub mod gdsf;
+pub mod history;
 pub mod least_used;
 pub mod lfu;
 pub mod lru;
 pub mod min;
 mod ranked;
 pub mod s3_fifo;
+pub mod trees;
 
 /// One request for an object.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -62,6 +62,13 @@ impl<R: Ord + Copy> Ranked<R> {
         self.used_bytes.saturating_add(bytes) <= self.capacity_bytes
     }
 
+    /// Ranks and sizes, lowest rank first.
+    pub(super) fn ascending(&self) -> impl Iterator<Item = (R, u64)> + '_ {
+        self.order
+            .iter()
+            .map(|(rank, object)| (*rank, self.held[object].1))
+    }
+
     /// The object of lowest rank.
     pub(super) fn lowest(&self) -> Option<(R, u32)> {
         self.order.first().copied()

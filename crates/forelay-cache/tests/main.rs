@@ -1,0 +1,4 @@
+//! Integration tests of forelay-cache: what only shows from outside.
+
+mod allocation;
+mod traces;
