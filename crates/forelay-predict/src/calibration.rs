@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 const BINS: usize = 20;
 /// Bins over the log-odds for recalibration.
 const LEVELS: usize = 40;
-const PRIOR: f64 = 8.0;
-const CAPACITY: f64 = 4000.0;
+const PRIOR: f64 = 4.0;
+const CAPACITY: f64 = 300.0;
 
 /// One row of a reliability diagram.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -16,6 +16,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for policy in rest.iter().skip(1) {
         config.policies.push(policy.parse::<Policy>()?);
     }
+    // For experiments: FORELAY_FORECAST='{"tick_min":0.25}' overrides settings.
+    if let Ok(text) = std::env::var("FORELAY_FORECAST") {
+        config.forecast = serde_json::from_str(&text)?;
+    }
     let began = std::time::Instant::now();
     let report = simulate(&config)?;
     println!(
@@ -49,6 +53,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             report.bytes_per_profile,
             report.fallen_back
         );
+        for bin in &c.bins {
+            println!(
+                "  told {:.3} observed {:.3} of {}",
+                bin.mean_forecast, bin.observed, bin.forecasts
+            );
+        }
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ mod windows;
 
 pub use policy::{Policy, PolicyError};
 pub use report::{Report, SimulateError};
-pub use sides::{Sides, SidesError};
+pub use sides::{Shared, Sides, SidesError};
 pub use tally::{Half, Row};
 
 use forelay_predict::arrivals::Config as ForecastConfig;

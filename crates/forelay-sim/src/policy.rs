@@ -56,7 +56,7 @@ impl Policy {
     /// Prices of the whole curve.
     #[must_use]
     pub fn curve() -> Vec<f64> {
-        (0..40).map(|step| 2.0 * 0.78f64.powi(step)).collect()
+        (0..92).map(|step| 1.5 * 0.9f64.powi(step)).collect()
     }
 
     pub(crate) fn window(&self) -> Option<WindowPolicy> {

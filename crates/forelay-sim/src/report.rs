@@ -68,8 +68,8 @@ pub struct Report {
     pub calibration: Option<Calibration>,
     /// Bytes of forecaster state per profile, if it ran.
     pub bytes_per_profile: Option<f64>,
-    /// Profiles that had fallen back to the simple rule at the end, per price.
-    pub fallen_back: Vec<usize>,
+    /// Profiles that had fallen back to the simple rule at the end.
+    pub fallen_back: usize,
     /// Where Forelay saved most against the reference.
     pub best_profiles: Vec<ProfileOutcome>,
     /// Where it lost most.
@@ -80,12 +80,13 @@ pub struct Report {
 
 /// Runs the policies of a configuration.
 pub(crate) fn run(trace: &Trace, config: &Config) -> Result<Report, SimulateError> {
-    let frame = Frame::new(trace, config.min_launches);
+    let mut frame = Frame::new(trace, config.min_launches);
     let sides = config
         .components
         .as_ref()
         .map(|path| Sides::read(path, trace))
         .transpose()?;
+    frame.keep_spans = sides.is_some();
     let load_min: Vec<f64> = (0..trace.profiles.len())
         .map(|profile| {
             (config.load_s + sides.as_ref().map_or(0.0, |sides| sides.load_s(profile))) / 60.0
@@ -127,8 +128,11 @@ pub(crate) fn run(trace: &Trace, config: &Config) -> Result<Report, SimulateErro
             _ => {}
         }
     }
-    for (row, _) in &mut rows {
+    for (row, tally) in &mut rows {
         row.relate_to(&fixed10);
+        if let (Some(sides), Some(spans)) = (&sides, tally.spans.take()) {
+            row.shared = Some(sides.account(trace, &spans));
+        }
     }
     Ok(assemble(trace, config, &frame, rows, sweep_found))
 }
@@ -163,7 +167,7 @@ fn assemble(
             bins: sweep.reliability.bins(),
         }),
         bytes_per_profile: sweep.as_ref().map(|sweep| sweep.bytes_per_profile),
-        fallen_back: sweep.map(|sweep| sweep.fallen_back).unwrap_or_default(),
+        fallen_back: sweep.map_or(0, |sweep| sweep.fallen_back),
         best_profiles,
         worst_profiles,
         compared,

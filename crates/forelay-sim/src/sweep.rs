@@ -3,43 +3,40 @@
 //! Owns the virtual clock: it feeds launches to the very forecaster the daemon uses and applies its
 //! rule at each price. Invariants: every stretch of time is decided on before the launch that ends
 //! it is learned; launches of one moment are all judged before any of them is learned; repeats
-//! within a minute of which only the minute is known are warm only if the whole minute was held.
+//! are warm if the rule holds on over the span in which they may come (`repeat_span_min`).
+//! Lanes are ordered from the highest price to the lowest, so that those which hold a profile are
+//! always the last ones: a stretch costs time only where that border moves.
 
 use crate::tally::{Frame, Tally};
 use crate::trace::{Launch, Trace};
 use forelay_predict::arrivals::{
-    Config, Forecaster, Observed, OwnerKey, ProfileKey, Regret, Rule, Segment,
+    Config, Forecaster, Observed, OwnerKey, ProfileKey, Rule, Segment,
 };
 use forelay_predict::calibration::Reliability;
 use forelay_predict::time::{MINUTE_MS, Timestamp};
 
-/// What the pass yields.
+/// What the pass yields, tallies in the order of the prices given.
 pub(crate) struct Sweep {
     pub tallies: Vec<Tally>,
     pub reliability: Reliability,
-    pub fallen_back: Vec<usize>,
+    pub fallen_back: usize,
     pub bytes_per_profile: f64,
 }
 
+/// One price of memory.
 struct Lane {
     rule: Rule,
-    regrets: Vec<Regret>,
-    /// Since when each profile is loaded without interruption, minutes after its last launch;
-    /// infinite while it is not.
+    /// Since when each loaded profile is loaded without interruption, in minutes after its launch.
     loaded_from: Vec<f32>,
     tally: Tally,
 }
 
-impl Lane {
-    /// Unloads a profile, if it is loaded, and charges for the time it was.
-    fn release(&mut self, frame: &Frame, profile: u32, origin: Timestamp, at_min: f64) {
-        let began = self.loaded_from[profile as usize];
-        if began.is_finite() {
-            self.tally
-                .held(frame, profile, origin, f64::from(began), at_min);
-            self.loaded_from[profile as usize] = f32::INFINITY;
-        }
-    }
+/// All prices, highest first.
+struct Lanes<'a> {
+    frame: &'a Frame,
+    lanes: Vec<Lane>,
+    /// First lane that holds each profile.
+    border: Vec<u16>,
 }
 
 struct Pass<'a> {
@@ -47,9 +44,8 @@ struct Pass<'a> {
     forecaster: Forecaster,
     keys: Vec<ProfileKey>,
     last: Vec<Option<Timestamp>>,
-    lanes: Vec<Lane>,
+    lanes: Lanes<'a>,
     load_min: &'a [f64],
-    fall_back: bool,
 }
 
 /// Runs the sweep. `load_min` gives each profile's load time; a launch is warm only if its load
@@ -61,8 +57,11 @@ pub(crate) fn run(
     prices: &[f64],
     load_min: &[f64],
 ) -> Sweep {
+    let mut order: Vec<usize> = (0..prices.len()).collect();
+    order.sort_by(|&a, &b| prices[b].total_cmp(&prices[a]));
+    let profiles = trace.profiles.len();
     let mut forecaster = Forecaster::new(config.clone());
-    let keys: Vec<ProfileKey> = trace
+    let keys = trace
         .profiles
         .iter()
         .map(|name| forecaster.profile(name))
@@ -72,64 +71,69 @@ pub(crate) fn run(
         .iter()
         .map(|name| forecaster.owner(name))
         .collect();
-    let profiles = trace.profiles.len();
-    let lanes = prices
+    let lanes = order
         .iter()
-        .map(|&price_per_min| Lane {
+        .map(|&index| Lane {
             rule: Rule {
-                price_per_min,
+                price_per_min: prices[index],
                 keep_alive_min: config.keep_alive_min,
             },
-            regrets: vec![Regret::default(); profiles],
-            loaded_from: vec![f32::INFINITY; profiles],
+            loaded_from: vec![0.0; profiles],
             tally: Tally::new(frame),
         })
         .collect();
+    let border = vec![prices.len() as u16; profiles];
     let mut pass = Pass {
         frame,
         forecaster,
         keys,
         last: vec![None; profiles],
-        lanes,
+        lanes: Lanes {
+            frame,
+            lanes,
+            border,
+        },
         load_min,
-        fall_back: config.forecasting,
     };
-    let mut next_advance = trace.start();
-    let mut from = 0;
-    while from < trace.launches.len() {
-        let at = trace.launches[from].at;
-        while next_advance < at {
-            pass.advance(next_advance);
-            next_advance = next_advance.plus_ms(10 * MINUTE_MS);
-        }
-        let together = trace.launches[from..]
-            .iter()
-            .take_while(|launch| launch.at == at)
-            .count();
-        let batch = &trace.launches[from..from + together];
-        for launch in batch {
-            pass.judge(launch);
-        }
-        for launch in batch {
-            pass.learn(launch, owners[launch.owner as usize]);
-        }
-        from += together;
-    }
-    pass.finish()
+    pass.replay(trace, &owners);
+    pass.finish(&order)
 }
 
 impl Pass<'_> {
+    fn replay(&mut self, trace: &Trace, owners: &[OwnerKey]) {
+        let mut next_advance = trace.start();
+        let mut from = 0;
+        while from < trace.launches.len() {
+            let at = trace.launches[from].at;
+            while next_advance < at {
+                self.advance(next_advance);
+                next_advance = next_advance.plus_ms(10 * MINUTE_MS);
+            }
+            let together = trace.launches[from..]
+                .iter()
+                .take_while(|launch| launch.at == at)
+                .count();
+            let batch = &trace.launches[from..from + together];
+            for launch in batch {
+                self.judge(launch);
+            }
+            for launch in batch {
+                self.learn(launch, owners[launch.owner as usize]);
+            }
+            from += together;
+        }
+    }
+
     fn advance(&mut self, now: Timestamp) {
         let Self {
             forecaster,
             lanes,
-            frame,
             last,
             ..
         } = self;
         forecaster.advance(now, |key, segment| {
             if let Some(origin) = last[key.0 as usize] {
-                account(lanes, frame, key.0, origin, segment);
+                lanes.account(key.0, origin, segment);
             }
         });
     }
@@ -137,38 +141,24 @@ impl Pass<'_> {
     /// The launch meets the decisions made before it.
     fn judge(&mut self, launch: &Launch) {
         let index = launch.profile as usize;
-        let selected = self.frame.selected[index];
         let Some(origin) = self.last[index] else {
-            for lane in &mut self.lanes {
+            for lane in &mut self.lanes.lanes {
                 lane.tally
                     .launched(self.frame, launch.profile, launch.at, 1, 1);
             }
             return;
         };
         if origin == launch.at {
-            // A second row of the same moment: as a repeat, judged when it is learned.
+            // A second row of the same moment: a repeat, judged when it is learned.
             return;
         }
         let Self {
-            forecaster,
-            lanes,
-            frame,
-            ..
+            forecaster, lanes, ..
         } = self;
         forecaster.settle(self.keys[index], launch.at, true, |segment| {
-            account(lanes, frame, launch.profile, origin, segment);
+            lanes.account(launch.profile, origin, segment);
         });
-        if selected {
-            let gap = launch.at.seconds_since(origin) / 60.0;
-            for lane in lanes {
-                let began = f64::from(lane.loaded_from[index]);
-                let warm = began <= 0.0 || gap - began >= self.load_min[index] - 1.0e-4;
-                let cold = u32::from(!warm || began.is_infinite());
-                lane.release(frame, launch.profile, origin, gap);
-                lane.tally
-                    .launched(frame, launch.profile, launch.at, 1, cold);
-            }
-        }
+        lanes.meet(launch, origin, self.load_min[index]);
     }
 
     fn learn(&mut self, launch: &Launch, owner: OwnerKey) {
@@ -176,30 +166,30 @@ impl Pass<'_> {
         let key = self.keys[index];
         let repeats = launch.count - 1;
         let outcome = self.forecaster.learn_launch(key, owner, launch.at, repeats);
-        let further = match outcome {
-            Observed::Repeated => launch.count,
-            _ => repeats,
+        let further = if outcome == Observed::Repeated {
+            launch.count
+        } else {
+            repeats
         };
         self.last[index] = Some(launch.at);
-        let worth = if further > 0 {
-            self.forecaster.worth_of_first_minute(key)
-        } else {
-            0.0
-        };
-        for lane in &mut self.lanes {
-            // A launch loads the profile; whether it stays is the first stretch's decision.
-            lane.loaded_from[index] = 0.0;
-            if further > 0 {
-                let held = worth > lane.rule.price_per_min
-                    || (self.fall_back && lane.regrets[index].harmful());
-                let cold = if held { 0 } else { further };
+        if outcome != Observed::Repeated {
+            self.lanes.load_all(index);
+        }
+        if further > 0 && self.frame.selected[index] {
+            let worth = self.forecaster.worth_of_repeats(key);
+            for lane in &mut self.lanes.lanes {
+                let cold = if worth > lane.rule.price_per_min {
+                    0
+                } else {
+                    further
+                };
                 lane.tally
                     .launched(self.frame, launch.profile, launch.at, further, cold);
             }
         }
     }
 
-    fn finish(mut self) -> Sweep {
+    fn finish(mut self, order: &[usize]) -> Sweep {
         let horizon = self.frame.horizon;
         for index in 0..self.keys.len() {
             let Some(origin) = self.last[index] else {
@@ -208,53 +198,79 @@ impl Pass<'_> {
             let Self {
                 forecaster,
                 lanes,
-                frame,
                 keys,
                 ..
             } = &mut self;
             forecaster.settle(keys[index], horizon, false, |segment| {
-                account(lanes, frame, index as u32, origin, segment);
+                lanes.account(index as u32, origin, segment);
             });
             let end_min = horizon.seconds_since(origin) / 60.0;
-            for lane in lanes {
-                lane.release(frame, index as u32, origin, end_min);
-            }
+            lanes.move_border(index as u32, origin, end_min, lanes.lanes.len());
         }
-        let fallen_back = self
-            .lanes
+        let mut tallies: Vec<(usize, Tally)> = order
             .iter()
-            .map(|lane| {
-                lane.regrets
-                    .iter()
-                    .filter(|regret| regret.harmful())
-                    .count()
-            })
+            .copied()
+            .zip(self.lanes.lanes.into_iter().map(|lane| lane.tally))
             .collect();
+        tallies.sort_by_key(|&(index, _)| index);
         Sweep {
-            fallen_back,
-            tallies: self.lanes.into_iter().map(|lane| lane.tally).collect(),
+            tallies: tallies.into_iter().map(|(_, tally)| tally).collect(),
             reliability: self.forecaster.reliability().clone(),
+            fallen_back: self
+                .keys
+                .iter()
+                .filter(|&&key| self.forecaster.regret(key).harmful())
+                .count(),
             bytes_per_profile: self.forecaster.bytes_per_profile(),
         }
     }
 }
 
-/// Applies every lane's rule to a stretch.
-fn account(lanes: &mut [Lane], frame: &Frame, profile: u32, origin: Timestamp, segment: &Segment) {
-    let index = profile as usize;
-    if !frame.selected[index] {
-        return;
+impl Lanes<'_> {
+    /// Applies every lane's rule to a stretch.
+    fn account(&mut self, profile: u32, origin: Timestamp, segment: &Segment) {
+        if self.frame.selected[profile as usize] {
+            let border = self.lanes.partition_point(|lane| !lane.rule.holds(segment));
+            self.move_border(profile, origin, segment.start_min, border);
+        }
     }
-    for lane in lanes {
-        let regret = &mut lane.regrets[index];
-        let held = lane.rule.holds(segment, regret);
-        regret.note(segment, &lane.rule);
-        if held {
-            if lane.loaded_from[index].is_infinite() {
-                lane.loaded_from[index] = segment.start_min as f32;
-            }
-        } else {
-            lane.release(frame, profile, origin, segment.start_min);
+
+    /// From `at_min` on exactly the lanes from `border` hold the profile.
+    fn move_border(&mut self, profile: u32, origin: Timestamp, at_min: f64, border: usize) {
+        let index = profile as usize;
+        let old = self.border[index] as usize;
+        for lane in self.lanes.iter_mut().take(border).skip(old) {
+            let began = f64::from(lane.loaded_from[index]);
+            lane.tally.held(self.frame, profile, origin, began, at_min);
+        }
+        for lane in self.lanes.iter_mut().take(old).skip(border) {
+            lane.loaded_from[index] = at_min as f32;
+        }
+        self.border[index] = border as u16;
+    }
+
+    /// A launch finds the profile loaded in some lanes.
+    fn meet(&mut self, launch: &Launch, origin: Timestamp, load_min: f64) {
+        let index = launch.profile as usize;
+        if !self.frame.selected[index] {
+            return;
+        }
+        let gap_min = launch.at.seconds_since(origin) / 60.0;
+        let border = self.border[index] as usize;
+        for (position, lane) in self.lanes.iter_mut().enumerate() {
+            let began = f64::from(lane.loaded_from[index]);
+            let warm = position >= border && (began <= 0.0 || gap_min - began >= load_min - 1.0e-4);
+            lane.tally
+                .launched(self.frame, launch.profile, launch.at, 1, u32::from(!warm));
+        }
+        self.move_border(launch.profile, origin, gap_min, self.lanes.len());
+    }
+
+    /// A launch loads the profile everywhere; whether it stays is the first stretch's decision.
+    fn load_all(&mut self, index: usize) {
+        self.border[index] = 0;
+        for lane in &mut self.lanes {
+            lane.loaded_from[index] = 0.0;
         }
     }
 }

@@ -5,6 +5,7 @@
 //! off at the horizon, quantiles interpolate between profiles. Invariant: only profiles with at
 //! least `min_launches` launches count, in every figure.
 
+use crate::sides::{Shared, Span};
 use crate::trace::Trace;
 use forelay_predict::time::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ pub(crate) struct Frame {
     pub min_launches: u64,
     pub start: Timestamp,
     pub horizon: Timestamp,
+    /// Whether tallies keep every span held (for component sizes).
+    pub keep_spans: bool,
 }
 
 impl Frame {
@@ -34,6 +37,7 @@ impl Frame {
             min_launches,
             start: trace.start(),
             horizon: trace.horizon,
+            keep_spans: false,
         }
     }
 
@@ -59,6 +63,8 @@ pub(crate) struct Tally {
     memory_by_slice: Vec<f64>,
     launches_by_slice: Vec<u64>,
     cold_by_slice: Vec<u64>,
+    /// Every span held, if asked for.
+    pub spans: Option<Vec<Span>>,
 }
 
 impl Tally {
@@ -69,6 +75,7 @@ impl Tally {
             memory_by_slice: vec![0.0; TIME_SLICES],
             launches_by_slice: vec![0; TIME_SLICES],
             cold_by_slice: vec![0; TIME_SLICES],
+            spans: frame.keep_spans.then(Vec::new),
         }
     }
 
@@ -105,6 +112,9 @@ impl Tally {
         self.memory_min += to_min - from_min;
         let from = origin.plus_seconds(from_min * 60.0);
         let to = origin.plus_seconds(to_min * 60.0);
+        if let Some(spans) = &mut self.spans {
+            spans.push(Span { profile, from, to });
+        }
         let first = frame.slice(from);
         let last = frame.slice(to);
         if first == last {
@@ -145,6 +155,7 @@ impl Tally {
             cold_total_pct: self.cold_pct(0..TIME_SLICES),
             memory_pct_of_fixed10: 0.0,
             memory_profile_minutes: self.memory_min,
+            shared: None,
             halves: [self.half(0..half), self.half(half..TIME_SLICES)],
             hit_ratio_over_time: (0..TIME_SLICES)
                 .map(|slice| 1.0 - self.cold_pct(slice..slice + 1) / 100.0)
@@ -203,6 +214,8 @@ pub struct Row {
     pub memory_profile_minutes: f64,
     /// Earlier and later half of the trace's time.
     pub halves: [Half; 2],
+    /// Figures over components, if their sizes were given.
+    pub shared: Option<Shared>,
     /// Share of warm launches in each of 48 equal slices of time.
     pub hit_ratio_over_time: Vec<f64>,
 }

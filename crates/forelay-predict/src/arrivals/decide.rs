@@ -71,8 +71,8 @@ impl Rule {
 
     /// Whether the rule in force for this profile does.
     #[must_use]
-    pub fn holds(&self, segment: &Segment, regret: &Regret) -> bool {
-        if regret.harmful() {
+    pub fn holds(&self, segment: &Segment) -> bool {
+        if segment.fallen_back {
             self.simple_holds(segment)
         } else {
             self.forecast_holds(segment)

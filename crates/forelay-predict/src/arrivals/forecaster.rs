@@ -46,7 +46,7 @@ pub enum Observed {
 /// Horizon of the probabilities that are calibrated online.
 pub(super) const CALIBRATED_HORIZON_S: f64 = 600.0;
 /// Profiles looked at in one call of `advance`.
-const ADVANCE_BATCH: usize = 4096;
+const ADVANCE_BATCH: usize = 1024;
 /// Longest look ahead of `decide`, in minutes and in stretches.
 const DECIDE_HORIZON_MIN: f64 = 8.0 * 1440.0;
 const DECIDE_STRETCHES: usize = 512;
@@ -61,6 +61,7 @@ pub struct Forecaster {
     pub(super) owners: Vec<OwnerPool>,
     pub(super) pool: Pool,
     pub(super) scale: HazardScale,
+    credence: triggers::Credence,
     recalibration: Recalibration,
     reliability: Reliability,
     sampled_at: Option<Timestamp>,
@@ -117,6 +118,7 @@ impl Forecaster {
             owners: Vec::new(),
             pool: Pool::default(),
             scale: HazardScale::default(),
+            credence: triggers::Credence::default(),
             recalibration: Recalibration::default(),
             reliability: Reliability::default(),
             sampled_at: None,
@@ -255,7 +257,7 @@ impl Forecaster {
         }
         record.owner = owner.0;
         record.launches = record.launches.saturating_add(1);
-        triggers::settle(record, at, &self.config);
+        triggers::settle(record, at, &mut self.credence, &self.config);
         let owner_pool = &self.owners[owner.0 as usize];
         triggers::discover(
             &mut self.records,
@@ -345,7 +347,7 @@ impl Forecaster {
                 .iter_mut()
                 .find(|slot| slot.source as usize == source)
             {
-                slot.open(at);
+                slot.open(at, &mut self.credence);
             }
         }
     }
@@ -490,11 +492,7 @@ impl Forecaster {
         let moment = |elapsed_min: f64| record.last.plus_seconds(elapsed_min * 60.0);
         for _ in 0..DECIDE_STRETCHES {
             let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
-            let repeats = if at < 1.0 {
-                f64::from(record.repeats)
-            } else {
-                0.0
-            };
+            let repeats = walk::repeats_per_min(record, at, stretch.length_min, &self.config);
             let hold = stretch.hazard_per_min + repeats > price;
             match held_now {
                 None => held_now = Some(hold),
@@ -515,23 +513,26 @@ impl Forecaster {
         }
     }
 
-    /// The least that holding is worth, per minute, at any time within the minute after the latest
-    /// launch: what decides about repeats of which only the minute is known.
+    /// What holding on is worth, per minute, at any time within the span over which the latest
+    /// launch's repeats may come: they are served only if all of it is worth the price.
     #[must_use]
-    pub fn worth_of_first_minute(&self, profile: ProfileKey) -> f64 {
+    pub fn worth_of_repeats(&self, profile: ProfileKey) -> f64 {
         let Some(record) = self.records.get(profile.0 as usize) else {
             return 0.0;
         };
         let mut at = 0.0;
         let mut survival = 1.0;
         let mut least = f64::MAX;
-        while at < 1.0 {
+        loop {
             let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
-            least = least.min(stretch.hazard_per_min);
+            let repeats = walk::repeats_per_min(record, at, stretch.length_min, &self.config);
+            least = least.min(stretch.hazard_per_min + repeats);
             at += stretch.length_min;
             survival = stretch.survival_after;
+            if at >= self.config.repeat_span_min {
+                return least;
+            }
         }
-        least + f64::from(record.repeats)
     }
 
     /// The account of forecasting against the simple rule, for one profile.

@@ -2,24 +2,28 @@
 //!
 //! Owns the closed forms. Invariant: `fraction_by` is a distribution function on [0, infinity).
 
+/// Beyond so many scales from its centre a kernel has no mass worth counting (6e-8 of it).
+pub(crate) const CUTOFF: f64 = 16.6;
+
 /// Logistic function.
 pub(crate) fn logistic(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
 /// Mass below zero of an uncut kernel.
-fn below_zero(centre: f64, scale: f64) -> f64 {
+pub(crate) fn below_zero(centre: f64, scale: f64) -> f64 {
     let z = centre / scale;
-    if z > 30.0 { 0.0 } else { logistic(-z) }
+    if z > CUTOFF { 0.0 } else { logistic(-z) }
 }
 
 /// Share of the kernel's mass at or below `x`.
+#[cfg(test)]
 pub(crate) fn fraction_by(centre: f64, scale: f64, x: f64) -> f64 {
     let z = (x - centre) / scale;
-    if z > 30.0 {
+    if z > CUTOFF {
         return 1.0;
     }
-    if z < -30.0 {
+    if z < -CUTOFF {
         return 0.0;
     }
     let cut = below_zero(centre, scale);
@@ -30,11 +34,11 @@ pub(crate) fn fraction_by(centre: f64, scale: f64, x: f64) -> f64 {
 pub(crate) fn density(centre: f64, scale: f64, x: f64) -> f64 {
     const HALF: f64 = 0.125;
     let high = (x + HALF - centre) / scale;
-    if high < -30.0 {
+    if high < -CUTOFF {
         return 0.0;
     }
     let low = (x - HALF - centre) / scale;
-    if low > 30.0 {
+    if low > CUTOFF {
         return 0.0;
     }
     let cut = below_zero(centre, scale);

@@ -35,6 +35,9 @@ mod record;
 mod triggers;
 mod walk;
 
+#[cfg(test)]
+mod tests;
+
 pub use config::Config;
 pub use decide::{ColdCost, Decision, Regret, Rule};
 pub use forecaster::{Forecaster, Observed, OwnerKey, ProfileKey};

@@ -10,12 +10,12 @@ use super::experts::{
     ALL_VIEWS, BLURS, CALENDAR, Candidate, EXPERTS, GAP_VIEWS, HISTOGRAM, OWNER, PERIODS, VIEWS,
     expert, gap_view_weights, owner_blur, period_blur, phase_view,
 };
-use super::kernel::{density, fraction_by};
+use super::kernel::{CUTOFF, below_zero, density, logistic};
 use super::pool::{OwnerPool, Pool};
 use super::record::{REMEMBERED, Record};
 
 /// Most candidates kept.
-pub(crate) const ATOMS: usize = 48;
+pub(crate) const ATOMS: usize = 32;
 /// Share of each candidate view that is left to the background.
 const BACKGROUND_SHARE: f64 = 0.1;
 
@@ -25,6 +25,19 @@ pub(crate) struct Atom {
     pub centre_min: f32,
     pub blur_min: f32,
     pub weight: f32,
+    /// Makes up for the mass below zero.
+    scale_up: f32,
+}
+
+impl Atom {
+    fn new(centre_min: f64, blur_min: f64, weight: f64) -> Self {
+        Self {
+            centre_min: centre_min as f32,
+            blur_min: blur_min as f32,
+            weight: weight as f32,
+            scale_up: (1.0 / (1.0 - below_zero(centre_min, blur_min))) as f32,
+        }
+    }
 }
 
 /// Predictive distribution of the next gap.
@@ -119,11 +132,7 @@ impl Outlook {
         let mut atoms: Vec<Atom> = Vec::with_capacity(192);
         let mut add = |centre: f64, blur: f64, mass: f64, rest: &mut f64| {
             if mass > 5.0e-4 {
-                atoms.push(Atom {
-                    centre_min: centre as f32,
-                    blur_min: blur as f32,
-                    weight: mass as f32,
-                });
+                atoms.push(Atom::new(centre, blur, mass));
             } else {
                 *rest += mass;
             }
@@ -203,9 +212,14 @@ impl Outlook {
         };
         let mut left = f64::from(here) + f64::from(next - here) * within;
         for atom in &self.atoms {
-            let centre = f64::from(atom.centre_min);
-            let blur = f64::from(atom.blur_min);
-            left += f64::from(atom.weight) * (1.0 - fraction_by(centre, blur, elapsed_min));
+            let past = elapsed_min - f64::from(atom.centre_min);
+            let reach = CUTOFF * f64::from(atom.blur_min);
+            if past <= -reach {
+                left += f64::from(atom.weight);
+            } else if past < reach {
+                let beyond = logistic(-past / f64::from(atom.blur_min));
+                left += f64::from(atom.weight) * (beyond * f64::from(atom.scale_up)).min(1.0);
+            }
         }
         left.max(1.0e-12)
     }

@@ -20,11 +20,46 @@ pub(crate) const SUCCESSORS: usize = 10;
 const EXAMINED: usize = 4;
 const TAKEN: usize = 2;
 const SHORTEST_LAG_MIN: f64 = 0.002;
+const PRIOR_TRIALS: f32 = 1.5;
+
+/// How far a pair seen once is to be believed: the share of such pairs that came true the next
+/// time, over all profiles.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Credence {
+    came_true: f32,
+    judged: f32,
+}
+
+impl Default for Credence {
+    fn default() -> Self {
+        Self {
+            came_true: 1.0,
+            judged: 4.0,
+        }
+    }
+}
+
+impl Credence {
+    fn share(self) -> f32 {
+        self.came_true / self.judged
+    }
+
+    fn judge(&mut self, came_true: bool) {
+        self.judged += 1.0;
+        self.came_true += f32::from(u8::from(came_true));
+        if self.judged > 1000.0 {
+            self.judged *= 0.5;
+            self.came_true *= 0.5;
+        }
+    }
+}
 
 /// A source and what it announced so far.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Slot {
     pub source: u32,
+    /// Share of new pairs that come true, as it was when the announcement opened.
+    prior: f32,
     hits: f32,
     trials: f32,
     log_lag: f32,
@@ -37,8 +72,9 @@ impl Slot {
     fn new(source: u32, lag_min: f64) -> Self {
         Self {
             source,
-            hits: 1.0,
-            trials: 1.0,
+            prior: 0.0,
+            hits: 0.0,
+            trials: 0.0,
             log_lag: lag_min.max(SHORTEST_LAG_MIN).ln() as f32,
             log_lag_variance: 0.5,
             open_since: None,
@@ -47,7 +83,7 @@ impl Slot {
 
     /// Probability that an announcement comes true.
     pub(crate) fn probability(&self) -> f64 {
-        f64::from((self.hits + 0.3) / (self.trials + 1.5))
+        f64::from((self.hits + PRIOR_TRIALS * self.prior) / (self.trials + PRIOR_TRIALS))
     }
 
     /// Announcements this rests on.
@@ -87,14 +123,18 @@ impl Slot {
 
     fn confirm(&mut self, lag_min: f64) {
         self.hits += 1.0;
-        let n = self.hits.min(8.0);
+        let n = (self.hits + 1.0).min(8.0);
         let d = lag_min.max(SHORTEST_LAG_MIN).ln() as f32 - self.log_lag;
         self.log_lag += d / n.max(1.0);
         self.log_lag_variance += (d * d - self.log_lag_variance) / n.max(2.0);
     }
 
-    /// Opens an announcement; returns false if one was open already.
-    pub(crate) fn open(&mut self, at: Timestamp) {
+    /// Opens an announcement; one that was open already has failed.
+    pub(crate) fn open(&mut self, at: Timestamp, credence: &mut Credence) {
+        if self.open_since.is_some() && self.trials == 1.0 {
+            credence.judge(false);
+        }
+        self.prior = credence.share();
         self.trials += 1.0;
         self.open_since = Some(at);
         if self.trials > 12.0 {
@@ -106,7 +146,7 @@ impl Slot {
 
 /// Settles the open announcements of a profile that launches at `at`; returns whether one that
 /// was to be believed came true.
-pub(crate) fn settle(record: &mut Record, at: Timestamp, config: &Config) {
+pub(crate) fn settle(record: &mut Record, at: Timestamp, credence: &mut Credence, config: &Config) {
     let mut announced = false;
     for slot in &mut record.slots {
         let Some(since) = slot.open_since.take() else {
@@ -115,8 +155,14 @@ pub(crate) fn settle(record: &mut Record, at: Timestamp, config: &Config) {
         let lag_min = at.seconds_since(since) / 60.0;
         if lag_min <= 0.0 {
             // Of the same moment: neither right nor wrong.
-            slot.trials = (slot.trials - 1.0).max(1.0);
-        } else if lag_min <= config.trigger_window_min {
+            slot.trials = (slot.trials - 1.0).max(0.0);
+            continue;
+        }
+        let came_true = lag_min <= config.trigger_window_min;
+        if slot.trials == 1.0 {
+            credence.judge(came_true);
+        }
+        if came_true {
             announced |= slot.probability() >= 0.3;
             slot.confirm(lag_min);
         }

@@ -23,6 +23,8 @@ pub struct Segment {
     pub repeats_per_min: f64,
     /// True if a launch ended this stretch.
     pub launched: bool,
+    /// True while the profile is left to the simple rule, because forecasting did it harm.
+    pub fallen_back: bool,
 }
 
 impl Segment {
@@ -100,9 +102,17 @@ pub(crate) fn stretch(
             let before = 1.0 - p * slot.fraction_by(since_min);
             let after = (1.0 - p * slot.fraction_by(since_min + length)).min(before);
             let announced = (before / after).ln() / length;
-            let raw = announced + from_gaps * (1.0 - f64::from(record.announced));
-            let experience = (slot.trials() as u32).clamp(1, 16);
-            (raw, Site::new(Kind::Announced, experience, since_min, raw))
+            if announced < from_gaps {
+                // Its own rhythm says more.
+                (
+                    from_gaps,
+                    Site::new(Kind::Gaps, record.gap_count, start_min, from_gaps),
+                )
+            } else {
+                let raw = announced + from_gaps * (1.0 - f64::from(record.announced));
+                let experience = (slot.trials() as u32).clamp(1, 16);
+                (raw, Site::new(Kind::Announced, experience, since_min, raw))
+            }
         }
         None => {
             let quarter = (record.announced * 4.0).floor().min(3.0);
@@ -129,6 +139,19 @@ pub(crate) fn stretch(
         site,
         survival_after,
     }
+}
+
+/// Further launches of the latest burst per minute, in the stretch that starts at `start_min`.
+pub(crate) fn repeats_per_min(
+    record: &Record,
+    start_min: f64,
+    length_min: f64,
+    config: &Config,
+) -> f64 {
+    if start_min > 0.0 && start_min >= config.repeat_span_min {
+        return 0.0;
+    }
+    f64::from(record.repeats) / config.repeat_span_min.max(length_min)
 }
 
 /// Walks a record's time from where it was settled to `until`, learning from each stretch.
@@ -167,12 +190,9 @@ pub(crate) fn settle(
             start_min,
             length_min,
             hazard_per_min: planned.hazard_per_min,
-            repeats_per_min: if start_min < 1.0 {
-                f64::from(record.repeats)
-            } else {
-                0.0
-            },
+            repeats_per_min: repeats_per_min(record, start_min, planned.length_min, config),
             launched: ended,
+            fallen_back: record.regret.harmful() || !config.forecasting,
         };
         record.regret.note(&segment, &config.reference_rule());
         sink(&segment);

@@ -1,0 +1,150 @@
+//! Cost and calibration of the forecaster: `bench_forecast OUT.json`.
+//!
+//! Measures on one core, after warm-up: one update, a forecast for 10,000 profiles, memory per
+//! profile; with the traces at hand (`FORELAY_TRACES`, default `../shared/traces`) also the expected
+//! calibration error and the time to simulate.
+
+use forelay_predict::arrivals::{Config as ForecastConfig, Forecaster};
+use forelay_predict::time::Timestamp;
+use forelay_sim::synthetic::{Process, SyntheticProfile, generate};
+use forelay_sim::{Config, Policy, simulate};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+const PROFILES: usize = 10_000;
+
+fn profiles() -> Vec<SyntheticProfile> {
+    (0..PROFILES)
+        .map(|index| {
+            let process = match index % 5 {
+                0 => Process::Periodic {
+                    period_min: 1440.0,
+                    jitter_min: 3.0,
+                },
+                1 => Process::Periodic {
+                    period_min: 180.0,
+                    jitter_min: 0.5,
+                },
+                2 => Process::Poisson { per_hour: 0.2 },
+                3 => Process::Bursts {
+                    pause_min: 1000.0,
+                    gap_min: 5.0,
+                    size: 4.0,
+                },
+                _ => Process::Follows {
+                    probability: 0.9,
+                    lag_min: 1.0,
+                },
+            };
+            let owner = format!("owner-{}", index / 10);
+            SyntheticProfile::new(&format!("profile-{index}"), &owner, process)
+        })
+        .collect()
+}
+
+fn synthetic(out: &mut serde_json::Map<String, serde_json::Value>) {
+    let trace = generate(&profiles(), 5.0, 1);
+    let mut forecaster = Forecaster::new(ForecastConfig::default());
+    let keys: Vec<_> = trace
+        .profiles
+        .iter()
+        .map(|name| forecaster.profile(name))
+        .collect();
+    let owners: Vec<_> = trace
+        .owners
+        .iter()
+        .map(|name| forecaster.owner(name))
+        .collect();
+    let half = trace.launches.len() / 2;
+    let mut update = |launches: &[forelay_sim::trace::Launch]| {
+        let began = Instant::now();
+        for launch in launches {
+            let key = keys[launch.profile as usize];
+            forecaster.observe_launch(key, owners[launch.owner as usize], launch.at, 0);
+        }
+        began.elapsed().as_secs_f64() * 1.0e6 / launches.len() as f64
+    };
+    update(&trace.launches[..half]);
+    let update_us = update(&trace.launches[half..]);
+    let now = trace.horizon;
+    let mut best_ms = f64::MAX;
+    let mut listed = 0;
+    for round in 0..5i64 {
+        let began = Instant::now();
+        let at = Timestamp(now.0 + round * 1_000);
+        listed = forecaster.next_launches(at, 600.0, 0.05).len();
+        best_ms = best_ms.min(began.elapsed().as_secs_f64() * 1.0e3);
+    }
+    out.insert("profiles".into(), PROFILES.into());
+    out.insert("launches".into(), trace.launches.len().into());
+    out.insert("update_us".into(), update_us.into());
+    out.insert("forecast_10k_ms".into(), best_ms.into());
+    out.insert("forecast_listed".into(), listed.into());
+    out.insert(
+        "bytes_per_profile".into(),
+        forecaster.bytes_per_profile().into(),
+    );
+}
+
+fn trace(
+    out: &mut serde_json::Map<String, serde_json::Value>,
+    folder: &Path,
+    (file, name, min_launches): (&str, &str, u64),
+) -> Result<(), Box<dyn std::error::Error>> {
+    let path = folder.join(file);
+    if !path.exists() {
+        eprintln!(
+            "SKIPPED {name}: {} is not there (set FORELAY_TRACES)",
+            path.display()
+        );
+        return Ok(());
+    }
+    let mut config = Config::new(path);
+    config.min_launches = min_launches;
+    config.policies = vec![Policy::Forelay(Vec::new())];
+    let began = Instant::now();
+    let report = simulate(&config)?;
+    let seconds = began.elapsed().as_secs_f64();
+    let rate = report.launches as f64 / seconds;
+    out.insert(format!("{name}_simulate_s"), seconds.into());
+    out.insert(format!("{name}_launches_per_s"), rate.into());
+    out.insert(
+        format!("{name}_bytes_per_profile"),
+        report.bytes_per_profile.into(),
+    );
+    if let Some(calibration) = report.calibration {
+        out.insert(
+            format!("{name}_ece"),
+            calibration.expected_calibration_error.into(),
+        );
+        out.insert(
+            format!("{name}_ece_from_5_pct"),
+            calibration.error_from_5_pct.into(),
+        );
+        out.insert(format!("{name}_brier"), calibration.brier_score.into());
+    }
+    Ok(())
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let output: PathBuf = std::env::args()
+        .nth(1)
+        .ok_or("usage: bench_forecast OUT.json")?
+        .into();
+    let folder: PathBuf = std::env::var_os("FORELAY_TRACES").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces"),
+        PathBuf::from,
+    );
+    let mut out = serde_json::Map::new();
+    synthetic(&mut out);
+    trace(&mut out, &folder, ("azure2019-8h-250.csv.gz", "azure", 2))?;
+    trace(
+        &mut out,
+        &folder,
+        ("google2011-days00-14.csv.gz", "google", 10),
+    )?;
+    let text = serde_json::to_string_pretty(&out)?;
+    std::fs::write(&output, &text)?;
+    println!("{text}");
+    Ok(())
+}

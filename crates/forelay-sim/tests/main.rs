@@ -1,0 +1,6 @@
+//! The simulator from outside: causality, determinism, recovery of known truth, and, where the
+//! traces are at hand, the README's reference table.
+
+mod causality;
+mod recovery;
+mod reference;

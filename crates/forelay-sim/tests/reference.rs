@@ -1,0 +1,119 @@
+//! The reference figures of `traces/README.md`, and Forelay's own on the small trace.
+
+use forelay_sim::{Config, Policy, Report, simulate};
+use std::path::{Path, PathBuf};
+
+fn trace(file: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("FORELAY_TRACES").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces"),
+        PathBuf::from,
+    );
+    let path = folder.join(file);
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!(
+        "SKIPPED: no trace at {} (set FORELAY_TRACES)",
+        path.display()
+    );
+    None
+}
+
+fn run(file: &str, min_launches: u64, policies: &[&str]) -> Option<Report> {
+    let mut config = Config::new(trace(file)?);
+    config.min_launches = min_launches;
+    config.policies = policies
+        .iter()
+        .map(|name| name.parse::<Policy>().unwrap())
+        .collect();
+    Some(simulate(&config).unwrap())
+}
+
+/// policy, cold p50, p75, total, memory %, as printed there.
+type Reference = (&'static str, f64, f64, f64, f64);
+
+fn compare(report: &Report, profiles: usize, reference: &[Reference]) {
+    for (row, &(policy, p50, p75, total, memory)) in report.rows.iter().zip(reference) {
+        assert_eq!(row.policy, policy);
+        assert_eq!(row.profiles, profiles);
+        let near = |own: f64, told: f64| (own - told).abs() <= 0.0051 * told.max(1.0);
+        assert!(near(row.cold_p50, p50), "{policy} p50 {}", row.cold_p50);
+        assert!(near(row.cold_p75, p75), "{policy} p75 {}", row.cold_p75);
+        assert!(
+            (row.cold_total_pct - total).abs() <= 0.0075,
+            "{policy} {}",
+            row.cold_total_pct
+        );
+        let percent = row.memory_pct_of_fixed10;
+        assert!(
+            (percent - memory).abs() <= 0.51,
+            "{policy} memory {percent}"
+        );
+    }
+}
+
+const POLICIES: [&str; 6] = [
+    "fixed:10",
+    "fixed:60",
+    "fixed:240",
+    "hybrid",
+    "hybrid+mean",
+    "clairvoyant",
+];
+
+#[test]
+fn azure_baselines_are_reproduced() {
+    let Some(report) = run("azure2019-8h-250.csv.gz", 2, &POLICIES) else {
+        return;
+    };
+    compare(
+        &report,
+        216,
+        &[
+            ("fixed:10", 2.49, 66.7, 0.218, 100.0),
+            ("fixed:60", 1.05, 11.1, 0.051, 133.0),
+            ("fixed:240", 1.05, 7.69, 0.039, 147.0),
+            ("hybrid", 3.12, 12.5, 0.092, 72.0),
+            ("hybrid+mean", 3.12, 12.5, 0.093, 72.0),
+            ("clairvoyant", 1.05, 7.28, 0.038, 45.0),
+        ],
+    );
+}
+
+#[test]
+fn google_baselines_are_reproduced() {
+    let Some(report) = run("google2011-days00-14.csv.gz", 10, &POLICIES) else {
+        return;
+    };
+    compare(
+        &report,
+        4401,
+        &[
+            ("fixed:10", 100.0, 100.0, 61.22, 100.0),
+            ("fixed:60", 100.0, 100.0, 40.21, 440.0),
+            ("fixed:240", 93.3, 100.0, 18.51, 1130.0),
+            ("hybrid", 93.3, 100.0, 20.36, 748.0),
+            ("hybrid+mean", 20.0, 45.2, 9.90, 583.0),
+            ("clairvoyant", 6.67, 6.67, 1.53, 12.0),
+        ],
+    );
+}
+
+#[test]
+fn forelay_beats_the_hybrid_policy_on_azure() {
+    let Some(report) = run("azure2019-8h-250.csv.gz", 2, &["forelay"]) else {
+        return;
+    };
+    let best = |memory: f64| {
+        report
+            .rows
+            .iter()
+            .filter(|row| row.memory_pct_of_fixed10 <= memory)
+            .map(|row| row.cold_total_pct)
+            .fold(f64::MAX, f64::min)
+    };
+    assert!(best(60.0) <= 0.092, "{}", best(60.0));
+    assert!(best(72.0) <= 0.075, "{}", best(72.0));
+    let calibration = report.calibration.unwrap();
+    assert!(calibration.expected_calibration_error <= 0.03);
+}
