@@ -1,0 +1,72 @@
+//! Components come and go while a VM runs; what cannot be is refused in words.
+
+use crate::fixture::{Host, Settings, bench, idle};
+
+#[test]
+fn privileged_a_component_is_attached_used_and_detached() {
+    let test = "privileged_a_component_is_attached_used_and_detached";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let manifest = host.write("plain.toml", &idle("plain", "[]", ""));
+    host.launch(&manifest, "plain", &[]);
+    let has = |name: &str| -> bool {
+        let vm = host.vm("plain");
+        let components = vm["components"].as_array().unwrap();
+        components.iter().any(|one| one["name"] == name)
+    };
+
+    host.ok(["attach", "plain", "forelay-tool"]);
+    assert!(has("forelay-tool"));
+    let says = host.sh("plain", "ls /usr/share/forelay-tool; forelay-tool");
+    assert_eq!(says, "words\nhello from the tool\n");
+    let devices = host.json(["map", "plain"])["devices"]
+        .as_array()
+        .unwrap()
+        .len();
+    assert_eq!(devices, 3, "map image, base and what was attached");
+
+    // What cannot be attached; each says why, and leaves the VM as it was.
+    let refused = host.refused(["attach", "plain", "forelay-tool"]);
+    assert!(refused.contains("already"), "{refused}");
+    let refused = host.refused(["attach", "plain", "forelay-rival"]);
+    assert!(
+        refused.contains("forelay-rival 2.0 excludes forelay-tool 1.0"),
+        "{refused}"
+    );
+    let refused = host.refused(["attach", "plain", "forelay-needy"]);
+    assert!(refused.contains("forelay-absent"), "{refused}");
+    let refused = host.refused(["attach", "plain", "forelay-toll"]);
+    assert!(refused.contains("did you mean forelay-tool?"), "{refused}");
+    let refused = host.refused(["attach", "absent-vm", "forelay-tool"]);
+    assert!(
+        refused.contains("no VM is called \"absent-vm\""),
+        "{refused}"
+    );
+    assert!(!has("forelay-rival") && !has("forelay-needy"));
+    assert_eq!(host.sh("plain", "forelay-tool"), "hello from the tool\n");
+
+    // In use: refused, and still there.
+    let user = "cd /usr/share/forelay-tool; sleep 1000 < /dev/null > /dev/null 2>&1 & echo $!";
+    let user = host.sh("plain", user);
+    let refused = host.refused(["detach", "plain", "forelay-tool"]);
+    assert!(
+        refused.contains("in use") && refused.contains(user.trim()),
+        "{refused}"
+    );
+    assert_eq!(host.sh("plain", "forelay-tool"), "hello from the tool\n");
+    let refused = host.refused(["detach", "plain", "debian"]);
+    assert!(
+        refused.contains("only attached components can go"),
+        "{refused}"
+    );
+
+    host.sh("plain", &format!("kill {user}"));
+    host.ok(["detach", "plain", "forelay-tool"]);
+    assert!(!has("forelay-tool"));
+    let gone = host.run(["exec", "plain", "--", "ls", "/usr/share/forelay-tool"]);
+    assert_eq!(gone.code, Some(2), "{}", gone.stderr);
+
+    // The rival excludes it no more, and what was detached may come back in another VM.
+    host.ok(["attach", "plain", "forelay-rival"]);
+    assert_eq!(host.sh("plain", "forelay-rival"), "hello from the rival\n");
+}

@@ -1,0 +1,235 @@
+//! What goes wrong from outside: each is told in words that name the thing, with an exit
+//! code that is not 0, and harms no other VM.
+
+use std::path::{Path, PathBuf};
+
+use crate::fixture::{Host, Settings, bench, idle, lives, signal};
+
+/// Replaces a file of a private repository, which may be a hard link into the shared one.
+fn replace(path: &Path, content: &[u8]) {
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, content).unwrap();
+}
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().flatten();
+    entries.map(|entry| entry.path()).collect()
+}
+
+#[test]
+fn privileged_senseless_requests_are_refused_in_words() {
+    let test = "privileged_senseless_requests_are_refused_in_words";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let run = |text: &str, further: &[&str]| {
+        let manifest = host.write("bad.toml", text);
+        let mut words = vec!["run", "--detach"];
+        words.extend(further);
+        words.push(manifest.to_str().unwrap());
+        host.refused(words)
+    };
+
+    let said = run("base = \"debian\"\n\n[vm]\nmemory_mib = \"much\"\n", &[]);
+    assert!(said.contains("line 4, column 14"), "{said}");
+    let said = run("base = \"debian\"\ncomponent = [\"nginx\"]\n", &[]);
+    assert!(
+        said.contains("line 2") && said.contains("component"),
+        "{said}"
+    );
+    let said = run("\u{0}\u{1}\u{2} nonsense", &[]);
+    assert!(said.contains("line 1"), "{said}");
+    let said = run("", &[]);
+    assert!(said.contains("base"), "{said}");
+    let said = run(
+        "base = \"debian\"\nentrypoint = [\"x\"]\ninit = true\n",
+        &[],
+    );
+    assert!(
+        said.contains("entrypoint") && said.contains("init"),
+        "{said}"
+    );
+
+    let said = run(&idle("web", "[\"ngnix\"]", ""), &[]);
+    assert!(said.contains("did you mean nginx?"), "{said}");
+    let said = run(&idle("web", "[\"nginx@>= 99\"]", ""), &[]);
+    assert!(
+        said.contains("nginx") && said.contains("1.22"),
+        "names what there is: {said}"
+    );
+    let said = run(
+        &idle("web", "[\"forelay-tool\", \"forelay-rival\"]", ""),
+        &[],
+    );
+    assert!(said.contains("excludes"), "{said}");
+
+    let fits = host.write("fits.toml", &idle("fits", "[]", ""));
+    host.ok(["lock", fits.to_str().unwrap()]);
+    let lock = host.dir().join("fits.lock");
+    let lock = lock.to_str().unwrap();
+    let said = run(&idle("other", "[\"nginx\"]", ""), &["--lock", lock]);
+    assert!(said.contains("the lock is of another manifest"), "{said}");
+    let broken = host.write("broken.lock", "version = \"?\n");
+    let said = run(
+        &idle("fits", "[]", ""),
+        &["--lock", broken.to_str().unwrap()],
+    );
+    assert!(said.contains("line 1"), "{said}");
+    let said = host.refused(["run", "/absent/manifest.toml"]);
+    assert!(said.contains("/absent/manifest.toml"), "{said}");
+
+    for command in ["map", "logs", "console"] {
+        let said = host.refused([command, "nobody"]);
+        assert!(said.contains("no VM is called \"nobody\""), "{said}");
+    }
+    let said = host.refused(["exec", "nobody", "--", "true"]);
+    assert!(said.contains("no VM is called \"nobody\""), "{said}");
+
+    let said = host.refused(["daemon"]);
+    assert!(
+        said.contains("a daemon answers on") && said.contains("already"),
+        "{said}"
+    );
+    assert_eq!(
+        host.json(["ps"]),
+        serde_json::json!([]),
+        "the first daemon goes on"
+    );
+}
+
+#[test]
+fn privileged_what_breaks_one_vm_leaves_another_unharmed() {
+    let test = "privileged_what_breaks_one_vm_leaves_another_unharmed";
+    let Some(bench) = bench(test) else { return };
+    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
+    let repository = bench.private_repository(scratch.path());
+    let settings = Settings {
+        repository: Some(repository.clone()),
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    let good = host.write("good.toml", &idle("good", "[]", ""));
+    let vm = host.launch(&good, "good", &[]);
+    let pid = vm["pid"].as_u64().unwrap();
+    let unharmed = || {
+        let check = "cd /; md5sum -c --quiet --ignore-missing \
+                     /var/lib/dpkg/info/perl-base.md5sums && echo fine";
+        assert_eq!(host.sh("good", check), "fine\n");
+        assert!(lives(pid));
+    };
+    let launch = |name: &str, components: &str, further: &[&str]| {
+        let manifest = host.write("next.toml", &idle(name, components, ""));
+        let mut words = vec!["run", "--detach", "--name", name];
+        words.extend(further);
+        words.push(manifest.to_str().unwrap());
+        host.refused(words)
+    };
+
+    writes_to_pmem_go_nowhere(&host);
+    unharmed();
+    vanished(&host, &repository, &launch);
+    unharmed();
+    corrupt(&host, &repository, &launch);
+    unharmed();
+    vmm_dies_during_boot(&host, &good);
+    unharmed();
+}
+
+/// The guest's root may write to /dev/pmem1; nothing of it arrives anywhere.
+fn writes_to_pmem_go_nowhere(host: &Host) {
+    let map = host.json(["map", "good"]);
+    let device = map["devices"][1]["path"].as_str().unwrap().to_owned();
+    let before = std::fs::read(&device).unwrap();
+    let write = "dd if=/dev/urandom of=/dev/pmem1 bs=4096 count=512 conv=fsync 2>&1; \
+                 dd if=/dev/urandom of=/dev/pmem1 bs=1M seek=20 count=8 oflag=direct 2>&1; sync";
+    host.run(["exec", "good", "--", "sh", "-c", write]);
+    assert!(
+        std::fs::read(&device).unwrap() == before,
+        "the host's bytes"
+    );
+    let opened = std::fs::File::options().write(true).open(&device);
+    let error = opened.expect_err("the host itself cannot write either");
+    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+}
+
+/// A component that a lock pins is gone, or a part of it.
+fn vanished(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
+    let manifest = host.write("next.toml", &idle("gone", "[\"nginx\"]", ""));
+    host.ok(["lock", manifest.to_str().unwrap()]);
+    let lock = host.dir().join("next.lock");
+    let shown = host.json(["component", "show", "nginx"]);
+    let hex = |text: &serde_json::Value| text.as_str().unwrap().replace("sha256:", "");
+    let (id, image) = (hex(&shown["id"]), hex(&shown["image"]["digest"]));
+    std::fs::remove_file(repository.join(format!("chunks/{image}.idx"))).unwrap();
+    std::fs::remove_file(repository.join(format!("locations/{image}.loc"))).unwrap();
+    // What the host has cached of it would serve as well.
+    let said = launch("gone", "[\"nginx\"]", &["--lock", lock.to_str().unwrap()]);
+    assert!(said.contains("component nginx 1.22"), "{said}");
+    assert_eq!(host.vm("gone")["state"], "failed");
+    std::fs::remove_file(repository.join(format!("components/{id}.json"))).unwrap();
+    let said = launch("gone", "[\"nginx\"]", &[]);
+    assert!(
+        said.contains("nginx") && said.contains("no component"),
+        "{said}"
+    );
+}
+
+/// A pack whose bytes are not what its name says, and one that is cut short.
+fn corrupt(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
+    for (name, cut) in [("flipped", false), ("cut", true)] {
+        let tree = host.dir().join(name);
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join("words"), format!("unlike any other: {name}\n")).unwrap();
+        let before = files(&repository.join("packs"));
+        let tree = tree.to_str().unwrap();
+        let words = ["component", "build", "--dir", tree, "--name", name];
+        host.ok(words.iter().chain(&["--component-version", "1"]));
+        let after = files(&repository.join("packs"));
+        let new = after.into_iter().filter(|path| !before.contains(path));
+        let packs = new.filter(|path| path.extension().is_some_and(|end| end == "pack"));
+        let packs: Vec<_> = packs.collect();
+        assert_eq!(packs.len(), 1, "{packs:?}");
+        let sound = std::fs::read(&packs[0]).unwrap();
+        let broken: Vec<u8> = match cut {
+            true => sound[..sound.len() / 2].to_vec(),
+            false => sound.iter().map(|byte| byte ^ 0x20).collect(),
+        };
+        replace(&packs[0], &broken);
+        let said = launch(name, &format!("[{name:?}]"), &[]);
+        assert!(said.contains(&format!("component {name} 1")), "{said}");
+        assert_eq!(host.vm(name)["state"], "failed");
+        let said = host.run(["verify"]);
+        assert_eq!(said.code, Some(1), "{}{}", said.stdout, said.stderr);
+        replace(&packs[0], &sound);
+    }
+}
+
+/// The VMM is killed before the guest has mounted anything.
+fn vmm_dies_during_boot(host: &Host, manifest: &Path) {
+    let before = host.vmms();
+    let words = ["run", "--detach", "--name", "short"];
+    let mut command = host.command(
+        words
+            .iter()
+            .map(std::ffi::OsStr::new)
+            .chain([manifest.as_os_str()]),
+    );
+    let command = command
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null());
+    let running = command.spawn().unwrap();
+    let mut pid = None;
+    host.until("the VMM boots", |host| {
+        pid = host.vmms().into_iter().find(|pid| !before.contains(pid));
+        pid.is_some() && host.vm("short")["state"] == "booting"
+    });
+    signal("KILL", pid.unwrap());
+    let output = running.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("VM short failed") && said.contains("signal 9"),
+        "{said}"
+    );
+    let vm = host.vm("short");
+    assert_eq!((&vm["state"], &vm["pid"]), (&"failed".into(), &().into()));
+}

@@ -1,0 +1,80 @@
+//! The daemon may die: VMs neither see a wrong byte nor end, and the next worker has them.
+
+use crate::fixture::{Host, Settings, bench, idle, lives, signal};
+
+/// Checks files of /usr against the digests in their packages, for ever. With a budget
+/// below what it reads, its pages are evicted and fetched again all the time.
+const CHECKER: &str = r#"
+[files."/check"]
+mode = "0755"
+content = """
+#!/bin/sh
+cd /
+while :; do
+  for package in libc6:amd64 perl-base coreutils bash tar; do
+    md5sum -c --quiet --ignore-missing /var/lib/dpkg/info/$package.md5sums >> /tmp/wrong 2>&1
+    echo done >> /tmp/done
+  done
+done
+"""
+"#;
+
+#[test]
+fn privileged_vms_outlive_the_worker_and_end_with_the_daemon() {
+    let test = "privileged_vms_outlive_the_worker_and_end_with_the_daemon";
+    let Some(bench) = bench(test) else { return };
+    // Small and slow, so that there are faults under way whenever the worker dies.
+    let settings = Settings {
+        latency_ms: 10,
+        budget_bytes: 12 << 20,
+        ..Settings::default()
+    };
+    let mut host = Host::started(&bench, &settings);
+    let manifest = idle("busy", "[]", CHECKER).replace("\"sleep\", \"infinity\"", "\"/check\"");
+    let manifest = host.write("busy.toml", &manifest);
+    let vm = host.launch(&manifest, "busy", &["--prefetch", "none"]);
+    let pid = vm["pid"].as_u64().unwrap();
+    let checked = |host: &Host| -> usize {
+        let lines = host.run(["exec", "busy", "--", "cat", "/tmp/done"]).stdout;
+        lines.lines().count()
+    };
+    let progress = |host: &Host| {
+        let before = checked(host);
+        host.until("the guest goes on checking", |host| {
+            checked(host) > before + 2
+        });
+    };
+    progress(&host);
+
+    for round in 0..4 {
+        let worker = host.worker().unwrap();
+        if round < 3 {
+            signal("KILL", worker);
+        } else {
+            // Asked to, through the daemon's own process.
+            signal("HUP", host.holder());
+        }
+        host.until("another worker serves the VM", |host| {
+            let listed = host.run(["ps", "--json"]);
+            host.worker().is_some_and(|next| next != worker)
+                && listed.code == Some(0)
+                && listed.stdout.contains("\"busy\"")
+        });
+        let now = host.vm("busy");
+        assert_eq!((&now["state"], &now["pid"]), (&"ready".into(), &pid.into()));
+        progress(&host);
+    }
+    assert!(lives(pid));
+    assert_eq!(
+        host.sh("busy", "cat /tmp/wrong"),
+        "",
+        "no wrong byte was read"
+    );
+    let totals = &host.json(["memory"])["totals"];
+    assert!(totals["evicted_bytes"].as_u64().unwrap() > 0, "{totals}");
+    assert!(totals["demand_fetches"].as_u64().unwrap() > 0, "{totals}");
+
+    assert_eq!(host.terminate(), Some(0));
+    assert!(!lives(pid), "SIGTERM ends the VMs");
+    assert_eq!((host.mounts(), host.vmms()), (vec![], vec![]));
+}

@@ -1,0 +1,16 @@
+//! The command and the daemon as users have them: the real binary, real components, real
+//! guests. Each file walks one side of it.
+//!
+//! Tests named `privileged_*` need root, FUSE, QEMU and the guest init; without them they
+//! print a loud `SKIPPED` line. They run one at a time, also under plain `cargo test`.
+
+mod attach;
+mod bad_input;
+mod command_line;
+mod daemon_dies;
+mod fixture;
+mod frames;
+mod full_disk;
+mod life_of_a_page;
+mod memory;
+mod systemd;
