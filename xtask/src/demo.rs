@@ -60,6 +60,8 @@ pub fn run_all() -> Result<()> {
         latency_ms: LATENCY_MS,
         bandwidth_bytes_per_s: BANDWIDTH_BYTES_PER_S,
         budget_bytes: 0,
+        prefetch: true,
+        ahead: true,
     };
     let mut host = Host::new(&programs, &settings)?;
     let mut launches = Vec::new();
@@ -78,6 +80,8 @@ pub fn build_components(programs: &Programs, repository: &Path) -> Result<()> {
         latency_ms: 0,
         bandwidth_bytes_per_s: 0,
         budget_bytes: 0,
+        prefetch: true,
+        ahead: true,
     };
     let host = Host::new(programs, &settings)?;
     let present = if repository.exists() {

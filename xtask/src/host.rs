@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::cgroup::MemoryCgroup;
 use crate::process::{cargo, output, run, target_dir};
 
 /// Programs the tasks run.
@@ -51,6 +52,10 @@ pub struct Settings {
     pub bandwidth_bytes_per_s: u64,
     /// Memory budget in bytes; 0 for adaptive.
     pub budget_bytes: u64,
+    /// Prefetch at launches.
+    pub prefetch: bool,
+    /// Prefetch before launches are asked for.
+    pub ahead: bool,
 }
 
 /// A daemon and its command line.
@@ -73,13 +78,16 @@ impl Host {
         let config = scratch.join("forelay.toml");
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\
-             bandwidth_bytes_per_s = {}\n\n[memory]\nbudget_bytes = {}\n",
+             bandwidth_bytes_per_s = {}\n\n[memory]\nbudget_bytes = {}\n\n\
+             [forecast]\nprefetch = {}\nahead = {}\n",
             settings.state,
             scratch.join("run"),
             settings.repository,
             settings.latency_ms,
             settings.bandwidth_bytes_per_s,
             settings.budget_bytes,
+            settings.prefetch,
+            settings.ahead,
         );
         std::fs::write(&config, text)?;
         Ok(Self {
@@ -113,14 +121,27 @@ impl Host {
         serde_json::from_slice(&text).context("the command printed no JSON")
     }
 
+    /// Adds a line to the `[memory]` section of the configuration.
+    pub fn configure_memory(&self, line: &str) -> Result<()> {
+        let mut text = std::fs::read_to_string(&self.config)?;
+        text.push_str(line);
+        text.push('\n');
+        Ok(std::fs::write(&self.config, text)?)
+    }
+
     /// Starts the daemon and waits until it answers.
     pub fn start_daemon(&mut self) -> Result<()> {
+        self.start(self.forelay(["daemon"]))
+    }
+
+    /// Like [`Host::start_daemon`], with the daemon and all it starts in a cgroup.
+    pub fn start_daemon_in(&mut self, cgroup: &MemoryCgroup) -> Result<()> {
+        self.start(cgroup.inside(&self.forelay(["daemon"])))
+    }
+
+    fn start(&mut self, mut daemon: Command) -> Result<()> {
         let log = std::fs::File::create(self.scratch.join("daemon.log"))?;
-        let child = self
-            .forelay(["daemon"])
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?;
+        let child = daemon.stdout(log.try_clone()?).stderr(log).spawn()?;
         self.daemon = Some(child);
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {

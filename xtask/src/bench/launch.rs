@@ -105,6 +105,8 @@ fn prepare() -> Result<Bench> {
         latency_ms: demo::LATENCY_MS,
         bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
         budget_bytes: 0,
+        prefetch: true,
+        ahead: false,
     };
     let mut bench = Bench {
         programs,
@@ -184,6 +186,7 @@ impl Bench {
         host.start_daemon()?;
         let mode = match way {
             "on_demand" => "none",
+            // Nothing ahead of the request: the prefetch runs beside the launch.
             "predicted" => "forecast",
             _ => {
                 self.prefetch(&host, "everything")?;
