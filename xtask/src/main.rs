@@ -4,8 +4,10 @@
 //! Everything it starts it ends by its own ids.
 
 mod bench;
+mod cgroup;
 mod demo;
 mod guest;
+mod hog;
 mod host;
 mod pages;
 mod prerequisites;
@@ -34,6 +36,8 @@ fn main() -> ExitCode {
         ["demo"] => demo::run_all(),
         ["test", rest @ ..] => test::run_all(rest),
         ["guest"] => guest::build().map(|path| println!("{}", path.display())),
+        // Not for people: the memory hog of `bench pressure`.
+        ["hog"] => hog::run(),
         ["tidy"] => tidy::run(),
         _ => {
             eprint!("{USAGE}");

@@ -1,7 +1,9 @@
 //! Benchmarks. Each measures in one run, interleaved, and reports ratios; each writes
 //! `target/bench/NAME.json`.
 
+mod burst;
 mod launch;
+mod pressure;
 mod statistics;
 
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use serde_json::Value;
 
 use crate::process::{cargo, run, target_dir};
 
-const NAMES: &str = "launch, compose, forecast";
+const NAMES: &str = "launch, compose, forecast, policy, table, memory, pressure, burst";
 
 /// Runs one benchmark.
 pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
@@ -19,6 +21,10 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
     std::fs::create_dir_all(out.parent().context("the output has a directory")?)?;
     match name {
         "launch" => launch::run_bench(&out)?,
+        "pressure" => pressure::run_bench(&out)?,
+        "burst" => burst::run_bench(&out)?,
+        "policy" => example("forelay-cache", "bench_policy", &out, arguments)?,
+        "table" => example("forelay-cache", "bench_table", &out, arguments)?,
         "compose" => example("forelay-image", "bench_compose", &out, arguments)?,
         "forecast" => example("forelay-sim", "bench_forecast", &out, arguments)?,
         _ => bail!("no benchmark is called {name:?}; there are: {NAMES}"),
