@@ -237,12 +237,20 @@ pub struct MemoryReport {
     pub pinned_bytes: u64,
     /// Of those, prefetched and not touched yet.
     pub prefetched_unused_bytes: u64,
+    /// Charged to VMs, each its proportional share.
+    pub charged_bytes: u64,
+    /// Resident and mapped by no VM; with what is charged this is all that is resident.
+    pub unclaimed_bytes: u64,
     /// Sum over VMs of what they map, as if nothing were shared.
     pub mapped_sum_bytes: u64,
     /// Host's available memory.
     pub available_bytes: u64,
+    /// Memory charged to the daemon's cgroup, page cache included.
+    pub cgroup_usage_bytes: Option<u64>,
     /// `plenty`, `low` or `critical`.
     pub pressure: String,
+    /// Prefetching waits until memory is plentiful again.
+    pub prefetch_paused: bool,
     /// Per trust domain.
     pub domains: Vec<DomainMemory>,
     /// Per VM: its proportional share.
@@ -273,6 +281,8 @@ pub struct ComponentMemory {
     pub resident_bytes: u64,
     /// Bytes pinned.
     pub pinned_bytes: u64,
+    /// Bytes prefetched and not touched yet.
+    pub prefetched_unused_bytes: u64,
     /// Number of VMs that map it.
     pub mapped_by: usize,
     /// Bytes mapped by at least one VM.
@@ -286,8 +296,12 @@ pub struct ComponentMemory {
 pub struct VmMemory {
     /// Instance.
     pub vm: String,
+    /// Its trust domain.
+    pub domain: String,
     /// Bytes of component images that it maps.
     pub mapped_bytes: u64,
+    /// Of those, mapped by another VM too.
+    pub shared_bytes: u64,
     /// Its proportional share of them: each page divided by the VMs that map it.
     pub charged_bytes: u64,
 }
@@ -311,6 +325,12 @@ pub struct Totals {
     pub repository_requests: u64,
     /// Bytes evicted.
     pub evicted_bytes: u64,
+    /// Asked to leave to stay within the budget.
+    pub budget_evicted_bytes: u64,
+    /// Asked to leave at the critical level.
+    pub pressure_evicted_bytes: u64,
+    /// Evicted, and soon after fetched again because a VM wanted it.
+    pub refetched_bytes: u64,
 }
 
 /// A touched extent of a component image.

@@ -1,4 +1,4 @@
-//! What clients may look at: the mapping table of a VM, memory, forecasts.
+//! What clients may look at: the mapping table of a VM. Memory is in `accounts`.
 //!
 //! Residency is told from the kernel (the pages of the files themselves), not from the
 //! planner's belief.
@@ -11,13 +11,10 @@ use forelay_cache::page_set::{PageRun, PageSet};
 use forelay_image::erofs::read::{Image, ReadError};
 use forelay_image::extent::total_bytes;
 use forelay_image::{Digest, Extent};
-use forelay_memory::pressure::Probe;
 
 use super::instances::{DeviceRecord, Instance};
 use super::{Host, HostError};
-use crate::api::{
-    ComponentMemory, DomainMemory, MapDevice, MapFile, MemoryReport, Totals, Touch, VmMap, VmMemory,
-};
+use crate::api::{MapDevice, MapFile, Touch, VmMap};
 use crate::recipe::Reader;
 
 /// Parts of a residency bar.
@@ -132,128 +129,6 @@ impl Host {
         touches.collect()
     }
 
-    /// What components take in memory, and who uses them.
-    pub async fn memory(self: &Arc<Self>) -> Result<MemoryReport, HostError> {
-        let host = Arc::clone(self);
-        let work = tokio::task::spawn_blocking(move || host.memory_now());
-        work.await.map_err(HostError::failed)
-    }
-
-    fn memory_now(&self) -> MemoryReport {
-        let status = self.memory.status();
-        let live = self.instances.live();
-        let mut report = MemoryReport {
-            budget_bytes: status.budget_bytes,
-            pressure: format!("{:?}", status.level).to_lowercase(),
-            available_bytes: Probe::new()
-                .sample()
-                .map_or(0, |sample| sample.mem_available_bytes),
-            totals: self.totals(),
-            ..MemoryReport::default()
-        };
-        let mut shares: BTreeMap<String, (u64, f64)> = BTreeMap::new();
-        for memory in self.domains.all() {
-            let mut domain = DomainMemory {
-                domain: memory.domain.as_str().to_owned(),
-                components: Vec::new(),
-            };
-            for (image, _, spec) in memory.shared.files() {
-                let mappers: Vec<(String, PageSet)> = live
-                    .iter()
-                    .filter(|one| one.vm().domain == domain.domain && has_image(one, &image))
-                    .map(|one| {
-                        let name = one.vm().name;
-                        let pages = self.touched(&name).remove(&image).unwrap_or_default();
-                        (name, pages)
-                    })
-                    .collect();
-                let component =
-                    self.component_memory(&memory.domain, image, spec.image_bytes, &mappers);
-                charge(&mappers, &mut shares);
-                report.resident_bytes += component.resident_bytes;
-                report.pinned_bytes += component.pinned_bytes;
-                domain.components.push(component);
-            }
-            report.domains.push(domain);
-        }
-        report.vms = shares
-            .into_iter()
-            .map(|(vm, (mapped_bytes, charged))| VmMemory {
-                vm,
-                mapped_bytes,
-                charged_bytes: charged.round() as u64,
-            })
-            .collect();
-        report.mapped_sum_bytes = report.vms.iter().map(|vm| vm.mapped_bytes).sum();
-        report
-    }
-
-    fn component_memory(
-        &self,
-        domain: &Domain,
-        image: Digest,
-        image_bytes: u64,
-        mappers: &[(String, PageSet)],
-    ) -> ComponentMemory {
-        let label = self.label(&image).unwrap_or_else(|| image.short());
-        let shared_image = forelay_cache::SharedImage::new(domain.clone(), image);
-        let pinned_bytes = self
-            .memory
-            .table()
-            .read(|table| table.pinned_bytes_of(&shared_image));
-        let (mut once, mut twice) = (PageSet::new(), PageSet::new());
-        for (_, pages) in mappers {
-            for run in pages.runs() {
-                let again: Vec<PageRun> = once.runs_within(run).collect();
-                for run in again {
-                    twice.insert(run);
-                }
-                once.insert(run);
-            }
-        }
-        ComponentMemory {
-            component: label,
-            image,
-            image_bytes,
-            resident_bytes: total_bytes(&self.resident(domain, &image)),
-            pinned_bytes,
-            mapped_by: mappers.len(),
-            mapped_bytes: once.bytes(),
-            shared_bytes: twice.bytes(),
-        }
-    }
-
-    fn label(&self, image: &Digest) -> Option<String> {
-        let all = self.instances.all();
-        all.iter().find_map(|instance| {
-            let devices = instance.devices();
-            devices
-                .into_iter()
-                .find(|device| device.image == *image)
-                .map(|one| one.component)
-        })
-    }
-
-    fn totals(&self) -> Totals {
-        let fetched = self.store.scheduler().counters();
-        let waits = self.domains.attribution().total.figures();
-        let mut totals = Totals {
-            demand_fetches: waits.fetches,
-            demand_bytes: waits.bytes,
-            stall_s: waits.stall_ns as f64 / 1e9,
-            repository_bytes: fetched.repository_bytes(),
-            repository_requests: fetched.demand_requests + fetched.prefetch_requests,
-            ..Totals::default()
-        };
-        for memory in self.domains.all() {
-            let counters = memory.shared.counters();
-            totals.pushed_bytes += counters.pushed_bytes;
-            totals.pushed_used_bytes += counters.pushed_used_bytes;
-            totals.evicted_bytes += counters.evicted_bytes;
-        }
-        totals
-    }
-
     /// Drops everything that no VM maps and nothing pins.
     pub async fn drop_memory(self: &Arc<Self>) -> Result<(), HostError> {
         let host = Arc::clone(self);
@@ -289,23 +164,6 @@ fn has_image(instance: &Instance, image: &Digest) -> bool {
         .devices()
         .iter()
         .any(|device| device.image == *image)
-}
-
-/// Adds each VM's proportional share: a page that n VMs map is charged 1/n to each.
-fn charge(mappers: &[(String, PageSet)], shares: &mut BTreeMap<String, (u64, f64)>) {
-    for (vm, pages) in mappers {
-        let entry = shares.entry(vm.clone()).or_default();
-        entry.0 += pages.bytes();
-        for run in pages.runs() {
-            for page in run.start..run.end {
-                let count = mappers
-                    .iter()
-                    .filter(|(_, other)| other.contains(page))
-                    .count();
-                entry.1 += forelay_image::PAGE_BYTES as f64 / count.max(1) as f64;
-            }
-        }
-    }
 }
 
 fn pages_of(extents: &[Extent]) -> PageSet {
@@ -383,23 +241,5 @@ mod tests {
         assert_eq!(shown.len(), 48);
         assert_eq!((shown[0], shown[1], shown[47]), (8, 0, 8));
         assert_eq!(bar(4096, &[]), [0]);
-    }
-
-    #[test]
-    fn shares_add_up_to_one_copy() {
-        let pages = |run: PageRun| {
-            let mut set = PageSet::new();
-            set.insert(run);
-            set
-        };
-        let mappers = [
-            ("a".to_owned(), pages(PageRun::new(0, 10))),
-            ("b".to_owned(), pages(PageRun::new(5, 15))),
-        ];
-        let mut shares = BTreeMap::new();
-        charge(&mappers, &mut shares);
-        let charged: f64 = shares.values().map(|(_, charged)| charged).sum();
-        assert_eq!(charged, 15.0 * 4096.0);
-        assert_eq!(shares["a"], (10 * 4096, 7.5 * 4096.0));
     }
 }

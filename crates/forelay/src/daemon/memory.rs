@@ -15,15 +15,26 @@ use forelay_cache::mapping_table::SharedTable;
 use forelay_cache::plan::{Action, Event, PlanCounters, Planner, PressureLevel};
 use forelay_cache::{Domain, SharedImage};
 use forelay_image::{Digest, Extent};
+use forelay_memory::pressure::Trigger;
 use forelay_store::{PrefetchItem, Scheduler};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::domains::Domains;
+use super::residency::{self, Look};
 use super::samples::Sampler;
 
-/// How often memory is sampled.
+/// How often memory is sampled while it is plentiful.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
+/// How often it is sampled while it is not.
+const SAMPLE_SHORT_EVERY: Duration = Duration::from_millis(50);
+/// How often the table is compared with the kernel.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Tasks that wait this long for memory...
+const STALL: Duration = Duration::from_millis(100);
+/// ...within this time make the kernel wake us.
+const STALL_WINDOW: Duration = Duration::from_secs(1);
 /// How often the planner and pending faults are given a chance.
 const TICK_EVERY: Duration = Duration::from_secs(1);
 
@@ -44,6 +55,8 @@ pub struct PlanStatus {
     pub level: PressureLevel,
     /// Bytes of prefetches that wait or are under way.
     pub queued_bytes: u64,
+    /// Prefetching waits for memory.
+    pub paused: bool,
     /// What was done so far.
     pub counters: PlanCounters,
 }
@@ -69,6 +82,8 @@ impl Memory {
         let table = Arc::clone(planner.table());
         let status = Arc::new(Mutex::new(PlanStatus::default()));
         let worker = Worker {
+            pins: keeper("forelay-pins", &domains, &events),
+            evictions: keeper("forelay-evict", &domains, &events),
             planner,
             domains,
             scheduler,
@@ -76,6 +91,7 @@ impl Memory {
             events: events.clone(),
             status: Arc::clone(&status),
             reserve,
+            stalled: watch_stalls(),
         };
         tokio::spawn(worker.run(incoming));
         Self {
@@ -110,28 +126,115 @@ struct Worker {
     events: UnboundedSender<Event>,
     status: Arc<Mutex<PlanStatus>>,
     reserve: UnboundedSender<Action>,
+    /// Pins in the order in which they were asked for.
+    pins: Keeper,
+    /// Evictions; on a thread of their own, for pins may be slow.
+    evictions: Keeper,
+    stalled: Arc<Notify>,
+}
+
+/// Carries out pins and evictions in order.
+type Keeper = std::sync::mpsc::Sender<Action>;
+
+fn keeper(name: &str, domains: &Arc<Domains>, events: &UnboundedSender<Event>) -> Keeper {
+    let (keeper, actions) = std::sync::mpsc::channel();
+    let (domains, events) = (Arc::clone(domains), events.clone());
+    let work = move || {
+        for action in actions {
+            for event in keep(&domains, action) {
+                let _ = events.send(event);
+            }
+        }
+    };
+    // Without threads there is no daemon.
+    if let Err(error) = std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(work)
+    {
+        tracing::error!(%error, name, "cannot start a thread");
+    }
+    keeper
+}
+
+/// Wakes the planner as soon as the kernel says that tasks wait for memory.
+fn watch_stalls() -> Arc<Notify> {
+    let stalled = Arc::new(Notify::new());
+    let trigger = match Trigger::arm(STALL, STALL_WINDOW) {
+        Ok(trigger) => trigger,
+        Err(error) => {
+            tracing::info!(
+                error = super::chain(&error),
+                "memory is sampled by time only"
+            );
+            return stalled;
+        }
+    };
+    let told = Arc::downgrade(&stalled);
+    let watch = move || {
+        while let (Ok(happened), Some(told)) = (trigger.wait(TICK_EVERY), told.upgrade()) {
+            if happened {
+                told.notify_one();
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new()
+        .name("forelay-stalls".to_owned())
+        .spawn(watch)
+    {
+        tracing::warn!(%error, "memory is sampled by time only");
+    }
+    stalled
 }
 
 impl Worker {
     async fn run(mut self, mut incoming: UnboundedReceiver<Event>) {
-        let mut sample = tokio::time::interval(SAMPLE_EVERY);
         let mut tick = tokio::time::interval(TICK_EVERY);
-        sample.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (looks, mut looked) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(keep_looking(
+            Arc::clone(self.planner.table()),
+            Arc::clone(&self.domains),
+            looks,
+        ));
+        let mut before = Look::default();
+        let stalled = Arc::clone(&self.stalled);
+        let mut sample_at = tokio::time::Instant::now();
         loop {
             tokio::select! {
+                // A flood of events must not keep memory from being looked at.
+                biased;
+                () = tokio::time::sleep_until(sample_at) => sample_at = self.sample(),
+                () = stalled.notified() => sample_at = self.sample(),
+                _ = tick.tick() => self.tick(),
+                Some(look) = looked.recv() => {
+                    for event in residency::corrections(self.planner.table(), &before, &look) {
+                        self.step(event);
+                    }
+                    before = look;
+                }
                 event = incoming.recv() => match event {
                     Some(event) => self.step(event),
                     None => return,
                 },
-                _ = sample.tick() => {
-                    let (pool, pinned) = self.pool_bytes();
-                    let sample = self.sampler.sample(pool, pinned);
-                    self.step(Event::MemorySampled(sample));
-                }
-                _ = tick.tick() => self.tick(),
             }
         }
+    }
+
+    /// Samples memory; returns when to do so again.
+    fn sample(&mut self) -> tokio::time::Instant {
+        let (pool, pinned) = self.pool_bytes();
+        let sample = self.sampler.sample(pool, pinned);
+        let before = self.planner.pressure();
+        self.step(Event::MemorySampled(sample));
+        let level = self.planner.pressure();
+        if level != before {
+            tracing::info!(?before, ?level, ?sample, "memory");
+        }
+        let every = match level {
+            PressureLevel::Plenty => SAMPLE_EVERY,
+            _ => SAMPLE_SHORT_EVERY,
+        };
+        tokio::time::Instant::now() + every
     }
 
     fn tick(&mut self) {
@@ -169,6 +272,7 @@ impl Worker {
             budget_bytes: self.planner.budget_bytes(),
             level: self.planner.pressure(),
             queued_bytes: self.planner.queued_bytes(),
+            paused: self.planner.is_paused(),
             counters: self.planner.counters(),
         };
     }
@@ -185,9 +289,12 @@ impl Worker {
                 }
                 // What is under way is about to arrive; its answer is harmless.
                 Action::CancelPrefetch { .. } => {}
-                Action::Pin { image, extents } => self.pin(image, extents, true),
-                Action::Unpin { image, extents } => self.pin(image, extents, false),
-                Action::Evict { image, extents } => self.evict(image, extents),
+                action @ (Action::Pin { .. } | Action::Unpin { .. }) => {
+                    let _ = self.pins.send(action);
+                }
+                action @ Action::Evict { .. } => {
+                    let _ = self.evictions.send(action);
+                }
                 Action::PausePrefetch => self.scheduler.pause_prefetch(true),
                 Action::ResumePrefetch => self.scheduler.pause_prefetch(false),
                 action @ (Action::Reserve { .. } | Action::Release { .. }) => {
@@ -227,45 +334,68 @@ impl Worker {
             }
         });
     }
+}
 
-    fn evict(&self, image: SharedImage, extents: Vec<Extent>) {
-        let domains = Arc::clone(&self.domains);
-        let events = self.events.clone();
-        tokio::task::spawn_blocking(move || {
-            if let Some(memory) = domains.get(&image.domain)
-                && let Err(error) = memory.shared.evict(&image.image, &extents)
-            {
-                tracing::warn!(image = %image.image, %error, "eviction failed");
-            }
-            for extent in extents {
-                let _ = events.send(Event::Evicted {
-                    image: image.clone(),
-                    extent,
-                });
-            }
-        });
+/// Compares the table with the kernel for as long as somebody wants to know.
+async fn keep_looking(
+    table: Arc<SharedTable>,
+    domains: Arc<Domains>,
+    looks: tokio::sync::mpsc::Sender<Look>,
+) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let (table, domains) = (Arc::clone(&table), Arc::clone(&domains));
+        let look = tokio::task::spawn_blocking(move || residency::look(&table, &domains)).await;
+        let Ok(look) = look else { return };
+        if looks.send(look).await.is_err() {
+            return;
+        }
     }
+}
 
-    fn pin(&self, image: SharedImage, extents: Vec<Extent>, on: bool) {
-        let domains = Arc::clone(&self.domains);
-        let events = self.events.clone();
-        tokio::task::spawn_blocking(move || {
+/// Pins, unpins or evicts; returns what happened. What failed is not told: the planner
+/// asks again if it still wants it.
+fn keep(domains: &Domains, action: Action) -> Vec<Event> {
+    let told =
+        |image: SharedImage, extents: Vec<Extent>, event: fn(SharedImage, Extent) -> Event| {
+            let extents = extents.into_iter();
+            extents.map(|extent| event(image.clone(), extent)).collect()
+        };
+    let (image, result) = match &action {
+        Action::Pin { image, extents } | Action::Unpin { image, extents } => {
             let Some(memory) = domains.get(&image.domain) else {
-                return;
+                return Vec::new();
             };
-            match memory.set_pinned(&image.image, &extents, on) {
-                Ok(()) => {
-                    for extent in extents {
-                        let image = image.clone();
-                        let _ = events.send(match on {
-                            true => Event::Pinned { image, extent },
-                            false => Event::Unpinned { image, extent },
-                        });
-                    }
-                }
-                Err(error) => tracing::warn!(image = %image.image, %error, on, "pinning failed"),
-            }
-        });
+            let on = matches!(action, Action::Pin { .. });
+            (image, memory.set_pinned(&image.image, extents, on))
+        }
+        Action::Evict { image, extents } => {
+            let Some(memory) = domains.get(&image.domain) else {
+                return Vec::new();
+            };
+            let freed = memory.shared.evict(&image.image, extents);
+            (image, freed.map(drop))
+        }
+        _ => return Vec::new(),
+    };
+    if let Err(error) = result {
+        tracing::warn!(image = %image.image, error = super::chain(&error), "not done: {action:?}");
+        return Vec::new();
+    }
+    match action {
+        Action::Pin { image, extents } => told(image, extents, |image, extent| Event::Pinned {
+            image,
+            extent,
+        }),
+        Action::Unpin { image, extents } => told(image, extents, |image, extent| Event::Unpinned {
+            image,
+            extent,
+        }),
+        Action::Evict { image, extents } => told(image, extents, |image, extent| Event::Evicted {
+            image,
+            extent,
+        }),
+        _ => Vec::new(),
     }
 }
 

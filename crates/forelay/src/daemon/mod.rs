@@ -13,6 +13,7 @@
 //! Invariants: no VM ever sees an error for a page; what a client is told to have
 //! happened is on disk or in the kernel.
 
+mod accounts;
 mod ahead;
 mod attach;
 mod domains;
@@ -23,6 +24,7 @@ mod launch;
 mod learning;
 mod memory;
 mod observer;
+mod residency;
 mod samples;
 mod server;
 mod sessions;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use forelay_cache::budget::MemorySample;
-use forelay_memory::pressure::Probe;
+use forelay_memory::pressure::{CgroupMemory, Probe, Sample};
 
 /// Samples the host's memory.
 #[derive(Clone, Debug, Default)]
@@ -29,17 +29,21 @@ impl Sampler {
     pub fn sample(&self, pool_bytes: u64, pinned_bytes: u64) -> MemorySample {
         let sample = self.probe.sample().unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot read the host's memory figures");
-            forelay_memory::pressure::Sample {
+            Sample {
                 mem_total_bytes: u64::MAX / 2,
                 mem_available_bytes: u64::MAX / 2,
                 ..Default::default()
             }
         });
-        let room = sample
-            .cgroup
-            .and_then(|cgroup| Some(cgroup.limit_bytes?.saturating_sub(cgroup.usage_bytes)));
+        let room = sample.cgroup.and_then(|cgroup| {
+            Some(
+                cgroup
+                    .limit_bytes?
+                    .saturating_sub(used(&cgroup, pool_bytes)),
+            )
+        });
         MemorySample {
-            total_bytes: sample.mem_total_bytes,
+            total_bytes: total_bytes(&sample),
             available_bytes: sample.mem_available_bytes,
             pool_bytes,
             pinned_bytes,
@@ -47,5 +51,41 @@ impl Sampler {
             stall_pct: sample.stall.map(|stall| stall.some_avg10),
             forecast_demand_bytes: self.forecast_demand_bytes.load(Relaxed),
         }
+    }
+}
+
+/// Memory that counts as all there is: the host's, or a cgroup's limit below that.
+pub fn total_bytes(sample: &Sample) -> u64 {
+    let limit = sample.cgroup.and_then(|cgroup| cgroup.limit_bytes);
+    sample.mem_total_bytes.min(limit.unwrap_or(u64::MAX))
+}
+
+/// What of a cgroup's usage cannot be had back: not the page cache of other files. The
+/// pool's own pages may be among the inactive ones and count as used.
+const fn used(cgroup: &CgroupMemory, pool_bytes: u64) -> u64 {
+    let others = cgroup.inactive_file_bytes.saturating_sub(pool_bytes);
+    cgroup.usage_bytes.saturating_sub(others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cached_files_of_others_are_no_usage_but_the_pool_is() {
+        let cgroup = CgroupMemory {
+            usage_bytes: 1000,
+            limit_bytes: Some(2000),
+            inactive_file_bytes: 300,
+        };
+        assert_eq!(used(&cgroup, 0), 700);
+        assert_eq!(used(&cgroup, 200), 900);
+        assert_eq!(used(&cgroup, 500), 1000);
+        let sample = Sample {
+            mem_total_bytes: 5000,
+            cgroup: Some(cgroup),
+            ..Sample::default()
+        };
+        assert_eq!(total_bytes(&sample), 2000);
     }
 }

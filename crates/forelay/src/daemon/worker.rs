@@ -24,7 +24,7 @@ use super::domains::Domains;
 use super::instances::{Instance, Record, load_records};
 use super::learning::Learner;
 use super::memory::Memory;
-use super::samples::Sampler;
+use super::samples::{Sampler, total_bytes};
 use super::sessions::Sessions;
 use super::{Host, server};
 use crate::api::VmState;
@@ -245,7 +245,7 @@ async fn open(config: Config) -> Result<Arc<Host>> {
 fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
     let total = pressure::Probe::new()
         .sample()
-        .map_or(1 << 30, |sample| sample.mem_total_bytes);
+        .map_or(1 << 30, |sample| total_bytes(&sample));
     let cap_bytes = match config.memory.budget_bytes {
         0 => (total as f64 * ADAPTIVE_SHARE) as u64,
         bytes => bytes,
@@ -295,8 +295,15 @@ async fn take_over(host: &Arc<Host>) -> Result<()> {
         Ok(())
     })
     .await??;
+    let taken_over = !records.is_empty();
     for record in records {
         reattach(host, record).await;
+    }
+    if taken_over {
+        host.wait_until_mapped().await;
+        let host = Arc::clone(host);
+        let differences = tokio::task::spawn_blocking(move || host.reconcile()).await?;
+        tracing::info!(?differences, "the mapping table is the kernel's again");
     }
     Ok(())
 }

@@ -1,0 +1,216 @@
+//! Who pays for shared memory: `forelay memory`, told from the kernel alone.
+//!
+//! Builds a mapping table from what the kernel says at this moment (resident pages of
+//! the files, pages in the VMMs' page tables, locks) and lets `forelay_cache::accounting`
+//! sum it up. Refuses to use the planner's belief for anything but what no kernel knows:
+//! which resident pages were prefetched and not used yet.
+//!
+//! Invariant: charges of VMs plus unclaimed bytes are the resident bytes, exactly.
+
+use std::sync::Arc;
+
+use forelay_cache::accounting::{Accounting, ImageAccount, account};
+use forelay_cache::mapping_table::{Arrival, MappingTable, Phase};
+use forelay_cache::{DeviceImage, Domain, SharedImage};
+use forelay_image::{Digest, Extent, PAGE_BYTES};
+use forelay_memory::observe::{self, FileIdentity};
+use forelay_memory::pressure::Probe;
+
+use super::domains::DomainMemory;
+use super::instances::Instance;
+use super::{Host, HostError};
+use crate::api;
+
+impl Host {
+    /// What components take in memory, and who uses them.
+    pub async fn memory(self: &Arc<Self>) -> Result<api::MemoryReport, HostError> {
+        let host = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || host.memory_now());
+        work.await.map_err(HostError::failed)
+    }
+
+    fn memory_now(&self) -> api::MemoryReport {
+        let status = self.memory.status();
+        let sample = Probe::new().sample().unwrap_or_default();
+        let accounting = self.accounting();
+        let host = &accounting.host;
+        let domains: Vec<_> = accounting
+            .domains
+            .keys()
+            .map(|domain| self.domain_report(domain, &accounting))
+            .collect();
+        let components = domains.iter().flat_map(|one| &one.components);
+        let prefetched_unused_bytes = components.map(|one| one.prefetched_unused_bytes).sum();
+        api::MemoryReport {
+            budget_bytes: status.budget_bytes,
+            resident_bytes: host.resident_bytes,
+            pinned_bytes: host.pinned_bytes,
+            prefetched_unused_bytes,
+            charged_bytes: host.charged_bytes,
+            unclaimed_bytes: host.unclaimed_bytes,
+            mapped_sum_bytes: accounting.vms.iter().map(|vm| vm.resident_bytes).sum(),
+            available_bytes: sample.mem_available_bytes,
+            cgroup_usage_bytes: sample.cgroup.map(|cgroup| cgroup.usage_bytes),
+            pressure: format!("{:?}", status.level).to_lowercase(),
+            prefetch_paused: status.paused,
+            domains,
+            vms: accounting.vms.iter().map(vm_report).collect(),
+            totals: self.totals(),
+        }
+    }
+
+    /// The account of what the kernel says now.
+    fn accounting(&self) -> Accounting {
+        let mut table = MappingTable::new();
+        let live = self.instances.live();
+        for memory in self.domains.all() {
+            add_resident(&mut table, &memory);
+            for instance in &live {
+                if instance.vm().domain == memory.domain.as_str() {
+                    add_vm(&mut table, &memory.domain, instance);
+                }
+            }
+        }
+        account(&table)
+    }
+
+    fn domain_report(&self, domain: &Domain, accounting: &Accounting) -> api::DomainMemory {
+        let images = accounting.images.iter();
+        let components = images
+            .filter(|one| one.image.domain == *domain)
+            .map(|one| self.component_report(one))
+            .collect();
+        api::DomainMemory {
+            domain: domain.as_str().to_owned(),
+            components,
+        }
+    }
+
+    fn component_report(&self, account: &ImageAccount) -> api::ComponentMemory {
+        let image = &account.image;
+        let (image_bytes, unused) = self.memory.table().read(|table| {
+            let image_bytes = table.image_bytes(image).unwrap_or(0);
+            let whole = Extent::new(0, image_bytes);
+            (image_bytes, table.prefetched_unused_bytes(image, whole))
+        });
+        api::ComponentMemory {
+            component: self
+                .label(&image.image)
+                .unwrap_or_else(|| image.image.short()),
+            image: image.image,
+            image_bytes: image_bytes
+                .max(account.mapped_bytes / u64::from(account.mapped_by.max(1))),
+            resident_bytes: account.resident_bytes,
+            pinned_bytes: account.pinned_bytes,
+            prefetched_unused_bytes: unused,
+            mapped_by: account.mapped_by as usize,
+            mapped_bytes: account.resident_bytes - account.unclaimed_bytes,
+            shared_bytes: account.shared_bytes,
+        }
+    }
+
+    fn label(&self, image: &Digest) -> Option<String> {
+        let all = self.instances.all();
+        all.iter().find_map(|instance| {
+            let devices = instance.devices();
+            devices
+                .into_iter()
+                .find(|device| device.image == *image)
+                .map(|one| one.component)
+        })
+    }
+
+    fn totals(&self) -> api::Totals {
+        let fetched = self.store.scheduler().counters();
+        let waits = self.domains.attribution().total.figures();
+        let plan = self.memory.status().counters;
+        let mut totals = api::Totals {
+            demand_fetches: waits.fetches,
+            demand_bytes: waits.bytes,
+            stall_s: waits.stall_ns as f64 / 1e9,
+            repository_bytes: fetched.repository_bytes(),
+            repository_requests: fetched.demand_requests + fetched.prefetch_requests,
+            budget_evicted_bytes: plan.budget_evicted_bytes,
+            pressure_evicted_bytes: plan.pressure_evicted_bytes,
+            refetched_bytes: plan.refetched_bytes,
+            ..api::Totals::default()
+        };
+        for memory in self.domains.all() {
+            let counters = memory.shared.counters();
+            totals.pushed_bytes += counters.pushed_bytes;
+            totals.pushed_used_bytes += counters.pushed_used_bytes;
+            totals.evicted_bytes += counters.evicted_bytes;
+        }
+        totals
+    }
+}
+
+fn vm_report(vm: &forelay_cache::accounting::VmAccount) -> api::VmMemory {
+    api::VmMemory {
+        vm: vm.vm.as_str().to_owned(),
+        domain: vm.domain.as_str().to_owned(),
+        mapped_bytes: vm.resident_bytes,
+        shared_bytes: vm.shared_bytes,
+        charged_bytes: vm.charged_bytes,
+    }
+}
+
+/// Adds a domain's images with the pages that the kernel holds and locks.
+fn add_resident(table: &mut MappingTable, memory: &DomainMemory) {
+    for (image, _, spec) in memory.shared.files() {
+        let device = DeviceImage {
+            image,
+            image_bytes: spec.image_bytes,
+        };
+        if table.add_image(&memory.domain, &device).is_err() {
+            continue;
+        }
+        let key = SharedImage::new(memory.domain.clone(), image);
+        // An image whose pages cannot be looked at shows none.
+        for extent in inside(memory.shared.resident(&image).unwrap_or_default(), &device) {
+            let _ = table.complete_fetch(&key, extent, Arrival::Demand);
+        }
+        for extent in inside(memory.shared.pinned(&image).unwrap_or_default(), &device) {
+            let _ = table.pin(&key, extent);
+        }
+    }
+}
+
+/// Adds a VM with the pages that its VMM has in its page tables.
+fn add_vm(table: &mut MappingTable, domain: &Domain, instance: &Instance) {
+    let vm = instance.vm();
+    let (name, profile) = (vm.name.as_str().into(), vm.profile.as_str().into());
+    let records = instance.devices();
+    let devices: Vec<DeviceImage> = records
+        .iter()
+        .skip(1)
+        .map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        })
+        .collect();
+    if table
+        .map(&name, domain, &profile, &devices, Phase::Running)
+        .is_err()
+    {
+        return;
+    }
+    let Some(pid) = vm.pid else { return };
+    for (record, device) in records.iter().skip(1).zip(&devices) {
+        // A VMM that ends meanwhile has no pages.
+        let touched = FileIdentity::of(&record.path)
+            .ok()
+            .and_then(|file| observe::touched(pid, file).ok());
+        for extent in inside(touched.unwrap_or_default(), device) {
+            let _ = table.touch(&name, &record.image, extent);
+        }
+    }
+}
+
+/// Extents without the padding behind the image's end.
+fn inside(extents: Vec<Extent>, device: &DeviceImage) -> impl Iterator<Item = Extent> {
+    let whole = Extent::new(0, device.image_bytes.next_multiple_of(PAGE_BYTES));
+    extents
+        .into_iter()
+        .filter_map(move |extent| extent.intersection(&whole))
+}
