@@ -117,7 +117,10 @@ impl StopSignals {
     /// Blocks them for this process.
     pub fn take() -> io::Result<Self> {
         set_stop_signals(libc::SIG_BLOCK)?;
-        // SAFETY: as above; the returned descriptor is new and owned by nobody else.
+        // SAFETY: sets the default for a signal that is blocked; `nohup` has it ignored,
+        // and an ignored signal never arrives.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+        // SAFETY: `set` is initialised before it is read; the returned descriptor is new and owned by nobody else.
         unsafe {
             let mut set = std::mem::zeroed();
             libc::sigemptyset(&raw mut set);

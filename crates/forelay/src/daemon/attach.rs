@@ -34,7 +34,7 @@ impl Host {
                 range.name
             )));
         }
-        let (manifest, lock) = self.with_component(&instance, range).await?;
+        let (mut manifest, lock) = self.with_component(&instance, range).await?;
         let present: Vec<_> = instance
             .vm()
             .components
@@ -66,6 +66,13 @@ impl Host {
                 "attached"
             );
             self.note_attached(&instance, &component, record).await;
+            // What came as a dependency stays, too, when what needed it is detached.
+            if manifest.components.iter().all(|one| one.name != component.name) {
+                manifest.components.push(NameRange {
+                    name: component.name.clone(),
+                    range: String::new(),
+                });
+            }
         }
         instance.update_record(|record| {
             record.manifest = manifest.to_toml();
@@ -190,6 +197,11 @@ impl Host {
             if let Ok(mut manifest) = Manifest::parse(&record.manifest) {
                 manifest.components.retain(|one| one.name != wanted);
                 record.manifest = manifest.to_toml();
+            }
+            // Else what excludes it could never be attached.
+            if let Ok(mut lock) = Lock::parse(&record.lock) {
+                lock.components.retain(|one| one.image != image);
+                record.lock = lock.to_toml();
             }
         });
         instance.update(|vm| vm.components.retain(|one| one.image != image));
