@@ -33,7 +33,7 @@ pub struct Config {
 }
 
 /// Where components come from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RepositoryConfig {
     /// A directory; `state_dir/repository` if absent.
@@ -55,7 +55,7 @@ pub struct CacheConfig {
 }
 
 /// Shared memory.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MemoryConfig {
     /// Most bytes that components may take; 0 for adaptive (a share of free memory).
@@ -103,30 +103,11 @@ impl Default for Config {
     }
 }
 
-impl Default for RepositoryConfig {
-    fn default() -> Self {
-        Self {
-            path: None,
-            latency_ms: 0,
-            bandwidth_bytes_per_s: 0,
-        }
-    }
-}
-
 impl Default for CacheConfig {
     fn default() -> Self {
         Self {
             path: None,
             cap_bytes: 20 << 30,
-        }
-    }
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        Self {
-            budget_bytes: 0,
-            critical_bytes: 0,
         }
     }
 }

@@ -28,7 +28,7 @@ use crate::recipe::Reader;
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Build a component and publish it.
-    Build(BuildArguments),
+    Build(Box<BuildArguments>),
     /// List components.
     List {
         #[arg(long)]
@@ -114,7 +114,7 @@ fn parse_role(text: &str) -> Result<Role, String> {
 pub async fn run(command: Command, config: &Config) -> Result<()> {
     let store = open_store(config).await?;
     match command {
-        Command::Build(arguments) => build(arguments, &store, config).await,
+        Command::Build(arguments) => build(*arguments, &store, config).await,
         Command::List { json } => list(&store, json).await,
         Command::Show { component, json } => {
             let found = find(&store, &component).await?;
@@ -447,10 +447,26 @@ pub async fn verify(config: &Config, json: bool) -> Result<()> {
         .verify(&|progress| bar.bytes("verifying", progress.packs, Some(progress.total_packs)))
         .await?;
     bar.clear();
+    let read = report.progress;
     if json {
         output::json(&report)?;
     } else {
-        println!("{report:?}");
+        println!(
+            "{} components, {} packs, {} chunks, {} read",
+            read.components,
+            read.packs,
+            read.chunks,
+            bytes(read.bytes)
+        );
+        for finding in &report.findings {
+            println!("{}: {}", finding.key, finding.problem);
+        }
     }
-    Ok(())
+    match report.findings.len() {
+        0 => Ok(()),
+        count => bail!(
+            "{count} things are wrong in the repository: build or copy the components concerned \
+             again"
+        ),
+    }
 }

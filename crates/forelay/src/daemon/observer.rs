@@ -6,7 +6,7 @@
 //! Invariant: a page is reported once for each VM, with the time of the scan that found
 //! it; within one scan, extents are in image order.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use forelay_cache::page_set::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
@@ -46,7 +46,7 @@ impl Observer {
     }
 
     /// Watches another device, the file `path`. May stat the file: not on async threads.
-    pub fn watch(&mut self, image: Digest, path: &PathBuf) -> std::io::Result<()> {
+    pub fn watch(&mut self, image: Digest, path: &Path) -> std::io::Result<()> {
         let file = FileIdentity::of(path)?;
         self.devices.push(Watched {
             image,

@@ -1,8 +1,5 @@
 //! Memory samples for the planner, from the kernel's figures.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
 use forelay_cache::budget::MemorySample;
 use forelay_memory::pressure::{CgroupMemory, Probe, Sample};
 
@@ -10,18 +7,12 @@ use forelay_memory::pressure::{CgroupMemory, Probe, Sample};
 #[derive(Clone, Debug, Default)]
 pub struct Sampler {
     probe: Probe,
-    forecast_demand_bytes: Arc<AtomicU64>,
 }
 
 impl Sampler {
     /// A sampler of this host and this process's cgroup.
     pub fn new() -> Self {
         Self::default()
-    }
-
-    /// Memory that VMs are forecast to need beyond what they have, in bytes.
-    pub fn set_forecast_demand(&self, bytes: u64) {
-        self.forecast_demand_bytes.store(bytes, Relaxed);
     }
 
     /// Looks once. `pool_bytes` and `pinned_bytes` are what shared memory holds. If the
@@ -49,7 +40,8 @@ impl Sampler {
             pinned_bytes,
             cgroup_room_bytes: room,
             stall_pct: sample.stall.map(|stall| stall.some_avg10),
-            forecast_demand_bytes: self.forecast_demand_bytes.load(Relaxed),
+            // Forecasts of VM memory (`forelay_predict::resources`) do not flow in yet.
+            forecast_demand_bytes: 0,
         }
     }
 }
