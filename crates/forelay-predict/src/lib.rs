@@ -12,6 +12,8 @@
 
 pub mod arrivals;
 pub mod calibration;
+pub mod needs;
+pub mod rank;
 pub mod resources;
 pub mod time;
 pub mod working_set;

@@ -1,0 +1,28 @@
+//! What a VM needs: components given its context and the components it already has, and which
+//! profile an owner launches next.
+//!
+//! Owns learning of discrete distributions (Chow-Liu trees, mixtures of them), exact inference, and
+//! the online models built on both. Refuses to know what a component contains and where it is.
+//!
+//! ```text
+//! observe(context, components) -> recent launches --relearn--> mixture of Chow-Liu trees --+
+//!                             \-> decayed counts per profile ------------------------------+-> rank
+//! ```
+//!
+//! Invariants: names, rows and trees are bounded whatever is observed; no observation has
+//! probability zero; the same observations give the same model.
+
+pub mod counts;
+pub mod data;
+pub mod learn;
+pub mod mixture;
+mod model;
+pub mod next_profile;
+pub mod tree;
+mod vocabulary;
+
+pub use model::{Config, Context, Model};
+pub use next_profile::NextProfile;
+
+#[cfg(test)]
+mod tests;

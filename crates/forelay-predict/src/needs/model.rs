@@ -1,0 +1,470 @@
+//! The online model of which components VMs have.
+//!
+//! Two forecasts compete, weighted by their own past log-loss: a mixture of Chow-Liu trees over
+//! context and components, relearned now and then from recent launches (structure and tables),
+//! and decayed counts per profile with a Dirichlet prior, which know a new component at once.
+//! Evidence is the context and the components present; what is absent so far is unknown, since it
+//! may yet be attached.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::counts::PairCounts;
+use super::data::{Rows, Schema};
+use super::mixture::{Fit, Mixture};
+use super::tree::UNKNOWN;
+use super::vocabulary::Vocabulary;
+use crate::time::Timestamp;
+
+/// What is known of a launch besides its components.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Context {
+    /// Profile name.
+    pub profile: String,
+    /// Owner.
+    pub owner: String,
+    /// When.
+    pub at: Timestamp,
+    /// Memory of the VM, in MiB; its power of two is the resource class.
+    pub memory_mib: u32,
+}
+
+impl Context {
+    /// Three-hour part of the day.
+    fn hour(&self) -> u32 {
+        u32::from(self.at.hour_of_day()) / 3
+    }
+
+    fn weekend(&self) -> u32 {
+        u32::from(self.at.day_of_week() >= 5)
+    }
+
+    fn class(&self) -> u32 {
+        (self.memory_mib.max(1).ilog2().saturating_sub(6)).min(CLASSES as u32 - 1)
+    }
+}
+
+const HOURS: usize = 8;
+const CLASSES: usize = 8;
+/// Variables before the components: profile, owner, hour, day type, resource class.
+const CONTEXT: usize = 5;
+
+/// Bounds and rates.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// Component names modelled.
+    pub max_components: usize,
+    /// Profiles told apart; the least recently seen beyond it count as unknown.
+    pub max_profiles: usize,
+    /// Owners told apart.
+    pub max_owners: usize,
+    /// Recent launches kept for relearning.
+    pub max_rows: usize,
+    /// Launches after which one counts half.
+    pub half_life_launches: f64,
+    /// Launches between relearnings, once there are that many.
+    pub relearn_every: u64,
+    /// Pseudo-launches of the distribution of all profiles in each profile's counts.
+    pub prior_launches: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_components: 256,
+            max_profiles: 127,
+            max_owners: 63,
+            max_rows: 2048,
+            half_life_launches: 1024.0,
+            relearn_every: 128,
+            prior_launches: 1.0,
+        }
+    }
+}
+
+/// One remembered launch.
+#[derive(Clone, Debug)]
+struct Row {
+    profile: Option<u16>,
+    owner: Option<u16>,
+    hour: u32,
+    weekend: u32,
+    class: u32,
+    components: Vec<u16>,
+}
+
+/// Decayed counts of one profile, or of all.
+#[derive(Clone, Debug, Default)]
+struct Tally {
+    weight: f64,
+    components: BTreeMap<u16, f64>,
+}
+
+impl Tally {
+    fn add(&mut self, components: &[u16], decay: f64, weight: f64) {
+        self.weight = self.weight * decay + weight;
+        self.components.retain(|_, n| {
+            *n *= decay;
+            *n > 1e-3
+        });
+        for component in components {
+            *self.components.entry(*component).or_insert(0.0) += weight;
+        }
+    }
+}
+
+/// What was learned last.
+#[derive(Clone, Debug)]
+struct Learned {
+    mixture: Mixture,
+    /// Components the mixture knows: variable `CONTEXT + i` is `components[i]`.
+    components: Vec<u16>,
+}
+
+/// Online model of components given context.
+#[derive(Clone, Debug)]
+pub struct Model {
+    config: Config,
+    components: Vocabulary,
+    profiles: Vocabulary,
+    owners: Vocabulary,
+    rows: VecDeque<Row>,
+    all: Tally,
+    by_profile: BTreeMap<u16, Tally>,
+    learned: Option<Learned>,
+    observed: u64,
+    relearned_at: u64,
+    /// Decayed log-loss of (mixture, counts), in nats.
+    losses: [f64; 2],
+}
+
+impl Model {
+    /// Knows nothing yet.
+    pub fn new(config: Config) -> Self {
+        // Values of a variable are kept in a byte.
+        let config = Config {
+            max_profiles: config.max_profiles.min(254),
+            max_owners: config.max_owners.min(254),
+            ..config
+        };
+        Self {
+            components: Vocabulary::new(config.max_components),
+            profiles: Vocabulary::new(config.max_profiles),
+            owners: Vocabulary::new(config.max_owners),
+            rows: VecDeque::new(),
+            all: Tally::default(),
+            by_profile: BTreeMap::new(),
+            learned: None,
+            observed: 0,
+            relearned_at: 0,
+            losses: [0.0; 2],
+            config,
+        }
+    }
+
+    /// Learns that a VM had `components` in the end. Names beyond the bounds are left out until a
+    /// relearning frees room.
+    pub fn observe<'a>(
+        &mut self,
+        context: &Context,
+        components: impl IntoIterator<Item = &'a str>,
+    ) {
+        let mut ids: Vec<u16> = components
+            .into_iter()
+            .filter_map(|name| self.components.add(name))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let row = Row {
+            profile: self.profiles.add(&context.profile),
+            owner: self.owners.add(&context.owner),
+            hour: context.hour(),
+            weekend: context.weekend(),
+            class: context.class(),
+            components: ids,
+        };
+        self.judge(&row);
+        let decay = 0.5_f64.powf(1.0 / self.config.half_life_launches.max(1.0));
+        self.all.add(&row.components, decay, 1.0);
+        if let Some(profile) = row.profile {
+            // A profile's own counts fade per launch of it, and sixteen times faster.
+            let tally = self.by_profile.entry(profile).or_default();
+            tally.add(&row.components, decay.powi(16), 1.0);
+        }
+        if self.rows.len() >= self.config.max_rows.max(1) {
+            self.rows.pop_front();
+        }
+        self.rows.push_back(row);
+        self.observed += 1;
+    }
+
+    /// Whether enough was observed since the last relearning to relearn.
+    pub fn relearn_due(&self) -> bool {
+        let since = self.observed - self.relearned_at;
+        since >= 8 && (since >= self.config.relearn_every || since >= self.relearned_at)
+    }
+
+    /// Relearns structure and tables from the launches remembered. Takes milliseconds to tens of
+    /// them; the caller says when.
+    pub fn relearn(&mut self) {
+        self.forget_unused();
+        self.relearned_at = self.observed;
+        let components: Vec<u16> = (0..self.components.len() as u16)
+            .filter(|id| self.components.name(*id).is_some())
+            .collect();
+        let schema = self.schema(components.len());
+        let at: BTreeMap<u16, usize> = components
+            .iter()
+            .enumerate()
+            .map(|(i, id)| (*id, CONTEXT + i))
+            .collect();
+        let newest = self.rows.len() as f64;
+        let sparse: Vec<(Vec<u32>, f32)> = self
+            .rows
+            .iter()
+            .enumerate()
+            .map(|(age, row)| {
+                let half_lives = (newest - age as f64) / self.config.half_life_launches.max(1.0);
+                (
+                    indicators(&schema, row, &at),
+                    0.5_f64.powf(half_lives) as f32,
+                )
+            })
+            .collect();
+        let part = |keep: &dyn Fn(usize) -> bool| {
+            let rows = sparse.iter().enumerate();
+            let kept = rows.filter(|(i, _)| keep(*i)).map(|(_, row)| row.clone());
+            Rows::new(schema.clone(), kept)
+        };
+        let all = part(&|_| true);
+        let counts = PairCounts::of(&all);
+        let how = |components| Fit {
+            components,
+            strength: 8.0,
+            rounds: 12,
+            seed: 1,
+        };
+        // Three trees are used if they forecast a fifth of the rows, kept aside, better than one.
+        let (train, aside) = (part(&|i| i % 5 != 4), part(&|i| i % 5 == 4));
+        let train_counts = PairCounts::of(&train);
+        let score = |components| {
+            let mixture = Mixture::fit(&train, &aside, &train_counts, how(components));
+            mixture.mean_log_likelihood(&aside)
+        };
+        let trees = if self.rows.len() >= 100 && score(3) > score(1) {
+            3
+        } else {
+            1
+        };
+        self.learned = Some(Learned {
+            mixture: Mixture::fit(&all, &all, &counts, how(trees)),
+            components,
+        });
+    }
+
+    /// Components that a VM in this context will have or get, besides those present, likeliest
+    /// first; those under one in a thousand are left out.
+    pub fn rank(&self, context: &Context, present: &[&str]) -> Vec<(Arc<str>, f64)> {
+        let mut ids: Vec<u16> = present
+            .iter()
+            .filter_map(|name| self.components.get(name))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let row = Row {
+            profile: self.profiles.get(&context.profile),
+            owner: self.owners.get(&context.owner),
+            hour: context.hour(),
+            weekend: context.weekend(),
+            class: context.class(),
+            components: ids,
+        };
+        let by_tree = self.by_mixture(&row);
+        let by_count = self.by_counts(&row);
+        let share = self.mixture_share();
+        let mut ranked: Vec<(Arc<str>, f64)> = (0..self.components.len() as u16)
+            .filter(|id| row.components.binary_search(id).is_err())
+            .filter_map(|id| {
+                let name = self.components.name(id)?;
+                let counted = by_count[usize::from(id)];
+                let p = match by_tree.get(&id) {
+                    Some(p) => share * p + (1.0 - share) * counted,
+                    None => counted,
+                };
+                (p >= 1e-3).then(|| (name.clone(), p))
+            })
+            .collect();
+        ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        ranked
+    }
+
+    /// Launches observed.
+    pub fn observed(&self) -> u64 {
+        self.observed
+    }
+
+    /// Share of the mixture of trees in the forecast, the rest being counts.
+    pub fn mixture_share(&self) -> f64 {
+        if self.learned.is_none() {
+            return 0.0;
+        }
+        1.0 / (1.0 + (self.losses[0] - self.losses[1]).clamp(-30.0, 30.0).exp())
+    }
+
+    /// What the mixture depends on: the parent of each variable in its first tree, by name, for
+    /// people who ask why.
+    pub fn structure(&self) -> Vec<(String, String)> {
+        let Some(learned) = &self.learned else {
+            return Vec::new();
+        };
+        let name = |v: usize| match v {
+            0 => "profile".to_owned(),
+            1 => "owner".to_owned(),
+            2 => "hour".to_owned(),
+            3 => "day type".to_owned(),
+            4 => "resource class".to_owned(),
+            _ => learned
+                .components
+                .get(v - CONTEXT)
+                .and_then(|id| self.components.name(*id))
+                .map_or_else(|| "?".to_owned(), ToString::to_string),
+        };
+        learned
+            .mixture
+            .edges()
+            .map(|(child, parent)| (name(child), name(parent)))
+            .collect()
+    }
+
+    fn schema(&self, components: usize) -> Schema {
+        let context = [
+            self.profiles.len() + 1,
+            self.owners.len() + 1,
+            HOURS,
+            2,
+            CLASSES,
+        ];
+        Schema::new(
+            context
+                .into_iter()
+                .chain(std::iter::repeat_n(2, components)),
+        )
+    }
+
+    /// Frees names that no remembered launch uses.
+    fn forget_unused(&mut self) {
+        let mut used = [vec![], vec![], vec![]];
+        for row in &self.rows {
+            used[0].extend(&row.components);
+            used[1].extend(row.profile);
+            used[2].extend(row.owner);
+        }
+        for list in &mut used {
+            list.sort_unstable();
+            list.dedup();
+        }
+        let has = |list: &[u16], id: u16| list.binary_search(&id).is_ok();
+        self.components.keep(|id| has(&used[0], id));
+        self.profiles.keep(|id| has(&used[1], id));
+        self.owners.keep(|id| has(&used[2], id));
+        self.by_profile.retain(|id, _| has(&used[1], *id));
+        for tally in self.by_profile.values_mut().chain([&mut self.all]) {
+            tally.components.retain(|id, _| has(&used[0], *id));
+        }
+    }
+
+    /// Lets both forecasts predict a launch from its context, and remembers how well they did.
+    fn judge(&mut self, row: &Row) {
+        if self.learned.is_none() {
+            return;
+        }
+        let context_only = Row {
+            components: Vec::new(),
+            ..row.clone()
+        };
+        let by_tree = self.by_mixture(&context_only);
+        let by_count = self.by_counts(&context_only);
+        let loss = |p: f64, present: bool| {
+            let p = p.clamp(1e-3, 1.0 - 1e-3);
+            -if present { p } else { 1.0 - p }.ln()
+        };
+        let mut sums = [0.0; 2];
+        for (id, p) in &by_tree {
+            let present = row.components.binary_search(id).is_ok();
+            sums[0] += loss(*p, present);
+            sums[1] += loss(by_count[usize::from(*id)], present);
+        }
+        for (total, sum) in self.losses.iter_mut().zip(sums) {
+            *total = *total * 0.98 + sum;
+        }
+    }
+
+    /// Decayed counts: the profile's own, shrunk towards everyone's.
+    fn by_counts(&self, row: &Row) -> Vec<f64> {
+        let own = row.profile.and_then(|id| self.by_profile.get(&id));
+        let prior = self.config.prior_launches;
+        (0..self.components.len() as u16)
+            .map(|id| {
+                let count = |tally: &Tally| tally.components.get(&id).copied().unwrap_or(0.0);
+                let base = (count(&self.all) + 0.1) / (self.all.weight + 1.0);
+                own.map_or(base, |own| {
+                    (count(own) + prior * base) / (own.weight + prior)
+                })
+            })
+            .collect()
+    }
+
+    /// Exact posterior of the mixture, by component.
+    fn by_mixture(&self, row: &Row) -> BTreeMap<u16, f64> {
+        let Some(learned) = &self.learned else {
+            return BTreeMap::new();
+        };
+        let schema = learned.mixture.schema();
+        let mut evidence = vec![UNKNOWN; schema.variables()];
+        let mut know = |variable: usize, value: u32| {
+            if (value as usize) < schema.card(variable) {
+                evidence[variable] = value;
+            }
+        };
+        if let Some(profile) = row.profile {
+            know(0, u32::from(profile) + 1);
+        }
+        if let Some(owner) = row.owner {
+            know(1, u32::from(owner) + 1);
+        }
+        know(2, row.hour);
+        know(3, row.weekend);
+        know(4, row.class);
+        for (i, id) in learned.components.iter().enumerate() {
+            if row.components.binary_search(id).is_ok() {
+                know(CONTEXT + i, 1);
+            }
+        }
+        let posterior = learned.mixture.posterior(&evidence);
+        learned
+            .components
+            .iter()
+            .enumerate()
+            .map(|(i, id)| (*id, posterior[learned.mixture.slot(CONTEXT + i) + 1]))
+            .collect()
+    }
+}
+
+/// A remembered launch as indicators of the schema.
+fn indicators(schema: &Schema, row: &Row, at: &BTreeMap<u16, usize>) -> Vec<u32> {
+    let context = [
+        (0, row.profile.map_or(0, |id| usize::from(id) + 1)),
+        (1, row.owner.map_or(0, |id| usize::from(id) + 1)),
+        (2, row.hour as usize),
+        (3, row.weekend as usize),
+        (4, row.class as usize),
+    ];
+    let components = row.components.iter().filter_map(|id| at.get(id));
+    context
+        .into_iter()
+        .chain(components.map(|v| (*v, 1)))
+        .filter_map(|(variable, value)| schema.indicator(variable, value))
+        .collect()
+}

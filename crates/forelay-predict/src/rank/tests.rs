@@ -1,0 +1,156 @@
+use forelay_image::PAGE_BYTES;
+
+use super::*;
+use crate::needs::{self, Context, Model};
+use crate::time::Timestamp;
+use crate::working_set::{Touch, WorkingSets};
+
+fn image(name: &str) -> Digest {
+    Digest::of(name.as_bytes())
+}
+
+fn candidate(name: &str, bytes: u64, probability: f64, until_need_s: f64, tier: Tier) -> Candidate {
+    Candidate {
+        image: image(name),
+        extent: Extent::new(0, bytes),
+        probability,
+        until_need_s,
+        tier,
+        reasons: vec![],
+    }
+}
+
+#[test]
+fn worth_is_seconds_saved_per_byte_discounted_by_time() {
+    let mib = 1 << 20;
+    let ranked = rank(
+        vec![
+            candidate("in memory", mib, 1.0, 0.0, Tier::Memory),
+            candidate("later", mib, 0.9, 6000.0, Tier::Repository),
+            candidate("unlikely", mib, 0.1, 0.0, Tier::Repository),
+            candidate("on disk", mib, 0.9, 0.0, Tier::Disk),
+            candidate("sure and soon", mib, 0.9, 1.0, Tier::Repository),
+            candidate(
+                "small, so latency dominates",
+                8192,
+                0.9,
+                1.0,
+                Tier::Repository,
+            ),
+            candidate("hostile", 0, f64::NAN, f64::NAN, Tier::Disk),
+        ],
+        &Costs::default(),
+    );
+    let order: Vec<Digest> = ranked.iter().map(|r| r.candidate.image).collect();
+    let expected = [
+        "small, so latency dominates",
+        "sure and soon",
+        "unlikely",
+        "later",
+        "on disk",
+    ];
+    assert_eq!(order[..5], expected.map(image));
+    assert!(ranked.iter().all(|r| r.score.is_finite() && r.score >= 0.0));
+    let sure = &ranked[1];
+    assert!((sure.seconds_saved - 0.9 * (0.02 + 1048576.0 / 50e6)).abs() < 1e-9);
+}
+
+#[test]
+fn a_vm_gets_its_components_and_extents_with_reasons() {
+    let mut model = Model::new(needs::Config::default());
+    let mut sets = WorkingSets::default();
+    let context = |i: i64| Context {
+        profile: "web".into(),
+        owner: "ann".into(),
+        at: Timestamp(i * 86_400_000),
+        memory_mib: 512,
+    };
+    for i in 0..42 {
+        let attached: &[&str] = if i % 2 == 0 {
+            &["debian", "nginx", "redis"]
+        } else {
+            &["debian", "nginx"]
+        };
+        model.observe(&context(i), attached.iter().copied());
+        let mut touches = vec![Touch {
+            image: image("debian"),
+            extent: Extent::new(8 * PAGE_BYTES, 4 * PAGE_BYTES),
+            first_touch_ms: 40,
+        }];
+        if i != 7 {
+            touches.push(Touch {
+                image: image("nginx"),
+                extent: Extent::new(0, PAGE_BYTES),
+                first_touch_ms: 900,
+            });
+        }
+        sets.observe("web", &[image("debian"), image("nginx")], &touches);
+    }
+    let upcoming = Subject {
+        context: context(42),
+        probability: 0.97,
+        until_s: 60.0,
+        reasons: vec![Why::Launch {
+            probability: 0.97,
+            reason: "launches every 24 h".into(),
+        }],
+        components: vec!["debian".into(), "nginx".into()],
+        running: false,
+    };
+    let running = Subject::running(context(42), vec!["debian".into(), "nginx".into()]);
+    let locate = |name: &str| {
+        Some(Located {
+            image: image(name),
+            image_bytes: 1 << 20,
+        })
+    };
+    let forecasts = forecast(
+        &[upcoming, running],
+        &model,
+        &sets,
+        &Costs::default(),
+        &locate,
+        &|_, _| Tier::Repository,
+    );
+    let [first, second] = forecasts.as_slice() else {
+        panic!("two subjects, two forecasts");
+    };
+    let names: Vec<&str> = first
+        .components
+        .iter()
+        .map(|c| c.component.as_str())
+        .collect();
+    assert_eq!(names, ["debian", "nginx", "redis"]);
+    assert!((first.components[2].probability - 0.5).abs() < 0.1);
+    assert_eq!(first.components[2].reasons.last(), Some(&Why::Untouched));
+    let nginx = first
+        .extents
+        .iter()
+        .find(|r| r.candidate.image == image("nginx"))
+        .unwrap();
+    let reasons: Vec<String> = nginx
+        .candidate
+        .reasons
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(
+        reasons,
+        [
+            "launches every 24 h, 0.97",
+            "in the profile's lock",
+            "touched in 41 of 42 launches"
+        ]
+    );
+    let names: Vec<&str> = second
+        .components
+        .iter()
+        .map(|c| c.component.as_str())
+        .collect();
+    assert_eq!(names, ["redis"], "what runs there is not forecast again");
+    assert!(
+        serde_json::to_string(&forecasts)
+            .unwrap()
+            .contains("touched")
+    );
+}
