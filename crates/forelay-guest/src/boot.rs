@@ -178,7 +178,7 @@ fn prepare_root(config: &VmConfig) {
         let _ = std::os::unix::fs::symlink(target, link);
     }
     if !config.hostname.is_empty()
-        && let Err(error) = sys::set_hostname(&config.hostname)
+        && let Err(error) = set_hostname(&config.hostname)
     {
         failures.push(format!("host name: {error}"));
     }
@@ -188,6 +188,16 @@ fn prepare_root(config: &VmConfig) {
     for failure in failures {
         console(&failure);
     }
+}
+
+/// Sets the host name, also in the file from which an image's own init would set it again.
+fn set_hostname(name: &str) -> io::Result<()> {
+    sys::set_hostname(name)?;
+    let line = format!("{name}\n");
+    if fs::read_to_string("/etc/hostname").is_ok_and(|found| found == line) {
+        return Ok(());
+    }
+    fs::write("/etc/hostname", line).map_err(context("/etc/hostname"))
 }
 
 /// Tells the host over the channel, if the channel is there already.

@@ -1,8 +1,9 @@
 //! Boots a VM from a disk with the same kernel, guest init and VMM settings that composed
 //! VMs get, and tells how long it took: what composed VMs are compared with.
 //!
-//! Usage: `boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB]`. Prints one JSON line with
-//! `ready_s`; the VM is stopped and its runtime directory removed.
+//! Usage: `boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB] [--hold]`. Prints one JSON line
+//! with `ready_s` and `guest_cached_bytes`; the VM is stopped, with `--hold` when standard
+//! input ends, and its runtime directory removed.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -28,17 +29,41 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     spec.memory_mib = rest.first().map_or(Ok(256), |text| text.parse())?;
     spec.console_log = runtime_dir.join("console.log");
     spec.runtime_dir.clone_from(&runtime_dir);
-    spec.forwards = vec![Forward {
-        host: 18_080,
-        guest: 80,
-    }];
+    let hold = rest.iter().any(|argument| argument == "--hold");
+    if !hold {
+        spec.forwards = vec![Forward {
+            host: 18_080,
+            guest: 80,
+        }];
+    }
     let asked = Instant::now();
     let handle = QemuDriver::new(std::env::temp_dir()).launch(&spec).await?;
     let ready = handle.wait_ready(LIMIT).await;
     let ready_s = asked.elapsed().as_secs_f64();
+    let meminfo = handle.exec(&["cat", "/proc/meminfo"], LIMIT).await;
+    if ready.is_ok() {
+        let cached = meminfo.map_or(0, |result| cached_bytes(&result.stdout.0));
+        println!(
+            "{{\"ready_s\": {ready_s}, \"demand_fetches\": 0, \"stall_s\": 0, \
+             \"guest_cached_bytes\": {cached}}}"
+        );
+    }
+    if hold {
+        std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    }
     handle.stop(Duration::from_secs(5)).await?;
-    let result = ready
-        .map(|_| println!("{{\"ready_s\": {ready_s}, \"demand_fetches\": 0, \"stall_s\": 0}}"));
     std::fs::remove_dir_all(&runtime_dir)?;
-    Ok(result?)
+    ready?;
+    Ok(())
+}
+
+/// Page cache of files on disk: `Cached` without what lies in tmpfs.
+fn cached_bytes(meminfo: &[u8]) -> u64 {
+    let text = String::from_utf8_lossy(meminfo);
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    (kib("Cached:").saturating_sub(kib("Shmem:")) + kib("Buffers:")) * 1024
 }

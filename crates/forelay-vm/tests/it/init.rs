@@ -5,9 +5,11 @@ use std::time::Duration;
 use forelay_guest::config::{Network, Run, VmConfig};
 use forelay_guest::protocol::Attach;
 use forelay_image::tree::Tree;
-use forelay_vm::Cause;
+use forelay_vm::{Cause, VmmDriver};
 
-use crate::fixture::{Bench, assets, directory_tree, file, sh, systemd_root};
+use crate::fixture::{
+    Bench, Guard, LIMIT, assets, directory_tree, file, sh, symlink, systemd_root,
+};
 
 #[tokio::test]
 async fn privileged_systemd_boots_to_multi_user_and_the_agent_lives_beside_it() {
@@ -26,7 +28,17 @@ async fn privileged_systemd_boots_to_multi_user_and_the_agent_lives_beside_it() 
         network: Some(Network::default()),
         ..VmConfig::default()
     };
-    let vm = bench.ready(&bench.spec(assets, &[&image], &config)).await;
+    // Without udev the console's device never shows up, and its login waits for that.
+    let mut masks = Tree::new();
+    let console = b"etc/systemd/system/serial-getty@ttyS0.service";
+    masks.insert_path(console, symlink("/dev/null")).unwrap();
+    let masks = bench.image("masks", &masks);
+    let spec = bench.spec(assets, &[&image, &masks], &config);
+    let vm = Guard(bench.driver.launch(&spec).await.unwrap());
+    if let Err(error) = vm.wait_ready(LIMIT).await {
+        let jobs = vm.exec(&["systemctl", "list-jobs"], LIMIT).await;
+        panic!("{error}\n{jobs:?}");
+    }
     let progress = vm.progress();
     println!(
         "mounted {:?}\nready   {:?}",
@@ -47,7 +59,14 @@ async fn privileged_systemd_boots_to_multi_user_and_the_agent_lives_beside_it() 
         "handed-over\n"
     );
 
-    // Files that are attached now reach what systemd starts later.
+    // Attached files reach a service that runs in a mount namespace of its own already.
+    let script = "while ! cat /opt/extra/data > /run/seen 2> /dev/null; do sleep 0.2; done";
+    let unit = format!("[Service]\nPrivateMounts=yes\nExecStart=/bin/sh -c '{script}'\n");
+    let write = format!(
+        "mkdir -p /run/systemd/system; echo \"{unit}\" > /run/systemd/system/watch.service; \
+         systemctl daemon-reload; systemctl start watch"
+    );
+    sh(&vm, &write).await;
     let mut extra = Tree::new();
     extra
         .insert_path(b"opt/extra/data", file("hot\n", 0o644))
@@ -59,9 +78,8 @@ async fn privileged_systemd_boots_to_multi_user_and_the_agent_lives_beside_it() 
         ..Attach::default()
     };
     vm.attach(&extra.device, request).await.unwrap();
-    let run = "systemd-run --quiet --wait --pipe -p PrivateTmp=yes -p PrivateMounts=yes \
-               cat /opt/extra/data";
-    assert_eq!(sh(&vm, run).await, "hot\n");
+    let seen = "while ! grep hot /run/seen; do sleep 0.2; done";
+    assert_eq!(sh(&vm, seen).await, "hot\n");
 
     let ended = vm.stop(Duration::from_secs(60)).await.unwrap();
     assert_eq!(
