@@ -435,7 +435,16 @@ pub async fn gc(config: &Config, json: bool) -> Result<()> {
     if json {
         return output::json(&report);
     }
-    println!("{report:?}");
+    println!(
+        "{} components use {} images in {} packs; {} objects deleted ({}), {} condemned: the next \
+         run after the grace period deletes them",
+        report.components,
+        report.live_images,
+        report.live_packs,
+        report.deleted,
+        bytes(report.freed_bytes),
+        report.condemned,
+    );
     Ok(())
 }
 

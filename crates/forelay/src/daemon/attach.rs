@@ -67,7 +67,11 @@ impl Host {
             );
             self.note_attached(&instance, &component, record).await;
             // What came as a dependency stays, too, when what needed it is detached.
-            if manifest.components.iter().all(|one| one.name != component.name) {
+            if manifest
+                .components
+                .iter()
+                .all(|one| one.name != component.name)
+            {
                 manifest.components.push(NameRange {
                     name: component.name.clone(),
                     range: String::new(),

@@ -197,8 +197,10 @@ fn corrupt(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str]) 
         let said = launch(name, &format!("[{name:?}]"), &[]);
         assert!(said.contains(&format!("component {name} 1")), "{said}");
         assert_eq!(host.vm(name)["state"], "failed");
+        let pack = packs[0].file_name().unwrap().to_str().unwrap();
         let said = host.run(["verify"]);
         assert_eq!(said.code, Some(1), "{}{}", said.stdout, said.stderr);
+        assert!(said.stdout.contains(pack), "{}", said.stdout);
         replace(&packs[0], &sound);
     }
 }

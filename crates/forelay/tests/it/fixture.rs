@@ -307,7 +307,8 @@ impl Host {
     pub fn refused<I: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = I>) -> String {
         let ran = self.run(arguments);
         assert_eq!(ran.code, Some(1), "{}{}", ran.stdout, ran.stderr);
-        assert!(ran.stderr.starts_with("error: "), "{}", ran.stderr);
+        let told = ran.stderr.lines().any(|line| line.starts_with("error: "));
+        assert!(told && !ran.stderr.contains("panicked"), "{}", ran.stderr);
         ran.stderr
     }
 
