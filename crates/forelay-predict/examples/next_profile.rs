@@ -59,7 +59,7 @@ impl Simple {
 
     fn observe(&mut self, profile: u32) {
         self.launches += 1;
-        let mut count = |counts: &mut Counts| {
+        let count = |counts: &mut Counts| {
             let entry = counts.entry(profile).or_default();
             *entry = (entry.0 + 1, self.launches);
         };

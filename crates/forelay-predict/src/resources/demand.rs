@@ -1,12 +1,14 @@
 //! Memory demand of VMs and of the host, as quantiles some minutes ahead.
 //!
 //! Per VM: a centre (the last sample, a quick or a slow mean, whichever erred least lately) and a
-//! scale (its usual change). Per profile and horizon: how far reality lay from the centre, in
-//! scales, as a sketch. A VM's distribution is its centre plus those deviations; the host's is the
-//! sum over VMs taken as independent, by convolution.
+//! scale (its usual change), and a sketch of all it used. Per profile and horizon: how far reality
+//! lay from the centre, in scales, as a sketch. A VM's quantiles lie between its centre plus those
+//! deviations and its own past quantiles, nearer to whichever lost less for the profile at that
+//! horizon (soon the former, an hour ahead the latter); the host's distribution is the sum over VMs
+//! taken as independent, by convolution.
 //!
-//! Invariant: state per VM is fixed, state per profile is three pairs of sketches and one more;
-//! quantiles do not decrease in q.
+//! Invariant: state per VM and per profile is bounded by the size of a sketch; quantiles do not
+//! decrease in q.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -100,8 +102,23 @@ pub struct Demand {
 struct Profile {
     /// Per horizon: deviations below and above the centre.
     deviations: [(Sketch, Sketch); HORIZONS_MS.len()],
+    /// Per horizon and [`JUDGED`] quantile: decayed pinball losses by (deviations, own past).
+    losses: [[[f64; 2]; JUDGED.len()]; HORIZONS_MS.len()],
     /// Memory in use, over all samples: what a new VM will use.
     use_bytes: Sketch,
+}
+
+/// The quantiles by which deviations and own past are compared.
+const JUDGED: [f64; 3] = [0.5, 0.9, 0.99];
+
+/// A forecast that waits for the truth.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    due: Timestamp,
+    centre: f64,
+    scale: f64,
+    /// [`JUDGED`] quantiles by deviations and by own past, once both are known.
+    quantiles: Option<[[f64; JUDGED.len()]; 2]>,
 }
 
 #[derive(Clone, Debug)]
@@ -114,8 +131,86 @@ struct Vm {
     scale: f64,
     /// Decayed absolute errors of (last, quick mean, slow mean).
     errors: [f64; 3],
-    /// The outstanding forecast of each horizon: when due, centre, scale.
-    pending: [Option<(Timestamp, f64, f64)>; HORIZONS_MS.len()],
+    own: Sketch,
+    /// The outstanding forecast of each horizon.
+    pending: [Option<Pending>; HORIZONS_MS.len()],
+}
+
+impl Profile {
+    /// Centre plus the deviations of this profile's VMs, if enough of them are known.
+    fn by_deviation(&self, slot: usize, vm: &Vm, q: f64) -> Option<f64> {
+        let (below, above) = &self.deviations[slot];
+        let total = below.weight() + above.weight();
+        if total < 8.0 {
+            return None;
+        }
+        let share = below.weight() / total;
+        let deviation = if q < share {
+            -below.quantile(1.0 - q / share).unwrap_or(0.0)
+        } else {
+            let within = (q - share) / (1.0 - share).max(1e-9);
+            above.quantile(within).unwrap_or(0.0)
+        };
+        Some(vm.centre() + deviation / UNIT * vm.scale())
+    }
+
+    /// How much of a quantile is the VM's own past, 0 to 1.
+    fn own_share(&self, slot: usize, q: f64) -> f64 {
+        let nearest = match q {
+            q if q < 0.75 => 0,
+            q if q < 0.95 => 1,
+            _ => 2,
+        };
+        let [changed, own] = self.losses[slot][nearest].map(|loss| loss.powi(4));
+        if changed + own > 0.0 {
+            changed / (changed + own)
+        } else {
+            0.0
+        }
+    }
+
+    fn both(&self, slot: usize, vm: &Vm) -> Option<[[f64; JUDGED.len()]; 2]> {
+        let mut quantiles = [[0.0; JUDGED.len()]; 2];
+        for (i, q) in JUDGED.into_iter().enumerate() {
+            quantiles[0][i] = self.by_deviation(slot, vm, q)?;
+            quantiles[1][i] = vm.own.quantile(q)?;
+        }
+        Some(quantiles)
+    }
+
+    /// Learns from the truth of a pending forecast.
+    fn settle(&mut self, slot: usize, pending: &Pending, truth: f64) {
+        if let Some(quantiles) = pending.quantiles {
+            for (i, q) in JUDGED.into_iter().enumerate() {
+                for (loss, forecasts) in self.losses[slot][i].iter_mut().zip(&quantiles) {
+                    let lost = pinball(q, forecasts[i], truth) / truth.max(1.0);
+                    *loss = *loss * 0.9995 + lost;
+                }
+            }
+        }
+        let deviation = (truth - pending.centre) / pending.scale * UNIT;
+        let (below, above) = &mut self.deviations[slot];
+        let side = if deviation < 0.0 {
+            &mut *below
+        } else {
+            &mut *above
+        };
+        side.add(deviation.abs(), 1.0);
+        if below.weight() + above.weight() > 2.0 * DECAY_EVERY {
+            below.decay(0.5);
+            above.decay(0.5);
+        }
+    }
+}
+
+/// Loss of a quantile forecast.
+fn pinball(q: f64, forecast: f64, truth: f64) -> f64 {
+    let miss = truth - forecast;
+    if miss >= 0.0 {
+        q * miss
+    } else {
+        (q - 1.0) * miss
+    }
 }
 
 impl Vm {
@@ -166,6 +261,7 @@ impl Demand {
                 means: [memory_bytes; 2],
                 scale: memory_bytes * 0.05,
                 errors: [0.0; 3],
+                own: Sketch::new(),
                 pending: [None; HORIZONS_MS.len()],
             };
             self.vms.insert(vm, state);
@@ -183,34 +279,25 @@ impl Demand {
         state.means[1] += 0.03 * (memory_bytes - state.means[1]);
         state.last = memory_bytes;
         state.last_at = at;
-        let (centre, scale) = (state.centre(), state.scale());
-        for ((pending, horizon), (below, above)) in state
-            .pending
-            .iter_mut()
-            .zip(HORIZONS_MS)
-            .zip(&mut stats.deviations)
-        {
-            if let Some((due, centre, scale)) = *pending
-                && at >= due
+        state.own.add(memory_bytes, 1.0);
+        fade(&mut state.own);
+        for (slot, horizon) in HORIZONS_MS.into_iter().enumerate() {
+            if let Some(pending) = state.pending[slot]
+                && at >= pending.due
             {
                 // Far too late a sample says nothing about this horizon.
-                if at.ms_since(due) <= horizon {
-                    let deviation = (memory_bytes - centre) / scale * UNIT;
-                    let side = if deviation < 0.0 {
-                        &mut *below
-                    } else {
-                        &mut *above
-                    };
-                    side.add(deviation.abs(), 1.0);
-                    if below.weight() + above.weight() > 2.0 * DECAY_EVERY {
-                        below.decay(0.5);
-                        above.decay(0.5);
-                    }
+                if at.ms_since(pending.due) <= horizon {
+                    stats.settle(slot, &pending, memory_bytes);
                 }
-                *pending = None;
+                state.pending[slot] = None;
             }
-            if pending.is_none() {
-                *pending = Some((at.plus_ms(horizon), centre, scale));
+            if state.pending[slot].is_none() {
+                state.pending[slot] = Some(Pending {
+                    due: at.plus_ms(horizon),
+                    centre: state.centre(),
+                    scale: state.scale(),
+                    quantiles: stats.both(slot, state),
+                });
             }
         }
     }
@@ -228,29 +315,17 @@ impl Demand {
     /// Memory that a running VM will use `horizon_ms` from now.
     pub fn vm(&self, vm: u64, horizon_ms: i64) -> Option<Distribution> {
         let state = self.vms.get(&vm)?;
-        let (centre, scale) = (state.centre(), state.scale());
         let slot = HORIZONS_MS.iter().position(|h| *h >= horizon_ms);
         let slot = slot.unwrap_or(HORIZONS_MS.len() - 1);
-        let (below, above) = &self.profiles.get(&state.profile)?.deviations[slot];
-        let (n_below, n_above) = (below.weight(), above.weight());
-        let total = n_below + n_above;
-        if total < 8.0 {
-            // Too little is known: a few scales either way.
-            let spread = (0..POINTS).map(|i| (i as f64 + 0.5) / POINTS as f64 * 8.0 - 4.0);
-            let points = spread.map(|d| (centre + d * scale).max(0.0));
-            return Some(Distribution(points.collect()));
-        }
-        let share = n_below / total;
+        let stats = self.profiles.get(&state.profile)?;
         let at = |i: usize| {
             let q = (i as f64 + 0.5) / POINTS as f64;
-            let deviation = if q < share {
-                -below.quantile(1.0 - q / share).unwrap_or(0.0)
-            } else {
-                above
-                    .quantile((q - share) / (1.0 - share).max(1e-9))
-                    .unwrap_or(0.0)
-            };
-            (centre + deviation / UNIT * scale).max(0.0)
+            let changed = stats.by_deviation(slot, state, q).unwrap_or_else(|| {
+                // Too little is known: a few scales either way.
+                state.centre() + (8.0 * q - 4.0) * state.scale()
+            });
+            let own = state.own.quantile(q).unwrap_or(changed);
+            (changed + stats.own_share(slot, q) * (own - changed)).max(0.0)
         };
         Some(Distribution::from_points((0..POINTS).map(at).collect()))
     }
@@ -284,16 +359,6 @@ fn fade(sketch: &mut Sketch) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Loss of a quantile forecast.
-    fn pinball(q: f64, forecast: f64, truth: f64) -> f64 {
-        let miss = truth - forecast;
-        if miss >= 0.0 {
-            q * miss
-        } else {
-            (q - 1.0) * miss
-        }
-    }
 
     #[test]
     fn sums_of_independent_demands_have_the_right_mean_and_width() {
