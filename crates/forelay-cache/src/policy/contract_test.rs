@@ -9,6 +9,7 @@ use super::lfu::Lfu;
 use super::lru::Lru;
 use super::min::{Min, cold_bound};
 use super::s3_fifo::S3Fifo;
+use super::trees::FitSettings;
 use super::{Policy, Request};
 
 fn all(capacity_bytes: u64, requests: &[Request]) -> Vec<Box<dyn Policy>> {
@@ -25,12 +26,18 @@ fn all(capacity_bytes: u64, requests: &[Request]) -> Vec<Box<dyn Policy>> {
 
 /// Learns within the few requests of a test.
 fn quick() -> ForecastConfig {
+    let config = ForecastConfig::default();
     ForecastConfig {
+        fit: FitSettings {
+            trees: 6,
+            depth: 3,
+            ..config.fit
+        },
         half_life_ms: 10_000,
         window_ms: 60_000,
         first_fit_samples: 40,
         refit_samples: 40,
-        ..ForecastConfig::default()
+        ..config
     }
 }
 

@@ -438,11 +438,16 @@ mod tests {
     }
 
     fn config() -> ForecastConfig {
+        let config = ForecastConfig::default();
         ForecastConfig {
+            fit: FitSettings {
+                trees: 20,
+                ..config.fit
+            },
             half_life_ms: 600_000,
             window_ms: 3_600_000,
             first_fit_samples: 1_000,
-            ..ForecastConfig::default()
+            ..config
         }
     }
 
