@@ -123,9 +123,8 @@ impl Host {
 
     /// Adds a line to the `[memory]` section of the configuration.
     pub fn configure_memory(&self, line: &str) -> Result<()> {
-        let mut text = std::fs::read_to_string(&self.config)?;
-        text.push_str(line);
-        text.push('\n');
+        let text = std::fs::read_to_string(&self.config)?;
+        let text = text.replace("[memory]\n", &format!("[memory]\n{line}\n"));
         Ok(std::fs::write(&self.config, text)?)
     }
 

@@ -275,7 +275,7 @@ impl Bench {
 }
 
 /// The replay's input: the files, then each touched page in first-touch order.
-fn touch_list(touches: &[Value], devices: &[Value]) -> Result<String> {
+pub(super) fn touch_list(touches: &[Value], devices: &[Value]) -> Result<String> {
     const PAGE_BYTES: u64 = 4096;
     let mut text = String::new();
     for device in devices {
@@ -302,7 +302,7 @@ fn run_quiet(command: &mut Command) -> Result<()> {
 
 /// Mounts the composed image from its files and copies the tree into an ext4 image.
 /// Arguments: directory with `map.img`, `1.img`, `2.img`...; the image to make.
-const MAKE_EXT4: &str = r#"
+pub(super) const MAKE_EXT4: &str = r#"
 devices=
 options=ro
 loops=

@@ -3,6 +3,7 @@
 
 mod burst;
 mod launch;
+mod memory;
 mod pressure;
 mod statistics;
 
@@ -21,6 +22,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
     std::fs::create_dir_all(out.parent().context("the output has a directory")?)?;
     match name {
         "launch" => launch::run_bench(&out)?,
+        "memory" => memory::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
         "burst" => burst::run_bench(&out)?,
         "policy" => example("forelay-cache", "bench_policy", &out, arguments)?,

@@ -1,0 +1,446 @@
+//! `bench memory`: what additional VMs cost, next to the same VMs on virtio-blk, and
+//! whether the figures of the daemon are the kernel's.
+//!
+//! Twenty images of common runtimes; twelve of them run as real VMs, two hundred native
+//! mappers of recorded touches stand in beyond that. Image content is what lies in the
+//! host's memory of component images and map images; on virtio-blk it is the guests' page
+//! caches and the host's cache of the backing files.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::launch::{MAKE_EXT4, touch_list};
+use super::statistics::median;
+use crate::cgroup::MemoryCgroup;
+use crate::host::{self, Host, Settings};
+use crate::process::{output, run, target_dir};
+use crate::{demo, pages, prerequisites};
+
+const IMAGES: usize = 20;
+const VMS: usize = 12;
+const MAPPERS: usize = 200;
+/// How many of the images are also booted from qcow2 files.
+const DISKS: usize = 3;
+const MEMORY_MIB: u64 = 192;
+const LIMIT_BYTES: u64 = 10 << 30;
+/// Components and what a VM with one of them runs.
+const RUNTIMES: [(&str, &str); 4] = [
+    ("nginx", "nginx -v"),
+    ("redis", "redis-server --version"),
+    ("python3", "python3 -c 'import json, http.server'"),
+    ("nodejs", "node -e 1"),
+];
+
+/// Runs the benchmark and writes its figures to `out`.
+pub fn run_bench(out: &Path) -> Result<()> {
+    prerequisites::install()?;
+    let programs = host::build()?;
+    let repository = target_dir().join("demo/repository");
+    demo::build_components(&programs, &repository)?;
+    let state = target_dir().join("bench/memory-state");
+    let _ = std::fs::remove_dir_all(&state);
+    let settings = Settings {
+        repository,
+        state,
+        latency_ms: 0,
+        bandwidth_bytes_per_s: 0,
+        budget_bytes: 4 << 30,
+        prefetch: false,
+        ahead: false,
+    };
+    let cgroup = MemoryCgroup::new(LIMIT_BYTES)?;
+    let mut bench = Bench {
+        host: Host::new(&programs, &settings)?,
+        cgroup,
+        replay: super::build_example("forelay-memory", "replay")?,
+        boot_disk: super::build_example("forelay-vm", "boot_disk")?,
+    };
+    let manifests = bench.manifests()?;
+    bench.host.start_daemon_in(&bench.cgroup)?;
+    let vms = bench.vms(&manifests)?;
+    let composed = content_bytes(&bench.host, &vms[..DISKS])?;
+    let accounts = bench.accounts(&vms)?;
+    let mappers = bench.mappers()?;
+    bench.host.stop_all()?;
+    let dropped = bench.dropped()?;
+    bench.host.stop_daemon()?;
+    let on_disk = bench.on_disk(&manifests[..DISKS])?;
+    let added = |vm: &&Vm| vm.added_bytes as f64 / vm.touched_bytes.max(1) as f64;
+    let known: Vec<f64> = vms
+        .iter()
+        .filter(|vm| vm.known)
+        .map(|vm| added(&vm))
+        .collect();
+    let further = &vms[1..];
+    let sum = |of: fn(&Vm) -> u64| further.iter().map(of).sum::<u64>() as f64;
+    let errors = [&accounts["error"], &dropped["error"]].map(|one| one.as_f64().unwrap_or(1.0));
+    let document = json!({
+        "vms": VMS,
+        "images": IMAGES,
+        "native_mappers": MAPPERS,
+        "added_per_vm_ratio": median(&known),
+        "added_per_vm_ratio_max": known.iter().copied().fold(0.0, f64::max),
+        "added_per_vm_ratio_with_new_components":
+            sum(|vm| vm.added_bytes) / sum(|vm| vm.touched_bytes),
+        "ratio_to_virtio_blk": composed as f64 / on_disk["content_bytes"].as_f64().unwrap_or(0.0),
+        "accounting_error": errors[0].max(errors[1]),
+        "composed_content_bytes": composed,
+        "virtio_blk": on_disk,
+        "accounts": accounts,
+        "dropped": dropped,
+        "mappers": mappers,
+        "launches": vms.iter().map(Vm::json).collect::<Vec<_>>(),
+    });
+    super::write(out, &document)
+}
+
+struct Bench {
+    // Dropped in this order: the cgroup can go only when it is empty.
+    host: Host,
+    cgroup: MemoryCgroup,
+    replay: PathBuf,
+    boot_disk: PathBuf,
+}
+
+/// One launched VM.
+struct Vm {
+    name: String,
+    pid: u64,
+    /// Every component of it was in use before.
+    known: bool,
+    touched_bytes: u64,
+    added_bytes: u64,
+    map_bytes: u64,
+}
+
+impl Vm {
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "components_in_use_before": self.known,
+            "touched_bytes": self.touched_bytes,
+            "added_bytes": self.added_bytes,
+            "map_image_bytes": self.map_bytes,
+        })
+    }
+}
+
+/// Which runtimes image `number` has: subsets, the large ones first.
+fn runtimes(number: usize) -> Vec<usize> {
+    let subset = 15 - number % 15;
+    (0..RUNTIMES.len())
+        .filter(|bit| subset >> bit & 1 == 1)
+        .collect()
+}
+
+fn resident(host: &Host) -> Result<u64> {
+    let report = host.json(["memory"])?;
+    report["resident_bytes"]
+        .as_u64()
+        .context("memory tells what is resident")
+}
+
+/// Bytes of files in the host's page cache, by util-linux's `fincore`.
+fn cached_bytes(files: &[PathBuf]) -> Result<u64> {
+    let mut command = Command::new("fincore");
+    let text = output(
+        command
+            .args(["--bytes", "--noheadings", "--output", "RES"])
+            .args(files),
+    )?;
+    let text = String::from_utf8(text)?;
+    let sizes: Result<Vec<u64>, _> = text.lines().map(|line| line.trim().parse()).collect();
+    Ok(sizes?.into_iter().sum())
+}
+
+/// Distinct pages of component images behind some VMs, and their map images.
+fn content_bytes(host: &Host, vms: &[Vm]) -> Result<u64> {
+    let mut frames = BTreeSet::new();
+    for vm in vms {
+        frames.extend(pages::frames(vm.pid, &host.scratch().join("run/memory"))?.into_values());
+    }
+    Ok(frames.len() as u64 * 4096 + vms.iter().map(|vm| vm.map_bytes).sum::<u64>())
+}
+
+impl Bench {
+    fn manifests(&self) -> Result<Vec<PathBuf>> {
+        let mut paths = Vec::new();
+        for number in 0..IMAGES {
+            let chosen = runtimes(number);
+            let names: Vec<String> = chosen
+                .iter()
+                .map(|&one| format!("{:?}", RUNTIMES[one].0))
+                .collect();
+            let runs: Vec<&str> = chosen.iter().map(|&one| RUNTIMES[one].1).collect();
+            let script = format!("{}; touch /tmp/ready; exec sleep 100000", runs.join("; "));
+            let text = format!(
+                "name = \"image{number}\"\nowner = \"demo\"\nbase = \"debian\"\ncomponents = [{}]\n\
+                 entrypoint = [\"sh\", \"-c\", {script:?}]\nready = {{ path = \"/tmp/ready\" }}\n\
+                 [vm]\nmemory_mib = {MEMORY_MIB}\n\
+                 [files.\"/srv/own\"]\ncontent = \"file of image {number}\\n\"\n",
+                names.join(", ")
+            );
+            let path = self.host.scratch().join(format!("image{number}.toml"));
+            std::fs::write(&path, text)?;
+            paths.push(path);
+        }
+        Ok(paths)
+    }
+
+    fn vms(&self, manifests: &[PathBuf]) -> Result<Vec<Vm>> {
+        let mut vms: Vec<Vm> = Vec::new();
+        let mut seen = BTreeSet::new();
+        for (number, manifest) in manifests.iter().take(VMS).enumerate() {
+            let name = format!("image{number}");
+            let before = resident(&self.host)?;
+            let launched = self.host.launch(manifest, &name, &[])?;
+            let pid = launched["pid"].as_u64().context("a running VM has a pid")?;
+            let run = self.host.scratch().join("run");
+            let map_bytes = cached_bytes(&[run.join("vms").join(&name).join("map.img")])?;
+            let vm = Vm {
+                known: runtimes(number).iter().all(|one| seen.contains(one)),
+                touched_bytes: pages::frames(pid, &run)?.len() as u64 * 4096,
+                added_bytes: resident(&self.host)?.saturating_sub(before) + map_bytes,
+                map_bytes,
+                name,
+                pid,
+            };
+            seen.extend(runtimes(number));
+            println!(
+                "{}: touched {} KiB, added {} KiB",
+                vm.name,
+                vm.touched_bytes >> 10,
+                vm.added_bytes >> 10
+            );
+            vms.push(vm);
+        }
+        Ok(vms)
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let entries = std::fs::read_dir(self.host.scratch().join("run/memory/demo"))?;
+        entries.map(|entry| Ok(entry?.path())).collect()
+    }
+
+    /// The daemon's figures beside the kernel's: residency, and each VM's share.
+    fn accounts(&self, vms: &[Vm]) -> Result<Value> {
+        let report = self.host.json(["memory"])?;
+        let own = |name: &str| report[name].as_u64().unwrap_or(0);
+        let kernel = cached_bytes(&self.files()?)?;
+        let mut pss = 0;
+        for vm in vms {
+            pss += proportional_bytes(vm.pid, &self.host.scratch().join("run/memory"))?;
+        }
+        let (resident, charged) = (own("resident_bytes"), own("charged_bytes"));
+        let off = |own: u64, kernel: u64| (own as f64 - kernel as f64).abs() / kernel.max(1) as f64;
+        Ok(json!({
+            "resident_bytes": resident,
+            "resident_by_fincore_bytes": kernel,
+            "charged_bytes": charged,
+            "charged_by_pss_bytes": pss,
+            "unclaimed_bytes": own("unclaimed_bytes"),
+            "error": off(resident, kernel).max(off(charged, pss)),
+        }))
+    }
+
+    /// Native mappers of what the first VM touched.
+    fn mappers(&self) -> Result<Value> {
+        let map = self.host.json(["map", "image0"])?;
+        let none = Vec::new();
+        let devices = map["devices"].as_array().unwrap_or(&none);
+        let components = devices.get(1..).context("a VM has devices")?;
+        let touches = map["touches"].as_array().unwrap_or(&none);
+        let list = self.host.scratch().join("touches");
+        std::fs::write(&list, touch_list(touches, components)?)?;
+        let before = resident(&self.host)?;
+        let mut mappers = Mappers(Vec::new());
+        let mut touched_bytes = 0;
+        for _ in 0..MAPPERS {
+            let input = std::fs::File::open(&list)?;
+            let mut command = Command::new(&self.replay);
+            let mut child = command
+                .arg("--hold")
+                .stdin(input)
+                .stdout(Stdio::piped())
+                .spawn()?;
+            let answers = child.stdout.take();
+            mappers.0.push(child);
+            let mut line = String::new();
+            BufReader::new(answers.context("a mapper has an output")?).read_line(&mut line)?;
+            let answer: Value = serde_json::from_str(&line)?;
+            touched_bytes = answer["touched_bytes"].as_u64().unwrap_or(0);
+        }
+        let added = resident(&self.host)?.saturating_sub(before);
+        Ok(json!({
+            "count": MAPPERS,
+            "touched_bytes_each": touched_bytes,
+            "added_bytes_all": added,
+            "added_per_mapper_ratio": added as f64 / (MAPPERS as u64 * touched_bytes).max(1) as f64,
+        }))
+    }
+
+    /// Drops all of shared memory and looks how much each way of counting says it was.
+    /// MemAvailable counts unpinned page cache as available, so MemFree is what moves.
+    fn dropped(&self) -> Result<Value> {
+        let look = || -> Result<[u64; 4]> {
+            Ok([
+                resident(&self.host)?,
+                self.cgroup.stat("total_cache", "file")?,
+                meminfo("MemFree:")?,
+                meminfo("MemAvailable:")?,
+            ])
+        };
+        let before = look()?;
+        output(&mut self.host.forelay(["memory", "--drop-idle"]))?;
+        let after = look()?;
+        let own = before[0].saturating_sub(after[0]);
+        let cgroup = before[1].saturating_sub(after[1]);
+        Ok(json!({
+            "own_bytes": own,
+            "cgroup_bytes": cgroup,
+            "mem_free_bytes": after[2] as i64 - before[2] as i64,
+            "mem_available_bytes": after[3] as i64 - before[3] as i64,
+            "error": (own as f64 - cgroup as f64).abs() / cgroup.max(1) as f64,
+        }))
+    }
+
+    /// The same images as qcow2 overlays over ext4, all running at once.
+    fn on_disk(&self, manifests: &[PathBuf]) -> Result<Value> {
+        let dir = target_dir().join("bench/memory-disks");
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir)?;
+        let mut disks = Mappers(Vec::new());
+        let (mut guests, mut files) = (0, Vec::new());
+        for (number, manifest) in manifests.iter().enumerate() {
+            let [layout, raw, backing, overlay] =
+                ["layout", "raw", "backing.qcow2", "overlay.qcow2"]
+                    .map(|name| dir.join(format!("{number}.{name}")));
+            let mut compose = self.host.forelay(["compose", "--emit", "files", "--out"]);
+            output(compose.arg(&layout).arg(manifest))?;
+            let mut make = Command::new("unshare");
+            run(make
+                .args(["--mount", "sh", "-euc", MAKE_EXT4, "sh"])
+                .arg(&layout)
+                .arg(&raw))?;
+            let qemu_img = |arguments: &[&str]| {
+                let mut command = Command::new("qemu-img");
+                command.args(arguments);
+                command
+            };
+            output(
+                qemu_img(&["convert", "-O", "qcow2"])
+                    .arg(&raw)
+                    .arg(&backing),
+            )?;
+            std::fs::remove_file(&raw)?;
+            output(
+                qemu_img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+                    .arg(&backing)
+                    .arg(&overlay),
+            )?;
+            // What making the file left in the page cache is not the VM's.
+            run(Command::new("dd")
+                .arg(format!("of={}", backing.display()))
+                .args([
+                    "oflag=nocache",
+                    "conv=notrunc,fdatasync",
+                    "count=0",
+                    "status=none",
+                ]))?;
+            let mut command = Command::new(&self.boot_disk);
+            command
+                .arg(layout.join("vmlinuz"))
+                .arg(layout.join("initrd"))
+                .arg(&overlay);
+            command.arg(MEMORY_MIB.to_string()).arg("--hold");
+            let mut child = command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()?;
+            let answers = child.stdout.take();
+            disks.0.push(child);
+            let mut line = String::new();
+            BufReader::new(answers.context("boot_disk has an output")?).read_line(&mut line)?;
+            let answer: Value = serde_json::from_str(&line).context("boot_disk printed no JSON")?;
+            let cached = answer["guest_cached_bytes"]
+                .as_u64()
+                .context("the guest tells its cache")?;
+            println!(
+                "virtio-blk VM {number}: guest page cache {} KiB",
+                cached >> 10
+            );
+            guests += cached;
+            files.extend([backing, overlay]);
+        }
+        let host_bytes = cached_bytes(&files)?;
+        disks.let_go();
+        let _ = std::fs::remove_dir_all(&dir);
+        ensure!(guests > 0, "the guests cache nothing");
+        Ok(json!({
+            "vms": manifests.len(),
+            "guest_cache_bytes": guests,
+            "host_cache_bytes": host_bytes,
+            "content_bytes": guests + host_bytes,
+        }))
+    }
+}
+
+fn meminfo(name: &str) -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let kib: u64 = line
+        .and_then(|line| line.split_whitespace().next())
+        .context("meminfo lacks a line")?
+        .parse()?;
+    Ok(kib * 1024)
+}
+
+/// The kernel's proportional set size of a process's mappings of files below `dir`.
+fn proportional_bytes(pid: u64, dir: &Path) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut inside, mut bytes) = (false, 0);
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if !first.ends_with(':') {
+            inside = words
+                .nth(4)
+                .is_some_and(|path| Path::new(path).starts_with(dir));
+        } else if inside && first == "Pss:" {
+            let kib: u64 = words.next().context("malformed line in smaps")?.parse()?;
+            bytes += kib * 1024;
+        }
+    }
+    Ok(bytes)
+}
+
+/// Processes that end with this.
+struct Mappers(Vec<Child>);
+
+impl Mappers {
+    /// Ends those that wait for their input's end by that.
+    fn let_go(&mut self) {
+        for child in &mut self.0 {
+            if let Some(mut input) = child.stdin.take() {
+                let _ = input.flush();
+                drop(input);
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+impl Drop for Mappers {
+    fn drop(&mut self) {
+        self.let_go();
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
