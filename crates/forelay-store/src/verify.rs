@@ -58,6 +58,8 @@ impl Store {
     ) -> Result<VerifyReport, StoreError> {
         let mut report = VerifyReport::default();
         let mut indexes: HashMap<Digest, PackIndex> = HashMap::new();
+        // Components first: what is published meanwhile is looked at by a later run.
+        let components = self.0.repository.list(layout::COMPONENTS).await?;
         let listed = self.0.repository.list(layout::PACKS).await?;
         let packs: Vec<Digest> = listed
             .iter()
@@ -71,7 +73,7 @@ impl Store {
             report.progress.packs += 1;
             progress(report.progress);
         }
-        for object in self.0.repository.list(layout::COMPONENTS).await? {
+        for object in components {
             let problem = match layout::digest_in(&object.key, layout::COMPONENTS, ".json") {
                 Some(id) => self.verify_component(id, &indexes).await.err(),
                 None => Some("its name is not that of a component".to_owned()),
