@@ -1,3 +1,5 @@
+//! Tests of the module above.
+
 use forelay_image::PAGE_BYTES;
 
 use super::*;
