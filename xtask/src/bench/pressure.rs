@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -25,9 +25,9 @@ const VMS: usize = 3;
 const LIMIT_MIB: u64 = 2048;
 /// Room in the cgroup below which memory is critical; twice that is safe.
 const CRITICAL_MIB: u64 = 96;
-const STEP_MIB: u64 = 32;
-/// The hog stops when this much was asked of the pool.
-const STEPS_AT_CRITICAL: usize = 12;
+const STEP_MIB: u64 = 24;
+/// The hog stops after so many steps that made the pool give something back.
+const STEPS_AT_CRITICAL: usize = 5;
 const MIB: u64 = 1 << 20;
 
 /// The files that the guests hash, over and over.
@@ -104,8 +104,8 @@ impl Bench {
             self.host.launch(manifest, name, &["--prefetch", "none"])?;
         }
         // Something to give back: all of the components that other profiles would use.
-        for profile in ["python", "node"] {
-            let manifest = demo::manifest(profile);
+        let others = ["python", "node", "cache"].map(demo::manifest);
+        for manifest in others.iter().map(PathBuf::as_path).chain([manifest]) {
             let mut command = self
                 .host
                 .forelay(["prefetch", "--wait", "--mode", "everything"]);

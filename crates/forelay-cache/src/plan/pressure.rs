@@ -75,15 +75,18 @@ impl Planner {
         true
     }
 
-    /// Gives back what is beyond the budget; mapped extents too if nothing else is left
-    /// and the rule allows it.
+    /// Gives back what is beyond the cap; mapped extents too if nothing else is left and
+    /// the rule allows it. The adapted budget only bounds prefetching: after a shortage it
+    /// is near what the pool holds, and evicting for each demand fetch would be thrash.
     pub(super) fn shrink_to_budget(
         &mut self,
         table: &MappingTable,
         now_ms: i64,
         actions: &mut Vec<Action>,
     ) {
-        let excess = table.resident_bytes().saturating_sub(self.budget_bytes);
+        let excess = table
+            .resident_bytes()
+            .saturating_sub(self.config.budget_bytes);
         let needed = excess.saturating_sub(self.leaving_bytes());
         if needed > 0 {
             let evicted = self.evict_worst(table, needed, now_ms, actions);
