@@ -48,7 +48,7 @@ impl Default for Config {
             keep_alive_min: 10.0,
             reference_price_per_min: 0.01,
             tick_min: 1.0 / 6.0,
-            tick_growth: 0.1,
+            tick_growth: 0.15,
             gap_decay: 0.9,
             share: 0.05,
             pool_strength: 2.0,

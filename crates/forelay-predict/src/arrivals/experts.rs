@@ -206,6 +206,9 @@ pub(crate) fn recurring(record: &Record, cycle_min: f64, tolerance_min: f64) -> 
     cluster(offsets, oldest / cycle_min + 1.0, tolerance_min)
 }
 
+/// Most moments of a cycle that are told apart.
+const MOST_MOMENTS: usize = 8;
+
 fn cluster(offsets: &[f64], cycles: f64, tolerance_min: f64) -> Vec<Candidate> {
     let mut candidates = Vec::with_capacity(8);
     let mut left = 1.0;
@@ -224,6 +227,9 @@ fn cluster(offsets: &[f64], cycles: f64, tolerance_min: f64) -> Vec<Candidate> {
         });
         left *= 1.0 - share;
         start = end;
+        if candidates.len() == MOST_MOMENTS || left < 0.02 {
+            break;
+        }
     }
     let sum: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
     if sum < 0.05 {

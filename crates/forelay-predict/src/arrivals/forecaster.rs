@@ -324,30 +324,33 @@ impl Forecaster {
         self.owners[owner.0 as usize].learn_gap(gap_min);
     }
 
-    /// Opens the announcements that a launch makes.
+    /// Opens the announcements that a launch makes, and drops those that never come true.
     fn announce(&mut self, source: usize, at: Timestamp) {
-        for position in 0..self.records[source].successors.len() {
-            let successor = self.records[source].successors[position] as usize;
-            if self.records[successor].last >= at {
+        let mut position = 0;
+        while let Some(&successor) = self.records[source].successors.get(position) {
+            position += 1;
+            let record = &mut self.records[successor as usize];
+            let Some(index) = record
+                .slots
+                .iter()
+                .position(|slot| slot.source as usize == source)
+            else {
+                continue;
+            };
+            if record.last >= at {
                 continue;
             }
-            let open = |record: &Record| {
-                record
-                    .slots
-                    .iter()
-                    .any(|slot| slot.source as usize == source && slot.open_since.is_some())
-            };
-            if open(&self.records[successor]) {
+            let open = record.slots[index].open_since.is_some();
+            if open {
                 // Its past must be settled before the announcement moves.
-                self.settle(ProfileKey(successor as u32), at, false, |_| {});
+                self.settle(ProfileKey(successor), at, false, |_| {});
             }
-            let record = &mut self.records[successor];
-            if let Some(slot) = record
-                .slots
-                .iter_mut()
-                .find(|slot| slot.source as usize == source)
-            {
-                slot.open(at, &mut self.credence);
+            let slots = &mut self.records[successor as usize].slots;
+            slots[index].open(at, &mut self.credence);
+            if slots[index].is_useless() {
+                slots.swap_remove(index);
+                position -= 1;
+                self.records[source].successors.swap_remove(position);
             }
         }
     }

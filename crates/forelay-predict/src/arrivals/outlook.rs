@@ -226,18 +226,13 @@ impl Outlook {
 
     /// How long a stretch of time may be treated as one, at `elapsed_min`.
     pub(crate) fn stretch_min(&self, elapsed_min: f64, config: &Config) -> f64 {
-        let next = self
-            .atoms
-            .partition_point(|atom| f64::from(atom.centre_min) < elapsed_min);
-        let mut distance = f64::MAX;
-        if let Some(atom) = self.atoms.get(next) {
-            distance = distance.min(f64::from(atom.centre_min) - elapsed_min);
-        }
-        if let Some(atom) = next.checked_sub(1).and_then(|i| self.atoms.get(i)) {
-            distance = distance.min(elapsed_min - f64::from(atom.centre_min));
-        }
         let longest = (config.tick_growth * elapsed_min).max(config.tick_min);
-        (0.3 * distance).clamp(config.tick_min, longest)
+        // Fine where the hazard changes quickly: near a candidate, as far as its blur demands.
+        let fine = self.atoms.iter().fold(longest, |finest, atom| {
+            let distance = (f64::from(atom.centre_min) - elapsed_min).abs();
+            finest.min((0.3 * distance).max(0.5 * f64::from(atom.blur_min)))
+        });
+        fine.clamp(config.tick_min, longest)
     }
 
     /// True until the first launch has been seen.

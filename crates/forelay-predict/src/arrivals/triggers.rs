@@ -19,6 +19,8 @@ pub(crate) const SUCCESSORS: usize = 10;
 /// Candidates looked at, and taken, per launch.
 const EXAMINED: usize = 4;
 const TAKEN: usize = 2;
+/// An announcement less likely than this to come true is not listened to.
+pub(crate) const LEAST_PROBABILITY: f64 = 0.05;
 const SHORTEST_LAG_MIN: f64 = 0.002;
 const PRIOR_TRIALS: f32 = 1.5;
 
@@ -115,6 +117,11 @@ impl Slot {
         let probability = self.probability();
         let by = self.fraction_by(since_min);
         probability * (1.0 - by) / (1.0 - probability * by).max(1.0e-9)
+    }
+
+    /// True once it has been given its chances and almost never came true.
+    pub(crate) fn is_useless(&self) -> bool {
+        self.trials >= 6.0 && self.probability() < LEAST_PROBABILITY
     }
 
     fn worth(&self) -> f64 {

@@ -7,7 +7,7 @@
 use super::config::Config;
 use super::hazard_scale::{HazardScale, Kind, Site};
 use super::record::Record;
-use super::triggers::Slot;
+use super::triggers::{LEAST_PROBABILITY, Slot};
 use crate::time::Timestamp;
 
 /// A stretch of time over which the hazard is treated as constant, decided about at its start.
@@ -54,7 +54,7 @@ pub(crate) fn strongest(record: &Record, at: Timestamp, config: &Config) -> Opti
         };
         if since_min < config.trigger_window_min {
             let still = slot.still(since_min);
-            if still > best.map_or(0.02, |(_, _, value)| value) {
+            if still > best.map_or(LEAST_PROBABILITY, |(_, _, value)| value) {
                 best = Some((index, since_min, still));
             }
         }
