@@ -17,13 +17,16 @@
 //! - the size is bounded by [`Limits`], whatever is appended;
 //! - a database that is corrupt, of another program or of a later schema is refused untouched.
 
+mod append;
 mod codec;
 mod csv;
+mod names;
 mod query;
 mod replay;
 mod rollup;
 mod schema;
 mod sqlite;
+mod working_sets;
 
 use async_trait::async_trait;
 use forelay_image::Digest;

@@ -4,7 +4,7 @@ use forelay_predict::time::Timestamp;
 use serde::{Deserialize, Serialize};
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
-use super::sqlite::{PROFILE_TABLES, raw_tables};
+use super::append::{PROFILE_TABLES, raw_tables};
 use super::{HistorySize, ProfileRef, SqliteHistory};
 
 /// One launch and what it cost.

@@ -10,9 +10,9 @@ use forelay_predict::time::{DAY_MS, Timestamp};
 use forelay_predict::working_set::WorkingSet;
 use sqlx::{Row, SqliteConnection};
 
+use super::append::raw_tables;
 use super::codec::{Times, decode_members};
-use super::rollup::{components, touches_of};
-use super::sqlite::raw_tables;
+use super::working_sets::{components, touches_of};
 use super::{ComponentRef, ProfileRef, Replayed, ResourceSample, Sink, SqliteHistory};
 
 /// Names behind the ids of the database.

@@ -3,25 +3,23 @@
 //! One connection pool reads; writes go through one mutex that also holds the cache of ids, so
 //! that a transaction never waits for another of this process.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use forelay_image::Digest;
 use forelay_predict::time::Timestamp;
 use sqlx::sqlite::{
     SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
 };
-use sqlx::{Connection, QueryBuilder, Row, Sqlite, SqliteConnection};
+use sqlx::{Connection, Row, SqliteConnection};
 use tokio::sync::Mutex;
 
-use super::codec::{TouchedImage, encode_members, encode_touches};
+use super::names::Names;
 use super::schema::{APPLICATION_ID, STEPS};
 use super::{
-    Appended, ComponentRef, Event, History, HistoryError, HistorySize, LaunchRecord, Limits,
-    ProfileRef, ProfileSummary, Replayed, RolledUp, Sink, What,
+    Appended, Event, History, HistoryError, HistorySize, LaunchRecord, Limits, ProfileRef,
+    ProfileSummary, Replayed, RolledUp, Sink,
 };
 
 /// What to do with a corrupt database.
@@ -49,115 +47,6 @@ pub struct SqliteHistory {
     pub(super) writer: Mutex<Names>,
     pub(super) limits: Limits,
     path: PathBuf,
-}
-
-/// Ids of names, cached. Bounded: cleared when it grows past [`Names::MAX`].
-#[derive(Default)]
-pub(super) struct Names {
-    profiles: HashMap<ProfileRef, i64>,
-    components: HashMap<Digest, i64>,
-    compositions: HashMap<Vec<u8>, i64>,
-}
-
-impl Names {
-    const MAX: usize = 100_000;
-
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
-    }
-
-    fn bound(&mut self) {
-        let len = self.profiles.len() + self.components.len() + self.compositions.len();
-        if len > Self::MAX {
-            self.clear();
-        }
-    }
-
-    async fn profile(
-        &mut self,
-        db: &mut SqliteConnection,
-        of: &ProfileRef,
-    ) -> Result<i64, sqlx::Error> {
-        if let Some(id) = self.profiles.get(of) {
-            return Ok(*id);
-        }
-        let row = sqlx::query(
-            "INSERT INTO profile (name, owner) VALUES (?, ?)
-             ON CONFLICT (owner, name) DO UPDATE SET name = name RETURNING id",
-        )
-        .bind(&of.profile)
-        .bind(&of.owner)
-        .fetch_one(db)
-        .await?;
-        let id = row.try_get(0)?;
-        self.profiles.insert(of.clone(), id);
-        Ok(id)
-    }
-
-    /// The id of an image; an empty name leaves a known name as it is.
-    async fn component(
-        &mut self,
-        db: &mut SqliteConnection,
-        image: &Digest,
-        name: &str,
-    ) -> Result<i64, sqlx::Error> {
-        if let Some(id) = self.components.get(image) {
-            return Ok(*id);
-        }
-        let row = sqlx::query(
-            "INSERT INTO component (image, name) VALUES (?1, ?2)
-             ON CONFLICT (image) DO UPDATE SET name = iif(?2 = '', name, ?2) RETURNING id",
-        )
-        .bind(image.as_bytes().to_vec())
-        .bind(name.to_owned())
-        .fetch_one(db)
-        .await?;
-        let id = row.try_get(0)?;
-        if !name.is_empty() {
-            self.components.insert(*image, id);
-        }
-        Ok(id)
-    }
-
-    async fn composition(
-        &mut self,
-        db: &mut SqliteConnection,
-        components: &[ComponentRef],
-    ) -> Result<Option<i64>, sqlx::Error> {
-        if components.is_empty() {
-            return Ok(None);
-        }
-        let mut ids = Vec::with_capacity(components.len());
-        for component in components {
-            ids.push(
-                self.component(db, &component.image, &component.name)
-                    .await?,
-            );
-        }
-        self.composition_of(db, encode_members(&ids))
-            .await
-            .map(Some)
-    }
-
-    pub(super) async fn composition_of(
-        &mut self,
-        db: &mut SqliteConnection,
-        members: Vec<u8>,
-    ) -> Result<i64, sqlx::Error> {
-        if let Some(id) = self.compositions.get(&members) {
-            return Ok(*id);
-        }
-        let row = sqlx::query(
-            "INSERT INTO composition (members) VALUES (?)
-             ON CONFLICT (members) DO UPDATE SET members = members RETURNING id",
-        )
-        .bind(members.clone())
-        .fetch_one(db)
-        .await?;
-        let id = row.try_get(0)?;
-        self.compositions.insert(members, id);
-        Ok(id)
-    }
 }
 
 impl SqliteHistory {
@@ -220,7 +109,9 @@ impl SqliteHistory {
     }
 
     /// Events older than the first, and touches older than the second, are rolled up and closed.
-    async fn closed_before(db: &mut SqliteConnection) -> Result<(i64, i64), sqlx::Error> {
+    pub(super) async fn closed_before(
+        db: &mut SqliteConnection,
+    ) -> Result<(i64, i64), sqlx::Error> {
         let row = sqlx::query(
             "SELECT (SELECT value FROM state WHERE name = 'closed_before_ms'),
                     (SELECT value FROM state WHERE name = 'touched_closed_before_ms')",
@@ -362,193 +253,6 @@ fn move_aside(path: &Path) -> Result<(), HistoryError> {
     Ok(())
 }
 
-/// A raw row, ready to insert.
-struct RawRow {
-    at_ms: i64,
-    nonce: i64,
-    profile: i64,
-    numbers: Vec<Option<i64>>,
-    blob: Option<Vec<u8>>,
-}
-
-/// The raw tables with their columns after (at_ms, nonce, profile).
-const RAW_TABLES: [(&str, &str); 8] = [
-    ("launch", "composition, count"),
-    ("ready", "vm, mounted_ms, ready_ms"),
-    ("stop", "vm, ran_ms"),
-    ("attachment", "vm, component"),
-    ("touched", "vm, data"),
-    (
-        "sample",
-        "vm, since_launch_ms, cpu_ms, memory_bytes, read_bytes, written_bytes, received_bytes, \
-         sent_bytes",
-    ),
-    ("demand_fetch", "vm, component, fetches, bytes, stall_ns"),
-    ("prefetch", "vm, component, prefetched_bytes, used_bytes"),
-];
-
-/// Numbers beyond what SQLite holds saturate.
-fn signed(value: u64) -> Option<i64> {
-    Some(i64::try_from(value).unwrap_or(i64::MAX))
-}
-
-/// The row of an event, and the index of its table.
-async fn raw_row(
-    names: &mut Names,
-    db: &mut SqliteConnection,
-    event: &Event,
-) -> Result<(usize, RawRow), sqlx::Error> {
-    let mut row = RawRow {
-        at_ms: event.id.at.0,
-        nonce: event.id.nonce.cast_signed(),
-        profile: names.profile(db, &event.of).await?,
-        numbers: Vec::new(),
-        blob: None,
-    };
-    let vm = Some(event.vm.cast_signed());
-    let table = match &event.what {
-        What::Launch { components, count } => {
-            let composition = names.composition(db, components).await?;
-            row.numbers = vec![composition, Some(i64::from(*count))];
-            0
-        }
-        What::Ready {
-            mounted_ms,
-            ready_ms,
-        } => {
-            row.numbers = vec![vm, signed(*mounted_ms), signed(*ready_ms)];
-            1
-        }
-        What::Stop { ran_ms } => {
-            row.numbers = vec![vm, signed(*ran_ms)];
-            2
-        }
-        What::Attach { component } => {
-            let id = names
-                .component(db, &component.image, &component.name)
-                .await?;
-            row.numbers = vec![vm, Some(id)];
-            3
-        }
-        What::Touched { images, touches } => {
-            row.numbers = vec![vm];
-            let mut lists = Vec::with_capacity(images.len());
-            for image in images {
-                let component = names.component(db, image, "").await?;
-                let extents = touches
-                    .iter()
-                    .filter(|touch| touch.image == *image)
-                    .map(|touch| (touch.extent, touch.first_touch_ms))
-                    .collect();
-                lists.push(TouchedImage { component, extents });
-            }
-            row.blob = Some(encode_touches(&mut lists));
-            4
-        }
-        What::Sample(s) => {
-            row.numbers = vec![
-                vm,
-                signed(s.since_launch_ms),
-                signed(s.cpu_ms),
-                signed(s.memory_bytes),
-                signed(s.read_bytes),
-                signed(s.written_bytes),
-                signed(s.received_bytes),
-                signed(s.sent_bytes),
-            ];
-            5
-        }
-        What::DemandFetch {
-            image,
-            fetches,
-            bytes,
-            stall_ns,
-        } => {
-            let id = names.component(db, image, "").await?;
-            let (fetches, bytes) = (signed(*fetches), signed(*bytes));
-            row.numbers = vec![vm, Some(id), fetches, bytes, signed(*stall_ns)];
-            6
-        }
-        What::Prefetch {
-            image,
-            prefetched_bytes,
-            used_bytes,
-        } => {
-            let id = names.component(db, image, "").await?;
-            row.numbers = vec![vm, Some(id), signed(*prefetched_bytes), signed(*used_bytes)];
-            7
-        }
-    };
-    Ok((table, row))
-}
-
-/// Inserts rows of one table; rows whose key is there already are left out. Returns how many went
-/// in.
-async fn insert(
-    db: &mut SqliteConnection,
-    table: usize,
-    rows: &[RawRow],
-) -> Result<u64, sqlx::Error> {
-    let (name, columns) = RAW_TABLES[table];
-    let mut stored = 0;
-    for chunk in rows.chunks(256) {
-        let mut query: QueryBuilder<Sqlite> = QueryBuilder::new(format!(
-            "INSERT OR IGNORE INTO {name} (at_ms, nonce, profile, {columns}) "
-        ));
-        query.push_values(chunk, |mut tuple, row| {
-            tuple
-                .push_bind(row.at_ms)
-                .push_bind(row.nonce)
-                .push_bind(row.profile);
-            for number in &row.numbers {
-                tuple.push_bind(*number);
-            }
-            if let Some(blob) = &row.blob {
-                tuple.push_bind(blob.clone());
-            }
-        });
-        // Full chunks share one statement; odd remainders are not worth caching.
-        let query = query.build().persistent(chunk.len() == 256);
-        stored += query.execute(&mut *db).await?.rows_affected();
-    }
-    Ok(stored)
-}
-
-impl SqliteHistory {
-    async fn append_in_one_transaction(&self, events: &[Event]) -> Result<Appended, sqlx::Error> {
-        let mut names = self.writer.lock().await;
-        names.bound();
-        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await?;
-        let (closed, touched_closed) = Self::closed_before(&mut tx).await?;
-        let mut tables: [Vec<RawRow>; RAW_TABLES.len()] = Default::default();
-        let mut done = Appended::default();
-        for event in events {
-            let closed = match event.what {
-                What::Touched { .. } => touched_closed.max(closed),
-                _ => closed,
-            };
-            if event.id.at.0 < closed {
-                done.late += 1;
-                continue;
-            }
-            let (table, row) = raw_row(&mut names, &mut tx, event).await?;
-            tables[table].push(row);
-        }
-        for (table, rows) in tables.iter_mut().enumerate() {
-            // In order of key a batch appends to the tree instead of jumping about in it.
-            rows.sort_by_key(|row| (row.at_ms, row.nonce));
-            let stored = insert(&mut tx, table, rows).await?;
-            done.stored += stored;
-            done.duplicates += rows.len() as u64 - stored;
-        }
-        let result = tx.commit().await;
-        if result.is_err() {
-            names.clear();
-        }
-        result.map(|()| done)
-    }
-}
-
 #[async_trait]
 impl History for SqliteHistory {
     async fn append(&self, events: &[Event]) -> Result<Appended, HistoryError> {
@@ -601,25 +305,4 @@ impl History for SqliteHistory {
         self.writer.lock().await.clear();
         result.map_err(|e| self.failed("forget", e))
     }
-}
-
-/// Every table that names a profile.
-pub(super) const PROFILE_TABLES: [&str; 12] = [
-    "launch",
-    "ready",
-    "stop",
-    "attachment",
-    "touched",
-    "sample",
-    "demand_fetch",
-    "prefetch",
-    "rollup",
-    "working_set",
-    "composition_use",
-    "memory_use",
-];
-
-/// Names of the raw tables.
-pub(super) fn raw_tables() -> impl Iterator<Item = &'static str> {
-    RAW_TABLES.iter().map(|(name, _)| *name)
 }

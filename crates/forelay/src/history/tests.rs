@@ -566,3 +566,56 @@ async fn a_year_of_ten_thousand_profiles_fits_in_a_gibibyte() {
     );
     assert!(gib < 1.0, "{gib} GiB");
 }
+
+/// Ten million events: `cargo test --release -p forelay -- --ignored ten_million --nocapture`.
+#[tokio::test]
+#[ignore = "takes minutes"]
+async fn ten_million_events_are_imported_in_bounded_memory() {
+    struct Lines {
+        next: u64,
+        line: Vec<u8>,
+        at: usize,
+    }
+    impl std::io::Read for Lines {
+        fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+            if self.at == self.line.len() {
+                self.at = 0;
+                let i = self.next;
+                self.next += 1;
+                self.line = match i {
+                    0 => b"time_s,profile,owner,duration_s\n".to_vec(),
+                    1..=10_000_000 => {
+                        let profile = i * 7919 % 10_000;
+                        format!("{}.5,app-{profile},user-{},\n", i / 100, profile % 500).into()
+                    }
+                    _ => Vec::new(),
+                };
+            }
+            let n = out.len().min(self.line.len() - self.at);
+            out[..n].copy_from_slice(&self.line[self.at..self.at + n]);
+            self.at += n;
+            Ok(n)
+        }
+    }
+    let scratch = Scratch::new();
+    let history = scratch.open().await;
+    let started = std::time::Instant::now();
+    let lines = Lines {
+        next: 0,
+        line: Vec::new(),
+        at: 0,
+    };
+    let input = std::io::BufReader::with_capacity(1 << 20, lines);
+    let report = import_csv(&history, input, ImportOptions::default())
+        .await
+        .unwrap();
+    let peak = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = peak
+        .lines()
+        .find(|l| l.starts_with("VmHWM"))
+        .unwrap_or("")
+        .to_owned();
+    println!("{:?} in {:?}; {peak}", report.appended, started.elapsed());
+    assert_eq!(report.appended.stored, 10_000_000);
+    println!("{:?}", history.size().await.unwrap());
+}
