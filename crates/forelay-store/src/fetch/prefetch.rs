@@ -247,7 +247,6 @@ impl Batch {
         }
         let (scheduler, group) = (producer.scheduler.clone(), producer.group);
         producer.scheduler.0.handle.spawn_blocking(move || {
-            let mut hits = 0;
             for (wanted, outcome) in reads {
                 if outcome.is_closed() {
                     continue;
@@ -266,7 +265,7 @@ impl Batch {
                     .collect::<Option<Vec<Bytes>>>()
                 {
                     Some(read) => {
-                        hits += 1;
+                        scheduler.0.state.lock().counters.cache_hits += 1;
                         let pieces = wanted.ranges.iter().zip(read).map(|(range, bytes)| Piece {
                             extent: Extent::new(wanted.chunk_offset + range.offset, range.len),
                             bytes,
@@ -276,7 +275,6 @@ impl Batch {
                     None => submit(&scheduler, group, wanted, outcome),
                 }
             }
-            scheduler.0.state.lock().counters.cache_hits += hits;
         });
     }
 }

@@ -161,7 +161,8 @@ impl Host {
     fn note_progress(&self, instance: &Instance, progress: &Progress, launch: &mut Launch) {
         let started = instance.vm().launch.vmm_started_s;
         let state = match progress.phase {
-            Phase::Starting => VmState::Booting,
+            // Just launched, or taken over and not heard of yet: what is known stands.
+            Phase::Starting => instance.vm().state,
             Phase::Mounted => VmState::Mounted,
             Phase::Ready => VmState::Ready,
             Phase::Stopping | Phase::Ended => instance.vm().state,
