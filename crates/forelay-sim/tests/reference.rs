@@ -45,10 +45,7 @@ fn compare(report: &Report, profiles: usize, reference: &[Reference]) {
             row.cold_total_pct
         );
         let percent = row.memory_pct_of_fixed10;
-        assert!(
-            (percent - memory).abs() <= 0.6,
-            "{policy} memory {percent}"
-        );
+        assert!((percent - memory).abs() <= 0.6, "{policy} memory {percent}");
     }
 }
 
