@@ -48,7 +48,13 @@ async fn a_stream_keeps_the_plans_order_and_cuts_exactly() {
     );
     let cold = host.scheduler().counters();
     assert_eq!((cold.prefetch_chunks, cold.demand_requests), (4, 0));
-    // Warm: the same from the disk cache, also after a restart.
+    // Bytes are handed out before they are on the disk: wait until they are.
+    for (image, extent) in &plan {
+        while !host.scheduler().is_cached(*image, *extent) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+    // Warm: the same from the disk cache.
     assert_eq!(
         drain(host.scheduler().prefetch(plan), &sample).await,
         expected
