@@ -63,10 +63,11 @@ impl Tally {
 
     pub fn answered(&self, stall: Duration) {
         let stall_ns = u64::try_from(stall.as_nanos()).unwrap_or(u64::MAX);
-        self.in_flight.fetch_sub(1, Relaxed);
         self.stall_ns.fetch_add(stall_ns, Relaxed);
         self.stall_ns_max.fetch_max(stall_ns, Relaxed);
         self.stall_histogram[stall_bucket(stall_ns)].fetch_add(1, Relaxed);
+        // Last, so that who sees none in flight sees all of them counted.
+        self.in_flight.fetch_sub(1, Ordering::Release);
     }
 
     pub fn snapshot(&self) -> Counters {
