@@ -3,7 +3,8 @@
 //! Each file counts for itself and the mount counts the sum; both are written by reader
 //! and push threads without locks, so a snapshot may be torn by one event.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::Duration;
 
 /// Buckets of the stall histogram: bucket `n` holds stalls below `2^n` microseconds
@@ -67,7 +68,7 @@ impl Tally {
         self.stall_ns_max.fetch_max(stall_ns, Relaxed);
         self.stall_histogram[stall_bucket(stall_ns)].fetch_add(1, Relaxed);
         // Last, so that who sees none in flight sees all of them counted.
-        self.in_flight.fetch_sub(1, Ordering::Release);
+        self.in_flight.fetch_sub(1, Release);
     }
 
     pub fn snapshot(&self) -> Counters {
