@@ -87,15 +87,20 @@ pub fn cold_bound(capacity_bytes: u64, requests: &[Request]) -> f64 {
     let mut cold_s: f64 = requests.iter().map(|request| request.load_s).sum();
     let mut stays: Vec<(f64, f64)> = Vec::new();
     for (at, (request, next)) in requests.iter().zip(&next).enumerate() {
-        if *next == u64::MAX || request.bytes > capacity_bytes {
+        // A load that costs nothing saves nothing; without it every ratio below is finite.
+        if *next == u64::MAX || request.bytes > capacity_bytes || request.load_s <= 0.0 {
             continue;
         }
         let area = request.bytes as f64 * (*next - at as u64) as f64;
         stays.push((area, request.load_s));
     }
-    stays.sort_by(|a, b| (a.0 * b.1).total_cmp(&(b.0 * a.1)));
+    stays.sort_by(|a, b| (a.0 / a.1).total_cmp(&(b.0 / b.1)));
     for (area, saved_s) in stays {
-        let share = (room / area).min(1.0);
+        let share = if area > 0.0 {
+            (room / area).min(1.0)
+        } else {
+            1.0
+        };
         cold_s -= saved_s * share;
         room -= area * share;
         if room <= 0.0 {
