@@ -69,6 +69,14 @@ impl MemoryCgroup {
         self.field("memory.stat", if self.v2 { v2 } else { v1 })
     }
 
+    /// Anonymous memory of everything outside this cgroup.
+    pub fn others_bytes(&self) -> Result<u64> {
+        let name = if self.v2 { "anon" } else { "total_rss" };
+        let root = self.dir.parent().context("a cgroup has a parent")?;
+        let all = field(root, "memory.stat", name)?;
+        Ok(all.saturating_sub(self.field("memory.stat", name)?))
+    }
+
     /// Processes that the kernel killed for want of memory.
     pub fn oom_kills(&self) -> Result<u64> {
         let file = if self.v2 {
@@ -80,14 +88,18 @@ impl MemoryCgroup {
     }
 
     fn field(&self, file: &str, name: &str) -> Result<u64> {
-        let text = std::fs::read_to_string(self.dir.join(file))?;
-        let mut lines = text.lines().map(|line| line.split_whitespace());
-        let found = lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()));
-        let value = found
-            .flatten()
-            .with_context(|| format!("{file} says nothing of {name}"))?;
-        Ok(value.parse()?)
+        field(&self.dir, file, name)
     }
+}
+
+fn field(dir: &Path, file: &str, name: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(dir.join(file))?;
+    let mut lines = text.lines().map(|line| line.split_whitespace());
+    let found = lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()));
+    let value = found
+        .flatten()
+        .with_context(|| format!("{file} says nothing of {name}"))?;
+    Ok(value.parse()?)
 }
 
 impl Drop for MemoryCgroup {

@@ -121,13 +121,6 @@ impl Host {
         serde_json::from_slice(&text).context("the command printed no JSON")
     }
 
-    /// Adds a line to the `[memory]` section of the configuration.
-    pub fn configure_memory(&self, line: &str) -> Result<()> {
-        let text = std::fs::read_to_string(&self.config)?;
-        let text = text.replace("[memory]\n", &format!("[memory]\n{line}\n"));
-        Ok(std::fs::write(&self.config, text)?)
-    }
-
     /// Starts the daemon and waits until it answers.
     pub fn start_daemon(&mut self) -> Result<()> {
         self.start(self.forelay(["daemon"]))

@@ -34,7 +34,8 @@ pub struct MemorySample {
     /// Room left below the tightest memory cgroup limit that applies, in bytes, with the
     /// pool's pages counted as used.
     pub cgroup_room_bytes: Option<u64>,
-    /// Share of time in which some task waited for memory (PSI `some avg10`), 0 to 100.
+    /// Share of a stretch of time in which some task waited for memory, 0 to 100. The same
+    /// figure in consecutive samples is taken for the same stretch.
     pub stall_pct: Option<f64>,
     /// Additional memory that VMs are forecast to need, at a high quantile, in bytes.
     pub forecast_demand_bytes: u64,
@@ -52,7 +53,7 @@ pub struct BudgetConfig {
     pub critical_share: f64,
     /// Leaving the low level takes this share of the headroom on top of it.
     pub slack_share: f64,
-    /// PSI `some avg10` from which the level is critical, in percent.
+    /// Share of time stalled from which the level is critical, in percent.
     pub stall_critical_pct: f64,
     /// Largest growth for one sample, as a share of the cap.
     pub growth_share: f64,
@@ -88,6 +89,8 @@ pub struct BudgetController {
     config: BudgetConfig,
     level: PressureLevel,
     budget_bytes: u64,
+    /// The stall that was answered last.
+    answered_pct: Option<f64>,
 }
 
 impl BudgetController {
@@ -96,6 +99,7 @@ impl BudgetController {
         Self {
             budget_bytes: config.cap_bytes,
             level: PressureLevel::Plenty,
+            answered_pct: None,
             config,
         }
     }
@@ -136,9 +140,8 @@ impl BudgetController {
         let mut deficit_bytes = 0;
         self.budget_bytes = match self.level {
             PressureLevel::Critical => {
-                // A stall without a measured shortage still gives something back.
-                let least = headroom / 8;
-                deficit_bytes = headroom.saturating_sub(free).max(least).min(pool);
+                let shortage = headroom.saturating_sub(free);
+                deficit_bytes = shortage.max(self.stall_relief(sample, headroom)).min(pool);
                 self.budget_bytes.min(pool - deficit_bytes)
             }
             PressureLevel::Low => self.budget_bytes.min(pool),
@@ -155,6 +158,17 @@ impl BudgetController {
             level: self.level,
             deficit_bytes,
         }
+    }
+
+    /// A stall without a measured shortage still gives something back, once.
+    fn stall_relief(&mut self, sample: &MemorySample, headroom: u64) -> u64 {
+        let stalled = |pct: &f64| *pct >= self.config.stall_critical_pct;
+        let stall = sample.stall_pct.filter(stalled);
+        if stall.is_none() || stall == self.answered_pct {
+            return 0;
+        }
+        self.answered_pct = stall;
+        headroom / 8
     }
 
     fn next_level(&self, sample: &MemorySample, free: u64, headroom: u64) -> PressureLevel {
@@ -248,6 +262,22 @@ mod tests {
             plain > GIB && decision.budget_bytes == GIB,
             "{plain} {decision:?}"
         );
+    }
+
+    #[test]
+    fn one_stall_gives_something_back_once() {
+        let mut budget = controller();
+        let headroom = budget.headroom_bytes(&sample(0, 0));
+        let mut stalled = sample(headroom * 3 / 2, 4 * GIB);
+        stalled.stall_pct = Some(20.0);
+        assert_eq!(budget.sample(&stalled).deficit_bytes, headroom / 8);
+        let again = budget.sample(&stalled);
+        assert_eq!(
+            (again.level, again.deficit_bytes),
+            (PressureLevel::Critical, 0)
+        );
+        stalled.stall_pct = Some(21.0);
+        assert_eq!(budget.sample(&stalled).deficit_bytes, headroom / 8);
     }
 
     #[test]

@@ -109,6 +109,7 @@ impl Grafts {
             )
         })?;
         let device_wait_ms = started.elapsed().as_millis() as u64;
+        let own_before = sys::user_time();
         let mountpoint = Path::new(ATTACHED).join(&text);
         fs::create_dir_all(&mountpoint).map_err(failed(mountpoint.display()))?;
         let dax = root::mount_erofs(&device, &mountpoint, "").map_err(failed("attach"))?;
@@ -130,6 +131,7 @@ impl Grafts {
             copies,
             device_wait_ms,
             graft_ms,
+            agent_ms: (sys::user_time() - own_before).as_millis() as u64,
         })
     }
 

@@ -233,6 +233,9 @@ pub struct Attached {
     pub device_wait_ms: u64,
     /// Milliseconds from the device being there to the files being visible.
     pub graft_ms: u64,
+    /// Of those, milliseconds in the agent's own code instead of the guest's kernel.
+    #[serde(default)]
+    pub agent_ms: u64,
 }
 
 /// Encodes a message as one line with its newline.

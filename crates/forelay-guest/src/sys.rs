@@ -47,6 +47,16 @@ pub fn mount(
     })
 }
 
+/// Time that this thread has spent outside the kernel.
+pub fn user_time() -> std::time::Duration {
+    // SAFETY: an all-zero rusage is a valid one.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is writable and outlives the call. It cannot fail with these arguments.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    let (seconds, micros) = (usage.ru_utime.tv_sec, usage.ru_utime.tv_usec);
+    std::time::Duration::new(seconds as u64, micros as u32 * 1000)
+}
+
 /// `umount2(2)` without flags: fails with EBUSY while in use.
 pub fn unmount(target: impl AsRef<Path>) -> io::Result<()> {
     let target = c_string(target.as_ref())?;

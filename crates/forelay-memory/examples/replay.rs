@@ -9,12 +9,14 @@
 //! ```
 //! Output: one JSON line with `touches`, `touched_bytes`, `total_ns`, `longest_ns` and
 //! `slow` (touches of 20 us and more, mostly those that had to wait for an answer).
-//! With `--hold` it then stays until killed, so that its page tables can be observed.
+//! With `--hold` it then stays until killed, so that its page tables can be observed; with
+//! `--lock` it first brings in and locks the files' bytes.
 
 use std::fs::File;
 use std::io::BufRead as _;
 use std::time::{Duration, Instant};
 
+use forelay_image::extent::Extent;
 use forelay_memory::mapping::FileMapping;
 
 const PAGE_BYTES: u64 = 4096;
@@ -42,6 +44,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 touches.push((number as usize, offset as usize));
             }
             _ => return Err(malformed().into()),
+        }
+    }
+    if std::env::args().any(|arg| arg == "--lock") {
+        for mapping in &mappings {
+            mapping.lock(Extent::new(0, mapping.len()))?;
         }
     }
     let (mut longest, mut slow, mut sum) = (Duration::ZERO, 0u64, 0u64);

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use forelay_image::extent::Extent;
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::files::FileKey;
 use crate::mapping::FileMapping;
@@ -218,7 +219,7 @@ fn parse_extents(packet: &Packet, first: usize) -> Result<Vec<Extent>, Malformed
 /// A daemon's way to the pinner.
 #[derive(Debug)]
 pub struct Client {
-    root: OwnedFd,
+    root: Mutex<OwnedFd>,
     idle: Mutex<Vec<OwnedFd>>,
 }
 
@@ -226,9 +227,26 @@ impl Client {
     /// Talks over a socket whose other end [`run`] serves.
     pub fn new(root: OwnedFd) -> Self {
         Self {
-            root,
+            root: Mutex::new(root),
             idle: Mutex::default(),
         }
+    }
+
+    /// Talks to `other`'s pinner from now on: this one's is gone, and its locks with it.
+    pub fn renew(&self, other: Self) {
+        *self.root.lock() = other.root.into_inner();
+        self.idle.lock().clear();
+    }
+
+    /// True if the pinner has ended.
+    pub fn is_gone(&self) -> bool {
+        let root = self.root.lock();
+        let mut fds = [PollFd::new(&*root, PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// A pinner on a thread of this process, for tests and tools that need no survival.
@@ -318,7 +336,7 @@ impl Client {
             return Ok(idle);
         }
         let (ours, theirs) = packet::pair()?;
-        Packet::new("connect").send(&self.root, &[theirs.as_fd()])?;
+        Packet::new("connect").send(&*self.root.lock(), &[theirs.as_fd()])?;
         Ok(ours)
     }
 

@@ -439,6 +439,21 @@ impl SharedMemory {
         Ok(unpinned_bytes)
     }
 
+    /// Pins anew what a pinner that is gone had pinned, as far as it is in memory still.
+    /// Returns the bytes pinned.
+    pub fn pin_again(&self) -> Result<u64, MemoryError> {
+        let files: Vec<_> = self.core.files.read().iter().cloned().collect();
+        let mut pinned_bytes = 0;
+        for file in files {
+            let extents = std::mem::take(&mut *file.pinned.lock()).extents();
+            file.pinner_knows.store(false, Relaxed);
+            if !extents.is_empty() {
+                pinned_bytes += self.pin(&file.key, &extents)?;
+            }
+        }
+        Ok(pinned_bytes)
+    }
+
     /// What is pinned of a file.
     pub fn pinned(&self, key: &FileKey) -> Result<Vec<Extent>, MemoryError> {
         Ok(self.file(key)?.pinned.lock().extents())

@@ -79,6 +79,17 @@ pub enum VmError {
     },
 }
 
+/// What a hot attach did, and how long its parts took.
+#[derive(Clone, Debug)]
+pub struct HotAttached {
+    /// The VMM's part: backend and device.
+    pub plug: Duration,
+    /// From asking the guest to its answer; most of it is the guest kernel's probing.
+    pub guest_answer: Duration,
+    /// What the guest says.
+    pub guest: Attached,
+}
+
 /// A launched VM.
 #[derive(Clone)]
 pub struct VmHandle {
@@ -313,15 +324,21 @@ impl VmHandle {
         &self,
         device: &PmemDevice,
         request: Attach,
-    ) -> Result<Attached, AttachError> {
+    ) -> Result<HotAttached, AttachError> {
+        let started = Instant::now();
         self.inner.control.attach_pmem(device).await?;
+        let plug = started.elapsed();
         match self
             .inner
             .channel
             .request(Command::Attach(request), ATTACH)
             .await
         {
-            Ok(Reply::Attached(attached)) => Ok(attached),
+            Ok(Reply::Attached(guest)) => Ok(HotAttached {
+                plug,
+                guest_answer: started.elapsed() - plug,
+                guest,
+            }),
             other => {
                 if let Err(error) = self.inner.control.detach_pmem(&device.id).await {
                     tracing::warn!(vm = self.name(), device = device.id, %error, "unplug");

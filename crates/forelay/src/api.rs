@@ -163,6 +163,30 @@ pub struct VmComponent {
     /// Attached while the VM was running.
     #[serde(default)]
     pub attached: bool,
+    /// What attaching it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attach: Option<AttachFigures>,
+}
+
+/// Where the time of a hot attach went, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AttachFigures {
+    /// From the request to the solved lock; shared by the components of one request.
+    pub plan_s: f64,
+    /// Making the component's file reachable in shared memory.
+    pub map_s: f64,
+    /// The VMM's part: backend and device.
+    pub plug_s: f64,
+    /// The guest kernel's part: from the plug until it has found the device.
+    pub probe_s: f64,
+    /// Mounting the component in the guest and showing its files: the guest kernel's part.
+    pub graft_s: f64,
+    /// The guest's agent's own part of that.
+    pub agent_s: f64,
+    /// The rest of the guest's answer: its channel.
+    pub channel_s: f64,
+    /// Writing it down.
+    pub note_s: f64,
 }
 
 /// What a launch cost.
@@ -174,7 +198,13 @@ pub struct LaunchFigures {
     pub solve_s: f64,
     /// Composing the map image and its devices.
     pub compose_s: f64,
-    /// From the request to the VMM's start.
+    /// Devices and map image were set up before the launch was asked for.
+    #[serde(default)]
+    pub premapped: bool,
+    /// From the request to the moment at which the VMM could be started.
+    #[serde(default)]
+    pub prepared_s: f64,
+    /// From the request to the VMM answering on its monitor.
     pub vmm_started_s: f64,
     /// From the request to the guest having mounted its image.
     pub mounted_s: Option<f64>,
@@ -251,12 +281,51 @@ pub struct MemoryReport {
     pub pressure: String,
     /// Prefetching waits until memory is plentiful again.
     pub prefetch_paused: bool,
+    /// Likely launches whose devices and map image are set up.
+    #[serde(default)]
+    pub premapped_launches: usize,
     /// Per trust domain.
     pub domains: Vec<DomainMemory>,
     /// Per VM: its proportional share.
     pub vms: Vec<VmMemory>,
+    /// What the mapping table looked like after the takeover from an earlier daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub takeover: Option<Takeover>,
+    /// The last shortages that are over, oldest first.
+    #[serde(default)]
+    pub shortages: Vec<Shortage>,
     /// Since the daemon's start.
     pub totals: Totals,
+}
+
+/// The mapping table rebuilt from its journal, against what the kernel says.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Takeover {
+    /// VMs that the journal says run.
+    pub journalled_vms: usize,
+    /// Launches that had not started; they are gone.
+    pub unstarted: usize,
+    /// Records of the journal that contradicted those before them.
+    pub refused_records: usize,
+    /// Bytes of the journal that were torn.
+    pub dropped_bytes: u64,
+    /// VMs that run.
+    pub running_vms: usize,
+    /// Bytes that were in memory; the journal leaves it to the kernel to say which.
+    pub resident_bytes: u64,
+    /// Bytes whose pins of the earlier daemon were taken off.
+    pub unpinned_bytes: u64,
+    /// Where journal and kernel disagreed on VMs and their devices; the kernel is right.
+    pub disagreements: Vec<String>,
+}
+
+/// A time in which bytes had to leave because memory was short.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Shortage {
+    /// From the sample that found it until all that was asked for had left, in seconds.
+    pub took_s: f64,
+    /// Bytes that were asked to leave.
+    pub evicted_bytes: u64,
 }
 
 /// Shared memory of a trust domain.
@@ -331,6 +400,9 @@ pub struct Totals {
     pub pressure_evicted_bytes: u64,
     /// Evicted, and soon after fetched again because a VM wanted it.
     pub refetched_bytes: u64,
+    /// Reclaimed by the kernel, unasked.
+    #[serde(default)]
+    pub reclaimed_bytes: u64,
 }
 
 /// A touched extent of a component image.

@@ -1,41 +1,30 @@
 //! `bench burst`: 100 simultaneous launches of 10 profiles, with native mappers for VMs.
 //!
-//! What a launch touches is recorded from real launches; the ten profiles are unions of
-//! those over their components. Unique bytes are what one daemon fetches for one launch of
-//! each profile, one after another; then a fresh daemon with an empty disk cache serves
-//! ten launches of each at once, all on demand.
+//! What a launch touches is recorded from one real launch of each profile. Unique bytes
+//! are what one daemon fetches on demand for one launch of each profile, one after
+//! another; then a fresh daemon with an empty disk cache serves ten launches of each at
+//! once: as it does by itself, which is with the forecast of each profile prefetched from
+//! the moment of the launches on, and on demand alone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::statistics::quantile;
+use super::images;
+use super::statistics::{median, quantile};
 use crate::host::{self, Host, Programs, Settings};
 use crate::process::target_dir;
 use crate::{demo, prerequisites};
 
 const PAGE_BYTES: u64 = 4096;
 const LAUNCHES: usize = 100;
-/// Real launches that are recorded.
-const RECORDED: [&str; 3] = ["web", "cache", "python"];
-/// The profiles: which of the recorded launches' components each has.
-const PROFILES: [&[usize]; 10] = [
-    &[0],
-    &[1],
-    &[2],
-    &[0, 1],
-    &[0, 2],
-    &[1, 2],
-    &[0, 1, 2],
-    &[],
-    &[0],
-    &[1],
-];
+const PROFILES: usize = 10;
+const MEMORY_MIB: u64 = 192;
 
 /// Pages of one component image, by digest.
 type Touches = Vec<(String, u64)>;
@@ -44,6 +33,7 @@ struct Bench {
     programs: Programs,
     settings: Settings,
     replay: PathBuf,
+    manifests: Vec<PathBuf>,
 }
 
 /// Runs the benchmark and writes its figures to `out`.
@@ -54,7 +44,8 @@ pub fn run_bench(out: &Path) -> Result<()> {
     demo::build_components(&programs, &repository)?;
     let state = target_dir().join("bench/burst-state");
     let _ = std::fs::remove_dir_all(&state);
-    let bench = Bench {
+    std::fs::create_dir_all(&state)?;
+    let mut bench = Bench {
         programs,
         settings: Settings {
             repository,
@@ -62,39 +53,70 @@ pub fn run_bench(out: &Path) -> Result<()> {
             latency_ms: demo::LATENCY_MS,
             bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
             budget_bytes: 0,
-            prefetch: false,
+            prefetch: true,
             ahead: false,
         },
         replay: super::build_example("forelay-memory", "replay")?,
+        manifests: Vec::new(),
     };
+    for number in 0..PROFILES {
+        let path = bench.settings.state.join(format!("image{number}.toml"));
+        std::fs::write(&path, images::manifest(number, MEMORY_MIB))?;
+        bench.manifests.push(path);
+    }
     let recorded = bench.record()?;
-    let one_each: Vec<usize> = (0..PROFILES.len()).collect();
     let mut unique_bytes = 0;
+    let mut alone_s = Vec::new();
     bench.with_host(|host, files| {
-        for &profile in &one_each {
-            bench.launch(files, &recorded, &[profile])?;
+        for touches in &recorded {
+            alone_s.extend(bench.launch(files, &[touches], None)?);
         }
         unique_bytes = fetched(host)?;
         Ok(())
     })?;
-    let order: Vec<usize> = (0..LAUNCHES).map(|n| n % PROFILES.len()).collect();
-    let (mut times, mut bytes) = (Vec::new(), 0);
-    bench.with_host(|host, files| {
-        times = bench.launch(files, &recorded, &order)?;
-        bytes = fetched(host)?;
-        Ok(())
-    })?;
-    let (p50, p95) = (quantile(&times, 0.5), quantile(&times, 0.95));
-    let document = json!({
+    let all: Vec<&Touches> = (0..LAUNCHES).map(|n| &recorded[n % PROFILES]).collect();
+    let mut burst = |forecast: bool| -> Result<Value> {
+        let (mut times, mut bytes) = (Vec::new(), 0);
+        bench.with_host(|host, files| {
+            times = bench.launch(files, &all, forecast.then_some(host))?;
+            bytes = fetched(host)?;
+            Ok(())
+        })?;
+        let (p50, p95) = (quantile(&times, 0.5), quantile(&times, 0.95));
+        let of_profile = |number: usize| {
+            let own: Vec<f64> = times
+                .iter()
+                .skip(number)
+                .step_by(PROFILES)
+                .copied()
+                .collect();
+            median(&own)
+        };
+        Ok(json!({
+            "fetched_bytes": bytes,
+            "fetched_ratio": bytes as f64 / unique_bytes.max(1) as f64,
+            "launch_s_p50": p50,
+            "launch_s_p95": p95,
+            "p95_to_p50": p95 / p50,
+            "launch_s_by_profile": (0..PROFILES).map(of_profile).collect::<Vec<f64>>(),
+        }))
+    };
+    let mut document = burst(true)?;
+    let on_demand = burst(false)?;
+    let touched = recorded
+        .iter()
+        .map(|touches| touches.len() as u64 * PAGE_BYTES);
+    let fields = json!({
         "launches": LAUNCHES,
-        "profiles": PROFILES.len(),
+        "profiles": PROFILES,
         "unique_bytes": unique_bytes,
-        "fetched_bytes": bytes,
-        "fetched_ratio": bytes as f64 / unique_bytes.max(1) as f64,
-        "launch_s_p50": p50,
-        "launch_s_p95": p95,
-        "p95_to_p50": p95 / p50,
+        "touched_bytes_by_profile": touched.collect::<Vec<u64>>(),
+        "one_after_another_s": alone_s,
+        "on_demand": on_demand,
     });
+    if let (Value::Object(document), Value::Object(fields)) = (&mut document, fields) {
+        document.extend(fields);
+    }
     super::write(out, &document)
 }
 
@@ -106,14 +128,15 @@ fn fetched(host: &Host) -> Result<u64> {
 }
 
 impl Bench {
-    /// Touches of each recorded launch, in first-touch order.
+    /// Touches of one real launch of each profile, in first-touch order.
     fn record(&self) -> Result<Vec<Touches>> {
         let mut host = Host::new(&self.programs, &self.settings)?;
         host.start_daemon()?;
         let mut recorded = Vec::new();
-        for profile in RECORDED {
-            host.launch(&demo::manifest(profile), profile, &[])?;
-            let map = host.json(["map", profile])?;
+        for (number, manifest) in self.manifests.iter().enumerate() {
+            let name = format!("image{number}");
+            host.launch(manifest, &name, &[])?;
+            let map = host.json(["map", name.as_str()])?;
             let mut touches = Vec::new();
             for touch in map["touches"].as_array().into_iter().flatten() {
                 let image = touch["image"].as_str().context("a touch has an image")?;
@@ -122,9 +145,9 @@ impl Bench {
                 let pages = offset / PAGE_BYTES..(offset + len).div_ceil(PAGE_BYTES);
                 touches.extend(pages.map(|page| (image.to_owned(), page)));
             }
-            ensure!(!touches.is_empty(), "{profile} touched nothing");
+            ensure!(!touches.is_empty(), "{name} touched nothing");
             recorded.push(touches);
-            host.stop(&[profile])?;
+            host.stop(&[name.as_str()])?;
         }
         host.stop_daemon()?;
         Ok(recorded)
@@ -139,40 +162,50 @@ impl Bench {
         let mut host = Host::new(&self.programs, &self.settings)?;
         host.start_daemon()?;
         let mut files = BTreeMap::new();
-        for profile in RECORDED {
-            let manifest = demo::manifest(profile);
-            let arguments = ["prefetch", "--mode", "none"].map(AsRef::as_ref);
-            let answer = host.json(arguments.into_iter().chain([manifest.as_os_str()]))?;
-            for device in answer["devices"].as_array().into_iter().flatten() {
-                let image = device["image"].as_str().context("a device has an image")?;
-                let path = device["path"].as_str().context("a device has a path")?;
-                files.insert(image.to_owned(), path.into());
-            }
+        // The first image has all of the runtimes.
+        let arguments = ["prefetch", "--mode", "none"].map(AsRef::as_ref);
+        let answer = host.json(arguments.into_iter().chain([self.manifests[0].as_os_str()]))?;
+        for device in answer["devices"].as_array().into_iter().flatten() {
+            let image = device["image"].as_str().context("a device has an image")?;
+            let path = device["path"].as_str().context("a device has a path")?;
+            files.insert(image.to_owned(), path.into());
         }
         work(&host, &files)?;
         host.stop_daemon()
     }
 
-    /// Launches the given profiles at once; returns the seconds that each took.
+    /// Launches all at once, with a host also telling it of each profile as the launch
+    /// itself would; returns the seconds that each took.
     fn launch(
         &self,
         files: &BTreeMap<String, PathBuf>,
-        recorded: &[Touches],
-        profiles: &[usize],
+        launches: &[&Touches],
+        forecast: Option<&Host>,
     ) -> Result<Vec<f64>> {
         let mut children = Vec::new();
-        for &profile in profiles {
+        for touches in launches {
             let mut child = Command::new(&self.replay)
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()?;
-            let text = touch_list(files, recorded, PROFILES[profile])?;
+            let text = touch_list(files, touches)?;
             let mut input = child.stdin.take().context("a replay has an input")?;
             input.write_all(text.as_bytes())?;
             children.push((child, input));
         }
         // Every replay has its list and waits for the end of it: now they all start.
         let start = Instant::now();
+        if let Some(host) = forecast {
+            let mut told = Vec::new();
+            for manifest in &self.manifests {
+                let mut command = host.forelay(["prefetch"]);
+                told.push(command.arg(manifest).stdout(Stdio::null()).spawn()?);
+            }
+            // Launches are asked for before their VMs run.
+            for mut child in told {
+                ensure!(child.wait()?.success(), "a prefetch was refused");
+            }
+        }
         let children: Vec<Child> = children.into_iter().map(|(child, _)| child).collect();
         let waits: Vec<_> = children
             .into_iter()
@@ -199,39 +232,13 @@ fn finish(mut child: Child, start: Instant) -> Result<f64> {
     Ok(seconds)
 }
 
-/// The union of the touches of a profile's components; without any, those of the base
-/// that all recorded launches share.
-fn touch_list(
-    files: &BTreeMap<String, PathBuf>,
-    recorded: &[Touches],
-    components: &[usize],
-) -> Result<String> {
-    let sets: Vec<BTreeSet<&(String, u64)>> =
-        recorded.iter().map(|one| one.iter().collect()).collect();
-    let all = |touch: &&(String, u64)| sets.iter().all(|set| set.contains(touch));
-    let mut touches: Vec<&(String, u64)> = Vec::new();
-    let mut seen = BTreeSet::new();
-    let sources = if components.is_empty() {
-        &[0][..]
-    } else {
-        components
-    };
-    for &source in sources {
-        let wanted = recorded[source].iter();
-        for touch in wanted.filter(|touch| !components.is_empty() || all(touch)) {
-            if seen.insert(touch) {
-                touches.push(touch);
-            }
-        }
-    }
+/// What a replay is told: the files, then what to touch.
+fn touch_list(files: &BTreeMap<String, PathBuf>, touches: &Touches) -> Result<String> {
     let mut text = String::new();
     let mut numbers = BTreeMap::new();
     for (number, (image, path)) in files.iter().enumerate() {
-        text.push_str(&format!(
-            "file {} {}\n",
-            std::fs::metadata(path)?.len(),
-            path.display()
-        ));
+        let bytes = std::fs::metadata(path)?.len();
+        text.push_str(&format!("file {bytes} {}\n", path.display()));
         numbers.insert(image.as_str(), number);
     }
     for (image, page) in touches {

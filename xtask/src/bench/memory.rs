@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::images;
 use super::launch::{MAKE_EXT4, touch_list};
 use super::statistics::median;
 use crate::cgroup::MemoryCgroup;
@@ -24,18 +25,10 @@ use crate::{demo, pages, prerequisites};
 const IMAGES: usize = 20;
 const VMS: usize = 12;
 const MAPPERS: usize = 200;
-/// How many of the images are also booted from qcow2 files.
-const DISKS: usize = 3;
+/// Rounds of taking and giving back all of shared memory.
+const ROUNDS: usize = 5;
 const MEMORY_MIB: u64 = 192;
 const LIMIT_BYTES: u64 = 10 << 30;
-/// Components and what a VM with one of them runs.
-const RUNTIMES: [(&str, &str); 4] = [
-    ("nginx", "nginx -v"),
-    ("redis", "redis-server --version"),
-    ("python3", "python3 -c 'import json, http.server'"),
-    ("nodejs", "node -e 1"),
-];
-
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path) -> Result<()> {
     prerequisites::install()?;
@@ -63,13 +56,13 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let manifests = bench.manifests()?;
     bench.host.start_daemon_in(&bench.cgroup)?;
     let vms = bench.vms(&manifests)?;
-    let composed = content_bytes(&bench.host, &vms[..DISKS])?;
+    let composed = content_bytes(&bench.host, &vms)?;
     let accounts = bench.accounts(&vms)?;
     let mappers = bench.mappers()?;
     bench.host.stop_all()?;
-    let dropped = bench.dropped()?;
+    let dropped = bench.dropped(&manifests[0])?;
     bench.host.stop_daemon()?;
-    let on_disk = bench.on_disk(&manifests[..DISKS])?;
+    let on_disk = bench.on_disk(&manifests[..VMS])?;
     let added = |vm: &&Vm| vm.added_bytes as f64 / vm.touched_bytes.max(1) as f64;
     let known: Vec<f64> = vms
         .iter()
@@ -130,14 +123,6 @@ impl Vm {
     }
 }
 
-/// Which runtimes image `number` has: subsets, the large ones first.
-fn runtimes(number: usize) -> Vec<usize> {
-    let subset = 15 - number % 15;
-    (0..RUNTIMES.len())
-        .filter(|bit| subset >> bit & 1 == 1)
-        .collect()
-}
-
 fn resident(host: &Host) -> Result<u64> {
     let report = host.json(["memory"])?;
     report["resident_bytes"]
@@ -171,20 +156,7 @@ impl Bench {
     fn manifests(&self) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for number in 0..IMAGES {
-            let chosen = runtimes(number);
-            let names: Vec<String> = chosen
-                .iter()
-                .map(|&one| format!("{:?}", RUNTIMES[one].0))
-                .collect();
-            let runs: Vec<&str> = chosen.iter().map(|&one| RUNTIMES[one].1).collect();
-            let script = format!("{}; touch /tmp/ready; exec sleep 100000", runs.join("; "));
-            let text = format!(
-                "name = \"image{number}\"\nowner = \"demo\"\nbase = \"debian\"\ncomponents = [{}]\n\
-                 entrypoint = [\"sh\", \"-c\", {script:?}]\nready = {{ path = \"/tmp/ready\" }}\n\
-                 [vm]\nmemory_mib = {MEMORY_MIB}\n\
-                 [files.\"/srv/own\"]\ncontent = \"file of image {number}\\n\"\n",
-                names.join(", ")
-            );
+            let text = images::manifest(number, MEMORY_MIB);
             let path = self.host.scratch().join(format!("image{number}.toml"));
             std::fs::write(&path, text)?;
             paths.push(path);
@@ -203,14 +175,16 @@ impl Bench {
             let run = self.host.scratch().join("run");
             let map_bytes = cached_bytes(&[run.join("vms").join(&name).join("map.img")])?;
             let vm = Vm {
-                known: runtimes(number).iter().all(|one| seen.contains(one)),
+                known: images::runtimes(number)
+                    .iter()
+                    .all(|one| seen.contains(one)),
                 touched_bytes: pages::frames(pid, &run)?.len() as u64 * 4096,
                 added_bytes: resident(&self.host)?.saturating_sub(before) + map_bytes,
                 map_bytes,
                 name,
                 pid,
             };
-            seen.extend(runtimes(number));
+            seen.extend(images::runtimes(number));
             println!(
                 "{}: touched {} KiB, added {} KiB",
                 vm.name,
@@ -284,28 +258,85 @@ impl Bench {
         }))
     }
 
-    /// Drops all of shared memory and looks how much each way of counting says it was.
-    /// MemAvailable counts unpinned page cache as available, so MemFree is what moves.
-    fn dropped(&self) -> Result<Value> {
-        let look = || -> Result<[u64; 4]> {
+    /// Fills shared memory and gives it back, and looks how much each way of counting says
+    /// that was. MemAvailable counts clean page cache as available, so the pages are locked
+    /// while it is looked at: then it counts them as taken. What the rest of the machine
+    /// did meanwhile is known from its cgroups and taken off.
+    fn dropped(&self, manifest: &Path) -> Result<Value> {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            rounds.push(self.drop_once(manifest)?);
+        }
+        let names = [
+            "own_bytes",
+            "cgroup_bytes",
+            "mem_available_bytes",
+            "mem_free_bytes",
+        ];
+        let medians = names.map(|name| {
+            let all: Vec<f64> = rounds.iter().filter_map(|one| one[name].as_f64()).collect();
+            median(&all)
+        });
+        let [own, cgroup, available, _] = medians;
+        let off = |a: f64, b: f64| (a - b).abs() / b.max(1.0);
+        let pairs = names.iter().zip(medians);
+        let mut document: serde_json::Map<String, Value> = pairs
+            .map(|(name, median)| ((*name).to_owned(), median.into()))
+            .collect();
+        document.insert("error".to_owned(), off(own, cgroup).into());
+        document.insert("mem_available_error".to_owned(), off(available, own).into());
+        document.insert("rounds".to_owned(), rounds.into());
+        Ok(document.into())
+    }
+
+    fn drop_once(&self, manifest: &Path) -> Result<Value> {
+        let mut command = ["prefetch", "--wait", "--mode", "everything"]
+            .map(AsRef::as_ref)
+            .to_vec();
+        command.push(manifest.as_os_str());
+        let answer = self.host.json(command)?;
+        let list = self.host.scratch().join("lock");
+        let mut text = String::new();
+        for device in answer["devices"].as_array().into_iter().flatten() {
+            let (bytes, path) = (&device["image_bytes"], device["path"].as_str());
+            text.push_str(&format!(
+                "file {bytes} {}\n",
+                path.context("a device has a path")?
+            ));
+        }
+        std::fs::write(&list, text)?;
+        let mut command = Command::new(&self.replay);
+        command
+            .args(["--lock", "--hold"])
+            .stdin(std::fs::File::open(&list)?);
+        let mut locker = Mappers(vec![command.stdout(Stdio::piped()).spawn()?]);
+        let answers = locker.0[0]
+            .stdout
+            .take()
+            .context("a locker has an output")?;
+        BufReader::new(answers).read_line(&mut String::new())?;
+        let look = || -> Result<[i64; 5]> {
+            let cgroup = self.cgroup.stat("total_cache", "file")?;
             Ok([
-                resident(&self.host)?,
-                self.cgroup.stat("total_cache", "file")?,
-                meminfo("MemFree:")?,
-                meminfo("MemAvailable:")?,
+                resident(&self.host)? as i64,
+                cgroup as i64,
+                meminfo("MemAvailable:")? as i64,
+                meminfo("MemFree:")? as i64,
+                // Of all the others: what they hold for good, and all of it.
+                self.cgroup.others_bytes()? as i64,
             ])
         };
         let before = look()?;
+        drop(locker);
         output(&mut self.host.forelay(["memory", "--drop-idle"]))?;
         let after = look()?;
-        let own = before[0].saturating_sub(after[0]);
-        let cgroup = before[1].saturating_sub(after[1]);
+        let others = after[4] - before[4];
         Ok(json!({
-            "own_bytes": own,
-            "cgroup_bytes": cgroup,
-            "mem_free_bytes": after[2] as i64 - before[2] as i64,
-            "mem_available_bytes": after[3] as i64 - before[3] as i64,
-            "error": (own as f64 - cgroup as f64).abs() / cgroup.max(1) as f64,
+            "own_bytes": before[0] - after[0],
+            "cgroup_bytes": before[1] - after[1],
+            "mem_available_bytes": after[2] - before[2] + others,
+            "mem_free_bytes": after[3] - before[3] + others,
+            "others_bytes": others,
         }))
     }
 

@@ -1,9 +1,12 @@
 //! Benchmarks. Each measures in one run, interleaved, and reports ratios; each writes
 //! `target/bench/NAME.json`.
 
+mod attach;
 mod burst;
+mod images;
 mod launch;
 mod memory;
+mod premap;
 mod pressure;
 mod statistics;
 
@@ -14,7 +17,8 @@ use serde_json::Value;
 
 use crate::process::{cargo, run, target_dir};
 
-const NAMES: &str = "launch, compose, forecast, policy, table, memory, pressure, burst";
+const NAMES: &str = "launch, compose, forecast, policy, table, memory, pressure, burst, \
+                     attach, premap";
 
 /// Runs one benchmark.
 pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
@@ -25,6 +29,8 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "memory" => memory::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
         "burst" => burst::run_bench(&out)?,
+        "attach" => attach::run_bench(&out)?,
+        "premap" => premap::run_bench(&out)?,
         "policy" => example("forelay-cache", "bench_policy", &out, arguments)?,
         "table" => example("forelay-cache", "bench_table", &out, arguments)?,
         "compose" => example("forelay-image", "bench_compose", &out, arguments)?,

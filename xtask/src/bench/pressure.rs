@@ -23,11 +23,9 @@ use crate::{demo, prerequisites};
 
 const VMS: usize = 3;
 const LIMIT_MIB: u64 = 2048;
-/// Room in the cgroup below which memory is critical; twice that is safe.
-const CRITICAL_MIB: u64 = 96;
-const STEP_MIB: u64 = 24;
-/// The hog stops after so many steps that made the pool give something back.
-const STEPS_AT_CRITICAL: usize = 5;
+const STEP_MIB: u64 = 16;
+/// A step after which memory is not safe for this long was one too many.
+const PATIENCE: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 
 /// The files that the guests hash, over and over.
@@ -53,7 +51,6 @@ pub fn run_bench(out: &Path) -> Result<()> {
     };
     let cgroup = MemoryCgroup::new(LIMIT_MIB * MIB)?;
     let mut host = Host::new(&programs, &settings)?;
-    host.configure_memory(&format!("critical_bytes = {}", CRITICAL_MIB * MIB))?;
     let manifest = host.scratch().join("pressure.toml");
     std::fs::write(&manifest, MANIFEST)?;
     let truth = Arc::new(known_digests(&host, &manifest)?);
@@ -82,8 +79,14 @@ struct Look {
     pressure: String,
     paused: bool,
     resident_bytes: u64,
-    evicted_bytes: u64,
+    shortages: Value,
     totals: Value,
+}
+
+impl Look {
+    fn of(&self, total: &str) -> u64 {
+        self.totals[total].as_u64().unwrap_or(0)
+    }
 }
 
 impl Bench {
@@ -93,7 +96,7 @@ impl Bench {
             pressure: report["pressure"].as_str().unwrap_or_default().to_owned(),
             paused: report["prefetch_paused"] == true,
             resident_bytes: report["resident_bytes"].as_u64().unwrap_or(0),
-            evicted_bytes: report["totals"]["evicted_bytes"].as_u64().unwrap_or(0),
+            shortages: report["shortages"].clone(),
             totals: report["totals"].clone(),
         })
     }
@@ -153,7 +156,7 @@ impl Bench {
         Ok(figures)
     }
 
-    /// Lets the hog take memory until the pool has given back enough, then lets it go.
+    /// Lets the hog take memory until nothing more can be had, then lets it go.
     fn squeeze(&self, manifest: &Path, hashed: &Mutex<Hashed>) -> Result<Value> {
         wait_for("the VMs' first hashes", || {
             Ok(hashed.lock().map_or(0, |hashed| hashed.rounds) >= VMS as u64)
@@ -169,42 +172,10 @@ impl Bench {
             self.cgroup.usage_bytes()? / MIB
         );
         let mut hog = Hog::start(&self.cgroup)?;
-        let (mut evicted_before_critical, mut freed_ms, mut paused) = (0, Vec::new(), false);
-        let mut critical_steps = 0;
-        while critical_steps < STEPS_AT_CRITICAL {
-            let before = self.look()?;
-            let step = Instant::now();
-            let held = hog.take(STEP_MIB)?;
-            let mut now = self.look()?;
-            let critical = now.pressure == "critical" || now.evicted_bytes > before.evicted_bytes;
-            if !critical && critical_steps == 0 {
-                evicted_before_critical = now.evicted_bytes;
-            }
-            if critical {
-                critical_steps += 1;
-                paused |= now.paused;
-                let deadline = Instant::now() + Duration::from_secs(20);
-                while now.pressure == "critical" && Instant::now() < deadline {
-                    std::thread::sleep(Duration::from_millis(5));
-                    now = self.look()?;
-                    paused |= now.paused;
-                }
-                if now.pressure != "critical" {
-                    freed_ms.push(step.elapsed().as_secs_f64() * 1e3);
-                }
-            }
-            println!(
-                "hog {} MiB: {}, pool {} MiB, evicted {} MiB",
-                held / MIB,
-                now.pressure,
-                now.resident_bytes / MIB,
-                now.evicted_bytes / MIB
-            );
-            if now.pressure == "critical" || held > LIMIT_MIB * MIB {
-                break;
-            }
-        }
-        // A while at the limit, with the guests at work.
+        let (step_to_safe_ms, exhausted) = self.step_up(&mut hog)?;
+        // Asked for at the limit: has to wait until the hog is gone.
+        let mut command = self.host.forelay(["prefetch", "--mode", "everything"]);
+        output(command.arg(manifest))?;
         let rounds = hashed.lock().map_or(0, |hashed| hashed.rounds);
         wait_for("hashes under pressure", || {
             Ok(hashed.lock().map_or(0, |hashed| hashed.rounds) >= rounds + VMS as u64)
@@ -212,34 +183,78 @@ impl Bench {
         let squeezed = self.look()?;
         hog.leave()?;
         let left = Instant::now();
-        wait_for("prefetch to resume", || Ok(!self.look()?.paused))?;
+        wait_for("prefetch to resume", || {
+            let now = self.look()?;
+            Ok(!now.paused && now.of("pushed_bytes") > squeezed.of("pushed_bytes"))
+        })?;
         let resumed_s = left.elapsed().as_secs_f64();
-        let mut command = self
-            .host
-            .forelay(["prefetch", "--wait", "--mode", "everything"]);
-        output(command.arg(manifest))?;
         let after = self.look()?;
-        let of = |look: &Look, name: &str| look.totals[name].as_u64().unwrap_or(0);
-        let evicted = squeezed.evicted_bytes;
+        let none = Vec::new();
+        let shortages = squeezed.shortages.as_array().unwrap_or(&none);
+        let freed_ms: Vec<f64> = shortages
+            .iter()
+            .filter_map(|shortage| Some(shortage["took_s"].as_f64()? * 1e3))
+            .collect();
+        let evicted = squeezed.of("budget_evicted_bytes") + squeezed.of("pressure_evicted_bytes");
         Ok(json!({
-            "evictions_before_critical": evicted_before_critical
-                + of(&squeezed, "budget_evicted_bytes"),
+            "evictions_before_critical": squeezed.of("budget_evicted_bytes"),
             "freed_ms_p50": median(&freed_ms),
             "freed_ms_max": freed_ms.iter().copied().fold(0.0, f64::max),
             "freed_ms": freed_ms,
+            "step_to_safe_ms": step_to_safe_ms,
+            "pool_exhausted": exhausted,
+            "shortages": shortages,
             "refaulted_share":
-                of(&squeezed, "refetched_bytes") as f64 / evicted.max(1) as f64,
+                squeezed.of("refetched_bytes") as f64 / evicted.max(1) as f64,
             "evicted_bytes": evicted,
-            "refaulted_bytes": of(&squeezed, "refetched_bytes"),
+            "refaulted_bytes": squeezed.of("refetched_bytes"),
+            "reclaimed_by_kernel_bytes": squeezed.of("reclaimed_bytes"),
             "pool_before_bytes": start.resident_bytes,
             "pool_squeezed_bytes": squeezed.resident_bytes,
             "pool_after_bytes": after.resident_bytes,
-            "prefetch_paused": paused,
+            "prefetch_paused": squeezed.paused,
             "prefetch_resumed_s": resumed_s,
-            "prefetch_resumed": after.totals["pushed_bytes"].as_u64() > squeezed.totals["pushed_bytes"].as_u64(),
+            "prefetch_resumed_bytes": after.of("pushed_bytes") - squeezed.of("pushed_bytes"),
             "limit_bytes": LIMIT_MIB * MIB,
-            "critical_bytes": CRITICAL_MIB * MIB,
+            "step_bytes": STEP_MIB * MIB,
         }))
+    }
+
+    /// The hog's steps, each followed by a wait until memory is safe again: the time that
+    /// each took which met the critical level, and whether one was never safe again since
+    /// the pool had nothing left but what the VMs use.
+    fn step_up(&self, hog: &mut Hog) -> Result<(Vec<f64>, bool)> {
+        let mut step_to_safe_ms = Vec::new();
+        loop {
+            let before = self.look()?;
+            let step = Instant::now();
+            let held = hog.take(STEP_MIB)?;
+            let mut now = self.look()?;
+            while now.pressure == "critical" && step.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_millis(5));
+                now = self.look()?;
+            }
+            println!(
+                "hog {} MiB: {}, usage {} MiB, pool {} MiB, evicted {} MiB, reclaimed {} MiB, \
+                 refaulted {} MiB",
+                held / MIB,
+                now.pressure,
+                self.cgroup.usage_bytes()? / MIB,
+                now.resident_bytes / MIB,
+                now.of("pressure_evicted_bytes") / MIB,
+                now.of("reclaimed_bytes") / MIB,
+                now.of("refetched_bytes") / MIB,
+            );
+            if now.pressure == "critical" {
+                return Ok((step_to_safe_ms, true));
+            }
+            if now.of("pressure_evicted_bytes") > before.of("pressure_evicted_bytes") {
+                step_to_safe_ms.push(step.elapsed().as_secs_f64() * 1e3);
+            }
+            if held > LIMIT_MIB * MIB {
+                return Ok((step_to_safe_ms, false));
+            }
+        }
     }
 }
 

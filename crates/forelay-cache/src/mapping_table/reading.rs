@@ -1,9 +1,11 @@
 //! Reading the mapping table: lookups, summaries, its own size, its invariants.
 
+use std::collections::BTreeMap;
+
 use forelay_image::{Digest, Extent, PAGE_BYTES};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::PageRun;
+use crate::page_set::{PageRun, PageSet};
 
 use super::{DeviceRow, Entry, ImageRow, MappingTable, PageState, Phase, VmRow};
 
@@ -83,6 +85,22 @@ impl MappingTable {
             .flat_map(|gap| row.fetching.gaps_within(gap))
             .map(PageRun::extent)
             .collect()
+    }
+
+    /// What running VMs have touched of each image, as far as it was observed.
+    pub fn touched_by_running(&self) -> BTreeMap<&SharedImage, PageSet> {
+        let mut touched: BTreeMap<&SharedImage, PageSet> = BTreeMap::new();
+        let running = self.vms.values().filter(|row| row.phase == Phase::Running);
+        for device in running.flat_map(|row| &row.devices) {
+            let image = self.images.get(device.image as usize);
+            if let Some(row) = image.and_then(Option::as_ref) {
+                let pages = touched.entry(&row.key).or_default();
+                for run in device.touched.runs() {
+                    pages.insert(run);
+                }
+            }
+        }
+        touched
     }
 
     /// Images that the table knows, in order.

@@ -67,6 +67,17 @@ pub enum Event {
         /// What a launch is expected to touch.
         working_set: Vec<PlannedExtent>,
     },
+    /// A VM that an earlier daemon launched runs.
+    VmFound {
+        /// The VM.
+        vm: VmName,
+        /// Its trust domain.
+        domain: Domain,
+        /// Its profile.
+        profile: ProfileName,
+        /// Its pmem devices in order.
+        devices: Vec<DeviceImage>,
+    },
     /// The VMM runs.
     VmStarted {
         /// The VM.
@@ -285,6 +296,9 @@ pub struct PlanConfig {
     pub pin_share: f64,
     /// How long pins stay after the VMM has started, in milliseconds.
     pub pin_hold_ms: i64,
+    /// What a running VM was seen to use this recently does not leave under pressure, in
+    /// milliseconds: it would come back at once.
+    pub use_hold_ms: i64,
     /// A prefetch displaces resident bytes only if it is worth this many times as much.
     pub displace_factor: f64,
     /// Half-life of past uses and of forecasts that are not renewed, in milliseconds.
@@ -311,6 +325,7 @@ impl Default for PlanConfig {
             pin_probability: 0.5,
             pin_share: 0.25,
             pin_hold_ms: 30_000,
+            use_hold_ms: 30_000,
             displace_factor: 1.25,
             half_life_ms: 6 * 3_600_000,
             horizon_ms: 600_000,

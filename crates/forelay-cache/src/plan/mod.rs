@@ -17,6 +17,7 @@
 //! always go); nothing is evicted while all of it fits and no pressure is critical;
 //! under [`EvictionRule::LeastUsed`] nothing mapped is ever evicted; pinned bytes never.
 
+mod guard;
 mod message;
 mod pressure;
 mod queue;
@@ -36,6 +37,7 @@ use crate::mapping_table::{Arrival, MappingTable, Phase, SharedTable};
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 use crate::page_set::{PageRun, PageSet};
 
+use guard::Guard;
 pub use message::{
     Action, Event, EvictionRule, PlanConfig, PlannedExtent, PrefetchClass, PressureLevel, Urgency,
 };
@@ -63,6 +65,8 @@ pub struct PlanCounters {
     pub pressure_evicted_bytes: u64,
     /// Bytes that a demand fetch brought back within the half-life of their eviction.
     pub refetched_bytes: u64,
+    /// Bytes that the kernel reclaimed without being asked.
+    pub reclaimed_bytes: u64,
     /// Prefetches dropped because nothing worth less was resident.
     pub refused_bytes: u64,
     /// Events that the mapping table refused (unknown VM or image, bad extent).
@@ -84,6 +88,7 @@ pub struct Planner {
     leaving: BTreeMap<SharedImage, PageSet>,
     /// Evicted not long ago; what returns from here was evicted too early.
     ghosts: BTreeMap<SharedImage, PageSet>,
+    guard: Guard,
     level: PressureLevel,
     paused: bool,
     calm_since_ms: Option<i64>,
@@ -109,6 +114,7 @@ impl Planner {
             pinned_by_plan_bytes: 0,
             leaving: BTreeMap::new(),
             ghosts: BTreeMap::new(),
+            guard: Guard::default(),
             level: PressureLevel::Plenty,
             paused: false,
             calm_since_ms: None,
@@ -193,6 +199,22 @@ impl Planner {
                     reserved: false,
                 };
                 self.forecast_changed(table, domain, profile, forecast, now_ms, actions)
+            }
+            Event::VmFound {
+                vm,
+                domain,
+                profile,
+                devices,
+            } => {
+                let launch = Launch {
+                    started_ms: Some(now_ms),
+                    ..Launch::default()
+                };
+                self.launches.insert(vm.clone(), launch);
+                match table.vm_identity(vm.as_str()) {
+                    Some(_) => table.start(&vm),
+                    None => table.map(&vm, &domain, &profile, &devices, Phase::Running),
+                }
             }
             Event::VmStarted { vm } => {
                 self.launches.entry(vm.clone()).or_default().started_ms = Some(now_ms);
@@ -441,9 +463,12 @@ impl Planner {
         for &extent in extents {
             let touch = table.touch(vm, &image, extent)?;
             if let (true, Some(domain)) = (touch.first_touch_bytes > 0, &domain) {
-                let key = SharedImage::new(domain.clone(), image);
-                self.worth
-                    .used(&key, PageRun::covering(extent), false, now_ms);
+                let (key, run) = (
+                    SharedImage::new(domain.clone(), image),
+                    PageRun::covering(extent),
+                );
+                self.worth.used(&key, run, false, now_ms);
+                self.guard.used(&key, run);
             }
         }
         Ok(())
@@ -461,6 +486,7 @@ impl Planner {
         self.queue.ended(image, extent);
         let run = PageRun::covering(extent);
         self.worth.used(image, run, false, now_ms);
+        self.guard.used(image, run);
         if let Some(ghost) = self.ghosts.get_mut(image) {
             self.counters.refetched_bytes += u64::from(ghost.remove(run)) * 4096;
         }
@@ -510,13 +536,15 @@ impl Planner {
         extent: Extent,
     ) -> Result<(), crate::mapping_table::TableError> {
         let run = PageRun::covering(extent);
+        let mut asked = 0;
         if let Some(leaving) = self.leaving.get_mut(image) {
-            leaving.remove(run);
+            asked = leaving.remove(run);
             if leaving.is_empty() {
                 self.leaving.remove(image);
             }
         }
         table.evict(image, extent)?;
+        self.counters.reclaimed_bytes += u64::from(run.pages() - asked) * 4096;
         self.ghosts.entry(image.clone()).or_default().insert(run);
         Ok(())
     }

@@ -2,7 +2,8 @@
 //! and what the passing of time does.
 //!
 //! Invariants: eviction happens only for a better prefetch, for demand beyond the
-//! budget, or at critical level; it stops at what was asked for; prefetching resumes
+//! budget, or at critical level, and then not of what running VMs use right now; it
+//! stops at what was asked for; prefetching resumes
 //! only after the calm time without pressure.
 
 use forelay_image::Extent;
@@ -12,6 +13,7 @@ use crate::names::VmName;
 use crate::page_set::PageRun;
 
 use super::queue::Piece;
+use super::victims::Reach;
 use super::{Action, Choice, EvictionRule, Planner, PressureLevel, Victims};
 
 /// How often stale history is dropped, in milliseconds.
@@ -21,17 +23,19 @@ const TIDY_EVERY_MS: i64 = 60_000;
 const EVICTION_PATIENCE_MS: i64 = 10_000;
 
 impl Planner {
-    fn leaving_bytes(&self) -> u64 {
+    /// Bytes that were asked to leave and have not yet.
+    pub fn leaving_bytes(&self) -> u64 {
         self.leaving.values().map(|set| set.bytes()).sum()
     }
 
-    fn choice<'a>(&'a self, table: &'a MappingTable, now_ms: i64, mapped_too: bool) -> Choice<'a> {
+    fn choice<'a>(&'a self, table: &'a MappingTable, now_ms: i64, reach: Reach) -> Choice<'a> {
         Choice {
             table,
             worth: &self.worth,
             leaving: &self.leaving,
+            guard: &self.guard,
             now_ms,
-            mapped_too,
+            reach,
         }
     }
 
@@ -54,12 +58,15 @@ impl Planner {
         let victims = match self.config.rule {
             // Never for a component larger than the budget.
             EvictionRule::LeastUsed if piece.image_bytes > self.budget_bytes => Vec::new(),
-            EvictionRule::LeastUsed => self.choice(table, now_ms, false).least_used(needed),
+            EvictionRule::LeastUsed => self
+                .choice(table, now_ms, Reach::Unmapped)
+                .least_used(needed),
             EvictionRule::Worth => {
                 let below = piece.seconds_per_byte / self.config.displace_factor.max(1.0);
                 // A little more than needed, so that not every piece searches anew.
                 let slack = (self.budget_bytes / 128).max(needed);
-                self.choice(table, now_ms, false).by_worth(slack, below)
+                self.choice(table, now_ms, Reach::Unmapped)
+                    .by_worth(slack, below)
             }
         };
         let found: u64 = victims
@@ -89,16 +96,18 @@ impl Planner {
             .saturating_sub(self.config.budget_bytes);
         let needed = excess.saturating_sub(self.leaving_bytes());
         if needed > 0 {
-            let evicted = self.evict_worst(table, needed, now_ms, actions);
+            let evicted = self.evict_worst(table, needed, Reach::All, now_ms, actions);
             self.counters.budget_evicted_bytes += evicted;
         }
     }
 
-    /// Evicts what is worth least, unmapped components first; returns the bytes asked for.
+    /// Evicts what is worth least, unmapped components first and nothing beyond
+    /// `furthest`; returns the bytes asked for.
     fn evict_worst(
         &mut self,
         table: &MappingTable,
         needed: u64,
+        furthest: Reach,
         now_ms: i64,
         actions: &mut Vec<Action>,
     ) -> u64 {
@@ -107,11 +116,13 @@ impl Planner {
             extents.map(|extent| extent.len).sum::<u64>()
         };
         if self.config.rule == EvictionRule::LeastUsed {
-            let mut victims = self.choice(table, now_ms, false).least_used(needed);
+            let mut victims = self
+                .choice(table, now_ms, Reach::Unmapped)
+                .least_used(needed);
             if victims.is_empty() {
                 // Not enough in all: then all there is.
                 let all = self
-                    .choice(table, now_ms, false)
+                    .choice(table, now_ms, Reach::Unmapped)
                     .by_worth(needed, f64::INFINITY);
                 victims = all;
             }
@@ -119,17 +130,16 @@ impl Planner {
             self.evict(victims, now_ms, actions);
             return found;
         }
-        let unmapped = self
-            .choice(table, now_ms, false)
-            .by_worth(needed, f64::INFINITY);
-        let mut found = bytes_of(&unmapped);
-        self.evict(unmapped, now_ms, actions);
-        if found < needed {
-            let mapped = self
-                .choice(table, now_ms, true)
-                .by_worth(needed - found, f64::INFINITY);
-            found += bytes_of(&mapped);
-            self.evict(mapped, now_ms, actions);
+        let mut found = 0;
+        let nearest_first = [Reach::Unmapped, Reach::Untouched, Reach::Unused, Reach::All];
+        for reach in nearest_first {
+            if found >= needed || reach > furthest {
+                break;
+            }
+            let choice = self.choice(table, now_ms, reach);
+            let victims = choice.by_worth(needed - found, f64::INFINITY);
+            found += bytes_of(&victims);
+            self.evict(victims, now_ms, actions);
         }
         found
     }
@@ -172,7 +182,9 @@ impl Planner {
                 self.unpin_all(actions);
                 let needed = deficit_bytes.saturating_sub(self.leaving_bytes());
                 if needed > 0 {
-                    let evicted = self.evict_worst(table, needed, now_ms, actions);
+                    // Not what VMs use right now: they would have it back before anybody
+                    // gained from it, and the kernel can take it without us.
+                    let evicted = self.evict_worst(table, needed, Reach::Unused, now_ms, actions);
                     self.counters.pressure_evicted_bytes += evicted;
                 }
             }
@@ -220,6 +232,7 @@ impl Planner {
         if let (PressureLevel::Plenty, Some(since_ms)) = (self.level, self.calm_since_ms) {
             self.resume_when_calm(since_ms, now_ms, actions);
         }
+        self.guard.turn(self.config.use_hold_ms, now_ms);
         let hold_ms = self.config.pin_hold_ms;
         let held = |started_ms: i64| now_ms.saturating_sub(started_ms) < hold_ms;
         let mut over = Vec::new();

@@ -429,6 +429,75 @@ fn critical_pressure_pauses_evicts_just_enough_and_resumes_only_after_calm() {
 }
 
 #[test]
+fn a_vm_found_after_a_takeover_is_mapped_once_and_runs() {
+    let mut host = Host::new(config(8));
+    for _ in 0..2 {
+        host.tell(Event::VmFound {
+            vm: "old".into(),
+            domain: "d".into(),
+            profile: "p".into(),
+            devices: vec![device(1, 4 * MIB)],
+        });
+    }
+    let table = host.planner.table();
+    assert_eq!(table.read(|table| table.mapped_by(&shared(1))), 1);
+    let running = table.read(|t| t.known_vms().all(|(_, phase)| phase == Phase::Running));
+    assert!(running);
+    assert_eq!(host.planner.counters().refused_events, 0);
+    host.tell(Event::VmStopped { vm: "old".into() });
+    let table = host.planner.table();
+    assert_eq!(table.read(|table| table.mapped_by(&shared(1))), 0);
+}
+
+#[test]
+fn pressure_takes_what_no_vm_touched_first_and_leaves_what_is_in_use() {
+    let mut host = Host::new(config(32));
+    let set = vec![planned(1, 0, 4 * MIB, 1.0, 0), planned(2, 0, MIB, 1.0, 1)];
+    host.launch("run", "r", &[1, 2], set);
+    host.push_all();
+    host.tell(Event::VmStarted { vm: "run".into() });
+    let touched = |host: &mut Host, offset| {
+        host.tell(Event::Touched {
+            vm: "run".into(),
+            image: image(1),
+            extents: vec![Extent::new(offset, MIB)],
+        });
+    };
+    touched(&mut host, 0);
+    host.now_ms += 120_000;
+    for _ in 0..2 {
+        host.tell(Event::Tick);
+        host.now_ms += 60_000;
+    }
+    touched(&mut host, MIB);
+    let squeeze = |host: &mut Host, bytes| {
+        host.tell(Event::Pressure {
+            level: PressureLevel::Critical,
+            deficit_bytes: bytes,
+        });
+        let here = |offset| host.planner.table.read(|t| t.state(&shared(1), offset));
+        let resident = |offset| here(offset) == crate::mapping_table::PageState::Resident;
+        (
+            resident(0),
+            resident(MIB),
+            resident(2 * MIB) || resident(3 * MIB),
+        )
+    };
+    assert_eq!(squeeze(&mut host, 3 * MIB), (true, true, false));
+    assert_eq!(host.resident(2), 0, "no VM touched it either");
+    assert_eq!(squeeze(&mut host, 8 * MIB), (false, true, false));
+    assert_eq!(host.resident(1), MIB, "what is in use stays");
+    host.tell(Event::BudgetChanged {
+        budget_bytes: MIB / 2,
+    });
+    assert_eq!(
+        host.resident(1),
+        MIB / 2,
+        "but not beyond the pool's own cap"
+    );
+}
+
+#[test]
 fn everything_pinned_under_pressure_frees_nothing_and_says_so() {
     let mut host = Host::new(config(8));
     fill(&mut host, 1, 1);

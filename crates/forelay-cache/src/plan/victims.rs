@@ -1,7 +1,7 @@
 //! Who leaves memory: the literal baseline rule and the rule by worth.
 //!
 //! Refuses to evict anything pinned. Components that a VM can reach are victims only
-//! when the caller says the level is critical, and never under the baseline rule.
+//! when the caller's [`Reach`] says so, and never under the baseline rule.
 
 use std::collections::BTreeMap;
 
@@ -12,6 +12,7 @@ use crate::names::SharedImage;
 use crate::page_set::{PageRun, PageSet};
 use crate::policy::least_used;
 
+use super::guard::Guard;
 use super::worth::Worth;
 
 /// Extents of one image to be given back.
@@ -23,19 +24,46 @@ pub(super) struct Choice<'a> {
     pub(super) worth: &'a Worth,
     /// Already on their way out.
     pub(super) leaving: &'a BTreeMap<SharedImage, PageSet>,
+    /// In use.
+    pub(super) guard: &'a Guard,
     pub(super) now_ms: i64,
-    /// Also under components that VMs can reach.
-    pub(super) mapped_too: bool,
+    /// How far the choice goes.
+    pub(super) reach: Reach,
+}
+
+/// How far a choice of victims goes; each includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Reach {
+    /// Components that no VM can reach.
+    Unmapped,
+    /// And what VMs can reach but none that runs has touched or fetched lately.
+    Untouched,
+    /// And what they have touched but did not use lately.
+    Unused,
+    /// And what they use.
+    All,
 }
 
 impl Choice<'_> {
-    fn candidates(&self, image: &SharedImage) -> Vec<PageRun> {
+    fn candidates(&self, image: &SharedImage, touched: Option<&PageSet>) -> Vec<PageRun> {
         let bytes = self.table.image_bytes(image).unwrap_or(0);
         let extents = self.table.evictable(image, Extent::new(0, bytes));
         let runs = extents.into_iter().map(PageRun::covering);
-        match self.leaving.get(image) {
+        let runs: Vec<PageRun> = match self.leaving.get(image) {
             None => runs.collect(),
             Some(leaving) => runs.flat_map(|run| leaving.gaps_within(run)).collect(),
+        };
+        match self.reach {
+            Reach::Untouched => {
+                let runs = self.guard.without(image, runs);
+                let untouched = |run| match touched {
+                    None => vec![run],
+                    Some(touched) => touched.gaps_within(run).collect(),
+                };
+                runs.into_iter().flat_map(untouched).collect()
+            }
+            Reach::Unused => self.guard.without(image, runs),
+            Reach::Unmapped | Reach::All => runs,
         }
     }
 
@@ -48,7 +76,7 @@ impl Choice<'_> {
             if self.table.mapped_by(image) > 0 || self.table.pinned_bytes_of(image) > 0 {
                 continue;
             }
-            let runs = self.candidates(image);
+            let runs = self.candidates(image, None);
             let bytes = runs.iter().map(|run| run.extent().len).sum();
             let (uses, last_use_ms) = self.worth.component_uses(image);
             candidates.push(least_used::Candidate {
@@ -72,13 +100,16 @@ impl Choice<'_> {
     pub(super) fn by_worth(&self, needed_bytes: u64, below: f64) -> Victims {
         let mut valued = Vec::new();
         let images: Vec<&SharedImage> = self.table.known_images().collect();
+        let touched = match self.reach {
+            Reach::Untouched => self.table.touched_by_running(),
+            _ => BTreeMap::new(),
+        };
         for (at, image) in images.iter().enumerate() {
-            if !self.mapped_too && self.table.mapped_by(image) > 0 {
+            if self.reach == Reach::Unmapped && self.table.mapped_by(image) > 0 {
                 continue;
             }
-            let runs = self
-                .worth
-                .value(image, &self.candidates(image), self.now_ms);
+            let candidates = self.candidates(image, touched.get(image));
+            let runs = self.worth.value(image, &candidates, self.now_ms);
             valued.extend(runs.into_iter().map(|valued| (valued, at)));
         }
         valued.retain(|(valued, _)| valued.seconds_per_byte < below);

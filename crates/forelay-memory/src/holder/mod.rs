@@ -6,7 +6,7 @@
 //! crash.
 //!
 //! ```text
-//!     SIGTERM, SIGHUP: passed on         goodbye(stop), exit after SIGTERM, exit code 0,
+//!     are passed on                      goodbye(stop), exit after SIGTERM, exit code 0,
 //!                   ▼                    or exit before ready with no mount held
 //!   start ──▶ daemon running ───────────────────────────────────▶ unmount, end
 //!               ▲       │ killed, crashed, goodbye(restart), canary died
@@ -44,6 +44,8 @@ pub const PINNER_FD: &str = "FORELAY_PINNER_FD";
 /// A daemon that was ready and lived this long did not die of its start.
 const STEADY: Duration = Duration::from_millis(500);
 const MAX_DELAY: Duration = Duration::from_secs(5);
+/// Daemons that are started to stop the VMs and die before they can.
+const STOP_ATTEMPTS: u32 = 5;
 
 /// What the holder starts.
 #[derive(Clone, Debug)]
@@ -84,6 +86,7 @@ pub fn run(config: HolderConfig) -> Result<i32, HolderError> {
         canary: None,
         farewell: None,
         failures: 0,
+        stop_failures: 0,
         restart_at: None,
     };
     let code = holder.hold();
@@ -108,6 +111,7 @@ struct Holder {
     canary: Option<OwnedFd>,
     farewell: Option<Farewell>,
     failures: u32,
+    stop_failures: u32,
     restart_at: Option<Instant>,
 }
 
@@ -118,12 +122,15 @@ impl Holder {
             let ready = self.wait()?;
             if ready.signal {
                 let arrived = self.signals.take_arrived();
-                if arrived.stop && self.restart_at.is_some() {
-                    return Ok(0);
-                }
-                if arrived.stop {
+                if arrived.stop && self.restart_at.take().is_some() {
+                    if self.domains.is_empty() {
+                        return Ok(0);
+                    }
+                    // Only a daemon can stop the VMs that map what is held here.
+                    self.start_next()?;
                     self.farewell = Some(Farewell::Stop);
-                    self.pass_on(Signal::TERM);
+                } else if arrived.stop {
+                    self.stop_daemon();
                 } else if arrived.restart && self.restart_at.is_none() {
                     self.pass_on(Signal::HUP);
                 }
@@ -148,6 +155,15 @@ impl Holder {
             }
             self.dying
                 .retain_mut(|process| process.try_reap().is_none());
+        }
+    }
+
+    /// Passes a stop on: at once to a daemon that is ready, or one that was told before;
+    /// to one that is still taking over as soon as it can stop the VMs.
+    fn stop_daemon(&mut self) {
+        let told_before = self.farewell.replace(Farewell::Stop) == Some(Farewell::Stop);
+        if self.canary.is_some() || told_before || self.domains.is_empty() {
+            self.pass_on(Signal::TERM);
         }
     }
 
@@ -202,7 +218,9 @@ impl Holder {
             self.daemon.try_reap().flatten()
         };
         let for_good = match (farewell, exit_code) {
-            (Some(Farewell::Stop), _) | (None, Some(0)) => true,
+            (Some(Farewell::Stop) | None, Some(0)) => true,
+            // One that was never ready has not stopped the VMs that map what is held.
+            (Some(Farewell::Stop), _) => was_ready || self.stop_again(),
             (Some(Farewell::Restart), _) | (None, None) => false,
             // Bad configuration, a socket that is taken: repeating it helps nobody. But with
             // mounts to serve, giving up would kill the VMs that map them.
@@ -210,6 +228,10 @@ impl Holder {
         };
         if for_good {
             return Ok(Some(exit_code.unwrap_or(1)));
+        }
+        if self.farewell.is_some() {
+            self.start_next()?;
+            return Ok(None);
         }
         let steady = was_ready && lived > STEADY;
         self.failures = if steady { 0 } else { self.failures + 1 };
@@ -229,6 +251,16 @@ impl Holder {
             self.restart_at = Some(Instant::now() + delay);
         }
         Ok(None)
+    }
+
+    /// Whether to give up on daemons that are to stop the VMs; else the next one is to.
+    fn stop_again(&mut self) -> bool {
+        self.stop_failures += 1;
+        if self.domains.is_empty() || self.stop_failures > STOP_ATTEMPTS {
+            return true;
+        }
+        self.farewell = Some(Farewell::Stop);
+        false
     }
 
     fn start_next(&mut self) -> io::Result<()> {
@@ -295,7 +327,11 @@ impl Holder {
             }
             "canary" => {
                 self.canary = Some(request.take_fd()?);
-                ok.send(control, &[])
+                ok.send(control, &[])?;
+                if matches!(self.farewell, Some(Farewell::Stop)) {
+                    self.pass_on(Signal::TERM);
+                }
+                Ok(())
             }
             "farewell" => {
                 self.farewell = Some(request.parse(1)?);

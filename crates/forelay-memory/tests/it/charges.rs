@@ -5,11 +5,13 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 
 use forelay_image::extent::Extent;
 use forelay_memory::mapping::FileMapping;
+use forelay_memory::{Config, Session, SharedMemory, pinner};
 
-use crate::support::{MIB, Mapper, PAGE, TestImage, example, skipped};
+use crate::support::{Images, MIB, Mapper, PAGE, TestImage, example, skipped};
 
 /// A memory cgroup of its own, removed when dropped.
 struct Cgroup(PathBuf);
@@ -202,4 +204,43 @@ fn privileged_reclaim_takes_what_is_not_pinned_and_nothing_else() {
     for offset in (0..8 * MIB).step_by(PAGE as usize) {
         assert!(image.page_is_right(&mapping, offset), "refaulted: {offset}");
     }
+}
+
+#[test]
+fn privileged_pins_return_when_the_pinner_is_lost() {
+    if skipped("privileged_pins_return_when_the_pinner_is_lost") {
+        return;
+    }
+    let image = TestImage::new(7, 4 * MIB);
+    let dir = tempfile::tempdir().unwrap();
+    let pinner = Arc::new(pinner::Client::in_process().unwrap());
+    let mut config = Config::new(dir.path().join("mount"), Session::New);
+    config.pinner = Some(Arc::clone(&pinner));
+    let memory = SharedMemory::start(config, Images::new(&[image])).unwrap();
+    let key = image.key();
+    memory.add_file(key, image.spec()).unwrap();
+    memory.push(&key, 0, &image.content(0, 1 << 20)).unwrap();
+    let here = Extent::new(0, 1 << 20);
+    assert_eq!(memory.pin(&key, &[here]).unwrap(), here.len);
+    let held = |of: &pinner::Client| -> u64 {
+        let rows = of.table().unwrap();
+        rows.iter()
+            .flat_map(|row| &row.extents)
+            .map(|one| one.len)
+            .sum()
+    };
+    assert_eq!(held(&pinner), here.len);
+
+    // Another pinner, which knows nothing.
+    assert!(!pinner.is_gone());
+    pinner.renew(pinner::Client::in_process().unwrap());
+    assert_eq!(held(&pinner), 0);
+    assert_eq!(memory.pin_again().unwrap(), here.len);
+    assert_eq!(held(&pinner), here.len);
+    assert_eq!(
+        memory.evict(&key, &[here]).unwrap(),
+        here.len,
+        "and can be let go"
+    );
+    assert_eq!(held(&pinner), 0);
 }

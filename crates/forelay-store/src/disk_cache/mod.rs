@@ -277,6 +277,20 @@ impl DiskCache {
         entry.segment.drop_chunk(chunk, entry.offset, entry.len);
     }
 
+    /// Lets the kernel have the page cache of the cache's files. What is in shared memory
+    /// needs no second copy there; what was written a moment ago stays until it is on disk.
+    pub fn give_back_pages(&self) {
+        let mut segments: Vec<Arc<Segment>> = Vec::new();
+        for entry in self.entries.read().values() {
+            if !segments.iter().any(|one| Arc::ptr_eq(one, &entry.segment)) {
+                segments.push(entry.segment.clone());
+            }
+        }
+        for segment in segments {
+            segment.give_back_pages();
+        }
+    }
+
     /// Counters since the cache was opened.
     pub fn counters(&self) -> DiskCacheCounters {
         DiskCacheCounters {

@@ -95,6 +95,12 @@ impl Segment {
         Ok(bytes)
     }
 
+    /// Lets the kernel have the data file's page cache, as far as it is written.
+    pub fn give_back_pages(&self) {
+        // Advice: nothing is lost if it is not taken.
+        let _ = rustix::fs::fadvise(&self.data, 0, None, rustix::fs::Advice::DontNeed);
+    }
+
     /// Drops a chunk: logs it and gives its space back.
     pub fn drop_chunk(&self, chunk: Digest, offset: u64, len: u32) {
         let record = Record {

@@ -312,6 +312,11 @@ impl Scheduler {
         self.pump();
     }
 
+    /// Lets the kernel have the page cache of the disk cache's files.
+    pub fn give_back_pages(&self) {
+        self.0.cache.give_back_pages();
+    }
+
     /// Limits what prefetch takes from the repository.
     pub fn set_prefetch_rate(&self, bytes_per_s: Option<u64>) {
         let mut state = self.0.state.lock();

@@ -20,6 +20,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_image::Extent;
+use rustix::fs::Advice;
 
 use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError, check_key};
 
@@ -88,6 +89,11 @@ impl DirectoryRepository {
         let mut buffer = vec![0; extent.len as usize];
         file.read_exact_at(&mut buffer, extent.offset)
             .map_err(failed)?;
+        if extent.len < bytes {
+            // A part of a pack goes to the disk cache; its pages here would be a third copy.
+            let len = std::num::NonZeroU64::new(extent.len);
+            let _ = rustix::fs::fadvise(&file, extent.offset, len, Advice::DontNeed);
+        }
         Ok(buffer.into())
     }
 

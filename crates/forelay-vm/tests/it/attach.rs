@@ -64,7 +64,11 @@ async fn privileged_hot_attach_is_visible_at_once_and_detach_refuses_while_in_us
     assert_eq!(sh(&vm, "ls /opt/extra").await, "data\n");
     println!("attach to ls {:?}: {attached:?}", started.elapsed());
     assert_eq!(
-        (attached.dax, attached.mounts, attached.copies),
+        (
+            attached.guest.dax,
+            attached.guest.mounts,
+            attached.guest.copies
+        ),
         (true, 3, 1)
     );
     assert_eq!(

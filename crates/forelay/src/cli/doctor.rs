@@ -9,6 +9,8 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::output;
+use crate::api::{MemoryReport, Takeover};
+use crate::client::Client;
 use crate::config::Config;
 
 /// How bad a finding is.
@@ -80,8 +82,12 @@ pub fn examine(config: &Config) -> Vec<Finding> {
 }
 
 /// `forelay doctor`.
-pub fn run(config: &Config, json: bool) -> Result<()> {
-    let findings = examine(config);
+pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
+    let mut findings = examine(config);
+    // Only a daemon that runs can tell.
+    if let Ok(memory) = client.get::<MemoryReport>("/v1/memory").await {
+        findings.extend(memory.takeover.as_ref().map(takeover));
+    }
     if json {
         output::json(&findings)?;
     } else {
@@ -105,6 +111,30 @@ pub fn run(config: &Config, json: bool) -> Result<()> {
         bail!("{missing} thing(s) are missing that Forelay cannot work without");
     }
     Ok(())
+}
+
+/// How the mapping table that the daemon took over compared with the kernel.
+fn takeover(takeover: &Takeover) -> Finding {
+    let Takeover {
+        running_vms,
+        disagreements,
+        refused_records,
+        dropped_bytes,
+        ..
+    } = takeover;
+    if disagreements.is_empty() && *refused_records == 0 && *dropped_bytes == 0 {
+        let seen = format!("taken over with {running_vms} VMs: its journal and the kernel agree");
+        return Finding::ok("mapping table", seen);
+    }
+    Finding::reduced(
+        "mapping table",
+        format!(
+            "taken over with {running_vms} VMs: {} differences from the kernel (which is right), \
+             {refused_records} contradicting records, {dropped_bytes} torn bytes",
+            disagreements.len()
+        ),
+        "look at `takeover` in `forelay memory --json` and at the daemon's log",
+    )
 }
 
 fn root() -> Finding {
@@ -289,6 +319,24 @@ mod tests {
             .unwrap();
         assert_eq!(qemu.grade, Grade::Missing);
         assert!(qemu.fix.is_some());
-        assert!(run(&config, true).is_err());
+        let client = Client::new("/nonexistent/socket");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        assert!(runtime.block_on(run(&config, &client, true)).is_err());
+    }
+
+    #[test]
+    fn a_takeover_with_differences_is_told() {
+        let mut told = Takeover {
+            running_vms: 2,
+            ..Takeover::default()
+        };
+        assert_eq!(takeover(&told).grade, Grade::Ok);
+        told.disagreements.push("vm_gone".to_owned());
+        let finding = takeover(&told);
+        assert_eq!(finding.grade, Grade::Reduced);
+        assert!(finding.seen.contains("1 difference"), "{}", finding.seen);
     }
 }

@@ -173,7 +173,6 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Daemon => daemon::run_holder(config, arguments.config.as_deref())?,
         Command::InternalWorker => daemon::run_worker(config)?,
         Command::InternalPinner => daemon::run_pinner()?,
-        Command::Doctor { json } => doctor::run(&config, json)?,
         Command::Simulate(arguments) => simulate::run(arguments)?,
         command => {
             let client = Client::new(arguments.socket.unwrap_or_else(|| config.socket()));
@@ -193,6 +192,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
 /// Commands that wait for the network, the daemon or the repository.
 async fn run_async(command: Command, config: &Config, client: &Client) -> Result<i32> {
     match command {
+        Command::Doctor { json } => doctor::run(config, client, json).await?,
         Command::Component(command) => components::run(command, config).await?,
         Command::Lock(arguments) => manifests::lock(arguments, config).await?,
         Command::Compose(arguments) => manifests::compose(arguments, config).await?,
@@ -236,7 +236,6 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Daemon
         | Command::InternalWorker
         | Command::InternalPinner
-        | Command::Doctor { .. }
         | Command::Simulate(_)
         | Command::Completions { .. } => unreachable!("handled by `run`"),
     }

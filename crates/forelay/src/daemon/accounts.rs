@@ -53,8 +53,11 @@ impl Host {
             cgroup_usage_bytes: sample.cgroup.map(|cgroup| cgroup.usage_bytes),
             pressure: format!("{:?}", status.level).to_lowercase(),
             prefetch_paused: status.paused,
+            premapped_launches: self.premaps.len(),
             domains,
             vms: accounting.vms.iter().map(vm_report).collect(),
+            takeover: self.takeover.lock().clone(),
+            shortages: self.memory.shortages(),
             totals: self.totals(),
         }
     }
@@ -133,6 +136,7 @@ impl Host {
             budget_evicted_bytes: plan.budget_evicted_bytes,
             pressure_evicted_bytes: plan.pressure_evicted_bytes,
             refetched_bytes: plan.refetched_bytes,
+            reclaimed_bytes: plan.reclaimed_bytes,
             ..api::Totals::default()
         };
         for memory in self.domains.all() {

@@ -19,9 +19,9 @@ use forelay_predict::time::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::launch::{Order, PlannedDevice};
 use super::learning::model_key;
 use super::memory::now_ms;
+use super::order::{Order, PlannedDevice};
 use super::{Host, HostError};
 use crate::api::ForecastEntry;
 use crate::history::ProfileRef;
@@ -147,6 +147,7 @@ impl Host {
             tracing::warn!(profile = key, %error, "cannot map a profile ahead");
             return;
         }
+        self.premaps.offer(&order);
         self.memory.tell(Event::ForecastChanged {
             domain: order.domain.clone(),
             profile: order.of.profile.as_str().into(),

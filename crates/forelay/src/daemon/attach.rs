@@ -4,27 +4,34 @@
 //! has, so that conflicts and missing dependencies are told before anything is plugged;
 //! dependencies that the VM lacks are attached first.
 //!
-//! Invariant: a refused attach leaves the VM as it was.
+//! Invariant: an attach that is refused or fails leaves the VM as it was, dependencies
+//! included.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use forelay_cache::plan::Event;
 use forelay_cache::{DeviceImage, Domain};
+use forelay_image::Digest;
 use forelay_image::component::NameRange;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::relock;
+use forelay_vm::VmHandle;
 use forelay_vm::guest_protocol::Attach;
 
 use super::instances::{DeviceRecord, Instance};
-use super::launch::{PlannedDevice, pmem_device, vm_component};
+use super::launch::pmem_device;
+use super::order::{PlannedDevice, vm_component};
 use super::{Host, HostError};
-use crate::api::{Vm, VmComponent};
+use crate::api::{AttachFigures, Vm, VmComponent};
 use crate::history::{ComponentRef, ProfileRef};
 
 impl Host {
-    /// Attaches a component (`name` or `name@range`) and what it needs to a running VM.
+    /// Attaches a component (`name` or `name@range`) and what it needs to a running VM:
+    /// all of it, or nothing.
     pub async fn attach(self: &Arc<Self>, name: &str, wanted: &str) -> Result<Vm, HostError> {
+        let asked = Instant::now();
         let instance = self.instance(name)?;
         let handle = self.handle(name)?;
         let range = parse_wanted(wanted)?;
@@ -35,37 +42,18 @@ impl Host {
             )));
         }
         let (mut manifest, lock) = self.with_component(&instance, range).await?;
-        let present: Vec<_> = instance
-            .vm()
-            .components
-            .iter()
-            .map(|one| one.image)
-            .collect();
-        let added = lock
-            .components
-            .iter()
-            .filter(|one| !present.contains(&one.image));
-        for component in added.cloned().collect::<Vec<_>>() {
-            let record = self.map_attached(&instance, &component).await?;
-            let device = pmem_device(&record);
-            let request = Attach {
-                uuid: component.image.hex()[..32].to_owned(),
-                name: component.name.clone(),
-                etc: true,
-                timeout_ms: 0,
-            };
-            let attached = handle
-                .attach(&device, request)
-                .await
-                .map_err(HostError::failed)?;
-            tracing::info!(
-                vm = name,
-                component = component.name,
-                device_wait_ms = attached.device_wait_ms,
-                graft_ms = attached.graft_ms,
-                "attached"
-            );
-            self.note_attached(&instance, &component, record).await;
+        let plan_s = asked.elapsed().as_secs_f64();
+        let vm = instance.vm();
+        let present = |image| vm.components.iter().any(|one| one.image == image);
+        let added = lock.components.iter().filter(|one| !present(one.image));
+        let mut done: Vec<&LockedComponent> = Vec::new();
+        for component in added {
+            let attached = self.attach_one(&instance, &handle, component, plan_s);
+            if let Err(error) = attached.await {
+                self.take_back(&instance, &handle, &done).await;
+                return Err(error);
+            }
+            done.push(component);
             // What came as a dependency stays, too, when what needed it is detached.
             if manifest
                 .components
@@ -84,6 +72,76 @@ impl Host {
         });
         instance.save().map_err(HostError::failed)?;
         Ok(instance.vm())
+    }
+
+    async fn attach_one(
+        self: &Arc<Self>,
+        instance: &Instance,
+        handle: &VmHandle,
+        component: &LockedComponent,
+        plan_s: f64,
+    ) -> Result<(), HostError> {
+        let started = Instant::now();
+        let record = self.map_attached(instance, component).await?;
+        let map_s = started.elapsed().as_secs_f64();
+        let request = Attach {
+            uuid: uuid(component),
+            name: component.name.clone(),
+            etc: true,
+            timeout_ms: 0,
+        };
+        let attached = handle.attach(&pmem_device(&record), request).await;
+        let attached = attached.map_err(HostError::failed)?;
+        let plugged = Instant::now();
+        self.note_attached(instance, component, record).await;
+        let guest_ms = attached.guest.device_wait_ms + attached.guest.graft_ms;
+        let figures = AttachFigures {
+            plan_s,
+            map_s,
+            plug_s: attached.plug.as_secs_f64(),
+            probe_s: attached.guest.device_wait_ms as f64 / 1e3,
+            graft_s: attached
+                .guest
+                .graft_ms
+                .saturating_sub(attached.guest.agent_ms) as f64
+                / 1e3,
+            agent_s: attached.guest.agent_ms as f64 / 1e3,
+            channel_s: (attached.guest_answer.as_secs_f64() - guest_ms as f64 / 1e3).max(0.0),
+            note_s: plugged.elapsed().as_secs_f64(),
+        };
+        tracing::info!(
+            vm = handle.name(),
+            component = component.name,
+            ?figures,
+            "attached"
+        );
+        instance.update(|vm| {
+            let new = vm.components.iter_mut().rfind(|one| one.id == component.id);
+            if let Some(new) = new {
+                new.attach = Some(figures);
+            }
+        });
+        Ok(())
+    }
+
+    /// Detaches what a failed attach has attached already, last first.
+    async fn take_back(&self, instance: &Instance, handle: &VmHandle, done: &[&LockedComponent]) {
+        for component in done.iter().rev() {
+            let devices = instance.devices();
+            let record = devices.iter().find(|one| one.image == component.image);
+            let Some(device) = record.map(pmem_device) else {
+                continue;
+            };
+            match handle.detach(&device.id, &uuid(component)).await {
+                Ok(_) => self.note_detached(instance, component.image),
+                Err(error) => tracing::error!(
+                    vm = handle.name(),
+                    component = component.name,
+                    error = super::chain(&error),
+                    "a dependency stays attached"
+                ),
+            }
+        }
     }
 
     /// The VM's manifest and lock with a further component.
@@ -189,15 +247,8 @@ impl Host {
         let uuid = image.hex()[..32].to_owned();
         let detached = handle.detach(&pmem_device(record).id, &uuid).await;
         detached.map_err(|error| HostError::Busy(super::chain(&error)))?;
-        self.memory.tell(Event::Detached {
-            vm: name.into(),
-            image,
-        });
-        if let Some(observed) = self.observers.lock().get(name) {
-            observed.lock().observer.unwatch(&image);
-        }
+        self.note_detached(&instance, image);
         instance.update_record(|record| {
-            record.devices.retain(|device| device.image != image);
             if let Ok(mut manifest) = Manifest::parse(&record.manifest) {
                 manifest.components.retain(|one| one.name != wanted);
                 record.manifest = manifest.to_toml();
@@ -208,10 +259,26 @@ impl Host {
                 record.lock = lock.to_toml();
             }
         });
-        instance.update(|vm| vm.components.retain(|one| one.image != image));
         instance.save().map_err(HostError::failed)?;
         Ok(instance.vm())
     }
+
+    fn note_detached(&self, instance: &Instance, image: Digest) {
+        let name = instance.vm().name;
+        self.memory.tell(Event::Detached {
+            vm: name.as_str().into(),
+            image,
+        });
+        if let Some(observed) = self.observers.lock().get(&name) {
+            observed.lock().observer.unwatch(&image);
+        }
+        instance.update_record(|record| record.devices.retain(|device| device.image != image));
+        instance.update(|vm| vm.components.retain(|one| one.image != image));
+    }
+}
+
+fn uuid(component: &LockedComponent) -> String {
+    component.image.hex()[..32].to_owned()
 }
 
 fn has(vm: &Vm, name: &str) -> bool {

@@ -192,6 +192,29 @@ impl Domains {
         Ok((memory.shared.path(&image), spec.device_bytes))
     }
 
+    /// Has the next pinner hold what the last one did, if that has ended.
+    pub fn keep_pinned(&self) {
+        match self.sessions.renew_pinner() {
+            Ok(false) => return,
+            Ok(true) => {}
+            Err(error) => {
+                tracing::error!(%error, "there is no pinner");
+                return;
+            }
+        }
+        for memory in self.all() {
+            match memory.shared.pin_again() {
+                Ok(bytes) => {
+                    tracing::warn!(domain = %memory.domain, bytes, "the pinner ended; pinned anew")
+                }
+                Err(error) => {
+                    let error = super::chain(&error);
+                    tracing::error!(domain = %memory.domain, error, "pins are lost");
+                }
+            }
+        }
+    }
+
     /// Tries again what could not be answered.
     pub fn retry_pending(&self) {
         for memory in self.all() {

@@ -6,157 +6,35 @@
 //! Invariant: whatever step fails, the instance ends as `Failed` with the reason, the
 //! planner hears that the VM is gone, and nothing of it stays mapped.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::plan::{Event, PlannedExtent};
-use forelay_cache::{DeviceImage, Domain, SharedImage};
-use forelay_image::bundle::Bundle;
+use forelay_cache::{Domain, SharedImage};
 use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::{PMEM_ALIGN_BYTES, total_bytes};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Scratch};
-use forelay_image::solve::solve;
 use forelay_image::{Digest, Extent};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmSpec, VmmDriver as _, Wrap};
 
 use super::instances::{DeviceRecord, Instance, Record};
 use super::memory::now_ms;
+use super::order::{Order, PlannedDevice, label, vm_component};
+use super::premap::hostname;
 use super::{Host, HostError, KEEP_RECIPES};
 use crate::api::{
     LaunchFigures, LaunchMode, LaunchRequest, MapDevice, PrefetchMode, PrefetchRequest, Prefetched,
-    Vm, VmComponent, VmState,
+    Vm, VmState,
 };
-use crate::history::ProfileRef;
 use crate::recipe::{KernelFiles, Recipe, kernel_files};
 
-/// Owner of manifests that name none.
-const DEFAULT_OWNER: &str = "default";
 /// How long a launch waits for what it is told to have resident first.
 const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
 /// First host port given to a forward that names none.
 const FIRST_AUTO_PORT: u16 = 20_000;
-
-/// A request, understood.
-#[derive(Clone)]
-pub(super) struct Order {
-    pub manifest: Manifest,
-    pub lock: Lock,
-    pub of: ProfileRef,
-    pub domain: Domain,
-    /// pmem devices of the components, in slot order.
-    pub devices: Vec<PlannedDevice>,
-    /// The device that several small components share, if there are too many.
-    pub bundle: Option<Bundle>,
-    pub solve_s: f64,
-}
-
-/// A device of an order: one component's image, or the bundle.
-#[derive(Clone)]
-pub(super) struct PlannedDevice {
-    pub image: Digest,
-    pub image_bytes: u64,
-    pub label: String,
-    /// Images and sizes of the bundle's members, in order.
-    pub members: Vec<(Digest, u64)>,
-}
-
-impl Order {
-    /// What a manifest and its lock ask for, on a VMM with so many pmem slots.
-    pub(super) fn new(
-        manifest: Manifest,
-        lock: Lock,
-        solve_s: f64,
-        pmem_slots: usize,
-    ) -> Result<Self, HostError> {
-        let owner = manifest
-            .owner
-            .clone()
-            .unwrap_or_else(|| DEFAULT_OWNER.to_owned());
-        let domain = domain_name(&owner)?;
-        let of = ProfileRef::new(manifest.profile_name(), owner);
-        // The map image takes the first slot.
-        let bundle = bundle_smallest(&lock, pmem_slots.saturating_sub(1).max(1));
-        let alone = lock.components.iter().filter(|one| {
-            bundle
-                .as_ref()
-                .is_none_or(|bundle| bundle.offset_of(&one.image).is_none())
-        });
-        let mut devices: Vec<PlannedDevice> = alone.map(PlannedDevice::from).collect();
-        devices.extend(bundle.as_ref().map(|bundle| {
-            PlannedDevice {
-                image: bundle.digest(),
-                image_bytes: bundle.bytes(),
-                label: format!("bundle of {}", bundle.members().len()),
-                members: bundle
-                    .members()
-                    .iter()
-                    .map(|one| (one.image, one.bytes))
-                    .collect(),
-            }
-        }));
-        Ok(Self {
-            manifest,
-            lock,
-            of,
-            domain,
-            devices,
-            bundle,
-            solve_s,
-        })
-    }
-
-    /// The images of its devices.
-    pub(super) fn images(&self) -> Vec<Digest> {
-        self.devices.iter().map(|device| device.image).collect()
-    }
-
-    /// Its devices as the planner names them.
-    pub(super) fn device_images(&self) -> Vec<DeviceImage> {
-        let devices = self.devices.iter();
-        devices
-            .map(|one| DeviceImage {
-                image: one.image,
-                image_bytes: one.image_bytes,
-            })
-            .collect()
-    }
-}
-
-impl From<&LockedComponent> for PlannedDevice {
-    fn from(component: &LockedComponent) -> Self {
-        let LockedComponent {
-            image, image_bytes, ..
-        } = *component;
-        Self {
-            image,
-            image_bytes,
-            label: label(component),
-            members: Vec::new(),
-        }
-    }
-}
-
-/// The smallest components as one bundle, as many as it takes to fit `slots` devices.
-fn bundle_smallest(lock: &Lock, slots: usize) -> Option<Bundle> {
-    let mut images: Vec<(Digest, u64)> = Vec::new();
-    for component in &lock.components {
-        if !images.iter().any(|(image, _)| *image == component.image) {
-            images.push((component.image, component.image_bytes));
-        }
-    }
-    let excess = images
-        .len()
-        .checked_sub(slots)
-        .filter(|&excess| excess > 0)?;
-    let mut by_size = images.clone();
-    by_size.sort_by_key(|&(image, bytes)| (bytes, image));
-    let small: Vec<Digest> = by_size[..=excess].iter().map(|(image, _)| *image).collect();
-    images.retain(|(image, _)| small.contains(image));
-    Bundle::new(&images)
-}
 
 /// What a launch wants in shared memory.
 struct Wanted {
@@ -230,30 +108,6 @@ impl Host {
         Ok(vm)
     }
 
-    /// Understands a manifest and resolves it, unless a lock does.
-    pub(super) async fn order(&self, text: &str, lock: Option<&str>) -> Result<Order, HostError> {
-        let manifest = Manifest::parse(text).map_err(HostError::invalid)?;
-        let started = Instant::now();
-        let lock = match lock {
-            Some(text) => {
-                let lock = Lock::parse(text).map_err(HostError::invalid)?;
-                if lock.manifest_digest != manifest.digest() {
-                    return Err(HostError::Invalid(
-                        "the lock is of another manifest: run `forelay lock` again".to_owned(),
-                    ));
-                }
-                lock
-            }
-            None => {
-                let components = self.store.components().await.map_err(HostError::failed)?;
-                let components: Vec<_> = components.iter().map(|one| (**one).clone()).collect();
-                solve(&manifest, &components).map_err(HostError::invalid)?
-            }
-        };
-        let solve_s = started.elapsed().as_secs_f64();
-        Order::new(manifest, lock, solve_s, self.config.vmm.pmem_slots)
-    }
-
     async fn boot(
         self: &Arc<Self>,
         instance: &Arc<Instance>,
@@ -263,10 +117,15 @@ impl Host {
     ) -> Result<(), HostError> {
         let vm = instance.vm();
         let before = self.store.scheduler().counters().repository_bytes();
-        let devices = self.map_images(&order).await?;
+        let premapped = self.premaps.take(&order, &vm.name);
+        let devices = match &premapped {
+            Some(premapped) => premapped.devices.clone(),
+            None => self.map_images(&order).await?,
+        };
         let wanted = self.wanted(&order, mode);
         instance.update(|vm| {
             vm.launch.mode = Some(wanted.mode);
+            vm.launch.premapped = premapped.is_some();
             vm.launch.prefetched_bytes = wanted.missing.iter().map(|(_, extent)| extent.len).sum();
         });
         self.memory.tell(Event::LaunchRequested {
@@ -281,26 +140,40 @@ impl Host {
         }
         make_runtime_dir(&vm.runtime_dir)?;
         let composing = Instant::now();
-        let map = self.compose(&order, &vm).await?;
+        let path = vm.runtime_dir.join("map.img");
+        let (map, kernel) = match premapped {
+            Some(premapped) => {
+                let moved = premapped.move_map(&path);
+                (moved.map_err(HostError::failed)?, premapped.kernel.clone())
+            }
+            None => {
+                let hostname = hostname(&order, &vm.name);
+                let map = self.compose(&order, &hostname, path).await?;
+                (map, self.kernel(&order.lock.kernel).await?)
+            }
+        };
         instance.update(|vm| {
             vm.launch.compose_s = composing.elapsed().as_secs_f64();
             vm.launch.map_bytes = map.record.image_bytes;
         });
-        let kernel = self.kernel(&order.lock.kernel).await?;
         let forwards = self.forwards(&order.manifest)?;
         let mut records = vec![map.record];
         records.extend(devices);
         let spec = self.spec(&order, &vm, &records, &map.uuid, kernel, &forwards);
+        // Before the VMM starts: a daemon that dies in between is to be found out.
+        instance.update_record(|record| record.devices = records);
+        instance.save().map_err(HostError::failed)?;
+        let prepared_s = asked.elapsed().as_secs_f64();
         let handle = self.driver.launch(&spec).await.map_err(HostError::failed)?;
         *self.accelerator.lock() = Some(handle.state().accelerator.clone());
         let vmm_started_s = asked.elapsed().as_secs_f64();
         self.memory.tell(Event::VmStarted {
             vm: vm.name.as_str().into(),
         });
-        instance.update_record(|record| record.devices = records);
         instance.update(|vm| {
             vm.pid = Some(handle.pid());
             vm.forwards = forwards.iter().map(|one| (one.host, one.guest)).collect();
+            vm.launch.prepared_s = prepared_s;
             vm.launch.vmm_started_s = vmm_started_s;
             vm.state = VmState::Booting;
         });
@@ -461,11 +334,16 @@ impl Host {
         Ok(recipe)
     }
 
-    async fn compose(&self, order: &Order, vm: &Vm) -> Result<MapImage, HostError> {
+    /// Composes the map image of a VM that calls itself `hostname` into a file.
+    pub(super) async fn compose(
+        &self,
+        order: &Order,
+        hostname: &str,
+        path: PathBuf,
+    ) -> Result<MapImage, HostError> {
         let recipe = self.recipe(&order.lock).await?;
         let (manifest, bundle) = (order.manifest.clone(), order.bundle.clone());
-        let hostname = manifest.hostname.clone().unwrap_or_else(|| vm.name.clone());
-        let path = vm.runtime_dir.join("map.img");
+        let hostname = hostname.to_owned();
         let composed = tokio::task::spawn_blocking(move || {
             let composed =
                 recipe.compose(&manifest, &hostname, MapLayout::Devices, bundle.as_ref());
@@ -476,7 +354,7 @@ impl Host {
     }
 
     /// Kernel and initramfs of a kernel component as host files.
-    async fn kernel(&self, kernel: &LockedComponent) -> Result<KernelFiles, HostError> {
+    pub(super) async fn kernel(&self, kernel: &LockedComponent) -> Result<KernelFiles, HostError> {
         let dir = self
             .config
             .state_dir
@@ -569,8 +447,10 @@ impl Host {
         let order = self
             .order(&request.manifest, request.lock.as_deref())
             .await?;
+        let order = Arc::new(order);
         let records = self.map_images(&order).await?;
         let wanted = self.wanted(&order, request.mode);
+        self.premaps.offer(&order);
         let planned: Vec<Extent> = wanted.working_set.iter().map(|one| one.extent).collect();
         self.memory.tell(Event::ForecastChanged {
             domain: order.domain.clone(),
@@ -588,7 +468,7 @@ impl Host {
             .map(|(index, one)| self.map_device(&order.domain, index + 1, one, 0))
             .collect();
         Ok(Prefetched {
-            profile: order.of.profile,
+            profile: order.of.profile.clone(),
             domain: order.domain.as_str().to_owned(),
             devices,
             planned_bytes: total_bytes(&planned),
@@ -597,9 +477,13 @@ impl Host {
     }
 }
 
-struct MapImage {
-    record: DeviceRecord,
-    uuid: String,
+/// A composed map image as a file.
+#[derive(Clone, Debug)]
+pub(super) struct MapImage {
+    /// The device that it becomes.
+    pub record: DeviceRecord,
+    /// UUID of its superblock, in hex.
+    pub uuid: String,
 }
 
 fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostError> {
@@ -644,97 +528,11 @@ fn make_runtime_dir(dir: &Path) -> Result<(), HostError> {
     })
 }
 
-pub(super) fn label(component: &LockedComponent) -> String {
-    format!("{} {}", component.name, component.version)
-}
-
-pub(super) fn vm_component(component: &LockedComponent) -> VmComponent {
-    VmComponent {
-        name: component.name.clone(),
-        version: component.version.clone(),
-        id: component.id,
-        image: component.image,
-        image_bytes: component.image_bytes,
-        attached: false,
-    }
-}
-
 pub(super) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
     let id = format!("c{}", &record.image.hex()[..24]);
     PmemDevice {
         id,
         path: record.path.clone(),
         bytes: record.device_bytes,
-    }
-}
-
-/// The trust domain of an owner; it names a directory.
-fn domain_name(owner: &str) -> Result<Domain, HostError> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte);
-    let ok = !owner.is_empty()
-        && owner.len() <= 64
-        && owner.bytes().all(plain)
-        && !owner.starts_with('.');
-    if ok {
-        return Ok(Domain::from(owner));
-    }
-    Err(HostError::Invalid(format!(
-        "{owner:?} cannot be an owner: 1 to 64 letters, digits, `-`, `_`, `.`, `@`, not \
-         starting with a dot"
-    )))
-}
-
-#[cfg(test)]
-mod tests {
-    use forelay_image::component::Role;
-
-    use super::*;
-
-    fn locked(name: &str, role: Role, image_bytes: u64) -> LockedComponent {
-        let image = Digest::of(name.as_bytes());
-        LockedComponent {
-            name: name.into(),
-            version: "1".into(),
-            role,
-            id: image,
-            image,
-            image_bytes,
-            metadata_bytes: 4096,
-        }
-    }
-
-    #[test]
-    fn too_many_components_share_a_device_the_smallest_first() {
-        let lock = Lock {
-            format: 1,
-            manifest_digest: Digest::of(b"manifest"),
-            kernel: locked("kernel", Role::Kernel, 1 << 20),
-            components: vec![
-                locked("base", Role::Base, 1 << 30),
-                locked("small", Role::Library, 4096),
-                locked("large", Role::Package, 1 << 20),
-                locked("smaller", Role::Library, 8192),
-            ],
-        };
-        assert_eq!(bundle_smallest(&lock, 4), None);
-        let bundle = bundle_smallest(&lock, 3).unwrap();
-        let small = ["small", "smaller"].map(|name| Digest::of(name.as_bytes()));
-        assert_eq!(
-            bundle
-                .members()
-                .iter()
-                .map(|one| one.image)
-                .collect::<Vec<_>>(),
-            small
-        );
-        assert_eq!(bundle_smallest(&lock, 2).unwrap().members().len(), 3);
-    }
-
-    #[test]
-    fn owners_that_could_leave_the_mount_directory_are_refused() {
-        assert!(domain_name("alice@example.org").is_ok());
-        for bad in ["", "..", ".hidden", "a/b", "a b", &"x".repeat(65)] {
-            assert!(domain_name(bad).is_err(), "{bad:?}");
-        }
     }
 }

@@ -7,9 +7,9 @@
 //! Invariant: every prefetch that the planner starts ends in exactly one `Pushed` or
 //! `PushFailed`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use forelay_cache::mapping_table::SharedTable;
 use forelay_cache::plan::{Action, Event, PlanCounters, Planner, PressureLevel};
@@ -22,8 +22,10 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::domains::Domains;
+use super::journal::Journal;
 use super::residency::{self, Look};
 use super::samples::Sampler;
+use crate::api::Shortage;
 
 /// How often memory is sampled while it is plentiful.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
@@ -37,6 +39,11 @@ const STALL: Duration = Duration::from_millis(100);
 const STALL_WINDOW: Duration = Duration::from_secs(1);
 /// How often the planner and pending faults are given a chance.
 const TICK_EVERY: Duration = Duration::from_secs(1);
+
+/// How often the disk cache's own page cache is given back while memory is plentiful.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(5);
+/// Shortages that are remembered.
+const KEEP_SHORTAGES: usize = 64;
 
 /// Milliseconds since the epoch.
 pub fn now_ms() -> i64 {
@@ -66,6 +73,7 @@ pub struct Memory {
     events: UnboundedSender<Event>,
     table: Arc<SharedTable>,
     status: Arc<Mutex<PlanStatus>>,
+    shortages: Arc<Mutex<VecDeque<Shortage>>>,
 }
 
 impl Memory {
@@ -75,12 +83,14 @@ impl Memory {
         domains: Arc<Domains>,
         scheduler: Scheduler,
         sampler: Sampler,
+        journal: Journal,
         channel: (UnboundedSender<Event>, UnboundedReceiver<Event>),
         reserve: UnboundedSender<Action>,
     ) -> Self {
         let (events, incoming) = channel;
         let table = Arc::clone(planner.table());
         let status = Arc::new(Mutex::new(PlanStatus::default()));
+        let shortages = Arc::new(Mutex::new(VecDeque::new()));
         let worker = Worker {
             pins: keeper("forelay-pins", &domains, &events),
             evictions: keeper("forelay-evict", &domains, &events),
@@ -88,8 +98,12 @@ impl Memory {
             domains,
             scheduler,
             sampler,
+            journal: Some(journal),
             events: events.clone(),
             status: Arc::clone(&status),
+            shortages: Arc::clone(&shortages),
+            freeing: None,
+            gave_back: Instant::now(),
             reserve,
             stalled: watch_stalls(),
         };
@@ -98,6 +112,7 @@ impl Memory {
             events,
             table,
             status,
+            shortages,
         }
     }
 
@@ -116,6 +131,11 @@ impl Memory {
     pub fn status(&self) -> PlanStatus {
         *self.status.lock()
     }
+
+    /// The last shortages that are over, oldest first.
+    pub fn shortages(&self) -> Vec<Shortage> {
+        self.shortages.lock().iter().copied().collect()
+    }
 }
 
 struct Worker {
@@ -123,8 +143,14 @@ struct Worker {
     domains: Arc<Domains>,
     scheduler: Scheduler,
     sampler: Sampler,
+    /// Until it cannot be written any more.
+    journal: Option<Journal>,
     events: UnboundedSender<Event>,
     status: Arc<Mutex<PlanStatus>>,
+    shortages: Arc<Mutex<VecDeque<Shortage>>>,
+    /// Since when bytes are leaving under pressure, and how many were asked to.
+    freeing: Option<(Instant, u64)>,
+    gave_back: Instant,
     reserve: UnboundedSender<Action>,
     /// Pins in the order in which they were asked for.
     pins: Keeper,
@@ -225,10 +251,16 @@ impl Worker {
         let (pool, pinned) = self.pool_bytes();
         let sample = self.sampler.sample(pool, pinned);
         let before = self.planner.pressure();
+        let (began, evicted) = (
+            Instant::now(),
+            self.planner.counters().pressure_evicted_bytes,
+        );
         self.step(Event::MemorySampled(sample));
+        self.note_shortage(began, evicted);
         let level = self.planner.pressure();
         if level != before {
             tracing::info!(?before, ?level, ?sample, "memory");
+            self.give_back();
         }
         let every = match level {
             PressureLevel::Plenty => SAMPLE_EVERY,
@@ -237,7 +269,43 @@ impl Worker {
         tokio::time::Instant::now() + every
     }
 
+    /// Notes when a sample makes the planner evict, and when all of that has left.
+    fn note_shortage(&mut self, began: Instant, evicted_before: u64) {
+        let evicted_bytes = self.planner.counters().pressure_evicted_bytes - evicted_before;
+        if evicted_bytes > 0 {
+            let (_, bytes) = self.freeing.get_or_insert((began, 0));
+            *bytes += evicted_bytes;
+        }
+    }
+
+    fn note_freed(&mut self) {
+        if self.planner.leaving_bytes() > 0 {
+            return;
+        }
+        if let Some((since, evicted_bytes)) = self.freeing.take() {
+            let mut shortages = self.shortages.lock();
+            if shortages.len() == KEEP_SHORTAGES {
+                shortages.pop_front();
+            }
+            shortages.push_back(Shortage {
+                took_s: since.elapsed().as_secs_f64(),
+                evicted_bytes,
+            });
+        }
+    }
+
+    /// Of two copies of the same bytes the disk cache's page cache goes first.
+    fn give_back(&mut self) {
+        self.gave_back = Instant::now();
+        let scheduler = self.scheduler.clone();
+        tokio::task::spawn_blocking(move || scheduler.give_back_pages());
+    }
+
     fn tick(&mut self) {
+        let short = self.planner.pressure() != PressureLevel::Plenty;
+        if short || self.gave_back.elapsed() >= GIVE_BACK_EVERY {
+            self.give_back();
+        }
         let counters = self.scheduler.counters();
         if let (Some(latency_ns), Some(bandwidth)) =
             (counters.latency_ns, counters.bandwidth_bytes_per_s)
@@ -249,7 +317,10 @@ impl Worker {
         }
         self.step(Event::Tick);
         let domains = Arc::clone(&self.domains);
-        tokio::task::spawn_blocking(move || domains.retry_pending());
+        tokio::task::spawn_blocking(move || {
+            domains.retry_pending();
+            domains.keep_pinned();
+        });
     }
 
     fn pool_bytes(&self) -> (u64, u64) {
@@ -268,6 +339,8 @@ impl Worker {
             let actions = self.planner.step(event, now_ms());
             self.carry_out(actions, &mut pending);
         }
+        self.note_freed();
+        self.write_journal();
         *self.status.lock() = PlanStatus {
             budget_bytes: self.planner.budget_bytes(),
             level: self.planner.pressure(),
@@ -275,6 +348,16 @@ impl Worker {
             paused: self.planner.is_paused(),
             counters: self.planner.counters(),
         };
+    }
+
+    fn write_journal(&mut self) {
+        let Some(journal) = &mut self.journal else {
+            return;
+        };
+        if let Err(error) = journal.write(self.planner.table()) {
+            tracing::error!(%error, "no journal of the mapping table from now on");
+            self.journal = None;
+        }
     }
 
     fn carry_out(&mut self, actions: Vec<Action>, pending: &mut Vec<Event>) {
@@ -295,7 +378,10 @@ impl Worker {
                 action @ Action::Evict { .. } => {
                     let _ = self.evictions.send(action);
                 }
-                Action::PausePrefetch => self.scheduler.pause_prefetch(true),
+                Action::PausePrefetch => {
+                    self.scheduler.pause_prefetch(true);
+                    let _ = self.reserve.send(action);
+                }
                 Action::ResumePrefetch => self.scheduler.pause_prefetch(false),
                 action @ (Action::Reserve { .. } | Action::Release { .. }) => {
                     let _ = self.reserve.send(action);

@@ -20,10 +20,13 @@ mod domains;
 mod faults;
 mod inspect;
 mod instances;
+mod journal;
 mod launch;
 mod learning;
 mod memory;
 mod observer;
+mod order;
+mod premap;
 mod residency;
 mod samples;
 mod server;
@@ -117,6 +120,8 @@ pub struct Host {
     observers: Mutex<BTreeMap<String, Arc<Mutex<supervise::Observed>>>>,
     driver: QemuDriver,
     accelerator: Mutex<Option<String>>,
+    takeover: Mutex<Option<crate::api::Takeover>>,
+    premaps: premap::Premaps,
     recipes: Mutex<HashMap<Digest, Arc<Recipe>>>,
     next_port: Mutex<u16>,
 }

@@ -7,17 +7,18 @@
 //! Invariant: a page is reported lost only if the kernel did not have it after the table
 //! had said it was there; found only if two looks in a row saw it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use forelay_cache::SharedImage;
-use forelay_cache::VmName;
 use forelay_cache::mapping_table::{Disagreement, KernelTruth, PageState, SharedTable};
 use forelay_cache::page_set::{PageRun, PageSet};
 use forelay_cache::plan::Event;
-use forelay_image::Extent;
+use forelay_cache::{Domain, SharedImage};
+use forelay_image::{Digest, Extent};
 
 use super::Host;
-use super::domains::Domains;
+use super::domains::{DomainMemory, Domains};
+use super::journal::Replayed;
+use crate::api::Takeover;
 
 /// What one look at the kernel found.
 #[derive(Debug, Default)]
@@ -91,49 +92,91 @@ fn pages(extents: Vec<Extent>) -> PageSet {
 }
 
 impl Host {
-    /// Waits until the planner has heard of all running VMs.
-    pub(super) async fn wait_until_mapped(&self) {
-        for _ in 0..200 {
-            let live = self.instances.live();
-            let known = self.memory.table().read(|table| {
-                let mut names = live.iter().map(|one| one.vm().name);
-                names.all(|name| table.vm_identity(&name).is_some())
-            });
-            if known {
-                return;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-    }
-
-    /// After a takeover, when nothing is being fetched yet: the table takes over what the
-    /// kernel says. Returns every difference that there was.
-    pub(super) fn reconcile(&self) -> Vec<Disagreement> {
+    /// After a takeover, before anything else is planned: the table that the journal told
+    /// of takes over what the kernel says of VMs, their mappings and residency. Pins of
+    /// the earlier daemon go: they only bridged starts that are over.
+    pub(super) fn reconcile(&self, journalled: Replayed) -> Takeover {
         let mut truth = KernelTruth::default();
+        let mut unpinned_bytes = 0;
         for memory in self.domains.all() {
             for (image, _, spec) in memory.shared.files() {
                 let key = SharedImage::new(memory.domain.clone(), image);
+                unpinned_bytes += self.take_pins_off(&memory, &key, spec.image_bytes);
                 let resident = memory.shared.resident(&image).unwrap_or_default();
                 truth.resident.insert(key, (spec.image_bytes, resident));
             }
         }
         for instance in self.instances.live() {
-            let devices = instance.devices();
-            let images = devices.iter().skip(1).map(|one| one.image).collect();
-            let name = VmName::from(instance.vm().name.as_str());
-            truth.running.insert(name, images);
+            let vm = instance.vm();
+            if let Some(pid) = vm.pid {
+                let images = self.mapped_images(&vm.domain.as_str().into(), pid);
+                truth.running.insert(vm.name.as_str().into(), images);
+            }
         }
         let report = self.memory.table().write(|table| table.reconcile(&truth));
-        report.disagreements
+        let of_rows = |one: &&Disagreement| !matches!(one, Disagreement::Residency { .. });
+        let disagreements = report.disagreements.iter().filter(of_rows);
+        let disagreements: Vec<String> = disagreements
+            .map(|one| serde_json::to_string(one).unwrap_or_default())
+            .collect();
+        for disagreement in &disagreements {
+            tracing::warn!(
+                disagreement,
+                "the mapping table's journal and the kernel differ"
+            );
+        }
+        Takeover {
+            journalled_vms: journalled.vms,
+            unstarted: journalled.unstarted,
+            refused_records: journalled.refused_records,
+            dropped_bytes: journalled.dropped_bytes,
+            running_vms: truth.running.len(),
+            resident_bytes: report.resident_bytes,
+            unpinned_bytes,
+            disagreements,
+        }
+    }
+
+    fn take_pins_off(&self, memory: &DomainMemory, key: &SharedImage, image_bytes: u64) -> u64 {
+        let whole = Extent::new(0, image_bytes);
+        self.memory.table().write(|table| {
+            // As often as it was pinned; refused only if the image has no row.
+            while table.unpin(key, whole).is_ok_and(|bytes| bytes > 0) {}
+        });
+        memory
+            .shared
+            .unpin(&key.image, &[whole])
+            .unwrap_or_else(|error| {
+                tracing::warn!(error = super::chain(&error), "pins are left");
+                0
+            })
+    }
+
+    /// Images of a domain that a process maps, by its open mappings.
+    fn mapped_images(&self, domain: &Domain, pid: u32) -> Vec<Digest> {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let mapped: BTreeSet<&str> = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(5))
+            .collect();
+        let Some(memory) = self.domains.get(domain) else {
+            return Vec::new();
+        };
+        let files = memory.shared.files().into_iter().map(|(image, ..)| image);
+        files
+            .filter(|image| {
+                let path = memory.shared.path(image);
+                path.to_str().is_some_and(|path| mapped.contains(path))
+            })
+            .collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use forelay_cache::DeviceImage;
     use forelay_cache::mapping_table::{Arrival, MappingTable};
-    use forelay_cache::{DeviceImage, Domain};
-    use forelay_image::Digest;
 
     #[test]
     fn losses_are_told_at_once_and_finds_when_seen_twice() {

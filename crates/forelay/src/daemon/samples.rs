@@ -1,12 +1,42 @@
 //! Memory samples for the planner, from the kernel's figures.
 
+use std::time::{Duration, Instant};
+
 use forelay_cache::budget::MemorySample;
 use forelay_memory::pressure::{CgroupMemory, Probe, Sample};
+
+/// Stretch of time over which stalls are summed: the kernel's own averages look back too
+/// far to say when a shortage is over.
+const STALL_STRETCH: Duration = Duration::from_secs(1);
 
 /// Samples the host's memory.
 #[derive(Clone, Debug, Default)]
 pub struct Sampler {
     probe: Probe,
+    stalls: Stalls,
+}
+
+/// The share of time stalled over the last whole stretch.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stalls {
+    since: Option<(Instant, u64)>,
+    pct: f64,
+}
+
+impl Stalls {
+    fn pct(&mut self, total_us: u64, now: Instant) -> f64 {
+        let Some((from, before_us)) = self.since else {
+            self.since = Some((now, total_us));
+            return self.pct;
+        };
+        let stretch = now.saturating_duration_since(from);
+        if stretch >= STALL_STRETCH {
+            let stalled_us = total_us.saturating_sub(before_us) as f64;
+            self.pct = (stalled_us / stretch.as_micros() as f64 * 100.0).min(100.0);
+            self.since = Some((now, total_us));
+        }
+        self.pct
+    }
 }
 
 impl Sampler {
@@ -17,7 +47,7 @@ impl Sampler {
 
     /// Looks once. `pool_bytes` and `pinned_bytes` are what shared memory holds. If the
     /// kernel tells nothing, all memory counts as available.
-    pub fn sample(&self, pool_bytes: u64, pinned_bytes: u64) -> MemorySample {
+    pub fn sample(&mut self, pool_bytes: u64, pinned_bytes: u64) -> MemorySample {
         let sample = self.probe.sample().unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot read the host's memory figures");
             Sample {
@@ -39,7 +69,9 @@ impl Sampler {
             pool_bytes,
             pinned_bytes,
             cgroup_room_bytes: room,
-            stall_pct: sample.stall.map(|stall| stall.some_avg10),
+            stall_pct: sample
+                .stall
+                .map(|stall| self.stalls.pct(stall.some_total_us, Instant::now())),
             // Forecasts of VM memory (`forelay_predict::resources`) do not flow in yet.
             forecast_demand_bytes: 0,
         }
@@ -62,6 +94,18 @@ const fn used(cgroup: &CgroupMemory, pool_bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn stalls_are_told_for_the_last_whole_second() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut stalls = Stalls::default();
+        assert_eq!(stalls.pct(5_000_000, at(0)), 0.0);
+        assert_eq!(stalls.pct(5_400_000, at(500)), 0.0);
+        assert_eq!(stalls.pct(5_500_000, at(1000)), 50.0);
+        assert_eq!(stalls.pct(5_500_000, at(1500)), 50.0);
+        assert_eq!(stalls.pct(5_500_000, at(2000)), 0.0);
+    }
 
     #[test]
     fn cached_files_of_others_are_no_usage_but_the_pool_is() {

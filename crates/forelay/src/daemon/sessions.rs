@@ -73,6 +73,20 @@ impl Sessions {
             .map_err(HostError::failed)
     }
 
+    /// Finds the next pinner if the last one has ended. True if there is a new one, which
+    /// holds no pins yet.
+    pub fn renew_pinner(&self) -> Result<bool, HostError> {
+        if !self.pinner.is_gone() {
+            return Ok(false);
+        }
+        let next = match &self.holder {
+            Some(holder) => holder.pinner().map_err(HostError::failed)?,
+            None => pinner::Client::in_process().map_err(HostError::failed)?,
+        };
+        self.pinner.renew(next);
+        Ok(true)
+    }
+
     /// The process that holds pins.
     pub fn pinner(&self) -> &Arc<pinner::Client> {
         &self.pinner

@@ -8,22 +8,26 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use forelay_cache::budget::BudgetConfig;
-use forelay_cache::mapping_table::{MappingTable, SharedTable};
+use forelay_cache::mapping_table::SharedTable;
 use forelay_cache::plan::{Event, PlanConfig, Planner};
 use forelay_cache::{DeviceImage, Domain};
 use forelay_image::bundle::Bundle;
 use forelay_memory::{holder, pinner, pressure};
 use forelay_store::{DirectoryRepository, FetchConfig, Repository, Store, StoreConfig, Throttled};
 use forelay_vm::qemu::QemuDriver;
-use forelay_vm::{Accelerator, VmmDriver as _};
+use forelay_vm::{Accelerator, VmHandle, VmmDriver as _};
+use parking_lot::Mutex;
 use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::ahead::LastLaunches;
 use super::domains::Domains;
 use super::instances::{Instance, Record, load_records};
+use super::journal::{Journal, Replayed};
 use super::learning::Learner;
 use super::memory::Memory;
+use super::premap::Premaps;
 use super::samples::{Sampler, total_bytes};
 use super::sessions::Sessions;
 use super::{Host, server};
@@ -98,8 +102,11 @@ async fn serve(config: Config) -> Result<()> {
         std::fs::create_dir_all(dir)
             .with_context(|| format!("cannot make the directory {}", dir.display()))?;
     }
-    let host = open(config).await?;
-    take_over(&host).await?;
+    // From now on: a signal that comes while VMs are taken over must not end this process
+    // before they can be stopped.
+    let signals = StopSignals::install()?;
+    let (host, journalled) = open(config).await?;
+    take_over(&host, journalled).await?;
     let listener = listen(&socket)?;
     host.domains.sessions().ready()?;
     tracing::info!(socket = %socket.display(), "ready");
@@ -112,7 +119,7 @@ async fn serve(config: Config) -> Result<()> {
             served.context("the API's socket failed")?;
             false
         }
-        restart = stop_signal() => restart?,
+        restart = signals.arrived() => restart,
     };
     let _ = std::fs::remove_file(&socket);
     if restart {
@@ -126,17 +133,30 @@ async fn serve(config: Config) -> Result<()> {
     Ok(())
 }
 
-/// Waits for SIGTERM or SIGINT (stop: false) or SIGHUP (restart: true).
-async fn stop_signal() -> Result<bool> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    Ok(tokio::select! {
-        _ = terminate.recv() => false,
-        _ = interrupt.recv() => false,
-        _ = hangup.recv() => true,
-    })
+/// Signals that end this process.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl StopSignals {
+    fn install() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for SIGTERM or SIGINT (stop: false) or SIGHUP (restart: true).
+    async fn arrived(mut self) -> bool {
+        tokio::select! {
+            _ = self.terminate.recv() => false,
+            _ = self.interrupt.recv() => false,
+            _ = self.hangup.recv() => true,
+        }
+    }
 }
 
 /// A socket on which somebody answers belongs to another daemon.
@@ -191,7 +211,7 @@ pub async fn open_store(config: &Config) -> Result<Store> {
     Ok(Store::open(config).await?)
 }
 
-async fn open(config: Config) -> Result<Arc<Host>> {
+async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
     let store = open_store(&config).await?;
     let scheduler = store.scheduler().clone();
     let (events, incoming) = mpsc::unbounded_channel();
@@ -202,14 +222,17 @@ async fn open(config: Config) -> Result<Arc<Host>> {
         Sessions::connect()?,
     ));
     let (plan, budget) = memory_settings(&config);
-    let table = Arc::new(SharedTable::new(MappingTable::new()));
+    let journal = config.runtime_dir.join("mapping-table.journal");
+    let (journal, table, journalled) = Journal::open(journal)?;
+    let table = Arc::new(SharedTable::new(table));
     let planner = Planner::new(plan, budget, table);
-    let (reserve, _reserved) = mpsc::unbounded_channel();
+    let (reserve, reserved) = mpsc::unbounded_channel();
     let memory = Memory::start(
         planner,
         Arc::clone(&domains),
         scheduler,
         Sampler::new(),
+        journal,
         (events, incoming),
         reserve,
     );
@@ -224,7 +247,8 @@ async fn open(config: Config) -> Result<Arc<Host>> {
         "tcg" => Some(Accelerator::Tcg),
         other => bail!("vmm.accelerator is {other:?}: it can be auto, kvm or tcg"),
     };
-    Ok(Arc::new(Host {
+    let premaps = Premaps::open(config.runtime_dir.join("premapped"))?;
+    let host = Arc::new(Host {
         config,
         started: Instant::now(),
         store,
@@ -237,9 +261,13 @@ async fn open(config: Config) -> Result<Arc<Host>> {
         observers: Default::default(),
         driver,
         accelerator: Default::default(),
+        takeover: Mutex::new(None),
+        premaps,
         recipes: HashMap::new().into(),
         next_port: Default::default(),
-    }))
+    });
+    tokio::spawn(Arc::clone(&host).premap_likely(reserved));
+    Ok((host, journalled))
 }
 
 fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
@@ -268,7 +296,7 @@ fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
 }
 
 /// Serves what an earlier daemon left: mounts with their files, then the VMs.
-async fn take_over(host: &Arc<Host>) -> Result<()> {
+async fn take_over(host: &Arc<Host>, journalled: Replayed) -> Result<()> {
     let records = load_records(&host.config.vms_dir());
     let mut names: Vec<String> = records
         .iter()
@@ -295,57 +323,95 @@ async fn take_over(host: &Arc<Host>) -> Result<()> {
         Ok(())
     })
     .await??;
-    let taken_over = !records.is_empty();
+    let taken_over = !records.is_empty() || journalled != Replayed::default();
+    let mut handles = Vec::new();
     for record in records {
-        reattach(host, record).await;
+        handles.extend(reattach(host, record).await);
     }
     if taken_over {
-        host.wait_until_mapped().await;
-        let host = Arc::clone(host);
-        let differences = tokio::task::spawn_blocking(move || host.reconcile()).await?;
-        tracing::info!(?differences, "the mapping table is the kernel's again");
+        let reconciling = Arc::clone(host);
+        let takeover =
+            tokio::task::spawn_blocking(move || reconciling.reconcile(journalled)).await?;
+        tracing::info!(?takeover, "the mapping table is the kernel's again");
+        *host.takeover.lock() = Some(takeover);
+    }
+    for (instance, handle) in handles {
+        host.resume(instance, handle);
+    }
+    if taken_over {
+        // What the predecessor could not do any more.
+        let budget_bytes = memory_settings(&host.config).0.budget_bytes;
+        host.memory.tell(Event::BudgetChanged { budget_bytes });
     }
     Ok(())
 }
 
-async fn reattach(host: &Arc<Host>, record: Record) {
-    let vm = record.vm.clone();
-    let of = ProfileRef::new(vm.profile.clone(), vm.owner.clone());
-    let devices = record.devices.iter().skip(1);
-    let devices: Vec<DeviceImage> = devices
-        .map(|one| DeviceImage {
-            image: one.image,
-            image_bytes: one.image_bytes,
-        })
-        .collect();
+/// Finds the VMM of a record again; a VM that has ended is listed as failed.
+async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, VmHandle)> {
     let instance = Arc::new(Instance::new(record));
-    if host.instances.insert(Arc::clone(&instance)).is_err() {
-        return;
-    }
+    let vm = instance.vm();
+    host.instances.insert(Arc::clone(&instance)).ok()?;
     match host.driver.reattach(&vm.runtime_dir).await {
         Ok(handle) => {
             tracing::info!(vm = vm.name, pid = handle.pid(), "reattached");
-            let name: forelay_cache::VmName = vm.name.as_str().into();
-            host.memory.tell(Event::LaunchRequested {
-                vm: name.clone(),
-                domain: vm.domain.as_str().into(),
-                profile: vm.profile.as_str().into(),
-                devices,
-                working_set: Vec::new(),
-            });
-            host.memory.tell(Event::VmStarted { vm: name });
-            host.handles.lock().insert(vm.name.clone(), handle.clone());
-            host.supervise_reattached(instance, handle, of);
+            instance.update(|vm| vm.pid = Some(handle.pid()));
+            Some((instance, handle))
         }
         Err(error) => {
             let why = super::chain(&error);
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
+            end_unknown(&vm.runtime_dir);
             let _ = std::fs::remove_file(vm.runtime_dir.join("instance.json"));
             instance.update(|vm| {
                 vm.pid = None;
                 vm.error = Some(why);
                 vm.state = VmState::Failed;
             });
+            None
         }
+    }
+}
+
+/// Ends a VMM that was started in `runtime_dir` a moment before the daemon died, so that
+/// nobody knows how to talk to it.
+fn end_unknown(runtime_dir: &Path) {
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return;
+    };
+    let own = format!("{}/", runtime_dir.display());
+    for process in processes.flatten() {
+        let name = process.file_name();
+        let pid = name.to_str().and_then(|name| name.parse::<i32>().ok());
+        let words = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words);
+        let is_vmm = words.starts_with("qemu-system") && words.contains(&own);
+        if let Some(pid) = pid
+            .and_then(rustix::process::Pid::from_raw)
+            .filter(|_| is_vmm)
+        {
+            tracing::warn!(pid = pid.as_raw_nonzero(), "ending a VMM that nobody knows");
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+impl Host {
+    /// Goes on with a VM that an earlier daemon launched.
+    fn resume(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle) {
+        let vm = instance.vm();
+        let devices = instance.devices();
+        let devices = devices.iter().skip(1).map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        });
+        self.memory.tell(Event::VmFound {
+            vm: vm.name.as_str().into(),
+            domain: vm.domain.as_str().into(),
+            profile: vm.profile.as_str().into(),
+            devices: devices.collect(),
+        });
+        self.handles.lock().insert(vm.name, handle.clone());
+        let of = ProfileRef::new(vm.profile, vm.owner);
+        self.supervise_reattached(instance, handle, of);
     }
 }

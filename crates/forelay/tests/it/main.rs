@@ -13,4 +13,5 @@ mod frames;
 mod full_disk;
 mod life_of_a_page;
 mod memory;
+mod premap;
 mod systemd;

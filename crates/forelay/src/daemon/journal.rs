@@ -1,0 +1,171 @@
+//! The mapping table's journal on disk: rows that a successor finds when this daemon died.
+//!
+//! Owns the file and when it is rewritten; what its records mean is
+//! [`forelay_cache::mapping_table::journal`]'s. It lies in the runtime directory: rows do
+//! not outlive the host's VMs. Nothing is synced, since only a crash of the host could
+//! lose what was written, and that ends the VMs too.
+//!
+//! Invariants: the file is replaced whole or appended to, never changed in place; what a
+//! predecessor that still hangs in its death writes goes to a file that has no name any
+//! more.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+
+use forelay_cache::mapping_table::journal::{append, replay};
+use forelay_cache::mapping_table::{MappingTable, Phase, SharedTable};
+
+/// The journal is rewritten when it has grown to this many bytes beyond twice its start.
+const SLACK_BYTES: u64 = 1 << 20;
+
+/// What a journal of an earlier daemon said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    /// VMs that ran.
+    pub vms: usize,
+    /// Launches that were mapped ahead or under way; their rows are dropped.
+    pub unstarted: usize,
+    /// Records that contradicted those before them.
+    pub refused_records: usize,
+    /// Bytes behind the last intact record.
+    pub dropped_bytes: u64,
+}
+
+/// A journal that is written.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+    start_bytes: u64,
+}
+
+impl Journal {
+    /// Rebuilds the table that `path` tells of (an empty one if there is no file), and
+    /// starts a journal of it there. The table's residency is for the kernel to say.
+    pub fn open(path: PathBuf) -> io::Result<(Self, MappingTable, Replayed)> {
+        let found = match std::fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            found => found?,
+        };
+        let old = replay(&found);
+        for (record, error) in &old.refused {
+            tracing::warn!(record, %error, "the mapping table's journal contradicts itself");
+        }
+        let mut table = old.table;
+        let unstarted: Vec<_> = table
+            .known_vms()
+            .filter(|(_, phase)| *phase == Phase::Premapped)
+            .map(|(vm, _)| vm.clone())
+            .collect();
+        for vm in &unstarted {
+            // The name was read from the table just now.
+            let _ = table.unmap(vm);
+        }
+        let replayed = Replayed {
+            vms: table.known_vms().count(),
+            unstarted: unstarted.len(),
+            refused_records: old.refused.len(),
+            dropped_bytes: old.dropped_bytes as u64,
+        };
+        let (file, bytes) = write_snapshot(&path, &table)?;
+        table.start_journal();
+        let journal = Self {
+            path,
+            file,
+            bytes,
+            start_bytes: bytes,
+        };
+        Ok((journal, table, replayed))
+    }
+
+    /// Writes what has changed since the last call.
+    pub fn write(&mut self, table: &SharedTable) -> io::Result<()> {
+        let records = table.write(MappingTable::drain_records);
+        if records.is_empty() {
+            return Ok(());
+        }
+        let mut frames = Vec::new();
+        append(&mut frames, &records);
+        self.file.write_all(&frames)?;
+        self.bytes += frames.len() as u64;
+        if self.bytes > 2 * self.start_bytes + SLACK_BYTES {
+            let (file, bytes) = table.read(|table| write_snapshot(&self.path, table))?;
+            (self.file, self.bytes, self.start_bytes) = (file, bytes, bytes);
+        }
+        Ok(())
+    }
+}
+
+fn write_snapshot(path: &std::path::Path, table: &MappingTable) -> io::Result<(File, u64)> {
+    let mut frames = Vec::new();
+    append(&mut frames, &table.snapshot());
+    let unfinished = path.with_extension("new");
+    let mut file = File::create(&unfinished)?;
+    file.write_all(&frames)?;
+    std::fs::rename(unfinished, path)?;
+    Ok((file, frames.len() as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_cache::DeviceImage;
+    use forelay_image::Digest;
+
+    use super::*;
+
+    fn device() -> DeviceImage {
+        DeviceImage {
+            image: Digest::of(b"image"),
+            image_bytes: 1 << 20,
+        }
+    }
+
+    #[test]
+    fn running_vms_are_found_again_and_what_had_not_started_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("table.journal");
+        let (mut journal, table, replayed) = Journal::open(path.clone()).unwrap();
+        assert_eq!(replayed, Replayed::default());
+        let table = SharedTable::new(table);
+        let map = |vm: &str, phase| {
+            let devices = [device()];
+            table.write(|table| table.map(&vm.into(), &"d".into(), &"p".into(), &devices, phase))
+        };
+        map("runs", Phase::Running).unwrap();
+        map("~d/p", Phase::Premapped).unwrap();
+        journal.write(&table).unwrap();
+        map("torn", Phase::Running).unwrap();
+        journal.write(&table).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+
+        let (_, found, replayed) = Journal::open(path.clone()).unwrap();
+        let vms: Vec<_> = found.known_vms().map(|(vm, _)| vm.clone()).collect();
+        assert_eq!(vms, ["runs".into()]);
+        assert_eq!((replayed.vms, replayed.unstarted), (1, 1));
+        assert!(replayed.dropped_bytes > 0 && replayed.refused_records == 0);
+        let (_, _, again) = Journal::open(path).unwrap();
+        assert_eq!((again.vms, again.dropped_bytes), (1, 0), "rewritten whole");
+    }
+
+    #[test]
+    fn a_long_journal_is_rewritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("table.journal");
+        let (mut journal, table, _) = Journal::open(path.clone()).unwrap();
+        let table = SharedTable::new(table);
+        for _ in 0..8000 {
+            table.write(|table| {
+                let (vm, devices) = ("vm".into(), [device()]);
+                table
+                    .map(&vm, &"d".into(), &"p".into(), &devices, Phase::Running)
+                    .unwrap();
+                table.unmap(&vm).unwrap();
+            });
+            journal.write(&table).unwrap();
+        }
+        assert!(std::fs::metadata(path).unwrap().len() < SLACK_BYTES + 4096);
+    }
+}

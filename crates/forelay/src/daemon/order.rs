@@ -1,0 +1,253 @@
+//! A launch request, understood: manifest, lock, trust domain and the devices that a VM
+//! of it gets.
+//!
+//! Refuses to know shared memory, VMMs and instances. Invariant: an order's devices hold
+//! every component of its lock, each image once, in at most as many slots as the VMM has.
+
+use std::time::Instant;
+
+use forelay_cache::{DeviceImage, Domain};
+use forelay_image::Digest;
+use forelay_image::bundle::Bundle;
+use forelay_image::lock::{Lock, LockedComponent};
+use forelay_image::manifest::Manifest;
+use forelay_image::solve::solve;
+
+use super::{Host, HostError};
+use crate::api::VmComponent;
+use crate::history::ProfileRef;
+
+/// Owner of manifests that name none.
+const DEFAULT_OWNER: &str = "default";
+
+/// A request, understood.
+#[derive(Clone, Debug)]
+pub(super) struct Order {
+    pub manifest: Manifest,
+    pub lock: Lock,
+    pub of: ProfileRef,
+    pub domain: Domain,
+    /// pmem devices of the components, in slot order.
+    pub devices: Vec<PlannedDevice>,
+    /// The device that several small components share, if there are too many.
+    pub bundle: Option<Bundle>,
+    pub solve_s: f64,
+}
+
+/// A device of an order: one component's image, or the bundle.
+#[derive(Clone, Debug)]
+pub(super) struct PlannedDevice {
+    pub image: Digest,
+    pub image_bytes: u64,
+    pub label: String,
+    /// Images and sizes of the bundle's members, in order.
+    pub members: Vec<(Digest, u64)>,
+}
+
+impl Order {
+    /// What a manifest and its lock ask for, on a VMM with so many pmem slots.
+    pub(super) fn new(
+        manifest: Manifest,
+        lock: Lock,
+        solve_s: f64,
+        pmem_slots: usize,
+    ) -> Result<Self, HostError> {
+        let owner = manifest
+            .owner
+            .clone()
+            .unwrap_or_else(|| DEFAULT_OWNER.to_owned());
+        let domain = domain_name(&owner)?;
+        let of = ProfileRef::new(manifest.profile_name(), owner);
+        // The map image takes the first slot.
+        let bundle = bundle_smallest(&lock, pmem_slots.saturating_sub(1).max(1));
+        let alone = lock.components.iter().filter(|one| {
+            bundle
+                .as_ref()
+                .is_none_or(|bundle| bundle.offset_of(&one.image).is_none())
+        });
+        let mut devices: Vec<PlannedDevice> = alone.map(PlannedDevice::from).collect();
+        devices.extend(bundle.as_ref().map(|bundle| {
+            PlannedDevice {
+                image: bundle.digest(),
+                image_bytes: bundle.bytes(),
+                label: format!("bundle of {}", bundle.members().len()),
+                members: bundle
+                    .members()
+                    .iter()
+                    .map(|one| (one.image, one.bytes))
+                    .collect(),
+            }
+        }));
+        Ok(Self {
+            manifest,
+            lock,
+            of,
+            domain,
+            devices,
+            bundle,
+            solve_s,
+        })
+    }
+
+    /// The images of its devices.
+    pub(super) fn images(&self) -> Vec<Digest> {
+        self.devices.iter().map(|device| device.image).collect()
+    }
+
+    /// Its devices as the planner names them.
+    pub(super) fn device_images(&self) -> Vec<DeviceImage> {
+        let devices = self.devices.iter();
+        devices
+            .map(|one| DeviceImage {
+                image: one.image,
+                image_bytes: one.image_bytes,
+            })
+            .collect()
+    }
+}
+
+impl From<&LockedComponent> for PlannedDevice {
+    fn from(component: &LockedComponent) -> Self {
+        let LockedComponent {
+            image, image_bytes, ..
+        } = *component;
+        Self {
+            image,
+            image_bytes,
+            label: label(component),
+            members: Vec::new(),
+        }
+    }
+}
+
+/// The smallest components as one bundle, as many as it takes to fit `slots` devices.
+fn bundle_smallest(lock: &Lock, slots: usize) -> Option<Bundle> {
+    let mut images: Vec<(Digest, u64)> = Vec::new();
+    for component in &lock.components {
+        if !images.iter().any(|(image, _)| *image == component.image) {
+            images.push((component.image, component.image_bytes));
+        }
+    }
+    let excess = images
+        .len()
+        .checked_sub(slots)
+        .filter(|&excess| excess > 0)?;
+    let mut by_size = images.clone();
+    by_size.sort_by_key(|&(image, bytes)| (bytes, image));
+    let small: Vec<Digest> = by_size[..=excess].iter().map(|(image, _)| *image).collect();
+    images.retain(|(image, _)| small.contains(image));
+    Bundle::new(&images)
+}
+
+impl Host {
+    /// Understands a manifest and resolves it, unless a lock does.
+    pub(super) async fn order(&self, text: &str, lock: Option<&str>) -> Result<Order, HostError> {
+        let manifest = Manifest::parse(text).map_err(HostError::invalid)?;
+        let started = Instant::now();
+        let lock = match lock {
+            Some(text) => {
+                let lock = Lock::parse(text).map_err(HostError::invalid)?;
+                if lock.manifest_digest != manifest.digest() {
+                    return Err(HostError::Invalid(
+                        "the lock is of another manifest: run `forelay lock` again".to_owned(),
+                    ));
+                }
+                lock
+            }
+            None => {
+                let components = self.store.components().await.map_err(HostError::failed)?;
+                let components: Vec<_> = components.iter().map(|one| (**one).clone()).collect();
+                solve(&manifest, &components).map_err(HostError::invalid)?
+            }
+        };
+        let solve_s = started.elapsed().as_secs_f64();
+        Order::new(manifest, lock, solve_s, self.config.vmm.pmem_slots)
+    }
+}
+
+pub(super) fn label(component: &LockedComponent) -> String {
+    format!("{} {}", component.name, component.version)
+}
+
+pub(super) fn vm_component(component: &LockedComponent) -> VmComponent {
+    VmComponent {
+        name: component.name.clone(),
+        version: component.version.clone(),
+        id: component.id,
+        image: component.image,
+        image_bytes: component.image_bytes,
+        attached: false,
+        attach: None,
+    }
+}
+
+/// The trust domain of an owner; it names a directory.
+fn domain_name(owner: &str) -> Result<Domain, HostError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte);
+    let ok = !owner.is_empty()
+        && owner.len() <= 64
+        && owner.bytes().all(plain)
+        && !owner.starts_with('.');
+    if ok {
+        return Ok(Domain::from(owner));
+    }
+    Err(HostError::Invalid(format!(
+        "{owner:?} cannot be an owner: 1 to 64 letters, digits, `-`, `_`, `.`, `@`, not \
+         starting with a dot"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::component::Role;
+
+    use super::*;
+
+    fn locked(name: &str, role: Role, image_bytes: u64) -> LockedComponent {
+        let image = Digest::of(name.as_bytes());
+        LockedComponent {
+            name: name.into(),
+            version: "1".into(),
+            role,
+            id: image,
+            image,
+            image_bytes,
+            metadata_bytes: 4096,
+        }
+    }
+
+    #[test]
+    fn too_many_components_share_a_device_the_smallest_first() {
+        let lock = Lock {
+            format: 1,
+            manifest_digest: Digest::of(b"manifest"),
+            kernel: locked("kernel", Role::Kernel, 1 << 20),
+            components: vec![
+                locked("base", Role::Base, 1 << 30),
+                locked("small", Role::Library, 4096),
+                locked("large", Role::Package, 1 << 20),
+                locked("smaller", Role::Library, 8192),
+            ],
+        };
+        assert_eq!(bundle_smallest(&lock, 4), None);
+        let bundle = bundle_smallest(&lock, 3).unwrap();
+        let small = ["small", "smaller"].map(|name| Digest::of(name.as_bytes()));
+        assert_eq!(
+            bundle
+                .members()
+                .iter()
+                .map(|one| one.image)
+                .collect::<Vec<_>>(),
+            small
+        );
+        assert_eq!(bundle_smallest(&lock, 2).unwrap().members().len(), 3);
+    }
+
+    #[test]
+    fn owners_that_could_leave_the_mount_directory_are_refused() {
+        assert!(domain_name("alice@example.org").is_ok());
+        for bad in ["", "..", ".hidden", "a/b", "a b", &"x".repeat(65)] {
+            assert!(domain_name(bad).is_err(), "{bad:?}");
+        }
+    }
+}

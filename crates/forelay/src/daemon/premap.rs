@@ -1,0 +1,306 @@
+//! Launches set up before they are asked for: when the planner says that a launch of a
+//! profile is likely, its devices are mapped and its map image is composed, so that the
+//! launch itself only starts the VMM.
+//!
+//! ```text
+//!   offered (an order is known) --Reserve--> prepared --launch--> taken
+//!                                               |
+//!        Release, shortage, a newer Reserve, too many ---> dropped
+//! ```
+//! What is prepared belongs to one lock, one manifest and one host name (the manifest's,
+//! or the name that the next VM of the profile would get); a launch that differs in any of
+//! them composes for itself.
+//!
+//! Refuses to decide which launches are likely. Invariants: a prepared map image is given
+//! to at most one VM; nothing prepared outlives the daemon that prepared it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use forelay_cache::plan::Action;
+use forelay_cache::{Domain, ProfileName};
+use forelay_image::Digest;
+use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::instances::DeviceRecord;
+use super::launch::MapImage;
+use super::order::Order;
+use super::{Host, HostError};
+use crate::recipe::KernelFiles;
+
+/// Launches that are kept prepared at a time; about a megabyte each.
+const KEEP: usize = 32;
+
+type Key = (Domain, ProfileName);
+
+/// All that a launch needs before its VMM can start.
+#[derive(Debug)]
+pub(super) struct Premapped {
+    manifest: Digest,
+    lock: Digest,
+    hostname: String,
+    /// Devices of the components, in slot order.
+    pub devices: Vec<DeviceRecord>,
+    /// Kernel and initramfs.
+    pub kernel: KernelFiles,
+    map: MapImage,
+}
+
+impl Premapped {
+    /// The map image, moved to where the VM's own files are.
+    pub fn move_map(&self, to: &Path) -> std::io::Result<MapImage> {
+        std::fs::rename(&self.map.record.path, to)?;
+        let mut map = self.map.clone();
+        to.clone_into(&mut map.record.path);
+        Ok(map)
+    }
+}
+
+impl Drop for Premapped {
+    fn drop(&mut self) {
+        // Not there any more if a VM has it.
+        let _ = std::fs::remove_file(&self.map.record.path);
+    }
+}
+
+/// The name that a VM of this order has inside.
+pub(super) fn hostname(order: &Order, vm_name: &str) -> String {
+    let own = order.manifest.hostname.clone();
+    own.unwrap_or_else(|| vm_name.to_owned())
+}
+
+/// What is known of likely launches, and what is prepared for them.
+#[derive(Debug)]
+pub(super) struct Premaps {
+    dir: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    offered: BTreeMap<Key, Arc<Order>>,
+    /// With a number that grows, to tell the oldest.
+    prepared: BTreeMap<Key, (u64, Premapped)>,
+    next: u64,
+}
+
+impl Premaps {
+    /// Nothing is prepared; what an earlier daemon prepared in `dir` is removed.
+    pub fn open(dir: PathBuf) -> std::io::Result<Self> {
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => std::fs::create_dir_all(&dir)?,
+        }
+        Ok(Self {
+            dir,
+            state: Mutex::default(),
+        })
+    }
+
+    /// Tells what a launch of a profile would be, before the planner is told of it.
+    pub fn offer(&self, order: &Arc<Order>) {
+        let mut state = self.state.lock();
+        state.offered.insert(key(order), Arc::clone(order));
+    }
+
+    fn offered(&self, key: &Key) -> Option<Arc<Order>> {
+        self.state.lock().offered.get(key).cloned()
+    }
+
+    /// What was prepared for this launch, if it is what the launch needs. Anything else
+    /// prepared for its profile is dropped.
+    pub fn take(&self, order: &Order, vm_name: &str) -> Option<Premapped> {
+        let (_, premapped) = self.state.lock().prepared.remove(&key(order))?;
+        let fits = premapped.lock == order.lock.digest()
+            && premapped.manifest == order.manifest.digest()
+            && premapped.hostname == hostname(order, vm_name);
+        fits.then_some(premapped)
+    }
+
+    /// Launches that are prepared now.
+    pub fn len(&self) -> usize {
+        self.state.lock().prepared.len()
+    }
+
+    fn keep(&self, order: &Order, premapped: Premapped) {
+        let mut state = self.state.lock();
+        state.next += 1;
+        let number = state.next;
+        state.prepared.insert(key(order), (number, premapped));
+        while state.prepared.len() > KEEP {
+            let oldest = state.prepared.iter().min_by_key(|(_, (number, _))| number);
+            let Some(oldest) = oldest.map(|(key, _)| key.clone()) else {
+                return;
+            };
+            state.prepared.remove(&oldest);
+        }
+    }
+}
+
+fn key(order: &Order) -> Key {
+    let profile = ProfileName::from(order.of.profile.as_str());
+    (order.domain.clone(), profile)
+}
+
+impl Host {
+    /// Carries out the planner's reservations, in order, for as long as it makes any.
+    pub(super) async fn premap_likely(self: Arc<Self>, mut actions: UnboundedReceiver<Action>) {
+        while let Some(action) = actions.recv().await {
+            match action {
+                Action::Reserve {
+                    domain, profile, ..
+                } => {
+                    let Some(order) = self.premaps.offered(&(domain, profile)) else {
+                        continue;
+                    };
+                    match self.premap(&order).await {
+                        Ok(premapped) => {
+                            let name = premapped.hostname.clone();
+                            self.premaps.keep(&order, premapped);
+                            tracing::info!(profile = order.of.profile, name, "mapped ahead");
+                        }
+                        Err(error) => {
+                            tracing::warn!(profile = order.of.profile, %error, "not mapped ahead");
+                        }
+                    }
+                }
+                Action::Release { domain, profile } => {
+                    let mut state = self.premaps.state.lock();
+                    let key = (domain, profile);
+                    state.prepared.remove(&key);
+                    state.offered.remove(&key);
+                }
+                // Memory is short: of all there is, this is the easiest to make anew.
+                _ => self.premaps.state.lock().prepared.clear(),
+            }
+        }
+    }
+
+    async fn premap(self: &Arc<Self>, order: &Order) -> Result<Premapped, HostError> {
+        let name = match &order.manifest.name {
+            Some(name) => name.clone(),
+            None => self.instances.free_name(&order.of.profile),
+        };
+        let hostname = hostname(order, &name);
+        let devices = self.map_images(order).await?;
+        let file = Digest::of(format!("{}/{}", order.domain, order.of.profile).as_bytes());
+        let path = self.premaps.dir.join(format!("{}.img", file.hex()));
+        // A prepared one of this profile has the same path; it goes first.
+        self.premaps.state.lock().prepared.remove(&key(order));
+        let map = self.compose(order, &hostname, path).await?;
+        let kernel = self.kernel(&order.lock.kernel).await?;
+        Ok(Premapped {
+            manifest: order.manifest.digest(),
+            lock: order.lock.digest(),
+            hostname,
+            devices,
+            kernel,
+            map,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::component::Role;
+    use forelay_image::lock::{Lock, LockedComponent};
+    use forelay_image::manifest::Manifest;
+
+    use super::*;
+
+    fn order(profile: &str, further: &str, image: &str) -> Order {
+        let text = format!("base = \"debian\"\nprofile = \"{profile}\"\n{further}");
+        let manifest = Manifest::parse(&text).unwrap();
+        let locked = |name: &str, role| LockedComponent {
+            name: name.into(),
+            version: "1".into(),
+            role,
+            id: Digest::of(name.as_bytes()),
+            image: Digest::of(name.as_bytes()),
+            image_bytes: 4096,
+            metadata_bytes: 4096,
+        };
+        let lock = Lock {
+            format: 1,
+            manifest_digest: manifest.digest(),
+            kernel: locked("kernel", Role::Kernel),
+            components: vec![locked(image, Role::Base)],
+        };
+        Order::new(manifest, lock, 0.0, 8).unwrap()
+    }
+
+    fn premapped(dir: &Path, order: &Order, name: &str) -> Premapped {
+        let path = dir.join(format!("{name}.img"));
+        std::fs::write(&path, name).unwrap();
+        let record = DeviceRecord {
+            image: Digest::of(b"map"),
+            image_bytes: 4096,
+            device_bytes: 4096,
+            path,
+            component: String::new(),
+            members: vec![],
+        };
+        Premapped {
+            manifest: order.manifest.digest(),
+            lock: order.lock.digest(),
+            hostname: hostname(order, name),
+            devices: vec![],
+            kernel: KernelFiles {
+                kernel: PathBuf::new(),
+                initrd: PathBuf::new(),
+            },
+            map: MapImage {
+                record,
+                uuid: String::new(),
+            },
+        }
+    }
+
+    #[test]
+    fn only_the_very_launch_that_was_prepared_gets_it_and_only_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let premaps = Premaps::open(dir.path().join("premapped")).unwrap();
+        let web = order("web", "", "base");
+        let keep = |name| premaps.keep(&web, premapped(dir.path(), &web, name));
+        keep("web");
+        let taken = premaps.take(&web, "web").unwrap();
+        let there = dir.path().join("there");
+        assert_eq!(taken.move_map(&there).unwrap().record.path, there);
+        drop(taken);
+        assert_eq!(std::fs::read(&there).unwrap(), b"web", "the VM has it now");
+        assert!(premaps.take(&web, "web").is_none());
+
+        // Another name, another lock, other files of the VM's own: all compose anew.
+        keep("web");
+        assert!(premaps.take(&web, "web-2").is_none());
+        assert!(!dir.path().join("web.img").exists(), "what is stale goes");
+        keep("web");
+        assert!(
+            premaps
+                .take(&order("web", "", "newer base"), "web")
+                .is_none()
+        );
+        keep("web");
+        let key = "ssh_keys = [\"ssh-ed25519 AAAA\"]";
+        assert!(premaps.take(&order("web", key, "base"), "web").is_none());
+        assert_eq!(premaps.len(), 0);
+    }
+
+    #[test]
+    fn the_oldest_go_when_there_are_too_many_and_all_go_with_the_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("premapped");
+        let premaps = Premaps::open(own.clone()).unwrap();
+        for number in 0..=KEEP {
+            let order = order(&format!("p{number}"), "", "base");
+            premaps.keep(&order, premapped(&own, &order, &format!("p{number}")));
+        }
+        assert_eq!(premaps.len(), KEEP);
+        assert!(!own.join("p0.img").exists() && own.join("p1.img").exists());
+        std::mem::forget(premaps);
+        Premaps::open(own.clone()).unwrap();
+        assert_eq!(std::fs::read_dir(own).unwrap().count(), 0);
+    }
+}
