@@ -75,7 +75,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
         Ok(())
     })?;
     let all: Vec<&Touches> = (0..LAUNCHES).map(|n| &recorded[n % PROFILES]).collect();
-    let mut burst = |forecast: bool| -> Result<Value> {
+    let burst = |forecast: bool| -> Result<Value> {
         let (mut times, mut bytes) = (Vec::new(), 0);
         bench.with_host(|host, files| {
             times = bench.launch(files, &all, forecast.then_some(host))?;
