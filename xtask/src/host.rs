@@ -121,6 +121,17 @@ impl Host {
         serde_json::from_slice(&text).context("the command printed no JSON")
     }
 
+    /// Adds lines to a section of the configuration.
+    pub fn configure(&self, section: &str, lines: &str) -> Result<()> {
+        let mut text = std::fs::read_to_string(&self.config)?;
+        let heading = format!("[{section}]\n");
+        if !text.contains(&heading) {
+            text.push_str(&format!("\n{heading}"));
+        }
+        let text = text.replace(&heading, &format!("{heading}{lines}\n"));
+        Ok(std::fs::write(&self.config, text)?)
+    }
+
     /// Starts the daemon and waits until it answers.
     pub fn start_daemon(&mut self) -> Result<()> {
         self.start(self.forelay(["daemon"]))

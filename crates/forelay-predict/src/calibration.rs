@@ -105,6 +105,76 @@ impl Reliability {
     }
 }
 
+/// Bins of a [`Judged`].
+const COARSE_BINS: usize = 5;
+
+/// The reliability of one profile's forecasts, in little memory: older ones fade once there are
+/// many.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Judged {
+    squared_error_sum: f32,
+    forecasts: [u16; COARSE_BINS],
+    happened: [u16; COARSE_BINS],
+    told: [f32; COARSE_BINS],
+}
+
+impl Judged {
+    /// Adds a forecast and what happened.
+    pub fn note(&mut self, probability: f64, happened: bool) {
+        let probability = if probability.is_finite() {
+            probability.clamp(0.0, 1.0)
+        } else {
+            0.0
+        };
+        let bin = ((probability * COARSE_BINS as f64) as usize).min(COARSE_BINS - 1);
+        if self.forecasts[bin] == u16::MAX {
+            self.fade();
+        }
+        self.forecasts[bin] += 1;
+        self.happened[bin] += u16::from(happened);
+        self.told[bin] += probability as f32;
+        let outcome = f64::from(u8::from(happened));
+        self.squared_error_sum += (probability - outcome).powi(2) as f32;
+    }
+
+    fn fade(&mut self) {
+        self.squared_error_sum /= 2.0;
+        for bin in 0..COARSE_BINS {
+            self.forecasts[bin] /= 2;
+            self.happened[bin] /= 2;
+            self.told[bin] /= 2.0;
+        }
+    }
+
+    /// Forecasts judged.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.forecasts.iter().map(|&count| u64::from(count)).sum()
+    }
+
+    /// Mean squared error, zero if nothing was judged.
+    #[must_use]
+    pub fn brier_score(&self) -> f64 {
+        f64::from(self.squared_error_sum) / self.count().max(1) as f64
+    }
+
+    /// The diagram, one row per bin of width 0.2; empty bins are left out.
+    #[must_use]
+    pub fn bins(&self) -> Vec<ReliabilityBin> {
+        (0..COARSE_BINS)
+            .filter(|&bin| self.forecasts[bin] > 0)
+            .map(|bin| {
+                let forecasts = f64::from(self.forecasts[bin]);
+                ReliabilityBin {
+                    forecasts: u64::from(self.forecasts[bin]),
+                    mean_forecast: f64::from(self.told[bin]) / forecasts,
+                    observed: f64::from(self.happened[bin]) / forecasts,
+                }
+            })
+            .collect()
+    }
+}
+
 /// Maps told probabilities to what they turned out to mean.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Recalibration {
@@ -208,6 +278,31 @@ mod tests {
         }
         let error = after.expected_calibration_error();
         assert!(error < 0.02, "{error}");
+    }
+
+    #[test]
+    fn a_profiles_own_account_agrees_with_the_large_one_and_never_overflows() {
+        let mut draw = Draw(5);
+        let (mut large, mut own) = (Reliability::default(), Judged::default());
+        for _ in 0..5_000 {
+            let p = draw.next();
+            let happened = draw.next() < p;
+            large.note(p, happened);
+            own.note(p, happened);
+        }
+        assert_eq!(own.count(), 5_000);
+        assert!((own.brier_score() - large.brier_score()).abs() < 1e-4);
+        let bins = own.bins();
+        assert_eq!(bins.len(), COARSE_BINS);
+        assert!(
+            bins.iter()
+                .all(|b| (b.mean_forecast - b.observed).abs() < 0.06)
+        );
+        for _ in 0..200_000 {
+            own.note(0.0, false);
+        }
+        assert!(own.count() <= u64::from(u16::MAX) * 2 && own.brier_score() < 0.01);
+        own.note(f64::NAN, true);
     }
 
     #[test]

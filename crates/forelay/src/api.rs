@@ -137,6 +137,9 @@ pub struct Vm {
     pub components: Vec<VmComponent>,
     /// Figures of the launch.
     pub launch: LaunchFigures,
+    /// What it waited for in all its life so far.
+    #[serde(default)]
+    pub waits: Waits,
     /// Directory with sockets and logs.
     pub runtime_dir: PathBuf,
     /// Why it failed.
@@ -145,6 +148,17 @@ pub struct Vm {
     /// Exit status of the entrypoint, once it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_status: Option<i32>,
+}
+
+/// What a VM waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Waits {
+    /// Faults that had to wait for bytes not in shared memory.
+    pub demand_fetches: u64,
+    /// Bytes they asked for.
+    pub demand_bytes: u64,
+    /// Sum of the times they waited.
+    pub stall_s: f64,
 }
 
 /// A component of an instance.
@@ -474,22 +488,51 @@ pub struct MapFile {
 pub struct ForecastEntry {
     /// Profile.
     pub profile: String,
+    /// Owner.
+    pub owner: String,
+    /// The running VM that may be given the component; absent for a profile's next launch.
+    pub vm: Option<String>,
     /// Component name and version.
     pub component: String,
     /// Image digest.
     pub image: Digest,
-    /// Probability that it is needed within the horizon.
+    /// True if it is expected to be attached to the running VM, not launched with.
+    pub attached: bool,
+    /// Probability that it is needed within the horizon of ten minutes.
     pub probability: f64,
-    /// Seconds until the expected need; absent if no launch is expected.
+    /// Seconds until the expected need.
     pub expected_in_s: Option<f64>,
-    /// Bytes of it that are expected to be touched.
+    /// Bytes of it that may be touched.
     pub bytes: u64,
     /// Of those, bytes in shared memory now.
     pub resident_bytes: u64,
-    /// Expected seconds saved per byte, the order of the list.
+    /// Of those, bytes in the host's disk cache; the rest is in the repository.
+    pub disk_bytes: u64,
+    /// Expected seconds that loading it ahead saves.
+    pub seconds_saved: f64,
+    /// Expected seconds saved per MiB, less for what is needed later: the order of the list.
     pub score: f64,
     /// Why, in words.
     pub reasons: Vec<String>,
+    /// How forecasting does for the profile.
+    pub control: SelfControl,
+}
+
+/// How forecasting does for a profile, by its own account.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SelfControl {
+    /// Forecasts of "launches within ten minutes" judged since the daemon's start.
+    pub judged: u64,
+    /// Their mean squared error.
+    pub brier_score: f64,
+    /// Reliability: mean probability told, share that came true, number of forecasts.
+    pub reliability: Vec<(f64, f64, u64)>,
+    /// Cold starts that forecasting cost more than the simpler rule; negative if it saves.
+    pub regret_cold_starts: f64,
+    /// Forecasting did harm here: nothing is loaded before a launch is asked for.
+    pub fallen_back: bool,
+    /// The configuration switched forecasting off.
+    pub switched_off: bool,
 }
 
 /// What is known of a profile's past.
@@ -509,6 +552,8 @@ pub struct HistoryEntry {
     pub ready_p50_s: Option<f64>,
     /// Bytes of its working set.
     pub working_set_bytes: u64,
+    /// How forecasting does for it.
+    pub control: SelfControl,
 }
 
 /// An error as the API reports it.

@@ -74,6 +74,13 @@ pub struct ForecastConfig {
     pub ahead: bool,
     /// Seconds after `ready` during which touches still count to the working set.
     pub window_s: f64,
+    /// How many times faster than the clock on the wall the forecaster's clock runs, from
+    /// `time_origin_ms` on. For benches and replays that compress a day; 1 on a real host.
+    pub time_scale: f64,
+    /// From when on (milliseconds since the epoch) it runs faster.
+    pub time_origin_ms: i64,
+    /// What the forecaster's clock shows then; the same, if absent.
+    pub time_starts_ms: Option<i64>,
 }
 
 /// VMM defaults.
@@ -118,6 +125,9 @@ impl Default for ForecastConfig {
             prefetch: true,
             ahead: true,
             window_s: 5.0,
+            time_scale: 1.0,
+            time_origin_ms: 0,
+            time_starts_ms: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod attach;
 mod burst;
+mod day;
 mod images;
 mod launch;
 mod memory;
@@ -18,7 +19,7 @@ use serde_json::Value;
 use crate::process::{cargo, run, target_dir};
 
 const NAMES: &str = "launch, compose, forecast, policy, table, memory, pressure, burst, \
-                     attach, premap";
+                     attach, premap, day";
 
 /// Runs one benchmark.
 pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
@@ -31,6 +32,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "burst" => burst::run_bench(&out)?,
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,
+        "day" => day::run_bench(&out, arguments)?,
         "policy" => example("forelay-cache", "bench_policy", &out, arguments)?,
         "table" => example("forelay-cache", "bench_table", &out, arguments)?,
         "compose" => example("forelay-image", "bench_compose", &out, arguments)?,

@@ -67,6 +67,22 @@ pub enum Event {
         /// What a launch is expected to touch.
         working_set: Vec<PlannedExtent>,
     },
+    /// What a running VM is expected to be given next has changed. Nothing is mapped ahead
+    /// for it; when the VM stops, it is forgotten.
+    AttachForecast {
+        /// The VM.
+        vm: VmName,
+        /// Its trust domain.
+        domain: Domain,
+        /// The devices that may be attached.
+        devices: Vec<DeviceImage>,
+        /// Probability that any of them is attached within the forecast's horizon.
+        probability: f64,
+        /// When that is expected.
+        expected_ms: Option<i64>,
+        /// What is expected to be touched of them then.
+        working_set: Vec<PlannedExtent>,
+    },
     /// A VM that an earlier daemon launched runs.
     VmFound {
         /// The VM.

@@ -190,7 +190,7 @@ impl Planner {
                 next_launch_ms,
                 working_set,
             } => {
-                let forecast = Forecast {
+                let mut forecast = Forecast {
                     devices,
                     launch_probability,
                     next_launch_ms,
@@ -198,7 +198,33 @@ impl Planner {
                     updated_ms: now_ms,
                     reserved: false,
                 };
-                self.forecast_changed(table, domain, profile, forecast, now_ms, actions)
+                let (key, launch) =
+                    self.forecast_changed(table, domain, profile, &mut forecast, now_ms, actions);
+                let result = self.reserve(table, &key, &mut forecast, launch, actions);
+                self.worth.forecasts.insert(key, forecast);
+                result
+            }
+            Event::AttachForecast {
+                vm,
+                domain,
+                devices,
+                probability,
+                expected_ms,
+                working_set,
+            } => {
+                let mut forecast = Forecast {
+                    devices,
+                    launch_probability: probability,
+                    next_launch_ms: expected_ms,
+                    working_set,
+                    updated_ms: now_ms,
+                    reserved: false,
+                };
+                let name = attach_name(&vm);
+                let (key, _) =
+                    self.forecast_changed(table, domain, name, &mut forecast, now_ms, actions);
+                self.worth.forecasts.insert(key, forecast);
+                Ok(())
             }
             Event::VmFound {
                 vm,
@@ -225,6 +251,7 @@ impl Planner {
                 self.queue.drop_reason(&reason);
                 self.cancel_unwanted(table, &reason, &PageSetByImage::new(), actions);
                 self.unpin_launch(&vm, actions);
+                self.forget_attachments(table, &vm, actions);
                 table.unmap(&vm)
             }
             Event::Attached { vm, device } => table.attach(&vm, &device),
@@ -338,19 +365,20 @@ impl Planner {
         Ok(())
     }
 
+    /// Queues what a forecast wants. Returns under which name, and the probability now.
     fn forecast_changed(
         &mut self,
         table: &mut MappingTable,
         domain: Domain,
         profile: ProfileName,
-        mut forecast: Forecast,
+        forecast: &mut Forecast,
         now_ms: i64,
         actions: &mut Vec<Action>,
-    ) -> Result<(), crate::mapping_table::TableError> {
+    ) -> ((Domain, ProfileName), f64) {
         let key = (domain.clone(), profile.clone());
         let reason = Reason::Forecast(domain.clone(), profile.clone());
         self.queue.drop_reason(&reason);
-        let launch = self.worth.launch_probability(&forecast, now_ms);
+        let launch = self.worth.launch_probability(forecast, now_ms);
         let before = self.worth.forecasts.get(&key);
         forecast.reserved = before.is_some_and(|before| before.reserved);
         let mut wanted = PageSetByImage::new();
@@ -383,9 +411,7 @@ impl Planner {
             });
         }
         self.cancel_unwanted(table, &reason, &wanted, actions);
-        let result = self.reserve(table, &key, &mut forecast, launch, actions);
-        self.worth.forecasts.insert(key, forecast);
-        result
+        (key, launch)
     }
 
     /// Cancels prefetches under way for `reason` that are not among what is still `wanted`.
@@ -412,6 +438,23 @@ impl Planner {
                 image: piece.image,
                 extent: piece.extent,
             });
+        }
+    }
+
+    /// Forgets what a VM that is gone was expected to be given.
+    fn forget_attachments(
+        &mut self,
+        table: &mut MappingTable,
+        vm: &VmName,
+        actions: &mut Vec<Action>,
+    ) {
+        let name = attach_name(vm);
+        let domain = table.vm_identity(vm.as_str());
+        let key = domain.map(|(domain, _)| (domain.clone(), name));
+        if let Some(key) = key.filter(|key| self.worth.forecasts.remove(key).is_some()) {
+            let reason = Reason::Forecast(key.0, key.1);
+            self.queue.drop_reason(&reason);
+            self.cancel_unwanted(table, &reason, &PageSetByImage::new(), actions);
         }
     }
 
@@ -633,6 +676,11 @@ type PageSetByImage = BTreeMap<SharedImage, PageSet>;
 /// The name under which a launch is mapped ahead.
 fn ahead_name(domain: &Domain, profile: &ProfileName) -> VmName {
     VmName::from(format!("~{domain}/{profile}"))
+}
+
+/// The name under which a running VM's next attachments are forecast; no profile has it.
+fn attach_name(vm: &VmName) -> ProfileName {
+    ProfileName::from(format!("+{vm}"))
 }
 
 /// An order in which larger values come first.

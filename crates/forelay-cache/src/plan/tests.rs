@@ -310,6 +310,40 @@ fn forecast(profile: &str, number: u8, probability: f64) -> Event {
 }
 
 #[test]
+fn what_a_running_vm_will_be_given_is_prefetched_maps_nothing_and_ends_with_the_vm() {
+    let mut host = Host::new(config(16));
+    host.launch("v1", "dev", &[1], vec![]);
+    let attach = |probability| Event::AttachForecast {
+        vm: "v1".into(),
+        domain: "d".into(),
+        devices: vec![device(2, 4 * MIB)],
+        probability,
+        expected_ms: None,
+        working_set: vec![planned(2, 0, 2 * MIB, 1.0, 0)],
+    };
+    host.tell(attach(0.9));
+    assert!(host.push_one());
+    let vms = |host: &Host| host.planner.table.read(|t| t.known_vms().count());
+    assert_eq!(vms(&host), 1, "nothing is mapped ahead");
+    assert!(
+        !host
+            .log
+            .iter()
+            .any(|action| matches!(action, Action::Reserve { .. }))
+    );
+    host.tell(Event::VmStopped { vm: "v1".into() });
+    assert!(
+        !host.push_one(),
+        "what was under way is not wanted any more"
+    );
+    let forecasts = &host.planner.worth.forecasts;
+    assert!(forecasts.is_empty(), "{forecasts:?}");
+    let before = host.prefetched;
+    host.tell(attach(0.01));
+    assert_eq!(host.prefetched, before, "too unlikely");
+}
+
+#[test]
 fn a_likely_launch_is_prefetched_and_mapped_ahead_and_released_when_it_is_not() {
     let mut host = Host::new(config(16));
     host.tell(forecast("nightly", 1, 0.9));

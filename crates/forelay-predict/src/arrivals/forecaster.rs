@@ -13,7 +13,7 @@ use super::pool::{OwnerPool, Pool};
 use super::record::Record;
 use super::triggers;
 use super::walk::{self, Segment};
-use crate::calibration::{Recalibration, Reliability};
+use crate::calibration::{Judged, Recalibration, Reliability};
 use crate::time::{MINUTE_MS, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -415,8 +415,9 @@ impl Forecaster {
         if record.launches == 0 {
             return;
         }
-        self.reliability
-            .note(self.recalibration.apply(raw), launched);
+        let told = self.recalibration.apply(raw);
+        record.judged.note(told, launched);
+        self.reliability.note(told, launched);
         self.recalibration.learn(raw, launched);
     }
 
@@ -545,6 +546,13 @@ impl Forecaster {
             .get(profile.0 as usize)
             .map(|record| record.regret)
             .unwrap_or_default()
+    }
+
+    /// How well "launch within ten minutes" has been told of one profile.
+    #[must_use]
+    pub fn judged(&self, profile: ProfileKey) -> Judged {
+        let record = self.records.get(profile.0 as usize);
+        record.map(|record| record.judged).unwrap_or_default()
     }
 
     /// How well "launch within ten minutes" has been told so far, each forecast judged before it

@@ -146,6 +146,9 @@ pub struct LaunchForecast {
     pub expected_at: Timestamp,
     /// Half the width of the middle half of launch times, in seconds.
     pub spread_s: f64,
+    /// Forecasting did harm here (or is switched off): the simpler rule is in force, and the
+    /// forecast is told but not acted upon.
+    pub fallen_back: bool,
     /// Why, strongest first.
     pub reasons: Vec<Reason>,
 }
@@ -205,6 +208,7 @@ impl Forecaster {
             probability,
             expected_at,
             spread_s,
+            fallen_back: !self.config.forecasting || record.regret.harmful(),
             reasons: self.reasons(record, now, expected_at),
         }
     }

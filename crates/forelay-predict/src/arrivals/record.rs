@@ -50,6 +50,9 @@ pub(crate) struct Record {
     pub pending: f32,
     /// Balance of forecasting against the simple rule.
     pub regret: super::decide::Regret,
+    /// How well "launch within ten minutes" was told of this profile.
+    #[serde(default)]
+    pub judged: crate::calibration::Judged,
     #[serde(skip)]
     pub outlook: Outlook,
 }
@@ -76,6 +79,7 @@ impl Record {
             announced_count: 0,
             pending: -1.0,
             regret: super::decide::Regret::default(),
+            judged: crate::calibration::Judged::default(),
             outlook: Outlook::default(),
         }
     }

@@ -12,6 +12,7 @@
 //! Invariants: names, rows and trees are bounded whatever is observed; no observation has
 //! probability zero; the same observations give the same model.
 
+mod attachments;
 pub mod counts;
 pub mod data;
 pub mod learn;
@@ -21,6 +22,7 @@ pub mod next_profile;
 pub mod tree;
 mod vocabulary;
 
+pub use attachments::{AttachOutlook, Attachments};
 pub use model::{Config, Context, Model};
 pub use next_profile::NextProfile;
 

@@ -13,6 +13,19 @@ use crate::working_set::WorkingSets;
 /// Components less likely than this are not listed.
 const LEAST_PROBABILITY: f64 = 0.02;
 
+/// A component (or several that share a device) at hand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Present {
+    /// What people call it.
+    pub label: String,
+    /// Names of the components in it.
+    pub names: Vec<String>,
+    /// Its image.
+    pub image: Digest,
+    /// Size of the image, in bytes.
+    pub image_bytes: u64,
+}
+
 /// A VM to forecast for: one that may launch, or one that runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subject {
@@ -24,10 +37,10 @@ pub struct Subject {
     pub until_s: f64,
     /// Why it is expected.
     pub reasons: Vec<Why>,
-    /// Components it is certain to have: the lock's, or those of the running VM.
-    pub components: Vec<String>,
-    /// Whether it runs already.
-    pub running: bool,
+    /// What it is certain to have: the lock's components, or those of the running VM.
+    pub present: Vec<Present>,
+    /// Seconds since its launch, if it runs already.
+    pub age_s: Option<f64>,
 }
 
 impl Subject {
@@ -37,7 +50,7 @@ impl Subject {
         launch: &LaunchForecast,
         context: needs::Context,
         now: Timestamp,
-        locked: Vec<String>,
+        locked: Vec<Present>,
     ) -> Self {
         let reasons = launch.reasons.iter().map(|reason| Why::Launch {
             probability: launch.probability,
@@ -48,42 +61,56 @@ impl Subject {
             probability: launch.probability,
             until_s: launch.expected_at.seconds_since(now).max(0.0),
             reasons: reasons.collect(),
-            components: locked,
-            running: false,
+            present: locked,
+            age_s: None,
         }
     }
 
     /// A running VM, which may be given further components.
-    pub fn running(context: needs::Context, present: Vec<String>) -> Self {
+    pub fn running(context: needs::Context, present: Vec<Present>, age_s: f64) -> Self {
         Self {
             context,
             probability: 1.0,
             until_s: 0.0,
             reasons: vec![Why::Running],
-            components: present,
-            running: true,
+            present,
+            age_s: Some(age_s.max(0.0)),
         }
     }
 }
 
-/// A component's present version.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Located {
-    /// Its image.
-    pub image: Digest,
-    /// Size of the image, in bytes.
-    pub image_bytes: u64,
+/// Everything a forecast rests on.
+#[derive(Clone, Copy)]
+pub struct Knowledge<'a> {
+    /// Which components.
+    pub needs: &'a needs::Model,
+    /// When those come that a launch does not bring.
+    pub attachments: &'a needs::Attachments,
+    /// Which parts.
+    pub sets: &'a WorkingSets,
+    /// What loading costs.
+    pub costs: &'a Costs,
+    /// A component's present version by name.
+    pub locate: &'a dyn Fn(&str) -> Option<Present>,
+    /// Where an extent's bytes are.
+    pub tier: &'a dyn Fn(&Digest, &Extent) -> Tier,
 }
 
 /// A component that a VM will want.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ComponentForecast {
-    /// Its name.
+    /// What people call it.
     pub component: String,
     /// Its image.
     pub image: Digest,
+    /// Size of the image, in bytes.
+    pub image_bytes: u64,
+    /// True if it is expected to be attached, not launched with.
+    pub attached: bool,
     /// Probability that it is needed within the horizon.
     pub probability: f64,
+    /// Seconds until it is needed.
+    pub until_s: f64,
     /// Bytes of it likely to be touched (each extent weighted by its probability).
     pub expected_bytes: u64,
     /// Why.
@@ -109,81 +136,64 @@ pub struct VmForecast {
     pub extents: Vec<Ranked>,
 }
 
-/// Forecasts what each subject will need. `locate` gives a component's present image, `tier` where
-/// an extent's bytes are. Subjects keep their order.
-pub fn forecast(
-    subjects: &[Subject],
-    needs: &needs::Model,
-    sets: &WorkingSets,
-    costs: &Costs,
-    locate: &dyn Fn(&str) -> Option<Located>,
-    tier: &dyn Fn(&Digest, &Extent) -> Tier,
-) -> Vec<VmForecast> {
-    subjects
-        .iter()
-        .map(|subject| forecast_one(subject, needs, sets, costs, locate, tier))
+/// Forecasts what each subject will need. Subjects keep their order.
+pub fn forecast(subjects: &[Subject], known: &Knowledge) -> Vec<VmForecast> {
+    let forecasts = subjects.iter();
+    forecasts
+        .map(|subject| forecast_one(subject, known))
         .collect()
 }
 
-fn forecast_one(
-    subject: &Subject,
-    needs: &needs::Model,
-    sets: &WorkingSets,
-    costs: &Costs,
-    locate: &dyn Fn(&str) -> Option<Located>,
-    tier: &dyn Fn(&Digest, &Extent) -> Tier,
-) -> VmForecast {
-    let present: Vec<&str> = subject.components.iter().map(String::as_str).collect();
-    // (name, probability given the launch, why)
-    let mut wanted: Vec<(String, f64, Why)> = Vec::new();
-    if !subject.running {
-        let locked = present
-            .iter()
-            .map(|name| ((*name).to_owned(), 1.0, Why::Locked));
-        wanted.extend(locked);
-    }
-    for (name, probability) in needs.rank(&subject.context, &present) {
-        if probability >= LEAST_PROBABILITY {
-            wanted.push((name.to_string(), probability, Why::Needed { probability }));
-        }
-    }
-    let located: Vec<(Located, String, f64, Why)> = wanted
-        .into_iter()
-        .filter_map(|(name, p, why)| Some((locate(&name)?, name, p, why)))
-        .collect();
-    let images: Vec<Digest> = located.iter().map(|(at, ..)| at.image).collect();
-    let plan = sets.plan(&subject.context.profile, &images, None);
-    let mut components = Vec::with_capacity(located.len());
+/// A component that a subject may want, before extents are looked at.
+struct Wanted {
+    what: Present,
+    attached: bool,
+    /// Given the launch.
+    probability: f64,
+    until_s: f64,
+    why: Vec<Why>,
+}
+
+fn forecast_one(subject: &Subject, known: &Knowledge) -> VmForecast {
+    let wanted = wanted(subject, known);
+    let images: Vec<Digest> = wanted.iter().map(|one| one.what.image).collect();
+    let plan = known.sets.plan(&subject.context.profile, &images, None);
+    let mut components = Vec::with_capacity(wanted.len());
     let mut candidates = Vec::new();
-    for (at, component, given_launch, why) in located {
-        let probability = subject.probability * given_launch;
+    for one in wanted {
+        let image = one.what.image;
+        let probability = subject.probability * one.probability;
         let mut reasons = subject.reasons.clone();
-        reasons.push(why);
+        reasons.extend(one.why);
         let mut expected_bytes = 0.0;
-        let mut known = false;
-        for planned in plan.iter().filter(|planned| planned.image == at.image) {
-            known = true;
-            let touched = f64::from(planned.probability);
-            expected_bytes += touched * planned.extent.len as f64;
+        let mut seen: Option<(f32, Why)> = None;
+        for planned in plan.iter().filter(|planned| planned.image == image) {
+            let touched = planned.probability;
+            expected_bytes += f64::from(touched) * planned.extent.len as f64;
+            let basis = Why::Touched(planned.basis);
+            if seen.as_ref().is_none_or(|(best, _)| touched > *best) {
+                seen = Some((touched, basis.clone()));
+            }
             let mut reasons = reasons.clone();
-            reasons.push(Why::Touched(planned.basis));
+            reasons.push(basis);
             candidates.push(Candidate {
-                image: at.image,
+                image,
                 extent: planned.extent,
-                probability: probability * touched,
-                until_need_s: subject.until_s + f64::from(planned.first_touch_ms) / 1000.0,
-                tier: tier(&at.image, &planned.extent),
+                probability: probability * f64::from(touched),
+                until_need_s: one.until_s + f64::from(planned.first_touch_ms) / 1000.0,
+                tier: (known.tier)(&image, &planned.extent),
                 reasons,
             });
         }
-        if !known {
-            reasons.push(Why::Untouched);
-        }
+        reasons.push(seen.map_or(Why::Untouched, |(_, basis)| basis));
         components.push(ComponentForecast {
-            component,
-            image: at.image,
+            component: one.what.label,
+            image,
+            image_bytes: one.what.image_bytes,
+            attached: one.attached,
             probability,
-            expected_bytes: (expected_bytes as u64).min(at.image_bytes),
+            until_s: one.until_s,
+            expected_bytes: (expected_bytes as u64).min(one.what.image_bytes),
             reasons,
         });
     }
@@ -195,10 +205,64 @@ fn forecast_one(
     VmForecast {
         profile: subject.context.profile.clone(),
         owner: subject.context.owner.clone(),
-        running: subject.running,
+        running: subject.age_s.is_some(),
         probability: subject.probability,
         until_s: subject.until_s,
         components,
-        extents: rank(candidates, costs),
+        extents: rank(candidates, known.costs),
     }
+}
+
+/// What a subject's launch brings, and what is likely to be attached.
+fn wanted(subject: &Subject, known: &Knowledge) -> Vec<Wanted> {
+    let mut wanted: Vec<Wanted> = Vec::new();
+    if subject.age_s.is_none() {
+        wanted.extend(subject.present.iter().map(|one| Wanted {
+            what: one.clone(),
+            attached: false,
+            probability: 1.0,
+            until_s: subject.until_s,
+            why: vec![Why::Locked],
+        }));
+    }
+    let names = subject.present.iter().flat_map(|one| &one.names);
+    let names: Vec<&str> = names.map(String::as_str).collect();
+    let has = |image: &Digest| subject.present.iter().any(|one| one.image == *image);
+    // A launch that is yet to come has a negative age.
+    let age_s = subject.age_s.unwrap_or(-subject.until_s);
+    for (name, ever) in known.needs.rank(&subject.context, &names) {
+        let Some(what) = (known.locate)(&name) else {
+            continue;
+        };
+        if has(&what.image) {
+            continue;
+        }
+        let mut why = vec![Why::Needed { probability: ever }];
+        let profile = &subject.context.profile;
+        let horizon_s = known.costs.horizon_s;
+        let outlook = known.attachments.outlook(profile, &name, age_s, horizon_s);
+        let (probability, until_s) = match outlook {
+            // Nothing is known of what launches bring: all that VMs like it have counts.
+            _ if subject.present.is_empty() => (ever, subject.until_s),
+            // A lock pins what a launch brings; the rest can only be attached.
+            Some(outlook) if outlook.attachments > 0 => {
+                why.push(Why::Attached {
+                    attachments: outlook.attachments,
+                    usual_delay_s: outlook.usual_delay_s,
+                });
+                (outlook.within_horizon(ever), outlook.until_s)
+            }
+            _ => continue,
+        };
+        if probability >= LEAST_PROBABILITY {
+            wanted.push(Wanted {
+                what,
+                attached: !subject.present.is_empty(),
+                probability,
+                until_s,
+                why,
+            });
+        }
+    }
+    wanted
 }

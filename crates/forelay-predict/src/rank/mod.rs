@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::working_set::Basis;
 
-pub use combine::{ComponentForecast, Located, Subject, VmForecast, forecast};
+pub use combine::{ComponentForecast, Knowledge, Present, Subject, VmForecast, forecast};
 
 /// Where bytes are now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -97,6 +97,13 @@ pub enum Why {
         /// Probability given the launch.
         probability: f64,
     },
+    /// VMs like it are given the component while they run.
+    Attached {
+        /// Attachments seen.
+        attachments: u32,
+        /// Their usual delay after the launch, in seconds.
+        usual_delay_s: f64,
+    },
     /// The extent was touched before.
     Touched(Basis),
     /// Nothing is known of what this component's users touch.
@@ -115,6 +122,14 @@ impl fmt::Display for Why {
             Self::Needed { probability } => {
                 write!(f, "VMs like it have it, {probability:.2}")
             }
+            Self::Attached {
+                attachments,
+                usual_delay_s,
+            } => write!(
+                f,
+                "attached to VMs like it {attachments} times, usually {usual_delay_s:.0} s after \
+                 their launch"
+            ),
             Self::Touched(Basis::Own { hits, launches }) => {
                 write!(f, "touched in {hits} of {launches} launches")
             }

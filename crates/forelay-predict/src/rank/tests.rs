@@ -3,7 +3,7 @@
 use forelay_image::PAGE_BYTES;
 
 use super::*;
-use crate::needs::{self, Context, Model};
+use crate::needs::{self, Attachments, Context, Model};
 use crate::time::Timestamp;
 use crate::working_set::{Touch, WorkingSets};
 
@@ -61,6 +61,7 @@ fn worth_is_seconds_saved_per_byte_discounted_by_time() {
 fn a_vm_gets_its_components_and_extents_with_reasons() {
     let mut model = Model::new(needs::Config::default());
     let mut sets = WorkingSets::default();
+    let mut attachments = Attachments::new();
     let context = |i: i64| Context {
         profile: "web".into(),
         owner: "ann".into(),
@@ -74,6 +75,9 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
             &["debian", "nginx"]
         };
         model.observe(&context(i), attached.iter().copied());
+        if i % 2 == 0 {
+            attachments.attached("web", "redis", 120.0);
+        }
         let mut touches = vec![Touch {
             image: image("debian"),
             extent: Extent::new(8 * PAGE_BYTES, 4 * PAGE_BYTES),
@@ -88,6 +92,15 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
         }
         sets.observe("web", &[image("debian"), image("nginx")], &touches);
     }
+    let locate = |name: &str| {
+        Some(Present {
+            label: name.to_owned(),
+            names: vec![name.to_owned()],
+            image: image(name),
+            image_bytes: 1 << 20,
+        })
+    };
+    let locked: Vec<Present> = ["debian", "nginx"].map(|n| locate(n).unwrap()).into();
     let upcoming = Subject {
         context: context(42),
         probability: 0.97,
@@ -96,26 +109,22 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
             probability: 0.97,
             reason: "launches every 24 h".into(),
         }],
-        components: vec!["debian".into(), "nginx".into()],
-        running: false,
+        present: locked.clone(),
+        age_s: None,
     };
-    let running = Subject::running(context(42), vec!["debian".into(), "nginx".into()]);
-    let locate = |name: &str| {
-        Some(Located {
-            image: image(name),
-            image_bytes: 1 << 20,
-        })
+    let running = Subject::running(context(42), locked.clone(), 30.0);
+    let old = Subject::running(context(42), locked, 3600.0);
+    let known = Knowledge {
+        needs: &model,
+        attachments: &attachments,
+        sets: &sets,
+        costs: &Costs::default(),
+        locate: &locate,
+        tier: &|_, _| Tier::Repository,
     };
-    let forecasts = forecast(
-        &[upcoming, running],
-        &model,
-        &sets,
-        &Costs::default(),
-        &locate,
-        &|_, _| Tier::Repository,
-    );
-    let [first, second] = forecasts.as_slice() else {
-        panic!("two subjects, two forecasts");
+    let forecasts = forecast(&[upcoming, running, old], &known);
+    let [first, second, third] = forecasts.as_slice() else {
+        panic!("three subjects, three forecasts");
     };
     let names: Vec<&str> = first
         .components
@@ -150,6 +159,22 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
         .map(|c| c.component.as_str())
         .collect();
     assert_eq!(names, ["redis"], "what runs there is not forecast again");
+    assert!(second.running && second.components[0].attached);
+    let words: Vec<String> = second.components[0]
+        .reasons
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(words[0], "runs now");
+    assert_eq!(
+        words[2],
+        "attached to VMs like it 21 times, usually 120 s after their launch"
+    );
+    assert!((second.components[0].until_s - 90.0).abs() < 1e-9);
+    assert!(
+        third.components.is_empty(),
+        "long past the usual time, nothing is expected"
+    );
     assert!(
         serde_json::to_string(&forecasts)
             .unwrap()

@@ -307,6 +307,16 @@ impl Demand {
         self.vms.remove(&vm);
     }
 
+    /// Forgets VMs that `runs` does not know.
+    pub fn keep_running(&mut self, runs: impl Fn(u64) -> bool) {
+        self.vms.retain(|vm, _| runs(*vm));
+    }
+
+    /// Memory in use at the last samples, over all running VMs, in bytes.
+    pub fn in_use(&self) -> f64 {
+        self.vms.values().map(|vm| vm.last).sum()
+    }
+
     /// Puts back what was rolled up of a profile's memory use.
     pub fn restore(&mut self, profile: &str, use_bytes: Sketch) {
         self.profiles.entry(profile.into()).or_default().use_bytes = use_bytes;
@@ -390,8 +400,11 @@ mod tests {
         );
         let host = demand.host(HORIZONS_MS[0], &[("web", 0.5), ("unknown", 1.0)]);
         assert!(host.quantile(0.1) > 2.9e9 && host.quantile(0.95) > 3.9e9);
+        assert!(demand.in_use() > 2.9e9);
         demand.stopped(0);
         assert!(demand.vm(0, HORIZONS_MS[0]).is_none());
+        demand.keep_running(|vm| vm == 2);
+        assert!(demand.vm(1, HORIZONS_MS[0]).is_none() && demand.vm(2, HORIZONS_MS[0]).is_some());
     }
 
     #[test]

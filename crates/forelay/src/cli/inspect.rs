@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::output::{self, bytes, optional, seconds};
-use crate::api::{ForecastEntry, HistoryEntry, MapDevice, MemoryReport, VmMap};
+use crate::api::{ForecastEntry, HistoryEntry, MapDevice, MemoryReport, SelfControl, VmMap};
 use crate::client::Client;
 
 /// `forelay memory`.
@@ -149,6 +149,7 @@ pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Res
     let rows = entries.iter().map(|entry| {
         vec![
             entry.profile.clone(),
+            entry.vm.clone().unwrap_or_else(|| "next launch".to_owned()),
             entry.component.clone(),
             format!("{:.2}", entry.probability),
             optional(entry.expected_in_s, seconds),
@@ -159,6 +160,7 @@ pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Res
     });
     let headings = [
         "profile",
+        "for",
         "component",
         "p",
         "expected in",
@@ -167,7 +169,36 @@ pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Res
         "because",
     ];
     output::table(&headings, rows.collect());
+    let mut profiles: Vec<&ForecastEntry> = entries.iter().collect();
+    profiles.sort_by_key(|entry| (&entry.owner, &entry.profile));
+    profiles.dedup_by_key(|entry| (&entry.owner, &entry.profile));
+    println!();
+    for entry in profiles {
+        println!("{}: {}", entry.profile, account(&entry.control));
+    }
     Ok(())
+}
+
+/// How forecasting does for a profile, in words.
+fn account(control: &SelfControl) -> String {
+    let rule = if control.switched_off {
+        "forecasting is switched off; bytes are loaded when a launch is asked for"
+    } else if control.fallen_back {
+        "forecasting did harm: fell back to loading when a launch is asked for"
+    } else {
+        "loaded ahead of launches"
+    };
+    let judged = match control.judged {
+        0 => "no forecast judged yet".to_owned(),
+        count => format!(
+            "{count} forecasts judged, Brier score {:.3}",
+            control.brier_score
+        ),
+    };
+    format!(
+        "{rule}; {judged}; {:+.1} cold starts against the simpler rule",
+        control.regret_cold_starts
+    )
 }
 
 /// `forelay history`.
@@ -196,4 +227,24 @@ pub async fn history(client: &Client, profile: Option<&str>, json: bool) -> Resu
     ];
     output::table(&headings, rows.collect());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fallback_and_a_switch_are_said_in_words() {
+        let mut control = SelfControl::default();
+        assert!(account(&control).starts_with("loaded ahead of launches; no forecast"));
+        control.fallen_back = true;
+        control.regret_cold_starts = 4.25;
+        let words = account(&control);
+        assert!(
+            words.contains("did harm") && words.contains("+4.2 cold starts"),
+            "{words}"
+        );
+        control.switched_off = true;
+        assert!(account(&control).contains("switched off"));
+    }
 }

@@ -6,6 +6,7 @@
 
 mod components;
 mod doctor;
+mod history;
 mod inspect;
 mod manifests;
 mod output;
@@ -39,7 +40,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the host daemon: API, shared memory, forecaster.
-    Daemon,
+    Daemon {
+        /// If the history is corrupt, set it aside (nothing is deleted) and start anew.
+        #[arg(long)]
+        history_reset: bool,
+    },
     /// Build, list and show components.
     #[command(subcommand)]
     Component(components::Command),
@@ -118,10 +123,13 @@ enum Command {
         json: bool,
     },
     /// What is known of profiles' past.
+    #[command(args_conflicts_with_subcommands = true)]
     History {
         profile: Option<String>,
         #[arg(long)]
         json: bool,
+        #[command(subcommand)]
+        command: Option<history::Command>,
     },
     /// Replay a trace of launches against policies.
     Simulate(simulate::Arguments),
@@ -170,7 +178,12 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     }
     let config = Config::load(arguments.config.as_deref())?;
     match arguments.command {
-        Command::Daemon => daemon::run_holder(config, arguments.config.as_deref())?,
+        Command::Daemon { history_reset } => {
+            if history_reset {
+                history::reset(&config)?;
+            }
+            daemon::run_holder(config, arguments.config.as_deref())?;
+        }
         Command::InternalWorker => daemon::run_worker(config)?,
         Command::InternalPinner => daemon::run_pinner()?,
         Command::Simulate(arguments) => simulate::run(arguments)?,
@@ -228,12 +241,16 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Forecast { profile, json } => {
             inspect::forecast(client, profile.as_deref(), json).await?;
         }
-        Command::History { profile, json } => {
+        Command::History {
+            command: Some(command),
+            ..
+        } => history::run(command, config).await?,
+        Command::History { profile, json, .. } => {
             inspect::history(client, profile.as_deref(), json).await?;
         }
         Command::Gc { json } => components::gc(config, json).await?,
         Command::Verify { json } => components::verify(config, json).await?,
-        Command::Daemon
+        Command::Daemon { .. }
         | Command::InternalWorker
         | Command::InternalPinner
         | Command::Simulate(_)

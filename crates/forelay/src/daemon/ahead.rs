@@ -1,244 +1,186 @@
-//! Ahead of launches: what each profile would need is mapped and loaded before anyone
-//! asks, as its next launch becomes likely.
+//! Ahead of need: what is likely to be wanted next is told to the planner in time.
 //!
-//! Remembers, on disk, the last manifest and lock of each profile; at intervals asks the
-//! forecaster how likely a launch is and hands probability, devices and working set to
-//! the planner, which decides. Also answers `forelay forecast`.
+//! At intervals of the forecaster's clock asks for what is foreseen and hands probability,
+//! devices and extents to the planner, which decides: for profiles' next launches, and for
+//! components that running VMs will be given.
 //!
-//! Invariant: nothing here loads or evicts by itself.
+//! Invariants: nothing here loads or evicts by itself; a profile for which forecasting did harm
+//! is not told, so that the simpler rule (load at the launch's request) is in force.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use forelay_cache::plan::{Event, PlannedExtent};
-use forelay_image::lock::Lock;
-use forelay_predict::arrivals::LaunchForecast;
-use forelay_predict::time::Timestamp;
-use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
+use forelay_cache::plan::Event;
 
-use super::learning::model_key;
-use super::memory::now_ms;
-use super::order::{Order, PlannedDevice};
+use super::foresight::{Catalogue, Foreseen};
+use super::models::model_key;
+use super::order::PlannedDevice;
 use super::{Host, HostError};
-use crate::api::ForecastEntry;
-use crate::history::ProfileRef;
 
-/// How often forecasts are made anew.
+/// How often forecasts are made anew, on the forecaster's clock.
 const EVERY: Duration = Duration::from_secs(5);
-/// Horizon of a forecast, in seconds; the planner's is the same.
-const HORIZON_S: f64 = 600.0;
+/// The same on the wall clock, at the most.
+const EVERY_AT_MOST: Duration = Duration::from_millis(250);
+/// How often the list of components is read anew.
+const CATALOGUE_EVERY: Duration = Duration::from_secs(60);
 /// Launches less likely than this within the horizon are not told to the planner.
 const LEAST_PROBABILITY: f64 = 0.01;
+/// Attachments less likely than this are not.
+const LEAST_ATTACH_PROBABILITY: f64 = 0.1;
 
-/// The last launch of a profile, as kept on disk.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct LastLaunch {
-    of: ProfileRef,
-    manifest: String,
-    lock: String,
-}
-
-/// The last launches of all profiles.
-pub struct LastLaunches {
-    dir: PathBuf,
-    orders: Mutex<BTreeMap<String, Arc<Order>>>,
-}
-
-impl LastLaunches {
-    /// Reads what earlier daemons kept in `state_dir`. What cannot be read is skipped.
-    pub fn open(state_dir: &Path, pmem_slots: usize) -> std::io::Result<Self> {
-        let dir = state_dir.join("profiles");
-        std::fs::create_dir_all(&dir)?;
-        let mut orders = BTreeMap::new();
-        for entry in std::fs::read_dir(&dir)?.flatten() {
-            let read = std::fs::read(entry.path()).ok();
-            let last: Option<LastLaunch> = read.and_then(|text| serde_json::from_slice(&text).ok());
-            if let Some(order) =
-                last.and_then(|last| Order::remembered(&last.manifest, &last.lock, pmem_slots))
-            {
-                orders.insert(model_key(&order.of), Arc::new(order));
-            }
-        }
-        Ok(Self {
-            dir,
-            orders: Mutex::new(orders),
-        })
-    }
-
-    /// Remembers a launch.
-    pub fn remember(&self, order: &Order) {
-        let key = model_key(&order.of);
-        let last = LastLaunch {
-            of: order.of.clone(),
-            manifest: order.manifest.to_toml(),
-            lock: order.lock.to_toml(),
-        };
-        let name = forelay_image::Digest::of(key.as_bytes()).hex();
-        let path = self.dir.join(format!("{name}.json"));
-        let write = || -> std::io::Result<()> {
-            let unfinished = path.with_extension("new");
-            std::fs::write(&unfinished, serde_json::to_vec(&last)?)?;
-            std::fs::rename(unfinished, &path)
-        };
-        if let Err(error) = write() {
-            tracing::warn!(%error, path = %path.display(), "a launch was not remembered");
-        }
-        self.orders.lock().insert(key, Arc::new(order.clone()));
-    }
-
-    fn get(&self, key: &str) -> Option<Arc<Order>> {
-        self.orders.lock().get(key).cloned()
-    }
-
-    fn all(&self) -> Vec<Arc<Order>> {
-        self.orders.lock().values().cloned().collect()
-    }
+/// What the planner was told of, and not told off again.
+#[derive(Default)]
+struct Told {
+    launches: BTreeSet<String>,
+    vms: BTreeSet<String>,
 }
 
 impl Host {
     /// Looks ahead for as long as the daemon lives.
     pub(super) async fn look_ahead(self: Arc<Self>) {
-        let mut told: BTreeMap<String, f64> = BTreeMap::new();
-        let mut interval = tokio::time::interval(EVERY);
+        let mut told = Told::default();
+        let every = self.learner.clock().wall(EVERY).max(EVERY_AT_MOST);
+        let mut interval = tokio::time::interval(every);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut catalogue = Catalogue::new();
+        let mut read_at: Option<Instant> = None;
         loop {
             interval.tick().await;
-            let now = Timestamp(now_ms());
-            let mut likely = self
-                .learner
-                .next_launches(now, HORIZON_S, LEAST_PROBABILITY);
-            let quiet = told
-                .iter()
-                .filter(|(key, _)| !likely.iter().any(|one| one.profile == **key));
-            // What became unlikely is told once more, so that the planner lets go of it.
-            let quiet: Vec<String> = quiet.map(|(key, _)| key.clone()).collect();
-            for launch in likely.drain(..) {
-                told.insert(launch.profile.clone(), launch.probability);
-                self.tell_ahead(
-                    &launch.profile,
-                    launch.probability,
-                    Some(launch.expected_at.0),
-                )
-                .await;
+            if read_at.is_none_or(|at| at.elapsed() >= CATALOGUE_EVERY) {
+                match self.catalogue().await {
+                    Ok(fresh) => catalogue = fresh,
+                    Err(error) => tracing::warn!(%error, "cannot list components"),
+                }
+                read_at = Some(Instant::now());
             }
-            for key in quiet {
-                told.remove(&key);
-                self.tell_ahead(&key, 0.0, None).await;
-            }
+            self.look_ahead_once(&catalogue, &mut told).await;
         }
     }
 
-    async fn tell_ahead(
+    async fn look_ahead_once(self: &Arc<Self>, catalogue: &Catalogue, told: &mut Told) {
+        let now = self.learner.clock().now();
+        let mut next = Told::default();
+        for foreseen in self.foresee(now, LEAST_PROBABILITY, catalogue) {
+            let done = match (&foreseen.vm, &foreseen.launch) {
+                (Some(vm), _) => {
+                    let done = self.tell_attachments(&foreseen, vm).await;
+                    if matches!(done, Ok(true)) {
+                        next.vms.insert(vm.clone());
+                    }
+                    done.map(drop)
+                }
+                (None, Some(launch)) if !launch.fallen_back => {
+                    next.launches.insert(model_key(&foreseen.of));
+                    self.tell_launch(&foreseen, launch.probability).await
+                }
+                _ => Ok(()),
+            };
+            if let Err(error) = done {
+                let profile = &foreseen.of.profile;
+                tracing::warn!(profile, %error, "cannot prepare what is foreseen");
+            }
+        }
+        // What became unlikely is told once more, so that the planner lets go of it.
+        for key in told.launches.difference(&next.launches) {
+            self.tell_off_launch(key);
+        }
+        for vm in told.vms.difference(&next.vms) {
+            self.tell_off_attachments(vm);
+        }
+        *told = next;
+    }
+
+    async fn tell_launch(
         self: &Arc<Self>,
-        key: &str,
+        foreseen: &Foreseen,
         probability: f64,
-        next_launch_ms: Option<i64>,
-    ) {
-        let Some(order) = self.last_launches.get(key) else {
-            return;
+    ) -> Result<(), HostError> {
+        let Some(order) = &foreseen.order else {
+            return Ok(());
         };
-        let working_set = self.working_set(&order);
-        if probability > 0.0
-            && let Err(error) = self.map_images(&order).await
-        {
-            tracing::warn!(profile = key, %error, "cannot map a profile ahead");
-            return;
-        }
-        self.premaps.offer(&order);
+        self.map_images(order).await?;
+        self.premaps.offer(order);
+        let clock = self.learner.clock();
+        let expected = foreseen.launch.as_ref().map(|one| one.expected_at);
+        let devices = order.device_images();
         self.memory.tell(Event::ForecastChanged {
-            domain: order.domain.clone(),
-            profile: order.of.profile.as_str().into(),
-            devices: order.device_images(),
+            domain: foreseen.domain.clone(),
+            profile: foreseen.of.profile.as_str().into(),
+            working_set: foreseen.extents(&devices, probability),
+            devices,
             launch_probability: probability,
-            next_launch_ms,
-            working_set,
+            next_launch_ms: expected.map(|at| clock.wall_ms(at)),
         });
+        Ok(())
     }
 
-    fn working_set(&self, order: &Order) -> Vec<PlannedExtent> {
-        self.learner.plan(&order.of, &order.images())
-    }
-
-    /// What is expected to be needed next, most valuable first.
-    pub async fn forecast(&self, profile: Option<&str>) -> Result<Vec<ForecastEntry>, HostError> {
-        let now = Timestamp(now_ms());
-        let launches = self.learner.next_launches(now, HORIZON_S, 0.0);
-        let counters = self.store.scheduler().counters();
-        let latency_s = counters.latency_ns.map_or(0.02, |ns| ns as f64 / 1e9);
-        let bandwidth = counters
-            .bandwidth_bytes_per_s
-            .map_or(100e6, |rate| rate as f64);
-        let mut entries = Vec::new();
-        for order in self.last_launches.all() {
-            if profile.is_some_and(|name| name != order.of.profile) {
-                continue;
-            }
-            let key = model_key(&order.of);
-            let launch = launches.iter().find(|one| one.profile == key);
-            entries.extend(self.entries_of(&order, launch, now, latency_s, bandwidth));
+    fn tell_off_launch(&self, key: &str) {
+        if let Some(order) = self.last_launches.get(key) {
+            self.memory.tell(Event::ForecastChanged {
+                domain: order.domain.clone(),
+                profile: order.of.profile.as_str().into(),
+                devices: order.device_images(),
+                launch_probability: 0.0,
+                next_launch_ms: None,
+                working_set: Vec::new(),
+            });
         }
-        entries.sort_by(|a, b| {
-            b.score
-                .total_cmp(&a.score)
-                .then_with(|| a.component.cmp(&b.component))
-        });
-        Ok(entries)
     }
 
-    fn entries_of(
-        &self,
-        order: &Order,
-        launch: Option<&LaunchForecast>,
-        now: Timestamp,
-        latency_s: f64,
-        bandwidth: f64,
-    ) -> Vec<ForecastEntry> {
-        let plan = self.working_set(order);
-        let missing = self.missing(&order.domain, &plan);
-        let entry = |device: &PlannedDevice| {
-            let extents: Vec<_> = plan
-                .iter()
-                .filter(|one| one.image == device.image)
-                .collect();
-            let bytes: u64 = extents.iter().map(|one| one.extent.len).sum();
-            let absent = missing.iter().filter(|(image, _)| *image == device.image);
-            let absent: u64 = absent.map(|(_, extent)| extent.len).sum();
-            let touched = extents
-                .iter()
-                .map(|one| one.probability)
-                .fold(0.0, f64::max);
-            let launched = launch.map_or(0.0, |one| one.probability);
-            let probability = launched * touched;
-            let wait_s = latency_s * extents.len() as f64 + bytes as f64 / bandwidth;
-            let mut reasons: Vec<String> = launch
-                .map(|one| one.reasons.iter().map(ToString::to_string).collect())
-                .unwrap_or_default();
-            if bytes > 0 {
-                reasons.push(format!("launches touch it with probability {touched:.2}"));
-            }
-            ForecastEntry {
-                profile: order.of.profile.clone(),
-                component: device.label.clone(),
-                image: device.image,
-                probability,
-                expected_in_s: launch.map(|one| (one.expected_at.0 - now.0) as f64 / 1e3),
-                bytes,
-                resident_bytes: bytes - absent.min(bytes),
-                score: probability * wait_s / bytes.max(1) as f64,
-                reasons,
-            }
+    /// Tells what a running VM is likely to be given; whether there was anything to tell.
+    async fn tell_attachments(
+        self: &Arc<Self>,
+        foreseen: &Foreseen,
+        vm: &str,
+    ) -> Result<bool, HostError> {
+        let likely: Vec<_> = foreseen
+            .forecast
+            .components
+            .iter()
+            .filter(|one| one.attached && one.probability >= LEAST_ATTACH_PROBABILITY)
+            .collect();
+        let Some(likeliest) = likely.first() else {
+            return Ok(false);
         };
-        order.devices.iter().map(entry).collect()
+        for one in &likely {
+            let device = PlannedDevice {
+                image: one.image,
+                image_bytes: one.image_bytes,
+                label: one.component.clone(),
+                members: Vec::new(),
+            };
+            self.make_reachable(&foreseen.domain, device).await?;
+        }
+        let clock = self.learner.clock();
+        let expected = clock.now().plus_seconds(likeliest.until_s);
+        let probability = likeliest.probability;
+        let devices = foreseen.devices(|one| likely.iter().any(|two| two.image == one.image));
+        self.memory.tell(Event::AttachForecast {
+            vm: vm.into(),
+            domain: foreseen.domain.clone(),
+            working_set: foreseen.extents(&devices, probability),
+            devices,
+            probability,
+            expected_ms: Some(clock.wall_ms(expected)),
+        });
+        Ok(true)
     }
-}
 
-impl Order {
-    /// An order from what was kept; `None` if it does not parse any more.
-    fn remembered(manifest: &str, lock: &str, pmem_slots: usize) -> Option<Self> {
-        let manifest = forelay_image::manifest::Manifest::parse(manifest).ok()?;
-        Self::new(manifest, Lock::parse(lock).ok()?, 0.0, pmem_slots).ok()
+    fn tell_off_attachments(&self, vm: &str) {
+        let Ok(instance) = self.instance(vm) else {
+            return;
+        };
+        // The planner forgets by itself what a VM that is gone was expected to be given.
+        if instance.vm().state.is_live() {
+            self.memory.tell(Event::AttachForecast {
+                vm: vm.into(),
+                domain: instance.vm().domain.as_str().into(),
+                devices: Vec::new(),
+                probability: 0.0,
+                expected_ms: None,
+                working_set: Vec::new(),
+            });
+        }
     }
 }

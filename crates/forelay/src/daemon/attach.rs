@@ -76,13 +76,16 @@ impl Host {
 
     async fn attach_one(
         self: &Arc<Self>,
-        instance: &Instance,
+        instance: &Arc<Instance>,
         handle: &VmHandle,
         component: &LockedComponent,
         plan_s: f64,
     ) -> Result<(), HostError> {
         let started = Instant::now();
-        let record = self.map_attached(instance, component).await?;
+        let domain = Domain::from(instance.vm().domain.as_str());
+        let record = self
+            .make_reachable(&domain, PlannedDevice::from(component))
+            .await?;
         let map_s = started.elapsed().as_secs_f64();
         let request = Attach {
             uuid: uuid(component),
@@ -168,27 +171,25 @@ impl Host {
         Ok((manifest, lock))
     }
 
-    async fn map_attached(
+    /// Makes a device that may be, or is about to be, attached reachable in shared memory.
+    pub(super) async fn make_reachable(
         self: &Arc<Self>,
-        instance: &Instance,
-        component: &LockedComponent,
+        domain: &Domain,
+        device: PlannedDevice,
     ) -> Result<DeviceRecord, HostError> {
-        self.store
-            .open_image(component.image)
-            .await
-            .map_err(HostError::failed)?;
-        let domain = Domain::from(instance.vm().domain.as_str());
-        let (host, component) = (Arc::clone(self), component.clone());
+        let opened = self.store.open_image(device.image).await;
+        opened.map_err(HostError::failed)?;
+        let (host, domain) = (Arc::clone(self), domain.clone());
         let mapped = tokio::task::spawn_blocking(move || {
             let memory = host.domains.ensure(&domain)?;
-            host.map_image(&memory, &PlannedDevice::from(&component))
+            host.map_image(&memory, &device)
         });
         mapped.await.map_err(HostError::failed)?
     }
 
     async fn note_attached(
-        &self,
-        instance: &Instance,
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
         component: &LockedComponent,
         record: DeviceRecord,
     ) {
@@ -203,6 +204,7 @@ impl Host {
         });
         let observed = self.observers.lock().get(&vm.name).cloned();
         if let Some(observed) = observed {
+            self.learn_attached(instance, &observed, component.image);
             let (image, path) = (record.image, record.path.clone());
             let watching =
                 tokio::task::spawn_blocking(move || observed.lock().observer.watch(image, &path));

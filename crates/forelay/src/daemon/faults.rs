@@ -32,6 +32,16 @@ pub struct WaitFigures {
     pub stall_ns: u64,
 }
 
+impl From<WaitFigures> for crate::api::Waits {
+    fn from(figures: WaitFigures) -> Self {
+        Self {
+            demand_fetches: figures.fetches,
+            demand_bytes: figures.bytes,
+            stall_s: figures.stall_ns as f64 / 1e9,
+        }
+    }
+}
+
 impl Waits {
     /// The figures now.
     pub fn figures(&self) -> WaitFigures {
@@ -74,6 +84,12 @@ impl Attribution {
             .threads
             .retain(|_, process| *process != 0 && *process != pid);
         Arc::clone(table.vms.entry(pid).or_default())
+    }
+
+    /// What the VMM `pid` waited for until now.
+    pub fn figures(&self, pid: u32) -> Option<WaitFigures> {
+        let table = self.table.lock();
+        table.vms.get(&pid).map(|waits| waits.figures())
     }
 
     /// Forgets the VMM `pid`.
@@ -129,7 +145,9 @@ mod tests {
             (1, 4096, 5_000)
         );
         assert_eq!(attribution.total.figures().fetches, 2);
+        assert_eq!(attribution.figures(own), Some(figures));
         attribution.remove(own);
+        assert_eq!(attribution.figures(own), None);
         attribution.answered(own, 4096, Duration::ZERO);
         assert_eq!(waits.figures().fetches, 1);
     }

@@ -235,6 +235,7 @@ mod tests {
             components: vec![],
             launch: LaunchFigures::default(),
             runtime_dir: dir.join(name),
+            waits: Default::default(),
             error: None,
             exit_status: None,
         };

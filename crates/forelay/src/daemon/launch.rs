@@ -72,10 +72,14 @@ impl Host {
                 image_bytes: order.lock.image_bytes(),
                 ..LaunchFigures::default()
             },
+            waits: Default::default(),
             error: None,
             exit_status: None,
         };
-        let launch_id = self.learner.launched(&order.of, &vm).await;
+        let launch_id = self
+            .learner
+            .launched(&order.of, &vm, order.memory_mib())
+            .await;
         self.last_launches.remember(&order);
         let instance = Arc::new(Instance::new(Record {
             vm: vm.clone(),
@@ -99,6 +103,7 @@ impl Host {
                 host.memory.tell(Event::VmStopped {
                     vm: instance.vm().name.into(),
                 });
+                host.note_stopped(&instance).await;
                 instance.update(|vm| {
                     vm.error = Some(error.to_string());
                     vm.state = VmState::Failed;

@@ -1,35 +1,45 @@
 //! What the daemon learns from launches, and what it expects of the next one.
 //!
-//! Owns the history database and the models in memory (working sets per profile); both
-//! hold the same facts, the models are rebuilt from the history when the daemon starts.
+//! Owns the history database and the models in memory; both hold the same facts, the models
+//! are rebuilt from the history when the daemon starts.
 //! Refuses to decide what is prefetched: it hands plans to the planner.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forelay_cache::plan::PlannedExtent;
 use forelay_image::{Digest, Extent};
-use forelay_predict::arrivals::{self, Forecaster, LaunchForecast};
+use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::time::Timestamp;
-use forelay_predict::working_set::{self, Touch, WorkingSet, WorkingSets};
-use parking_lot::Mutex;
+use forelay_predict::working_set::Touch;
 
 use super::HostError;
+use super::clock::ForecastClock;
 use super::faults::WaitFigures;
-use super::memory::now_ms;
-use crate::api::{HistoryEntry, Vm};
+use super::models::{Models, Replay, model_key};
+use crate::api::{HistoryEntry, SelfControl, Vm};
+use crate::config::ForecastConfig;
 use crate::history::{
-    ComponentRef, Event, EventId, History, OpenOptions, ProfileRef, Sink, SqliteHistory, What,
+    ComponentRef, Event, EventId, History, OpenOptions, ProfileRef, ResourceSample, SqliteHistory,
+    What,
 };
 
+/// The history's file in the state directory.
+pub const HISTORY_FILE: &str = "history.db";
+/// How often the history is rolled up.
+const ROLL_UP_EVERY: Duration = Duration::from_secs(86_400);
+/// Touches so long after a launch's request may still count to its working set.
+const LONGEST_LAUNCH_MS: u32 = 600_000;
 /// Launches looked at for a profile's figures.
 const RECENT_LAUNCHES: u32 = 100;
 
 /// Learns from launches.
 pub struct Learner {
     history: Arc<SqliteHistory>,
-    sets: Mutex<WorkingSets>,
-    forecaster: Mutex<Forecaster>,
+    models: Models,
+    clock: ForecastClock,
 }
 
 /// What one launch did, told when its window has passed.
@@ -53,48 +63,19 @@ pub struct LaunchOutcome {
     pub ready_ms: Option<u64>,
 }
 
-/// The name under which models know a profile: two owners may use the same name.
-pub fn model_key(of: &ProfileRef) -> String {
-    format!("{}/{}", of.owner, of.profile)
-}
-
-struct Loader<'a>(&'a mut WorkingSets, &'a mut Forecaster);
-
-impl Sink for Loader<'_> {
-    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, _resolution_ms: i64) {
-        note_launch(self.1, of, at, count);
-    }
-
-    fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
-        self.0.insert(&model_key(of), image, set);
-    }
-
-    fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
-        self.0.observe(&model_key(of), images, touches);
-    }
-}
-
-fn note_launch(forecaster: &mut Forecaster, of: &ProfileRef, at: Timestamp, count: u32) {
-    let profile = forecaster.profile(&model_key(of));
-    let owner = forecaster.owner(&of.owner);
-    forecaster.observe_launch(profile, owner, at, count.saturating_sub(1));
-}
-
 impl Learner {
     /// Opens the history in `state_dir` and rebuilds the models from it.
-    pub async fn open(state_dir: &Path, window_ms: u32) -> Result<Self, HostError> {
-        let path = state_dir.join("history.db");
+    pub async fn open(
+        state_dir: &Path,
+        config: &ForecastConfig,
+        memory_mib: HashMap<String, u32>,
+    ) -> Result<Self, HostError> {
+        let path = state_dir.join(HISTORY_FILE);
         let opened = SqliteHistory::open(&path, OpenOptions::default()).await;
         let history = opened.map_err(HostError::failed)?;
-        let config = working_set::Config {
-            window_ms,
-            ..working_set::Config::default()
-        };
-        let mut sets = WorkingSets::new(config);
-        let mut forecaster = Forecaster::new(arrivals::Config::default());
-        let replayed = history
-            .replay(Timestamp(0), &mut Loader(&mut sets, &mut forecaster))
-            .await;
+        let window_ms = (config.window_s.max(0.0) * 1e3) as u32 + LONGEST_LAUNCH_MS;
+        let models = Models::new(window_ms, config.prefetch && config.ahead, memory_mib);
+        let replayed = history.replay(Timestamp(0), &mut Replay(&models)).await;
         let replayed = replayed.map_err(HostError::failed)?;
         tracing::info!(
             launches = replayed.launches,
@@ -104,15 +85,40 @@ impl Learner {
         );
         Ok(Self {
             history: Arc::new(history),
-            sets: Mutex::new(sets),
-            forecaster: Mutex::new(forecaster),
+            models,
+            clock: ForecastClock::new(config),
         })
+    }
+
+    /// The models.
+    pub fn models(&self) -> &Models {
+        &self.models
+    }
+
+    /// The forecaster's clock.
+    pub fn clock(&self) -> &ForecastClock {
+        &self.clock
+    }
+
+    /// Rolls the history up: when the daemon has started, and every day.
+    pub async fn keep_history(&self) {
+        let mut interval = tokio::time::interval(self.clock.wall(ROLL_UP_EVERY));
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            match self.history.roll_up(self.clock.now()).await {
+                Ok(done) => tracing::info!(?done, "history rolled up"),
+                Err(error) => {
+                    tracing::error!(error = %super::chain(&error), "the history was not rolled up");
+                }
+            }
+        }
     }
 
     /// What the next launch of `of` with `images` is expected to touch, in first-touch
     /// order.
     pub fn plan(&self, of: &ProfileRef, images: &[Digest]) -> Vec<PlannedExtent> {
-        let planned = self.sets.lock().plan(&model_key(of), images, None);
+        let planned = self.models.sets.lock().plan(&model_key(of), images, None);
         planned
             .into_iter()
             .map(|planned| PlannedExtent {
@@ -127,7 +133,8 @@ impl Learner {
     /// True if launches of this very profile have been observed.
     pub fn knows(&self, of: &ProfileRef) -> bool {
         let key = model_key(of);
-        self.sets.lock().pairs().any(|(profile, ..)| profile == key)
+        let sets = self.models.sets.lock();
+        sets.pairs().any(|(profile, ..)| profile == key)
     }
 
     /// Profiles (by model key) likely to launch within the horizon, most likely first.
@@ -137,20 +144,43 @@ impl Learner {
         horizon_s: f64,
         least_probability: f64,
     ) -> Vec<LaunchForecast> {
-        let mut forecaster = self.forecaster.lock();
+        let mut forecaster = self.models.forecaster.lock();
         forecaster.advance(now, |_, _| {});
         forecaster.next_launches(now, horizon_s, least_probability)
     }
 
+    /// How forecasting does for a profile, by its own account.
+    pub fn self_control(&self, of: &ProfileRef) -> SelfControl {
+        let forecaster = self.models.forecaster.lock();
+        let Some(key) = forecaster.find_profile(&model_key(of)) else {
+            return SelfControl::default();
+        };
+        let (judged, regret) = (forecaster.judged(key), forecaster.regret(key));
+        let bins = judged.bins().into_iter();
+        SelfControl {
+            judged: judged.count(),
+            brier_score: judged.brier_score(),
+            reliability: bins
+                .map(|bin| (bin.mean_forecast, bin.observed, bin.forecasts))
+                .collect(),
+            regret_cold_starts: regret.excess(),
+            fallen_back: regret.harmful(),
+            switched_off: !forecaster.config().forecasting,
+        }
+    }
+
     /// Records that a launch was asked for; returns its id.
-    pub async fn launched(&self, of: &ProfileRef, vm: &Vm) -> i64 {
-        let at = Timestamp(vm.launched_ms);
+    pub async fn launched(&self, of: &ProfileRef, vm: &Vm, memory_mib: u32) -> i64 {
+        let at = self.clock.of(vm.launched_ms);
         let id = EventId::derive(at, &[b"launch", vm.name.as_bytes(), of.owner.as_bytes()]);
         let components = vm.components.iter().map(|component| ComponentRef {
             name: component.name.clone(),
             image: component.image,
         });
-        note_launch(&mut self.forecaster.lock(), of, at, 1);
+        self.models.note_memory(of, memory_mib);
+        self.models.launches(of, at, 1);
+        let names = vm.components.iter().map(|one| one.name.as_str());
+        self.models.launched_with(of, at, id.nonce, names);
         let what = What::Launch {
             components: components.collect(),
             count: 1,
@@ -176,7 +206,7 @@ impl Learner {
             ..
         } = &outcome;
         if outcome.mounted_ms.is_some() {
-            self.sets.lock().observe(&model_key(of), images, touches);
+            self.models.touched(of, images, touches);
         }
         let mut whats = Vec::new();
         if let (Some(mounted_ms), Some(ready_ms)) = (outcome.mounted_ms, outcome.ready_ms) {
@@ -217,17 +247,45 @@ impl Learner {
 
     /// Records that a VM stopped.
     pub async fn stopped(&self, of: &ProfileRef, launch_id: i64, ran_ms: u64) {
+        self.models.stopped(launch_id as u64);
         self.tell(of, launch_id, vec![What::Stop { ran_ms }]).await;
     }
 
     /// Records a hot attach.
     pub async fn attached(&self, of: &ProfileRef, launch_id: i64, component: ComponentRef) {
-        self.tell(of, launch_id, vec![What::Attach { component }])
+        let at = self.clock.now();
+        self.models.attached(at, launch_id as u64, &component.name);
+        let what = vec![What::Attach { component }];
+        self.tell_at(at, of, launch_id, what).await;
+    }
+
+    /// Records what a VM touched of a component that it was given while it ran.
+    pub async fn attached_touched(
+        &self,
+        of: &ProfileRef,
+        launch_id: i64,
+        image: Digest,
+        touches: Vec<Touch>,
+    ) {
+        let images = vec![image];
+        self.models.touched(of, &images, &touches);
+        self.tell(of, launch_id, vec![What::Touched { images, touches }])
+            .await;
+    }
+
+    /// Records what a VM uses.
+    pub async fn sampled(&self, of: &ProfileRef, launch_id: i64, sample: ResourceSample) {
+        let at = self.clock.now();
+        self.models.sampled(of, at, launch_id as u64, &sample);
+        self.tell_at(at, of, launch_id, vec![What::Sample(sample)])
             .await;
     }
 
     async fn tell(&self, of: &ProfileRef, launch_id: i64, whats: Vec<What>) {
-        let at = Timestamp(now_ms());
+        self.tell_at(self.clock.now(), of, launch_id, whats).await;
+    }
+
+    async fn tell_at(&self, at: Timestamp, of: &ProfileRef, launch_id: i64, whats: Vec<What>) {
         let vm = launch_id as u64;
         let events = whats.into_iter().enumerate().map(|(index, what)| {
             let number = [index as u8];
@@ -273,7 +331,8 @@ impl Learner {
                 warm_share: warm as f64 / done.count().max(1) as f64,
                 ready_p50_s: ready.get(ready.len() / 2).map(|&ms| ms as f64 / 1e3),
                 launches: summary.launches,
-                last_launch_ms: summary.last.map(|at| at.0),
+                last_launch_ms: summary.last.map(|at| self.clock.wall_ms(at)),
+                control: self.self_control(&summary.of),
                 profile: summary.of.profile,
                 owner: summary.of.owner,
             });
@@ -283,7 +342,7 @@ impl Learner {
 
     fn working_set_bytes(&self, of: &ProfileRef) -> u64 {
         let key = model_key(of);
-        let sets = self.sets.lock();
+        let sets = self.models.sets.lock();
         let own = sets.pairs().filter(|(profile, ..)| *profile == key);
         own.map(|(_, _, set)| set.likely_bytes()).sum()
     }

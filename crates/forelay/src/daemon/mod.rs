@@ -16,18 +16,23 @@
 mod accounts;
 mod ahead;
 mod attach;
+mod clock;
 mod domains;
 mod faults;
+mod foresight;
 mod inspect;
 mod instances;
 mod journal;
+mod last_launches;
 mod launch;
 mod learning;
 mod memory;
+mod models;
 mod observer;
 mod order;
 mod premap;
 mod residency;
+mod resources;
 mod samples;
 mod server;
 mod sessions;
@@ -52,6 +57,7 @@ use instances::{Instance, Instances};
 use learning::Learner;
 use memory::Memory;
 
+pub use learning::HISTORY_FILE;
 pub use worker::{open_store, run_holder, run_pinner, run_worker};
 
 /// How long a guest may take to power itself off.
@@ -114,7 +120,8 @@ pub struct Host {
     domains: Arc<Domains>,
     memory: Memory,
     learner: Learner,
-    last_launches: ahead::LastLaunches,
+    last_launches: last_launches::LastLaunches,
+    demand: samples::ForecastDemand,
     instances: Instances,
     handles: Mutex<HashMap<String, VmHandle>>,
     observers: Mutex<BTreeMap<String, Arc<Mutex<supervise::Observed>>>>,
@@ -142,9 +149,21 @@ impl Host {
 
     /// All instances.
     pub fn vms(&self) -> Vec<Vm> {
-        let mut vms: Vec<Vm> = self.instances.all().iter().map(|one| one.vm()).collect();
+        let all = self.instances.all();
+        let mut vms: Vec<Vm> = all.iter().map(|one| self.with_waits(one.vm())).collect();
         vms.sort_by(|a, b| (a.launched_ms, &a.name).cmp(&(b.launched_ms, &b.name)));
         vms
+    }
+
+    /// A VM with what it waited for until now.
+    fn with_waits(&self, mut vm: Vm) -> Vm {
+        let running = vm
+            .pid
+            .and_then(|pid| self.domains.attribution().figures(pid));
+        if let Some(waits) = running {
+            vm.waits = waits.into();
+        }
+        vm
     }
 
     fn instance(&self, name: &str) -> Result<Arc<Instance>, HostError> {

@@ -1,5 +1,7 @@
 //! Memory samples for the planner, from the kernel's figures.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use forelay_cache::budget::MemorySample;
@@ -8,12 +10,23 @@ use forelay_memory::pressure::{CgroupMemory, Probe, Sample};
 /// Stretch of time over which stalls are summed: the kernel's own averages look back too
 /// far to say when a shortage is over.
 const STALL_STRETCH: Duration = Duration::from_secs(1);
+/// Memory that VMs are forecast to need beyond what they use now, in bytes. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct ForecastDemand(Arc<AtomicU64>);
+
+impl ForecastDemand {
+    /// Sets it; samples taken from now on carry it.
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Relaxed);
+    }
+}
 
 /// Samples the host's memory.
 #[derive(Clone, Debug, Default)]
 pub struct Sampler {
     probe: Probe,
     stalls: Stalls,
+    demand: ForecastDemand,
 }
 
 /// The share of time stalled over the last whole stretch.
@@ -45,6 +58,11 @@ impl Sampler {
         Self::default()
     }
 
+    /// The forecast that goes into each sample.
+    pub fn demand(&self) -> ForecastDemand {
+        self.demand.clone()
+    }
+
     /// Looks once. `pool_bytes` and `pinned_bytes` are what shared memory holds. If the
     /// kernel tells nothing, all memory counts as available.
     pub fn sample(&mut self, pool_bytes: u64, pinned_bytes: u64) -> MemorySample {
@@ -72,8 +90,7 @@ impl Sampler {
             stall_pct: sample
                 .stall
                 .map(|stall| self.stalls.pct(stall.some_total_us, Instant::now())),
-            // Forecasts of VM memory (`forelay_predict::resources`) do not flow in yet.
-            forecast_demand_bytes: 0,
+            forecast_demand_bytes: self.demand.0.load(Relaxed),
         }
     }
 }
@@ -105,6 +122,14 @@ mod tests {
         assert_eq!(stalls.pct(5_500_000, at(1000)), 50.0);
         assert_eq!(stalls.pct(5_500_000, at(1500)), 50.0);
         assert_eq!(stalls.pct(5_500_000, at(2000)), 0.0);
+    }
+
+    #[test]
+    fn what_vms_are_forecast_to_need_goes_into_each_sample() {
+        let mut sampler = Sampler::new();
+        assert_eq!(sampler.sample(0, 0).forecast_demand_bytes, 0);
+        sampler.demand().set(3 << 30);
+        assert_eq!(sampler.sample(0, 0).forecast_demand_bytes, 3 << 30);
     }
 
     #[test]

@@ -29,6 +29,10 @@ const SCAN_YOUNG: Duration = Duration::from_millis(50);
 /// Between scans afterwards.
 const SCAN_OLD: Duration = Duration::from_secs(2);
 
+/// How long after an attach, besides the launch's window, its touches are waited for: nothing
+/// says when what was attached is in use.
+const ATTACH_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What is known of a VM's touches.
 #[derive(Debug)]
 pub struct Observed {
@@ -110,7 +114,7 @@ impl Host {
             self.note_progress(&instance, &now, &mut launch);
             if let Some(ended) = &now.ended {
                 self.record(&instance, &observed, &mut launch).await;
-                self.ended(&instance, &handle, ended, &launch.of).await;
+                self.ended(&instance, &handle, ended).await;
                 return;
             }
             let pause = if launch.recorded {
@@ -261,12 +265,7 @@ impl Host {
         let outcome = LaunchOutcome {
             launch_id: instance.launch_id(),
             of: launch.of.clone(),
-            images: instance
-                .devices()
-                .iter()
-                .skip(1)
-                .map(|device| device.image)
-                .collect(),
+            images: launched_images(instance),
             touches: observed.lock().touches.clone(),
             waits: launch.waits.figures(),
             planned: std::mem::take(&mut launch.planned),
@@ -276,15 +275,59 @@ impl Host {
         self.learner.observed(outcome).await;
     }
 
+    /// Learns what a VM touches of a component that it was just given, when the window after
+    /// that has passed (or the VM has ended).
+    pub(super) fn learn_attached(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        observed: &Arc<Mutex<Observed>>,
+        image: Digest,
+    ) {
+        let (host, instance) = (Arc::clone(self), Arc::clone(instance));
+        let observed = Arc::clone(observed);
+        let attached_ms = now_ms();
+        tokio::spawn(async move {
+            let window = Duration::from_secs_f64(host.config.forecast.window_s.max(0.0));
+            let window = window + ATTACH_PATIENCE;
+            let _ = tokio::time::timeout(window, host.wait_until_ended(&instance)).await;
+            let vm = instance.vm();
+            let after_ms = u32::try_from(attached_ms - vm.launched_ms).unwrap_or(u32::MAX);
+            let touches: Vec<Touch> = observed
+                .lock()
+                .touches
+                .iter()
+                .filter(|touch| touch.image == image)
+                .map(|touch| Touch {
+                    first_touch_ms: touch.first_touch_ms.saturating_sub(after_ms),
+                    ..*touch
+                })
+                .collect();
+            let of = ProfileRef::new(vm.profile, vm.owner);
+            host.learner
+                .attached_touched(&of, instance.launch_id(), image, touches)
+                .await;
+        });
+    }
+
+    /// Records that a VM is gone.
+    pub(super) async fn note_stopped(&self, instance: &Instance) {
+        let vm = instance.vm();
+        let ran_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
+        let of = ProfileRef::new(vm.profile, vm.owner);
+        let stopped = self.learner.stopped(&of, instance.launch_id(), ran_ms);
+        stopped.await;
+    }
+
     /// Cleans up after a VM and says how it ended.
-    async fn ended(&self, instance: &Instance, handle: &VmHandle, ended: &Ended, of: &ProfileRef) {
+    async fn ended(&self, instance: &Instance, handle: &VmHandle, ended: &Ended) {
         let vm = instance.vm();
         let name = vm.name.as_str();
+        let waits = self.domains.attribution().figures(handle.pid());
         self.domains.attribution().remove(handle.pid());
+        instance.update(|vm| vm.waits = waits.unwrap_or_default().into());
         self.memory.tell(Event::VmStopped { vm: name.into() });
         self.observers.lock().remove(name);
-        let ran_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
-        self.learner.stopped(of, instance.launch_id(), ran_ms).await;
+        self.note_stopped(instance).await;
         for file in ["map.img", "scratch.img", "instance.json"] {
             let _ = std::fs::remove_file(vm.runtime_dir.join(file));
         }
@@ -304,4 +347,16 @@ impl Host {
             vm.state = VmState::Failed;
         });
     }
+}
+
+/// Images that the VM was launched with; what was attached is learned by itself.
+fn launched_images(instance: &Instance) -> Vec<Digest> {
+    let vm = instance.vm();
+    let attached = |image: &Digest| {
+        let mut components = vm.components.iter();
+        components.any(|one| one.attached && one.image == *image)
+    };
+    let devices = instance.devices();
+    let images = devices.iter().skip(1).map(|device| device.image);
+    images.filter(|image| !attached(image)).collect()
 }

@@ -21,10 +21,11 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::ahead::LastLaunches;
+use super::clock::ForecastClock;
 use super::domains::Domains;
 use super::instances::{Instance, Record, load_records};
 use super::journal::{Journal, Replayed};
+use super::last_launches::LastLaunches;
 use super::learning::Learner;
 use super::memory::Memory;
 use super::premap::Premaps;
@@ -110,9 +111,7 @@ async fn serve(config: Config) -> Result<()> {
     let listener = listen(&socket)?;
     host.domains.sessions().ready()?;
     tracing::info!(socket = %socket.display(), "ready");
-    if host.config.forecast.prefetch && host.config.forecast.ahead {
-        tokio::spawn(Arc::clone(&host).look_ahead());
-    }
+    host.start_foresight();
     let router = server::router(Arc::clone(&host));
     let restart = tokio::select! {
         served = axum::serve(listener, router) => {
@@ -227,18 +226,20 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
     let table = Arc::new(SharedTable::new(table));
     let planner = Planner::new(plan, budget, table);
     let (reserve, reserved) = mpsc::unbounded_channel();
+    let sampler = Sampler::new();
+    let demand = sampler.demand();
     let memory = Memory::start(
         planner,
         Arc::clone(&domains),
         scheduler,
-        Sampler::new(),
+        sampler,
         journal,
         (events, incoming),
         reserve,
     );
-    let window_ms = (config.forecast.window_s.max(0.0) * 1e3) as u32 + 600_000;
-    let learner = Learner::open(&config.state_dir, window_ms).await?;
     let last_launches = LastLaunches::open(&config.state_dir, config.vmm.pmem_slots)?;
+    let memory_mib = last_launches.memory_mib();
+    let learner = Learner::open(&config.state_dir, &config.forecast, memory_mib).await?;
     let mut driver = QemuDriver::new(&config.state_dir);
     driver.binary.clone_from(&config.vmm.qemu);
     driver.accelerator = match config.vmm.accelerator.as_str() {
@@ -256,6 +257,7 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
         memory,
         learner,
         last_launches,
+        demand,
         instances: Default::default(),
         handles: Default::default(),
         observers: Default::default(),
@@ -286,13 +288,21 @@ fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
         let critical = config.memory.critical_bytes as f64 / total as f64;
         budget.headroom_share = critical / budget.critical_share;
     }
-    (
-        PlanConfig {
-            budget_bytes: cap_bytes,
-            ..PlanConfig::default()
-        },
-        budget,
-    )
+    // The planner lives on the wall clock; how far it looks ahead and how long it remembers
+    // belong to the forecaster's.
+    let clock = ForecastClock::new(&config.forecast);
+    let usual = PlanConfig::default();
+    let wall_ms = |ms: i64| {
+        let stretch = std::time::Duration::from_millis(ms.unsigned_abs());
+        i64::try_from(clock.wall(stretch).as_millis()).unwrap_or(ms)
+    };
+    let plan = PlanConfig {
+        budget_bytes: cap_bytes,
+        horizon_ms: wall_ms(usual.horizon_ms),
+        half_life_ms: wall_ms(usual.half_life_ms),
+        ..usual
+    };
+    (plan, budget)
 }
 
 /// Serves what an earlier daemon left: mounts with their files, then the VMs.
@@ -362,6 +372,7 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
             end_unknown(&vm.runtime_dir);
             let _ = std::fs::remove_file(vm.runtime_dir.join("instance.json"));
+            host.note_stopped(&instance).await;
             instance.update(|vm| {
                 vm.pid = None;
                 vm.error = Some(why);

@@ -267,8 +267,8 @@ pub trait Sink {
         let _ = (of, at, count, resolution_ms);
     }
 
-    /// A VM that in the end had `components`, counted `weight` times. Rolled-up compositions come
-    /// with the time they were last seen.
+    /// VMs that in the end had `components`, counted `weight` times, as rolled up, with the time
+    /// they were last seen.
     fn composition(
         &mut self,
         of: &ProfileRef,
@@ -277,6 +277,23 @@ pub trait Sink {
         weight: f64,
     ) {
         let _ = (of, at, components, weight);
+    }
+
+    /// One VM that was launched with `components`; told after [`Sink::launches`], if its
+    /// components are known.
+    fn launched_with(
+        &mut self,
+        of: &ProfileRef,
+        at: Timestamp,
+        vm: u64,
+        components: &[ComponentRef],
+    ) {
+        let _ = (of, at, vm, components);
+    }
+
+    /// A component was attached to a running VM.
+    fn attached(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef) {
+        let _ = (of, at, vm, component);
     }
 
     /// The working set of a profile on an image, as rolled up.
@@ -324,7 +341,7 @@ pub enum HistoryError {
     /// The file is damaged.
     #[error(
         "history {path} is corrupt ({detail}); move it away, or let forelay set it aside and \
-         start anew with `--history-reset`"
+         start anew with `forelay daemon --history-reset`"
     )]
     Corrupt {
         /// The database file.
@@ -387,7 +404,8 @@ pub trait History: Send + Sync {
     /// Stores events, in any order; those already there or too late are counted, not stored.
     async fn append(&self, events: &[Event]) -> Result<Appended, HistoryError>;
 
-    /// Rolls up what is older than the limits say. The daemon calls it every hour.
+    /// Rolls up what is older than the limits say. The daemon calls it when it has started, and
+    /// every day.
     async fn roll_up(&self, now: Timestamp) -> Result<RolledUp, HistoryError>;
 
     /// Gives everything to `sink`, launches from `since` on.

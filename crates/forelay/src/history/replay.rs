@@ -80,7 +80,7 @@ impl SqliteHistory {
         let mut from = i64::MIN;
         while let Some(oldest) = oldest_raw(&mut tx, from).await? {
             let end = (oldest.div_euclid(DAY_MS) + 1).saturating_mul(DAY_MS);
-            let events = raw_events(&mut tx, (from, end), &names, &mut done).await?;
+            let events = raw_events(&mut tx, (from, end), &names).await?;
             for event in events {
                 if event.at.0 >= since.0 || !matches!(event.what, Raw::Launch { .. }) {
                     event.deliver(&names, sink, &mut done);
@@ -195,6 +195,7 @@ struct RawEvent {
 
 enum Raw {
     Launch { count: u32, members: Vec<i64> },
+    Attach { vm: i64, component: i64 },
     Stop { vm: i64, ran_ms: i64 },
     Touched { data: Vec<u8> },
     Sample { vm: i64, sample: ResourceSample },
@@ -211,9 +212,15 @@ impl RawEvent {
                 sink.launches(of, self.at, count, 1);
                 if !members.is_empty() {
                     let members = names.members(members);
-                    sink.composition(of, self.at, &members, f64::from(count));
+                    sink.launched_with(of, self.at, self.nonce.cast_unsigned(), &members);
                 }
                 done.launches += u64::from(count);
+            }
+            Raw::Attach { vm, component } => {
+                for component in names.members([component]) {
+                    sink.attached(of, self.at, vm.cast_unsigned(), &component);
+                }
+                done.events += 1;
             }
             Raw::Stop { vm, ran_ms } => {
                 sink.stopped(of, self.at, vm.cast_unsigned(), ran_ms.unsigned_abs());
@@ -255,23 +262,11 @@ async fn raw_events(
     db: &mut SqliteConnection,
     (from, end): (i64, i64),
     names: &Dictionary,
-    done: &mut Replayed,
 ) -> Result<Vec<RawEvent>, sqlx::Error> {
-    let mut attached: HashMap<i64, Vec<i64>> = HashMap::new();
     let mut events = Vec::new();
     let select = async |db: &mut SqliteConnection, sql: &'static str| {
         sqlx::query(sql).bind(from).bind(end).fetch_all(db).await
     };
-    for row in select(
-        db,
-        "SELECT vm, component FROM attachment WHERE at_ms >= ? AND at_ms < ?",
-    )
-    .await?
-    {
-        let components = attached.entry(row.try_get(0)?).or_default();
-        components.push(row.try_get(1)?);
-        done.events += 1;
-    }
     let mut push = |row: &sqlx::sqlite::SqliteRow, what| -> Result<(), sqlx::Error> {
         events.push(RawEvent {
             at: Timestamp(row.try_get(0)?),
@@ -285,14 +280,17 @@ async fn raw_events(
                WHERE at_ms >= ? AND at_ms < ?";
     for row in select(db, sql).await? {
         let composition: Option<i64> = row.try_get(3)?;
-        let mut members = composition
+        let members = composition
             .and_then(|id| names.compositions.get(&id).cloned())
             .unwrap_or_default();
-        members.extend(attached.remove(&row.try_get(1)?).unwrap_or_default());
-        members.sort_unstable();
-        members.dedup();
         let count = u32::try_from(row.try_get::<i64, _>(4)?).unwrap_or(u32::MAX);
         push(&row, Raw::Launch { count, members })?;
+    }
+    let sql = "SELECT at_ms, nonce, profile, vm, component FROM attachment
+               WHERE at_ms >= ? AND at_ms < ?";
+    for row in select(db, sql).await? {
+        let (vm, component) = (row.try_get(3)?, row.try_get(4)?);
+        push(&row, Raw::Attach { vm, component })?;
     }
     let sql = "SELECT at_ms, nonce, profile, vm, ran_ms FROM stop WHERE at_ms >= ? AND at_ms < ?";
     for row in select(db, sql).await? {

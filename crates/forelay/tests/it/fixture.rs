@@ -206,6 +206,8 @@ pub struct Settings {
     pub latency_ms: u64,
     /// Memory budget; 0 for adaptive.
     pub budget_bytes: u64,
+    /// Loads ahead of need.
+    pub ahead: bool,
 }
 
 /// What a command did.
@@ -231,12 +233,13 @@ impl Host {
         let state = settings.state.clone();
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\n\
-             [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = false\nwindow_s = 1.0\n",
+             [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             settings.repository.as_ref().unwrap_or(&bench.repository),
             settings.latency_ms,
             settings.budget_bytes,
+            settings.ahead,
         );
         std::fs::write(dir.path().join("forelay.toml"), text).unwrap();
         Self {

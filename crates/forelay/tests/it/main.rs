@@ -9,6 +9,7 @@ mod bad_input;
 mod command_line;
 mod daemon_dies;
 mod fixture;
+mod foresight;
 mod frames;
 mod full_disk;
 mod life_of_a_page;

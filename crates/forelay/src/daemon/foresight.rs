@@ -1,0 +1,308 @@
+//! What is foreseen, put together: for each profile's next launch and each running VM, the
+//! components it will want and of each the extents, ranked by what loading them ahead saves.
+//!
+//! Owns the questions to the models and where bytes are (memory, disk cache, repository). The
+//! arithmetic is [`forelay_predict::rank`]'s. Also answers `forelay forecast`. Refuses to act:
+//! that is `ahead`'s, and in the end the planner's.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use forelay_cache::plan::PlannedExtent;
+use forelay_cache::{DeviceImage, Domain, SharedImage};
+use forelay_image::component::Role;
+use forelay_image::{Digest, Extent};
+use forelay_predict::arrivals::LaunchForecast;
+use forelay_predict::rank::{
+    self, ComponentForecast, Costs, Knowledge, Present, Subject, Tier, TierCost, VmForecast,
+};
+use forelay_predict::time::Timestamp;
+
+use super::instances::Instance;
+use super::models::model_key;
+use super::order::{Order, PlannedDevice};
+use super::{Host, HostError};
+use crate::api::{ForecastEntry, SelfControl};
+use crate::history::ProfileRef;
+
+/// Horizon of a forecast, in seconds; the planner's is the same.
+pub(super) const HORIZON_S: f64 = 600.0;
+
+/// The newest version of each component that can be attached, by name.
+pub(super) type Catalogue = BTreeMap<String, Present>;
+
+/// The forecast of one profile's next launch, or of one running VM.
+pub(super) struct Foreseen {
+    pub of: ProfileRef,
+    pub domain: Domain,
+    /// What the next launch will ask for.
+    pub order: Option<Arc<Order>>,
+    /// The running VM.
+    pub vm: Option<String>,
+    /// Why the launch is expected; none for a running VM, or if nothing can be said.
+    pub launch: Option<LaunchForecast>,
+    pub forecast: VmForecast,
+}
+
+impl Foreseen {
+    /// The devices of those components that `keep` keeps.
+    pub fn devices(&self, keep: impl Fn(&ComponentForecast) -> bool) -> Vec<DeviceImage> {
+        let kept = self.forecast.components.iter().filter(|one| keep(one));
+        kept.map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        })
+        .collect()
+    }
+
+    /// Extents of `devices`, by worth, with probabilities given an event of `probability`.
+    pub fn extents(&self, devices: &[DeviceImage], probability: f64) -> Vec<PlannedExtent> {
+        let ranked = self.forecast.extents.iter().map(|one| &one.candidate);
+        let wanted = ranked.filter(|one| devices.iter().any(|device| device.image == one.image));
+        let from_s = self.forecast.until_s;
+        wanted
+            .map(|one| PlannedExtent {
+                image: one.image,
+                extent: one.extent,
+                probability: (one.probability / probability.max(1e-9)).min(1.0),
+                first_touch_ms: ((one.until_need_s - from_s).max(0.0) * 1e3) as u32,
+            })
+            .collect()
+    }
+}
+
+impl Host {
+    /// What components there are to attach.
+    pub(super) async fn catalogue(&self) -> Result<Catalogue, HostError> {
+        let components = self.store.components().await.map_err(HostError::failed)?;
+        // Sorted by name and version: the newest stays.
+        let attachable = components
+            .iter()
+            .filter(|one| !matches!(one.role, Role::Base | Role::Kernel));
+        let present = attachable.map(|one| {
+            let present = Present {
+                label: format!("{} {}", one.name, one.version),
+                names: vec![one.name.clone()],
+                image: one.image.digest,
+                image_bytes: one.image.bytes,
+            };
+            (one.name.clone(), present)
+        });
+        Ok(present.collect())
+    }
+
+    /// What loading costs on this host, as measured so far.
+    fn costs(&self) -> Costs {
+        let counters = self.store.scheduler().counters();
+        let usual = Costs::default();
+        let repository = TierCost {
+            latency_s: counters
+                .latency_ns
+                .map_or(usual.repository.latency_s, |ns| ns as f64 / 1e9),
+            bytes_per_s: counters
+                .bandwidth_bytes_per_s
+                .map_or(usual.repository.bytes_per_s, |rate| rate as f64),
+        };
+        Costs {
+            repository,
+            horizon_s: HORIZON_S,
+            ..usual
+        }
+    }
+
+    /// Where an extent's bytes are: the farthest tier that any of it is in.
+    fn tier(&self, domain: &Domain, image: &Digest, extent: &Extent) -> Tier {
+        let shared = SharedImage::new(domain.clone(), *image);
+        let missing = self
+            .memory
+            .table()
+            .read(|table| table.missing(&shared, *extent));
+        if missing.is_empty() {
+            return Tier::Memory;
+        }
+        let scheduler = self.store.scheduler();
+        if missing
+            .iter()
+            .all(|part| scheduler.is_cached(*image, *part))
+        {
+            Tier::Disk
+        } else {
+            Tier::Repository
+        }
+    }
+
+    /// What the next launches of profiles will want, those at least so likely, and running VMs.
+    pub(super) fn foresee(
+        &self,
+        now: Timestamp,
+        least_probability: f64,
+        catalogue: &Catalogue,
+    ) -> Vec<Foreseen> {
+        let launches = self
+            .learner
+            .next_launches(now, HORIZON_S, least_probability);
+        let mut subjects = Vec::new();
+        for order in self.last_launches.all() {
+            let key = model_key(&order.of);
+            let launch = launches.iter().find(|one| one.profile == key);
+            if let Some(launch) = launch.filter(|one| one.probability > 0.0) {
+                let (of, domain) = (order.of.clone(), order.domain.clone());
+                subjects.push((of, domain, Some(order), None, Some(launch.clone())));
+            }
+        }
+        for instance in self.instances.live() {
+            let vm = instance.vm();
+            let of = ProfileRef::new(vm.profile.clone(), vm.owner.clone());
+            let domain = Domain::from(vm.domain.as_str());
+            subjects.push((of, domain, None, Some(instance), None));
+        }
+        let costs = self.costs();
+        let foreseen = subjects.into_iter();
+        foreseen
+            .map(|(of, domain, order, instance, launch)| {
+                let context = self.learner.models().context(&of, now);
+                let subject = match (&launch, &order, &instance) {
+                    (Some(launch), Some(order), _) => {
+                        Subject::upcoming(launch, context, now, order.present())
+                    }
+                    (_, _, Some(instance)) => {
+                        let launched = self.learner.clock().of(instance.vm().launched_ms);
+                        let age_s = now.seconds_since(launched);
+                        Subject::running(context, components_of(instance), age_s)
+                    }
+                    _ => Subject::running(context, Vec::new(), 0.0),
+                };
+                let forecast = self.foresee_one(&subject, &domain, &costs, catalogue);
+                Foreseen {
+                    of,
+                    domain,
+                    order,
+                    vm: instance.map(|one| one.vm().name),
+                    launch,
+                    forecast,
+                }
+            })
+            .collect()
+    }
+
+    fn foresee_one(
+        &self,
+        subject: &Subject,
+        domain: &Domain,
+        costs: &Costs,
+        catalogue: &Catalogue,
+    ) -> VmForecast {
+        let models = self.learner.models();
+        let (needs, sets) = (models.needs.lock(), models.sets.lock());
+        let known = Knowledge {
+            needs: &needs.model,
+            attachments: &needs.attachments,
+            sets: &sets,
+            costs,
+            locate: &|name| catalogue.get(name).cloned(),
+            tier: &|image, extent| self.tier(domain, image, extent),
+        };
+        let mut forecasts = rank::forecast(std::slice::from_ref(subject), &known);
+        // One subject, one forecast.
+        forecasts.swap_remove(0)
+    }
+
+    /// What is expected to be needed next, most valuable first.
+    pub async fn forecast(&self, profile: Option<&str>) -> Result<Vec<ForecastEntry>, HostError> {
+        let now = self.learner.clock().now();
+        let catalogue = self.catalogue().await?;
+        let mut entries = Vec::new();
+        for foreseen in self.foresee(now, 0.0, &catalogue) {
+            if profile.is_none_or(|name| name == foreseen.of.profile) {
+                let control = self.learner.self_control(&foreseen.of);
+                entries.extend(entries_of(&foreseen, &control));
+            }
+        }
+        entries.sort_by(|a, b| {
+            b.score
+                .total_cmp(&a.score)
+                .then_with(|| b.probability.total_cmp(&a.probability))
+                .then_with(|| {
+                    (&a.profile, &a.vm, &a.component).cmp(&(&b.profile, &b.vm, &b.component))
+                })
+        });
+        Ok(entries)
+    }
+}
+
+fn entries_of(foreseen: &Foreseen, control: &SelfControl) -> Vec<ForecastEntry> {
+    let entry = |component: &ComponentForecast| {
+        let extents = foreseen.forecast.extents.iter();
+        let extents = extents.filter(|one| one.candidate.image == component.image);
+        let (mut bytes, mut resident_bytes, mut disk_bytes) = (0, 0, 0);
+        let (mut seconds_saved, mut weighted) = (0.0, 0.0);
+        for one in extents {
+            let len = one.candidate.extent.len;
+            bytes += len;
+            match one.candidate.tier {
+                Tier::Memory => resident_bytes += len,
+                Tier::Disk => disk_bytes += len,
+                Tier::Repository => {}
+            }
+            seconds_saved += one.seconds_saved;
+            weighted += one.score * len as f64;
+        }
+        ForecastEntry {
+            profile: foreseen.of.profile.clone(),
+            owner: foreseen.of.owner.clone(),
+            vm: foreseen.vm.clone(),
+            component: component.component.clone(),
+            image: component.image,
+            attached: component.attached,
+            probability: component.probability,
+            expected_in_s: Some(component.until_s),
+            bytes,
+            resident_bytes,
+            disk_bytes,
+            seconds_saved,
+            score: weighted / bytes.max(1) as f64,
+            reasons: component.reasons.iter().map(ToString::to_string).collect(),
+            control: control.clone(),
+        }
+    };
+    foreseen.forecast.components.iter().map(entry).collect()
+}
+
+impl Order {
+    /// Its devices, as forecasts speak of them.
+    fn present(&self) -> Vec<Present> {
+        let names = |device: &PlannedDevice| {
+            let inside = |image: &Digest| {
+                *image == device.image || device.members.iter().any(|(member, _)| member == image)
+            };
+            let components = self.lock.components.iter();
+            components
+                .filter(|one| inside(&one.image))
+                .map(|one| one.name.clone())
+                .collect()
+        };
+        let devices = self.devices.iter();
+        devices
+            .map(|device| Present {
+                label: device.label.clone(),
+                names: names(device),
+                image: device.image,
+                image_bytes: device.image_bytes,
+            })
+            .collect()
+    }
+}
+
+/// What a running VM has.
+fn components_of(instance: &Instance) -> Vec<Present> {
+    let components = instance.vm().components;
+    components
+        .into_iter()
+        .map(|one| Present {
+            label: format!("{} {}", one.name, one.version),
+            names: vec![one.name],
+            image: one.image,
+            image_bytes: one.image_bytes,
+        })
+        .collect()
+}

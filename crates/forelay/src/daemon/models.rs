@@ -1,0 +1,430 @@
+//! The models in memory: when (arrivals), what (needs), which parts (working sets), how much
+//! memory (resources).
+//!
+//! Owns them and the one way in which each fact reaches them, used both online and when the
+//! history is replayed at start; so a daemon that was restarted forecasts what its predecessor
+//! did. Refuses to know the clock, the database and what becomes of a forecast.
+//!
+//! Invariant: a VM's components are learned once, when it stops; until then it is open, and what
+//! is attached to it is added.
+
+use std::collections::{BTreeMap, HashMap};
+
+use forelay_image::Digest;
+use forelay_predict::arrivals::{self, Forecaster};
+use forelay_predict::needs::{self, Attachments, Context};
+use forelay_predict::resources::Demand;
+use forelay_predict::resources::Sketch;
+use forelay_predict::time::Timestamp;
+use forelay_predict::working_set::{self, Touch, WorkingSet, WorkingSets};
+use parking_lot::Mutex;
+
+use crate::history::{ComponentRef, ProfileRef, ResourceSample, Sink};
+
+/// Most times that a rolled-up composition is told to the model.
+const MOST_REPEATS: f64 = 32.0;
+/// Memory of a profile whose manifest is not known, in MiB.
+const USUAL_MEMORY_MIB: u32 = 512;
+
+/// The name under which models know a profile: two owners may use the same name.
+pub fn model_key(of: &ProfileRef) -> String {
+    format!("{}/{}", of.owner, of.profile)
+}
+
+/// All models of a host.
+pub struct Models {
+    /// Which parts.
+    pub sets: Mutex<WorkingSets>,
+    /// When.
+    pub forecaster: Mutex<Forecaster>,
+    /// What.
+    pub needs: Mutex<Needs>,
+    /// How much memory.
+    pub demand: Mutex<Demand>,
+}
+
+/// Which components, and when those come that a launch does not bring.
+pub struct Needs {
+    /// Which.
+    pub model: needs::Model,
+    /// When.
+    pub attachments: Attachments,
+    open: BTreeMap<u64, OpenVm>,
+    /// Memory by profile, as their manifests say.
+    memory_mib: HashMap<String, u32>,
+}
+
+/// A VM that has not stopped.
+struct OpenVm {
+    context: Context,
+    components: Vec<String>,
+}
+
+impl Models {
+    /// Models that know nothing but the memory that profiles' manifests ask for.
+    pub fn new(window_ms: u32, forecasting: bool, memory_mib: HashMap<String, u32>) -> Self {
+        let sets = WorkingSets::new(working_set::Config {
+            window_ms,
+            ..working_set::Config::default()
+        });
+        let forecaster = Forecaster::new(arrivals::Config {
+            forecasting,
+            ..arrivals::Config::default()
+        });
+        Self {
+            sets: Mutex::new(sets),
+            forecaster: Mutex::new(forecaster),
+            needs: Mutex::new(Needs {
+                model: needs::Model::new(needs::Config::default()),
+                attachments: Attachments::new(),
+                open: BTreeMap::new(),
+                memory_mib,
+            }),
+            demand: Mutex::new(Demand::new()),
+        }
+    }
+
+    /// What is known of a launch of a profile at a time.
+    pub fn context(&self, of: &ProfileRef, at: Timestamp) -> Context {
+        self.needs.lock().context(of, at)
+    }
+
+    /// A manifest's memory, told before its launch is.
+    pub fn note_memory(&self, of: &ProfileRef, memory_mib: u32) {
+        let mut needs = self.needs.lock();
+        needs.memory_mib.insert(model_key(of), memory_mib);
+    }
+
+    /// Launches of a profile.
+    pub fn launches(&self, of: &ProfileRef, at: Timestamp, count: u32) {
+        let mut forecaster = self.forecaster.lock();
+        let profile = forecaster.profile(&model_key(of));
+        let owner = forecaster.owner(&of.owner);
+        forecaster.observe_launch(profile, owner, at, count.saturating_sub(1));
+    }
+
+    /// What a VM was launched with.
+    pub fn launched_with<'a>(
+        &self,
+        of: &ProfileRef,
+        at: Timestamp,
+        vm: u64,
+        components: impl Iterator<Item = &'a str>,
+    ) {
+        let mut needs = self.needs.lock();
+        let context = needs.context(of, at);
+        let components: Vec<String> = components.map(str::to_owned).collect();
+        for name in &components {
+            needs.attachments.launched_with(&context.profile, name);
+        }
+        let open = OpenVm {
+            context,
+            components,
+        };
+        needs.open.insert(vm, open);
+    }
+
+    /// A running VM was given a component.
+    pub fn attached(&self, at: Timestamp, vm: u64, component: &str) {
+        let mut needs = self.needs.lock();
+        let Some(open) = needs.open.get_mut(&vm) else {
+            return;
+        };
+        open.components.push(component.to_owned());
+        let delay_s = at.seconds_since(open.context.at);
+        let profile = open.context.profile.clone();
+        needs.attachments.attached(&profile, component, delay_s);
+    }
+
+    /// What a VM touched of images that it had.
+    pub fn touched(&self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
+        let mut sets = self.sets.lock();
+        sets.observe(&model_key(of), images, touches);
+    }
+
+    /// What a VM used.
+    pub fn sampled(&self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
+        let bytes = sample.memory_bytes as f64;
+        self.demand.lock().observe(&model_key(of), vm, at, bytes);
+    }
+
+    /// A VM is gone.
+    pub fn stopped(&self, vm: u64) {
+        self.demand.lock().stopped(vm);
+        self.needs.lock().close(vm);
+    }
+
+    /// Closes VMs that do not run, whose end nobody saw.
+    pub fn keep_running(&self, runs: impl Fn(u64) -> bool) {
+        self.demand.lock().keep_running(&runs);
+        let mut needs = self.needs.lock();
+        let gone: Vec<u64> = needs.open.keys().copied().filter(|vm| !runs(*vm)).collect();
+        for vm in gone {
+            needs.close(vm);
+        }
+    }
+}
+
+impl Needs {
+    fn context(&self, of: &ProfileRef, at: Timestamp) -> Context {
+        let profile = model_key(of);
+        let memory_mib = self.memory_mib.get(&profile).copied();
+        Context {
+            memory_mib: memory_mib.unwrap_or(USUAL_MEMORY_MIB),
+            owner: of.owner.clone(),
+            profile,
+            at,
+        }
+    }
+
+    fn close(&mut self, vm: u64) {
+        if let Some(open) = self.open.remove(&vm) {
+            self.observe(&open.context, &open.components);
+        }
+    }
+
+    fn observe(&mut self, context: &Context, components: &[String]) {
+        let names = components.iter().map(String::as_str);
+        self.model.observe(context, names);
+        if self.model.relearn_due() {
+            self.model.relearn();
+        }
+    }
+}
+
+/// The models as they take in a history. Borrowed, since a replay wants to own nothing.
+pub struct Replay<'a>(pub &'a Models);
+
+impl Sink for Replay<'_> {
+    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, _resolution_ms: i64) {
+        self.0.launches(of, at, count);
+    }
+
+    fn composition(
+        &mut self,
+        of: &ProfileRef,
+        at: Timestamp,
+        components: &[ComponentRef],
+        weight: f64,
+    ) {
+        let mut needs = self.0.needs.lock();
+        let context = needs.context(of, at);
+        let names: Vec<String> = components.iter().map(|one| one.name.clone()).collect();
+        for _ in 0..weight.clamp(1.0, MOST_REPEATS) as u32 {
+            needs.observe(&context, &names);
+        }
+    }
+
+    fn launched_with(
+        &mut self,
+        of: &ProfileRef,
+        at: Timestamp,
+        vm: u64,
+        components: &[ComponentRef],
+    ) {
+        let names = components.iter().map(|one| one.name.as_str());
+        self.0.launched_with(of, at, vm, names);
+    }
+
+    fn attached(&mut self, _of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef) {
+        self.0.attached(at, vm, &component.name);
+    }
+
+    fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
+        self.0.sets.lock().insert(&model_key(of), image, set);
+    }
+
+    fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
+        self.0.touched(of, images, touches);
+    }
+
+    fn memory_sketch(&mut self, of: &ProfileRef, sketch: Sketch) {
+        self.0.demand.lock().restore(&model_key(of), sketch);
+    }
+
+    fn sample(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
+        self.0.sampled(of, at, vm, sample);
+    }
+
+    fn stopped(&mut self, _of: &ProfileRef, _at: Timestamp, vm: u64, _ran_ms: u64) {
+        self.0.stopped(vm);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::Extent;
+
+    use super::*;
+    use crate::history::{Event, EventId, History as _, OpenOptions, SqliteHistory, What};
+
+    const HOUR_MS: i64 = 3_600_000;
+
+    fn component(name: &str) -> ComponentRef {
+        ComponentRef {
+            name: name.into(),
+            image: Digest::of(name.as_bytes()),
+        }
+    }
+
+    fn touch(name: &str, page: u64) -> Touch {
+        Touch {
+            image: Digest::of(name.as_bytes()),
+            extent: Extent::new(page * 4096, 4096),
+            first_touch_ms: 10 * page as u32,
+        }
+    }
+
+    /// The life of VM `number`: what happens, and when. Every other one is given a tool.
+    fn life(number: i64) -> Vec<(i64, What)> {
+        let start = number * HOUR_MS;
+        let images = vec![component("base").image];
+        let mut all = vec![
+            (
+                start,
+                What::Launch {
+                    components: vec![component("base"), component("nginx")],
+                    count: 1,
+                },
+            ),
+            (
+                start + 5_000,
+                What::Touched {
+                    images: images.clone(),
+                    touches: vec![touch("base", number as u64 % 3)],
+                },
+            ),
+            (
+                start + 15_000,
+                What::Sample(ResourceSample {
+                    memory_bytes: (200 + number as u64) << 20,
+                    ..ResourceSample::default()
+                }),
+            ),
+        ];
+        if number % 2 == 0 {
+            let component = component("tool");
+            all.push((start + 120_000, What::Attach { component }));
+        }
+        // The last one runs on.
+        if number < 39 {
+            all.push((start + 600_000, What::Stop { ran_ms: 600_000 }));
+        }
+        all
+    }
+
+    /// Tells the models what the daemon tells them as it happens.
+    fn tell(models: &Models, of: &ProfileRef, vm: u64, at: Timestamp, what: &What) {
+        match what {
+            What::Launch { components, .. } => {
+                models.launches(of, at, 1);
+                let names = components.iter().map(|one| one.name.as_str());
+                models.launched_with(of, at, vm, names);
+            }
+            What::Touched { images, touches } => models.touched(of, images, touches),
+            What::Sample(sample) => models.sampled(of, at, vm, sample),
+            What::Attach { component } => models.attached(at, vm, &component.name),
+            What::Stop { .. } => models.stopped(vm),
+            _ => {}
+        }
+    }
+
+    fn models() -> Models {
+        let memory = HashMap::from([("ann/web".to_owned(), 256)]);
+        Models::new(60_000, true, memory)
+    }
+
+    /// Everything that is forecast, in words.
+    fn forecasts(models: &Models, of: &ProfileRef, now: Timestamp) -> String {
+        let launches = models.forecaster.lock().next_launches(now, 3_600.0, 0.0);
+        let needs = models.needs.lock();
+        let context = needs.context(of, now);
+        let ranked = needs.model.rank(&context, &["base"]);
+        let outlook = needs.attachments.outlook("ann/web", "tool", 60.0, 600.0);
+        let images = [component("base").image];
+        let plan = models.sets.lock().plan("ann/web", &images, None);
+        let demand = models.demand.lock();
+        let host = demand.host(300_000, &[("ann/web", 0.5)]).quantile(0.9);
+        format!("{launches:?} {ranked:?} {outlook:?} {plan:?} {host}")
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_was_restarted_forecasts_what_its_predecessor_did() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("history.db");
+        let history = SqliteHistory::open(&path, OpenOptions::default()).await;
+        let history = history.unwrap();
+        let of = ProfileRef::new("web", "ann");
+        let online = models();
+        let mut last = 0;
+        for number in 0..40 {
+            let start = Timestamp(number * HOUR_MS);
+            let vm = EventId::derive(start, &[b"launch"]).nonce;
+            for (index, (at, what)) in life(number).into_iter().enumerate() {
+                tell(&online, &of, vm, Timestamp(at), &what);
+                let nonce = if index == 0 { vm } else { index as u64 };
+                let id = EventId {
+                    at: Timestamp(at),
+                    nonce,
+                };
+                let event = Event {
+                    id,
+                    vm,
+                    of: of.clone(),
+                    what,
+                };
+                history.append(&[event]).await.unwrap();
+                last = at;
+            }
+        }
+        let restarted = models();
+        history
+            .replay(Timestamp(0), &mut Replay(&restarted))
+            .await
+            .unwrap();
+        let now = Timestamp(last + 60_000);
+        let before = forecasts(&online, &of, now);
+        assert!(
+            before.contains("tool") && before.contains("Periodic"),
+            "{before}"
+        );
+        assert_eq!(forecasts(&restarted, &of, now), before);
+
+        // The VM whose end nobody saw is closed once, and counts then.
+        let observed = |models: &Models| models.needs.lock().model.observed();
+        assert_eq!(observed(&restarted), 39);
+        restarted.keep_running(|_| false);
+        assert_eq!(observed(&restarted), 40);
+        assert_eq!(restarted.demand.lock().in_use(), 0.0);
+    }
+
+    #[test]
+    fn what_is_attached_to_a_vm_counts_to_it_and_an_unknown_vm_is_left_out() {
+        let models = models();
+        let of = ProfileRef::new("web", "ann");
+        for number in 0..20_u64 {
+            let at = Timestamp(number as i64 * HOUR_MS);
+            models.launched_with(&of, at, number, ["base"].into_iter());
+            models.attached(at.plus_ms(30_000), number, "tool");
+            models.attached(at, 99, "stray");
+            models.stopped(number);
+            models.stopped(number);
+        }
+        let needs = models.needs.lock();
+        assert_eq!(needs.model.observed(), 20);
+        let context = needs.context(&of, Timestamp(21 * HOUR_MS));
+        assert_eq!(context.memory_mib, 256);
+        let ranked = needs.model.rank(&context, &["base"]);
+        assert!(
+            ranked.iter().any(|(name, p)| &**name == "tool" && *p > 0.8),
+            "{ranked:?}"
+        );
+        assert!(ranked.iter().all(|(name, _)| &**name != "stray"));
+        // Another owner's profile of the same name is another profile.
+        let other = ProfileRef::new("web", "bob");
+        assert_eq!(
+            needs.context(&other, Timestamp(0)).memory_mib,
+            USUAL_MEMORY_MIB
+        );
+    }
+}

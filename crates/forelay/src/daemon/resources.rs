@@ -1,0 +1,208 @@
+//! What each VM uses, and what all of them are forecast to need.
+//!
+//! Samples the VMM's process (CPU, memory that is its own, disk I/O; network if it has a network
+//! namespace of its own), hands the samples to the history and the models, and from them the
+//! forecast demand to the memory samples that adapt the budget.
+//!
+//! Component pages are shared files and no VM's own: they are not part of a VM's memory here.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forelay_predict::resources::HORIZONS_MS;
+
+use super::Host;
+use super::foresight::HORIZON_S;
+use super::memory::now_ms;
+use crate::history::{ProfileRef, ResourceSample};
+
+/// How often VMs are sampled, on the wall clock.
+const EVERY: Duration = Duration::from_secs(15);
+/// The quantile of the host's demand for which there shall be room.
+const QUANTILE: f64 = 0.95;
+/// Launches less likely than this do not count to the demand.
+const LEAST_PROBABILITY: f64 = 0.05;
+
+/// Counters of a process as the kernel gives them, since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Usage {
+    cpu_ms: u64,
+    memory_bytes: u64,
+    read_bytes: u64,
+    written_bytes: u64,
+    received_bytes: u64,
+    sent_bytes: u64,
+}
+
+impl Usage {
+    /// Of the process `pid`; `None` if it is gone.
+    fn of(pid: u32) -> Option<Self> {
+        let dir = Path::new("/proc").join(pid.to_string());
+        let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
+        let mut usage = Self {
+            cpu_ms: cpu_ms(&read("stat")?)?,
+            memory_bytes: own_memory(&read("status")?),
+            ..Self::default()
+        };
+        // Only its owner and root may read this.
+        let io = read("io").unwrap_or_default();
+        usage.read_bytes = field(&io, "read_bytes:");
+        usage.written_bytes = field(&io, "write_bytes:");
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        if namespace(&pid.to_string()) != namespace("self") {
+            (usage.received_bytes, usage.sent_bytes) = network(&read("net/dev")?);
+        }
+        Some(usage)
+    }
+
+    /// What was used between an earlier look and this one.
+    fn since(&self, earlier: &Self, since_launch_ms: u64) -> ResourceSample {
+        ResourceSample {
+            since_launch_ms,
+            cpu_ms: self.cpu_ms.saturating_sub(earlier.cpu_ms),
+            memory_bytes: self.memory_bytes,
+            read_bytes: self.read_bytes.saturating_sub(earlier.read_bytes),
+            written_bytes: self.written_bytes.saturating_sub(earlier.written_bytes),
+            // What the guest received the VMM's interface sent.
+            received_bytes: self.sent_bytes.saturating_sub(earlier.sent_bytes),
+            sent_bytes: self.received_bytes.saturating_sub(earlier.received_bytes),
+        }
+    }
+}
+
+/// A `name value` field, zero if it is missing.
+fn field(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let value = line.and_then(|rest| rest.split_whitespace().next());
+    value.and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+/// Anonymous memory and shared memory that is no file's: a guest's RAM either way.
+fn own_memory(status: &str) -> u64 {
+    (field(status, "RssAnon:") + field(status, "RssShmem:") + field(status, "VmSwap:")) << 10
+}
+
+/// User and system time of `/proc/PID/stat`. The program's name may hold anything.
+fn cpu_ms(stat: &str) -> Option<u64> {
+    let rest = &stat[stat.rfind(')')? + 1..];
+    let mut fields = rest.split_whitespace().skip(11);
+    let mut ticks = || fields.next().and_then(|field| field.parse::<u64>().ok());
+    let (user, system) = (ticks()?, ticks()?);
+    // USER_HZ is 100 on every Linux that there is.
+    Some((user + system) * 10)
+}
+
+/// Bytes received and sent over all interfaces but the loopback.
+fn network(dev: &str) -> (u64, u64) {
+    let interfaces = dev.lines().skip(2).filter_map(|line| line.split_once(':'));
+    let interfaces = interfaces.filter(|(name, _)| name.trim() != "lo");
+    interfaces.fold((0, 0), |(received, sent), (_, counters)| {
+        let counter = |at: usize| {
+            let value = counters.split_whitespace().nth(at);
+            value
+                .and_then(|value| value.parse::<u64>().ok())
+                .unwrap_or(0)
+        };
+        (received + counter(0), sent + counter(8))
+    })
+}
+
+impl Host {
+    /// Samples VMs for as long as the daemon lives.
+    pub(super) async fn sample_vms(self: Arc<Self>) {
+        let mut before: HashMap<i64, Usage> = HashMap::new();
+        let mut interval = tokio::time::interval(EVERY);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            let mut now = HashMap::new();
+            for instance in self.instances.live() {
+                let vm = instance.vm();
+                let Some(usage) = vm.pid.and_then(Usage::of) else {
+                    continue;
+                };
+                let id = instance.launch_id();
+                let earlier = before.get(&id).copied().unwrap_or_default();
+                let since_launch_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
+                let of = ProfileRef::new(vm.profile, vm.owner);
+                let sample = usage.since(&earlier, since_launch_ms);
+                self.learner.sampled(&of, id, sample).await;
+                now.insert(id, usage);
+            }
+            before = now;
+            self.demand.set(self.forecast_demand());
+        }
+    }
+
+    /// Memory that VMs, running and coming, will need beyond what they use now.
+    fn forecast_demand(&self) -> u64 {
+        let now = self.learner.clock().now();
+        let coming = self
+            .learner
+            .next_launches(now, HORIZON_S, LEAST_PROBABILITY);
+        let coming: Vec<(&str, f64)> = coming
+            .iter()
+            .map(|launch| (launch.profile.as_str(), launch.probability))
+            .collect();
+        let demand = self.learner.models().demand.lock();
+        let high = demand.host(HORIZONS_MS[0], &coming).quantile(QUANTILE);
+        (high - demand.in_use()).max(0.0) as u64
+    }
+
+    /// Starts what looks ahead and what keeps the history.
+    pub(super) fn start_foresight(self: &Arc<Self>) {
+        let live = self.instances.live();
+        let live: Vec<u64> = live.iter().map(|one| one.launch_id() as u64).collect();
+        self.learner.models().keep_running(|vm| live.contains(&vm));
+        let config = &self.config.forecast;
+        if config.prefetch && config.ahead {
+            tokio::spawn(Arc::clone(self).look_ahead());
+        }
+        tokio::spawn(Arc::clone(self).sample_vms());
+        let host = Arc::clone(self);
+        tokio::spawn(async move { host.learner.keep_history().await });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_read_whatever_its_name() {
+        let stat = "42 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 150 50 0 0 20 0";
+        assert_eq!(cpu_ms(stat), Some(2_000));
+        assert_eq!(cpu_ms("42 nonsense"), None);
+        let status = "Name:\tx\nRssAnon:\t    100 kB\nRssFile:\t 999 kB\nRssShmem:\t 28 kB\n";
+        assert_eq!(own_memory(status), 128 << 10);
+        let dev = "Inter-| Receive\n face |bytes\n    lo: 7 0 0 0 0 0 0 0 7 0\n  \
+                   tap0: 1000 1 0 0 0 0 0 0 2000 2\n";
+        assert_eq!(network(dev), (1000, 2000));
+        let usage = Usage::of(std::process::id()).unwrap();
+        assert!(usage.memory_bytes > 0);
+        assert!(Usage::of(u32::MAX).is_none());
+    }
+
+    #[test]
+    fn samples_are_differences_and_the_guests_side_of_the_network() {
+        let earlier = Usage {
+            cpu_ms: 100,
+            sent_bytes: 10,
+            ..Usage::default()
+        };
+        let now = Usage {
+            cpu_ms: 250,
+            memory_bytes: 4096,
+            sent_bytes: 30,
+            received_bytes: 5,
+            ..Usage::default()
+        };
+        let sample = now.since(&earlier, 9);
+        assert_eq!((sample.cpu_ms, sample.memory_bytes), (150, 4096));
+        assert_eq!((sample.received_bytes, sample.sent_bytes), (20, 5));
+        // A counter that went back is another process: nothing is known.
+        assert_eq!(earlier.since(&now, 9).cpu_ms, 0);
+    }
+}
