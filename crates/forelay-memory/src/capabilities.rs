@@ -77,12 +77,6 @@ pub fn probe() -> Vec<Capability> {
             "pressure is seen by polling MemAvailable and cgroup limits only",
             "boot with psi=1",
         ),
-        capability(
-            "huge pages for tmpfs",
-            std::path::Path::new("/sys/kernel/mm/transparent_hugepage/shmem_enabled").exists(),
-            "hot components stay in small pages",
-            "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE",
-        ),
     ]
 }
 

@@ -13,7 +13,6 @@ pub mod counters;
 pub mod files;
 pub mod fuse;
 pub mod holder;
-pub mod huge;
 pub mod mapping;
 pub mod observe;
 mod packet;

@@ -79,6 +79,8 @@ struct Look {
     pressure: String,
     paused: bool,
     resident_bytes: u64,
+    /// Of those, what some VM has in its page tables.
+    mapped_bytes: u64,
     shortages: Value,
     totals: Value,
 }
@@ -96,6 +98,7 @@ impl Bench {
             pressure: report["pressure"].as_str().unwrap_or_default().to_owned(),
             paused: report["prefetch_paused"] == true,
             resident_bytes: report["resident_bytes"].as_u64().unwrap_or(0),
+            mapped_bytes: report["charged_bytes"].as_u64().unwrap_or(0),
             shortages: report["shortages"].clone(),
             totals: report["totals"].clone(),
         })
@@ -156,7 +159,8 @@ impl Bench {
         Ok(figures)
     }
 
-    /// Lets the hog take memory until nothing more can be had, then lets it go.
+    /// Lets the hog take memory until the pool has little left but what the VMs use, then
+    /// lets it go.
     fn squeeze(&self, manifest: &Path, hashed: &Mutex<Hashed>) -> Result<Value> {
         wait_for("the VMs' first hashes", || {
             Ok(hashed.lock().map_or(0, |hashed| hashed.rounds) >= VMS as u64)
@@ -172,7 +176,7 @@ impl Bench {
             self.cgroup.usage_bytes()? / MIB
         );
         let mut hog = Hog::start(&self.cgroup)?;
-        let (step_to_safe_ms, exhausted) = self.step_up(&mut hog)?;
+        let (step_to_safe_ms, safe) = self.step_up(&mut hog, start.mapped_bytes)?;
         // Asked for at the limit: has to wait until the hog is gone.
         let mut command = self.host.forelay(["prefetch", "--mode", "everything"]);
         output(command.arg(manifest))?;
@@ -202,7 +206,8 @@ impl Bench {
             "freed_ms_max": freed_ms.iter().copied().fold(0.0, f64::max),
             "freed_ms": freed_ms,
             "step_to_safe_ms": step_to_safe_ms,
-            "pool_exhausted": exhausted,
+            "safe_after_each_step": safe,
+            "mapped_by_vms_bytes": start.mapped_bytes,
             "shortages": shortages,
             "refaulted_share":
                 squeezed.of("refetched_bytes") as f64 / evicted.max(1) as f64,
@@ -220,10 +225,11 @@ impl Bench {
         }))
     }
 
-    /// The hog's steps, each followed by a wait until memory is safe again: the time that
-    /// each took which met the critical level, and whether one was never safe again since
-    /// the pool had nothing left but what the VMs use.
-    fn step_up(&self, hog: &mut Hog) -> Result<(Vec<f64>, bool)> {
+    /// The hog's steps, each followed by a wait until memory is safe again, until the pool
+    /// holds little more than `in_use_bytes`: what a further step took, it would take from
+    /// the VMs. The time that each step took which met the critical level, and whether
+    /// memory was safe after every one.
+    fn step_up(&self, hog: &mut Hog, in_use_bytes: u64) -> Result<(Vec<f64>, bool)> {
         let mut step_to_safe_ms = Vec::new();
         loop {
             let before = self.look()?;
@@ -246,14 +252,15 @@ impl Bench {
                 now.of("refetched_bytes") / MIB,
             );
             if now.pressure == "critical" {
-                return Ok((step_to_safe_ms, true));
+                return Ok((step_to_safe_ms, false));
             }
             if now.of("pressure_evicted_bytes") > before.of("pressure_evicted_bytes") {
                 step_to_safe_ms.push(step.elapsed().as_secs_f64() * 1e3);
             }
-            if held > LIMIT_MIB * MIB {
-                return Ok((step_to_safe_ms, false));
+            if now.resident_bytes <= in_use_bytes + STEP_MIB * MIB {
+                return Ok((step_to_safe_ms, true));
             }
+            ensure!(held < LIMIT_MIB * MIB, "the pool gives nothing back");
         }
     }
 }

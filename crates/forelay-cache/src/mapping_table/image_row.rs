@@ -20,7 +20,7 @@ use crate::page_set::{PageRun, PageSet};
 
 use forelay_image::PAGE_BYTES;
 
-use super::{PageState, Tier};
+use super::PageState;
 
 /// One image of one domain.
 #[derive(Clone, Debug)]
@@ -29,7 +29,6 @@ pub(crate) struct ImageRow {
     pub(crate) image_bytes: u64,
     /// VMs (running or mapped ahead) that have a device for this image.
     pub(crate) mapped_by: u32,
-    pub(crate) tier: Tier,
     pub(crate) resident: PageSet,
     pub(crate) fetching: PageSet,
     pub(crate) prefetched_unused: PageSet,
@@ -43,7 +42,6 @@ impl ImageRow {
             key,
             image_bytes,
             mapped_by: 0,
-            tier: Tier::PageCache,
             resident: PageSet::new(),
             fetching: PageSet::new(),
             prefetched_unused: PageSet::new(),

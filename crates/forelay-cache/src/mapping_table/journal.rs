@@ -9,7 +9,7 @@
 //! new file and renaming that.
 //!
 //! Invariant: replaying a table's snapshot, or all its drained records, gives a table
-//! with the same rows, tiers and pins.
+//! with the same rows and pins.
 
 use forelay_image::{Digest, Extent};
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use twox_hash::XxHash3_64;
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 use crate::page_set::PageRun;
 
-use super::{MappingTable, Phase, TableError, Tier};
+use super::{MappingTable, Phase, TableError};
 
 /// Bytes before a frame's payload.
 const HEADER_BYTES: usize = 12;
@@ -89,15 +89,6 @@ pub enum Record {
         image: SharedImage,
         /// Which bytes.
         extent: Extent,
-    },
-    /// An image is served from another kind of memory.
-    Tiered {
-        /// Which image.
-        image: SharedImage,
-        /// The image's size in bytes.
-        image_bytes: u64,
-        /// The kind of memory.
-        tier: Tier,
     },
 }
 
@@ -189,23 +180,11 @@ fn apply(table: &mut MappingTable, record: Record) -> Result<(), TableError> {
             table.pin(&image, extent)
         }
         Record::Unpinned { image, extent } => table.unpin(&image, extent).map(drop),
-        Record::Tiered {
-            image,
-            image_bytes,
-            tier,
-        } => {
-            let device = DeviceImage {
-                image: image.image,
-                image_bytes,
-            };
-            table.add_image(&image.domain, &device)?;
-            table.set_tier(&image, tier)
-        }
     }
 }
 
 impl MappingTable {
-    /// The fewest records that rebuild this table's rows, tiers and pins.
+    /// The fewest records that rebuild this table's rows and pins.
     pub fn snapshot(&self) -> Vec<Record> {
         let mut records = Vec::new();
         for (vm, row) in &self.vms {
@@ -222,14 +201,6 @@ impl MappingTable {
                 continue;
             };
             let image_bytes = row.image_bytes;
-            if row.tier != Tier::default() {
-                let (image, tier) = (image.clone(), row.tier);
-                records.push(Record::Tiered {
-                    image,
-                    image_bytes,
-                    tier,
-                });
-            }
             for extent in row
                 .pins
                 .iter()
@@ -275,7 +246,6 @@ mod tests {
         table.pin(&nginx, Extent::new(0, 65536)).unwrap();
         table.pin(&nginx, Extent::new(4096, 4096)).unwrap();
         table.unpin(&nginx, Extent::new(8192, 4096)).unwrap();
-        table.set_tier(&nginx, Tier::HugePages).unwrap();
         table
     }
 

@@ -50,17 +50,6 @@ pub enum PageState {
     Resident,
 }
 
-/// What kind of shared memory holds an image's resident pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Tier {
-    /// 4 KiB pages of the FUSE file's page cache.
-    #[default]
-    PageCache,
-    /// A huge-page backed copy.
-    HugePages,
-}
-
 /// Whether a row's VM exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -137,8 +126,6 @@ pub struct Entry<'a> {
     pub state: PageState,
     /// The longest extent around it in the same state.
     pub extent: Extent,
-    /// Kind of memory that holds it when resident.
-    pub tier: Tier,
     /// VMs that can reach it.
     pub references: u32,
     /// Pins on the page.

@@ -9,7 +9,7 @@ use crate::names::{DeviceImage, Domain, SharedImage};
 use crate::page_set::PageRun;
 
 use super::journal::Record;
-use super::{Arrival, MappingTable, TableError, Tier, page_bytes};
+use super::{Arrival, MappingTable, TableError, page_bytes};
 
 impl MappingTable {
     /// Makes an image known before any VM maps it, so that it can be prefetched.
@@ -120,18 +120,5 @@ impl MappingTable {
         });
         self.drop_if_unused(index);
         Ok(unpinned)
-    }
-
-    /// Says which kind of memory serves an image from now on.
-    pub fn set_tier(&mut self, image: &SharedImage, tier: Tier) -> Result<(), TableError> {
-        let index = self.index(image)?;
-        self.row_mut(index).tier = tier;
-        let image_bytes = self.row_mut(index).image_bytes;
-        self.note(|| Record::Tiered {
-            image: image.clone(),
-            image_bytes,
-            tier,
-        });
-        Ok(())
     }
 }

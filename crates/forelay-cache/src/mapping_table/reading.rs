@@ -33,7 +33,6 @@ impl MappingTable {
             image: &row.key,
             state: row.state(page),
             extent: row.run_around(page).extent(),
-            tier: row.tier,
             references: row.mapped_by,
             pins: row.pin_count(page),
             touched: device.touched.contains(page),

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::names::{DeviceImage, SharedImage};
 use crate::page_set::PageRun;
 
-use super::{ImageRow, MappingTable, PageState, Phase, Tier};
+use super::{ImageRow, MappingTable, PageState, Phase};
 
 /// A guest file and the component bytes it is made of.
 #[derive(Clone, Debug)]
@@ -57,8 +57,6 @@ pub struct DeviceView {
     pub device: usize,
     /// Component image.
     pub image: Digest,
-    /// Kind of memory that serves it.
-    pub tier: Tier,
     /// VMs that can reach it.
     pub references: u32,
     /// Where its bytes are.
@@ -160,7 +158,6 @@ impl MappingTable {
             devices.push(DeviceView {
                 device,
                 image: image.key.image,
-                tier: image.tier,
                 references: image.mapped_by,
                 bytes: count(image, touched, image.whole()),
                 picture: picture(image, touched, image.whole(), cells),

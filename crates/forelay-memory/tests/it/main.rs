@@ -3,7 +3,6 @@
 
 mod charges;
 mod content;
-mod huge;
 mod stress;
 mod support;
 mod takeover;
