@@ -17,6 +17,7 @@
 //! always go); nothing is evicted while all of it fits and no pressure is critical;
 //! under [`EvictionRule::LeastUsed`] nothing mapped is ever evicted; pinned bytes never.
 
+mod expected;
 mod guard;
 mod message;
 mod pressure;
@@ -33,17 +34,18 @@ use forelay_image::Extent;
 use serde::Serialize;
 
 use crate::budget::{BudgetConfig, BudgetController};
-use crate::mapping_table::{Arrival, MappingTable, Phase, SharedTable};
-use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
+use crate::mapping_table::{Arrival, MappingTable, Phase, SharedTable, TableError};
+use crate::names::{DeviceImage, SharedImage, VmName};
 use crate::page_set::{PageRun, PageSet};
 
+use expected::attach_name;
 use guard::Guard;
 pub use message::{
     Action, Event, EvictionRule, PlanConfig, PlannedExtent, PrefetchClass, PressureLevel, Urgency,
 };
 use queue::{Piece, Queue, Reason};
 use victims::{Choice, Victims};
-use worth::{Forecast, Worth, pieces};
+use worth::{Forecast, Worth};
 
 /// Pins that the planner has asked for on behalf of one launch.
 #[derive(Clone, Debug, Default)]
@@ -311,187 +313,6 @@ impl Planner {
         self.counters.refused_events += u64::from(result.is_err());
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the fields of one event")]
-    fn launch_requested(
-        &mut self,
-        table: &mut MappingTable,
-        vm: VmName,
-        domain: &Domain,
-        profile: &ProfileName,
-        devices: &[DeviceImage],
-        working_set: &[PlannedExtent],
-        now_ms: i64,
-    ) -> Result<(), crate::mapping_table::TableError> {
-        let ahead = ahead_name(domain, profile);
-        let forecast = self
-            .worth
-            .forecasts
-            .get_mut(&(domain.clone(), profile.clone()));
-        let reserved = forecast.is_some_and(|forecast| std::mem::take(&mut forecast.reserved));
-        if reserved && table.devices(ahead.as_str()).eq(devices.iter().copied()) {
-            table.rename(&ahead, &vm)?;
-        } else {
-            if reserved {
-                table.unmap(&ahead)?;
-            }
-            table.map(&vm, domain, profile, devices, Phase::Premapped)?;
-        }
-        for device in devices {
-            let image = SharedImage::new(domain.clone(), device.image);
-            self.worth.used(&image, PageRun::new(0, 0), true, now_ms);
-        }
-        let forecast_reason = Reason::Forecast(domain.clone(), profile.clone());
-        self.queue.drop_reason(&forecast_reason);
-        for planned in pieces(devices, working_set, self.config.piece_bytes) {
-            if planned.probability < self.config.prefetch_probability {
-                continue;
-            }
-            let wait = self.worth.wait_per_byte(planned.extent.len);
-            self.queue.push(Piece {
-                image: SharedImage::new(domain.clone(), planned.image),
-                image_bytes: Worth::image_bytes(devices, &planned.image).unwrap_or(0),
-                extent: planned.extent,
-                urgency: Urgency {
-                    class: PrefetchClass::Launch,
-                    // Later launches do not overtake the tail of earlier ones for free.
-                    order: (now_ms.max(0) as u64).saturating_add(planned.first_touch_ms.into()),
-                },
-                reason: Reason::Launch(vm.clone()),
-                seconds_per_byte: planned.probability * wait,
-                pin: planned.probability >= self.config.pin_probability,
-            });
-        }
-        self.launches.insert(vm, Launch::default());
-        Ok(())
-    }
-
-    /// Queues what a forecast wants. Returns under which name, and the probability now.
-    fn forecast_changed(
-        &mut self,
-        table: &mut MappingTable,
-        domain: Domain,
-        profile: ProfileName,
-        forecast: &mut Forecast,
-        now_ms: i64,
-        actions: &mut Vec<Action>,
-    ) -> ((Domain, ProfileName), f64) {
-        let key = (domain.clone(), profile.clone());
-        let reason = Reason::Forecast(domain.clone(), profile.clone());
-        self.queue.drop_reason(&reason);
-        let launch = self.worth.launch_probability(forecast, now_ms);
-        let before = self.worth.forecasts.get(&key);
-        forecast.reserved = before.is_some_and(|before| before.reserved);
-        let mut wanted = PageSetByImage::new();
-        for planned in pieces(
-            &forecast.devices,
-            &forecast.working_set,
-            self.config.piece_bytes,
-        ) {
-            let need = launch * planned.probability;
-            if need < self.config.prefetch_probability {
-                continue;
-            }
-            let seconds_per_byte = need * self.worth.wait_per_byte(planned.extent.len);
-            let image = SharedImage::new(domain.clone(), planned.image);
-            wanted
-                .entry(image.clone())
-                .or_default()
-                .insert(PageRun::covering(planned.extent));
-            self.queue.push(Piece {
-                image,
-                image_bytes: Worth::image_bytes(&forecast.devices, &planned.image).unwrap_or(0),
-                extent: planned.extent,
-                urgency: Urgency {
-                    class: PrefetchClass::Forecast,
-                    order: descending(seconds_per_byte),
-                },
-                reason: reason.clone(),
-                seconds_per_byte,
-                pin: false,
-            });
-        }
-        self.cancel_unwanted(table, &reason, &wanted, actions);
-        (key, launch)
-    }
-
-    /// Cancels prefetches under way for `reason` that are not among what is still `wanted`.
-    fn cancel_unwanted(
-        &mut self,
-        table: &mut MappingTable,
-        reason: &Reason,
-        wanted: &PageSetByImage,
-        actions: &mut Vec<Action>,
-    ) {
-        let still = |piece: &Piece| {
-            let run = PageRun::covering(piece.extent);
-            wanted
-                .get(&piece.image)
-                .is_some_and(|set| set.count_within(run) > 0)
-        };
-        let gone = self
-            .queue
-            .take_under_way(|piece| piece.reason == *reason && !still(piece));
-        for piece in gone {
-            // Refused only if the image is gone meanwhile, and then nothing is under way.
-            let _ = table.abort_fetch(&piece.image, piece.extent);
-            actions.push(Action::CancelPrefetch {
-                image: piece.image,
-                extent: piece.extent,
-            });
-        }
-    }
-
-    /// Forgets what a VM that is gone was expected to be given.
-    fn forget_attachments(
-        &mut self,
-        table: &mut MappingTable,
-        vm: &VmName,
-        actions: &mut Vec<Action>,
-    ) {
-        let name = attach_name(vm);
-        let domain = table.vm_identity(vm.as_str());
-        let key = domain.map(|(domain, _)| (domain.clone(), name));
-        if let Some(key) = key.filter(|key| self.worth.forecasts.remove(key).is_some()) {
-            let reason = Reason::Forecast(key.0, key.1);
-            self.queue.drop_reason(&reason);
-            self.cancel_unwanted(table, &reason, &PageSetByImage::new(), actions);
-        }
-    }
-
-    /// Maps a likely launch ahead, or releases one that is not likely any more.
-    fn reserve(
-        &mut self,
-        table: &mut MappingTable,
-        (domain, profile): &(Domain, ProfileName),
-        forecast: &mut Forecast,
-        launch: f64,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), crate::mapping_table::TableError> {
-        let ahead = ahead_name(domain, profile);
-        let stale = forecast.reserved
-            && !table
-                .devices(ahead.as_str())
-                .eq(forecast.devices.iter().copied());
-        if forecast.reserved && (stale || launch < self.config.reserve_probability / 2.0) {
-            forecast.reserved = false;
-            table.unmap(&ahead)?;
-            let (domain, profile) = (domain.clone(), profile.clone());
-            actions.push(Action::Release { domain, profile });
-        }
-        if !forecast.reserved && launch >= self.config.reserve_probability {
-            table.map(&ahead, domain, profile, &forecast.devices, Phase::Premapped)?;
-            forecast.reserved = true;
-            let (domain, profile) = (domain.clone(), profile.clone());
-            let devices = forecast.devices.clone();
-            actions.push(Action::Reserve {
-                domain,
-                profile,
-                devices,
-            });
-        }
-        Ok(())
-    }
-
     fn touched(
         &mut self,
         table: &mut MappingTable,
@@ -499,7 +320,7 @@ impl Planner {
         image: forelay_image::Digest,
         extents: &[Extent],
         now_ms: i64,
-    ) -> Result<(), crate::mapping_table::TableError> {
+    ) -> Result<(), TableError> {
         let domain = table
             .vm_identity(vm.as_str())
             .map(|(domain, _)| domain.clone());
@@ -524,7 +345,7 @@ impl Planner {
         extent: Extent,
         now_ms: i64,
         actions: &mut Vec<Action>,
-    ) -> Result<(), crate::mapping_table::TableError> {
+    ) -> Result<(), TableError> {
         table.complete_fetch(image, extent, Arrival::Demand)?;
         self.queue.ended(image, extent);
         let run = PageRun::covering(extent);
@@ -544,7 +365,7 @@ impl Planner {
         image: &SharedImage,
         extent: Extent,
         actions: &mut Vec<Action>,
-    ) -> Result<(), crate::mapping_table::TableError> {
+    ) -> Result<(), TableError> {
         table.complete_fetch(image, extent, Arrival::Prefetch)?;
         if let Some(ghost) = self.ghosts.get_mut(image) {
             ghost.remove(PageRun::covering(extent));
@@ -577,7 +398,7 @@ impl Planner {
         table: &mut MappingTable,
         image: &SharedImage,
         extent: Extent,
-    ) -> Result<(), crate::mapping_table::TableError> {
+    ) -> Result<(), TableError> {
         let run = PageRun::covering(extent);
         let mut asked = 0;
         if let Some(leaving) = self.leaving.get_mut(image) {
@@ -672,19 +493,3 @@ impl Planner {
 }
 
 type PageSetByImage = BTreeMap<SharedImage, PageSet>;
-
-/// The name under which a launch is mapped ahead.
-fn ahead_name(domain: &Domain, profile: &ProfileName) -> VmName {
-    VmName::from(format!("~{domain}/{profile}"))
-}
-
-/// The name under which a running VM's next attachments are forecast; no profile has it.
-fn attach_name(vm: &VmName) -> ProfileName {
-    ProfileName::from(format!("+{vm}"))
-}
-
-/// An order in which larger values come first.
-fn descending(value: f64) -> u64 {
-    // Bits of non-negative floats sort like the floats.
-    u64::MAX - value.max(0.0).to_bits()
-}

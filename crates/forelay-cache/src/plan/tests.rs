@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::budget::MemorySample;
+use crate::names::Domain;
 
 const MIB: u64 = 1 << 20;
 

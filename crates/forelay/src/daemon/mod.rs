@@ -31,6 +31,7 @@ mod models;
 mod observer;
 mod order;
 mod premap;
+mod pushes;
 mod residency;
 mod resources;
 mod samples;
