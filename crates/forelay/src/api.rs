@@ -498,7 +498,7 @@ pub struct ForecastEntry {
     pub image: Digest,
     /// True if it is expected to be attached to the running VM, not launched with.
     pub attached: bool,
-    /// Probability that it is needed within the horizon of ten minutes.
+    /// Probability that it is needed within the horizon (`forecast.horizon_s`).
     pub probability: f64,
     /// Seconds until the expected need.
     pub expected_in_s: Option<f64>,

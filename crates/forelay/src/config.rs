@@ -74,6 +74,8 @@ pub struct ForecastConfig {
     pub ahead: bool,
     /// Seconds after `ready` during which touches still count to the working set.
     pub window_s: f64,
+    /// How far ahead needs are foreseen, in seconds: several times what loading a profile takes.
+    pub horizon_s: f64,
     /// How many times faster than the clock on the wall the forecaster's clock runs, from
     /// `time_origin_ms` on. For benches and replays that compress a day; 1 on a real host.
     pub time_scale: f64,
@@ -119,12 +121,25 @@ impl Default for CacheConfig {
     }
 }
 
+impl ForecastConfig {
+    /// How far ahead needs are foreseen: from a minute to a day.
+    pub fn horizon(&self) -> std::time::Duration {
+        let seconds = if self.horizon_s.is_finite() {
+            self.horizon_s.clamp(60.0, 86_400.0)
+        } else {
+            Self::default().horizon_s
+        };
+        std::time::Duration::from_secs_f64(seconds)
+    }
+}
+
 impl Default for ForecastConfig {
     fn default() -> Self {
         Self {
             prefetch: true,
             ahead: true,
             window_s: 5.0,
+            horizon_s: 600.0,
             time_scale: 1.0,
             time_origin_ms: 0,
             time_starts_ms: None,
@@ -232,6 +247,14 @@ mod tests {
         let config = Config::load(Some(&path)).unwrap();
         assert_eq!(config.memory.budget_bytes, 1 << 20);
         assert!(config.forecast.prefetch);
+        assert_eq!(config.forecast.horizon().as_secs(), 600);
+        for (horizon_s, expected) in [(f64::NAN, 600), (-5.0, 60), (1e9, 86_400), (1800.0, 1800)] {
+            let forecast = ForecastConfig {
+                horizon_s,
+                ..ForecastConfig::default()
+            };
+            assert_eq!(forecast.horizon().as_secs(), expected);
+        }
         std::fs::write(&path, "[memory]\nbuget_bytes = 1\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("buget_bytes"), "{error}");

@@ -25,9 +25,6 @@ use super::{Host, HostError};
 use crate::api::{ForecastEntry, SelfControl};
 use crate::history::ProfileRef;
 
-/// Horizon of a forecast, in seconds; the planner's is the same.
-pub(super) const HORIZON_S: f64 = 600.0;
-
 /// The newest version of each component that can be attached, by name.
 pub(super) type Catalogue = BTreeMap<String, Present>;
 
@@ -91,6 +88,11 @@ impl Host {
         Ok(present.collect())
     }
 
+    /// How far ahead needs are foreseen, in seconds; the planner's horizon is the same.
+    pub(super) fn horizon_s(&self) -> f64 {
+        self.config.forecast.horizon().as_secs_f64()
+    }
+
     /// What loading costs on this host, as measured so far.
     fn costs(&self) -> Costs {
         let counters = self.store.scheduler().counters();
@@ -105,7 +107,7 @@ impl Host {
         };
         Costs {
             repository,
-            horizon_s: HORIZON_S,
+            horizon_s: self.horizon_s(),
             ..usual
         }
     }
@@ -140,7 +142,7 @@ impl Host {
     ) -> Vec<Foreseen> {
         let launches = self
             .learner
-            .next_launches(now, HORIZON_S, least_probability);
+            .next_launches(now, self.horizon_s(), least_probability);
         let mut subjects = Vec::new();
         for order in self.last_launches.all() {
             let key = model_key(&order.of);

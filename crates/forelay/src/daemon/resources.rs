@@ -14,7 +14,6 @@ use std::time::Duration;
 use forelay_predict::resources::HORIZONS_MS;
 
 use super::Host;
-use super::foresight::HORIZON_S;
 use super::memory::now_ms;
 use crate::history::{ProfileRef, ResourceSample};
 
@@ -141,7 +140,7 @@ impl Host {
         let now = self.learner.clock().now();
         let coming = self
             .learner
-            .next_launches(now, HORIZON_S, LEAST_PROBABILITY);
+            .next_launches(now, self.horizon_s(), LEAST_PROBABILITY);
         let coming: Vec<(&str, f64)> = coming
             .iter()
             .map(|launch| (launch.profile.as_str(), launch.probability))

@@ -292,14 +292,14 @@ fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
     // belong to the forecaster's.
     let clock = ForecastClock::new(&config.forecast);
     let usual = PlanConfig::default();
-    let wall_ms = |ms: i64| {
-        let stretch = std::time::Duration::from_millis(ms.unsigned_abs());
-        i64::try_from(clock.wall(stretch).as_millis()).unwrap_or(ms)
+    let wall_ms = |stretch: std::time::Duration| {
+        i64::try_from(clock.wall(stretch).as_millis()).unwrap_or(i64::MAX)
     };
+    let half_life = std::time::Duration::from_millis(usual.half_life_ms.unsigned_abs());
     let plan = PlanConfig {
         budget_bytes: cap_bytes,
-        horizon_ms: wall_ms(usual.horizon_ms),
-        half_life_ms: wall_ms(usual.half_life_ms),
+        horizon_ms: wall_ms(config.forecast.horizon()),
+        half_life_ms: wall_ms(half_life),
         ..usual
     };
     (plan, budget)
