@@ -9,6 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
 use forelay_image::bundle::Bundle;
@@ -340,6 +341,9 @@ pub async fn kernel_files(
     extracted.await.map_err(|_| RecipeError::Interrupted)?
 }
 
+/// Tells apart files that are being written.
+static UNFINISHED: AtomicU64 = AtomicU64::new(0);
+
 /// Writes kernel and initramfs; they appear when they are whole.
 fn extract_kernel(
     reader: &Reader,
@@ -361,7 +365,9 @@ fn extract_kernel(
             component: name.to_owned(),
             path,
         })?;
-        let unfinished = target.with_extension("new");
+        // Launches at the same time each write their own, of the same bytes.
+        let number = UNFINISHED.fetch_add(1, Relaxed);
+        let unfinished = target.with_extension(format!("{}-{number}.new", std::process::id()));
         std::fs::create_dir_all(dir)
             .and_then(|()| std::fs::write(&unfinished, bytes))
             .and_then(|()| std::fs::rename(&unfinished, target))
