@@ -270,7 +270,7 @@ impl Forecaster {
     }
 
     fn gap_reason(&self, record: &Record, expected_at: Timestamp) -> Reason {
-        if let Some(reason) = periodic(record, expected_at) {
+        if let Some(reason) = periodic(record) {
             return reason;
         }
         let weights: Vec<f64> = {
@@ -320,7 +320,7 @@ impl Forecaster {
 }
 
 /// "Every 24 h at 09:00 +-2 min", if the remembered gaps are that regular.
-fn periodic(record: &Record, expected_at: Timestamp) -> Option<Reason> {
+fn periodic(record: &Record) -> Option<Reason> {
     let count = record.remembered();
     if count < 2 {
         return None;
@@ -335,12 +335,13 @@ fn periodic(record: &Record, expected_at: Timestamp) -> Option<Reason> {
     if period_min <= 0.0 || spread_min > 0.05 * period_min + 0.2 {
         return None;
     }
+    let next = record.last.plus_seconds(period_min * 60.0);
     let days = period_min / 1440.0;
     let whole_days = days > 0.9 && (days - days.round()).abs() < 0.03;
     Some(Reason::Periodic {
         period_s: period_min * 60.0,
         spread_s: spread_min * 60.0,
-        minute_of_day: whole_days.then(|| expected_at.minute_of_day()),
+        minute_of_day: whole_days.then(|| next.minute_of_day()),
         gaps: record.gap_count,
     })
 }
