@@ -70,3 +70,30 @@ fn privileged_a_component_is_attached_used_and_detached() {
     host.ok(["attach", "plain", "forelay-rival"]);
     assert_eq!(host.sh("plain", "forelay-rival"), "hello from the rival\n");
 }
+
+#[test]
+fn privileged_an_attach_that_fails_half_way_leaves_nothing() {
+    let test = "privileged_an_attach_that_fails_half_way_leaves_nothing";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let manifest = host.write("whole.toml", &idle("whole", "[]", ""));
+    host.launch(&manifest, "whole", &[]);
+    let before = host.vm("whole")["components"].clone();
+    let part = "command -v forelay-part || echo none";
+
+    // Its dependency goes in first; then its own files do not fit.
+    let refused = host.refused(["attach", "whole", "forelay-clash"]);
+    assert!(refused.contains("/usr/bin/bash"), "{refused}");
+    assert_eq!(host.vm("whole")["components"], before);
+    assert_eq!(host.sh("whole", part), "none\n");
+    let devices = host.json(["map", "whole"])["devices"].clone();
+    assert_eq!(devices.as_array().unwrap().len(), 2, "{devices}");
+
+    // What was taken back can come again.
+    let vm = host.json(["attach", "whole", "forelay-part"]);
+    assert_eq!(host.sh("whole", "forelay-part"), "hello from the part\n");
+    let attached = vm["components"].as_array().unwrap().last().unwrap();
+    let figures = attached["attach"].as_object().unwrap();
+    let sum: f64 = figures.values().map(|part| part.as_f64().unwrap()).sum();
+    assert!(figures.len() >= 7 && sum > 0.0, "{figures:?}");
+}

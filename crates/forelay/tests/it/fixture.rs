@@ -85,8 +85,8 @@ struct Deb {
     program: Option<(&'static str, &'static str)>,
 }
 
-/// Components made of packages of our own: one to attach, and two that cannot be.
-const DEBS: [Deb; 3] = [
+/// Components made of packages of our own: two that can be attached, and three that cannot.
+const DEBS: [Deb; 5] = [
     Deb {
         name: "forelay-tool",
         fields: "Version: 1.0",
@@ -101,6 +101,17 @@ const DEBS: [Deb; 3] = [
         name: "forelay-needy",
         fields: "Version: 3.0\nDepends: forelay-absent (>= 4)",
         program: None,
+    },
+    Deb {
+        name: "forelay-part",
+        fields: "Version: 1.0",
+        program: Some(("forelay-part", "hello from the part")),
+    },
+    // Needs the part, and has a file that differs from the base's.
+    Deb {
+        name: "forelay-clash",
+        fields: "Version: 1.0\nDepends: forelay-part",
+        program: Some(("bash", "no shell at all")),
     },
 ];
 
