@@ -72,8 +72,18 @@ pub fn run_all() -> Result<()> {
     Ok(())
 }
 
-/// Builds the components that the repository lacks.
+/// Builds the demo's components that the repository lacks.
 pub fn build_components(programs: &Programs, repository: &Path) -> Result<()> {
+    build_lacking(programs, repository, COMPONENTS)
+}
+
+/// Builds those of the components that the repository lacks: what `forelay component build` is
+/// asked for, and the name under which the repository then lists it.
+pub fn build_lacking(
+    programs: &Programs,
+    repository: &Path,
+    components: &[(&[&str], &str)],
+) -> Result<()> {
     let settings = Settings {
         repository: repository.to_path_buf(),
         state: target_dir().join("build-state"),
@@ -95,7 +105,7 @@ pub fn build_components(programs: &Programs, repository: &Path) -> Result<()> {
         .flatten()
         .filter_map(|c| c["name"].as_str())
         .collect();
-    for (arguments, name) in COMPONENTS {
+    for (arguments, name) in components {
         // The kernel component holds the guest's init, which may have changed.
         if names.contains(name) && *name != "linux-cloud" {
             println!("component {name} is there from an earlier run");

@@ -1,4 +1,3 @@
 //! Integration tests of forelay-cache: what only shows from outside.
 
 mod allocation;
-mod traces;

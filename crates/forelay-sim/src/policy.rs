@@ -1,11 +1,11 @@
 //! Names of policies, as on the command line.
 //!
 //! Owns the grammar: `none`, `fixed:MINUTES`, `hybrid`, `hybrid+mean`, `clairvoyant`,
-//! `forelay[:PRICE[,PRICE...]]`, and `lru|lfu|gdsf|s3-fifo:SLOTS`. Invariant: `name` parses back to
+//! `forelay[:PRICE[,PRICE...]]`, and `NAME:SLOTS` with the name of an eviction policy. Invariant: `name` parses back to
 //! the same policy.
 
-use crate::bounded::Eviction;
 use crate::windows::WindowPolicy;
+use forelay_cache::policy::Kind;
 use std::fmt;
 use std::str::FromStr;
 
@@ -26,14 +26,15 @@ pub enum Policy {
     /// pays); empty for the whole curve.
     Forelay(Vec<f64>),
     /// A cache of so many profiles.
-    Bounded(Eviction, usize),
+    Bounded(Kind, u64),
 }
 
 /// Why a policy's name is not understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "unknown policy {0:?}: expected none, fixed:MINUTES, hybrid, hybrid+mean, clairvoyant, \
-     forelay[:PRICE,...], or one of lru, lfu, gdsf, s3-fifo, min with :SLOTS"
+     forelay[:PRICE,...], or one of least-used, lru, lfu, gdsf, s3-fifo, forecast, \
+     forecast+prefetch, min with :SLOTS"
 )]
 pub struct PolicyError(String);
 
@@ -79,7 +80,7 @@ impl fmt::Display for Policy {
                 let list: Vec<String> = prices.iter().map(f64::to_string).collect();
                 write!(f, "forelay:{}", list.join(","))
             }
-            Self::Bounded(eviction, slots) => write!(f, "{}:{slots}", eviction.name()),
+            Self::Bounded(kind, slots) => write!(f, "{kind}:{slots}"),
             other => match other.window() {
                 Some(window) => write!(f, "{}", window.name()),
                 None => Ok(()),
@@ -115,13 +116,13 @@ impl FromStr for Policy {
                 .collect::<Result<_, _>>()
                 .map(Self::Forelay),
             (name, Some(slots)) => {
-                let eviction = Eviction::from_name(name).ok_or_else(error)?;
+                let kind = Kind::from_name(name).ok_or_else(error)?;
                 let slots = slots
                     .parse()
                     .ok()
-                    .filter(|&slots: &usize| slots > 0)
+                    .filter(|&slots: &u64| slots > 0)
                     .ok_or_else(error)?;
-                Ok(Self::Bounded(eviction, slots))
+                Ok(Self::Bounded(kind, slots))
             }
             _ => Err(error()),
         }
@@ -144,6 +145,8 @@ mod tests {
             "forelay:0.01,0.2",
             "lru:500",
             "s3-fifo:1000",
+            "forecast:500",
+            "forecast+prefetch:500",
         ] {
             let policy: Policy = name.parse().unwrap();
             assert_eq!(policy.to_string(), name);

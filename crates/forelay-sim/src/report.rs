@@ -8,7 +8,7 @@ use crate::sweep::{self, Sweep};
 use crate::tally::{Frame, Row, Tally};
 use crate::trace::{BadRow, Trace, TraceError};
 use crate::windows::WindowPolicy;
-use crate::{Config, html};
+use crate::{Config, bounded, html};
 use forelay_predict::calibration::ReliabilityBin;
 use serde::Serialize;
 
@@ -108,9 +108,9 @@ pub(crate) fn run(trace: &Trace, config: &Config) -> Result<Report, SimulateErro
             rows.push((tally.row(&frame, &policy.to_string(), None), tally));
         }
         match policy {
-            Policy::Bounded(eviction, slots) => {
-                let tally = eviction.run(trace, &frame, *slots);
-                let row = tally.row(&frame, eviction.name(), Some(*slots as f64));
+            Policy::Bounded(kind, slots) => {
+                let tally = bounded::run(*kind, *slots, trace, &frame);
+                let row = tally.row(&frame, kind.name(), Some(*slots as f64));
                 rows.push((row, tally));
             }
             Policy::Forelay(prices) => {

@@ -1,6 +1,7 @@
 //! The reference figures of `traces/README.md`, and Forelay's own on the small trace.
 
-use forelay_sim::{Config, Policy, Report, simulate};
+use forelay_sim::trace::{OnBadRow, Trace};
+use forelay_sim::{Config, Policy, Report, simulate, simulate_trace};
 use std::path::{Path, PathBuf};
 
 fn trace(file: &str) -> Option<PathBuf> {
@@ -113,4 +114,21 @@ fn forelay_beats_the_hybrid_policy_on_azure() {
     assert!(best(72.0) <= 0.075, "{}", best(72.0));
     let calibration = report.calibration.unwrap();
     assert!(calibration.expected_calibration_error <= 0.03);
+}
+
+#[test]
+fn eviction_policies_rank_as_published_on_real_launches() {
+    let Some(path) = trace("google2011-days00-14.csv.gz") else {
+        return;
+    };
+    let mut launches = Trace::read(&path, OnBadRow::Stop).unwrap();
+    launches.launches.truncate(40_000);
+    let mut config = Config::new(path);
+    config.policies = ["min:500", "forecast:500", "s3-fifo:500", "lru:500"]
+        .iter()
+        .map(|name| name.parse().unwrap())
+        .collect();
+    let report = simulate_trace(&launches, &config).unwrap();
+    let cold: Vec<f64> = report.rows.iter().map(|row| row.cold_total_pct).collect();
+    assert!(cold.is_sorted_by(|a, b| a < b), "{cold:?}");
 }

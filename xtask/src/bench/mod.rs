@@ -7,6 +7,7 @@ mod day;
 mod images;
 mod launch;
 mod memory;
+mod policy;
 mod premap;
 mod pressure;
 mod statistics;
@@ -33,7 +34,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,
         "day" => day::run_bench(&out, arguments)?,
-        "policy" => example("forelay-cache", "bench_policy", &out, arguments)?,
+        "policy" => policy::run_bench(&out, arguments)?,
         "table" => example("forelay-cache", "bench_table", &out, arguments)?,
         "compose" => example("forelay-image", "bench_compose", &out, arguments)?,
         "forecast" => example("forelay-sim", "bench_forecast", &out, arguments)?,

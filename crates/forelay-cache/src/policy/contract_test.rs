@@ -3,25 +3,18 @@
 use proptest::prelude::*;
 
 use super::forecast::{Forecast, ForecastConfig};
-use super::gdsf::Gdsf;
-use super::least_used::LeastUsed;
-use super::lfu::Lfu;
 use super::lru::Lru;
 use super::min::{Min, cold_bound};
 use super::s3_fifo::S3Fifo;
 use super::trees::FitSettings;
-use super::{Policy, Request};
+use super::{Kind, Policy, Request};
 
 fn all(capacity_bytes: u64, requests: &[Request]) -> Vec<Box<dyn Policy>> {
-    vec![
-        Box::new(LeastUsed::new(capacity_bytes)),
-        Box::new(Lru::new(capacity_bytes)),
-        Box::new(Lfu::new(capacity_bytes)),
-        Box::new(Gdsf::new(capacity_bytes)),
-        Box::new(S3Fifo::new(capacity_bytes)),
-        Box::new(Forecast::new(capacity_bytes, quick())),
-        Box::new(Min::new(capacity_bytes, requests)),
-    ]
+    let quick = Forecast::new(capacity_bytes, quick());
+    let usual = Kind::ALL.map(|kind| kind.build(capacity_bytes, requests));
+    let mut all: Vec<Box<dyn Policy>> = vec![Box::new(quick)];
+    all.extend(usual);
+    all
 }
 
 /// Learns within the few requests of a test.
@@ -33,8 +26,8 @@ fn quick() -> ForecastConfig {
             depth: 3,
             ..config.fit
         },
-        half_life_ms: 10_000,
-        window_ms: 60_000,
+        first_half_life_ms: 10_000.0,
+        half_life_range_ms: (1_000.0, 60_000.0),
         first_fit_samples: 40,
         refit_samples: 40,
         ..config
@@ -132,6 +125,14 @@ fn a_memory_that_holds_everything_misses_each_object_once() {
         let hits = run(policy.as_mut(), &requests).0;
         let misses = hits.iter().filter(|hit| !**hit).count();
         assert_eq!(misses, distinct.len(), "{}", policy.name());
+    }
+}
+
+#[test]
+fn names_are_those_of_the_policies() {
+    for kind in Kind::ALL {
+        assert_eq!(kind.build(1, &[]).name(), kind.name());
+        assert_eq!(Kind::from_name(kind.name()), Some(kind));
     }
 }
 

@@ -3,11 +3,14 @@
 //! requested.
 //!
 //! Value of an object = E[2^(-time to next use / half-life)] x load time / size. The
-//! expectation is learned online: features of known objects are sampled now, their
-//! outcome is known when the object is requested or the window has passed, and boosted
-//! trees ([`super::trees`]) are refitted now and then on the samples so far. This is
-//! relaxed Belady learning (Song et al., NSDI 2020) with a discounted outcome instead of
-//! a log distance. Until the first fit, [`super::s3_fifo`] decides.
+//! expectation is learned online: features of known objects are sampled now, how long they
+//! waited is known when the object is requested or the window has passed, and boosted trees
+//! ([`super::trees`]) are refitted now and then on the samples so far. This is relaxed Belady
+//! learning (Song et al., NSDI 2020) with a discounted outcome instead of a log distance.
+//!
+//! What "soon" means follows from the memory: the half-life is the time in which misses would
+//! fill it once. Since what counts is who leaves, half of the samples are taken from what is
+//! worth least. Until the first fit, [`super::s3_fifo`] decides.
 //!
 //! Invariants: decisions depend on past requests alone; scores are refreshed at the
 //! latest when an object's age has grown by an eighth; a prefetch only ever replaces what
@@ -19,15 +22,24 @@ use super::history::{FEATURES, History};
 use super::ranked::Ranked;
 use super::s3_fifo::S3Fifo;
 use super::trees::{FitSettings, Samples, Trees};
-use super::{Policy, Request};
+use super::{Kind, Policy, Request};
+
+const HOUR_MS: f64 = 3_600_000.0;
+
+/// Misses older than this count half where the half-life is measured, in milliseconds.
+const TURNOVER_MEMORY_MS: f64 = 8.0 * HOUR_MS;
 
 /// Settings of the forecast policy; one set serves all traces and sizes.
 #[derive(Clone, Copy, Debug)]
 pub struct ForecastConfig {
-    /// A use this much later counts half, in milliseconds.
-    pub half_life_ms: i64,
-    /// After this long without a request a sample's outcome is "not needed".
-    pub window_ms: i64,
+    /// The half-life before misses have been counted, in milliseconds.
+    pub first_half_life_ms: f64,
+    /// Shortest and longest half-life, in milliseconds.
+    pub half_life_range_ms: (f64, f64),
+    /// After so many half-lives without a request a sample's outcome is "not needed".
+    pub window_half_lives: f64,
+    /// Objects of which the least valuable is sampled.
+    pub contestants: usize,
     /// Samples that are remembered.
     pub most_samples: usize,
     /// Samples after which the first model is fitted.
@@ -47,17 +59,19 @@ pub struct ForecastConfig {
 impl Default for ForecastConfig {
     fn default() -> Self {
         Self {
-            half_life_ms: 120 * 60_000,
-            window_ms: 10 * 3_600_000,
+            first_half_life_ms: 2.0 * HOUR_MS,
+            half_life_range_ms: (HOUR_MS / 6.0, 24.0 * HOUR_MS),
+            window_half_lives: 4.0,
+            contestants: 5,
             most_samples: 300_000,
-            first_fit_samples: 4_000,
+            first_fit_samples: 8_000,
             refit_samples: 16_000,
             fit: FitSettings {
                 trees: 50,
                 depth: 5,
                 rate: 0.14,
                 shrink: 10.0,
-                row_stride: 3,
+                tree_samples: 25_000,
                 feature_share: 0.6,
             },
             prefetch: false,
@@ -75,6 +89,29 @@ struct Known {
     due_ms: i64,
     /// Expected discounted use, as last scored.
     need: f64,
+}
+
+/// How fast the memory turns over: bytes missed and the time in which they were, both decayed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Turnover {
+    missed_bytes: f64,
+    elapsed_ms: f64,
+    now_ms: i64,
+}
+
+impl Turnover {
+    fn note(&mut self, missed_bytes: u64, now_ms: i64) {
+        let passed_ms = (now_ms - self.now_ms).max(0) as f64;
+        let decay = (-passed_ms / TURNOVER_MEMORY_MS).exp2();
+        self.now_ms = now_ms;
+        self.elapsed_ms = self.elapsed_ms * decay + passed_ms;
+        self.missed_bytes = self.missed_bytes * decay + missed_bytes as f64;
+    }
+
+    /// The time in which misses fill so many bytes.
+    fn fills_in_ms(&self, bytes: u64) -> Option<f64> {
+        (self.missed_bytes > 0.0).then(|| bytes as f64 / self.missed_bytes * self.elapsed_ms)
+    }
 }
 
 /// A sample whose outcome is not known yet.
@@ -101,7 +138,10 @@ pub struct Forecast {
     open: HashMap<u64, Open>,
     open_by_object: HashMap<u32, Vec<u64>>,
     open_order: VecDeque<(i64, u64)>,
+    /// Outcome: milliseconds until the request, infinite if the window passed first.
     samples: Samples,
+    half_life_ms: f64,
+    turnover: Turnover,
     sampled: u64,
     complete: u64,
     next_fit: u64,
@@ -110,7 +150,6 @@ pub struct Forecast {
     sampled_ms: i64,
     random: u64,
     prefetched_bytes: u64,
-    prefetched_s: f64,
 }
 
 impl Forecast {
@@ -130,6 +169,8 @@ impl Forecast {
             open_by_object: HashMap::new(),
             open_order: VecDeque::new(),
             samples: Samples::default(),
+            half_life_ms: config.first_half_life_ms,
+            turnover: Turnover::default(),
             sampled: 0,
             complete: 0,
             next_fit: config.first_fit_samples,
@@ -137,31 +178,6 @@ impl Forecast {
             sampled_ms: i64::MIN,
             random: 0x2545_f491_4f6c_dd1d,
             prefetched_bytes: 0,
-            prefetched_s: 0.0,
-        }
-    }
-
-    /// Bytes brought in before they were requested.
-    pub const fn prefetched_bytes(&self) -> u64 {
-        self.prefetched_bytes
-    }
-
-    /// Load time of what was brought in before it was requested, in seconds.
-    pub const fn prefetched_s(&self) -> f64 {
-        self.prefetched_s
-    }
-
-    /// A forecast from elsewhere: the expected discounted use of an object, valid until
-    /// its score is due again.
-    pub fn forecast(&mut self, object: u32, need: f64) {
-        if let Some(known) = self.known.get_mut(&object) {
-            known.need = if need.is_finite() {
-                need.clamp(0.0, 1.0)
-            } else {
-                0.0
-            };
-            let rank = rank(known);
-            self.held.set_rank(object, rank);
         }
     }
 
@@ -178,18 +194,17 @@ impl Forecast {
     fn close_samples(&mut self, object: u32, now_ms: i64) {
         for id in self.open_by_object.remove(&object).unwrap_or_default() {
             if let Some(open) = self.open.remove(&id) {
-                let late = (now_ms - open.at_ms).max(0) as f64 / self.config.half_life_ms as f64;
-                self.complete(&open.features, (-late).exp2() as f32);
+                self.complete(&open.features, (now_ms - open.at_ms).max(0) as f32);
             }
         }
         while let Some(&(at_ms, id)) = self.open_order.front() {
-            if at_ms + self.config.window_ms > now_ms {
+            if !self.has_waited(at_ms, self.config.window_half_lives, now_ms) {
                 break;
             }
             self.open_order.pop_front();
             if let Some(open) = self.open.remove(&id) {
                 self.expired += 1;
-                self.complete(&open.features, 0.0);
+                self.complete(&open.features, f32::INFINITY);
                 if let Some(ids) = self.open_by_object.get_mut(&open.object) {
                     ids.retain(|other| *other != id);
                 }
@@ -197,10 +212,14 @@ impl Forecast {
         }
     }
 
-    fn complete(&mut self, features: &[f32; FEATURES], outcome: f32) {
+    fn has_waited(&self, since_ms: i64, half_lives: f64, now_ms: i64) -> bool {
+        (now_ms - since_ms) as f64 >= half_lives * self.half_life_ms
+    }
+
+    fn complete(&mut self, features: &[f32; FEATURES], wait_ms: f32) {
         self.complete += 1;
         self.samples
-            .add(features, outcome, self.config.most_samples);
+            .add(features, wait_ms, self.config.most_samples);
     }
 
     fn sample(&mut self, object: u32, now_ms: i64) {
@@ -221,13 +240,28 @@ impl Forecast {
         self.open_order.push_back((now_ms, id));
     }
 
+    /// A held object at random; there must be one.
+    fn any_member(&mut self) -> u32 {
+        let at = self.random() as usize % self.members.len();
+        self.members[at]
+    }
+
     fn take_samples(&mut self, now_ms: i64) {
         if self.members.is_empty() || self.sampled_ms == now_ms {
             return;
         }
         self.sampled_ms = now_ms;
-        let at = self.random() as usize % self.members.len();
-        self.sample(self.members[at], now_ms);
+        let any = self.any_member();
+        self.sample(any, now_ms);
+        let contestants = (0..self.config.contestants).map(|_| self.any_member());
+        let contestants: Vec<u32> = contestants.collect();
+        let need = |object: &u32| self.known.get(object).map_or(0.0, |known| known.need);
+        if let Some(least) = contestants
+            .into_iter()
+            .min_by(|a, b| need(a).total_cmp(&need(b)))
+        {
+            self.sample(least, now_ms);
+        }
         if self.config.prefetch {
             // What may be prefetched must be among what is learned from.
             let pick = self.random() as u32;
@@ -237,14 +271,38 @@ impl Forecast {
     }
 
     fn fit_if_due(&mut self, now_ms: i64) {
-        // Outcomes of "not needed" come last: without them everything looks needed.
-        if self.complete < self.next_fit || self.expired < self.config.first_fit_samples / 8 {
+        if self.complete < self.next_fit {
             return;
         }
+        // Samples that still wait, but for long, say "not needed" until they know better:
+        // without them everything looks needed.
+        let complete = self.samples.len();
+        for (at_ms, id) in &self.open_order {
+            if let Some(open) = self.open.get(id)
+                && self.has_waited(*at_ms, self.config.window_half_lives / 2.0, now_ms)
+            {
+                self.samples.add(&open.features, f32::INFINITY, usize::MAX);
+            }
+        }
+        let waiting = (self.samples.len() - complete) as u64;
+        if self.expired + waiting >= self.config.first_fit_samples / 8 {
+            self.fit(now_ms);
+        } else {
+            self.next_fit = self.complete + self.config.first_fit_samples / 8;
+        }
+        self.samples.truncate::<FEATURES>(complete);
+    }
+
+    fn fit(&mut self, now_ms: i64) {
         self.next_fit = self.complete + (self.complete / 3).min(self.config.refit_samples);
-        self.model = Trees::fit(&self.samples, &self.config.fit);
-        let objects = self.members.clone();
-        for object in objects {
+        if let Some(fills_in_ms) = self.turnover.fills_in_ms(self.held.used_bytes()) {
+            let (least, most) = self.config.half_life_range_ms;
+            self.half_life_ms = fills_in_ms.clamp(least, most);
+        }
+        let half_life_ms = self.half_life_ms as f32;
+        let discounted = |wait_ms: f32| (-wait_ms / half_life_ms).exp2();
+        self.model = Trees::fit(&self.samples, discounted, &self.config.fit);
+        for object in self.members.clone() {
             self.score(object, now_ms);
         }
     }
@@ -308,7 +366,6 @@ impl Forecast {
         self.make_room(known.bytes);
         self.insert(object, &known);
         self.prefetched_bytes += known.bytes;
-        self.prefetched_s += known.load_s;
     }
 
     // ---- holding ---------------------------------------------------------------
@@ -360,9 +417,9 @@ fn rank(known: &Known) -> u64 {
 impl Policy for Forecast {
     fn name(&self) -> &'static str {
         if self.config.prefetch {
-            "forecast+prefetch"
+            Kind::ForecastPrefetch.name()
         } else {
-            "forecast"
+            Kind::Forecast.name()
         }
     }
 
@@ -382,6 +439,8 @@ impl Policy for Forecast {
         });
         known.load_s = request.load_s;
         let hit = self.held.contains(object);
+        self.turnover
+            .note(if hit { 0 } else { request.bytes }, now_ms);
         if !hit && request.bytes <= self.held.capacity_bytes() {
             let known = *known;
             self.make_room(request.bytes);
@@ -403,6 +462,10 @@ impl Policy for Forecast {
 
     fn capacity_bytes(&self) -> u64 {
         self.held.capacity_bytes()
+    }
+
+    fn prefetched_bytes(&self) -> u64 {
+        self.prefetched_bytes
     }
 }
 
@@ -444,8 +507,7 @@ mod tests {
                 trees: 20,
                 ..config.fit
             },
-            half_life_ms: 600_000,
-            window_ms: 3_600_000,
+            first_half_life_ms: 600_000.0,
             first_fit_samples: 1_000,
             ..config
         }

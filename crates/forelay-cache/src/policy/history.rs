@@ -7,7 +7,10 @@
 use super::Request;
 
 /// Number of features.
-pub const FEATURES: usize = 34;
+pub const FEATURES: usize = 43;
+
+/// Past requests of an object that are remembered one by one.
+const REMEMBERED: usize = 10;
 
 /// Half-lives of the decayed counts of an object, in seconds.
 const HALF_LIVES_S: [f64; 4] = [1800.0, 4.0 * 3600.0, 24.0 * 3600.0, 96.0 * 3600.0];
@@ -18,6 +21,11 @@ const NEVER_S: f64 = 1e7;
 /// log2(1 + x)
 fn log2(x: f64) -> f32 {
     (x.max(0.0) + 1.0).log2() as f32
+}
+
+/// The same on both sides of zero.
+fn signed_log2(x: f64) -> f32 {
+    if x < 0.0 { -log2(-x) } else { log2(x) }
 }
 
 fn decay(elapsed_s: f64, half_life_s: f64) -> f32 {
@@ -44,6 +52,8 @@ struct ObjectPast {
     /// The owner's number of objects when this one was new, and at its last request.
     owner_objects_first: f64,
     owner_objects_last: f64,
+    /// Latest requests, newest first.
+    times_s: [f64; REMEMBERED],
 }
 
 /// One owner's past.
@@ -171,7 +181,6 @@ impl History {
             owner.repeat_share as f32,
             age - owner.log_gap as f32,
             log2(now_s - predecessor.map_or(now_s - NEVER_S, |past| past.last_s)),
-            (now_s / 3600.0 % 24.0) as f32,
         ];
         features[FEATURES - rest.len()..].copy_from_slice(&rest);
         Some(features)
@@ -195,6 +204,7 @@ impl ObjectPast {
             rates: [1.0; 4],
             owner_objects_first: past.objects,
             owner_objects_last: past.objects,
+            times_s: [now_s; REMEMBERED],
         }
     }
 
@@ -211,6 +221,8 @@ impl ObjectPast {
         for (rate, half_life_s) in self.rates.iter_mut().zip(HALF_LIVES_S) {
             *rate = *rate * decay(gap_s, half_life_s) + 1.0;
         }
+        self.times_s.rotate_right(1);
+        self.times_s[0] = now_s;
         self.owner = owner;
         self.last_turn = past.requests;
         self.owner_objects_last = past.objects;
@@ -243,5 +255,67 @@ impl ObjectPast {
         features[19] = (age_s - self.gaps_s[0]).clamp(-1e5, 1e5) as f32;
         features[20] = log2(owner.objects - self.owner_objects_last);
         features[21] = log2(owner.objects - self.owner_objects_first);
+        features[22..29].copy_from_slice(&self.gap_features(age_s));
+        features[29..32].copy_from_slice(&self.calendar_features(now_s));
+    }
+
+    /// Times of the remembered requests, newest first.
+    fn times_s(&self) -> &[f64] {
+        &self.times_s[..(self.count as usize).min(REMEMBERED)]
+    }
+
+    /// How the remembered gaps speak about what is left of the present one.
+    fn gap_features(&self, age_s: f64) -> [f32; 7] {
+        let mut newest_first = [0.0; REMEMBERED];
+        let pairs = self.times_s().windows(2);
+        let count = pairs.len();
+        for (gap, pair) in newest_first.iter_mut().zip(pairs) {
+            *gap = pair[0] - pair[1];
+        }
+        let newest_first = &newest_first[..count];
+        let mut sorted = [0.0; REMEMBERED];
+        let sorted = &mut sorted[..count];
+        sorted.copy_from_slice(newest_first);
+        sorted.sort_unstable_by(f64::total_cmp);
+        let median_s = sorted.get(count / 2).copied().unwrap_or(NEVER_S);
+        let longer = &sorted[sorted.partition_point(|&gap| gap <= age_s)..];
+        let left_s = longer.first().map_or(NEVER_S, |gap| gap - age_s);
+        let logs: f32 = longer.iter().map(|gap| log2(gap - age_s)).sum();
+        // What came after a gap like the latest.
+        let like = |gap: f64| (gap / newest_first[0].max(1.0)).ln().abs() < 0.15;
+        let followed_s = (1..count)
+            .find(|&at| like(newest_first[at]))
+            .map_or(NEVER_S, |at| newest_first[at - 1]);
+        [
+            log2(median_s),
+            sorted
+                .last()
+                .map_or(-1.0, |last| log2(*last) - log2(sorted[0])),
+            longer.len() as f32 / (count as f32 + 0.5),
+            log2(left_s),
+            if longer.is_empty() {
+                log2(NEVER_S)
+            } else {
+                logs / longer.len() as f32
+            },
+            signed_log2(median_s - age_s),
+            signed_log2(followed_s - age_s),
+        ]
+    }
+
+    /// Time until the next day's (hour's) return of a remembered request, how many return soon.
+    fn calendar_features(&self, now_s: f64) -> [f32; 3] {
+        let waits_s = |cycle_s: f64, slack_s: f64| {
+            let since_s = self.times_s().iter().map(move |time_s| now_s - time_s);
+            let past = since_s.filter(move |&since_s| since_s >= slack_s);
+            past.map(move |since_s| (slack_s - since_s).rem_euclid(cycle_s))
+        };
+        let day = || waits_s(86_400.0, 600.0);
+        let soon = day().filter(|&wait_s| wait_s < 21_600.0).count();
+        [
+            log2(day().fold(86_400.0, f64::min)),
+            soon as f32,
+            log2(waits_s(3_600.0, 60.0).fold(3_600.0, f64::min)),
+        ]
     }
 }

@@ -22,6 +22,90 @@ mod ranked;
 pub mod s3_fifo;
 pub mod trees;
 
+use std::fmt;
+
+/// The policies by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// [`least_used`]
+    LeastUsed,
+    /// [`lru`]
+    Lru,
+    /// [`lfu`]
+    Lfu,
+    /// [`gdsf`]
+    Gdsf,
+    /// [`s3_fifo`]
+    S3Fifo,
+    /// [`forecast`], without prefetch
+    Forecast,
+    /// [`forecast`], with prefetch
+    ForecastPrefetch,
+    /// [`min`], which knows the future
+    Min,
+}
+
+impl Kind {
+    /// All of them, the bound last.
+    pub const ALL: [Self; 8] = [
+        Self::LeastUsed,
+        Self::Lru,
+        Self::Lfu,
+        Self::Gdsf,
+        Self::S3Fifo,
+        Self::Forecast,
+        Self::ForecastPrefetch,
+        Self::Min,
+    ];
+
+    /// The name, as tables and `--policy` show it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::LeastUsed => "least-used",
+            Self::Lru => "lru",
+            Self::Lfu => "lfu",
+            Self::Gdsf => "gdsf",
+            Self::S3Fifo => "s3-fifo",
+            Self::Forecast => "forecast",
+            Self::ForecastPrefetch => "forecast+prefetch",
+            Self::Min => "min",
+        }
+    }
+
+    /// The policy of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// An empty memory of `capacity_bytes` under this policy. `requests` is what it will be
+    /// asked for; only the bound looks at them.
+    pub fn build(self, capacity_bytes: u64, requests: &[Request]) -> Box<dyn Policy> {
+        let forecast = |prefetch| {
+            let config = forecast::ForecastConfig {
+                prefetch,
+                ..Default::default()
+            };
+            Box::new(forecast::Forecast::new(capacity_bytes, config))
+        };
+        match self {
+            Self::LeastUsed => Box::new(least_used::LeastUsed::new(capacity_bytes)),
+            Self::Lru => Box::new(lru::Lru::new(capacity_bytes)),
+            Self::Lfu => Box::new(lfu::Lfu::new(capacity_bytes)),
+            Self::Gdsf => Box::new(gdsf::Gdsf::new(capacity_bytes)),
+            Self::S3Fifo => Box::new(s3_fifo::S3Fifo::new(capacity_bytes)),
+            Self::Forecast => forecast(false),
+            Self::ForecastPrefetch => forecast(true),
+            Self::Min => Box::new(min::Min::new(capacity_bytes, requests)),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// One request for an object.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Request {
@@ -49,4 +133,8 @@ pub trait Policy {
     fn used_bytes(&self) -> u64;
     /// Most bytes that may be held.
     fn capacity_bytes(&self) -> u64;
+    /// Bytes brought in before they were requested; most policies never do that.
+    fn prefetched_bytes(&self) -> u64 {
+        0
+    }
 }

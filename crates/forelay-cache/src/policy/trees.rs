@@ -18,8 +18,8 @@ pub struct FitSettings {
     pub rate: f32,
     /// Samples by which a leaf is drawn towards zero.
     pub shrink: f32,
-    /// Each tree sees one sample in this many.
-    pub row_stride: u64,
+    /// Each tree sees at most about this many samples, and never more than every other one.
+    pub tree_samples: usize,
     /// Each level looks at about this share of the features.
     pub feature_share: f64,
 }
@@ -44,6 +44,12 @@ impl Samples {
         self.features[at * WIDTH..(at + 1) * WIDTH].copy_from_slice(features);
         self.outcomes[at] = outcome;
         self.oldest = (at + 1) % most.max(1);
+    }
+
+    /// Forgets what was added after the first `len`.
+    pub fn truncate<const WIDTH: usize>(&mut self, len: usize) {
+        self.features.truncate(len * WIDTH);
+        self.outcomes.truncate(len);
     }
 
     /// How many there are.
@@ -144,23 +150,22 @@ impl Sum {
 }
 
 impl Trees {
-    /// Fits a model; nothing without samples.
-    pub fn fit(samples: &Samples, settings: &FitSettings) -> Option<Self> {
+    /// Fits a model of a function of the outcomes; nothing without samples.
+    pub fn fit(
+        samples: &Samples,
+        function: impl Fn(f32) -> f32,
+        settings: &FitSettings,
+    ) -> Option<Self> {
         if samples.is_empty() {
             return None;
         }
         let binned = Binned::new(samples);
-        let mean = samples
-            .outcomes
-            .iter()
-            .map(|&outcome| f64::from(outcome))
-            .sum::<f64>();
-        let base = (mean / samples.len() as f64) as f32;
-        let mut residuals: Vec<f32> = samples
-            .outcomes
-            .iter()
-            .map(|outcome| outcome - base)
-            .collect();
+        let mut residuals: Vec<f32> = samples.outcomes.iter().map(|&x| function(x)).collect();
+        let sum: f64 = residuals.iter().map(|&outcome| f64::from(outcome)).sum();
+        let base = (sum / samples.len() as f64) as f32;
+        for residual in &mut residuals {
+            *residual -= base;
+        }
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut trees = Vec::with_capacity(settings.trees);
         for _ in 0..settings.trees {
@@ -188,7 +193,7 @@ fn fit_tree(
     settings: &FitSettings,
     random: &mut Random,
 ) -> Tree {
-    let stride = settings.row_stride.max(1);
+    let stride = binned.rows.div_ceil(settings.tree_samples.max(1)).max(2) as u64;
     let seen = (0..binned.rows as u32).filter(|_| random.next().is_multiple_of(stride));
     let seen: Vec<u32> = seen.collect();
     let mut leaf_of = vec![0u16; binned.rows];
@@ -278,7 +283,7 @@ mod tests {
         depth: 4,
         rate: 0.3,
         shrink: 1.0,
-        row_stride: 1,
+        tree_samples: 100_000,
         feature_share: 1.0,
     };
 
@@ -298,14 +303,14 @@ mod tests {
             let features = [unit(), unit(), unit()];
             samples.add(&features, truth(&features) + unit() - 0.5, 4000);
         }
-        let model = Trees::fit(&samples, &SETTINGS).unwrap();
+        let model = Trees::fit(&samples, |x| x, &SETTINGS).unwrap();
         let mut wrong = 0;
         for _ in 0..500 {
             let features = [unit(), unit(), unit()];
             wrong += u32::from((model.score(&features) > 0.0) != (truth(&features) > 0.0));
         }
         assert!(wrong < 40, "{wrong} of 500 wrong");
-        assert!(Trees::fit(&Samples::default(), &SETTINGS).is_none());
+        assert!(Trees::fit(&Samples::default(), |x| x, &SETTINGS).is_none());
     }
 
     #[test]
@@ -319,7 +324,7 @@ mod tests {
             trees: 1,
             ..SETTINGS
         };
-        let model = Trees::fit(&samples, &constant).unwrap();
+        let model = Trees::fit(&samples, |x| x, &constant).unwrap();
         assert!(
             (model.score(&[1.0, 2.0]) - 19.5).abs() < 1e-3,
             "mean of 15..25"

@@ -21,6 +21,7 @@
 //! Invariants: nothing here looks past the moment it is asked about; a profile's state has a fixed
 //! upper size (under 2 KiB); all maps are indexed, so the answers do not depend on hash order.
 
+mod atoms;
 mod bins;
 mod config;
 mod decide;

@@ -1,49 +1,26 @@
 //! The mixture of all experts over the next gap of one profile, ready to be evaluated at any time.
 //!
-//! Owns the compact form: the heaviest candidates (centre, blur, weight) and, for everything
-//! else, a background over gap bins. Invariants: at most [`ATOMS`] candidates; survival falls from
-//! one at elapsed zero and never rises.
+//! Owns the compact form: the heaviest candidates ([`Atoms`]) and, for everything else, a
+//! background over gap bins. Invariant: survival falls from one at elapsed zero and never rises.
 
+use super::atoms::{Atom, Atoms, compact};
 use super::bins::{BINS, bin_of, lower_edge, width};
 use super::config::Config;
 use super::experts::{
     ALL_VIEWS, BLURS, CALENDAR, Candidate, EXPERTS, GAP_VIEWS, HISTOGRAM, OWNER, PERIODS, VIEWS,
     expert, gap_view_weights, owner_blur, period_blur, phase_view,
 };
-use super::kernel::{CUTOFF, below_zero, density, logistic};
+use super::kernel::density;
 use super::pool::{OwnerPool, Pool};
 use super::record::{REMEMBERED, Record};
 
-/// Most candidates kept.
-pub(crate) const ATOMS: usize = 32;
 /// Share of each candidate view that is left to the background.
 const BACKGROUND_SHARE: f64 = 0.1;
-
-/// A candidate gap with its blur and its weight in the whole mixture.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Atom {
-    pub centre_min: f32,
-    pub blur_min: f32,
-    pub weight: f32,
-    /// Makes up for the mass below zero.
-    scale_up: f32,
-}
-
-impl Atom {
-    fn new(centre_min: f64, blur_min: f64, weight: f64) -> Self {
-        Self {
-            centre_min: centre_min as f32,
-            blur_min: blur_min as f32,
-            weight: weight as f32,
-            scale_up: (1.0 / (1.0 - below_zero(centre_min, blur_min))) as f32,
-        }
-    }
-}
 
 /// Predictive distribution of the next gap.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outlook {
-    atoms: Vec<Atom>,
+    atoms: Option<Box<Atoms>>,
     /// Background mass at or beyond each bin's lower edge.
     background: Vec<f32>,
 }
@@ -52,14 +29,12 @@ pub(crate) struct Outlook {
 struct Testimony {
     gap_views: [[f64; REMEMBERED]; GAP_VIEWS],
     phase_views: [Vec<Candidate>; VIEWS - GAP_VIEWS],
-    background: [f64; BINS],
 }
 
-fn testimony(record: &Record, owner: &OwnerPool, pool: &Pool, config: &Config) -> Testimony {
+fn testimony(record: &Record, config: &Config) -> Testimony {
     Testimony {
         gap_views: gap_view_weights(record, config.gap_decay),
         phase_views: std::array::from_fn(|i| phase_view(record, ALL_VIEWS[GAP_VIEWS + i])),
-        background: pool.background(record, owner, config.pool_strength),
     }
 }
 
@@ -71,9 +46,9 @@ pub(crate) fn likelihoods(
     config: &Config,
     gap_min: f64,
 ) -> [f64; EXPERTS] {
-    let said = testimony(record, owner, pool, config);
+    let said = testimony(record, config);
     let bin = bin_of(gap_min);
-    let background = said.background[bin] / width(bin);
+    let background = pool.background(record, owner, config.pool_strength)(bin) / width(bin);
     let mut result = [background; EXPERTS];
     let count = record.remembered();
     for (blur, &scale) in BLURS.iter().enumerate() {
@@ -123,7 +98,7 @@ fn blend(dense: f64, background: f64, background_share: f64) -> f64 {
 impl Outlook {
     /// The mixture as of the record's latest launch.
     pub(crate) fn new(record: &Record, owner: &OwnerPool, pool: &Pool, config: &Config) -> Self {
-        let said = testimony(record, owner, pool, config);
+        let said = testimony(record, config);
         let pooled = pool.weights(record.gap_count);
         let weight = |e: usize| {
             (1.0 - config.share) * f64::from(record.weights[e]) + config.share * pooled[e]
@@ -132,7 +107,11 @@ impl Outlook {
         let mut atoms: Vec<Atom> = Vec::with_capacity(192);
         let mut add = |centre: f64, blur: f64, mass: f64, rest: &mut f64| {
             if mass > 5.0e-4 {
-                atoms.push(Atom::new(centre, blur, mass));
+                atoms.push(Atom {
+                    centre_min: centre as f32,
+                    blur_min: blur as f32,
+                    weight: mass as f32,
+                });
             } else {
                 *rest += mass;
             }
@@ -189,15 +168,17 @@ impl Outlook {
         for (&(period, _), w) in PERIODS.iter().zip(pool.period_weights()) {
             add(period, period_blur(period), 0.8 * mass * w, &mut rest);
         }
-        rest += compact(&mut atoms);
+        let (atoms, dropped) = compact(atoms);
+        rest += dropped;
+        let background = pool.background(record, owner, config.pool_strength);
         let mut beyond = vec![0.0f32; BINS + 1];
         let mut sum = 0.0;
         for bin in (0..BINS).rev() {
-            sum += said.background[bin] * rest;
+            sum += background(bin) * rest;
             beyond[bin] = sum as f32;
         }
         Self {
-            atoms,
+            atoms: Some(Box::new(atoms)),
             background: beyond,
         }
     }
@@ -210,28 +191,17 @@ impl Outlook {
         else {
             return 1.0;
         };
-        let mut left = f64::from(here) + f64::from(next - here) * within;
-        for atom in &self.atoms {
-            let past = elapsed_min - f64::from(atom.centre_min);
-            let reach = CUTOFF * f64::from(atom.blur_min);
-            if past <= -reach {
-                left += f64::from(atom.weight);
-            } else if past < reach {
-                let beyond = logistic(-past / f64::from(atom.blur_min));
-                left += f64::from(atom.weight) * (beyond * f64::from(atom.scale_up)).min(1.0);
-            }
-        }
-        left.max(1.0e-12)
+        let background = f64::from(here) + f64::from(next - here) * within;
+        let candidates = self.atoms.as_ref().map_or(0.0, |a| a.beyond(elapsed_min));
+        (background + candidates).max(1.0e-12)
     }
 
-    /// How long a stretch of time may be treated as one, at `elapsed_min`.
-    pub(crate) fn stretch_min(&self, elapsed_min: f64, config: &Config) -> f64 {
+    /// How long a stretch of time may be treated as one, at `elapsed_min` with `survival` left.
+    pub(crate) fn stretch_min(&self, elapsed_min: f64, survival: f64, config: &Config) -> f64 {
         let longest = (config.tick_growth * elapsed_min).max(config.tick_min);
         // Fine where the hazard changes quickly: near a candidate, as far as its blur demands.
-        let fine = self.atoms.iter().fold(longest, |finest, atom| {
-            let distance = (f64::from(atom.centre_min) - elapsed_min).abs();
-            finest.min((0.3 * distance).max(0.5 * f64::from(atom.blur_min)))
-        });
+        let finest = |atoms: &Atoms| atoms.finest(elapsed_min, survival);
+        let fine = self.atoms.as_deref().map_or(longest, finest);
         fine.clamp(config.tick_min, longest)
     }
 
@@ -241,41 +211,7 @@ impl Outlook {
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {
-        self.atoms.capacity() * size_of::<Atom>() + self.background.capacity() * size_of::<f32>()
+        self.atoms.as_ref().map_or(0, |_| size_of::<Atoms>())
+            + self.background.capacity() * size_of::<f32>()
     }
-}
-
-/// Merges like candidates, keeps the heaviest, sorts by centre; returns the mass dropped.
-fn compact(atoms: &mut Vec<Atom>) -> f64 {
-    atoms.sort_unstable_by(|a, b| {
-        (a.centre_min, a.blur_min)
-            .partial_cmp(&(b.centre_min, b.blur_min))
-            .unwrap_or(std::cmp::Ordering::Equal)
-    });
-    let mut merged: Vec<Atom> = Vec::with_capacity(atoms.len());
-    for &atom in atoms.iter() {
-        match merged.last_mut() {
-            Some(last)
-                if (atom.blur_min - last.blur_min).abs() < 0.01 * last.blur_min
-                    && atom.centre_min - last.centre_min < 0.25 * last.blur_min =>
-            {
-                let sum = last.weight + atom.weight;
-                last.centre_min += (atom.centre_min - last.centre_min) * atom.weight / sum;
-                last.weight = sum;
-            }
-            _ => merged.push(atom),
-        }
-    }
-    let mut dropped = 0.0;
-    if merged.len() > ATOMS {
-        merged.select_nth_unstable_by(ATOMS, |a, b| b.weight.total_cmp(&a.weight));
-        dropped = merged[ATOMS..]
-            .iter()
-            .map(|atom| f64::from(atom.weight))
-            .sum();
-        merged.truncate(ATOMS);
-        merged.sort_unstable_by(|a, b| a.centre_min.total_cmp(&b.centre_min));
-    }
-    *atoms = merged.as_slice().to_vec();
-    dropped
 }

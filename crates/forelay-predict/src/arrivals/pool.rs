@@ -130,25 +130,29 @@ impl Pool {
         std::array::from_fn(|i| self.periods[i] / sum)
     }
 
-    /// Probability of each gap bin for a profile: own histogram over owner's over everyone's.
-    pub(crate) fn background(
-        &self,
-        record: &Record,
-        owner: &OwnerPool,
+    /// Probability of gap bins for a profile: own histogram over owner's over everyone's.
+    pub(crate) fn background<'a>(
+        &'a self,
+        record: &'a Record,
+        owner: &'a OwnerPool,
         pool_strength: f64,
-    ) -> [f64; BINS] {
+    ) -> impl Fn(usize) -> f64 + 'a {
         let everyone = &self.histograms[stage(record.gap_count)];
         let everyone_sum: f64 = everyone.iter().sum();
-        let owner_sum: f64 = owner.histogram.iter().map(|&x| f64::from(x)).sum();
-        let own_sum: f64 = record.histogram.iter().map(|&x| f64::from(x)).sum();
-        std::array::from_fn(|bin| {
+        let owner_sum = total(&owner.histogram);
+        let own_sum = total(&record.histogram);
+        move |bin| {
             let general = everyone[bin] / everyone_sum;
             let counted = owner.histogram.get(bin).map_or(0.0, |&x| f64::from(x));
             let pooled = (counted + 5.0 * general) / (owner_sum + 5.0);
             let own = f64::from(record.histogram[bin]);
             (own + pool_strength * pooled) / (own_sum + pool_strength)
-        })
+        }
     }
+}
+
+fn total(histogram: &[f32]) -> f64 {
+    histogram.iter().map(|&x| f64::from(x)).sum()
 }
 
 /// Knowledge shared by the profiles of one owner.

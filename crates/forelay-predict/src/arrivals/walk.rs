@@ -87,7 +87,7 @@ pub(crate) fn stretch(
     config: &Config,
 ) -> Stretch {
     let at = record.last.plus_seconds(start_min * 60.0);
-    let mut length = record.outlook.stretch_min(start_min, config);
+    let mut length = record.outlook.stretch_min(start_min, survival, config);
     let open = strongest(record, at, config);
     if let Some((index, since_min)) = open {
         let lag = record.slots[index].lag_min();

@@ -1,56 +1,53 @@
-//! A fleet made of real launches and real component sizes; what a profile consists of is
-//! drawn from a fixed seed.
+//! A fleet made of real launches and the components of a repository; what a profile consists
+//! of is drawn from a fixed seed.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use forelay_cache::policy::Request;
-
-use crate::launches::Launch;
+use forelay_image::component::{Component as Built, Role};
+use forelay_sim::trace::Trace;
 
 /// Time to the first byte of a component, in seconds.
-const LATENCY_S: f64 = 0.02;
+pub const LATENCY_S: f64 = 0.02;
 
 /// Bytes per second after that.
-const BANDWIDTH: f64 = 100e6;
+pub const BANDWIDTH_BYTES_PER_S: f64 = 100e6;
 
 /// A built component's size.
 pub struct Component {
-    bytes: u64,
+    pub bytes: u64,
     base: bool,
 }
 
-/// Reads `name,bytes[,role]`; kernels are left out, they are not mapped.
-pub fn components(path: &str) -> Vec<Component> {
-    let text = std::fs::read_to_string(path).unwrap_or_else(|cause| {
-        eprintln!("{path}: {cause}");
-        std::process::exit(2);
-    });
-    let mut components = Vec::new();
-    for line in text.lines() {
-        let fields: Vec<&str> = line.split(',').map(str::trim).collect();
-        let (Some(name), Some(bytes)) = (fields.first(), fields.get(1)) else {
-            continue;
-        };
-        let Ok(bytes) = bytes.parse::<u64>() else {
-            continue;
-        };
-        let role = fields.get(2).copied().unwrap_or_default();
-        if role == "kernel" || name.contains("kernel") || bytes == 0 {
-            continue;
+/// The components of a repository directory, the latest of each name, in an order that says
+/// nothing (by a hash of the name). Kernels are left out, they are not mapped.
+pub fn components(repository: &Path) -> Result<Vec<Component>, Box<dyn std::error::Error>> {
+    let mut by_name = BTreeMap::new();
+    for entry in std::fs::read_dir(repository.join("components"))? {
+        let built: Built = serde_json::from_slice(&std::fs::read(entry?.path())?)?;
+        if built.role != Role::Kernel && built.image.bytes > 0 {
+            by_name.insert((mix(hash(&built.name)), built.name.clone()), built);
         }
-        let base = role == "base" || name.starts_with("debian") || name.starts_with("base");
-        components.push(Component { bytes, base });
     }
-    if components
-        .iter()
-        .filter(|component| !component.base)
-        .count()
-        < 2
-    {
-        eprintln!("{path}: at least two components besides the base are needed");
-        std::process::exit(2);
+    let components: Vec<Component> = by_name
+        .into_values()
+        .map(|built| Component {
+            bytes: built.image.bytes,
+            base: built.role == Role::Base,
+        })
+        .collect();
+    let packages = components.iter().filter(|component| !component.base);
+    if packages.count() < 2 {
+        return Err("at least two components besides the base are needed".into());
     }
-    components
+    Ok(components)
+}
+
+/// FNV-1a.
+fn hash(name: &str) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 /// splitmix64: a hash that serves as a generator.
@@ -116,10 +113,10 @@ fn consists_of(components: &[Component], profile: u32) -> Vec<(u32, u64)> {
 }
 
 /// What the launches ask for, component by component.
-pub fn requests(components: &[Component], launches: &[Launch]) -> Vec<Request> {
+pub fn requests(components: &[Component], trace: &Trace) -> Vec<Request> {
     let mut profiles: BTreeMap<u32, Vec<(u32, u64)>> = BTreeMap::new();
     let mut requests = Vec::new();
-    for launch in launches {
+    for launch in &trace.launches {
         let parts = profiles
             .entry(launch.profile)
             .or_insert_with(|| consists_of(components, launch.profile));
@@ -127,8 +124,8 @@ pub fn requests(components: &[Component], launches: &[Launch]) -> Vec<Request> {
             object,
             owner: launch.owner,
             bytes,
-            load_s: LATENCY_S + bytes as f64 / BANDWIDTH,
-            now_ms: launch.now_ms,
+            load_s: LATENCY_S + bytes as f64 / BANDWIDTH_BYTES_PER_S,
+            now_ms: launch.at.0,
         }));
     }
     requests
