@@ -18,7 +18,9 @@ pub struct FitSettings {
     pub rate: f32,
     /// Samples by which a leaf is drawn towards zero.
     pub shrink: f32,
-    /// Each tree sees at most about this many samples, and never more than every other one.
+    /// Each tree sees one sample in this many,
+    pub row_stride: usize,
+    /// and at most about this many samples.
     pub tree_samples: usize,
     /// Each level looks at about this share of the features.
     pub feature_share: f64,
@@ -193,7 +195,8 @@ fn fit_tree(
     settings: &FitSettings,
     random: &mut Random,
 ) -> Tree {
-    let stride = binned.rows.div_ceil(settings.tree_samples.max(1)).max(2) as u64;
+    let least = binned.rows.div_ceil(settings.tree_samples.max(1));
+    let stride = settings.row_stride.max(least).max(1) as u64;
     let seen = (0..binned.rows as u32).filter(|_| random.next().is_multiple_of(stride));
     let seen: Vec<u32> = seen.collect();
     let mut leaf_of = vec![0u16; binned.rows];
@@ -283,6 +286,7 @@ mod tests {
         depth: 4,
         rate: 0.3,
         shrink: 1.0,
+        row_stride: 1,
         tree_samples: 100_000,
         feature_share: 1.0,
     };

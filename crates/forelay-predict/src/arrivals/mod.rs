@@ -12,6 +12,7 @@
 //!                      gap, at the same time of day, after the same series, on the same grid ...
 //!            pool      what the owner's other profiles and all profiles did (for sparse profiles)
 //!            outlook   the experts' mixture over the next gap, weighted by their past likelihood
+//!            atoms     its heaviest candidates, evaluated all at once
 //!  other  -> triggers  "B follows A within seconds": lead-lag pairs inside one owner
 //!  both   -> walk      hazard in segments of time, recalibrated online by hazard_scale
 //!            decide    hazard against price; regret against the simple rule; kill switch
