@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cgroup::MemoryCgroup;
-use crate::process::{cargo, output, run, target_dir};
+use crate::process::{cargo, output, run, run_quiet, target_dir};
 
 /// Programs the tasks run.
 #[derive(Clone, Debug)]
@@ -225,10 +225,6 @@ impl Host {
             self.stop(&names)
         }
     }
-}
-
-fn run_quiet(command: &mut Command) -> Result<()> {
-    output(command).map(drop)
 }
 
 impl Drop for Host {

@@ -40,6 +40,11 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs the command; what it says is shown only if it fails.
+pub fn run_quiet(command: &mut Command) -> Result<()> {
+    output(command).map(drop)
+}
+
 /// Runs the command and returns its standard output.
 pub fn output(command: &mut Command) -> Result<Vec<u8>> {
     let shown = show(command);

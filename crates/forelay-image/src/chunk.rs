@@ -81,6 +81,11 @@ pub enum ChunkIndexError {
 }
 
 impl ChunkIndex {
+    /// SHA-256 of the encoded index.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.encode())
+    }
+
     /// Checks the invariants named in the module's header.
     pub fn validate(&self) -> Result<(), ChunkIndexError> {
         let image = self.image;

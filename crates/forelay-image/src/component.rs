@@ -78,6 +78,9 @@ pub struct ImageRef {
     pub metadata_bytes: u64,
     /// Number of inodes.
     pub inodes: u64,
+    /// SHA-256 of the encoded chunk index ([`crate::ChunkIndex::digest`]): what is fetched
+    /// chunk by chunk is checked against that index, so the component pins it too.
+    pub chunk_index: Digest,
 }
 
 /// Metadata of one component.
@@ -152,6 +155,7 @@ mod tests {
                 bytes: 4096,
                 metadata_bytes: 4096,
                 inodes: 1,
+                chunk_index: Digest::of(b"index"),
             },
             provides: vec![
                 Capability {

@@ -46,11 +46,17 @@ fn component(bytes: &[u8], chunk_bytes: &[usize]) -> (Component, ChunkIndex) {
         offset += len;
     }
     let digest = Digest::of(bytes);
+    let index = ChunkIndex {
+        image: digest,
+        image_bytes: bytes.len() as u64,
+        chunks,
+    };
     let image = ImageRef {
         digest,
         bytes: bytes.len() as u64,
         metadata_bytes: 4096,
         inodes: 1,
+        chunk_index: index.digest(),
     };
     let component = Component {
         name: "speed".into(),
@@ -67,14 +73,7 @@ fn component(bytes: &[u8], chunk_bytes: &[usize]) -> (Component, ChunkIndex) {
         notes: vec![],
         sbom: vec![],
     };
-    (
-        component,
-        ChunkIndex {
-            image: digest,
-            image_bytes: bytes.len() as u64,
-            chunks,
-        },
-    )
+    (component, index)
 }
 
 fn report(what: &str, bytes: u64, took: Duration) {
@@ -137,6 +136,7 @@ async fn main() {
     let whole = Extent::new(0, component.image.bytes);
     let slow = Arc::new(Throttled::new(inner, LATENCY, Some(BANDWIDTH_BYTES_PER_S)));
     let host = open("host", slow.clone()).await.expect("a store");
+    host.add_image(component.image).expect("the only one");
     let start = Instant::now();
     let got = drain(host.scheduler().prefetch(vec![(image, whole)])).await;
     report("cold prefetch, in sequence", got, start.elapsed());
@@ -189,6 +189,7 @@ async fn main() {
         })
         .collect();
     let host = open("scattered", slow.clone()).await.expect("a store");
+    host.add_image(component.image).expect("the only one");
     let start = Instant::now();
     drain(host.scheduler().prefetch(scattered)).await;
     let counters = host.scheduler().counters();

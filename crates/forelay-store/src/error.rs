@@ -49,6 +49,20 @@ pub enum StoreError {
         /// The image.
         image: Digest,
     },
+    /// An image was asked for by its digest alone.
+    #[error("image {image} is not known on this host: open it through its component")]
+    ImageUnknown {
+        /// The image.
+        image: Digest,
+    },
+    /// Two components pin different chunk indexes for the same image.
+    #[error(
+        "image {image} is in use with another chunk index, from a component that was built differently: use that component, or stop its VMs and restart the daemon"
+    )]
+    Disputed {
+        /// The image.
+        image: Digest,
+    },
     /// An object does not decode or contradicts another.
     #[error("object {key} is corrupted: {problem}; run `forelay verify`")]
     Corrupted {

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, SystemTime};
 
 use forelay_image::Digest;
+use forelay_image::component::ImageRef;
 
 use crate::error::StoreError;
 use crate::layout;
@@ -28,7 +29,7 @@ use crate::store::{Store, decode_component};
 #[derive(Clone, Debug)]
 pub struct GcOptions {
     /// Images that are in use besides those of visible components.
-    pub images_in_use: Vec<Digest>,
+    pub images_in_use: Vec<ImageRef>,
     /// How long something must have been condemned before it is deleted. Must exceed
     /// the longest publication.
     pub grace: Duration,
@@ -79,7 +80,7 @@ impl Store {
         let marks = self.objects(layout::CONDEMNED, &[""]).await?;
 
         let mut live_images = self.root_images(&mut report).await?;
-        live_images.extend(&options.images_in_use);
+        live_images.extend(options.images_in_use.iter().map(|image| image.chunk_index));
         let mut live_packs = BTreeSet::new();
         for image in images.keys() {
             // Also of dead images: their packs fall when they have.
@@ -125,7 +126,7 @@ impl Store {
         Ok(objects)
     }
 
-    /// Images of visible components. Metadata that cannot be read stops the collection:
+    /// Chunk indexes of visible components. Metadata that cannot be read stops the collection:
     /// what it refers to is not known.
     async fn root_images(&self, report: &mut GcReport) -> Result<HashSet<Digest>, StoreError> {
         let mut images = HashSet::new();
@@ -141,14 +142,14 @@ impl Store {
             };
             let component = decode_component(id, &bytes)
                 .map_err(|problem| StoreError::Corrupted { key, problem })?;
-            images.insert(component.image.digest);
+            images.insert(component.image.chunk_index);
             report.components += 1;
         }
         Ok(images)
     }
 
-    async fn packs_of(&self, image: Digest) -> Result<Vec<Digest>, StoreError> {
-        let key = layout::locations(image);
+    async fn packs_of(&self, index: Digest) -> Result<Vec<Digest>, StoreError> {
+        let key = layout::locations(index);
         let bytes = match self.0.repository.get(&key).await {
             Err(error) if error.is_not_found() => return Ok(Vec::new()),
             other => other?,

@@ -4,7 +4,11 @@
 //! kept as files in the cache directory and in memory. Files there are written under a
 //! temporary name and renamed; one that does not decode is fetched again.
 //!
-//! Invariant: an [`ImageMap`]'s chunk index is valid and has as many chunks as locations.
+//! A component's metadata pins the chunk index; an image opens only after its component
+//! was made known ([`Images::add`]), so a repository cannot pass off another index.
+//!
+//! Invariant: an [`ImageMap`]'s chunk index is valid, the one that was pinned, and has as
+//! many chunks as locations.
 
 use std::collections::HashMap;
 use std::fs;
@@ -27,6 +31,8 @@ use crate::repository::Repository;
 /// Chunks of an image and where they are.
 #[derive(Debug)]
 pub struct ImageMap {
+    /// The image, as its component pins it.
+    pub image: ImageRef,
     /// The chunks.
     pub index: ChunkIndex,
     /// Where each is.
@@ -34,23 +40,32 @@ pub struct ImageMap {
 }
 
 impl ImageMap {
-    /// Pairs an index with locations, if they fit.
-    pub fn new(index: ChunkIndex, locations: Locations) -> Result<Self, &'static str> {
+    /// Pairs an index, known to be the pinned one, with locations, if they fit.
+    pub fn new(
+        image: ImageRef,
+        index: ChunkIndex,
+        locations: Locations,
+    ) -> Result<Self, &'static str> {
         if index.validate().is_err() {
             return Err("the chunk index is not valid");
         }
-        if index.image != locations.image.digest || index.image_bytes != locations.image.bytes {
-            return Err("the chunk index and the locations are of different images");
+        if index.image != image.digest || index.image_bytes != image.bytes {
+            return Err("the chunk index is of another image");
+        }
+        if locations.chunk_index != image.chunk_index {
+            return Err("the locations are of another chunk index");
+        }
+        if image.metadata_bytes > image.bytes {
+            return Err("the image's metadata is longer than the image");
         }
         if index.chunks.len() != locations.chunks.len() {
             return Err("the chunk index and the locations count different chunks");
         }
-        Ok(Self { index, locations })
-    }
-
-    /// The image.
-    pub fn image(&self) -> &ImageRef {
-        &self.locations.image
+        Ok(Self {
+            image,
+            index,
+            locations,
+        })
     }
 
     /// Numbers of the chunks that overlap `extent`.
@@ -79,6 +94,7 @@ pub(crate) struct Images {
     repository: Arc<dyn Repository>,
     folder: PathBuf,
     open: RwLock<HashMap<Digest, Arc<ImageMap>>>,
+    known: RwLock<HashMap<Digest, ImageRef>>,
     bundles: RwLock<HashMap<Digest, Bundle>>,
 }
 
@@ -96,6 +112,7 @@ impl Images {
             repository,
             folder,
             open: RwLock::default(),
+            known: RwLock::default(),
             bundles: RwLock::default(),
         })
     }
@@ -118,6 +135,19 @@ impl Images {
         self.load(image, false).await
     }
 
+    /// Makes an image known: from now on its digest opens, by the index pinned here.
+    /// Two components may have the same image cut into different chunks; on one host the
+    /// first counts, since both would fill the same shared memory.
+    pub(crate) fn add(&self, image: ImageRef) -> Result<(), StoreError> {
+        let first = *self.known.write().entry(image.digest).or_insert(image);
+        if first == image {
+            return Ok(());
+        }
+        Err(StoreError::Disputed {
+            image: image.digest,
+        })
+    }
+
     /// Makes a bundle known: from now on its digest opens like an image's.
     pub(crate) fn add_bundle(&self, bundle: Bundle) {
         self.bundles.write().insert(bundle.digest(), bundle);
@@ -138,12 +168,7 @@ impl Images {
     async fn join(&self, bundle: &Bundle, cached: bool) -> Result<ImageMap, StoreError> {
         let mut chunks = Vec::new();
         let mut locations = Locations {
-            image: ImageRef {
-                digest: bundle.digest(),
-                bytes: bundle.bytes(),
-                metadata_bytes: 0,
-                inodes: 0,
-            },
+            chunk_index: bundle.digest(),
             packs: Vec::new(),
             chunks: Vec::new(),
         };
@@ -168,7 +193,15 @@ impl Images {
             image_bytes,
             chunks,
         };
-        ImageMap::new(index, locations).map_err(|problem| StoreError::Corrupted {
+        let joined = ImageRef {
+            digest: image,
+            bytes: image_bytes,
+            metadata_bytes: 0,
+            inodes: 0,
+            // Made here from pinned indexes, so there is none to be fetched and checked.
+            chunk_index: image,
+        };
+        ImageMap::new(joined, index, locations).map_err(|problem| StoreError::Corrupted {
             key: format!("bundle {image}"),
             problem: problem.to_owned(),
         })
@@ -181,10 +214,11 @@ impl Images {
             }
             other => other,
         };
-        let index_key = layout::chunk_index(image);
-        let locations_key = layout::locations(image);
-        let decode_index =
-            |bytes: &[u8]| ChunkIndex::decode(bytes).map_err(|error| error.to_string());
+        let known = self.known.read().get(&image).copied();
+        let known = known.ok_or(StoreError::ImageUnknown { image })?;
+        let index_key = layout::chunk_index(known.chunk_index);
+        let locations_key = layout::locations(known.chunk_index);
+        let decode_index = |bytes: &[u8]| decode_chunk_index(known.chunk_index, bytes);
         let decode_locations =
             |bytes: &[u8]| Locations::decode(bytes).map_err(|error| error.to_string());
         let (index, locations) = tokio::try_join!(
@@ -192,17 +226,10 @@ impl Images {
             self.object(&locations_key, cached, decode_locations),
         )
         .map_err(missing)?;
-        let map = ImageMap::new(index, locations).map_err(|problem| StoreError::Corrupted {
+        ImageMap::new(known, index, locations).map_err(|problem| StoreError::Corrupted {
             key: locations_key,
             problem: problem.to_owned(),
-        })?;
-        if map.image().digest != image {
-            return Err(StoreError::Corrupted {
-                key: index_key,
-                problem: "it is of another image".into(),
-            });
-        }
-        Ok(map)
+        })
     }
 
     /// A small immutable object, decoded; from the cache directory if `cached`.
@@ -236,4 +263,12 @@ impl Images {
         file.persist(path)?;
         Ok(())
     }
+}
+
+/// Decodes a chunk index that must be the one of this digest.
+pub(crate) fn decode_chunk_index(pinned: Digest, bytes: &[u8]) -> Result<ChunkIndex, String> {
+    if Digest::of(bytes) != pinned {
+        return Err("it is not the chunk index that the component pins".into());
+    }
+    ChunkIndex::decode(bytes).map_err(|error| error.to_string())
 }

@@ -4,10 +4,10 @@
 //! forelay-repository.json     descriptor: format and feature flags
 //! packs/<pack>.pack           chunks, each a zstd frame or stored as is; <pack> is the SHA-256 of the object
 //! packs/<pack>.idx            which chunks the pack holds and where
-//! chunks/<image>.idx          the image's chunks, in image order
-//! locations/<image>.loc       for each chunk of the image, where in which pack it is
+//! chunks/<index>.idx          an image's chunks, in image order; <index> is the SHA-256 of the object
+//! locations/<index>.loc       for each chunk of that index, where in which pack it is
 //! components/<id>.json        canonical metadata; its presence makes the component visible
-//! condemned/<pack>            the pack was found unreferenced; a later gc may delete it
+//! condemned/<digest>          that pack or chunk index was found unreferenced; a later gc may delete it
 //! ```
 //! The catalog is the listing of `components/`. No object is ever changed.
 //!
@@ -43,14 +43,14 @@ pub fn pack_index(pack: Digest) -> String {
     format!("{PACKS}{}.idx", pack.hex())
 }
 
-/// Key of an image's chunk index.
-pub fn chunk_index(image: Digest) -> String {
-    format!("{CHUNKS}{}.idx", image.hex())
+/// Key of a chunk index.
+pub fn chunk_index(index: Digest) -> String {
+    format!("{CHUNKS}{}.idx", index.hex())
 }
 
-/// Key of an image's chunk locations.
-pub fn locations(image: Digest) -> String {
-    format!("{LOCATIONS}{}.loc", image.hex())
+/// Key of the locations of a chunk index's chunks.
+pub fn locations(index: Digest) -> String {
+    format!("{LOCATIONS}{}.loc", index.hex())
 }
 
 /// Key of a component's metadata.
@@ -58,9 +58,9 @@ pub fn component(id: Digest) -> String {
     format!("{COMPONENTS}{}.json", id.hex())
 }
 
-/// Key of the mark on an unreferenced pack.
-pub fn condemned(pack: Digest) -> String {
-    format!("{CONDEMNED}{}", pack.hex())
+/// Key of the mark on an unreferenced pack or chunk index.
+pub fn condemned(dead: Digest) -> String {
+    format!("{CONDEMNED}{}", dead.hex())
 }
 
 /// The digest in a key such as `packs/<hex>.idx`, if it has this folder and suffix.

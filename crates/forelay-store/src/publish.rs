@@ -139,6 +139,7 @@ impl Store {
         if !self.put_indexes(chunks, &locations, &fresh).await? {
             return Ok(None);
         }
+        self.add_image(component.image)?;
         let created = put == Put::Created;
         Ok(Some(Published {
             id: component.id(),
@@ -156,12 +157,12 @@ impl Store {
         fresh: &HashSet<Digest>,
     ) -> Result<bool, StoreError> {
         let repository = &self.0.repository;
-        let image = chunks.image;
-        repository.delete(&layout::condemned(image)).await?;
+        let index = locations.chunk_index;
+        repository.delete(&layout::condemned(index)).await?;
         repository
-            .put_if_absent(&layout::chunk_index(image), chunks.encode().into())
+            .put_if_absent(&layout::chunk_index(index), chunks.encode().into())
             .await?;
-        let key = layout::locations(image);
+        let key = layout::locations(index);
         let put = repository
             .put_if_absent(&key, locations.encode().into())
             .await?;
@@ -371,7 +372,7 @@ fn locate(
         });
     }
     Ok(Locations {
-        image: component.image,
+        chunk_index: component.image.chunk_index,
         packs,
         chunks: located,
     })
@@ -384,6 +385,9 @@ fn check_consistency(component: &Component, chunks: &ChunkIndex) -> Result<(), S
     }
     if chunks.image != component.image.digest || chunks.image_bytes != component.image.bytes {
         return inconsistent("its chunk index is of another image".into());
+    }
+    if chunks.digest() != component.image.chunk_index {
+        return inconsistent("it pins another chunk index".into());
     }
     if component.image.metadata_bytes > component.image.bytes {
         return inconsistent("its metadata is longer than its image".into());

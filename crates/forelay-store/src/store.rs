@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use forelay_image::bundle::Bundle;
+use forelay_image::component::ImageRef;
 use forelay_image::{Component, ComponentId, Digest, Extent};
 use parking_lot::Mutex;
 
@@ -183,7 +184,21 @@ impl Store {
         Ok(())
     }
 
-    /// Chunks of an image and where they are.
+    /// Makes a component's image known: from now on its digest opens, reads and prefetches,
+    /// checked against the chunk index that the component pins.
+    pub fn add_image(&self, image: ImageRef) -> Result<(), StoreError> {
+        self.0.images.add(image)
+    }
+
+    /// Opens a component's image by the component's id, which pins all of it. Content with
+    /// this host's copy of the metadata.
+    pub async fn open_component(&self, id: ComponentId) -> Result<Arc<ImageMap>, StoreError> {
+        let image = self.load_component(id).await?.image;
+        self.add_image(image)?;
+        self.open_image(image.digest).await
+    }
+
+    /// Chunks of an image that was made known, and where they are.
     pub async fn open_image(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
         self.0.images.open(image).await
     }
@@ -196,7 +211,7 @@ impl Store {
     /// All metadata of an image: its first `metadata_bytes`, for compose.
     pub async fn image_metadata(&self, image: Digest) -> Result<Bytes, StoreError> {
         let map = self.open_image(image).await?;
-        let metadata = Extent::new(0, map.image().metadata_bytes);
+        let metadata = Extent::new(0, map.image.metadata_bytes);
         self.read_image(image, metadata, Priority::Demand).await
     }
 
@@ -208,7 +223,7 @@ impl Store {
         priority: Priority,
     ) -> Result<Bytes, StoreError> {
         let map = self.open_image(image).await?;
-        let image_bytes = map.image().bytes;
+        let image_bytes = map.image.bytes;
         if extent.end() > image_bytes {
             let (offset, end) = (extent.offset, extent.end());
             return Err(StoreError::BeyondEnd {
@@ -240,7 +255,7 @@ impl Store {
         let file =
             tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
-        let whole = Extent::new(0, map.image().bytes);
+        let whole = Extent::new(0, map.image.bytes);
         let mut items = self.0.scheduler.prefetch(vec![(image, whole)]);
         // One extent, so the chunks arrive in image order.
         while let Some(item) = items.next().await {
@@ -263,7 +278,7 @@ impl Store {
     /// thread that may block (never an async one).
     pub async fn image_reader(&self, image: Digest) -> Result<ImageReader, StoreError> {
         let map = self.open_image(image).await?;
-        let image_bytes = map.image().bytes;
+        let image_bytes = map.image.bytes;
         Ok(ImageReader {
             store: self.clone(),
             handle: tokio::runtime::Handle::current(),

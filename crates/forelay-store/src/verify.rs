@@ -9,10 +9,10 @@
 
 use std::collections::HashMap;
 
-use forelay_image::{ChunkIndex, Digest};
+use forelay_image::Digest;
 
 use crate::error::StoreError;
-use crate::images::ImageMap;
+use crate::images::{ImageMap, decode_chunk_index};
 use crate::layout;
 use crate::pack::{Locations, PackIndex, open_frame};
 use crate::store::{Store, decode_component};
@@ -170,15 +170,12 @@ impl Store {
                 .map_err(|error| error.to_string())
         };
         let component = decode_component(id, &get(layout::component(id)).await?)?;
-        let image = component.image.digest;
-        let index = ChunkIndex::decode(&get(layout::chunk_index(image)).await?)
-            .map_err(|error| format!("chunk index of image {image}: {error}"))?;
-        let locations = Locations::decode(&get(layout::locations(image)).await?)
+        let (image, pinned) = (component.image.digest, component.image.chunk_index);
+        let index = decode_chunk_index(pinned, &get(layout::chunk_index(pinned)).await?)
+            .map_err(|problem| format!("chunk index of image {image}: {problem}"))?;
+        let locations = Locations::decode(&get(layout::locations(pinned)).await?)
             .map_err(|error| format!("locations of image {image}: {error}"))?;
-        if index.image != image || locations.image != component.image {
-            return Err(format!("the indexes of image {image} are of another image"));
-        }
-        let map = ImageMap::new(index, locations)?;
+        let map = ImageMap::new(component.image, index, locations)?;
         for (chunk_no, chunk) in map.index.chunks.iter().enumerate() {
             let located = map.location(chunk_no as u32);
             let there = located.is_some_and(|(pack, location)| {

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
 use forelay_image::bundle::Bundle;
+use forelay_image::component::Role;
 use forelay_image::erofs::merge::{
     ComposeError, ComposeOptions, Composed, Layer, MapLayout, compose,
 };
@@ -21,7 +22,7 @@ use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Ready};
 use forelay_image::tree::{Attributes, FileData, Kind, Node, Tree, TreeError};
 use forelay_store::import::merge::{
-    Fragments, MergeError, MergedFile, fragments_path, merged_files,
+    Fragments, MergeError, MergedFile, fragments_path, merged_files, package_status, status_path,
 };
 use forelay_store::{ImageMap, ImageReader, Store, StoreError};
 use forelay_vm::guest_config::{
@@ -30,6 +31,8 @@ use forelay_vm::guest_config::{
 
 /// Largest fragments file that is read.
 const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
+/// Where dpkg keeps what is installed.
+const PACKAGE_STATUS_PATH: &str = "var/lib/dpkg/status";
 /// Largest kernel or initramfs that is read.
 const KERNEL_LIMIT_BYTES: u64 = 512 << 20;
 
@@ -113,15 +116,35 @@ impl ReadAt for Reader {
 }
 
 impl Recipe {
-    /// Reads what `lock` names from the store.
-    pub async fn load(store: &Store, lock: &Lock) -> Result<Self, RecipeError> {
+    /// Reads what `lock` names from the store. `full_system` VMs (those that run their own
+    /// init) also get a package database that knows all components' packages; the others
+    /// have no use for the memory that it takes in each VM.
+    pub async fn load(store: &Store, lock: &Lock, full_system: bool) -> Result<Self, RecipeError> {
         let parts = lock
             .components
             .iter()
-            .map(|component| load_part(store, component));
+            .map(|component| load_part(store, component, full_system));
         let loaded = futures_util::future::try_join_all(parts).await?;
-        let (parts, fragments): (Vec<Part>, Vec<Fragments>) = loaded.into_iter().unzip();
-        let merged = merged_files(&fragments)?;
+        let (parts, texts): (Vec<Part>, Vec<PartTexts>) = loaded.into_iter().unzip();
+        let mut fragments = Vec::new();
+        let mut statuses = Vec::new();
+        for text in texts {
+            fragments.push(text.fragments);
+            statuses.extend(text.package_status);
+        }
+        let mut merged = merged_files(&fragments)?;
+        if let [base, added @ ..] = &statuses[..]
+            && !added.is_empty()
+        {
+            let added: Vec<&str> = added.iter().map(String::as_str).collect();
+            merged.push(MergedFile {
+                path: PACKAGE_STATUS_PATH.to_owned(),
+                bytes: package_status(base, &added).into_bytes(),
+                mode: 0o644,
+                uid: 0,
+                gid: 0,
+            });
+        }
         // The last component with a command of its own is what the VM is for.
         let mut entrypoint = Vec::new();
         for locked in lock.components.iter().rev() {
@@ -253,46 +276,68 @@ fn label(component: &LockedComponent) -> String {
     format!("{} {}", component.name, component.version)
 }
 
+/// Texts of a component that are merged with the other components'.
+#[derive(Default)]
+struct PartTexts {
+    fragments: Fragments,
+    /// Paragraphs of its packages, if they were asked for and there are any.
+    package_status: Option<String>,
+}
+
 async fn load_part(
     store: &Store,
     component: &LockedComponent,
-) -> Result<(Part, Fragments), RecipeError> {
+    full_system: bool,
+) -> Result<(Part, PartTexts), RecipeError> {
     let failed = |source| RecipeError::Component {
         component: label(component),
         source,
     };
     let image = component.image;
+    let map = store.open_component(component.id).await.map_err(failed)?;
     let metadata = store.image_metadata(image).await.map_err(failed)?;
-    let map = store.open_image(image).await.map_err(failed)?;
     let reader = Reader(store.image_reader(image).await.map_err(failed)?);
-    let name = component.name.clone();
-    let read = tokio::task::spawn_blocking(move || read_fragments(&reader, &name)).await;
-    let fragments = match read.map_err(|_| RecipeError::Interrupted)? {
-        Ok(Some(bytes)) => Fragments::decode(&component.name, &bytes)?,
-        Ok(None) => Fragments::default(),
-        Err(source) => {
-            return Err(RecipeError::Image {
-                component: label(component),
-                source,
-            });
-        }
-    };
+    let locked = component.clone();
+    let read = tokio::task::spawn_blocking(move || read_texts(&reader, &locked, full_system)).await;
+    let texts = read.map_err(|_| RecipeError::Interrupted)??;
     Ok((
         Part {
             component: component.clone(),
             metadata,
             map,
         },
-        fragments,
+        texts,
     ))
 }
 
-fn read_fragments(reader: &Reader, name: &str) -> Result<Option<Vec<u8>>, ReadError> {
-    read_file(
-        &Image::open(reader)?,
-        &fragments_path(name),
-        FRAGMENTS_LIMIT_BYTES,
-    )
+fn read_texts(
+    reader: &Reader,
+    component: &LockedComponent,
+    full_system: bool,
+) -> Result<PartTexts, RecipeError> {
+    let damaged = |source| RecipeError::Image {
+        component: label(component),
+        source,
+    };
+    let image = Image::open(reader).map_err(damaged)?;
+    let read = |path: &str| read_file(&image, path, FRAGMENTS_LIMIT_BYTES).map_err(damaged);
+    let fragments = match read(&fragments_path(&component.name))? {
+        Some(bytes) => Fragments::decode(&component.name, &bytes)?,
+        None => Fragments::default(),
+    };
+    let status_path = match component.role {
+        Role::Base => PACKAGE_STATUS_PATH.to_owned(),
+        _ => status_path(&component.name),
+    };
+    let status = if full_system {
+        read(&status_path)?
+    } else {
+        None
+    };
+    Ok(PartTexts {
+        fragments,
+        package_status: status.map(|text| String::from_utf8_lossy(&text).into_owned()),
+    })
 }
 
 /// A whole file of an image, if there is one at `path` (symbolic links are not followed).
@@ -329,11 +374,12 @@ pub async fn kernel_files(
     if files.kernel.exists() && files.initrd.exists() {
         return Ok(files);
     }
-    let reader = store.image_reader(kernel.image).await;
-    let reader = Reader(reader.map_err(|source| RecipeError::Component {
+    let failed = |source| RecipeError::Component {
         component: label(kernel),
         source,
-    })?);
+    };
+    store.open_component(kernel.id).await.map_err(failed)?;
+    let reader = Reader(store.image_reader(kernel.image).await.map_err(failed)?);
     let (name, dir) = (label(kernel), dir.to_path_buf());
     let extracted = tokio::task::spawn_blocking(move || {
         extract_kernel(&reader, &name, &dir, &files).map(|()| files)

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::statistics::{median, ratio};
 use crate::demo;
 use crate::host::{self, Host, Programs, Settings};
-use crate::process::{output, run, target_dir};
+use crate::process::{output, run, run_quiet, target_dir};
 
 const PROFILE: &str = "web";
 const ROUNDS: usize = 5;
@@ -294,10 +294,6 @@ pub(super) fn touch_list(touches: &[Value], devices: &[Value]) -> Result<String>
         }
     }
     Ok(text)
-}
-
-fn run_quiet(command: &mut Command) -> Result<()> {
-    output(command).map(drop)
 }
 
 /// Mounts the composed image from its files and copies the tree into an ext4 image.

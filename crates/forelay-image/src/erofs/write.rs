@@ -149,18 +149,20 @@ pub fn write_image(tree: &Tree, out: &mut (impl Write + Seek)) -> Result<Written
     let digest = Digest::from_bytes(hasher.finalize().into());
     let chunks = chunks_with_metadata(metadata, digest, data_chunks, out)?;
     let bytes = data.end_block * BLOCK_BYTES;
+    let chunks = ChunkIndex {
+        image: digest,
+        image_bytes: bytes,
+        chunks,
+    };
     Ok(Written {
         image: ImageRef {
             digest,
             bytes,
             metadata_bytes: plan.metadata_blocks * BLOCK_BYTES,
             inodes: plan.nodes.len() as u64,
+            chunk_index: chunks.digest(),
         },
-        chunks: ChunkIndex {
-            image: digest,
-            image_bytes: bytes,
-            chunks,
-        },
+        chunks,
     })
 }
 

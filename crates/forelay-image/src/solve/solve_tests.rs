@@ -18,6 +18,7 @@ fn make(name: &str, version: &str, role: Role) -> Component {
             bytes: 8192,
             metadata_bytes: 4096,
             inodes: 1,
+            chunk_index: Digest::of(b"index"),
         },
         provides: vec![],
         requires: vec![],

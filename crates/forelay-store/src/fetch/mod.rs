@@ -413,7 +413,7 @@ impl Scheduler {
 
 /// The source of a chunk.
 fn source(map: &ImageMap, chunk_no: u32) -> Result<Source, FetchError> {
-    let image = map.image().digest;
+    let image = map.image.digest;
     let found = map.chunk(chunk_no).zip(map.location(chunk_no));
     let (chunk, (pack, location)) = found.ok_or(FetchError::NoSuchChunk { image, chunk_no })?;
     Ok(Source {

@@ -15,13 +15,14 @@ use forelay_image::erofs::write::{WriteError, write_image};
 use tempfile::TempPath;
 
 use super::apt::{AptCache, DEFAULT_REFRESH_AFTER};
-use super::base::{BaseOptions, build_base};
+use super::base::{BaseOptions, build_base, put_file};
 use super::control::{parse_provides, parse_relations, sbom_package};
 use super::deb::{merge_usr, read_deb};
 use super::dir::{Ownership, name_from_path, read_directory};
 use super::draft::{Draft, Imported};
 use super::error::{ImportError, io_error};
 use super::kernel::{KernelOptions, build_kernel};
+use super::merge::status_path;
 use super::packages::{PackageOptions, build_packages};
 use super::progress::{Phase, Progress, Reporter};
 use super::roots::BaseRoot;
@@ -203,7 +204,9 @@ impl Builder {
                     spools: vec![spool],
                 })
             }
-            Source::DebFile { path } => import_deb_file(path, &scratch, report),
+            Source::DebFile { path } => {
+                import_deb_file(path, request.name.as_deref(), &scratch, report)
+            }
         }
     }
 
@@ -260,6 +263,7 @@ fn suite_of(base: &Component) -> String {
 
 fn import_deb_file(
     path: &Path,
+    name: Option<&str>,
     scratch: &Path,
     report: Reporter<'_>,
 ) -> Result<Imported, ImportError> {
@@ -268,6 +272,18 @@ fn import_deb_file(
     let mut deb = read_deb(path, &mut spool)?;
     merge_usr(&mut deb.tree, path)?;
     let control = &deb.control;
+    let status = format!(
+        "{}\nStatus: install ok installed\n",
+        control.text().trim_end()
+    );
+    let status_path = status_path(name.unwrap_or(control.field("Package")));
+    put_file(
+        &mut deb.tree,
+        &status_path,
+        status.into_bytes(),
+        0o644,
+        path,
+    )?;
     let relations = |field: &str| parse_relations(control.field(field));
     let mut draft = Draft::new(
         control.field("Package"),

@@ -23,6 +23,7 @@ fn base(provides: &[(&str, &str)]) -> BaseRoot {
         bytes: 4096,
         metadata_bytes: 4096,
         inodes: 1,
+        chunk_index: Digest::of(b"index"),
     };
     let mut draft = Draft::new("debian", "12.12+20260915", Role::Base);
     draft.provides = provides

@@ -1,15 +1,13 @@
-//! The locations of one image: where each of its chunks is.
+//! The locations of one chunk index: where each of its chunks is.
 //!
 //! One small object tells a host all it needs to fetch any chunk of an image, whatever
 //! packs earlier publications left its chunks in.
 //!
-//! Body: image 32 | image bytes u64 | metadata bytes u64 | inodes u64 | packs u32 |
-//! packs x digest 32 | chunks u32 | chunks x (pack number u32 | offset u32 | stored bytes u32).
+//! Body: chunk index 32 | packs u32 | packs x digest 32 | chunks u32 | chunks x (pack number u32 | offset u32 | stored bytes u32).
 //!
 //! Invariant of decoded locations: every pack number names a pack of the list.
 
 use forelay_image::Digest;
-use forelay_image::component::ImageRef;
 
 use crate::sealed::{Reader, SealError, seal, unseal};
 
@@ -27,11 +25,11 @@ pub struct Location {
     pub stored_bytes: u32,
 }
 
-/// Where each chunk of an image is.
+/// Where each chunk of an index is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Locations {
-    /// The image.
-    pub image: ImageRef,
+    /// Digest of the chunk index.
+    pub chunk_index: Digest,
     /// The packs that hold its chunks.
     pub packs: Vec<Digest>,
     /// One location per chunk, in image order.
@@ -42,14 +40,7 @@ impl Locations {
     /// The locations as a repository object.
     pub fn encode(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(64 + self.packs.len() * 32 + self.chunks.len() * 12);
-        body.extend_from_slice(self.image.digest.as_bytes());
-        for field in [
-            self.image.bytes,
-            self.image.metadata_bytes,
-            self.image.inodes,
-        ] {
-            body.extend_from_slice(&field.to_le_bytes());
-        }
+        body.extend_from_slice(self.chunk_index.as_bytes());
         body.extend_from_slice(&(self.packs.len() as u32).to_le_bytes());
         for pack in &self.packs {
             body.extend_from_slice(pack.as_bytes());
@@ -66,17 +57,7 @@ impl Locations {
     /// Reads locations.
     pub fn decode(bytes: &[u8]) -> Result<Self, SealError> {
         let mut body = Reader(unseal(MAGIC, bytes)?);
-        let image = ImageRef {
-            digest: body.digest()?,
-            bytes: body.u64()?,
-            metadata_bytes: body.u64()?,
-            inodes: body.u64()?,
-        };
-        if image.metadata_bytes > image.bytes {
-            return Err(SealError::Body(
-                "the image's metadata is longer than the image",
-            ));
-        }
+        let chunk_index = body.digest()?;
         let count = body.count(32)?;
         let packs = (0..count)
             .map(|_| body.digest())
@@ -96,7 +77,7 @@ impl Locations {
         }
         body.finish()?;
         Ok(Self {
-            image,
+            chunk_index,
             packs,
             chunks,
         })

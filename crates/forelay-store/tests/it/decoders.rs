@@ -1,6 +1,5 @@
 //! Decoders of what comes from a repository: round trips, and no panic on any bytes.
 
-use forelay_image::component::ImageRef;
 use forelay_image::lock::Lock;
 use forelay_image::manifest::Manifest;
 use forelay_image::{ChunkIndex, Digest};
@@ -46,12 +45,7 @@ fn locations() -> impl Strategy<Value = Locations> {
         prop::collection::vec((0..5u32, any::<u32>(), any::<u32>()), 0..40),
     )
         .prop_map(|(packs, chunks)| Locations {
-            image: ImageRef {
-                digest: Digest::of(b"image"),
-                bytes: 8192,
-                metadata_bytes: 4096,
-                inodes: 7,
-            },
+            chunk_index: Digest::of(b"index"),
             packs: (0..packs)
                 .map(|number| Digest::of(&number.to_le_bytes()))
                 .collect(),

@@ -264,6 +264,33 @@ async fn a_repacked_image_is_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn another_chunk_index_than_the_pinned_one_is_refused() {
+    let bench = Bench::new();
+    let store = bench.store().await;
+    let good = bench.published(&store, "good", 2, 4096).await;
+    // A whole and consistent index of the same image that names other bytes.
+    let evil = bench.published(&store, "evil", 2, 4096).await;
+    let mut index = evil.index.clone();
+    index.image = good.image();
+    let path = |index: forelay_image::Digest| {
+        bench
+            .repository_path()
+            .join(format!("chunks/{}.idx", index.hex()))
+    };
+    std::fs::write(path(good.component.image.chunk_index), index.encode()).unwrap();
+    let host = bench.store().await;
+    let error = host.open_image(good.image()).await.unwrap_err();
+    assert!(error.to_string().contains("pins"), "{error}");
+    let report = host.verify(&|_| {}).await.unwrap();
+    assert_eq!(report.findings.len(), 1, "{report:?}");
+    // A component that pins the other index for this image does not get in beside it.
+    let mut forged = evil.component.image;
+    (forged.digest, forged.chunk_index) = (good.image(), index.digest());
+    let error = host.add_image(forged).unwrap_err();
+    assert!(matches!(error, StoreError::Disputed { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_bad_metadata_object_does_not_hide_the_others() {
     let bench = Bench::new();
     let store = bench.store().await;
@@ -281,9 +308,10 @@ async fn one_bad_metadata_object_does_not_hide_the_others() {
     );
     let error = host.component(bad.component.id()).await.unwrap_err();
     assert!(matches!(error, StoreError::Corrupted { .. }), "{error}");
-    let index = bench
-        .repository_path()
-        .join(format!("chunks/{}.idx", good.image().hex()));
+    let index = bench.repository_path().join(format!(
+        "chunks/{}.idx",
+        good.component.image.chunk_index.hex()
+    ));
     let bytes = std::fs::read(&index).unwrap();
     std::fs::write(&index, &bytes[..bytes.len() / 2]).unwrap();
     let error = host.open_image(good.image()).await.unwrap_err();

@@ -35,7 +35,7 @@ async fn what_nothing_refers_to_goes_in_two_steps() {
     store.remove_component(gone.component.id()).await.unwrap();
     // In use by a lock: stays.
     let in_use = GcOptions {
-        images_in_use: vec![gone.image()],
+        images_in_use: vec![gone.component.image],
         ..at_once()
     };
     assert_eq!(store.gc(&in_use).await.unwrap().condemned, 0);

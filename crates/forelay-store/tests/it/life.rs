@@ -212,7 +212,11 @@ async fn vanished_components_and_images_are_named() {
         Err(StoreError::ComponentMissing { .. })
     ));
     assert!(store.components().await.unwrap().is_empty());
-    let nowhere = forelay_image::Digest::of(b"nowhere");
+    let nowhere = bench.sample("nowhere", &[(9, 4096)]);
+    let unknown = store.open_image(nowhere.image()).await;
+    assert!(matches!(unknown, Err(StoreError::ImageUnknown { .. })));
+    store.add_image(nowhere.component.image).unwrap();
+    let nowhere = nowhere.image();
     let error = store
         .read_image(nowhere, Extent::new(0, 1), Priority::Demand)
         .await

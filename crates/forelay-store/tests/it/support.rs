@@ -66,6 +66,11 @@ pub fn sample(dir: &Path, name: &str, chunks: &[(u64, usize)]) -> Sample {
         bytes.extend_from_slice(&chunk);
     }
     let image = Digest::of(&bytes);
+    let index = ChunkIndex {
+        image,
+        image_bytes: bytes.len() as u64,
+        chunks: list,
+    };
     let path = dir.join(format!("{name}.erofs"));
     std::fs::write(&path, &bytes).unwrap();
     let component = Component {
@@ -79,6 +84,7 @@ pub fn sample(dir: &Path, name: &str, chunks: &[(u64, usize)]) -> Sample {
             bytes: bytes.len() as u64,
             metadata_bytes: chunks[0].1 as u64,
             inodes: 1,
+            chunk_index: index.digest(),
         },
         provides: vec![],
         requires: vec![],
@@ -87,11 +93,6 @@ pub fn sample(dir: &Path, name: &str, chunks: &[(u64, usize)]) -> Sample {
         cmdline: None,
         notes: vec![],
         sbom: vec![],
-    };
-    let index = ChunkIndex {
-        image,
-        image_bytes: bytes.len() as u64,
-        chunks: list,
     };
     Sample {
         component,
@@ -104,6 +105,8 @@ pub fn sample(dir: &Path, name: &str, chunks: &[(u64, usize)]) -> Sample {
 pub struct Bench {
     pub dir: tempfile::TempDir,
     pub faults: Arc<Faulty>,
+    /// Images of the samples made so far.
+    images: Mutex<Vec<ImageRef>>,
 }
 
 impl Bench {
@@ -111,14 +114,18 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let inner = DirectoryRepository::open(dir.path().join("repository")).unwrap();
         let faults = Arc::new(Faulty::new(Arc::new(inner)));
-        Self { dir, faults }
+        Self {
+            dir,
+            faults,
+            images: Mutex::default(),
+        }
     }
 
     pub fn repository_path(&self) -> PathBuf {
         self.dir.path().join("repository")
     }
 
-    /// A store with a new, empty cache.
+    /// A store with a new, empty cache, to which all samples so far are known.
     pub async fn store(&self) -> Store {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let cache = self
@@ -140,11 +147,17 @@ impl Bench {
             cache_cap_bytes: 1 << 30,
             fetch,
         };
-        Store::open(config).await.unwrap()
+        let store = Store::open(config).await.unwrap();
+        for image in self.images.lock().iter() {
+            store.add_image(*image).unwrap();
+        }
+        store
     }
 
     pub fn sample(&self, name: &str, chunks: &[(u64, usize)]) -> Sample {
-        sample(self.dir.path(), name, chunks)
+        let sample = sample(self.dir.path(), name, chunks);
+        self.images.lock().push(sample.component.image);
+        sample
     }
 
     /// A published image of `count` chunks of `len` bytes.

@@ -313,6 +313,7 @@ async fn request(
         if base.role != Role::Base {
             bail!("{} is no base: name one with --on", base.name);
         }
+        store.add_image(base.image)?;
         let reader = Reader(store.image_reader(base.image.digest).await?);
         let builder = builder.clone();
         let base = tokio::task::spawn_blocking(move || builder.base_root(&base, &reader)).await??;

@@ -126,7 +126,7 @@ pub async fn compose(arguments: ComposeArguments, config: &Config) -> Result<()>
     let out = arguments.out;
     std::fs::create_dir_all(&out)
         .with_context(|| format!("cannot make the directory {}", out.display()))?;
-    let recipe = Recipe::load(&store, &lock).await?;
+    let recipe = Recipe::load(&store, &lock, manifest.init.is_some()).await?;
     let hostname = arguments.hostname.or_else(|| manifest.hostname.clone());
     let hostname = hostname.unwrap_or_else(|| manifest.profile_name().to_owned());
     let layout = match arguments.emit {

@@ -43,7 +43,7 @@ impl Host {
         let every = self.learner.clock().wall(EVERY).max(EVERY_AT_MOST);
         let mut interval = tokio::time::interval(every);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut catalogue = Catalogue::new();
+        let mut catalogue = Catalogue::default();
         let mut read_at: Option<Instant> = None;
         loop {
             interval.tick().await;
@@ -64,7 +64,7 @@ impl Host {
         for foreseen in self.foresee(now, LEAST_PROBABILITY, catalogue) {
             let done = match (&foreseen.vm, &foreseen.launch) {
                 (Some(vm), _) => {
-                    let done = self.tell_attachments(&foreseen, vm).await;
+                    let done = self.tell_attachments(&foreseen, vm, catalogue).await;
                     if matches!(done, Ok(true)) {
                         next.vms.insert(vm.clone());
                     }
@@ -133,6 +133,7 @@ impl Host {
         self: &Arc<Self>,
         foreseen: &Foreseen,
         vm: &str,
+        catalogue: &Catalogue,
     ) -> Result<bool, HostError> {
         let likely: Vec<_> = foreseen
             .forecast
@@ -144,13 +145,16 @@ impl Host {
             return Ok(false);
         };
         for one in &likely {
+            let Some(id) = catalogue.id(&one.image) else {
+                continue;
+            };
             let device = PlannedDevice {
                 image: one.image,
                 image_bytes: one.image_bytes,
                 label: one.component.clone(),
                 members: Vec::new(),
             };
-            self.make_reachable(&foreseen.domain, device).await?;
+            self.make_reachable(&foreseen.domain, id, device).await?;
         }
         let clock = self.learner.clock();
         let expected = clock.now().plus_seconds(likeliest.until_s);

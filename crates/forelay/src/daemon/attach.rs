@@ -12,11 +12,11 @@ use std::time::Instant;
 
 use forelay_cache::plan::Event;
 use forelay_cache::{DeviceImage, Domain};
-use forelay_image::Digest;
 use forelay_image::component::NameRange;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::relock;
+use forelay_image::{ComponentId, Digest};
 use forelay_vm::VmHandle;
 use forelay_vm::guest_protocol::Attach;
 
@@ -84,7 +84,7 @@ impl Host {
         let started = Instant::now();
         let domain = Domain::from(instance.vm().domain.as_str());
         let record = self
-            .make_reachable(&domain, PlannedDevice::from(component))
+            .make_reachable(&domain, component.id, PlannedDevice::from(component))
             .await?;
         let map_s = started.elapsed().as_secs_f64();
         let request = Attach {
@@ -175,9 +175,10 @@ impl Host {
     pub(super) async fn make_reachable(
         self: &Arc<Self>,
         domain: &Domain,
+        component: ComponentId,
         device: PlannedDevice,
     ) -> Result<DeviceRecord, HostError> {
-        let opened = self.store.open_image(device.image).await;
+        let opened = self.store.open_component(component).await;
         opened.map_err(HostError::failed)?;
         let (host, domain) = (Arc::clone(self), domain.clone());
         let mapped = tokio::task::spawn_blocking(move || {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use forelay_cache::plan::PlannedExtent;
 use forelay_cache::{DeviceImage, Domain, SharedImage};
 use forelay_image::component::Role;
-use forelay_image::{Digest, Extent};
+use forelay_image::{ComponentId, Digest, Extent};
 use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::rank::{
     self, ComponentForecast, Costs, Knowledge, Present, Subject, Tier, TierCost, VmForecast,
@@ -25,8 +25,19 @@ use super::{Host, HostError};
 use crate::api::{ForecastEntry, SelfControl};
 use crate::history::ProfileRef;
 
-/// The newest version of each component that can be attached, by name.
-pub(super) type Catalogue = BTreeMap<String, Present>;
+/// The newest version of each component that can be attached.
+#[derive(Default)]
+pub(super) struct Catalogue {
+    by_name: BTreeMap<String, Present>,
+    ids: BTreeMap<Digest, ComponentId>,
+}
+
+impl Catalogue {
+    /// The component that has this image.
+    pub fn id(&self, image: &Digest) -> Option<ComponentId> {
+        self.ids.get(image).copied()
+    }
+}
 
 /// The forecast of one profile's next launch, or of one running VM.
 pub(super) struct Foreseen {
@@ -76,16 +87,18 @@ impl Host {
         let attachable = components
             .iter()
             .filter(|one| !matches!(one.role, Role::Base | Role::Kernel));
-        let present = attachable.map(|one| {
+        let mut catalogue = Catalogue::default();
+        for one in attachable {
             let present = Present {
                 label: format!("{} {}", one.name, one.version),
                 names: vec![one.name.clone()],
                 image: one.image.digest,
                 image_bytes: one.image.bytes,
             };
-            (one.name.clone(), present)
-        });
-        Ok(present.collect())
+            catalogue.ids.insert(present.image, one.id());
+            catalogue.by_name.insert(one.name.clone(), present);
+        }
+        Ok(catalogue)
     }
 
     /// How far ahead needs are foreseen, in seconds; the planner's horizon is the same.
@@ -201,7 +214,7 @@ impl Host {
             attachments: &needs.attachments,
             sets: &sets,
             costs,
-            locate: &|name| catalogue.get(name).cloned(),
+            locate: &|name| catalogue.by_name.get(name).cloned(),
             tier: &|image, extent| self.tier(domain, image, extent),
         };
         let mut forecasts = rank::forecast(std::slice::from_ref(subject), &known);

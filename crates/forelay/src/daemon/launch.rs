@@ -201,7 +201,7 @@ impl Host {
     ) -> Result<Vec<DeviceRecord>, HostError> {
         for component in &order.lock.components {
             // A component that vanished is told now, not as a stuck fault later.
-            let opened = self.store.open_image(component.image).await;
+            let opened = self.store.open_component(component.id).await;
             opened.map_err(|error| {
                 let cause = super::chain(&error);
                 HostError::Failed(format!("component {}: {cause}", label(component)))
@@ -322,12 +322,16 @@ impl Host {
         }
     }
 
-    pub(super) async fn recipe(&self, lock: &Lock) -> Result<Arc<Recipe>, HostError> {
+    pub(super) async fn recipe(
+        &self,
+        lock: &Lock,
+        full_system: bool,
+    ) -> Result<Arc<Recipe>, HostError> {
         let digest = lock.digest();
         if let Some(recipe) = self.recipes.lock().get(&digest) {
             return Ok(Arc::clone(recipe));
         }
-        let recipe = Recipe::load(&self.store, lock)
+        let recipe = Recipe::load(&self.store, lock, full_system)
             .await
             .map_err(HostError::failed)?;
         let recipe = Arc::new(recipe);
@@ -346,7 +350,9 @@ impl Host {
         hostname: &str,
         path: PathBuf,
     ) -> Result<MapImage, HostError> {
-        let recipe = self.recipe(&order.lock).await?;
+        let recipe = self
+            .recipe(&order.lock, order.manifest.init.is_some())
+            .await?;
         let (manifest, bundle) = (order.manifest.clone(), order.bundle.clone());
         let hostname = hostname.to_owned();
         let composed = tokio::task::spawn_blocking(move || {

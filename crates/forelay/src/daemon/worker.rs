@@ -12,6 +12,7 @@ use forelay_cache::mapping_table::SharedTable;
 use forelay_cache::plan::{Event, PlanConfig, Planner};
 use forelay_cache::{DeviceImage, Domain};
 use forelay_image::bundle::Bundle;
+use forelay_image::lock::Lock;
 use forelay_memory::{holder, pinner, pressure};
 use forelay_store::{DirectoryRepository, FetchConfig, Repository, Store, StoreConfig, Throttled};
 use forelay_vm::qemu::QemuDriver;
@@ -315,6 +316,9 @@ async fn take_over(host: &Arc<Host>, journalled: Replayed) -> Result<()> {
     names.extend(host.domains.sessions().held()?);
     names.sort();
     names.dedup();
+    for record in &records {
+        know_images(host, record).await;
+    }
     let (serving, files) = (Arc::clone(host), records.clone());
     tokio::task::spawn_blocking(move || -> Result<(), super::HostError> {
         for name in names {
@@ -354,6 +358,28 @@ async fn take_over(host: &Arc<Host>, journalled: Replayed) -> Result<()> {
         host.memory.tell(Event::BudgetChanged { budget_bytes });
     }
     Ok(())
+}
+
+/// Makes the images of a VM's lock known again, before anything can fault on them.
+async fn know_images(host: &Host, record: &Record) {
+    let lock = match Lock::parse(&record.lock) {
+        Ok(lock) => lock,
+        Err(error) => {
+            tracing::error!(vm = record.vm.name, %error, "the lock of a running VM is lost");
+            return;
+        }
+    };
+    for component in &lock.components {
+        if let Err(error) = host.store.open_component(component.id).await {
+            let why = super::chain(&error);
+            tracing::error!(
+                vm = record.vm.name,
+                component = component.name,
+                error = why,
+                "a running VM's component cannot be opened"
+            );
+        }
+    }
 }
 
 /// Finds the VMM of a record again; a VM that has ended is listed as failed.

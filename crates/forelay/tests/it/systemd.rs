@@ -9,7 +9,8 @@ fn privileged_systemd_reaches_multi_user_and_commands_run_beside_it() {
     let host = Host::started(&bench, &Settings::default());
     let manifest = host.write(
         "full.toml",
-        "name = \"full\"\nowner = \"tests\"\nbase = \"debian-systemd\"\ninit = true\n\
+        "name = \"full\"\nowner = \"tests\"\nbase = \"debian-systemd\"\n\
+         components = [\"forelay-tool\"]\ninit = true\n\
          ready = { exec = [\"systemctl\", \"is-active\", \"--quiet\", \"multi-user.target\"] }\n\n\
          [vm]\nmemory_mib = 256\n",
     );
@@ -20,6 +21,9 @@ fn privileged_systemd_reaches_multi_user_and_commands_run_beside_it() {
         "cat /proc/1/comm; systemctl is-active multi-user.target; hostname",
     );
     assert_eq!(says, "systemd\nactive\nfull\n");
+    // The package database knows the base's packages and the component's.
+    let installed = host.sh("full", "dpkg-query -W -f '${Status} ' forelay-tool systemd");
+    assert_eq!(installed, "install ok installed install ok installed ");
     host.ok(["stop", "full"]);
     assert_eq!(host.vm("full")["state"], "stopped");
 }
