@@ -84,7 +84,7 @@ pub struct VmSettings {
     /// Virtual CPUs.
     #[serde(deserialize_with = "cpus")]
     pub cpus: u32,
-    /// Port forwards, `"HOST:GUEST"` or `"HOST:GUEST/udp"`.
+    /// Port forwards, `"HOST:GUEST"` or `"HOST:GUEST/udp"`; without a host port any free one.
     #[serde(with = "forwards")]
     pub forward: Vec<Forward>,
     /// Where the guest's writes go: `"tmpfs"` or the size of a scratch disk such as `"2G"`.
@@ -106,7 +106,7 @@ impl Default for VmSettings {
 /// A host port that leads to a guest port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Forward {
-    /// Port on the host's loopback interface.
+    /// Port on the host's loopback interface; 0 for any free one.
     pub host: u16,
     /// Port in the guest.
     pub guest: u16,
@@ -453,7 +453,8 @@ mod forwards {
             let text = String::deserialize(deserializer)?;
             parse(&text).map(Self).ok_or_else(|| {
                 custom(format!(
-                    "{text:?} is not a port forward: write \"8080:80\" (host:guest)"
+                    "{text:?} is not a port forward: write \"8080:80\" (host:guest), or \":80\" for any \
+                     free port of the host"
                 ))
             })
         }
@@ -467,10 +468,10 @@ mod forwards {
             "udp" => true,
             _ => return None,
         };
-        let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+        let host = if host.is_empty() { "0" } else { host };
         Some(Forward {
-            host: port(host)?,
-            guest: port(guest)?,
+            host: host.parse().ok()?,
+            guest: guest.parse().ok().filter(|port| *port > 0)?,
             udp,
         })
     }

@@ -11,7 +11,7 @@ ready = { tcp = 80 }
 
 [vm]
 memory_mib = 256
-forward = ["8080:80", "5353:53/udp"]
+forward = ["8080:80", "5353:53/udp", ":443"]
 scratch = "2G"
 
 [env]

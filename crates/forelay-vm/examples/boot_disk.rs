@@ -34,6 +34,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         spec.forwards = vec![Forward {
             host: 18_080,
             guest: 80,
+            udp: false,
         }];
     }
     let asked = Instant::now();

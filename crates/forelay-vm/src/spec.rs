@@ -190,6 +190,9 @@ pub struct Forward {
     pub host: u16,
     /// Port in the guest.
     pub guest: u16,
+    /// UDP instead of TCP.
+    #[serde(default)]
+    pub udp: bool,
 }
 
 /// A disk.

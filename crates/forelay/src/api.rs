@@ -3,10 +3,10 @@
 //! Fields are stable: new ones may be added, none changes its meaning. Times are seconds
 //! (`_s`) or milliseconds since the epoch (`_ms`), sizes are bytes.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use forelay_image::Digest;
+use forelay_vm::Forward;
 use serde::{Deserialize, Serialize};
 
 /// Version of the API, the first part of every path.
@@ -131,8 +131,8 @@ pub struct Vm {
     pub pid: Option<u32>,
     /// Launch asked for, milliseconds since the epoch.
     pub launched_ms: i64,
-    /// Host port to guest port.
-    pub forwards: BTreeMap<u16, u16>,
+    /// Port forwards, host ports as given.
+    pub forwards: Vec<Forward>,
     /// Components in compose order.
     pub components: Vec<VmComponent>,
     /// Figures of the launch.

@@ -143,7 +143,9 @@ fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
     }
     let mut user = "user,id=network,ipv6=off".to_owned();
     for forward in &spec.forwards {
-        let rule = format!(",hostfwd=tcp:127.0.0.1:{}-:{}", forward.host, forward.guest);
+        let protocol = if forward.udp { "udp" } else { "tcp" };
+        let (host, guest) = (forward.host, forward.guest);
+        let rule = format!(",hostfwd={protocol}:127.0.0.1:{host}-:{guest}");
         user.push_str(&rule);
     }
     line.plain(&["-netdev", &user]);
@@ -357,6 +359,7 @@ mod tests {
         spec.forwards = vec![Forward {
             host: 8080,
             guest: 80,
+            udp: false,
         }];
         spec.upper = Upper::Scratch {
             path: "/s".into(),

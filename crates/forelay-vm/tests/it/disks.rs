@@ -49,6 +49,7 @@ async fn privileged_serves_a_forwarded_port_from_a_scratch_disk() {
     spec.forwards = vec![Forward {
         host: port,
         guest: 80,
+        udp: false,
     }];
     let vm = bench.ready(&spec).await;
 

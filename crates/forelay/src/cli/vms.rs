@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use forelay_vm::Forward;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::output;
@@ -151,8 +152,9 @@ fn print_ready(vm: &Vm) {
         output::bytes(vm.launch.prefetched_bytes),
         output::bytes(vm.launch.repository_bytes),
     );
-    for (host, guest) in &vm.forwards {
-        println!("  127.0.0.1:{host} -> guest port {guest}");
+    for Forward { host, guest, udp } in &vm.forwards {
+        let protocol = if *udp { "UDP" } else { "TCP" };
+        println!("  127.0.0.1:{host} -> guest port {guest} ({protocol})");
     }
 }
 
@@ -237,10 +239,14 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
 }
 
 fn forwards(vm: &Vm) -> String {
-    let pairs = vm
-        .forwards
-        .iter()
-        .map(|(host, guest)| format!("{host}->{guest}"));
+    let pairs = vm.forwards.iter().map(|one| {
+        format!(
+            "{}->{}{}",
+            one.host,
+            one.guest,
+            if one.udp { "/udp" } else { "" }
+        )
+    });
     pairs.collect::<Vec<_>>().join(" ")
 }
 

@@ -231,7 +231,7 @@ mod tests {
             state: VmState::Launching,
             pid: None,
             launched_ms: 1,
-            forwards: BTreeMap::new(),
+            forwards: Vec::new(),
             components: vec![],
             launch: LaunchFigures::default(),
             runtime_dir: dir.join(name),

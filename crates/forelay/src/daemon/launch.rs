@@ -177,7 +177,7 @@ impl Host {
         });
         instance.update(|vm| {
             vm.pid = Some(handle.pid());
-            vm.forwards = forwards.iter().map(|one| (one.host, one.guest)).collect();
+            vm.forwards.clone_from(&forwards);
             vm.launch.prepared_s = prepared_s;
             vm.launch.vmm_started_s = vmm_started_s;
             vm.state = VmState::Booting;
@@ -379,36 +379,35 @@ impl Host {
     fn forwards(&self, manifest: &Manifest) -> Result<Vec<Forward>, HostError> {
         let mut forwards = Vec::new();
         for forward in &manifest.vm.forward {
-            if forward.udp {
-                return Err(HostError::Invalid(format!(
-                    "UDP port {} cannot be forwarded yet: only TCP can",
-                    forward.guest
-                )));
-            }
             let host = match forward.host {
-                0 => self.free_port()?,
+                0 => self.free_port(forward.udp)?,
                 port => port,
             };
             forwards.push(Forward {
                 host,
                 guest: forward.guest,
+                udp: forward.udp,
             });
         }
         Ok(forwards)
     }
 
-    fn free_port(&self) -> Result<u16, HostError> {
+    fn free_port(&self, udp: bool) -> Result<u16, HostError> {
         let mut next = self.next_port.lock();
         for _ in 0..10_000 {
             let port = (*next).max(FIRST_AUTO_PORT);
             *next = port.checked_add(1).unwrap_or(FIRST_AUTO_PORT);
-            if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            let address = ("127.0.0.1", port);
+            let free = if udp {
+                std::net::UdpSocket::bind(address).is_ok()
+            } else {
+                std::net::TcpListener::bind(address).is_ok()
+            };
+            if free {
                 return Ok(port);
             }
         }
-        Err(HostError::Failed(
-            "no TCP port is free on 127.0.0.1".to_owned(),
-        ))
+        Err(HostError::Failed("no port is free on 127.0.0.1".to_owned()))
     }
 
     fn spec(
