@@ -123,6 +123,25 @@ pub struct Component {
 }
 
 impl Component {
+    /// A component that offers its name alone and needs nothing.
+    pub fn new(name: &str, version: &str, role: Role, architecture: &str, image: ImageRef) -> Self {
+        Self {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            role,
+            description: String::new(),
+            architecture: architecture.to_owned(),
+            image,
+            provides: Vec::new(),
+            requires: Vec::new(),
+            conflicts: Vec::new(),
+            entrypoint: Vec::new(),
+            cmdline: None,
+            notes: Vec::new(),
+            sbom: Vec::new(),
+        }
+    }
+
     /// The bytes that are hashed into the id: compact JSON with sorted lists.
     pub fn canonical_json(&self) -> Vec<u8> {
         let mut sorted = self.clone();

@@ -58,21 +58,7 @@ fn component(bytes: &[u8], chunk_bytes: &[usize]) -> (Component, ChunkIndex) {
         inodes: 1,
         chunk_index: index.digest(),
     };
-    let component = Component {
-        name: "speed".into(),
-        version: "1".into(),
-        role: Role::Package,
-        description: String::new(),
-        architecture: "amd64".into(),
-        image,
-        provides: vec![],
-        requires: vec![],
-        conflicts: vec![],
-        entrypoint: vec![],
-        cmdline: None,
-        notes: vec![],
-        sbom: vec![],
-    };
+    let component = Component::new("speed", "1", Role::Package, "amd64", image);
     (component, index)
 }
 

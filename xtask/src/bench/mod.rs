@@ -13,6 +13,7 @@ mod pressure;
 mod statistics;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -48,18 +49,8 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
 /// Runs an example of a crate, optimised; it writes its figures to `out`.
 fn example(package: &str, name: &str, out: &Path, arguments: &[&str]) -> Result<()> {
     crate::prerequisites::install()?;
-    run(cargo(&[
-        "run",
-        "--quiet",
-        "--release",
-        "--package",
-        package,
-        "--example",
-        name,
-        "--",
-    ])
-    .arg(out)
-    .args(arguments))
+    let program = build_example(package, name)?;
+    run(Command::new(program).arg(out).args(arguments))
 }
 
 /// Builds an example of a crate, optimised, and returns its path.

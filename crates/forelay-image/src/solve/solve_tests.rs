@@ -7,27 +7,19 @@ use crate::Digest;
 use crate::component::{Capability, ImageRef};
 
 fn make(name: &str, version: &str, role: Role) -> Component {
-    Component {
-        name: name.into(),
-        version: version.into(),
+    Component::new(
+        name,
+        version,
         role,
-        description: String::new(),
-        architecture: "amd64".into(),
-        image: ImageRef {
+        "amd64",
+        ImageRef {
             digest: Digest::of(format!("{name} {version}").as_bytes()),
             bytes: 8192,
             metadata_bytes: 4096,
             inodes: 1,
             chunk_index: Digest::of(b"index"),
         },
-        provides: vec![],
-        requires: vec![],
-        conflicts: vec![],
-        entrypoint: vec![],
-        cmdline: None,
-        notes: vec![],
-        sbom: vec![],
-    }
+    )
 }
 
 fn package(name: &str, version: &str) -> Component {

@@ -45,15 +45,16 @@ fn paths(folder: &Path, number: u64) -> (PathBuf, PathBuf) {
     )
 }
 
+fn open_log(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).open(path)
+}
+
 impl Segment {
     /// Opens a segment for reading and dropping; also returns its log.
     pub fn open(folder: &Path, number: u64) -> io::Result<(Self, Vec<u8>)> {
         let (data_path, log_path) = paths(folder, number);
         let data = OpenOptions::new().read(true).write(true).open(&data_path)?;
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(&log_path)?;
+        let log = open_log(&log_path)?;
         let records = fs::read(&log_path)?;
         let (chunks, open) = Default::default();
         Ok((
@@ -152,10 +153,7 @@ impl SegmentWriter {
                 .open(&data_path);
             match created {
                 Ok(data) => {
-                    let log = OpenOptions::new()
-                        .append(true)
-                        .create(true)
-                        .open(&log_path)?;
+                    let log = open_log(&log_path)?;
                     let (chunks, open) = (AtomicU64::new(0), true.into());
                     let segment = Segment {
                         data,

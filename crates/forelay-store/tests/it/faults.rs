@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use forelay_image::Extent;
 use forelay_store::{FetchError, Priority, StoreError};
 
 use crate::support::Bench;
@@ -29,14 +28,7 @@ async fn publication_is_all_or_nothing_wherever_it_fails() {
         );
         let visible = listed.iter().any(|one| one.id() == new.component.id());
         if visible {
-            let whole = Extent::new(0, new.bytes.len() as u64);
-            assert_eq!(
-                reader
-                    .read_image(new.image(), whole, Priority::Demand)
-                    .await
-                    .unwrap(),
-                new.bytes
-            );
+            assert_eq!(new.read_from(&reader).await, new.bytes);
         }
         assert!(listed.iter().any(|one| one.id() == old.component.id()));
         match result {
@@ -248,14 +240,8 @@ async fn a_repacked_image_is_found_again() {
     chunks.extend((0..4).map(|number| (seed + number, 30_000)));
     let other = bench.sample("other", &chunks);
     let again = bench.store().await;
-    again
-        .publish(&other.component, &other.path, &other.index, &|_| {})
-        .await
-        .unwrap();
-    again
-        .publish(&sample.component, &sample.path, &sample.index, &|_| {})
-        .await
-        .unwrap();
+    other.publish_to(&again).await;
+    sample.publish_to(&again).await;
     let read = host
         .read_image(sample.image(), sample.extent(3), Priority::Demand)
         .await

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use forelay_image::Extent;
-use forelay_store::Priority;
 use forelay_store::gc::GcOptions;
 
 use crate::support::Bench;
@@ -22,10 +20,7 @@ async fn what_nothing_refers_to_goes_in_two_steps() {
     let kept = bench.sample("kept", &[(1, 4096), (2, 200_000)]);
     let gone = bench.sample("gone", &[(5, 4096), (6, 300_000), (2, 200_000)]);
     for sample in [&kept, &gone] {
-        store
-            .publish(&sample.component, &sample.path, &sample.index, &|_| {})
-            .await
-            .unwrap();
+        sample.publish_to(&store).await;
     }
     let nothing = store.gc(&at_once()).await.unwrap();
     assert_eq!(
@@ -48,13 +43,7 @@ async fn what_nothing_refers_to_goes_in_two_steps() {
     assert!(last.deleted == 1 && last.freed_bytes > 100_000, "{last:?}");
     assert_eq!(bench.packs().len(), 1);
     let host = bench.store().await;
-    let whole = Extent::new(0, kept.bytes.len() as u64);
-    assert_eq!(
-        host.read_image(kept.image(), whole, Priority::Demand)
-            .await
-            .unwrap(),
-        kept.bytes
-    );
+    assert_eq!(kept.read_from(&host).await, kept.bytes);
     assert_eq!(host.verify(&|_| {}).await.unwrap().findings, []);
     assert!(host.open_image(gone.image()).await.is_err());
 }
@@ -74,22 +63,13 @@ async fn grace_protects_the_young_and_publication_revives() {
         store.gc(&at_once()).await.unwrap();
     }
     // The image is deleted, its pack condemned: the pack is not reused but put again.
-    let again = store
-        .publish(&sample.component, &sample.path, &sample.index, &|_| {})
-        .await
-        .unwrap();
+    let again = sample.publish_to(&store).await;
     assert_eq!(again.progress.reused_bytes, 0);
     for _ in 0..4 {
         store.gc(&at_once()).await.unwrap();
     }
     let host = bench.store().await;
-    let whole = Extent::new(0, sample.bytes.len() as u64);
-    assert_eq!(
-        host.read_image(sample.image(), whole, Priority::Demand)
-            .await
-            .unwrap(),
-        sample.bytes
-    );
+    assert_eq!(sample.read_from(&host).await, sample.bytes);
     assert_eq!(host.verify(&|_| {}).await.unwrap().findings, []);
 }
 

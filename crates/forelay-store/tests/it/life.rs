@@ -13,10 +13,7 @@ async fn what_is_published_reads_back_from_another_host() {
         "app",
         &[(1, 4096), (2, 1 << 20), (3, 8192), (4, 100_000), (1, 4096)],
     );
-    let published = publisher
-        .publish(&sample.component, &sample.path, &sample.index, &|_| {})
-        .await
-        .unwrap();
+    let published = sample.publish_to(&publisher).await;
     assert!(published.created);
     assert_eq!(published.progress.done_bytes, sample.bytes.len() as u64);
     assert_eq!(
@@ -99,30 +96,15 @@ async fn chunks_are_shared_between_images() {
     let store = bench.store().await;
     let one = bench.sample("one", &[(1, 4096), (2, 500_000), (3, 500_000)]);
     let two = bench.sample("two", &[(9, 4096), (3, 500_000), (2, 500_000)]);
-    store
-        .publish(&one.component, &one.path, &one.index, &|_| {})
-        .await
-        .unwrap();
-    let second = store
-        .publish(&two.component, &two.path, &two.index, &|_| {})
-        .await
-        .unwrap();
+    one.publish_to(&store).await;
+    let second = two.publish_to(&store).await;
     assert_eq!(second.progress.reused_bytes, 1_000_000);
     assert!(second.progress.stored_bytes <= 4096);
-    let again = store
-        .publish(&two.component, &two.path, &two.index, &|_| {})
-        .await
-        .unwrap();
+    let again = two.publish_to(&store).await;
     assert!(!again.created);
     assert_eq!(bench.packs().len(), 2);
     let host = bench.store().await;
-    let whole = Extent::new(0, two.bytes.len() as u64);
-    assert_eq!(
-        host.read_image(two.image(), whole, Priority::Demand)
-            .await
-            .unwrap(),
-        two.bytes
-    );
+    assert_eq!(two.read_from(&host).await, two.bytes);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,10 +125,7 @@ async fn concurrent_publishers_agree() {
         let shared = &shared;
         async move {
             for sample in [own, shared] {
-                store
-                    .publish(&sample.component, &sample.path, &sample.index, &|_| {})
-                    .await
-                    .unwrap();
+                sample.publish_to(store).await;
             }
         }
     });
@@ -154,13 +133,7 @@ async fn concurrent_publishers_agree() {
     let host = bench.store().await;
     assert_eq!(host.components().await.unwrap().len(), 7);
     for sample in own.iter().chain([&shared]) {
-        let whole = Extent::new(0, sample.bytes.len() as u64);
-        assert_eq!(
-            host.read_image(sample.image(), whole, Priority::Demand)
-                .await
-                .unwrap(),
-            sample.bytes
-        );
+        assert_eq!(sample.read_from(&host).await, sample.bytes);
     }
     assert_eq!(host.verify(&|_| {}).await.unwrap().findings, []);
 }

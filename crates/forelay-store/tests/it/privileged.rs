@@ -56,10 +56,7 @@ async fn privileged_a_full_repository_disk_publishes_nothing() {
         .await
         .unwrap();
     let small = sample(dir.path(), "small", &[(1, 4096), (2, 100_000)]);
-    store
-        .publish(&small.component, &small.path, &small.index, &|_| {})
-        .await
-        .unwrap();
+    small.publish_to(&store).await;
     let big = sample(
         dir.path(),
         "big",

@@ -10,9 +10,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_image::component::{ImageRef, Role};
 use forelay_image::{Chunk, ChunkIndex, Component, Digest, Extent};
+use forelay_store::publish::Published;
 use forelay_store::repository::{Body, Description, Object, Put};
 use forelay_store::{
-    DirectoryRepository, FetchConfig, Repository, RepositoryError, Store, StoreConfig,
+    DirectoryRepository, FetchConfig, Priority, Repository, RepositoryError, Store, StoreConfig,
 };
 use parking_lot::Mutex;
 
@@ -48,6 +49,18 @@ impl Sample {
         self.index.chunks[chunk_no].extent()
     }
 
+    pub async fn publish_to(&self, store: &Store) -> Published {
+        let published = store.publish(&self.component, &self.path, &self.index, &|_| {});
+        published.await.unwrap()
+    }
+
+    /// The whole image as a store reads it.
+    pub async fn read_from(&self, store: &Store) -> Bytes {
+        let whole = Extent::new(0, self.bytes.len() as u64);
+        let read = store.read_image(self.image(), whole, Priority::Demand);
+        read.await.unwrap()
+    }
+
     pub fn part(&self, extent: Extent) -> &[u8] {
         &self.bytes[extent.offset as usize..extent.end() as usize]
     }
@@ -73,27 +86,19 @@ pub fn sample(dir: &Path, name: &str, chunks: &[(u64, usize)]) -> Sample {
     };
     let path = dir.join(format!("{name}.erofs"));
     std::fs::write(&path, &bytes).unwrap();
-    let component = Component {
-        name: name.into(),
-        version: "1".into(),
-        role: Role::Package,
-        description: String::new(),
-        architecture: "amd64".into(),
-        image: ImageRef {
+    let component = Component::new(
+        name,
+        "1",
+        Role::Package,
+        "amd64",
+        ImageRef {
             digest: image,
             bytes: bytes.len() as u64,
             metadata_bytes: chunks[0].1 as u64,
             inodes: 1,
             chunk_index: index.digest(),
         },
-        provides: vec![],
-        requires: vec![],
-        conflicts: vec![],
-        entrypoint: vec![],
-        cmdline: None,
-        notes: vec![],
-        sbom: vec![],
-    };
+    );
     Sample {
         component,
         index,
@@ -165,10 +170,7 @@ impl Bench {
         let seed = u64::from(Digest::of(name.as_bytes()).as_bytes()[0]) << 32;
         let chunks: Vec<(u64, usize)> = (0..count).map(|number| (seed + number, len)).collect();
         let sample = self.sample(name, &chunks);
-        store
-            .publish(&sample.component, &sample.path, &sample.index, &|_| {})
-            .await
-            .unwrap();
+        sample.publish_to(store).await;
         sample
     }
 
