@@ -12,10 +12,11 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::disks;
 use super::statistics::{median, ratio};
 use crate::demo;
 use crate::host::{self, Host, Programs, Settings};
-use crate::process::{output, run, run_quiet, target_dir};
+use crate::process::{output, target_dir};
 
 const PROFILE: &str = "web";
 const ROUNDS: usize = 5;
@@ -139,21 +140,8 @@ impl Bench {
         std::fs::create_dir_all(dir)?;
         let host = self.host()?;
         let layout = dir.join("composed");
-        run(host
-            .forelay(["compose", "--emit", "files", "--out"])
-            .arg(&layout)
-            .arg(&self.manifest))?;
-        let raw = dir.join("root.raw");
-        run(Command::new("unshare")
-            .args(["--mount", "sh", "-euc", MAKE_EXT4, "sh"])
-            .arg(&layout)
-            .arg(&raw))?;
-        let image = dir.join("root.qcow2");
-        run(Command::new("qemu-img")
-            .args(["convert", "-O", "qcow2"])
-            .arg(&raw)
-            .arg(&image))?;
-        std::fs::remove_file(&raw)?;
+        disks::compose(&host, &self.manifest, &layout)?;
+        disks::make_qcow2(&layout, &dir.join("root.qcow2"))?;
         Ok(layout)
     }
 
@@ -210,12 +198,7 @@ impl Bench {
             .parent()
             .context("has a parent")?
             .join("root.qcow2");
-        run_quiet(
-            Command::new("qemu-img")
-                .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
-                .arg(&backing)
-                .arg(&overlay),
-        )?;
+        disks::make_overlay(&backing, &overlay)?;
         let text = output(
             Command::new(&self.boot_disk)
                 .arg(self.disk.join("vmlinuz"))
@@ -295,25 +278,3 @@ pub(super) fn touch_list(touches: &[Value], devices: &[Value]) -> Result<String>
     }
     Ok(text)
 }
-
-/// Mounts the composed image from its files and copies the tree into an ext4 image.
-/// Arguments: directory with `map.img`, `1.img`, `2.img`...; the image to make.
-pub(super) const MAKE_EXT4: &str = r#"
-devices=
-options=ro
-loops=
-trap 'umount "$1/tree" 2>/dev/null || true; for d in $loops; do losetup -d "$d"; done' EXIT
-n=1
-while [ -e "$1/$n.img" ]; do
-  d=$(losetup --find --show --read-only "$1/$n.img")
-  loops="$loops $d"; options="$options,device=$d"; n=$((n + 1))
-done
-map=$(losetup --find --show --read-only "$1/map.img")
-loops="$loops $map"
-mkdir -p "$1/tree"
-mount -t erofs -o "$options" "$map" "$1/tree"
-kib=$(du -sk "$1/tree" | cut -f1)
-rm -f "$2"
-truncate -s "$((kib * 3 / 2 + 131072))K" "$2"
-mkfs.ext4 -q -F -d "$1/tree" "$2"
-"#;

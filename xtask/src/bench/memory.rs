@@ -14,8 +14,9 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::disks;
 use super::images;
-use super::launch::{MAKE_EXT4, touch_list};
+use super::launch::touch_list;
 use super::statistics::median;
 use crate::cgroup::MemoryCgroup;
 use crate::host::{self, Host, Settings};
@@ -353,32 +354,11 @@ impl Bench {
         let mut disks = Mappers(Vec::new());
         let (mut guests, mut files) = (0, Vec::new());
         for (number, manifest) in manifests.iter().enumerate() {
-            let [layout, raw, backing, overlay] =
-                ["layout", "raw", "backing.qcow2", "overlay.qcow2"]
-                    .map(|name| dir.join(format!("{number}.{name}")));
-            let mut compose = self.host.forelay(["compose", "--emit", "files", "--out"]);
-            output(compose.arg(&layout).arg(manifest))?;
-            let mut make = Command::new("unshare");
-            run(make
-                .args(["--mount", "sh", "-euc", MAKE_EXT4, "sh"])
-                .arg(&layout)
-                .arg(&raw))?;
-            let qemu_img = |arguments: &[&str]| {
-                let mut command = Command::new("qemu-img");
-                command.args(arguments);
-                command
-            };
-            output(
-                qemu_img(&["convert", "-O", "qcow2"])
-                    .arg(&raw)
-                    .arg(&backing),
-            )?;
-            std::fs::remove_file(&raw)?;
-            output(
-                qemu_img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
-                    .arg(&backing)
-                    .arg(&overlay),
-            )?;
+            let [layout, backing, overlay] = ["layout", "backing.qcow2", "overlay.qcow2"]
+                .map(|name| dir.join(format!("{number}.{name}")));
+            disks::compose(&self.host, manifest, &layout)?;
+            disks::make_qcow2(&layout, &backing)?;
+            disks::make_overlay(&backing, &overlay)?;
             // What making the file left in the page cache is not the VM's.
             run(Command::new("dd")
                 .arg(format!("of={}", backing.display()))

@@ -4,6 +4,7 @@
 mod attach;
 mod burst;
 mod day;
+mod disks;
 mod images;
 mod launch;
 mod memory;

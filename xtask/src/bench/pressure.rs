@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::disks;
 use super::statistics::median;
 use crate::cgroup::MemoryCgroup;
 use crate::host::{self, Host, Settings};
@@ -319,15 +320,9 @@ fn split(line: &str) -> Option<(&str, &str)> {
 /// Digest and size of each file that the guests hash, by the host's own EROFS.
 fn known_digests(host: &Host, manifest: &Path) -> Result<BTreeMap<String, (String, u64)>> {
     let layout = host.scratch().join("composed");
-    let mut compose = host.forelay(["compose", "--emit", "files", "--out"]);
-    output(compose.arg(&layout).arg(manifest))?;
-    let script = format!("{MOUNT}\ncd \"$1/tree\"\n{FILES} sha256sum\n{FILES} stat -c '%s  %n'\n");
-    let mut unshare = Command::new("unshare");
-    let text = output(
-        unshare
-            .args(["--mount", "sh", "-euc", &script, "sh"])
-            .arg(&layout),
-    )?;
+    disks::compose(host, manifest, &layout)?;
+    let script = format!("cd \"$1/tree\"\n{FILES} sha256sum\n{FILES} stat -c '%s  %n'\n");
+    let text = output(&mut disks::in_tree(&layout, &script))?;
     let text = String::from_utf8(text)?;
     let lines: Vec<(&str, &str)> = text.lines().filter_map(split).collect();
     let (digests, sizes) = lines.split_at(lines.len() / 2);
@@ -398,20 +393,4 @@ entrypoint = ["sleep", "100000"]
 
 [vm]
 memory_mib = 192
-"#;
-
-/// Mounts the composed image below `$1/tree`, for this process only.
-const MOUNT: &str = r#"
-options=ro
-loops=
-trap 'cd /; umount "$1/tree" 2>/dev/null || true; for d in $loops; do losetup -d "$d"; done' EXIT
-n=1
-while [ -e "$1/$n.img" ]; do
-  d=$(losetup --find --show --read-only "$1/$n.img")
-  loops="$loops $d"; options="$options,device=$d"; n=$((n + 1))
-done
-map=$(losetup --find --show --read-only "$1/map.img")
-loops="$loops $map"
-mkdir -p "$1/tree"
-mount -t erofs -o "$options" "$map" "$1/tree"
 "#;
