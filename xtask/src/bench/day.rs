@@ -285,7 +285,12 @@ impl Bench {
         let totals = host.json(["memory"])?["totals"].clone();
         let history = host.json(["history"])?;
         host.stop_daemon()?;
-        let figures = figures(&results, &totals, &history);
+        let mut figures = figures(&results, &totals, &history);
+        if !prefetch {
+            // Nothing is planned, so nothing can be missing.
+            figures["summary"]["at_hand_at_request_share"] = Value::Null;
+            figures["summary"]["missing_at_request_bytes"] = Value::Null;
+        }
         println!(
             "{way}: {}",
             serde_json::to_string_pretty(&figures["summary"])?
