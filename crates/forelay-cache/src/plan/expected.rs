@@ -49,9 +49,12 @@ impl Planner {
             if planned.probability < self.config.prefetch_probability {
                 continue;
             }
+            let image = SharedImage::new(domain.clone(), planned.image);
+            // What is resident already should not go just before its touch.
+            self.awaited.used(&image, PageRun::covering(planned.extent));
             let wait = self.worth.wait_per_byte(planned.extent.len);
             self.queue.push(Piece {
-                image: SharedImage::new(domain.clone(), planned.image),
+                image,
                 image_bytes: Worth::image_bytes(devices, &planned.image).unwrap_or(0),
                 extent: planned.extent,
                 urgency: Urgency {

@@ -91,6 +91,8 @@ pub struct Planner {
     /// Evicted not long ago; what returns from here was evicted too early.
     ghosts: BTreeMap<SharedImage, PageSet>,
     guard: Guard,
+    /// What launches asked for lately are about to touch.
+    awaited: Guard,
     level: PressureLevel,
     paused: bool,
     calm_since_ms: Option<i64>,
@@ -117,6 +119,7 @@ impl Planner {
             leaving: BTreeMap::new(),
             ghosts: BTreeMap::new(),
             guard: Guard::default(),
+            awaited: Guard::default(),
             level: PressureLevel::Plenty,
             paused: false,
             calm_since_ms: None,

@@ -34,6 +34,7 @@ impl Planner {
             worth: &self.worth,
             leaving: &self.leaving,
             guard: &self.guard,
+            awaited: &self.awaited,
             now_ms,
             reach,
         }
@@ -233,6 +234,7 @@ impl Planner {
             self.resume_when_calm(since_ms, now_ms, actions);
         }
         self.guard.turn(self.config.use_hold_ms, now_ms);
+        self.awaited.turn(self.config.use_hold_ms, now_ms);
         let hold_ms = self.config.pin_hold_ms;
         let held = |started_ms: i64| now_ms.saturating_sub(started_ms) < hold_ms;
         let mut over = Vec::new();

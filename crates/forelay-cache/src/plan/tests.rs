@@ -533,6 +533,40 @@ fn pressure_takes_what_no_vm_touched_first_and_leaves_what_is_in_use() {
 }
 
 #[test]
+fn demand_beyond_the_cap_does_not_take_what_a_launch_is_about_to_touch() {
+    let mut host = Host::new(config(4));
+    // An earlier VM left its working set resident; another has read something long ago.
+    let set = vec![planned(1, 0, 3 * MIB, 1.0, 100)];
+    host.launch("first", "web", &[1], set.clone());
+    host.push_all();
+    host.tell(Event::VmStopped { vm: "first".into() });
+    host.launch("reader", "scan", &[2], Vec::new());
+    host.tell(Event::VmStarted {
+        vm: "reader".into(),
+    });
+    let read = |host: &mut Host, offset| {
+        host.tell(Event::Fetched {
+            image: shared(2),
+            extent: Extent::new(offset, MIB),
+        });
+    };
+    read(&mut host, 0);
+    for _ in 0..3 {
+        host.now_ms += 60_000;
+        host.tell(Event::Tick);
+    }
+    assert_eq!(host.evictions(), 0);
+    host.launch("again", "web", &[1], set);
+    read(&mut host, MIB);
+    assert_eq!(
+        host.resident(1),
+        3 * MIB,
+        "the launch has all it will touch"
+    );
+    assert_eq!(host.resident(2), MIB, "what was read long ago went");
+}
+
+#[test]
 fn everything_pinned_under_pressure_frees_nothing_and_says_so() {
     let mut host = Host::new(config(8));
     fill(&mut host, 1, 1);

@@ -26,6 +26,8 @@ pub(super) struct Choice<'a> {
     pub(super) leaving: &'a BTreeMap<SharedImage, PageSet>,
     /// In use.
     pub(super) guard: &'a Guard,
+    /// About to be touched by a VM that is being launched.
+    pub(super) awaited: &'a Guard,
     pub(super) now_ms: i64,
     /// How far the choice goes.
     pub(super) reach: Reach,
@@ -36,7 +38,8 @@ pub(super) struct Choice<'a> {
 pub(super) enum Reach {
     /// Components that no VM can reach.
     Unmapped,
-    /// And what VMs can reach but none that runs has touched or fetched lately.
+    /// And what VMs can reach but none that runs has touched or fetched lately, nor will at
+    /// once because it is being launched.
     Untouched,
     /// And what they have touched but did not use lately.
     Unused,
@@ -55,7 +58,7 @@ impl Choice<'_> {
         };
         match self.reach {
             Reach::Untouched => {
-                let runs = self.guard.without(image, runs);
+                let runs = self.awaited.without(image, self.guard.without(image, runs));
                 let untouched = |run| match touched {
                     None => vec![run],
                     Some(touched) => touched.gaps_within(run).collect(),
