@@ -158,9 +158,9 @@ fn vanished(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str])
     let lock = host.dir().join("next.lock");
     let shown = host.json(["component", "show", "nginx"]);
     let hex = |text: &serde_json::Value| text.as_str().unwrap().replace("sha256:", "");
-    let (id, image) = (hex(&shown["id"]), hex(&shown["image"]["digest"]));
-    std::fs::remove_file(repository.join(format!("chunks/{image}.idx"))).unwrap();
-    std::fs::remove_file(repository.join(format!("locations/{image}.loc"))).unwrap();
+    let (id, index) = (hex(&shown["id"]), hex(&shown["image"]["chunk_index"]));
+    std::fs::remove_file(repository.join(format!("chunks/{index}.idx"))).unwrap();
+    std::fs::remove_file(repository.join(format!("locations/{index}.loc"))).unwrap();
     // What the host has cached of it would serve as well.
     let said = launch("gone", "[\"nginx\"]", &["--lock", lock.to_str().unwrap()]);
     assert!(said.contains("component nginx 1.22"), "{said}");
