@@ -11,10 +11,10 @@ use super::kernel::{below_zero, exp};
 pub(crate) const ATOMS: usize = 32;
 
 /// So many blurs away a candidate is as good as infinitely far away (4e-18 of its mass).
-const FARTHEST: f64 = 40.0;
+const FARTHEST: f32 = 40.0;
 
 /// A hazard that is too low to be worth looking at closely, in launches per minute.
-const LEAST_HAZARD_PER_MIN: f64 = 0.002;
+const LEAST_HAZARD_PER_MIN: f32 = 0.002;
 
 /// A candidate gap with its blur and its weight in the whole mixture.
 #[derive(Debug, Clone, Copy)]
@@ -56,66 +56,64 @@ impl Atoms {
 
     /// Mass of gaps longer than `elapsed_min`.
     pub(crate) fn beyond(&self, elapsed_min: f64) -> f64 {
-        let mut cells = [0.0f64; ATOMS];
+        let elapsed_min = elapsed_min as f32;
+        let mut cells = [0.0f32; ATOMS];
         let columns = self.centre_min.iter().zip(&self.sharpness);
         for (cell, (centre, sharpness)) in cells.iter_mut().zip(columns) {
-            let past = (elapsed_min - f64::from(*centre)) * f64::from(*sharpness);
+            let past = (elapsed_min - *centre) * *sharpness;
             // Comparisons and not `clamp`, which the compiler does one at a time.
             let past = if past < FARTHEST { past } else { FARTHEST };
             *cell = if past > -FARTHEST { past } else { -FARTHEST };
         }
         for (cell, weight) in cells.iter_mut().zip(&self.weight) {
-            *cell = f64::from(*weight) / (1.0 + exp(*cell));
+            *cell = *weight / (1.0 + exp(*cell));
         }
-        let mut sums = [0.0; 4];
+        let mut sums = [0.0f32; 4];
         for four in cells.chunks_exact(4) {
             for (sum, one) in sums.iter_mut().zip(four) {
                 *sum += one;
             }
         }
-        (sums[0] + sums[1]) + (sums[2] + sums[3])
+        f64::from((sums[0] + sums[1]) + (sums[2] + sums[3]))
     }
 
     /// The finest stretch that a candidate asks for at `elapsed_min`, with `survival` left. One
     /// that cannot raise the hazard to what anybody would pay for asks for nothing.
     pub(crate) fn finest(&self, elapsed_min: f64, survival: f64) -> f64 {
+        let elapsed_min = elapsed_min as f32;
         // The peak hazard of a logistic kernel is a quarter of its weight over its blur.
-        let least = (4.0 * LEAST_HAZARD_PER_MIN * survival) as f32;
-        let mut asked = [0.0f64; ATOMS];
+        let least = 4.0 * LEAST_HAZARD_PER_MIN * survival as f32;
+        let mut asked = [0.0f32; ATOMS];
         let columns = self.centre_min.iter().zip(&self.blur_min);
         for (asked, (centre, blur)) in asked.iter_mut().zip(columns) {
-            let distance = 0.3 * (f64::from(*centre) - elapsed_min).abs();
-            let blur = 0.5 * f64::from(*blur);
+            let distance = 0.3 * (*centre - elapsed_min).abs();
+            let blur = 0.5 * *blur;
             *asked = if distance > blur { distance } else { blur };
         }
-        for (asked, (weight, sharpness)) in asked
-            .iter_mut()
-            .zip(self.weight.iter().zip(&self.sharpness))
-        {
+        let heights = self.weight.iter().zip(&self.sharpness);
+        for (asked, (weight, sharpness)) in asked.iter_mut().zip(heights) {
             let ignored = if weight * sharpness > least {
                 1.0
             } else {
-                1.0e9f32
+                1.0e9
             };
-            *asked *= f64::from(ignored);
+            *asked *= ignored;
         }
-        let mut finest = [f64::MAX; 4];
+        let mut finest = [f32::MAX; 4];
         for four in asked.chunks_exact(4) {
             for (finest, &asked) in finest.iter_mut().zip(four) {
                 *finest = if asked < *finest { asked } else { *finest };
             }
         }
-        finest.into_iter().fold(f64::MAX, f64::min)
+        f64::from(finest.into_iter().fold(f32::MAX, f32::min))
     }
 }
 
 /// Merges like candidates and keeps the heaviest; returns the mass dropped, too.
 pub(crate) fn compact(mut atoms: Vec<Atom>) -> (Atoms, f64) {
-    atoms.sort_unstable_by(|a, b| {
-        (a.centre_min, a.blur_min)
-            .partial_cmp(&(b.centre_min, b.blur_min))
-            .unwrap_or(std::cmp::Ordering::Equal)
-    });
+    // Neither is negative, and bits of such floats sort like the floats.
+    let bits = |value: f32| u64::from(value.to_bits());
+    atoms.sort_unstable_by_key(|atom| bits(atom.centre_min) << 32 | bits(atom.blur_min));
     atoms.dedup_by(|atom, last| {
         let like = (atom.blur_min - last.blur_min).abs() < 0.01 * last.blur_min
             && atom.centre_min - last.centre_min < 0.25 * last.blur_min;

@@ -6,6 +6,7 @@
 //! gaps and the calendar's usual periods. Invariant: the number of experts never changes at run
 //! time, weights are addressed by [`expert`] and the constants below.
 
+use super::kernel::exp;
 use super::record::{REMEMBERED, Record};
 
 /// Blurs in minutes: scale of the logistic kernel.
@@ -108,7 +109,8 @@ pub(crate) fn gap_view_weights(record: &Record, decay: f64) -> [[f64; REMEMBERED
     let log: [f64; REMEMBERED] =
         std::array::from_fn(|age| record.gap(age).map_or(0.0, |gap| (gap + 0.5).ln()));
     let now_tod = time_of_day(record, 0.0);
-    let last_burst = f64::from(record.last_burst);
+    let last_burst = (f64::from(record.last_burst) + 0.5).ln();
+    let fading = |distance: f64| f64::from(exp(-distance.min(80.0) as f32));
     let mut elapsed = 0.0;
     let mut base = 1.0;
     for age in 0..count {
@@ -118,13 +120,13 @@ pub(crate) fn gap_view_weights(record: &Record, decay: f64) -> [[f64; REMEMBERED
             let d = (time_of_day(record, -elapsed) - now_tod).abs();
             d.min(1440.0 - d)
         };
-        let burst = ((record.burst(age) + 0.5).ln() - (last_burst + 0.5).ln()).abs() / 0.1;
+        let burst = ((record.burst(age) + 0.5).ln() - last_burst).abs() / 0.1;
         weights[0][age] = base;
-        weights[1][age] = base * previous.map_or(0.01, |d| (-d).exp() + 0.003);
-        weights[2][age] = base * ((-day_distance / 20.0).exp() + 0.001);
-        weights[3][age] = base * ((-series_distance(&log, age, count)).exp() + 1.0e-4);
+        weights[1][age] = base * previous.map_or(0.01, |d| fading(d) + 0.003);
+        weights[2][age] = base * (fading(day_distance / 20.0) + 0.001);
+        weights[3][age] = base * (fading(series_distance(&log, age, count)) + 1.0e-4);
         let after = previous.map_or(3.0, |d| d.min(4.0));
-        weights[4][age] = base * ((-burst - after).exp() + 1.0e-4);
+        weights[4][age] = base * (fading(burst + after) + 1.0e-4);
         base *= decay;
     }
     for row in &mut weights {
@@ -152,8 +154,14 @@ fn series_distance(log: &[f64; REMEMBERED], age: usize, count: usize) -> f64 {
     distance
 }
 
+/// The remainder, not negative, of a number of cycles that fits 63 bits.
+fn cycled(value: f64, cycle: f64) -> f64 {
+    let rest = value - (value / cycle) as i64 as f64 * cycle;
+    if rest < 0.0 { rest + cycle } else { rest }
+}
+
 fn time_of_day(record: &Record, offset_min: f64) -> f64 {
-    (record.last.minutes() + offset_min).rem_euclid(1440.0)
+    cycled(record.last.minutes() + offset_min, 1440.0)
 }
 
 /// Candidates of the schedule view: one period on, or two if one was skipped.
@@ -192,7 +200,7 @@ pub(crate) fn recurring(record: &Record, cycle_min: f64, tolerance_min: f64) -> 
             break;
         }
         oldest = back;
-        let mut offset = (-back).rem_euclid(cycle_min);
+        let mut offset = cycled(-back, cycle_min);
         if offset < tolerance_min {
             offset += cycle_min;
         }

@@ -138,15 +138,16 @@ impl Pool {
         pool_strength: f64,
     ) -> impl Fn(usize) -> f64 + 'a {
         let everyone = &self.histograms[stage(record.gap_count)];
-        let everyone_sum: f64 = everyone.iter().sum();
-        let owner_sum = total(&owner.histogram);
-        let own_sum = total(&record.histogram);
+        // One over each sum: bins are many, divisions slow.
+        let per_everyone = 5.0 / everyone.iter().sum::<f64>();
+        let per_owner = pool_strength / (total(&owner.histogram) + 5.0);
+        let per_own = 1.0 / (total(&record.histogram) + pool_strength);
         move |bin| {
-            let general = everyone[bin] / everyone_sum;
+            let general = everyone[bin] * per_everyone;
             let counted = owner.histogram.get(bin).map_or(0.0, |&x| f64::from(x));
-            let pooled = (counted + 5.0 * general) / (owner_sum + 5.0);
+            let pooled = (counted + general) * per_owner;
             let own = f64::from(record.histogram[bin]);
-            (own + pool_strength * pooled) / (own_sum + pool_strength)
+            (own + pooled) * per_own
         }
     }
 }
