@@ -8,9 +8,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::statistics::median;
-use crate::host::{self, Host, Settings};
-use crate::process::{output, target_dir};
-use crate::{demo, prerequisites};
+use crate::host::{Host, Settings};
+use crate::process::output;
 
 const ROUNDS: usize = 7;
 
@@ -32,20 +31,11 @@ memory_mib = 192
 
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path) -> Result<()> {
-    prerequisites::install()?;
-    let programs = host::build()?;
-    let repository = target_dir().join("demo/repository");
-    demo::build_components(&programs, &repository)?;
-    let state = target_dir().join("bench/attach-state");
-    let _ = std::fs::remove_dir_all(&state);
+    let (programs, usual) = super::prepare("attach")?;
     let settings = Settings {
-        repository,
-        state,
         latency_ms: 0,
         bandwidth_bytes_per_s: 0,
-        budget_bytes: 0,
-        prefetch: true,
-        ahead: false,
+        ..usual
     };
     let mut host = Host::new(&programs, &settings)?;
     host.start_daemon()?;

@@ -17,9 +17,7 @@ use serde_json::{Value, json};
 
 use super::images;
 use super::statistics::{median, quantile};
-use crate::host::{self, Host, Programs, Settings};
-use crate::process::target_dir;
-use crate::{demo, prerequisites};
+use crate::host::{Host, Programs, Settings};
 
 const PAGE_BYTES: u64 = 4096;
 const LAUNCHES: usize = 100;
@@ -38,24 +36,11 @@ struct Bench {
 
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path) -> Result<()> {
-    prerequisites::install()?;
-    let programs = host::build()?;
-    let repository = target_dir().join("demo/repository");
-    demo::build_components(&programs, &repository)?;
-    let state = target_dir().join("bench/burst-state");
-    let _ = std::fs::remove_dir_all(&state);
-    std::fs::create_dir_all(&state)?;
+    let (programs, settings) = super::prepare("burst")?;
+    std::fs::create_dir_all(&settings.state)?;
     let mut bench = Bench {
         programs,
-        settings: Settings {
-            repository,
-            state,
-            latency_ms: demo::LATENCY_MS,
-            bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
-            budget_bytes: 0,
-            prefetch: true,
-            ahead: false,
-        },
+        settings,
         replay: super::build_example("forelay-memory", "replay")?,
         manifests: Vec::new(),
     };

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::disks;
 use super::statistics::{median, ratio};
 use crate::demo;
-use crate::host::{self, Host, Programs, Settings};
+use crate::host::{Host, Programs, Settings};
 use crate::process::{output, target_dir};
 
 const PROFILE: &str = "web";
@@ -94,21 +94,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
 }
 
 fn prepare() -> Result<Bench> {
-    crate::prerequisites::install()?;
-    let programs = host::build()?;
-    let repository = target_dir().join("demo/repository");
-    demo::build_components(&programs, &repository)?;
-    let state = target_dir().join("bench/launch-state");
-    let _ = std::fs::remove_dir_all(&state);
-    let settings = Settings {
-        repository,
-        state,
-        latency_ms: demo::LATENCY_MS,
-        bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
-        budget_bytes: 0,
-        prefetch: true,
-        ahead: false,
-    };
+    let (programs, settings) = super::prepare("launch")?;
     let mut bench = Bench {
         programs,
         settings,

@@ -19,9 +19,9 @@ use super::images;
 use super::launch::touch_list;
 use super::statistics::median;
 use crate::cgroup::MemoryCgroup;
-use crate::host::{self, Host, Settings};
+use crate::host::{Host, Settings};
+use crate::pages;
 use crate::process::{output, run, target_dir};
-use crate::{demo, pages, prerequisites};
 
 const IMAGES: usize = 20;
 const VMS: usize = 12;
@@ -32,20 +32,13 @@ const MEMORY_MIB: u64 = 192;
 const LIMIT_BYTES: u64 = 10 << 30;
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path) -> Result<()> {
-    prerequisites::install()?;
-    let programs = host::build()?;
-    let repository = target_dir().join("demo/repository");
-    demo::build_components(&programs, &repository)?;
-    let state = target_dir().join("bench/memory-state");
-    let _ = std::fs::remove_dir_all(&state);
+    let (programs, usual) = super::prepare("memory")?;
     let settings = Settings {
-        repository,
-        state,
         latency_ms: 0,
         bandwidth_bytes_per_s: 0,
         budget_bytes: 4 << 30,
         prefetch: false,
-        ahead: false,
+        ..usual
     };
     let cgroup = MemoryCgroup::new(LIMIT_BYTES)?;
     let mut bench = Bench {

@@ -19,6 +19,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::demo;
+use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 const NAMES: &str = "launch, compose, forecast, policy, table, memory, pressure, burst, \
@@ -45,6 +47,27 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
     println!("\n{}", std::fs::read_to_string(&out)?);
     println!("written to {}", out.display());
     Ok(())
+}
+
+/// What most benchmarks start from: built programs, the demo's components behind the demo's
+/// throttle, and no state from earlier runs. Nothing is loaded ahead of a request.
+fn prepare(name: &str) -> Result<(Programs, Settings)> {
+    crate::prerequisites::install()?;
+    let programs = host::build()?;
+    let repository = target_dir().join("demo/repository");
+    demo::build_components(&programs, &repository)?;
+    let state = target_dir().join("bench").join(format!("{name}-state"));
+    let _ = std::fs::remove_dir_all(&state);
+    let settings = Settings {
+        repository,
+        state,
+        latency_ms: demo::LATENCY_MS,
+        bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
+        budget_bytes: 0,
+        prefetch: true,
+        ahead: false,
+    };
+    Ok((programs, settings))
 }
 
 /// Runs an example of a crate, optimised; it writes its figures to `out`.

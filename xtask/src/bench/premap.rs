@@ -8,30 +8,17 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::statistics::median;
-use crate::host::{self, Host, Settings};
-use crate::process::{output, target_dir};
-use crate::{demo, prerequisites};
+use crate::demo;
+use crate::host::Host;
+use crate::process::output;
 
 const ROUNDS: usize = 5;
 const WAYS: [&str; 2] = ["as_usual", "mapped_ahead"];
 
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path) -> Result<()> {
-    prerequisites::install()?;
-    let programs = host::build()?;
-    let repository = target_dir().join("demo/repository");
-    demo::build_components(&programs, &repository)?;
-    let state = target_dir().join("bench/premap-state");
-    let _ = std::fs::remove_dir_all(&state);
-    let settings = Settings {
-        repository,
-        state: state.clone(),
-        latency_ms: demo::LATENCY_MS,
-        bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
-        budget_bytes: 0,
-        prefetch: true,
-        ahead: false,
-    };
+    let (programs, settings) = super::prepare("premap")?;
+    let state = settings.state.clone();
     // `first`: the daemon has just started and has launched nothing yet.
     let mut samples: [[Vec<Value>; 2]; 2] = Default::default();
     for round in 0..ROUNDS {

@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 use super::disks;
 use super::statistics::median;
 use crate::cgroup::MemoryCgroup;
-use crate::host::{self, Host, Settings};
-use crate::process::{output, target_dir};
-use crate::{demo, prerequisites};
+use crate::demo;
+use crate::host::{Host, Settings};
+use crate::process::output;
 
 const VMS: usize = 3;
 const LIMIT_MIB: u64 = 2048;
@@ -35,20 +35,10 @@ const FILES: &str = "find usr/lib/x86_64-linux-gnu usr/sbin -type f -size +64k -
 
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path) -> Result<()> {
-    prerequisites::install()?;
-    let programs = host::build()?;
-    let repository = target_dir().join("demo/repository");
-    demo::build_components(&programs, &repository)?;
-    let state = target_dir().join("bench/pressure-state");
-    let _ = std::fs::remove_dir_all(&state);
+    let (programs, usual) = super::prepare("pressure")?;
     let settings = Settings {
-        repository,
-        state,
-        latency_ms: demo::LATENCY_MS,
-        bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
         budget_bytes: LIMIT_MIB * MIB,
-        prefetch: true,
-        ahead: false,
+        ..usual
     };
     let cgroup = MemoryCgroup::new(LIMIT_MIB * MIB)?;
     let mut host = Host::new(&programs, &settings)?;
