@@ -1,55 +1,25 @@
 //! Least frequently used leaves first; counts start anew when an object returns, ties go
 //! to the one used longest ago.
 
-use super::ranked::Ranked;
-use super::{Policy, Request};
+use super::Request;
+use super::ranked::{RankedPolicy, Ranking};
 
 /// The policy of the module's header.
-#[derive(Clone, Debug)]
-pub struct Lfu {
-    objects: Ranked<(u64, u64)>,
+pub type Lfu = RankedPolicy<Frequency>;
+
+/// Ranks by uses, then by the number of the latest request.
+#[derive(Clone, Debug, Default)]
+pub struct Frequency {
     requests: u64,
 }
 
-impl Lfu {
-    /// An empty memory of `capacity_bytes`.
-    pub fn new(capacity_bytes: u64) -> Self {
-        Self {
-            objects: Ranked::new(capacity_bytes),
-            requests: 0,
-        }
-    }
-}
+impl Ranking for Frequency {
+    type Rank = (u64, u64);
 
-impl Policy for Lfu {
-    fn name(&self) -> &'static str {
-        "lfu"
-    }
+    const NAME: &'static str = "lfu";
 
-    fn request(&mut self, request: &Request) -> bool {
+    fn used(&mut self, _: &Request, held: Option<(u64, u64)>) -> (u64, u64) {
         self.requests += 1;
-        if let Some((count, _)) = self.objects.rank(request.object) {
-            self.objects
-                .set_rank(request.object, (count + 1, self.requests));
-            return true;
-        }
-        if request.bytes <= self.objects.capacity_bytes() {
-            while !self.objects.fits(request.bytes) && self.objects.pop().is_some() {}
-            self.objects
-                .insert(request.object, (1, self.requests), request.bytes);
-        }
-        false
-    }
-
-    fn contains(&self, object: u32) -> bool {
-        self.objects.contains(object)
-    }
-
-    fn used_bytes(&self) -> u64 {
-        self.objects.used_bytes()
-    }
-
-    fn capacity_bytes(&self) -> u64 {
-        self.objects.capacity_bytes()
+        (held.map_or(0, |(uses, _)| uses) + 1, self.requests)
     }
 }

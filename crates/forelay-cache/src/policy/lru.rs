@@ -1,53 +1,24 @@
 //! Least recently used leaves first.
 
-use super::ranked::Ranked;
-use super::{Policy, Request};
+use super::Request;
+use super::ranked::{RankedPolicy, Ranking};
 
 /// The policy of the module's header.
-#[derive(Clone, Debug)]
-pub struct Lru {
-    objects: Ranked<u64>,
+pub type Lru = RankedPolicy<Recency>;
+
+/// Ranks by the number of the latest request.
+#[derive(Clone, Debug, Default)]
+pub struct Recency {
     requests: u64,
 }
 
-impl Lru {
-    /// An empty memory of `capacity_bytes`.
-    pub fn new(capacity_bytes: u64) -> Self {
-        Self {
-            objects: Ranked::new(capacity_bytes),
-            requests: 0,
-        }
-    }
-}
+impl Ranking for Recency {
+    type Rank = u64;
 
-impl Policy for Lru {
-    fn name(&self) -> &'static str {
-        "lru"
-    }
+    const NAME: &'static str = "lru";
 
-    fn request(&mut self, request: &Request) -> bool {
+    fn used(&mut self, _: &Request, _: Option<u64>) -> u64 {
         self.requests += 1;
-        if self.objects.contains(request.object) {
-            self.objects.set_rank(request.object, self.requests);
-            return true;
-        }
-        if request.bytes <= self.objects.capacity_bytes() {
-            while !self.objects.fits(request.bytes) && self.objects.pop().is_some() {}
-            self.objects
-                .insert(request.object, self.requests, request.bytes);
-        }
-        false
-    }
-
-    fn contains(&self, object: u32) -> bool {
-        self.objects.contains(object)
-    }
-
-    fn used_bytes(&self) -> u64 {
-        self.objects.used_bytes()
-    }
-
-    fn capacity_bytes(&self) -> u64 {
-        self.objects.capacity_bytes()
+        self.requests
     }
 }

@@ -18,7 +18,7 @@ pub mod least_used;
 pub mod lfu;
 pub mod lru;
 pub mod min;
-mod ranked;
+pub mod ranked;
 pub mod s3_fifo;
 pub mod trees;
 
