@@ -5,6 +5,8 @@
 //! plain Chow-Liu tree (alpha = 1, on the training rows) and the learner that Forelay uses (trained
 //! on the training rows, chosen by the validation rows).
 
+mod processor_time;
+
 use std::io::Read as _;
 use std::path::Path;
 
@@ -66,17 +68,6 @@ fn hit_at_5(rows: &[Vec<bool>], flip: &[bool], score: &mut dyn FnMut(&[u32]) -> 
     hits as f64 / all.max(1) as f64
 }
 
-/// Processor time of this process so far, in seconds: it does not depend on what else runs.
-fn cpu_seconds() -> f64 {
-    let text = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
-    let ns: f64 = text
-        .split(' ')
-        .next()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(0.0);
-    ns / 1e9
-}
-
 fn main() {
     let mut args = std::env::args().skip(1);
     let Some(dir) = args.next() else {
@@ -111,9 +102,9 @@ fn main() {
         let valid_rows = rows(&load(dir, set, "valid"));
         let chow_liu = Mixture::chow_liu(&train_rows, 1.0);
         let base = chow_liu.mean_log_likelihood(&test_rows);
-        let started = cpu_seconds();
+        let started = processor_time::seconds();
         let learned = learn(&train_rows, &valid_rows, Search::default());
-        let seconds = cpu_seconds() - started;
+        let seconds = processor_time::seconds() - started;
         let ours = learned.mixture.mean_log_likelihood(&test_rows);
         let hits = ["plants", "accidents", "jester"].contains(&set).then(|| {
             let popularity: Vec<f64> = (0..flip.len())

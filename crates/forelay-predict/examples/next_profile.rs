@@ -5,6 +5,8 @@
 //! half (by time) is judged, overall and on switches (launches of another profile than the owner's
 //! last). A profile's first launch counts as a miss for all.
 
+mod processor_time;
+
 use std::collections::HashMap;
 use std::io::BufRead as _;
 
@@ -72,17 +74,6 @@ impl Simple {
     }
 }
 
-/// Processor time of this process so far, in seconds: it does not depend on what else runs.
-fn cpu_seconds() -> f64 {
-    let text = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
-    let ns: f64 = text
-        .split(' ')
-        .next()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(0.0);
-    ns / 1e9
-}
-
 fn main() {
     let mut args = std::env::args().skip(1);
     let Some(trace) = args.next() else {
@@ -108,7 +99,7 @@ fn main() {
     // [all, switches][rule][hits at 1, 3, 5]
     let mut hits = [[[0_u64; 3]; 4]; 2];
     let mut totals = [0_u64; 2];
-    let started = cpu_seconds();
+    let started = processor_time::seconds();
     let mut ours = Vec::with_capacity(launches.len());
     for (time, profile, owner) in &launches {
         ours.push(if *time >= half {
@@ -118,7 +109,7 @@ fn main() {
         });
         model.observe(owner, profile, Timestamp::from_seconds(*time));
     }
-    let micros = (cpu_seconds() - started) * 1e6 / launches.len() as f64;
+    let micros = (processor_time::seconds() - started) * 1e6 / launches.len() as f64;
     for ((time, profile, owner), ours) in launches.iter().zip(ours) {
         let next = ids.len() as u32;
         let id = *ids.entry(profile.clone()).or_insert(next);

@@ -4,6 +4,9 @@
 //! for a while: evicting it under pressure would only bring it back at once. A guarded
 //! page that is evicted all the same (the pool's own cap) is guarded anew when it returns.
 //!
+//! The planner keeps a second one of these for what launches asked for lately are about to
+//! touch.
+//!
 //! Refuses to know why something is evicted. Invariant: a use guards its pages for at
 //! least the hold time and at most twice that.
 
