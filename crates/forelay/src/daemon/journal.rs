@@ -69,7 +69,7 @@ impl Journal {
             refused_records: old.refused.len(),
             dropped_bytes: old.dropped_bytes as u64,
         };
-        let (file, bytes) = write_snapshot(&path, &table)?;
+        let (file, bytes) = start_file(&path, &snapshot(&table))?;
         table.start_journal();
         let journal = Self {
             path,
@@ -91,19 +91,30 @@ impl Journal {
         self.file.write_all(&frames)?;
         self.bytes += frames.len() as u64;
         if self.bytes > 2 * self.start_bytes + SLACK_BYTES {
-            let (file, bytes) = table.read(|table| write_snapshot(&self.path, table))?;
+            let whole = table.write(|table| {
+                // What has changed since is in the snapshot; told again it would contradict it.
+                drop(table.drain_records());
+                snapshot(table)
+            });
+            let (file, bytes) = start_file(&self.path, &whole)?;
             (self.file, self.bytes, self.start_bytes) = (file, bytes, bytes);
         }
         Ok(())
     }
 }
 
-fn write_snapshot(path: &std::path::Path, table: &MappingTable) -> io::Result<(File, u64)> {
+/// All of the table as frames.
+fn snapshot(table: &MappingTable) -> Vec<u8> {
     let mut frames = Vec::new();
     append(&mut frames, &table.snapshot());
+    frames
+}
+
+/// Puts a journal that begins with `frames` in the place of the one at `path`.
+fn start_file(path: &std::path::Path, frames: &[u8]) -> io::Result<(File, u64)> {
     let unfinished = path.with_extension("new");
     let mut file = File::create(&unfinished)?;
-    file.write_all(&frames)?;
+    file.write_all(frames)?;
     std::fs::rename(unfinished, path)?;
     Ok((file, frames.len() as u64))
 }
