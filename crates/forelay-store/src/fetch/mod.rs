@@ -14,6 +14,7 @@ mod prefetch;
 mod queue;
 mod transfer;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -148,6 +149,8 @@ pub(crate) struct State {
     prefetch_due: Option<Instant>,
     wake_set: bool,
     next_group: Group,
+    /// Groups that may still ask: a stream's producer can be a step behind its drop.
+    live_groups: HashSet<Group>,
     /// Bandwidth estimate: bytes since the line became busy.
     busy_since: Option<Instant>,
     busy_bytes: u64,
@@ -183,6 +186,7 @@ impl Scheduler {
             prefetch_due: None,
             wake_set: false,
             next_group: NO_GROUP + 1,
+            live_groups: HashSet::from([NO_GROUP]),
             busy_since: None,
             busy_bytes: 0,
         };
@@ -326,6 +330,11 @@ impl Scheduler {
         self.pump();
     }
 
+    /// Chunks that were asked for and whose request has not started.
+    pub fn queued_chunks(&self) -> usize {
+        self.0.state.lock().queue.queued()
+    }
+
     /// Counters since the scheduler started.
     pub fn counters(&self) -> FetchCounters {
         self.0.state.lock().counters.clone()
@@ -375,7 +384,7 @@ impl Scheduler {
         receiver.await.unwrap_or(Err(FetchError::Cancelled))
     }
 
-    /// Asks for a chunk from the repository.
+    /// Asks for a chunk from the repository. A group that was cancelled is refused.
     pub(super) fn submit(
         &self,
         source: Source,
@@ -384,6 +393,10 @@ impl Scheduler {
         callback: Callback,
     ) {
         let mut state = self.0.state.lock();
+        if !state.live_groups.contains(&group) {
+            drop(state);
+            return callback(Err(FetchError::Cancelled));
+        }
         let submitted = state.queue.submit(source, priority, group, callback);
         match &submitted {
             Submitted::Joined => state.counters.joined += 1,
@@ -400,11 +413,17 @@ impl Scheduler {
     pub(super) fn new_group(&self) -> Group {
         let mut state = self.0.state.lock();
         state.next_group += 1;
-        state.next_group
+        let group = state.next_group;
+        state.live_groups.insert(group);
+        group
     }
 
     pub(super) fn cancel(&self, group: Group) {
-        let cancelled = self.0.state.lock().queue.cancel(group);
+        let cancelled = {
+            let mut state = self.0.state.lock();
+            state.live_groups.remove(&group);
+            state.queue.cancel(group)
+        };
         for callback in cancelled {
             callback(Err(FetchError::Cancelled));
         }

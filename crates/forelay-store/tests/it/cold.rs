@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use forelay_image::Extent;
-use forelay_store::Priority;
+use forelay_store::{Limits, Priority};
 use tokio::sync::Semaphore;
 
 use crate::support::{Bench, Sample};
@@ -75,16 +75,17 @@ async fn neighbours_are_fetched_together() {
     let host = bench.store().await;
     let whole = Extent::new(0, sample.bytes.len() as u64);
     // Hold the line until the whole plan is queued.
-    let gate = Arc::new(Semaphore::new(0));
-    *bench.faults.gate.lock() = Some(gate.clone());
+    host.scheduler().pause_prefetch(true);
     let stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
-    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    gate.add_permits(10_000);
+    while host.scheduler().queued_chunks() < 200 {
+        tokio::task::yield_now().await;
+    }
+    host.scheduler().pause_prefetch(false);
     assert_eq!(drain(stream, &sample).await.len(), 200);
     let counters = host.scheduler().counters();
     assert_eq!(counters.prefetch_chunks, 200);
     assert!(
-        counters.prefetch_requests < 80,
+        counters.prefetch_requests < 20,
         "{} requests for 200 chunks",
         counters.prefetch_requests
     );
@@ -165,22 +166,34 @@ async fn a_dropped_stream_stops() {
     let sample = bench
         .published(&bench.store().await, "app", 100, 300_000)
         .await;
-    let host = bench.store().await;
-    let gate = Arc::new(Semaphore::new(3));
+    // One request at a time: the first is let through, the second is held at the gate.
+    let one = Limits {
+        prefetch_requests: 1,
+        ..Limits::default()
+    };
+    let host = bench.store_with(&bench.dir.path().join("one"), one).await;
+    let gate = Arc::new(Semaphore::new(1));
     *bench.faults.gate.lock() = Some(gate.clone());
     let whole = Extent::new(0, sample.bytes.len() as u64);
     let mut stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
     stream.next().await.unwrap().pieces.unwrap();
+    while bench.faults.ranges.lock().len() < 2 {
+        tokio::task::yield_now().await;
+    }
     drop(stream);
-    let started = bench.faults.ranges.lock().len();
+    assert_eq!(host.scheduler().queued_chunks(), 0);
     gate.add_permits(1000);
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-    let chunks = host.scheduler().counters().prefetch_chunks;
-    assert!(
-        bench.faults.ranges.lock().len() <= started + 1,
-        "new requests after the drop"
+    let held = bench.faults.ranges.lock()[1].1;
+    while host.scheduler().counters().prefetch_requests < 2 {
+        tokio::task::yield_now().await;
+    }
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    assert_eq!(
+        bench.faults.ranges.lock().len(),
+        2,
+        "a request after the drop"
     );
-    assert!(chunks < 100, "{chunks} chunks were fetched");
+    assert!(held.len <= Limits::default().request_bytes);
     // What had been under way is good, and the rest can still be had.
     assert_eq!(
         drain(

@@ -13,7 +13,8 @@ use forelay_image::{Chunk, ChunkIndex, Component, Digest, Extent};
 use forelay_store::publish::Published;
 use forelay_store::repository::{Body, Description, Object, Put};
 use forelay_store::{
-    DirectoryRepository, FetchConfig, Priority, Repository, RepositoryError, Store, StoreConfig,
+    DirectoryRepository, FetchConfig, Limits, Priority, Repository, RepositoryError, Store,
+    StoreConfig,
 };
 use parking_lot::Mutex;
 
@@ -141,7 +142,12 @@ impl Bench {
     }
 
     pub async fn store_in(&self, cache: &Path) -> Store {
+        self.store_with(cache, Limits::default()).await
+    }
+
+    pub async fn store_with(&self, cache: &Path, limits: Limits) -> Store {
         let fetch = FetchConfig {
+            limits,
             first_backoff: Duration::from_millis(1),
             longest_backoff: Duration::from_millis(4),
             ..FetchConfig::default()
