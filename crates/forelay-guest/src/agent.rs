@@ -18,7 +18,7 @@ use std::time::Duration;
 use forelay_guest::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
 use forelay_guest::protocol::{
     Command, ErrorKind, ExitStatus, GuestMessage, Line, LineBuffer, MAX_LINE_BYTES, Mounted,
-    PROTOCOL_VERSION, Reply, Request, Status, encode_line,
+    PROTOCOL_VERSION, Reply, Request, Status, Traffic, encode_line,
 };
 
 use crate::boot::console;
@@ -256,6 +256,10 @@ impl Agent {
                 self.status().attached = self.grafts().uuids();
                 result.map_or_else(|(kind, text)| refuse(kind, text), |()| Reply::Detached)
             }
+            Command::Traffic => match std::fs::read_to_string("/proc/net/dev") {
+                Ok(dev) => Reply::Traffic(Traffic::parse(&dev)),
+                Err(error) => refuse(ErrorKind::Failed, format!("/proc/net/dev: {error}")),
+            },
             Command::Poweroff => {
                 self.reply(id, Reply::PoweringOff);
                 self.power_off()

@@ -49,6 +49,8 @@ pub enum Command {
         /// UUID of the component image, 32 hex digits.
         uuid: String,
     },
+    /// What its network interfaces have carried.
+    Traffic,
     /// Flushes and powers off.
     Poweroff,
 }
@@ -162,6 +164,8 @@ pub enum Reply {
     Attached(Attached),
     /// To [`Command::Detach`]; the device is no longer used.
     Detached,
+    /// To [`Command::Traffic`].
+    Traffic(Traffic),
     /// To [`Command::Poweroff`].
     PoweringOff,
     /// The request failed.
@@ -236,6 +240,36 @@ pub struct Attached {
     /// Of those, milliseconds in the agent's own code instead of the guest's kernel.
     #[serde(default)]
     pub agent_ms: u64,
+}
+
+/// Bytes that network interfaces have carried since they exist, the loopback left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// Bytes received.
+    pub received_bytes: u64,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+}
+
+impl Traffic {
+    /// Reads the format of `/proc/net/dev` (proc(5)); what does not parse counts nothing.
+    pub fn parse(dev: &str) -> Self {
+        let interfaces = dev.lines().skip(2).filter_map(|line| line.split_once(':'));
+        let interfaces = interfaces.filter(|(name, _)| name.trim() != "lo");
+        interfaces.fold(Self::default(), |sum, (_, counters)| {
+            let counter = |at: usize| {
+                let value = counters.split_whitespace().nth(at);
+                value
+                    .and_then(|value| value.parse::<u64>().ok())
+                    .unwrap_or(0)
+            };
+            Self {
+                received_bytes: sum.received_bytes.saturating_add(counter(0)),
+                sent_bytes: sum.sent_bytes.saturating_add(counter(8)),
+            }
+        })
+    }
 }
 
 /// Encodes a message as one line with its newline.
@@ -322,6 +356,18 @@ mod tests {
             serde_json::from_slice::<GuestMessage>(&line).unwrap(),
             message
         );
+    }
+
+    #[test]
+    fn traffic_is_the_sum_of_all_interfaces_but_the_loopback() {
+        let dev = "Inter-| Receive\n face |bytes\n    lo: 7 0 0 0 0 0 0 0 7 0\n  \
+                   eth0: 1000 1 0 0 0 0 0 0 2000 2\n  eth1:5 0 0 0 0 0 0 0 6 0\n bad: x\n";
+        let expected = Traffic {
+            received_bytes: 1005,
+            sent_bytes: 2006,
+        };
+        assert_eq!(Traffic::parse(dev), expected);
+        assert_eq!(Traffic::parse("nonsense"), Traffic::default());
     }
 
     #[test]

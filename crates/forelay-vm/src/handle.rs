@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_guest::protocol::{Attach, Attached, Command, Exec, ExecResult, Reply, Status};
+use forelay_guest::protocol::{
+    Attach, Attached, Command, Exec, ExecResult, Reply, Status, Traffic,
+};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -284,6 +286,15 @@ impl VmHandle {
     pub async fn status(&self) -> Result<Status, VmError> {
         match self.inner.channel.request(Command::Status, SHORT).await {
             Ok(Reply::Status(status)) => Ok(status),
+            Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
+            Err(error) => Err(self.channel_error(error)),
+        }
+    }
+
+    /// What the guest's network interfaces have carried since it booted, by its own word.
+    pub async fn traffic(&self, limit: Duration) -> Result<Traffic, VmError> {
+        match self.inner.channel.request(Command::Traffic, limit).await {
+            Ok(Reply::Traffic(traffic)) => Ok(traffic),
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
             Err(error) => Err(self.channel_error(error)),
         }

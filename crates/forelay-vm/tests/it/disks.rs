@@ -53,6 +53,7 @@ async fn privileged_serves_a_forwarded_port_from_a_scratch_disk() {
     }];
     let vm = bench.ready(&spec).await;
 
+    let before = vm.traffic(LIMIT).await.unwrap();
     let mut page = String::new();
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -63,6 +64,14 @@ async fn privileged_serves_a_forwarded_port_from_a_scratch_disk() {
     assert!(
         page.contains("200 OK") && page.ends_with("hello\n"),
         "{page}"
+    );
+    let after = vm.traffic(LIMIT).await.unwrap();
+    let received = after.received_bytes - before.received_bytes;
+    let sent = after.sent_bytes - before.sent_bytes;
+    assert!(
+        received > 28 && sent as usize > page.len(),
+        "{received} and {sent} bytes for a page of {}",
+        page.len()
     );
     let size = sh(&vm, "df -k / | busybox tail -n 1").await;
     let kib: u64 = size

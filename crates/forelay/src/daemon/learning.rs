@@ -75,8 +75,12 @@ impl Learner {
         let history = opened.map_err(HostError::failed)?;
         let window_ms = (config.window_s.max(0.0) * 1e3) as u32 + LONGEST_LAUNCH_MS;
         let models = Models::new(window_ms, config.prefetch && config.ahead, memory_mib);
-        let replayed = history.replay(Timestamp(0), &mut Replay(&models)).await;
+        let clock = ForecastClock::new(config);
+        let now = clock.now();
+        let mut replay = Replay::new(&models, now);
+        let replayed = history.replay(Timestamp(0), &mut replay).await;
         let replayed = replayed.map_err(HostError::failed)?;
+        replay.judge_until(now);
         tracing::info!(
             launches = replayed.launches,
             working_sets = replayed.working_sets,
@@ -86,7 +90,7 @@ impl Learner {
         Ok(Self {
             history: Arc::new(history),
             models,
-            clock: ForecastClock::new(config),
+            clock,
         })
     }
 

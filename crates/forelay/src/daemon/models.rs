@@ -15,7 +15,7 @@ use forelay_predict::arrivals::{self, Forecaster};
 use forelay_predict::needs::{self, Attachments, Context};
 use forelay_predict::resources::Demand;
 use forelay_predict::resources::Sketch;
-use forelay_predict::time::Timestamp;
+use forelay_predict::time::{DAY_MS, Timestamp};
 use forelay_predict::working_set::{self, Touch, WorkingSet, WorkingSets};
 use parking_lot::Mutex;
 
@@ -192,12 +192,55 @@ impl Needs {
     }
 }
 
+/// How far back forecasts are judged anew: what they are recalibrated by is recent anyway.
+const JUDGED_MS: i64 = 3 * DAY_MS;
+/// How often, as while the daemon runs.
+const JUDGED_EVERY_MS: i64 = 600_000;
+/// Launches known less exactly than this cannot judge a forecast for ten minutes.
+const EXACT_MS: i64 = 1_000;
+
 /// The models as they take in a history. Borrowed, since a replay wants to own nothing.
-pub struct Replay<'a>(pub &'a Models);
+///
+/// Of the last three days each forecast is judged again before the launches that followed it
+/// are learned, so that a daemon that was restarted knows how well it forecasts.
+pub struct Replay<'a> {
+    models: &'a Models,
+    /// When the next forecasts are to be judged; `None` until a launch is recent enough.
+    due: Option<Timestamp>,
+    now: Timestamp,
+}
+
+impl<'a> Replay<'a> {
+    /// A replay into `models` at the time `now`.
+    pub fn new(models: &'a Models, now: Timestamp) -> Self {
+        Self {
+            models,
+            due: None,
+            now,
+        }
+    }
+
+    /// Lets the forecaster be judged until `at`, or now if that is later.
+    pub fn judge_until(&mut self, at: Timestamp) {
+        let Some(mut due) = self.due else { return };
+        let mut forecaster = self.models.forecaster.lock();
+        while due.0 < at.0.min(self.now.0) {
+            forecaster.advance(due, |_, _| {});
+            due = due.plus_ms(JUDGED_EVERY_MS);
+        }
+        self.due = Some(due);
+    }
+}
 
 impl Sink for Replay<'_> {
-    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, _resolution_ms: i64) {
-        self.0.launches(of, at, count);
+    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, resolution_ms: i64) {
+        let recent = at.0 >= self.now.0.saturating_sub(JUDGED_MS) && at.0 <= self.now.0;
+        if self.due.is_none() && recent && resolution_ms <= EXACT_MS {
+            let whole = at.0.div_euclid(JUDGED_EVERY_MS) * JUDGED_EVERY_MS;
+            self.due = Some(Timestamp(whole));
+        }
+        self.judge_until(at);
+        self.models.launches(of, at, count);
     }
 
     fn composition(
@@ -207,7 +250,7 @@ impl Sink for Replay<'_> {
         components: &[ComponentRef],
         weight: f64,
     ) {
-        let mut needs = self.0.needs.lock();
+        let mut needs = self.models.needs.lock();
         let context = needs.context(of, at);
         let names: Vec<String> = components.iter().map(|one| one.name.clone()).collect();
         for _ in 0..weight.clamp(1.0, MOST_REPEATS) as u32 {
@@ -223,31 +266,31 @@ impl Sink for Replay<'_> {
         components: &[ComponentRef],
     ) {
         let names = components.iter().map(|one| one.name.as_str());
-        self.0.launched_with(of, at, vm, names);
+        self.models.launched_with(of, at, vm, names);
     }
 
     fn attached(&mut self, _of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef) {
-        self.0.attached(at, vm, &component.name);
+        self.models.attached(at, vm, &component.name);
     }
 
     fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
-        self.0.sets.lock().insert(&model_key(of), image, set);
+        self.models.sets.lock().insert(&model_key(of), image, set);
     }
 
     fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
-        self.0.touched(of, images, touches);
+        self.models.touched(of, images, touches);
     }
 
     fn memory_sketch(&mut self, of: &ProfileRef, sketch: Sketch) {
-        self.0.demand.lock().restore(&model_key(of), sketch);
+        self.models.demand.lock().restore(&model_key(of), sketch);
     }
 
     fn sample(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
-        self.0.sampled(of, at, vm, sample);
+        self.models.sampled(of, at, vm, sample);
     }
 
     fn stopped(&mut self, _of: &ProfileRef, _at: Timestamp, vm: u64, _ran_ms: u64) {
-        self.0.stopped(vm);
+        self.models.stopped(vm);
     }
 }
 
@@ -356,11 +399,14 @@ mod tests {
         let history = history.unwrap();
         let of = ProfileRef::new("web", "ann");
         let online = models();
-        let mut last = 0;
+        let now = Timestamp(39 * HOUR_MS + 180_000);
+        let mut ten_minutes = Replay::new(&online, now);
+        ten_minutes.due = Some(Timestamp(0));
         for number in 0..40 {
             let start = Timestamp(number * HOUR_MS);
             let vm = EventId::derive(start, &[b"launch"]).nonce;
             for (index, (at, what)) in life(number).into_iter().enumerate() {
+                ten_minutes.judge_until(Timestamp(at));
                 tell(&online, &of, vm, Timestamp(at), &what);
                 let nonce = if index == 0 { vm } else { index as u64 };
                 let id = EventId {
@@ -374,21 +420,28 @@ mod tests {
                     what,
                 };
                 history.append(&[event]).await.unwrap();
-                last = at;
             }
         }
+        ten_minutes.judge_until(now);
         let restarted = models();
-        history
-            .replay(Timestamp(0), &mut Replay(&restarted))
-            .await
-            .unwrap();
-        let now = Timestamp(last + 60_000);
+        let mut replay = Replay::new(&restarted, now);
+        history.replay(Timestamp(0), &mut replay).await.unwrap();
+        replay.judge_until(now);
         let before = forecasts(&online, &of, now);
         assert!(
             before.contains("tool") && before.contains("Periodic"),
             "{before}"
         );
         assert_eq!(forecasts(&restarted, &of, now), before);
+
+        // Nor does it forget how well it forecast.
+        let judged = |models: &Models| {
+            let forecaster = models.forecaster.lock();
+            let key = forecaster.find_profile("ann/web").unwrap();
+            forecaster.judged(key)
+        };
+        assert!(judged(&online).count() > 200, "{:?}", judged(&online));
+        assert_eq!(judged(&restarted), judged(&online));
 
         // The VM whose end nobody saw is closed once, and counts then.
         let observed = |models: &Models| models.needs.lock().model.observed();

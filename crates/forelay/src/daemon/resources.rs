@@ -1,7 +1,7 @@
 //! What each VM uses, and what all of them are forecast to need.
 //!
-//! Samples the VMM's process (CPU, memory that is its own, disk I/O; network if it has a network
-//! namespace of its own), hands the samples to the history and the models, and from them the
+//! Samples the VMM's process (CPU, memory that is its own, disk I/O) and asks the guest what its
+//! network carried: what a VMM's user-mode network moves no counter of the kernel tells. Hands the samples to the history and the models, and from them the
 //! forecast demand to the memory samples that adapt the budget.
 //!
 //! Component pages are shared files and no VM's own: they are not part of a VM's memory here.
@@ -12,13 +12,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forelay_predict::resources::HORIZONS_MS;
+use forelay_vm::guest_protocol::Traffic;
 
 use super::Host;
+use super::instances::Instance;
 use super::memory::now_ms;
+use crate::api::VmState;
 use crate::history::{ProfileRef, ResourceSample};
 
 /// How often VMs are sampled, on the wall clock.
 const EVERY: Duration = Duration::from_secs(15);
+/// How long a guest may take to say what its network carried.
+const ANSWER: Duration = Duration::from_secs(2);
 /// The quantile of the host's demand for which there shall be room.
 const QUANTILE: f64 = 0.95;
 /// Launches less likely than this do not count to the demand.
@@ -31,8 +36,8 @@ struct Usage {
     memory_bytes: u64,
     read_bytes: u64,
     written_bytes: u64,
-    received_bytes: u64,
-    sent_bytes: u64,
+    /// As the guest says, so a wrong figure costs its own forecast at most.
+    network: Traffic,
 }
 
 impl Usage {
@@ -49,10 +54,6 @@ impl Usage {
         let io = read("io").unwrap_or_default();
         usage.read_bytes = field(&io, "read_bytes:");
         usage.written_bytes = field(&io, "write_bytes:");
-        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
-        if namespace(&pid.to_string()) != namespace("self") {
-            (usage.received_bytes, usage.sent_bytes) = network(&read("net/dev")?);
-        }
         Some(usage)
     }
 
@@ -64,9 +65,9 @@ impl Usage {
             memory_bytes: self.memory_bytes,
             read_bytes: self.read_bytes.saturating_sub(earlier.read_bytes),
             written_bytes: self.written_bytes.saturating_sub(earlier.written_bytes),
-            // What the guest received the VMM's interface sent.
-            received_bytes: self.sent_bytes.saturating_sub(earlier.sent_bytes),
-            sent_bytes: self.received_bytes.saturating_sub(earlier.received_bytes),
+            received_bytes: (self.network.received_bytes)
+                .saturating_sub(earlier.network.received_bytes),
+            sent_bytes: (self.network.sent_bytes).saturating_sub(earlier.network.sent_bytes),
         }
     }
 }
@@ -93,21 +94,6 @@ fn cpu_ms(stat: &str) -> Option<u64> {
     Some((user + system) * 10)
 }
 
-/// Bytes received and sent over all interfaces but the loopback.
-fn network(dev: &str) -> (u64, u64) {
-    let interfaces = dev.lines().skip(2).filter_map(|line| line.split_once(':'));
-    let interfaces = interfaces.filter(|(name, _)| name.trim() != "lo");
-    interfaces.fold((0, 0), |(received, sent), (_, counters)| {
-        let counter = |at: usize| {
-            let value = counters.split_whitespace().nth(at);
-            value
-                .and_then(|value| value.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        (received + counter(0), sent + counter(8))
-    })
-}
-
 impl Host {
     /// Samples VMs for as long as the daemon lives.
     pub(super) async fn sample_vms(self: Arc<Self>) {
@@ -117,13 +103,18 @@ impl Host {
         loop {
             interval.tick().await;
             let mut now = HashMap::new();
-            for instance in self.instances.live() {
+            let live = self.instances.live();
+            let networks =
+                futures_util::future::join_all(live.iter().map(|instance| self.traffic(instance)));
+            for (instance, network) in live.iter().zip(networks.await) {
                 let vm = instance.vm();
-                let Some(usage) = vm.pid.and_then(Usage::of) else {
+                let Some(mut usage) = vm.pid.and_then(Usage::of) else {
                     continue;
                 };
                 let id = instance.launch_id();
                 let earlier = before.get(&id).copied().unwrap_or_default();
+                // A guest that does not answer has carried nothing since.
+                usage.network = network.unwrap_or(earlier.network);
                 let since_launch_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
                 let of = ProfileRef::new(vm.profile, vm.owner);
                 let sample = usage.since(&earlier, since_launch_ms);
@@ -133,6 +124,17 @@ impl Host {
             before = now;
             self.demand.set(self.forecast_demand());
         }
+    }
+
+    /// What a guest's network has carried; `None` if it does not say: it boots, it hangs, or
+    /// its kernel component is older than the question.
+    async fn traffic(&self, instance: &Instance) -> Option<Traffic> {
+        let vm = instance.vm();
+        if !matches!(vm.state, VmState::Mounted | VmState::Ready) {
+            return None;
+        }
+        let handle = self.handle(&vm.name).ok()?;
+        handle.traffic(ANSWER).await.ok()
     }
 
     /// Memory that VMs, running and coming, will need beyond what they use now.
@@ -176,26 +178,26 @@ mod tests {
         assert_eq!(cpu_ms("42 nonsense"), None);
         let status = "Name:\tx\nRssAnon:\t    100 kB\nRssFile:\t 999 kB\nRssShmem:\t 28 kB\n";
         assert_eq!(own_memory(status), 128 << 10);
-        let dev = "Inter-| Receive\n face |bytes\n    lo: 7 0 0 0 0 0 0 0 7 0\n  \
-                   tap0: 1000 1 0 0 0 0 0 0 2000 2\n";
-        assert_eq!(network(dev), (1000, 2000));
         let usage = Usage::of(std::process::id()).unwrap();
         assert!(usage.memory_bytes > 0);
         assert!(Usage::of(u32::MAX).is_none());
     }
 
     #[test]
-    fn samples_are_differences_and_the_guests_side_of_the_network() {
+    fn samples_are_differences() {
+        let network = |received_bytes, sent_bytes| Traffic {
+            received_bytes,
+            sent_bytes,
+        };
         let earlier = Usage {
             cpu_ms: 100,
-            sent_bytes: 10,
+            network: network(10, 0),
             ..Usage::default()
         };
         let now = Usage {
             cpu_ms: 250,
             memory_bytes: 4096,
-            sent_bytes: 30,
-            received_bytes: 5,
+            network: network(30, 5),
             ..Usage::default()
         };
         let sample = now.since(&earlier, 9);
