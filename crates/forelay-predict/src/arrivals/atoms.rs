@@ -5,13 +5,10 @@
 //! [`ATOMS`] candidates, the rest of the places have no weight; no branch depends on a candidate,
 //! so that the compiler can do several at a time.
 
-use super::kernel::{below_zero, exp};
+use super::kernel::{below_zero, bounded, exp};
 
 /// Most candidates kept.
 pub(crate) const ATOMS: usize = 32;
-
-/// So many blurs away a candidate is as good as infinitely far away (4e-18 of its mass).
-const FARTHEST: f32 = 40.0;
 
 /// A hazard that is too low to be worth looking at closely, in launches per minute.
 const LEAST_HAZARD_PER_MIN: f32 = 0.002;
@@ -35,16 +32,20 @@ pub(crate) struct Atoms {
     weight: [f32; ATOMS],
 }
 
+impl Default for Atoms {
+    fn default() -> Self {
+        Self::new(&[])
+    }
+}
+
 impl Atoms {
     /// The columns of at most [`ATOMS`] candidates.
     fn new(list: &[Atom]) -> Self {
         let column = |of: fn(&Atom) -> f32, none: f32| -> [f32; ATOMS] {
             std::array::from_fn(|place| list.get(place).map_or(none, of))
         };
-        let made_up = |atom: &Atom| {
-            let cut = below_zero(f64::from(atom.centre_min), f64::from(atom.blur_min));
-            (f64::from(atom.weight) / (1.0 - cut)) as f32
-        };
+        let made_up =
+            |atom: &Atom| atom.weight / (1.0 - below_zero(atom.centre_min, 1.0 / atom.blur_min));
         Self {
             // Far away, so that an empty place never asks for fine stretches.
             centre_min: column(|atom| atom.centre_min, 1.0e30),
@@ -54,27 +55,29 @@ impl Atoms {
         }
     }
 
+    /// Reads a word of every part (see [`super::record::Record::touch`]).
+    pub(crate) fn touch(&self) -> f32 {
+        let columns = [
+            &self.centre_min,
+            &self.blur_min,
+            &self.sharpness,
+            &self.weight,
+        ];
+        columns
+            .into_iter()
+            .map(|column| column[0] + column[16])
+            .sum()
+    }
+
     /// Mass of gaps longer than `elapsed_min`.
     pub(crate) fn beyond(&self, elapsed_min: f64) -> f64 {
         let elapsed_min = elapsed_min as f32;
         let mut cells = [0.0f32; ATOMS];
-        let columns = self.centre_min.iter().zip(&self.sharpness);
-        for (cell, (centre, sharpness)) in cells.iter_mut().zip(columns) {
-            let past = (elapsed_min - *centre) * *sharpness;
-            // Comparisons and not `clamp`, which the compiler does one at a time.
-            let past = if past < FARTHEST { past } else { FARTHEST };
-            *cell = if past > -FARTHEST { past } else { -FARTHEST };
+        for (atom, cell) in cells.iter_mut().enumerate() {
+            let past = (elapsed_min - self.centre_min[atom]) * self.sharpness[atom];
+            *cell = self.weight[atom] / (1.0 + exp(bounded(past)));
         }
-        for (cell, weight) in cells.iter_mut().zip(&self.weight) {
-            *cell = *weight / (1.0 + exp(*cell));
-        }
-        let mut sums = [0.0f32; 4];
-        for four in cells.chunks_exact(4) {
-            for (sum, one) in sums.iter_mut().zip(four) {
-                *sum += one;
-            }
-        }
-        f64::from((sums[0] + sums[1]) + (sums[2] + sums[3]))
+        f64::from(sum(&cells))
     }
 
     /// The finest stretch that a candidate asks for at `elapsed_min`, with `survival` left. One
@@ -107,6 +110,20 @@ impl Atoms {
         }
         f64::from(finest.into_iter().fold(f32::MAX, f32::min))
     }
+}
+
+/// The sum, in an order in which several are added at a time.
+fn sum(cells: &[f32; ATOMS]) -> f32 {
+    let mut quarters = [0.0f32; ATOMS / 4];
+    for (i, cell) in quarters.iter_mut().enumerate() {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|quarter| cells[quarter * ATOMS / 4 + i]);
+        *cell = (a + b) + (c + d);
+    }
+    let mut sums = [0.0f32; 4];
+    for (i, sum) in sums.iter_mut().enumerate() {
+        *sum = quarters[i] + quarters[4 + i];
+    }
+    (sums[0] + sums[1]) + (sums[2] + sums[3])
 }
 
 /// Merges like candidates and keeps the heaviest; returns the mass dropped, too.

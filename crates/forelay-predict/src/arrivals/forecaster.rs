@@ -12,7 +12,7 @@ use super::outlook::{Outlook, likelihoods};
 use super::pool::{OwnerPool, Pool};
 use super::record::Record;
 use super::triggers;
-use super::walk::{self, Segment};
+use super::walk::{self, Place, Segment};
 use crate::calibration::{Judged, Recalibration, Reliability};
 use crate::time::{MINUTE_MS, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -248,12 +248,9 @@ impl Forecaster {
         let record = &mut self.records[index];
         if outcome == Observed::First {
             self.owners[owner.0 as usize].enrol(profile.0);
-            record.weights = self
-                .pool
-                .weights(0)
-                .iter()
-                .map(|&weight| weight as f32)
-                .collect();
+            for (own, &pooled) in record.weights.iter_mut().zip(self.pool.weights(0)) {
+                *own = pooled as f32;
+            }
         }
         record.owner = owner.0;
         record.launches = record.launches.saturating_add(1);
@@ -315,8 +312,9 @@ impl Forecaster {
             *weight = posterior as f32;
             sum += posterior;
         }
+        let per_sum = 1.0 / sum;
         for weight in &mut record.weights {
-            *weight = (f64::from(*weight) / sum) as f32;
+            *weight = (f64::from(*weight) * per_sum) as f32;
         }
         self.pool
             .learn(record.gap_count, gap_min, &densities, &record.weights);
@@ -431,15 +429,13 @@ impl Forecaster {
     }
 
     fn integrated_hazard(&self, record: &Record, start_min: f64, end_min: f64) -> f64 {
-        let mut at = start_min;
-        let mut survival = record.outlook.survival(at);
+        let mut here = Place::new(record, start_min, &self.scale);
         let mut sum = 0.0;
-        while at < end_min {
-            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
-            let length = stretch.length_min.min(end_min - at);
+        while here.at_min < end_min {
+            let stretch = walk::stretch(record, here, &self.scale, &self.config);
+            let length = stretch.length_min.min(end_min - here.at_min);
             sum += stretch.hazard_per_min * length;
-            at += stretch.length_min;
-            survival = stretch.survival_after;
+            here = stretch.end;
         }
         sum
     }
@@ -464,8 +460,8 @@ impl Forecaster {
             return 0.0;
         }
         let start = (now.seconds_since(record.last) / 60.0).max(0.0);
-        let survival = record.outlook.survival(start);
-        walk::stretch(record, start, survival, &self.scale, &self.config).hazard_per_min
+        let here = Place::new(record, start, &self.scale);
+        walk::stretch(record, here, &self.scale, &self.config).hazard_per_min
     }
 
     /// Whether to be loaded now, and when that changes as things stand.
@@ -490,12 +486,12 @@ impl Forecaster {
 
     fn decide_by_forecast(&self, record: &Record, now: Timestamp, price: f64) -> Decision {
         let start = (now.seconds_since(record.last) / 60.0).max(0.0);
-        let mut at = start;
-        let mut survival = record.outlook.survival(at);
+        let mut here = Place::new(record, start, &self.scale);
         let mut held_now = None;
         let moment = |elapsed_min: f64| record.last.plus_seconds(elapsed_min * 60.0);
         for _ in 0..DECIDE_STRETCHES {
-            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
+            let at = here.at_min;
+            let stretch = walk::stretch(record, here, &self.scale, &self.config);
             let repeats = walk::repeats_per_min(record, at, stretch.length_min, &self.config);
             let hold = stretch.hazard_per_min + repeats > price;
             match held_now {
@@ -504,14 +500,15 @@ impl Forecaster {
                 Some(false) if hold => return Decision::PrewarmAt { at: moment(at) },
                 Some(_) => {}
             }
-            at += stretch.length_min;
-            survival = stretch.survival_after;
-            if at - start > DECIDE_HORIZON_MIN {
+            here = stretch.end;
+            if here.at_min - start > DECIDE_HORIZON_MIN {
                 break;
             }
         }
         if held_now == Some(true) {
-            Decision::Keep { until: moment(at) }
+            Decision::Keep {
+                until: moment(here.at_min),
+            }
         } else {
             Decision::Release
         }
@@ -524,16 +521,15 @@ impl Forecaster {
         let Some(record) = self.records.get(profile.0 as usize) else {
             return 0.0;
         };
-        let mut at = 0.0;
-        let mut survival = 1.0;
+        let mut here = Place::new(record, 0.0, &self.scale);
         let mut least = f64::MAX;
         loop {
-            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
+            let at = here.at_min;
+            let stretch = walk::stretch(record, here, &self.scale, &self.config);
             let repeats = walk::repeats_per_min(record, at, stretch.length_min, &self.config);
             least = least.min(stretch.hazard_per_min + repeats);
-            at += stretch.length_min;
-            survival = stretch.survival_after;
-            if at >= self.config.repeat_span_min {
+            here = stretch.end;
+            if here.at_min >= self.config.repeat_span_min {
                 return least;
             }
         }

@@ -5,6 +5,7 @@
 //! time is scaled by factors published before it began, so settling it late teaches nothing to
 //! itself; published versions are bounded in number.
 
+use super::kernel::{ln, one_minus_exp};
 use super::pool::{STAGES, stage};
 use crate::time::{MINUTE_MS, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -46,12 +47,15 @@ impl Site {
             a if a < 600.0 => 4,
             _ => 5,
         };
-        let level =
-            ((hazard.max(1.0e-7) / 1.0e-6).log2() * 1.5).clamp(0.0, (LEVELS - 2) as f64 + 0.999);
+        // One and a half levels to each doubling, from one in a million minutes on.
+        const PER_LN: f32 = 1.5 / std::f32::consts::LN_2;
+        let level = ln((hazard.max(1.0e-7) * 1.0e6) as f32) * PER_LN;
+        let level = level.clamp(0.0, (LEVELS - 2) as f32 + 0.999);
         let row = ((kind as usize * STAGES + stage(experience)) * AGES + age) * LEVELS;
+        let whole = level as usize;
         Self {
-            lower: row + level.floor() as usize,
-            share: level.fract() as f32,
+            lower: row + whole,
+            share: level - whole as f32,
         }
     }
 }
@@ -92,6 +96,12 @@ impl HazardScale {
             .checked_sub(1)
     }
 
+    /// When the version after that one comes into force, if there is one.
+    pub(crate) fn end_of(&self, version: Option<usize>) -> Option<Timestamp> {
+        let next = version.map_or(0, |index| index + 1);
+        self.versions.get(next).map(|version| version.from)
+    }
+
     /// What to multiply a hazard by.
     pub(crate) fn factor(&self, version: Option<usize>, site: Site) -> f64 {
         let Some(version) = version.and_then(|index| self.versions.get(index)) else {
@@ -104,7 +114,7 @@ impl HazardScale {
 
     /// Learns the outcome of a stretch.
     pub(crate) fn learn(&mut self, site: Site, hazard: f64, length_min: f64, launched: bool) {
-        let expected = (1.0 - (-hazard * length_min).exp()) as f32;
+        let expected = one_minus_exp(hazard * length_min) as f32;
         for (cell, share) in [(site.lower, 1.0 - site.share), (site.lower + 1, site.share)] {
             self.expected[cell] += expected * share;
             if launched {

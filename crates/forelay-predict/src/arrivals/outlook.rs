@@ -4,13 +4,13 @@
 //! background over gap bins. Invariant: survival falls from one at elapsed zero and never rises.
 
 use super::atoms::{Atom, Atoms, compact};
-use super::bins::{BINS, bin_of, lower_edge, width};
+use super::bins::{BINS, bin_of, share_below, width};
 use super::config::Config;
 use super::experts::{
-    ALL_VIEWS, BLURS, CALENDAR, Candidate, EXPERTS, GAP_VIEWS, HISTOGRAM, OWNER, PERIODS, VIEWS,
-    expert, gap_view_weights, owner_blur, period_blur, phase_view,
+    ALL_VIEWS, BLURS, CALENDAR, Candidates, EXPERTS, GAP_VIEWS, GapViews, HISTOGRAM, OWNER,
+    PERIODS, VIEWS, expert, gap_views, owner_blur, period_blur, phase_view,
 };
-use super::kernel::density;
+use super::kernel::densities;
 use super::pool::{OwnerPool, Pool};
 use super::record::{REMEMBERED, Record};
 
@@ -18,22 +18,34 @@ use super::record::{REMEMBERED, Record};
 const BACKGROUND_SHARE: f64 = 0.1;
 
 /// Predictive distribution of the next gap.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Outlook {
-    atoms: Option<Box<Atoms>>,
-    /// Background mass at or beyond each bin's lower edge.
-    background: Vec<f32>,
+    atoms: Atoms,
+    /// Background mass at or beyond each bin's lower edge; all of it beyond the first, or none if
+    /// there is no forecast yet.
+    background: [f32; BINS + 1],
+    made: bool,
+}
+
+impl Default for Outlook {
+    fn default() -> Self {
+        Self {
+            atoms: Atoms::default(),
+            background: [0.0; BINS + 1],
+            made: false,
+        }
+    }
 }
 
 /// Everything the experts say, before weighting.
 struct Testimony {
-    gap_views: [[f64; REMEMBERED]; GAP_VIEWS],
-    phase_views: [Vec<Candidate>; VIEWS - GAP_VIEWS],
+    gap_views: GapViews,
+    phase_views: [Candidates; VIEWS - GAP_VIEWS],
 }
 
 fn testimony(record: &Record, config: &Config) -> Testimony {
     Testimony {
-        gap_views: gap_view_weights(record, config.gap_decay),
+        gap_views: gap_views(record, config.gap_decay),
         phase_views: std::array::from_fn(|i| phase_view(record, ALL_VIEWS[GAP_VIEWS + i])),
     }
 }
@@ -50,45 +62,40 @@ pub(crate) fn likelihoods(
     let bin = bin_of(gap_min);
     let background = pool.background(record, owner, config.pool_strength)(bin) / width(bin);
     let mut result = [background; EXPERTS];
-    let count = record.remembered();
-    for (blur, &scale) in BLURS.iter().enumerate() {
-        let kernels: [f64; REMEMBERED] = std::array::from_fn(|age| {
-            record
-                .gap(age)
-                .map_or(0.0, |gap| density(gap, scale, gap_min))
-        });
-        for (view, weights) in said.gap_views.iter().enumerate() {
-            if count > 0 {
-                let dense: f64 = weights.iter().zip(&kernels).map(|(w, k)| w * k).sum();
+    if record.remembered() > 0 {
+        for (blur, &scale) in BLURS.iter().enumerate() {
+            let sharpness = 1.0 / scale as f32;
+            let kernels = densities(&said.gap_views.gaps_min, &[sharpness; REMEMBERED], gap_min);
+            for (view, weights) in said.gap_views.weights.iter().enumerate() {
+                let dense = mean(weights, &kernels);
                 result[expert(view, blur)] = blend(dense, background, BACKGROUND_SHARE);
             }
-        }
-        for (i, candidates) in said.phase_views.iter().enumerate() {
-            if !candidates.is_empty() {
-                let dense: f64 = candidates
-                    .iter()
-                    .map(|c| c.weight * density(c.gap_min, scale, gap_min))
-                    .sum();
-                result[expert(GAP_VIEWS + i, blur)] = blend(dense, background, BACKGROUND_SHARE);
+            for (i, candidates) in said.phase_views.iter().enumerate() {
+                if !candidates.is_empty() {
+                    let kernels = densities(&candidates.gaps_min, &[sharpness; _], gap_min);
+                    let dense = mean(&candidates.weights, &kernels);
+                    result[expert(GAP_VIEWS + i, blur)] =
+                        blend(dense, background, BACKGROUND_SHARE);
+                }
             }
         }
     }
-    let gaps = owner.gaps();
-    if !gaps.is_empty() {
-        let sum: f64 = gaps
-            .iter()
-            .map(|&gap| density(f64::from(gap), owner_blur(f64::from(gap)), gap_min))
-            .sum();
-        result[OWNER] = blend(sum / gaps.len() as f64, background, 0.3);
+    if let Some(dense) = owner.density(gap_min) {
+        result[OWNER] = blend(dense, background, 0.3);
     }
-    let periods = pool.period_weights();
-    let dense: f64 = PERIODS
-        .iter()
-        .zip(periods)
-        .map(|(&(period, _), weight)| weight * density(period, period_blur(period), gap_min))
-        .sum();
-    result[CALENDAR] = blend(dense, background, 0.2);
+    result[CALENDAR] = blend(pool.calendar_density(gap_min), background, 0.2);
     result
+}
+
+/// Sum of products of two short columns.
+fn mean<const N: usize>(weights: &[f32; N], values: &[f32; N]) -> f64 {
+    let mut sums = [0.0f32; 4];
+    for first in (0..N).step_by(sums.len()) {
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            *sum += weights[first + lane] * values[first + lane];
+        }
+    }
+    f64::from((sums[0] + sums[1]) + (sums[2] + sums[3]))
 }
 
 fn blend(dense: f64, background: f64, background_share: f64) -> f64 {
@@ -105,11 +112,11 @@ impl Outlook {
         };
         let mut rest = weight(HISTOGRAM);
         let mut atoms: Vec<Atom> = Vec::with_capacity(192);
-        let mut add = |centre: f64, blur: f64, mass: f64, rest: &mut f64| {
+        let mut add = |centre_min: f32, blur_min: f32, mass: f64, rest: &mut f64| {
             if mass > 5.0e-4 {
                 atoms.push(Atom {
-                    centre_min: centre as f32,
-                    blur_min: blur as f32,
+                    centre_min,
+                    blur_min,
                     weight: mass as f32,
                 });
             } else {
@@ -117,22 +124,22 @@ impl Outlook {
             }
         };
         for (blur, &scale) in BLURS.iter().enumerate() {
-            let mut by_age = [0.0; REMEMBERED];
-            for (view, weights) in said.gap_views.iter().enumerate() {
+            let mut by_age = [0.0f32; REMEMBERED];
+            for (view, weights) in said.gap_views.weights.iter().enumerate() {
                 let mass = weight(expert(view, blur));
                 if record.remembered() == 0 {
                     rest += mass;
                     continue;
                 }
                 rest += BACKGROUND_SHARE * mass;
+                let mass = ((1.0 - BACKGROUND_SHARE) * mass) as f32;
                 for (cell, w) in by_age.iter_mut().zip(weights) {
-                    *cell += (1.0 - BACKGROUND_SHARE) * mass * w;
+                    *cell += mass * w;
                 }
             }
-            for (age, mass) in by_age.into_iter().enumerate() {
-                if let Some(gap) = record.gap(age) {
-                    add(gap, scale, mass, &mut rest);
-                }
+            let gaps = said.gap_views.gaps_min.iter().zip(by_age);
+            for (&gap, mass) in gaps.take(record.remembered()) {
+                add(gap, scale as f32, f64::from(mass), &mut rest);
             }
             for (i, candidates) in said.phase_views.iter().enumerate() {
                 let mass = weight(expert(GAP_VIEWS + i, blur));
@@ -141,13 +148,9 @@ impl Outlook {
                 } else {
                     BACKGROUND_SHARE * mass
                 };
-                for c in candidates {
-                    add(
-                        c.gap_min,
-                        scale,
-                        (1.0 - BACKGROUND_SHARE) * mass * c.weight,
-                        &mut rest,
-                    );
+                for (gap, share) in candidates.iter() {
+                    let mass = (1.0 - BACKGROUND_SHARE) * mass * f64::from(share);
+                    add(gap, scale as f32, mass, &mut rest);
                 }
             }
         }
@@ -155,7 +158,6 @@ impl Outlook {
         let mass = weight(OWNER);
         rest += if gaps.is_empty() { mass } else { 0.3 * mass };
         for &gap in gaps {
-            let gap = f64::from(gap);
             add(
                 gap,
                 owner_blur(gap),
@@ -171,47 +173,50 @@ impl Outlook {
         let (atoms, dropped) = compact(atoms);
         rest += dropped;
         let background = pool.background(record, owner, config.pool_strength);
-        let mut beyond = vec![0.0f32; BINS + 1];
+        let mut beyond = [0.0f32; BINS + 1];
         let mut sum = 0.0;
         for bin in (0..BINS).rev() {
             sum += background(bin) * rest;
             beyond[bin] = sum as f32;
         }
         Self {
-            atoms: Some(Box::new(atoms)),
+            atoms,
             background: beyond,
+            made: true,
         }
     }
 
     /// Probability that the next launch is later than `elapsed_min` after the latest.
     pub(crate) fn survival(&self, elapsed_min: f64) -> f64 {
-        let bin = bin_of(elapsed_min);
-        let within = ((elapsed_min - lower_edge(bin)) / width(bin)).clamp(0.0, 1.0);
-        let (Some(&here), Some(&next)) = (self.background.get(bin), self.background.get(bin + 1))
-        else {
+        if !self.made {
             return 1.0;
-        };
+        }
+        let bin = bin_of(elapsed_min);
+        let within = share_below(bin, elapsed_min);
+        let (here, next) = (self.background[bin], self.background[bin + 1]);
         let background = f64::from(here) + f64::from(next - here) * within;
-        let candidates = self.atoms.as_ref().map_or(0.0, |a| a.beyond(elapsed_min));
-        (background + candidates).max(1.0e-12)
+        (background + self.atoms.beyond(elapsed_min)).max(1.0e-12)
     }
 
     /// How long a stretch of time may be treated as one, at `elapsed_min` with `survival` left.
     pub(crate) fn stretch_min(&self, elapsed_min: f64, survival: f64, config: &Config) -> f64 {
         let longest = (config.tick_growth * elapsed_min).max(config.tick_min);
+        if longest <= config.tick_min {
+            return longest;
+        }
         // Fine where the hazard changes quickly: near a candidate, as far as its blur demands.
-        let finest = |atoms: &Atoms| atoms.finest(elapsed_min, survival);
-        let fine = self.atoms.as_deref().map_or(longest, finest);
+        let fine = self.atoms.finest(elapsed_min, survival);
         fine.clamp(config.tick_min, longest)
     }
 
     /// True until the first launch has been seen.
     pub(crate) fn is_empty(&self) -> bool {
-        self.background.is_empty()
+        !self.made
     }
 
-    pub(crate) fn heap_bytes(&self) -> usize {
-        self.atoms.as_ref().map_or(0, |_| size_of::<Atoms>())
-            + self.background.capacity() * size_of::<f32>()
+    /// Reads a word of every part (see [`Record::touch`]).
+    pub(crate) fn touch(&self) -> f32 {
+        let background = self.background.iter().step_by(16);
+        background.sum::<f32>() + self.atoms.touch()
     }
 }

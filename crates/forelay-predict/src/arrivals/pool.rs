@@ -6,8 +6,10 @@
 //! (an owner costs at most 2 KiB, and only an owner of several profiles costs that).
 
 use super::bins::{BINS, bin_of};
-use super::experts::{BLURS, CALENDAR, EXPERTS, HISTOGRAM, OWNER, PERIODS, expert, period_blur};
-use super::kernel::density;
+use super::experts::{
+    BLURS, CALENDAR, EXPERTS, HISTOGRAM, OWNER, PERIODS, expert, owner_blur, period_blur,
+};
+use super::kernel::densities;
 use super::record::Record;
 use crate::time::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -94,8 +96,9 @@ impl Pool {
             .zip(likelihoods)
             .map(|(w, f)| w * (f + 1.0e-12))
             .sum();
+        let per_sum = 1.0 / sum;
         for (expert, weight) in weights.iter_mut().enumerate() {
-            let pooled = *weight * (likelihoods[expert] + 1.0e-12) / sum;
+            let pooled = *weight * (likelihoods[expert] + 1.0e-12) * per_sum;
             let own = f64::from(posterior[expert]);
             *weight = *weight * (1.0 - rate) + rate * 0.5 * (pooled + own);
         }
@@ -107,9 +110,8 @@ impl Pool {
     }
 
     fn learn_period(&mut self, gap_min: f64) {
-        let nearest = PERIODS
-            .iter()
-            .map(|&(period, _)| density(period, period_blur(period), gap_min))
+        let nearest = period_densities(gap_min)
+            .into_iter()
             .enumerate()
             .max_by(|a, b| a.1.total_cmp(&b.1));
         if let Some((index, likelihood)) = nearest
@@ -127,7 +129,17 @@ impl Pool {
     /// Weight of each calendar period; sums to one.
     pub(crate) fn period_weights(&self) -> [f64; PERIODS.len()] {
         let sum: f64 = self.periods.iter().sum();
-        std::array::from_fn(|i| self.periods[i] / sum)
+        let per_sum = 1.0 / sum;
+        std::array::from_fn(|i| self.periods[i] * per_sum)
+    }
+
+    /// Density of a gap by the calendar's periods, per minute.
+    pub(crate) fn calendar_density(&self, gap_min: f64) -> f64 {
+        let weights = self.period_weights().into_iter();
+        let dense = weights.zip(period_densities(gap_min));
+        dense
+            .map(|(weight, density)| weight * f64::from(density))
+            .sum()
     }
 
     /// Probability of gap bins for a profile: own histogram over owner's over everyone's.
@@ -139,7 +151,7 @@ impl Pool {
     ) -> impl Fn(usize) -> f64 + 'a {
         let everyone = &self.histograms[stage(record.gap_count)];
         // One over each sum: bins are many, divisions slow.
-        let per_everyone = 5.0 / everyone.iter().sum::<f64>();
+        let per_everyone = 5.0 / total(everyone);
         let per_owner = pool_strength / (total(&owner.histogram) + 5.0);
         let per_own = 1.0 / (total(&record.histogram) + pool_strength);
         move |bin| {
@@ -152,8 +164,22 @@ impl Pool {
     }
 }
 
-fn total(histogram: &[f32]) -> f64 {
-    histogram.iter().map(|&x| f64::from(x)).sum()
+/// The sum, in parts that do not wait for each other.
+fn total<T: Copy + Into<f64>>(histogram: &[T]) -> f64 {
+    let mut sums = [0.0; 4];
+    for four in histogram.chunks_exact(4) {
+        for (sum, &x) in sums.iter_mut().zip(four) {
+            *sum += x.into();
+        }
+    }
+    (sums[0] + sums[1]) + (sums[2] + sums[3])
+}
+
+/// Density of a gap around each of [`PERIODS`], per minute.
+fn period_densities(gap_min: f64) -> [f32; PERIODS.len()] {
+    let periods = PERIODS.map(|(period, _)| period);
+    let sharpness = PERIODS.map(|(period, _)| 1.0 / period_blur(period));
+    densities(&periods, &sharpness, gap_min)
 }
 
 /// Knowledge shared by the profiles of one owner.
@@ -199,6 +225,21 @@ impl OwnerPool {
         &self.gaps
     }
 
+    /// Density of a gap after the owner's recent ones, per minute, if there are any.
+    pub(crate) fn density(&self, gap_min: f64) -> Option<f64> {
+        const LANES: usize = 8;
+        let mut sum = 0.0;
+        for gaps in self.gaps.chunks(LANES) {
+            // Places without a gap are far from any.
+            let centres = std::array::from_fn(|i| gaps.get(i).copied().unwrap_or(f32::MAX));
+            let sharpness = centres.map(|gap: f32| 1.0 / owner_blur(gap));
+            sum += densities::<LANES>(&centres, &sharpness, gap_min)
+                .iter()
+                .sum::<f32>();
+        }
+        (!self.gaps.is_empty()).then(|| f64::from(sum) / self.gaps.len() as f64)
+    }
+
     /// Notes a launch, for the search of what announces what.
     pub(crate) fn note_launch(&mut self, profile: u32, at: Timestamp) {
         if self.profiles < 2 {
@@ -231,4 +272,4 @@ impl OwnerPool {
     }
 }
 
-const _: () = assert!(BLURS.len() == 6);
+const _: () = assert!(BLURS.len() == 6 && BINS.is_multiple_of(4));

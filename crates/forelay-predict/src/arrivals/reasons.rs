@@ -6,7 +6,7 @@
 use super::experts::{ALL_VIEWS, BLURS, CALENDAR, HISTOGRAM, OWNER, View};
 use super::forecaster::{Forecaster, ProfileKey};
 use super::record::Record;
-use super::walk;
+use super::walk::{self, Place};
 use crate::time::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -218,16 +218,14 @@ impl Forecaster {
         let start = (now.seconds_since(record.last) / 60.0).max(0.0);
         let end = start + horizon_s / 60.0;
         let mut points = vec![(start, 0.0)];
-        let mut at = start;
-        let mut survival = record.outlook.survival(at);
+        let mut here = Place::new(record, start, &self.scale);
         let mut sum = 0.0;
-        while at < end {
-            let stretch = walk::stretch(record, at, survival, &self.scale, &self.config);
-            let length = stretch.length_min.min(end - at);
+        while here.at_min < end {
+            let stretch = walk::stretch(record, here, &self.scale, &self.config);
+            let length = stretch.length_min.min(end - here.at_min);
             sum += stretch.hazard_per_min * length;
-            at += stretch.length_min;
-            survival = stretch.survival_after;
-            points.push((at.min(end), 1.0 - (-sum).exp()));
+            here = stretch.end;
+            points.push((here.at_min.min(end), 1.0 - (-sum).exp()));
         }
         let total = points.last().map_or(0.0, |point| point.1);
         let quantile = |share: f64| {

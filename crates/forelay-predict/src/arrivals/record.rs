@@ -35,8 +35,10 @@ pub(crate) struct Record {
     pub repeats: f32,
     /// Where the schedule expects the latest launch to have been, relative to it, in minutes.
     pub phase_offset_min: f32,
-    pub histogram: Vec<f32>,
-    pub weights: Vec<f32>,
+    #[serde(with = "in_line")]
+    pub histogram: [f32; BINS],
+    #[serde(with = "in_line")]
+    pub weights: [f32; EXPERTS],
     /// How far (minutes since `last`) hazards have been settled.
     pub settled_min: f64,
     /// Launches that may announce this profile's next one.
@@ -70,8 +72,8 @@ impl Record {
             last_burst: 1,
             repeats: 0.0,
             phase_offset_min: 0.0,
-            histogram: vec![0.0; BINS],
-            weights: vec![1.0 / EXPERTS as f32; EXPERTS],
+            histogram: [0.0; BINS],
+            weights: [1.0 / EXPERTS as f32; EXPERTS],
             settled_min: 0.0,
             slots: Vec::new(),
             successors: Vec::new(),
@@ -94,9 +96,25 @@ impl Record {
         (age < self.remembered()).then(|| f64::from(self.gaps[self.slot(age)]))
     }
 
-    /// Size of the burst before the gap of that age.
-    pub(crate) fn burst(&self, age: usize) -> f64 {
-        f64::from(self.bursts[self.slot(age)])
+    /// All gaps, the latest first; zero beyond what is remembered.
+    pub(crate) fn gaps_by_age(&self) -> [f32; REMEMBERED] {
+        // The ring is zero where nothing was put.
+        std::array::from_fn(|age| self.gaps[self.slot(age)])
+    }
+
+    /// Sizes of the bursts before those gaps.
+    pub(crate) fn bursts_by_age(&self) -> [f32; REMEMBERED] {
+        std::array::from_fn(|age| f32::from(self.bursts[self.slot(age)]))
+    }
+
+    /// Reads a word of every part, so that the processor waits for all of them at once and not for
+    /// one after the other. Most profiles are not in its caches when they launch.
+    pub(crate) fn touch(&self) {
+        let every_line = |column: &[f32]| column.iter().step_by(16).sum::<f32>();
+        let mut sum = every_line(&self.gaps) + every_line(&self.histogram);
+        sum += every_line(&self.weights) + self.outlook.touch();
+        sum += self.slots.first().map_or(0.0, |slot| slot.trials() as f32);
+        std::hint::black_box(sum);
     }
 
     fn slot(&self, age: usize) -> usize {
@@ -157,9 +175,28 @@ impl Record {
     /// Bytes held by this profile, heap included.
     pub(crate) fn bytes(&self) -> usize {
         size_of::<Self>()
-            + (self.histogram.capacity() + self.weights.capacity()) * size_of::<f32>()
             + self.slots.capacity() * size_of::<Slot>()
             + self.successors.capacity() * size_of::<u32>()
-            + self.outlook.heap_bytes()
+    }
+}
+
+/// Arrays of any length, written as sequences.
+mod in_line {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer, const N: usize>(
+        array: &[f32; N],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        array.as_slice().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>, const N: usize>(
+        deserializer: D,
+    ) -> Result<[f32; N], D::Error> {
+        let list = Vec::<f32>::deserialize(deserializer)?;
+        let message = |list: Vec<f32>| D::Error::invalid_length(list.len(), &"another length");
+        list.try_into().map_err(message)
     }
 }

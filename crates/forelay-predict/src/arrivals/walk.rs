@@ -6,6 +6,7 @@
 
 use super::config::Config;
 use super::hazard_scale::{HazardScale, Kind, Site};
+use super::kernel::ln_of_ratio;
 use super::record::Record;
 use super::triggers::{LEAST_PROBABILITY, Slot};
 use crate::time::Timestamp;
@@ -35,14 +36,65 @@ impl Segment {
     }
 }
 
+/// A moment of a record's time, with what the walk knows there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    /// Minutes since the latest launch.
+    pub at_min: f64,
+    /// Survival of the gap mixture.
+    survival: f64,
+    /// The scale's version in force, and for how long.
+    version: Option<usize>,
+    version_ends_min: f64,
+    /// Whether any announcement is open, or will be.
+    announced: bool,
+}
+
+impl Place {
+    /// A place to begin a walk at.
+    pub(crate) fn new(record: &Record, at_min: f64, scale: &HazardScale) -> Self {
+        let version = scale.version_at(moment(record, at_min));
+        Self {
+            at_min,
+            survival: record.outlook.survival(at_min),
+            version,
+            version_ends_min: Self::end_of(version, record, scale),
+            announced: record.slots.iter().any(|slot| slot.open_since.is_some()),
+        }
+    }
+
+    fn end_of(version: Option<usize>, record: &Record, scale: &HazardScale) -> f64 {
+        let end = scale.end_of(version);
+        end.map_or(f64::INFINITY, |end| end.seconds_since(record.last) / 60.0)
+    }
+
+    /// The place a stretch later.
+    fn after(self, length_min: f64, survival: f64, record: &Record, scale: &HazardScale) -> Self {
+        let mut place = Self {
+            at_min: self.at_min + length_min,
+            survival,
+            ..self
+        };
+        while place.at_min >= place.version_ends_min {
+            place.version = place.version.map_or(Some(0), |version| Some(version + 1));
+            place.version_ends_min = Self::end_of(place.version, record, scale);
+        }
+        place
+    }
+}
+
+fn moment(record: &Record, at_min: f64) -> Timestamp {
+    record.last.plus_seconds(at_min * 60.0)
+}
+
 /// A stretch as planned, before it is known what came of it.
 pub(crate) struct Stretch {
     pub length_min: f64,
     pub hazard_per_min: f64,
     pub raw_hazard_per_min: f64,
     pub site: Site,
-    /// Survival of the gap mixture at the end, to go on from.
-    pub survival_after: f64,
+    /// Where to go on from.
+    pub end: Place,
 }
 
 /// The strongest announcement open at a moment.
@@ -78,30 +130,34 @@ fn next_opening(record: &Record, start_min: f64) -> Option<f64> {
         .min_by(f64::total_cmp)
 }
 
-/// The stretch that starts `start_min` after the latest launch.
+/// The stretch that starts at a place.
 pub(crate) fn stretch(
     record: &Record,
-    start_min: f64,
-    survival: f64,
+    here: Place,
     scale: &HazardScale,
     config: &Config,
 ) -> Stretch {
-    let at = record.last.plus_seconds(start_min * 60.0);
+    let (start_min, survival) = (here.at_min, here.survival);
     let mut length = record.outlook.stretch_min(start_min, survival, config);
-    let open = strongest(record, at, config);
+    let open = if here.announced {
+        strongest(record, moment(record, start_min), config)
+    } else {
+        None
+    };
     if let Some((index, since_min)) = open {
         let lag = record.slots[index].lag_min();
         length = length.min((0.5 * lag).max(0.5 * since_min).clamp(0.05, 5.0));
     }
-    let survival_after = record.outlook.survival(start_min + length).min(survival);
-    let from_gaps = (survival / survival_after).ln() / length;
+    let survival_at = |at_min: f64| record.outlook.survival(at_min).min(survival);
+    let mut survival_after = survival_at(start_min + length);
+    let from_gaps = ln_of_ratio(survival, survival_after) / length;
     let (raw, site) = match open {
         Some((index, since_min)) => {
             let slot = &record.slots[index];
             let p = slot.probability();
             let before = 1.0 - p * slot.fraction_by(since_min);
             let after = (1.0 - p * slot.fraction_by(since_min + length)).min(before);
-            let announced = (before / after).ln() / length;
+            let announced = ln_of_ratio(before, after) / length;
             if announced < from_gaps {
                 // Its own rhythm says more.
                 (
@@ -115,9 +171,9 @@ pub(crate) fn stretch(
             }
         }
         None => {
-            let quarter = (record.announced * 4.0).floor().min(3.0);
+            let quarter = ((record.announced * 4.0) as u8).min(3);
             let raw = from_gaps * (1.0 - 0.225 * f64::from(quarter));
-            let kind = if quarter > 0.0 {
+            let kind = if quarter > 0 {
                 Kind::Unannounced
             } else {
                 Kind::Gaps
@@ -125,19 +181,20 @@ pub(crate) fn stretch(
             (raw, Site::new(kind, record.gap_count, start_min, raw))
         }
     };
-    let factor = scale.factor(scale.version_at(at), site);
-    let cut = next_opening(record, start_min).map_or(length, |wait| wait.min(length));
-    let survival_after = if cut < length {
-        record.outlook.survival(start_min + cut).min(survival)
-    } else {
-        survival_after
-    };
+    let factor = scale.factor(here.version, site);
+    if here.announced
+        && let Some(wait) = next_opening(record, start_min)
+        && wait < length
+    {
+        length = wait;
+        survival_after = survival_at(start_min + wait);
+    }
     Stretch {
-        length_min: cut,
+        length_min: length,
         hazard_per_min: raw * factor,
         raw_hazard_per_min: raw,
         site,
-        survival_after,
+        end: here.after(length, survival_after, record, scale),
     }
 }
 
@@ -166,14 +223,15 @@ pub(crate) fn settle(
     if record.launches == 0 || record.outlook.is_empty() {
         return;
     }
+    record.touch();
     let end_min = until.seconds_since(record.last) / 60.0;
-    let mut start_min = record.settled_min;
-    let mut survival = record.outlook.survival(start_min);
-    let mut done = start_min >= end_min;
+    let mut here = Place::new(record, record.settled_min, scale);
+    let mut done = here.at_min >= end_min;
     while !done {
-        let planned = stretch(record, start_min, survival, scale, config);
-        let next_min = start_min + planned.length_min;
-        done = next_min >= end_min - 1.0e-9;
+        let start_min = here.at_min;
+        let planned = stretch(record, here, scale, config);
+        here = planned.end;
+        done = here.at_min >= end_min - 1.0e-9;
         let length_min = if done {
             end_min - start_min
         } else {
@@ -196,8 +254,6 @@ pub(crate) fn settle(
         };
         record.regret.note(&segment, &config.reference_rule());
         sink(&segment);
-        start_min = next_min;
-        survival = planned.survival_after;
     }
     record.settled_min = end_min.max(record.settled_min);
 }
