@@ -521,7 +521,7 @@ pub struct ForecastEntry {
 /// How forecasting does for a profile, by its own account.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SelfControl {
-    /// Forecasts of "launches within ten minutes" judged since the daemon's start.
+    /// Forecasts of "launches within ten minutes" judged, those of the last three days again at a restart.
     pub judged: u64,
     /// Their mean squared error.
     pub brier_score: f64,

@@ -39,10 +39,6 @@ impl Planner {
             }
             table.map(&vm, domain, profile, devices, Phase::Premapped)?;
         }
-        for device in devices {
-            let image = SharedImage::new(domain.clone(), device.image);
-            self.worth.used(&image, PageRun::new(0, 0), true, now_ms);
-        }
         let forecast_reason = Reason::Forecast(domain.clone(), profile.clone());
         self.queue.drop_reason(&forecast_reason);
         for planned in pieces(devices, working_set, self.config.piece_bytes) {

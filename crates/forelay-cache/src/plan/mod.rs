@@ -22,6 +22,8 @@ mod guard;
 mod message;
 mod pressure;
 mod queue;
+mod reuse;
+mod rule;
 #[cfg(test)]
 mod tests;
 mod victims;
@@ -44,6 +46,7 @@ pub use message::{
     Action, Event, EvictionRule, PlanConfig, PlannedExtent, PrefetchClass, PressureLevel, Urgency,
 };
 use queue::{Piece, Queue, Reason};
+pub use rule::ByWorth;
 use victims::{Choice, Victims};
 use worth::{Forecast, Worth};
 
@@ -161,6 +164,16 @@ impl Planner {
 
     /// Takes one event at `now_ms` and returns what to do, in order.
     pub fn step(&mut self, event: Event, now_ms: i64) -> Vec<Action> {
+        if let Event::LaunchRequested {
+            domain,
+            profile,
+            devices,
+            ..
+        } = &event
+        {
+            // Not under the table's lock: now and then this fits a model, which takes 0.1 s.
+            self.worth.launched(domain, profile, devices, now_ms);
+        }
         let table = Arc::clone(&self.table);
         table.write(|table| {
             let mut actions = Vec::new();

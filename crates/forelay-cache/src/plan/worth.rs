@@ -2,8 +2,9 @@
 //! resident, per byte, within the horizon.
 //!
 //! Two sources, both ageing: forecasts (profiles with a launch probability and a working
-//! set) and observed uses (decayed counts by segment of 256 KiB and by component, so
-//! that bytes no forecast speaks of still have a history).
+//! set) and observed uses, so that bytes no forecast speaks of still have a history: when
+//! the component is used again ([`super::reuse`]; until that has learned, the rate of its
+//! decayed count) and how often a use of it touches a segment of 256 KiB.
 //!
 //! Refuses to know what is resident or mapped. Invariant: every worth is finite and not
 //! negative, whatever probabilities come in.
@@ -16,6 +17,7 @@ use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::page_set::PageRun;
 
 use super::message::{PlanConfig, PlannedExtent};
+use super::reuse::Reuse;
 
 /// Pages of a segment, the grain of observed uses.
 const SEGMENT_PAGES: u32 = 64;
@@ -62,11 +64,41 @@ struct Uses {
     segments: Vec<Decayed>,
 }
 
+/// The need of one image's segments, from observed uses.
+pub(super) struct Needs<'a> {
+    uses: Option<&'a Uses>,
+    /// Learned probability that the component is used within the horizon.
+    component: Option<f64>,
+    half_life_ms: i64,
+    horizon_ms: i64,
+    now_ms: i64,
+}
+
+impl Needs<'_> {
+    /// Probability of a use within the horizon.
+    pub(super) fn of_segment(&self, segment: u32) -> f64 {
+        let Some(uses) = self.uses else { return 0.0 };
+        let Some(segment) = uses.segments.get(segment as usize) else {
+            return 0.0;
+        };
+        let count = segment.at(self.now_ms, self.half_life_ms);
+        if let Some(component) = self.component {
+            // The share of the component's uses that came here; both counts fade alike.
+            let all = uses.component.at(self.now_ms, self.half_life_ms);
+            return component * (count / all.max(1e-9)).min(1.0);
+        }
+        // A steady rate r leaves a decayed count of r * half-life / ln 2.
+        let rate = count * std::f64::consts::LN_2 / self.half_life_ms.max(1) as f64;
+        1.0 - (-rate * self.horizon_ms as f64).exp()
+    }
+}
+
 /// Forecasts and uses of everything. See the module's header.
 #[derive(Clone, Debug)]
 pub(super) struct Worth {
     pub(super) forecasts: BTreeMap<(Domain, ProfileName), Forecast>,
     uses: BTreeMap<SharedImage, Uses>,
+    reuse: Reuse,
     latency_s: f64,
     seconds_per_byte: f64,
     half_life_ms: i64,
@@ -93,6 +125,7 @@ impl Worth {
         let mut worth = Self {
             forecasts: BTreeMap::new(),
             uses: BTreeMap::new(),
+            reuse: Reuse::new(config.budget_bytes),
             latency_s: 0.0,
             seconds_per_byte: 0.0,
             half_life_ms: config.half_life_ms,
@@ -171,18 +204,31 @@ impl Worth {
         uses.map_or((0, i64::MIN), |uses| (uses.total, uses.last_ms))
     }
 
-    /// Probability of a use within the horizon, from the observed uses of a segment.
-    fn use_probability(&self, image: &SharedImage, segment: u32, now_ms: i64) -> f64 {
-        let Some(uses) = self.uses.get(image) else {
-            return 0.0;
-        };
-        let Some(segment) = uses.segments.get(segment as usize) else {
-            return 0.0;
-        };
-        // A steady rate r leaves a decayed count of r * half-life / ln 2.
-        let rate = segment.at(now_ms, self.half_life_ms) * std::f64::consts::LN_2
-            / self.half_life_ms.max(1) as f64;
-        1.0 - (-rate * self.horizon_ms as f64).exp()
+    /// A VM is launched with these devices: a use of each.
+    pub(super) fn launched(
+        &mut self,
+        domain: &Domain,
+        profile: &ProfileName,
+        devices: &[DeviceImage],
+        now_ms: i64,
+    ) {
+        let cost = (self.latency_s, self.seconds_per_byte);
+        self.reuse.launched(domain, profile, devices, cost, now_ms);
+        for device in devices {
+            let image = SharedImage::new(domain.clone(), device.image);
+            self.used(&image, PageRun::new(0, 0), true, now_ms);
+        }
+    }
+
+    /// What observed uses say of an image's need within the horizon.
+    pub(super) fn needs(&self, image: &SharedImage, now_ms: i64) -> Needs<'_> {
+        Needs {
+            uses: self.uses.get(image),
+            component: self.reuse.probability(image, self.horizon_ms),
+            half_life_ms: self.half_life_ms,
+            horizon_ms: self.horizon_ms,
+            now_ms,
+        }
     }
 
     /// Values the pages of `runs` of one image, splitting runs where the value changes.
@@ -193,6 +239,7 @@ impl Worth {
         now_ms: i64,
     ) -> Vec<ValuedRun> {
         let steps = self.forecast_steps(image, now_ms);
+        let needs = self.needs(image, now_ms);
         let mut parts: Vec<(PageRun, f64)> = Vec::new();
         for &run in runs {
             let mut page = run.start;
@@ -204,7 +251,7 @@ impl Worth {
                 if let Some(next) = steps.get(step) {
                     end = end.min(next.0);
                 }
-                let observed = self.use_probability(image, segment, now_ms);
+                let observed = needs.of_segment(segment);
                 let need = 1.0 - (1.0 - probability(forecast)) * (1.0 - observed);
                 match parts.last_mut() {
                     Some((last, known))

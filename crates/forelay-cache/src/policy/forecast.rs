@@ -182,6 +182,20 @@ impl Forecast {
         }
     }
 
+    /// What is expected of an object's next request: the mean of 2^(-wait / half-life), and
+    /// that half-life in milliseconds. `None` before the first fit, and for an object that
+    /// was never requested.
+    pub fn need(&self, object: u32, now_ms: i64) -> Option<(f64, f64)> {
+        let model = self.model.as_ref()?;
+        let need = if self.held.contains(object) {
+            // Refreshed often enough; see the module's invariants.
+            self.known.get(&object)?.need
+        } else {
+            f64::from(model.score(&self.history.features(object, now_ms)?)).clamp(1e-4, 1.0)
+        };
+        Some((need, self.half_life_ms))
+    }
+
     fn random(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;

@@ -41,13 +41,15 @@ pub enum Kind {
     Forecast,
     /// [`forecast`], with prefetch
     ForecastPrefetch,
+    /// [`crate::plan::ByWorth`], the rule by which the planner evicts
+    Planner,
     /// [`min`], which knows the future
     Min,
 }
 
 impl Kind {
     /// All of them, the bound last.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::LeastUsed,
         Self::Lru,
         Self::Lfu,
@@ -55,6 +57,7 @@ impl Kind {
         Self::S3Fifo,
         Self::Forecast,
         Self::ForecastPrefetch,
+        Self::Planner,
         Self::Min,
     ];
 
@@ -68,6 +71,7 @@ impl Kind {
             Self::S3Fifo => "s3-fifo",
             Self::Forecast => "forecast",
             Self::ForecastPrefetch => "forecast+prefetch",
+            Self::Planner => "planner",
             Self::Min => "min",
         }
     }
@@ -95,6 +99,7 @@ impl Kind {
             Self::S3Fifo => Box::new(s3_fifo::S3Fifo::new(capacity_bytes)),
             Self::Forecast => forecast(false),
             Self::ForecastPrefetch => forecast(true),
+            Self::Planner => Box::new(crate::plan::ByWorth::new(capacity_bytes)),
             Self::Min => Box::new(min::Min::new(capacity_bytes, requests)),
         }
     }

@@ -25,13 +25,14 @@ use serde_json::{Value, json};
 /// Memory sizes in GiB; the third is "the middle one".
 const MEMORY_GIB: [u64; 5] = [4, 8, 16, 32, 64];
 
-const POLICIES: [Kind; 6] = [
+const POLICIES: [Kind; 7] = [
     Kind::LeastUsed,
     Kind::Lru,
     Kind::S3Fifo,
     Kind::Gdsf,
     Kind::Forecast,
     Kind::ForecastPrefetch,
+    Kind::Planner,
 ];
 
 const DAY_MS: i64 = 86_400_000;
@@ -146,7 +147,7 @@ fn cold(tallies: &[Tally], kind: Kind) -> f64 {
 
 /// Whether `ours` has the least cold time of all but the other forecast variant.
 fn best(tallies: &[Tally], ours: Kind) -> bool {
-    let own = [Kind::Forecast, Kind::ForecastPrefetch];
+    let own = [Kind::Forecast, Kind::ForecastPrefetch, Kind::Planner];
     let mut others = tallies.iter().filter(|tally| !own.contains(&tally.kind));
     others.all(|tally| cold(tallies, ours) < tally.cold_s)
 }

@@ -77,15 +77,18 @@ fn base() -> &'static BaseRoot {
         lock.lock().unwrap();
         let image_path = cache.join(format!("base-{key}.img"));
         let component_path = cache.join(format!("base-{key}.json"));
-        if !component_path.is_file() {
+        // What an older program cached may have another form.
+        let cached = || -> Option<Component> {
+            serde_json::from_slice(&fs::read(&component_path).ok()?).ok()
+        };
+        let component = cached().unwrap_or_else(|| {
             let request = BuildRequest::new(Source::Base(BaseOptions::default()));
             let built = builder().build(&request, &silent).unwrap();
             fs::rename(&built.image, &image_path).unwrap();
             let json = serde_json::to_vec(&built.component).unwrap();
             fs::write(&component_path, json).unwrap();
-        }
-        let json = fs::read(&component_path).unwrap();
-        let component: Component = serde_json::from_slice(&json).unwrap();
+            built.component
+        });
         let image = File::open(&image_path).unwrap();
         builder().base_root(&component, &image).unwrap()
     })

@@ -219,6 +219,8 @@ pub struct Settings {
     pub budget_bytes: u64,
     /// Loads ahead of need.
     pub ahead: bool,
+    /// Pmem devices that a VM may have at its launch; the daemon's own limit if absent.
+    pub pmem_slots: Option<usize>,
 }
 
 /// What a command did.
@@ -242,15 +244,20 @@ impl Host {
         let dir = tempfile::Builder::new().prefix("fl-").tempdir_in("/tmp");
         let dir = dir.unwrap();
         let state = settings.state.clone();
+        let slots = settings
+            .pmem_slots
+            .map(|slots| format!("pmem_slots = {slots}\n"));
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\n\
-             [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n",
+             [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n\n\
+             [vmm]\n{}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             settings.repository.as_ref().unwrap_or(&bench.repository),
             settings.latency_ms,
             settings.budget_bytes,
             settings.ahead,
+            slots.unwrap_or_default(),
         );
         std::fs::write(dir.path().join("forelay.toml"), text).unwrap();
         Self {

@@ -57,7 +57,17 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
         let tool = components.find(|one| one["image"] == entry["image"]);
         tool.map_or(0, |one| one["resident_bytes"].as_u64().unwrap())
     };
-    host.until("the tool is in memory", |host| resident(host) > 0);
+    let (mut before, mut same) = (0, 0);
+    host.until("the tool is in memory, and no more of it comes", |host| {
+        let now = resident(host);
+        same = if now > 0 && now == before {
+            same + 1
+        } else {
+            0
+        };
+        before = now;
+        same == 10
+    });
     let loaded = resident(&host);
     let vm = host.vm("second");
     let components = vm["components"].as_array().unwrap().iter();
@@ -65,9 +75,9 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
 
     host.ok(["attach", "second", "forelay-tool"]);
     assert_eq!(host.sh("second", "forelay-tool"), "hello from the tool\n");
-    assert_eq!(
-        resident(&host),
-        loaded,
+    // (The kernel may have reclaimed some of it meanwhile; nothing came on top.)
+    assert!(
+        resident(&host) <= loaded,
         "all that was needed had been loaded"
     );
     assert!(
