@@ -22,6 +22,19 @@ pub struct PlannedExtent {
     pub first_touch_ms: u32,
 }
 
+/// A launch of the past.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PastLaunch {
+    /// When, in milliseconds since the epoch.
+    pub at_ms: i64,
+    /// The trust domain.
+    pub domain: Domain,
+    /// The profile.
+    pub profile: ProfileName,
+    /// The VM's pmem devices in order.
+    pub devices: Vec<DeviceImage>,
+}
+
 /// How short of memory the host is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -39,6 +52,11 @@ pub enum PressureLevel {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "event")]
 pub enum Event {
+    /// Launches that an earlier daemon saw, oldest first; told before all else.
+    LaunchesRemembered {
+        /// The launches.
+        launches: Vec<PastLaunch>,
+    },
     /// A launch is asked for; its VMM does not run yet.
     LaunchRequested {
         /// The new VM.

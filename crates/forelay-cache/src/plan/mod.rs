@@ -43,7 +43,8 @@ use crate::page_set::{PageRun, PageSet};
 use expected::attach_name;
 use guard::Guard;
 pub use message::{
-    Action, Event, EvictionRule, PlanConfig, PlannedExtent, PrefetchClass, PressureLevel, Urgency,
+    Action, Event, EvictionRule, PastLaunch, PlanConfig, PlannedExtent, PrefetchClass,
+    PressureLevel, Urgency,
 };
 use queue::{Piece, Queue, Reason};
 pub use rule::ByWorth;
@@ -164,16 +165,8 @@ impl Planner {
 
     /// Takes one event at `now_ms` and returns what to do, in order.
     pub fn step(&mut self, event: Event, now_ms: i64) -> Vec<Action> {
-        if let Event::LaunchRequested {
-            domain,
-            profile,
-            devices,
-            ..
-        } = &event
-        {
-            // Not under the table's lock: now and then this fits a model, which takes 0.1 s.
-            self.worth.launched(domain, profile, devices, now_ms);
-        }
+        // Not under the table's lock: now and then this fits a model, which takes 0.1 s.
+        self.note_launches(&event, now_ms);
         let table = Arc::clone(&self.table);
         table.write(|table| {
             let mut actions = Vec::new();
@@ -181,6 +174,24 @@ impl Planner {
             self.pump(table, now_ms, &mut actions);
             actions
         })
+    }
+
+    fn note_launches(&mut self, event: &Event, now_ms: i64) {
+        match event {
+            Event::LaunchRequested {
+                domain,
+                profile,
+                devices,
+                ..
+            } => self.worth.launched(domain, profile, devices, now_ms),
+            Event::LaunchesRemembered { launches } => {
+                for past in launches.iter().filter(|past| past.at_ms <= now_ms) {
+                    self.worth
+                        .launched(&past.domain, &past.profile, &past.devices, past.at_ms);
+                }
+            }
+            _ => {}
+        }
     }
 
     fn take(
@@ -191,6 +202,8 @@ impl Planner {
         actions: &mut Vec<Action>,
     ) {
         let result = match event {
+            // Noted before the table was taken.
+            Event::LaunchesRemembered { .. } => Ok(()),
             Event::LaunchRequested {
                 vm,
                 domain,

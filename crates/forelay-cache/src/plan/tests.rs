@@ -676,6 +676,34 @@ fn event_of(step: Step, host: &mut Host) -> Option<Event> {
     })
 }
 
+#[test]
+fn what_an_earlier_daemon_saw_counts_as_uses_but_the_future_does_not() {
+    let mut host = Host::new(PlanConfig::default());
+    let past = |at_ms: i64, number: u8| PastLaunch {
+        at_ms,
+        domain: "d".into(),
+        profile: "p".into(),
+        devices: vec![device(number, 4 * MIB)],
+    };
+    let now_ms = host.now_ms;
+    let launches = vec![
+        past(now_ms - 9, 1),
+        past(now_ms - 5, 1),
+        past(now_ms + 1, 2),
+    ];
+    host.tell(Event::LaunchesRemembered { launches });
+    assert!(host.log.is_empty(), "{:?}", host.log);
+    let uses = |number| host.planner.worth.component_uses(&shared(number));
+    assert_eq!(uses(1), (2, now_ms - 5));
+    assert_eq!(uses(2).0, 0);
+    assert_eq!(
+        host.planner
+            .table()
+            .read(|table| table.known_images().count()),
+        0
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
     #[test]

@@ -2,14 +2,17 @@
 //!
 //! Invariant: what cannot be read any more is skipped, never an error.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use forelay_cache::plan::PastLaunch;
 use forelay_image::lock::Lock;
+use forelay_predict::time::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use super::clock::ForecastClock;
 use super::models::model_key;
 use super::order::Order;
 use crate::history::ProfileRef;
@@ -78,6 +81,25 @@ impl LastLaunches {
     /// The last orders of all profiles, by model key.
     pub fn all(&self) -> Vec<Arc<Order>> {
         self.orders.lock().values().cloned().collect()
+    }
+
+    /// Past launches as the planner knows them: each with the devices of its profile's last.
+    pub fn past(
+        &self,
+        recent: &VecDeque<(ProfileRef, Timestamp)>,
+        clock: &ForecastClock,
+    ) -> Vec<PastLaunch> {
+        let orders = self.orders.lock();
+        let past = |(of, at): &(ProfileRef, Timestamp)| {
+            let order = orders.get(&model_key(of))?;
+            Some(PastLaunch {
+                at_ms: clock.wall_ms(*at),
+                domain: order.domain.clone(),
+                profile: of.profile.as_str().into(),
+                devices: order.device_images(),
+            })
+        };
+        recent.iter().filter_map(past).collect()
     }
 
     /// Memory that each profile's manifest asks for, in MiB.

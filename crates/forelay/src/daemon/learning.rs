@@ -4,7 +4,7 @@
 //! are rebuilt from the history when the daemon starts.
 //! Refuses to decide what is prefetched: it hands plans to the planner.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,12 +64,13 @@ pub struct LaunchOutcome {
 }
 
 impl Learner {
-    /// Opens the history in `state_dir` and rebuilds the models from it.
+    /// Opens the history in `state_dir` and rebuilds the models from it. Also returns the
+    /// last launches, oldest first.
     pub async fn open(
         state_dir: &Path,
         config: &ForecastConfig,
         memory_mib: HashMap<String, u32>,
-    ) -> Result<Self, HostError> {
+    ) -> Result<(Self, VecDeque<(ProfileRef, Timestamp)>), HostError> {
         let path = state_dir.join(HISTORY_FILE);
         let opened = SqliteHistory::open(&path, OpenOptions::default()).await;
         let history = opened.map_err(HostError::failed)?;
@@ -87,11 +88,13 @@ impl Learner {
             events = replayed.events,
             "history replayed"
         );
-        Ok(Self {
+        let recent = replay.into_recent();
+        let learner = Self {
             history: Arc::new(history),
             models,
             clock,
-        })
+        };
+        Ok((learner, recent))
     }
 
     /// The models.

@@ -8,7 +8,7 @@
 //! Invariant: a VM's components are learned once, when it stops; until then it is open, and what
 //! is attached to it is added.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use forelay_image::Digest;
 use forelay_predict::arrivals::{self, Forecaster};
@@ -196,6 +196,8 @@ impl Needs {
 const JUDGED_MS: i64 = 3 * DAY_MS;
 /// How often, as while the daemon runs.
 const JUDGED_EVERY_MS: i64 = 600_000;
+/// Launches that are told to the planner again: enough to learn from, done in a second.
+const MOST_RECENT: usize = 10_000;
 /// Launches known less exactly than this cannot judge a forecast for ten minutes.
 const EXACT_MS: i64 = 1_000;
 
@@ -208,6 +210,7 @@ pub struct Replay<'a> {
     /// When the next forecasts are to be judged; `None` until a launch is recent enough.
     due: Option<Timestamp>,
     now: Timestamp,
+    recent: VecDeque<(ProfileRef, Timestamp)>,
 }
 
 impl<'a> Replay<'a> {
@@ -217,7 +220,13 @@ impl<'a> Replay<'a> {
             models,
             due: None,
             now,
+            recent: VecDeque::new(),
         }
+    }
+
+    /// The last launches whose times are known exactly, oldest first.
+    pub fn into_recent(self) -> VecDeque<(ProfileRef, Timestamp)> {
+        self.recent
     }
 
     /// Lets the forecaster be judged until `at`, or now if that is later.
@@ -240,6 +249,12 @@ impl Sink for Replay<'_> {
             self.due = Some(Timestamp(whole));
         }
         self.judge_until(at);
+        if resolution_ms <= EXACT_MS {
+            if self.recent.len() >= MOST_RECENT {
+                self.recent.pop_front();
+            }
+            self.recent.push_back((of.clone(), at));
+        }
         self.models.launches(of, at, count);
     }
 

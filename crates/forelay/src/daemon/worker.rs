@@ -240,7 +240,9 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
     );
     let last_launches = LastLaunches::open(&config.state_dir, config.vmm.pmem_slots)?;
     let memory_mib = last_launches.memory_mib();
-    let learner = Learner::open(&config.state_dir, &config.forecast, memory_mib).await?;
+    let (learner, recent) = Learner::open(&config.state_dir, &config.forecast, memory_mib).await?;
+    let launches = last_launches.past(&recent, learner.clock());
+    memory.tell(Event::LaunchesRemembered { launches });
     let mut driver = QemuDriver::new(&config.state_dir);
     driver.binary.clone_from(&config.vmm.qemu);
     driver.accelerator = match config.vmm.accelerator.as_str() {
