@@ -167,6 +167,12 @@ impl Host {
         }
     }
 
+    /// CPU seconds that the daemon's processes have used.
+    pub fn cpu_s(&self) -> f64 {
+        let daemon = self.daemon.as_ref();
+        daemon.map_or(0.0, |daemon| crate::cpu::of_family(u64::from(daemon.id())))
+    }
+
     /// What the daemon logged.
     pub fn daemon_log(&self) -> String {
         std::fs::read_to_string(self.scratch.join("daemon.log")).unwrap_or_default()

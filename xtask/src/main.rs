@@ -5,6 +5,7 @@
 
 mod bench;
 mod cgroup;
+mod cpu;
 mod demo;
 mod guest;
 mod hog;

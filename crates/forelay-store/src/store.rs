@@ -116,7 +116,7 @@ impl Store {
         let ids: Vec<ComponentId> = ids.collect();
         for group in ids.chunks(32) {
             let fetched =
-                futures_util::future::join_all(group.iter().map(|id| self.load_component(*id)))
+                futures_util::future::join_all(group.iter().map(|id| self.pinned_component(*id)))
                     .await;
             for (id, component) in group.iter().zip(fetched) {
                 match component {
@@ -155,8 +155,8 @@ impl Store {
         Ok(Arc::new(component))
     }
 
-    /// Like [`Store::component`], but content with this host's copy.
-    async fn load_component(&self, id: ComponentId) -> Result<Arc<Component>, StoreError> {
+    /// Like [`Store::component`], but content with this host's copy: its id pins it.
+    pub async fn pinned_component(&self, id: ComponentId) -> Result<Arc<Component>, StoreError> {
         let known = self.0.components.lock().get(&id).cloned();
         if let Some(component) = known {
             return Ok(component);
@@ -193,7 +193,7 @@ impl Store {
     /// Opens a component's image by the component's id, which pins all of it. Content with
     /// this host's copy of the metadata.
     pub async fn open_component(&self, id: ComponentId) -> Result<Arc<ImageMap>, StoreError> {
-        let image = self.load_component(id).await?.image;
+        let image = self.pinned_component(id).await?.image;
         self.add_image(image)?;
         self.open_image(image.digest).await
     }

@@ -159,6 +159,23 @@ pub struct Waits {
     pub demand_bytes: u64,
     /// Sum of the times they waited.
     pub stall_s: f64,
+    /// Why they had to wait.
+    #[serde(default)]
+    pub causes: WaitCauses,
+}
+
+/// Demand fetches of a VM by their cause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitCauses {
+    /// The launch's plan did not have these bytes.
+    pub unforeseen: u64,
+    /// The plan had them, they were not in shared memory when the launch was asked for, and
+    /// they were not loaded in time (or there was no room).
+    pub late: u64,
+    /// They were in shared memory when the launch was asked for and were given back since.
+    pub evicted: u64,
+    /// They were in shared memory, and the kernel reclaimed them.
+    pub reclaimed: u64,
 }
 
 /// A component of an instance.
@@ -230,6 +247,9 @@ pub struct LaunchFigures {
     pub demand_bytes: u64,
     /// Sum of the time those faults waited.
     pub stall_s: f64,
+    /// Why they had to wait.
+    #[serde(default)]
+    pub demand_causes: WaitCauses,
     /// Bytes prefetched into shared memory for this launch.
     pub prefetched_bytes: u64,
     /// Compressed bytes read from the repository during the launch.

@@ -148,14 +148,12 @@ impl Recipe {
         // The last component with a command of its own is what the VM is for.
         let mut entrypoint = Vec::new();
         for locked in lock.components.iter().rev() {
-            let component =
-                store
-                    .component(locked.id)
-                    .await
-                    .map_err(|source| RecipeError::Component {
-                        component: label(locked),
-                        source,
-                    })?;
+            let component = store.pinned_component(locked.id).await.map_err(|source| {
+                RecipeError::Component {
+                    component: label(locked),
+                    source,
+                }
+            })?;
             if !component.entrypoint.is_empty() {
                 entrypoint.clone_from(&component.entrypoint);
                 break;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use super::draw::Draw;
 use super::statistics::quantile;
 use crate::demo;
 use crate::host::{self, Host, Programs, Settings};
@@ -109,20 +110,6 @@ impl Profile {
     }
 }
 
-/// Numbers that look random and are the same in every run.
-struct Draw(u64);
-
-impl Draw {
-    /// Evenly from 0 to below `below`.
-    fn below(&mut self, below: u32) -> u32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((mixed ^ (mixed >> 31)) % u64::from(below.max(1))) as u32
-    }
-}
-
 /// The thirty launches of a day: minute and profile, in order. `day` seeds what is random.
 fn launches(day: u32) -> Vec<(u32, &'static str)> {
     let mut draw = Draw(u64::from(day).wrapping_mul(7919).wrapping_add(17));
@@ -169,7 +156,13 @@ struct Bench {
 }
 
 /// Runs the benchmark and writes its figures to `out`. Arguments name ways; none means all.
+/// `first=N` ends the day after so many launches.
 pub fn run_bench(out: &Path, arguments: &[&str]) -> Result<()> {
+    let (limits, ways_asked): (Vec<&str>, Vec<&str>) = arguments
+        .iter()
+        .partition(|argument| argument.starts_with("first="));
+    let limit = limits.first().and_then(|text| text.strip_prefix("first="));
+    let limit = limit.map_or(Ok(usize::MAX), str::parse)?;
     crate::prerequisites::install()?;
     let bench = Bench {
         programs: host::build()?,
@@ -181,14 +174,14 @@ pub fn run_bench(out: &Path, arguments: &[&str]) -> Result<()> {
     bench.learn()?;
     let mut ways = serde_json::Map::new();
     for (way, prefetch, ahead) in WAYS {
-        if arguments.is_empty() || arguments.contains(&way) {
-            let day = bench.day(way, prefetch, ahead)?;
+        if ways_asked.is_empty() || ways_asked.contains(&way) {
+            let day = bench.day(way, prefetch, ahead, limit)?;
             ways.insert(way.to_owned(), day);
         }
     }
     let document = json!({
         "scale": SCALE,
-        "launches": launches(PAST_DAYS).len(),
+        "launches": launches(PAST_DAYS).len().min(limit),
         "profiles": PROFILES.len(),
         "past_days": PAST_DAYS,
         "learned_launches_of_each_profile": LEARNED,
@@ -268,7 +261,7 @@ impl Bench {
             .arg(format!("--origin-ms={origin_ms}")))
     }
 
-    fn day(&self, way: &str, prefetch: bool, ahead: bool) -> Result<Value> {
+    fn day(&self, way: &str, prefetch: bool, ahead: bool, limit: usize) -> Result<Value> {
         let state = self.dir.join(way);
         run(Command::new("cp")
             .arg("-a")
@@ -281,7 +274,10 @@ impl Bench {
         host.configure("forecast", &clock(SCALE, origin_ms, DAY_STARTS_MS))?;
         host.start_daemon()?;
         let origin = Instant::now() + Duration::from_millis((origin_ms - wall_ms()?).max(0) as u64);
-        let results = replay(&host, origin)?;
+        let results = replay(&host, origin, limit)?;
+        for result in &results {
+            println!("{way}: {}", line(result));
+        }
         let totals = host.json(["memory"])?["totals"].clone();
         let history = host.json(["history"])?;
         host.stop_daemon()?;
@@ -307,15 +303,35 @@ fn manifest(host: &Host, profile: &str) -> PathBuf {
     host.scratch().join(format!("{profile}.toml"))
 }
 
-/// Launches everything when it is due, and waits for the day's end.
-fn replay(host: &Host, origin: Instant) -> Result<Vec<Value>> {
+/// One launch in a line, with the causes of its demand fetches.
+fn line(result: &Value) -> String {
+    let causes = &result["demand_causes"];
+    format!(
+        "minute {:>4} {:<8} {:<9} missing {:>8} bytes, {:>3} demand fetches ({} unforeseen, \
+         {} not loaded in time, {} evicted, {} reclaimed by the kernel), stall {:.3} s",
+        result["minute"],
+        result["profile"].as_str().unwrap_or("?"),
+        result["mode"].as_str().unwrap_or("?"),
+        result["missing_at_request_bytes"],
+        result["demand_fetches"],
+        causes["unforeseen"],
+        causes["late"],
+        causes["evicted"],
+        causes["reclaimed"],
+        result["stall_s"].as_f64().unwrap_or(f64::NAN),
+    )
+}
+
+/// Launches everything when it is due, but no more than `limit`, and waits for the day's end.
+fn replay(host: &Host, origin: Instant, limit: usize) -> Result<Vec<Value>> {
     let results = Mutex::new(Vec::new());
     let wait_until = |minute: u32| {
         let after = Duration::from_secs_f64(f64::from(minute) * 60.0 / SCALE);
         std::thread::sleep((origin + after).saturating_duration_since(Instant::now()));
     };
     std::thread::scope(|scope| {
-        for (number, (minute, name)) in launches(PAST_DAYS).into_iter().enumerate() {
+        let day = launches(PAST_DAYS).into_iter().enumerate();
+        for (number, (minute, name)) in day.take(limit) {
             let Some(profile) = PROFILES.iter().find(|one| one.name == name) else {
                 continue;
             };
@@ -332,7 +348,9 @@ fn replay(host: &Host, origin: Instant) -> Result<Vec<Value>> {
                 }
             });
         }
-        wait_until(DAY_MIN);
+        if limit >= launches(PAST_DAYS).len() {
+            wait_until(DAY_MIN);
+        }
     });
     let mut results = results.into_inner().unwrap_or_default();
     results.sort_by_key(|(number, ..)| *number);
@@ -385,6 +403,7 @@ impl Launch<'_> {
             "ready_s": vm["launch"]["ready_s"],
             "demand_fetches": launch["demand_fetches"],
             "stall_s": launch["stall_s"],
+            "demand_causes": launch["demand_causes"],
             "missing_at_request_bytes": launch["prefetched_bytes"],
             "attach": attach,
         }))
@@ -445,6 +464,12 @@ fn summary(results: &[&Value]) -> Value {
         "at_hand_at_request_share": none("/missing_at_request_bytes"),
         "demand_fetches": total("/demand_fetches"),
         "stall_s": total("/stall_s"),
+        "demand_causes": {
+            "unforeseen": total("/demand_causes/unforeseen"),
+            "late": total("/demand_causes/late"),
+            "evicted": total("/demand_causes/evicted"),
+            "reclaimed": total("/demand_causes/reclaimed"),
+        },
         "missing_at_request_bytes": total("/missing_at_request_bytes"),
         "ready_p50_s": quantile(&ready, 0.5),
         "ready_p95_s": quantile(&ready, 0.95),

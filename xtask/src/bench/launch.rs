@@ -5,6 +5,11 @@
 //! repository throttled to 20 ms and 100 MB/s; what differs is what is loaded before or
 //! beside the launch. Since emulation hides I/O, the recorded touches are also replayed
 //! natively: one process maps the same files and touches the same pages in the same order.
+//!
+//! Boots under emulation scatter by a tenth and more. So each round takes the ways in a new
+//! order, ratios are of launches of one round, and rounds go on until the median ratio of
+//! predicted to resident is known to [`WIDTH`], or [`MOST_ROUNDS`] are done. CPU time of VMM
+//! and daemon is reported beside wall time; it scatters less.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,23 +18,73 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::disks;
-use super::statistics::{median, ratio};
+use super::draw::Draw;
+use super::statistics::{Paired, median, ratio};
+use crate::cpu;
 use crate::demo;
 use crate::host::{Host, Programs, Settings};
 use crate::process::{output, target_dir};
 
 const PROFILE: &str = "web";
+/// Rounds with all four ways; what follows takes the two that are compared closest.
 const ROUNDS: usize = 5;
-const REPLAY_ROUNDS: usize = 7;
+const MOST_ROUNDS: usize = 15;
+const LEAST_REPLAY_ROUNDS: usize = 7;
+const MOST_REPLAY_ROUNDS: usize = 21;
+/// How well a ratio has to be known: width of the 95 % interval of its median.
+const WIDTH: f64 = 0.05;
 
-/// The ways of launching, in the order in which each round takes them.
+const ON_DEMAND: usize = 0;
+const PREDICTED: usize = 1;
+const RESIDENT: usize = 2;
+const QCOW2: usize = 3;
 const WAYS: [&str; 4] = ["on_demand", "predicted", "resident", "qcow2"];
 
+/// What was measured of the launches of one way, one entry a round.
 #[derive(Default)]
 struct Samples {
     ready_s: Vec<f64>,
     demand_fetches: Vec<f64>,
     stall_s: Vec<f64>,
+    /// From the request to the start of the VMM.
+    prepared_s: Vec<f64>,
+    /// Of the VMM, until it was ready.
+    vmm_cpu_s: Vec<f64>,
+    /// Of the daemon's processes, from the request until the VM was ready.
+    daemon_cpu_s: Vec<f64>,
+}
+
+impl Samples {
+    fn add(&mut self, figures: &Value) -> Result<()> {
+        let number = |field: &str| figures[field].as_f64().unwrap_or(0.0);
+        let ready_s = figures["ready_s"].as_f64();
+        self.ready_s.push(ready_s.context("a ready VM has a time")?);
+        self.demand_fetches.push(number("demand_fetches"));
+        self.stall_s.push(number("stall_s"));
+        self.prepared_s.push(number("prepared_s"));
+        // Nobody tells what the VMM of a plain disk used.
+        let told = |field: &str| figures[field].as_f64().unwrap_or(f64::NAN);
+        self.vmm_cpu_s.push(told("vmm_cpu_s"));
+        self.daemon_cpu_s.push(told("daemon_cpu_s"));
+        Ok(())
+    }
+
+    fn cpu_s(&self) -> Vec<f64> {
+        let both = self.vmm_cpu_s.iter().zip(&self.daemon_cpu_s);
+        both.map(|(vmm, daemon)| vmm + daemon).collect()
+    }
+
+    fn figures(&self) -> Value {
+        json!({
+            "ready_s": self.ready_s,
+            "ready_median_s": median(&self.ready_s),
+            "demand_fetches_median": median(&self.demand_fetches),
+            "stall_median_s": median(&self.stall_s),
+            "prepared_median_s": median(&self.prepared_s),
+            "vmm_cpu_median_s": median(&self.vmm_cpu_s),
+            "daemon_cpu_median_s": median(&self.daemon_cpu_s),
+        })
+    }
 }
 
 struct Bench {
@@ -45,48 +100,27 @@ struct Bench {
 pub fn run_bench(out: &Path) -> Result<()> {
     let bench = prepare()?;
     let touches = bench.learn()?;
-    let mut samples: [Samples; 4] = Default::default();
-    for round in 0..ROUNDS {
-        for (way, samples) in WAYS.iter().zip(&mut samples) {
-            let figures = bench.launch(way)?;
-            let ready_s = figures["ready_s"]
-                .as_f64()
-                .context("a ready VM has a time")?;
-            println!(
-                "round {}/{ROUNDS}: {way:<10} ready {ready_s:.2} s, {} demand fetches, stall {:.3} s",
-                round + 1,
-                figures["demand_fetches"],
-                figures["stall_s"].as_f64().unwrap_or(0.0),
-            );
-            samples.ready_s.push(ready_s);
-            samples
-                .demand_fetches
-                .push(figures["demand_fetches"].as_f64().unwrap_or(0.0));
-            samples
-                .stall_s
-                .push(figures["stall_s"].as_f64().unwrap_or(0.0));
-        }
-    }
+    let samples = bench.rounds()?;
     let replay = bench.replays(&touches)?;
     let [on_demand, predicted, resident, qcow2] = &samples;
-    let ready = |samples: &Samples| median(&samples.ready_s);
-    let ways = WAYS.iter().zip(&samples).map(|(way, samples)| {
-        let figures = json!({
-            "ready_s": samples.ready_s,
-            "ready_median_s": ready(samples),
-            "demand_fetches_median": median(&samples.demand_fetches),
-            "stall_median_s": median(&samples.stall_s),
-        });
-        ((*way).to_owned(), figures)
-    });
+    let to = |other: &Samples| Paired::new(&predicted.ready_s, &other.ready_s).median();
+    let to_resident = Paired::new(&predicted.ready_s, &resident.ready_s);
+    let cpu = Paired::new(&predicted.cpu_s(), &resident.cpu_s());
+    let ways = WAYS.iter().zip(&samples);
+    let ways = ways.map(|(way, samples)| ((*way).to_owned(), samples.figures()));
     let document = json!({
-        "rounds": ROUNDS,
+        "rounds": resident.ready_s.len(),
         "demand_fetch_ratio":
             ratio(median(&predicted.demand_fetches), median(&on_demand.demand_fetches)),
         "stall_ratio": ratio(median(&predicted.stall_s), median(&on_demand.stall_s)),
-        "ready_ratio_to_resident": ready(predicted) / ready(resident),
-        "ready_ratio_to_on_demand": ready(predicted) / ready(on_demand),
-        "ready_ratio_to_qcow2": ready(predicted) / ready(qcow2),
+        "ready_ratio_to_resident": to_resident.median(),
+        "ready_ratio_to_resident_interval": to_resident.interval(),
+        "ready_ratio_to_resident_of_medians":
+            median(&predicted.ready_s) / median(&resident.ready_s),
+        "cpu_ratio_to_resident": cpu.median(),
+        "cpu_ratio_to_resident_interval": cpu.interval(),
+        "ready_ratio_to_on_demand": to(on_demand),
+        "ready_ratio_to_qcow2": to(qcow2),
         "replay": replay,
         "ways": ways.collect::<serde_json::Map<_, _>>(),
     });
@@ -108,6 +142,38 @@ fn prepare() -> Result<Bench> {
 }
 
 impl Bench {
+    fn rounds(&self) -> Result<[Samples; 4]> {
+        let mut samples: [Samples; 4] = Default::default();
+        let mut draw = Draw(1);
+        for round in 0..MOST_ROUNDS {
+            let to_resident = Paired::new(&samples[PREDICTED].ready_s, &samples[RESIDENT].ready_s);
+            if round >= ROUNDS && to_resident.width() <= WIDTH {
+                break;
+            }
+            let mut ways = match round < ROUNDS {
+                true => vec![ON_DEMAND, PREDICTED, RESIDENT, QCOW2],
+                false => vec![PREDICTED, RESIDENT],
+            };
+            draw.shuffle(&mut ways);
+            for way in ways {
+                let figures = self.launch(WAYS[way])?;
+                samples[way].add(&figures)?;
+                println!(
+                    "round {}: {:<10} ready {:.2} s, CPU {:.2} + {:.2} s, {} demand fetches, \
+                     stall {:.3} s",
+                    round + 1,
+                    WAYS[way],
+                    figures["ready_s"].as_f64().unwrap_or(f64::NAN),
+                    figures["vmm_cpu_s"].as_f64().unwrap_or(f64::NAN),
+                    figures["daemon_cpu_s"].as_f64().unwrap_or(0.0),
+                    figures["demand_fetches"],
+                    figures["stall_s"].as_f64().unwrap_or(0.0),
+                );
+            }
+        }
+        Ok(samples)
+    }
+
     fn host(&self) -> Result<Host> {
         Host::new(&self.programs, &self.settings)
     }
@@ -167,10 +233,14 @@ impl Bench {
                 "none"
             }
         };
+        let daemon_before_s = host.cpu_s();
         let vm = host.launch(&self.manifest, PROFILE, &["--prefetch", mode])?;
+        let mut figures = vm["launch"].clone();
+        figures["vmm_cpu_s"] = json!(vm["pid"].as_u64().and_then(cpu::of_process));
+        figures["daemon_cpu_s"] = json!(host.cpu_s() - daemon_before_s);
         host.stop_all()?;
         host.stop_daemon()?;
-        Ok(vm["launch"].clone())
+        Ok(figures)
     }
 
     fn launch_qcow2(&self) -> Result<Value> {
@@ -206,40 +276,55 @@ impl Bench {
             .context("prefetch names the devices")
     }
 
-    /// Replays the touches natively in each of three ways.
+    /// Replays the touches natively in each of three ways, in rounds like the launches'.
     fn replays(&self, touches: &[Value]) -> Result<Value> {
+        const MODES: [&str; 3] = ["none", "forecast", "everything"];
         let mut times: [Vec<f64>; 3] = Default::default();
-        for _ in 0..REPLAY_ROUNDS {
-            for (mode, times) in ["none", "forecast", "everything"].iter().zip(&mut times) {
-                self.forget_disk_cache()?;
-                let mut host = self.host()?;
-                host.start_daemon()?;
-                let devices = self.prefetch(&host, mode)?;
-                let list = host.scratch().join("touches");
-                std::fs::write(&list, touch_list(touches, &devices)?)?;
-                let input = std::fs::File::open(&list)?;
-                let text = output(Command::new(&self.replay).stdin(input))?;
-                let answer: Value = serde_json::from_slice(&text).context("replay printed JSON")?;
-                let total_ns = answer["total_ns"]
-                    .as_f64()
-                    .context("replay tells its time")?;
-                times.push(total_ns / 1e9);
-                host.stop_daemon()?;
+        let mut draw = Draw(2);
+        for round in 0..MOST_REPLAY_ROUNDS {
+            if round >= LEAST_REPLAY_ROUNDS && Paired::new(&times[1], &times[2]).width() <= WIDTH {
+                break;
+            }
+            let mut order = [0, 1, 2];
+            draw.shuffle(&mut order);
+            for way in order {
+                times[way].push(self.replay_once(MODES[way], touches)?);
             }
         }
-        let [on_demand, predicted, resident] = times.map(|times| median(&times));
+        let [on_demand, predicted, resident] = &times;
+        let to_resident = Paired::new(predicted, resident);
+        let medians = [on_demand, predicted, resident].map(|times| median(times));
+        let [on_demand_s, predicted_s, resident_s] = medians;
         println!(
-            "replay: on demand {on_demand:.4} s, predicted {predicted:.4} s, resident {resident:.4} s"
+            "replay: on demand {on_demand_s:.4} s, predicted {predicted_s:.5} s, \
+             resident {resident_s:.5} s"
         );
         Ok(json!({
-            "rounds": REPLAY_ROUNDS,
+            "rounds": resident.len(),
             "touches": touches.len(),
-            "on_demand_s": on_demand,
-            "predicted_s": predicted,
-            "resident_s": resident,
-            "speedup_over_on_demand": on_demand / predicted,
-            "ratio_to_resident": predicted / resident,
+            "on_demand_s": on_demand_s,
+            "predicted_s": predicted_s,
+            "resident_s": resident_s,
+            "speedup_over_on_demand": Paired::new(on_demand, predicted).median(),
+            "ratio_to_resident": to_resident.median(),
+            "ratio_to_resident_interval": to_resident.interval(),
         }))
+    }
+
+    /// A new daemon, loaded as `mode` says, and one replay in it; returns its time.
+    fn replay_once(&self, mode: &str, touches: &[Value]) -> Result<f64> {
+        self.forget_disk_cache()?;
+        let mut host = self.host()?;
+        host.start_daemon()?;
+        let devices = self.prefetch(&host, mode)?;
+        let list = host.scratch().join("touches");
+        std::fs::write(&list, touch_list(touches, &devices)?)?;
+        let input = std::fs::File::open(&list)?;
+        let text = output(Command::new(&self.replay).stdin(input))?;
+        let answer: Value = serde_json::from_slice(&text).context("replay printed JSON")?;
+        let total_ns = answer["total_ns"].as_f64();
+        host.stop_daemon()?;
+        Ok(total_ns.context("replay tells its time")? / 1e9)
     }
 }
 

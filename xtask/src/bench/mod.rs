@@ -5,6 +5,7 @@ mod attach;
 mod burst;
 mod day;
 mod disks;
+mod draw;
 mod images;
 mod launch;
 mod memory;

@@ -86,6 +86,14 @@ impl MappingTable {
             .collect()
     }
 
+    /// Whether all of `extent` is resident.
+    pub fn is_resident(&self, image: &SharedImage, extent: Extent) -> bool {
+        self.image_row(image).is_some_and(|row| {
+            let run = PageRun::covering(extent).intersection(row.whole());
+            row.resident.count_within(run) == run.pages()
+        })
+    }
+
     /// What running VMs have touched of each image, as far as it was observed.
     pub fn touched_by_running(&self) -> BTreeMap<&SharedImage, PageSet> {
         let mut touched: BTreeMap<&SharedImage, PageSet> = BTreeMap::new();

@@ -399,27 +399,32 @@ impl Planner {
         if let Some(ghost) = self.ghosts.get_mut(image) {
             ghost.remove(PageRun::covering(extent));
         }
-        let most = (self.budget_bytes as f64 * self.config.pin_share.clamp(0.0, 1.0)) as u64;
         for piece in self.queue.ended(image, extent) {
-            let Reason::Launch(vm) = &piece.reason else {
-                continue;
-            };
-            let room = self.pinned_by_plan_bytes.saturating_add(piece.extent.len) <= most;
-            let calm = self.level == PressureLevel::Plenty;
-            let Some(launch) = self.launches.get_mut(vm) else {
-                continue;
-            };
-            if piece.pin && room && calm {
-                self.pinned_by_plan_bytes += piece.extent.len;
-                launch.pinned.push((image.clone(), piece.extent));
-                let extents = vec![piece.extent];
-                actions.push(Action::Pin {
-                    image: image.clone(),
-                    extents,
-                });
-            }
+            self.hold(&piece, actions);
         }
         Ok(())
+    }
+
+    /// Pins what is here for a launch that will touch it soon: until then nothing tells the
+    /// kernel that these pages are wanted.
+    fn hold(&mut self, piece: &Piece, actions: &mut Vec<Action>) {
+        let Reason::Launch(vm) = &piece.reason else {
+            return;
+        };
+        let most = (self.budget_bytes as f64 * self.config.pin_share.clamp(0.0, 1.0)) as u64;
+        let room = self.pinned_by_plan_bytes.saturating_add(piece.extent.len) <= most;
+        let calm = self.level == PressureLevel::Plenty;
+        let Some(launch) = self.launches.get_mut(vm) else {
+            return;
+        };
+        if piece.pin && room && calm {
+            self.pinned_by_plan_bytes += piece.extent.len;
+            launch.pinned.push((piece.image.clone(), piece.extent));
+            actions.push(Action::Pin {
+                image: piece.image.clone(),
+                extents: vec![piece.extent],
+            });
+        }
     }
 
     fn evicted(
@@ -457,6 +462,10 @@ impl Planner {
             let missing = table.missing(&piece.image, piece.extent);
             let bytes: u64 = missing.iter().map(|extent| extent.len).sum();
             if bytes == 0 {
+                // Here already, or on its way for somebody else.
+                if table.is_resident(&piece.image, piece.extent) {
+                    self.hold(&piece, actions);
+                }
                 continue;
             }
             let under_way = self.queue.under_way_bytes();

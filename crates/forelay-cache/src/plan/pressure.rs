@@ -66,15 +66,17 @@ impl Planner {
                 let below = piece.seconds_per_byte / self.config.displace_factor.max(1.0);
                 // A little more than needed, so that not every piece searches anew.
                 let slack = (self.budget_bytes / 128).max(needed);
-                self.choice(table, now_ms, Reach::Unmapped)
-                    .by_worth(slack, below)
+                let find = |reach| self.choice(table, now_ms, reach).by_worth(slack, below);
+                let unmapped = find(Reach::Unmapped);
+                // Next what VMs could reach but leave alone: on a busy host nearly all is
+                // mapped by some VM, or ahead of a launch.
+                match bytes_of(&unmapped) < needed {
+                    true => find(Reach::Untouched),
+                    false => unmapped,
+                }
             }
         };
-        let found: u64 = victims
-            .iter()
-            .flat_map(|(_, e)| e)
-            .map(|extent| extent.len)
-            .sum();
+        let found = bytes_of(&victims);
         if found < needed {
             return false;
         }
@@ -112,10 +114,6 @@ impl Planner {
         now_ms: i64,
         actions: &mut Vec<Action>,
     ) -> u64 {
-        let bytes_of = |victims: &Victims| {
-            let extents = victims.iter().flat_map(|(_, extents)| extents);
-            extents.map(|extent| extent.len).sum::<u64>()
-        };
         if self.config.rule == EvictionRule::LeastUsed {
             let mut victims = self
                 .choice(table, now_ms, Reach::Unmapped)
@@ -258,4 +256,9 @@ impl Planner {
             }
         }
     }
+}
+
+fn bytes_of(victims: &Victims) -> u64 {
+    let extents = victims.iter().flat_map(|(_, extents)| extents);
+    extents.map(|extent| extent.len).sum()
 }

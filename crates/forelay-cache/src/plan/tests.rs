@@ -567,6 +567,41 @@ fn demand_beyond_the_cap_does_not_take_what_a_launch_is_about_to_touch() {
 }
 
 #[test]
+fn a_launch_takes_the_room_of_what_is_mapped_ahead_and_worth_less() {
+    let mut host = Host::new(config(2));
+    host.tell(forecast("later", 1, 0.9));
+    host.push_all();
+    assert_eq!(host.resident(1), 2 * MIB);
+    // Less likely now, and still mapped ahead of its launch.
+    host.tell(forecast("later", 1, 0.45));
+    let mapped = |host: &Host, number| host.planner.table.read(|t| t.mapped_by(&shared(number)));
+    assert_eq!(mapped(&host, 1), 1);
+    host.launch("now", "web", &[2], vec![planned(2, 0, MIB, 1.0, 0)]);
+    host.push_all();
+    assert_eq!(host.resident(2), MIB);
+    assert_eq!(host.planner.counters().refused_bytes, 0);
+}
+
+#[test]
+fn what_is_here_already_is_held_for_a_launch_like_what_is_loaded_for_it() {
+    let mut host = Host::new(config(32));
+    let set = vec![planned(1, 0, MIB, 1.0, 0), planned(1, MIB, MIB, 0.2, 0)];
+    host.launch("first", "web", &[1], set.clone());
+    host.push_all();
+    host.tell(Event::VmStopped { vm: "first".into() });
+    let pinned = |host: &Host| host.planner.table.read(|t| t.pinned_bytes_of(&shared(1)));
+    assert_eq!(pinned(&host), 0);
+    host.launch("second", "web", &[1], set);
+    assert_eq!(pinned(&host), MIB, "what it will hardly touch is not held");
+    host.tell(Event::VmStarted {
+        vm: "second".into(),
+    });
+    host.now_ms += host.planner.config.pin_hold_ms;
+    host.tell(Event::Tick);
+    assert_eq!(pinned(&host), 0);
+}
+
+#[test]
 fn everything_pinned_under_pressure_frees_nothing_and_says_so() {
     let mut host = Host::new(config(8));
     fill(&mut host, 1, 1);

@@ -111,6 +111,7 @@ pub fn build_base(
     Ok(Imported {
         tree,
         draft,
+        parts: Vec::new(),
         spools: vec![spool],
     })
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use forelay_image::ChunkIndex;
 use forelay_image::component::{Component, Role};
 use forelay_image::erofs::write::{WriteError, write_image};
+use forelay_image::tree::{Kind, Tree};
 use tempfile::TempPath;
 
 use super::apt::{AptCache, DEFAULT_REFRESH_AFTER};
@@ -149,7 +150,23 @@ impl Builder {
         self.cache.join("tmp")
     }
 
-    /// Builds one component.
+    /// Builds the component that was asked for, and before it those that are split off.
+    pub fn build_all(
+        &self,
+        request: &BuildRequest,
+        report: Reporter<'_>,
+    ) -> Result<Vec<Built>, ImportError> {
+        let mut imported = self.import(request, report)?;
+        apply_overrides(&mut imported.draft, request)?;
+        let mut built = Vec::new();
+        for part in &imported.parts {
+            built.push(self.write(&part.tree, part.draft.clone(), report)?);
+        }
+        built.push(self.write(&imported.tree, imported.draft.clone(), report)?);
+        Ok(built)
+    }
+
+    /// Builds the component that was asked for.
     pub fn build(
         &self,
         request: &BuildRequest,
@@ -157,7 +174,7 @@ impl Builder {
     ) -> Result<Built, ImportError> {
         let mut imported = self.import(request, report)?;
         apply_overrides(&mut imported.draft, request)?;
-        self.write(imported, report)
+        self.write(&imported.tree, imported.draft.clone(), report)
     }
 
     /// Reads the source into a tree, without writing an image.
@@ -190,6 +207,7 @@ impl Builder {
                 Ok(Imported {
                     tree,
                     draft,
+                    parts: Vec::new(),
                     spools: Vec::new(),
                 })
             }
@@ -201,6 +219,7 @@ impl Builder {
                 Ok(Imported {
                     tree,
                     draft,
+                    parts: Vec::new(),
                     spools: vec![spool],
                 })
             }
@@ -210,8 +229,8 @@ impl Builder {
         }
     }
 
-    /// Writes the image of an imported tree.
-    pub fn write(&self, imported: Imported, report: Reporter<'_>) -> Result<Built, ImportError> {
+    /// Writes the image of a tree, whose content is still where it says.
+    fn write(&self, tree: &Tree, draft: Draft, report: Reporter<'_>) -> Result<Built, ImportError> {
         report(Progress::Started(Phase::Write));
         let scratch = self.scratch();
         std::fs::create_dir_all(&scratch).map_err(io_error("creating", &scratch))?;
@@ -220,7 +239,7 @@ impl Builder {
             .tempfile_in(&scratch)
             .map_err(io_error("creating an image in", &scratch))?;
         let (file, image) = file.into_parts();
-        let total_bytes = content_bytes(&imported);
+        let total_bytes = content_bytes(tree);
         let mut out = Counted {
             inner: BufWriter::with_capacity(1 << 20, file),
             done_bytes: 0,
@@ -228,10 +247,10 @@ impl Builder {
             total_bytes,
             report,
         };
-        let written = write_image(&imported.tree, &mut out).map_err(write_error)?;
+        let written = write_image(tree, &mut out).map_err(write_error)?;
         out.flush().map_err(io_error("writing", &image))?;
         Ok(Built {
-            component: imported.draft.with_image(written.image),
+            component: draft.with_image(written.image),
             image,
             chunks: written.chunks,
         })
@@ -309,6 +328,7 @@ fn import_deb_file(
     Ok(Imported {
         tree: deb.tree,
         draft,
+        parts: Vec::new(),
         spools: vec![spool],
     })
 }
@@ -339,10 +359,9 @@ fn apply_overrides(draft: &mut Draft, request: &BuildRequest) -> Result<(), Impo
     Ok(())
 }
 
-fn content_bytes(imported: &Imported) -> u64 {
-    use forelay_image::tree::Kind;
-    let nodes = super::clean::reachable(&imported.tree).into_iter();
-    let sizes = nodes.map(|id| match &imported.tree.node(id).kind {
+fn content_bytes(tree: &Tree) -> u64 {
+    let nodes = super::clean::reachable(tree).into_iter();
+    let sizes = nodes.map(|id| match &tree.node(id).kind {
         Kind::File(data) => data.len(),
         _ => 0,
     });

@@ -1,6 +1,7 @@
 //! Builds with real Debian packages. They need root, mmdebstrap and a mirror; the base
 //! and downloads are kept in `target/test-cache` between runs.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -97,7 +98,10 @@ fn base() -> &'static BaseRoot {
 fn packages(names: &[&str]) -> BuildRequest {
     let packages = names.iter().map(|name| (*name).to_owned()).collect();
     BuildRequest::new(Source::Packages {
-        options: PackageOptions { packages },
+        options: PackageOptions {
+            packages,
+            split: false,
+        },
         base: Box::new(base().clone()),
     })
 }
@@ -193,6 +197,77 @@ fn privileged_components_built_apart_work_together_on_their_base() {
     // dpkg --verify also names what a slim base leaves out; changed content is a `5`.
     let changed = said.lines().any(|line| line.starts_with("??5"));
     assert!(!changed, "a packaged file differs: {said}");
+}
+
+#[test]
+fn privileged_libraries_split_off_are_the_same_component_whoever_needs_them() {
+    require_debian!("privileged_libraries_split_off_are_the_same_component_whoever_needs_them");
+    let split = |name: &str| {
+        let mut request = packages(&[name]);
+        if let Source::Packages { options, .. } = &mut request.source {
+            options.split = true;
+        }
+        builder().build_all(&request, &silent).unwrap()
+    };
+    let (nginx, redis) = (split("nginx"), split("redis"));
+    let ids = |built: &[Built]| -> BTreeMap<String, Digest> {
+        let built = built.iter().map(|one| &one.component);
+        built.map(|one| (one.name.clone(), one.id())).collect()
+    };
+    let (of_nginx, of_redis) = (ids(&nginx), ids(&redis));
+    let shared = of_nginx.keys().filter(|name| of_redis.contains_key(*name));
+    let shared: Vec<&String> = shared.collect();
+    assert!(
+        shared.iter().any(|name| *name == "libssl3"),
+        "{of_nginx:?} {of_redis:?}"
+    );
+    for name in shared {
+        assert_eq!(of_nginx[name], of_redis[name], "{name} differs");
+    }
+    let main = &nginx.last().unwrap().component;
+    assert_eq!(main.name, "nginx");
+    let requires = |name: &str| main.requires.iter().flatten().any(|need| need.name == name);
+    assert!(requires("libssl3") && requires("libc6"));
+    assert!(!main.sbom.iter().any(|package| package.name == "libssl3"));
+
+    let scratch = tempfile::tempdir_in(test_cache()).unwrap();
+    let mut directories: BTreeMap<String, PathBuf> = BTreeMap::new();
+    for one in nginx.iter().chain(&redis) {
+        let name = one.component.name.clone();
+        let directory = scratch.path().join(&name);
+        if directories.insert(name, directory.clone()).is_none() {
+            unpack(one, &directory);
+        }
+    }
+    let merged = scratch.path().join("merged");
+    fs::create_dir(&merged).unwrap();
+    let mut layers = vec![("debian", base().directory.as_path())];
+    layers.extend(
+        directories
+            .iter()
+            .map(|(name, path)| (&name[..], path.as_path())),
+    );
+    merged_layer(&layers, &merged);
+    let mut stacked = vec![merged.as_path()];
+    stacked.extend(layers.iter().rev().map(|(_, path)| *path));
+    let root = Sandbox::new(scratch.path(), &stacked).unwrap();
+    let script = "set -e; nginx -t 2>&1; redis-server --version; \
+                  ldd /usr/sbin/nginx | grep -c 'not found' || true; \
+                  dpkg --verify libssl3 nginx-common redis-server || true";
+    let said = root.run(script).unwrap();
+    assert!(said.contains("test is successful"), "{said}");
+    assert!(said.contains("Redis server v="), "{said}");
+    assert!(
+        said.lines().any(|line| line == "0"),
+        "libraries are missing: {said}"
+    );
+    // A slim base leaves documentation out.
+    let lost = |line: &str| line.starts_with("missing") && !line.contains("/usr/share/");
+    let changed = |line: &str| line.starts_with("??5");
+    assert!(
+        !said.lines().any(|line| lost(line) || changed(line)),
+        "{said}"
+    );
 }
 
 #[test]

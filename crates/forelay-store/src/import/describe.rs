@@ -82,7 +82,7 @@ pub(super) fn describe(
 }
 
 /// Names of the packages whose `postinst` was run.
-fn scripts_run(tree: &Tree, installed: &Installed) -> Vec<String> {
+pub(super) fn scripts_run(tree: &Tree, installed: &Installed) -> Vec<String> {
     let names = installed.packages.iter().filter(|(name, paragraph)| {
         let architecture = paragraph.field("Architecture");
         [

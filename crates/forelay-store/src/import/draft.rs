@@ -93,6 +93,18 @@ pub struct Imported {
     pub tree: Tree,
     /// The metadata.
     pub draft: Draft,
-    /// Temporary files that the tree points into.
+    /// Components that were split off, which this one requires. Their content lies in the
+    /// same spools.
+    pub parts: Vec<Part>,
+    /// Temporary files that the trees point into.
     pub spools: Vec<Spool>,
+}
+
+/// A component that was split off another.
+#[derive(Debug)]
+pub struct Part {
+    /// The files.
+    pub tree: Tree,
+    /// The metadata.
+    pub draft: Draft,
 }

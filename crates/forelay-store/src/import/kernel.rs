@@ -159,6 +159,7 @@ pub fn build_kernel(
     Ok(Imported {
         draft: describe(&control, &release),
         tree,
+        parts: Vec::new(),
         spools: vec![spool],
     })
 }

@@ -29,13 +29,14 @@ pub mod packages;
 mod progress;
 pub mod roots;
 pub mod sandbox;
+mod split;
 pub mod spool;
 pub mod tar;
 mod tool;
 pub mod unpack;
 
 pub use build::{BuildRequest, Builder, Built, Source};
-pub use draft::{Draft, Imported, host_architecture};
+pub use draft::{Draft, Imported, Part, host_architecture};
 pub use error::ImportError;
 pub use progress::{Phase, Progress, Reporter};
 

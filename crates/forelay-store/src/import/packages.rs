@@ -11,6 +11,8 @@
 //! on ld.so's built-in search path, so nothing needs the cache; a package that adds
 //! another directory is named in the notes.
 //!
+//! Shared libraries may become components of their own (see [`super::split`]).
+//!
 //! Invariant: the same base and packages give the same image, up to randomness in
 //! maintainer scripts that [`super::clean`] does not know.
 
@@ -34,6 +36,7 @@ use super::merge::{Fragments, fragment_of, fragments_path, merged_paths, status_
 use super::progress::{Phase, Progress, Reporter};
 use super::roots::BaseRoot;
 use super::sandbox::Sandbox;
+use super::split::{split_off, take_libraries};
 use super::tool::Tool;
 
 /// Whole files that no component may replace, and that are not needed in it.
@@ -57,6 +60,8 @@ const DIVERSIONS: &str = "var/lib/dpkg/diversions";
 pub struct PackageOptions {
     /// Packages as apt takes them: `nginx`, `nginx=1.22.1-9`. The first names the component.
     pub packages: Vec<String>,
+    /// Make components of their own out of the shared libraries that come along.
+    pub split: bool,
 }
 
 impl PackageOptions {
@@ -94,8 +99,12 @@ pub fn build_packages(
     }
     report(Progress::Started(Phase::Read));
     let mut tree = read_directory(&sandbox.upper(), Ownership::Keep)?;
-    let installed = Installed::compare(&base_status, &read_status(&sandbox.upper())?);
+    let mut installed = Installed::compare(&base_status, &read_status(&sandbox.upper())?);
     let mut notes = installed.notes();
+    let libraries = match options.split {
+        true => take_libraries(&mut installed, options, base),
+        false => BTreeMap::new(),
+    };
     separate_shared_files(&mut tree, name, base, &installed)?;
     remove_noise(&mut tree);
     let secrets = remove_secrets(&mut tree);
@@ -104,15 +113,20 @@ pub fn build_packages(
         remove_path(&mut tree, path.as_bytes());
     }
     remove_unchanged(&mut tree, &base.directory)?;
+    let mut parts = split_off(&mut tree, libraries, base, started_s)?;
     notes.extend(linker_notes(&tree));
     if tree.lookup(DIVERSIONS.as_bytes()).is_some() {
         notes.push(format!("replaces /{DIVERSIONS} as a whole"));
     }
     let draft = describe(&mut tree, options, name, base, &installed, notes)?;
-    clamp_times(&mut tree, started_s, FALLBACK_TIME_S);
+    let trees = parts.iter_mut().map(|part| &mut part.tree);
+    for tree in trees.chain([&mut tree]) {
+        clamp_times(tree, started_s, FALLBACK_TIME_S);
+    }
     Ok(Imported {
         tree,
         draft,
+        parts,
         spools: vec![sandbox.into_spool()],
     })
 }
@@ -279,6 +293,20 @@ impl Installed {
             installed.packages.insert(name.clone(), paragraph.clone());
         }
         installed
+    }
+
+    /// One package that is new.
+    pub(super) fn only(name: &str, package: Paragraph) -> Self {
+        Self {
+            packages: BTreeMap::from([(name.to_owned(), package)]),
+            upgraded: Vec::new(),
+            removed: Vec::new(),
+        }
+    }
+
+    /// Whether this package is another version of one that the base has.
+    pub(super) fn replaces_base(&self, name: &str) -> bool {
+        self.upgraded.iter().any(|(upgraded, _)| upgraded == name)
     }
 
     fn notes(&self) -> Vec<String> {

@@ -100,7 +100,11 @@ fn packages_that_the_base_has_or_that_are_no_names_are_refused() {
     let status = paragraphs(BEFORE);
     let check = |name: &str| {
         let packages = vec![name.to_owned()];
-        check_request(&PackageOptions { packages }, &status)
+        let options = PackageOptions {
+            packages,
+            split: false,
+        };
+        check_request(&options, &status)
     };
     assert!(matches!(check("libc6"), Err(ImportError::InBase { .. })));
     assert!(matches!(check("-oDebug=1"), Err(ImportError::Request(_))));
@@ -129,4 +133,41 @@ fn the_unit_of_another_name_is_taken_if_it_is_the_only_one() {
     assert_eq!(only_unit(list), Some("ssh.service"));
     let two = format!("{list}/lib/systemd/system/other.service\n");
     assert_eq!(only_unit(&two), None);
+}
+
+#[test]
+fn libraries_are_split_off_if_all_they_need_is_in_the_base_or_split_off_too() {
+    let after = "Package: libc6\nVersion: 2.36-9\nSection: libs\n\n\
+        Package: zlib1g\nVersion: 2\nSection: libs\n\n\
+        Package: nginx\nVersion: 1\nSection: web\nDepends: libssl3, libapart, libasked\n\n\
+        Package: libssl3\nVersion: 3\nSection: libs\nDepends: libc6, libdep | libother\n\n\
+        Package: libdep\nVersion: 1\nSection: libs\nDepends: libc6\n\n\
+        Package: libapart\nVersion: 1\nSection: libs\nDepends: libneeds\n\n\
+        Package: libneeds\nVersion: 1\nSection: libs\nDepends: media-types\n\n\
+        Package: media-types\nVersion: 1\nSection: net\n\n\
+        Package: libasked\nVersion: 1\nSection: libs\n";
+    let mut installed = Installed::compare(&paragraphs(BEFORE), &paragraphs(after));
+    let options = PackageOptions {
+        packages: vec!["nginx".into(), "libasked=1".into()],
+        split: true,
+    };
+    let base = base(&[("libc6", "2.36-9")]);
+    let libraries = take_libraries(&mut installed, &options, &base);
+    assert_eq!(
+        libraries.into_keys().collect::<Vec<_>>(),
+        ["libdep", "libssl3"]
+    );
+    let left: Vec<_> = installed.packages.keys().map(String::as_str).collect();
+    // Another version of what the base has stays: it must lie above the base.
+    let expected = [
+        "libapart",
+        "libasked",
+        "libneeds",
+        "media-types",
+        "nginx",
+        "zlib1g",
+    ];
+    assert_eq!(left, expected);
+    let needs = requirements(&base, &installed, &[]);
+    assert!(needs.iter().flatten().any(|need| need.name == "libssl3"));
 }

@@ -55,6 +55,10 @@ pub struct BuildArguments {
     /// Debian packages, resolved by apt on the base, minus what the base has.
     #[arg(long, value_name = "PACKAGE", num_args = 1.., conflicts_with_all = ["deb_file", "dir", "tar", "base_suite", "kernel"])]
     deb: Vec<String>,
+    /// With --deb: shared libraries that come along become components of their own, which
+    /// other components can share.
+    #[arg(long, requires = "deb")]
+    split: bool,
     /// One .deb file, unpacked; its maintainer scripts are not run.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dir", "tar", "base_suite", "kernel"])]
     deb_file: Option<PathBuf>,
@@ -229,16 +233,32 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
     let (working, shown) = (builder.clone(), Arc::clone(&bar));
     let started = Instant::now();
     let built = tokio::task::spawn_blocking(move || {
-        working.build(&request, &|progress| shown.show(progress))
+        working.build_all(&request, &|progress| shown.show(progress))
     });
+    let built = built.await??;
+    for (at, one) in built.iter().enumerate() {
+        let began = if at == 0 { started } else { Instant::now() };
+        let lines = publish(store, one, &bar, began).await?;
+        if json && at + 1 == built.len() {
+            return output::json(&described(&one.component));
+        }
+        if !json {
+            println!("{lines}");
+        }
+    }
+    Ok(())
+}
+
+/// Publishes what was built; returns what there is to say about it.
+async fn publish(store: &Store, built: &Built, bar: &Arc<Bar>, began: Instant) -> Result<String> {
     let Built {
         component,
         image,
         chunks,
-    } = built.await??;
-    let publishing = Arc::clone(&bar);
+    } = built;
+    let publishing = Arc::clone(bar);
     let published = store
-        .publish(&component, &image, &chunks, &move |progress| {
+        .publish(component, image, chunks, &move |progress| {
             publishing.bytes(
                 "publishing",
                 progress.done_bytes,
@@ -247,27 +267,24 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
         })
         .await?;
     bar.clear();
-    if json {
-        return output::json(&described(&component));
-    }
     let word = if published.created {
         "published"
     } else {
         "was there already"
     };
-    println!(
+    let mut lines = format!(
         "{} {} {word}: {} in {} chunks ({} new in the repository), {:.1} s",
         component.name,
         component.version,
         bytes(component.image.bytes),
         chunks.chunks.len(),
         bytes(published.progress.stored_bytes),
-        started.elapsed().as_secs_f64()
+        began.elapsed().as_secs_f64()
     );
     for note in &component.notes {
-        println!("  note: {note}");
+        lines.push_str(&format!("\n  note: {note}"));
     }
-    Ok(())
+    Ok(lines)
 }
 
 async fn request(
@@ -319,6 +336,7 @@ async fn request(
         let base = tokio::task::spawn_blocking(move || builder.base_root(&base, &reader)).await??;
         let options = PackageOptions {
             packages: arguments.deb,
+            split: arguments.split,
         };
         Source::Packages {
             options,

@@ -61,11 +61,14 @@ impl FaultHandler for Handler {
         let file = fault.file;
         let extent = Extent::new(fault.offset, u64::from(fault.len));
         let image = SharedImage::new(self.domain.clone(), file);
-        let fetched = Event::Fetched { image, extent };
+        let fetched = Event::Fetched {
+            image: image.clone(),
+            extent,
+        };
         let arrived = Instant::now();
         if let Some(bytes) = self.scheduler.try_cached(file, extent) {
             self.attribution
-                .answered(fault.thread, extent.len, arrived.elapsed());
+                .answered(fault.thread, &image, extent, arrived.elapsed());
             answer(fault, &bytes);
             let _ = self.events.send(fetched);
             return;
@@ -73,7 +76,7 @@ impl FaultHandler for Handler {
         let (events, attribution) = (self.events.clone(), Arc::clone(&self.attribution));
         let answered = move |result: Result<bytes::Bytes, forelay_store::FetchError>| match result {
             Ok(bytes) => {
-                attribution.answered(fault.thread, extent.len, arrived.elapsed());
+                attribution.answered(fault.thread, &image, extent, arrived.elapsed());
                 answer(fault, &bytes);
                 let _ = events.send(fetched);
             }

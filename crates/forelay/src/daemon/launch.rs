@@ -37,11 +37,11 @@ const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
 const FIRST_AUTO_PORT: u16 = 20_000;
 
 /// What a launch wants in shared memory.
-struct Wanted {
+pub(super) struct Wanted {
     mode: LaunchMode,
-    working_set: Vec<PlannedExtent>,
+    pub(super) working_set: Vec<PlannedExtent>,
     /// Of it, what was not there.
-    missing: Vec<(Digest, Extent)>,
+    pub(super) missing: Vec<(Digest, Extent)>,
 }
 
 impl Host {
@@ -123,6 +123,8 @@ impl Host {
         let vm = instance.vm();
         let before = self.store.scheduler().counters().repository_bytes();
         let premapped = self.premaps.take(&order, &vm.name);
+        // Read beside the mapping: behind an empty disk cache both are mostly waiting.
+        let parts = premapped.is_none().then(|| self.read_parts(&order));
         let devices = match &premapped {
             Some(premapped) => premapped.devices.clone(),
             None => self.map_images(&order).await?,
@@ -152,6 +154,10 @@ impl Host {
                 (moved.map_err(HostError::failed)?, premapped.kernel.clone())
             }
             None => {
+                if let Some(parts) = parts {
+                    // What failed there fails below, with its reason.
+                    let _ = parts.await;
+                }
                 let hostname = hostname(&order, &vm.name);
                 let map = self.compose(&order, &hostname, path).await?;
                 (map, self.kernel(&order.lock.kernel).await?)
@@ -184,14 +190,18 @@ impl Host {
         });
         instance.save().map_err(HostError::failed)?;
         self.handles.lock().insert(vm.name.clone(), handle.clone());
-        self.supervise(
-            Arc::clone(instance),
-            handle,
-            order.of,
-            wanted.missing,
-            before,
-        );
+        self.supervise(Arc::clone(instance), handle, order.of, wanted, before);
         Ok(())
+    }
+
+    /// Begins to read what composing the order's map image and starting its kernel take.
+    fn read_parts(self: &Arc<Self>, order: &Order) -> tokio::task::JoinHandle<()> {
+        let (host, lock) = (Arc::clone(self), order.lock.clone());
+        let full_system = order.manifest.init.is_some();
+        tokio::spawn(async move {
+            let recipe = host.recipe(&lock, full_system);
+            let _ = tokio::join!(recipe, host.kernel(&lock.kernel));
+        })
     }
 
     /// Makes the lock's images reachable in the domain's shared memory.
@@ -199,14 +209,15 @@ impl Host {
         self: &Arc<Self>,
         order: &Order,
     ) -> Result<Vec<DeviceRecord>, HostError> {
-        for component in &order.lock.components {
+        let opening = order.lock.components.iter().map(|component| async move {
             // A component that vanished is told now, not as a stuck fault later.
             let opened = self.store.open_component(component.id).await;
-            opened.map_err(|error| {
+            opened.map(drop).map_err(|error| {
                 let cause = super::chain(&error);
                 HostError::Failed(format!("component {}: {cause}", label(component)))
-            })?;
-        }
+            })
+        });
+        futures_util::future::try_join_all(opening).await?;
         let (host, domain) = (Arc::clone(self), order.domain.clone());
         let (devices, bundle) = (order.devices.clone(), order.bundle.clone());
         let mapped = tokio::task::spawn_blocking(move || {

@@ -413,6 +413,9 @@ impl Worker {
                 };
                 let pushed = tokio::task::spawn_blocking(move || push(&memory.shared, item)).await;
                 for event in pushed.map_or_else(|_| Vec::new(), |done| open.take(done)) {
+                    if let Event::Pushed { image, extent } = &event {
+                        domains.attribution().returned(image, *extent);
+                    }
                     let _ = events.send(event);
                 }
             }
@@ -461,6 +464,9 @@ fn keep(domains: &Domains, action: Action) -> Vec<Event> {
                 return Vec::new();
             };
             let freed = memory.shared.evict(&image.image, extents);
+            if freed.is_ok() {
+                domains.attribution().evicted(image, extents);
+            }
             (image, freed.map(drop))
         }
         _ => return Vec::new(),

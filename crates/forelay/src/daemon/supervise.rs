@@ -16,8 +16,9 @@ use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
 use super::Host;
-use super::faults::Waits;
+use super::faults::{Plan, Waits};
 use super::instances::Instance;
+use super::launch::Wanted;
 use super::learning::LaunchOutcome;
 use super::memory::now_ms;
 use super::observer::{NewTouches, Observer};
@@ -61,14 +62,17 @@ impl Host {
         instance: Arc<Instance>,
         handle: VmHandle,
         of: ProfileRef,
-        planned: Vec<(Digest, Extent)>,
+        wanted: Wanted,
         repository_before: u64,
     ) {
         let waits = self.domains.attribution().add(handle.pid());
+        let all = wanted.working_set.iter();
+        let all = all.map(|one| (one.image, one.extent));
+        waits.expect(Plan::new(all, wanted.missing.iter().copied()));
         let launch = Launch {
             of,
             waits,
-            planned,
+            planned: wanted.missing,
             repository_before,
             recorded: false,
             ready_at: None,
@@ -214,6 +218,7 @@ impl Host {
             vm.launch.demand_fetches = waits.fetches;
             vm.launch.demand_bytes = waits.bytes;
             vm.launch.stall_s = waits.stall_ns as f64 / 1e9;
+            vm.launch.demand_causes = waits.causes;
             vm.launch.repository_bytes = fetched.saturating_sub(launch.repository_before);
         });
     }

@@ -272,6 +272,10 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
         next_port: Default::default(),
     });
     tokio::spawn(Arc::clone(&host).premap_likely(reserved));
+    // So that the first launch finds the components' metadata on this host. If it cannot be
+    // had now, whoever needs it says so.
+    let listing = host.store.clone();
+    tokio::spawn(async move { drop(listing.components().await) });
     Ok((host, journalled))
 }
 
