@@ -86,12 +86,13 @@ impl MappingTable {
             .collect()
     }
 
-    /// Whether all of `extent` is resident.
-    pub fn is_resident(&self, image: &SharedImage, extent: Extent) -> bool {
-        self.image_row(image).is_some_and(|row| {
-            let run = PageRun::covering(extent).intersection(row.whole());
-            row.resident.count_within(run) == run.pages()
-        })
+    /// Parts of `extent` that are not resident, on their way or not.
+    pub fn not_resident(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
+        let Some(row) = self.image_row(image) else {
+            return vec![extent.page_aligned()];
+        };
+        let run = PageRun::covering(extent).intersection(row.whole());
+        row.resident.gaps_within(run).map(PageRun::extent).collect()
     }
 
     /// What running VMs have touched of each image, as far as it was observed.

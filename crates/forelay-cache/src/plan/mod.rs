@@ -463,7 +463,7 @@ impl Planner {
             let bytes: u64 = missing.iter().map(|extent| extent.len).sum();
             if bytes == 0 {
                 // Here already, or on its way for somebody else.
-                if table.is_resident(&piece.image, piece.extent) {
+                if table.not_resident(&piece.image, piece.extent).is_empty() {
                     self.hold(&piece, actions);
                 }
                 continue;

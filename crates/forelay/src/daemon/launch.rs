@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use forelay_cache::mapping_table::MappingTable;
 use forelay_cache::plan::{Event, PlannedExtent};
 use forelay_cache::{Domain, SharedImage};
 use forelay_image::erofs::merge::{Composed, MapLayout};
@@ -40,8 +41,10 @@ const FIRST_AUTO_PORT: u16 = 20_000;
 pub(super) struct Wanted {
     mode: LaunchMode,
     pub(super) working_set: Vec<PlannedExtent>,
-    /// Of it, what was not there.
+    /// Of it, what was neither there nor on its way.
     pub(super) missing: Vec<(Digest, Extent)>,
+    /// Of it, what was not there.
+    pub(super) absent: Vec<(Digest, Extent)>,
 }
 
 impl Host {
@@ -273,6 +276,7 @@ impl Host {
             }
         };
         let missing = self.missing(&order.domain, &working_set);
+        let absent = self.absent(&order.domain, &working_set);
         let mode = match mode {
             _ if working_set.is_empty() => LaunchMode::Cold,
             // What other profiles touch of the same components helps, but is no forecast.
@@ -285,6 +289,7 @@ impl Host {
             mode,
             working_set,
             missing,
+            absent,
         }
     }
 
@@ -301,16 +306,30 @@ impl Host {
         })
     }
 
-    /// What of a plan is not in shared memory.
+    /// What of a plan is neither in shared memory nor on its way there.
     pub(super) fn missing(&self, domain: &Domain, plan: &[PlannedExtent]) -> Vec<(Digest, Extent)> {
+        self.parts_of(domain, plan, MappingTable::missing)
+    }
+
+    /// What of a plan is not in shared memory.
+    fn absent(&self, domain: &Domain, plan: &[PlannedExtent]) -> Vec<(Digest, Extent)> {
+        self.parts_of(domain, plan, MappingTable::not_resident)
+    }
+
+    fn parts_of(
+        &self,
+        domain: &Domain,
+        plan: &[PlannedExtent],
+        of: fn(&MappingTable, &SharedImage, Extent) -> Vec<Extent>,
+    ) -> Vec<(Digest, Extent)> {
         self.memory.table().read(|table| {
-            let mut missing = Vec::new();
+            let mut parts = Vec::new();
             for planned in plan {
                 let image = SharedImage::new(domain.clone(), planned.image);
-                let gaps = table.missing(&image, planned.extent);
-                missing.extend(gaps.into_iter().map(|extent| (planned.image, extent)));
+                let found = of(table, &image, planned.extent);
+                parts.extend(found.into_iter().map(|extent| (planned.image, extent)));
             }
-            missing
+            parts
         })
     }
 

@@ -68,7 +68,7 @@ impl Host {
         let waits = self.domains.attribution().add(handle.pid());
         let all = wanted.working_set.iter();
         let all = all.map(|one| (one.image, one.extent));
-        waits.expect(Plan::new(all, wanted.missing.iter().copied()));
+        waits.expect(Plan::new(all, wanted.absent.iter().copied()));
         let launch = Launch {
             of,
             waits,
