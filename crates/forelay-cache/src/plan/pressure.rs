@@ -12,7 +12,7 @@ use crate::mapping_table::MappingTable;
 use crate::names::VmName;
 use crate::page_set::PageRun;
 
-use super::queue::Piece;
+use super::queue::{Piece, Reason};
 use super::victims::Reach;
 use super::{Action, Choice, EvictionRule, Planner, PressureLevel, Victims};
 
@@ -67,13 +67,19 @@ impl Planner {
                 // A little more than needed, so that not every piece searches anew.
                 let slack = (self.budget_bytes / 128).max(needed);
                 let find = |reach| self.choice(table, now_ms, reach).by_worth(slack, below);
-                let unmapped = find(Reach::Unmapped);
-                // Next what VMs could reach but leave alone: on a busy host nearly all is
-                // mapped by some VM, or ahead of a launch.
-                match bytes_of(&unmapped) < needed {
-                    true => find(Reach::Untouched),
-                    false => unmapped,
-                }
+                // On a busy host nearly all is mapped by some VM, or ahead of a launch. What
+                // VMs have touched goes for a launch alone: its demand would take it anyway.
+                let launch = matches!(piece.reason, Reason::Launch(_));
+                let farthest = if launch {
+                    Reach::Idle
+                } else {
+                    Reach::Untouched
+                };
+                let reaches = [Reach::Unmapped, Reach::Untouched, Reach::Idle];
+                let reaches = reaches.into_iter().filter(|reach| *reach <= farthest);
+                let mut found = reaches.map(find);
+                let enough = found.find(|victims| bytes_of(victims) >= needed);
+                enough.unwrap_or_default()
             }
         };
         let found = bytes_of(&victims);
@@ -130,7 +136,13 @@ impl Planner {
             return found;
         }
         let mut found = 0;
-        let nearest_first = [Reach::Unmapped, Reach::Untouched, Reach::Unused, Reach::All];
+        let nearest_first = [
+            Reach::Unmapped,
+            Reach::Untouched,
+            Reach::Idle,
+            Reach::Unused,
+            Reach::All,
+        ];
         for reach in nearest_first {
             if found >= needed || reach > furthest {
                 break;

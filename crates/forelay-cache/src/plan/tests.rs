@@ -583,6 +583,31 @@ fn a_launch_takes_the_room_of_what_is_mapped_ahead_and_worth_less() {
 }
 
 #[test]
+fn a_launch_takes_the_room_of_what_a_running_vm_touched_long_ago_and_a_forecast_does_not() {
+    let mut host = Host::new(config(2));
+    host.launch("old", "batch", &[1], vec![planned(1, 0, 2 * MIB, 1.0, 0)]);
+    host.push_all();
+    host.tell(Event::VmStarted { vm: "old".into() });
+    host.tell(Event::Touched {
+        vm: "old".into(),
+        image: image(1),
+        extents: vec![Extent::new(0, 2 * MIB)],
+    });
+    // Twice the time that a use is held, in steps, as the daemon ticks.
+    for _ in 0..6 {
+        host.now_ms += host.planner.config.use_hold_ms / 2;
+        host.tell(Event::Tick);
+    }
+    host.tell(forecast("soon", 3, 0.9));
+    host.push_all();
+    assert_eq!((host.resident(1), host.resident(3)), (2 * MIB, 0));
+    host.launch("now", "web", &[2], vec![planned(2, 0, MIB, 1.0, 0)]);
+    host.push_all();
+    assert_eq!(host.resident(2), MIB);
+    assert!(host.resident(1) < 2 * MIB);
+}
+
+#[test]
 fn what_is_here_already_is_held_for_a_launch_like_what_is_loaded_for_it() {
     let mut host = Host::new(config(32));
     let set = vec![planned(1, 0, MIB, 1.0, 0), planned(1, MIB, MIB, 0.2, 0)];

@@ -42,6 +42,8 @@ pub(super) enum Reach {
     /// once because it is being launched.
     Untouched,
     /// And what they have touched but did not use lately.
+    Idle,
+    /// And what a launch awaits.
     Unused,
     /// And what they use.
     All,
@@ -65,6 +67,7 @@ impl Choice<'_> {
                 };
                 runs.into_iter().flat_map(untouched).collect()
             }
+            Reach::Idle => self.awaited.without(image, self.guard.without(image, runs)),
             Reach::Unused => self.guard.without(image, runs),
             Reach::Unmapped | Reach::All => runs,
         }
