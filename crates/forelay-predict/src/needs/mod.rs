@@ -16,6 +16,7 @@ mod attachments;
 pub mod counts;
 pub mod data;
 pub mod learn;
+mod lesson;
 pub mod mixture;
 mod model;
 pub mod next_profile;
@@ -23,6 +24,7 @@ pub mod tree;
 mod vocabulary;
 
 pub use attachments::{AttachOutlook, Attachments};
+pub use lesson::{Learned, Lesson};
 pub use model::{Config, Context, Model};
 pub use next_profile::NextProfile;
 

@@ -11,9 +11,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::counts::PairCounts;
-use super::data::{Rows, Schema};
-use super::mixture::{Fit, Mixture};
+use super::data::Schema;
+use super::lesson::{Learned, Lesson, Used};
 use super::tree::UNKNOWN;
 use super::vocabulary::Vocabulary;
 use crate::time::Timestamp;
@@ -49,7 +48,7 @@ impl Context {
 const HOURS: usize = 8;
 const CLASSES: usize = 8;
 /// Variables before the components: profile, owner, hour, day type, resource class.
-const CONTEXT: usize = 5;
+pub(super) const CONTEXT: usize = 5;
 
 /// Bounds and rates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -113,14 +112,6 @@ impl Tally {
             *self.components.entry(*component).or_insert(0.0) += weight;
         }
     }
-}
-
-/// What was learned last.
-#[derive(Clone, Debug)]
-struct Learned {
-    mixture: Mixture,
-    /// Components the mixture knows: variable `CONTEXT + i` is `components[i]`.
-    components: Vec<u16>,
 }
 
 /// Online model of components given context.
@@ -206,13 +197,19 @@ impl Model {
         since >= 8 && (since >= self.config.relearn_every || since >= self.relearned_at)
     }
 
-    /// Relearns structure and tables from the launches remembered. Takes milliseconds to tens of
-    /// them; the caller says when.
+    /// Relearns structure and tables from the launches remembered, here and now.
     pub fn relearn(&mut self) {
-        self.forget_unused();
+        let learned = self.lesson().study();
+        self.adopt(learned);
+    }
+
+    /// What structure and tables are to be learned from: a copy, so that whoever shares this model
+    /// need not wait for [`Lesson::study`].
+    pub fn lesson(&mut self) -> Lesson {
         self.relearned_at = self.observed;
+        let used = self.used();
         let components: Vec<u16> = (0..self.components.len() as u16)
-            .filter(|id| self.components.name(*id).is_some())
+            .filter(|id| self.components.name(*id).is_some() && used.has_component(*id))
             .collect();
         let schema = self.schema(components.len());
         let at: BTreeMap<u16, usize> = components
@@ -221,7 +218,7 @@ impl Model {
             .map(|(i, id)| (*id, CONTEXT + i))
             .collect();
         let newest = self.rows.len() as f64;
-        let sparse: Vec<(Vec<u32>, f32)> = self
+        let rows = self
             .rows
             .iter()
             .enumerate()
@@ -233,35 +230,22 @@ impl Model {
                 )
             })
             .collect();
-        let part = |keep: &dyn Fn(usize) -> bool| {
-            let rows = sparse.iter().enumerate();
-            let kept = rows.filter(|(i, _)| keep(*i)).map(|(_, row)| row.clone());
-            Rows::new(schema.clone(), kept)
-        };
-        let all = part(&|_| true);
-        let counts = PairCounts::of(&all);
-        let how = |components| Fit {
+        Lesson {
+            taken_at: self.observed,
+            schema,
+            rows,
             components,
-            strength: 8.0,
-            rounds: 12,
-            seed: 1,
-        };
-        // Three trees are used if they forecast a fifth of the rows, kept aside, better than one.
-        let (train, aside) = (part(&|i| i % 5 != 4), part(&|i| i % 5 == 4));
-        let train_counts = PairCounts::of(&train);
-        let score = |components| {
-            let mixture = Mixture::fit(&train, &aside, &train_counts, how(components));
-            mixture.mean_log_likelihood(&aside)
-        };
-        let trees = if self.rows.len() >= 100 && score(3) > score(1) {
-            3
-        } else {
-            1
-        };
-        self.learned = Some(Learned {
-            mixture: Mixture::fit(&all, &all, &counts, how(trees)),
-            components,
-        });
+            used,
+        }
+    }
+
+    /// Forecasts by what was learned from now on, unless a later lesson was taken meanwhile. What
+    /// was observed since the lesson stays.
+    pub fn adopt(&mut self, learned: Learned) {
+        if learned.taken_at == self.relearned_at {
+            self.forget_unused(&learned.used);
+            self.learned = Some(learned);
+        }
     }
 
     /// Components that a VM in this context will have or get, besides those present, likeliest
@@ -353,25 +337,29 @@ impl Model {
         )
     }
 
-    /// Frees names that no remembered launch uses.
-    fn forget_unused(&mut self) {
-        let mut used = [vec![], vec![], vec![]];
+    /// Names that remembered launches use.
+    fn used(&self) -> Used {
+        let mut used = Used::default();
         for row in &self.rows {
-            used[0].extend(&row.components);
-            used[1].extend(row.profile);
-            used[2].extend(row.owner);
+            used.components.extend(&row.components);
+            used.profiles.extend(row.profile);
+            used.owners.extend(row.owner);
         }
-        for list in &mut used {
-            list.sort_unstable();
-            list.dedup();
-        }
-        let has = |list: &[u16], id: u16| list.binary_search(&id).is_ok();
-        self.components.keep(|id| has(&used[0], id));
-        self.profiles.keep(|id| has(&used[1], id));
-        self.owners.keep(|id| has(&used[2], id));
-        self.by_profile.retain(|id, _| has(&used[1], *id));
+        used
+    }
+
+    /// Frees names that neither remembered launches use nor what was learned.
+    fn forget_unused(&mut self, learned: &Used) {
+        let mut used = self.used();
+        used.components.extend(&learned.components);
+        used.profiles.extend(&learned.profiles);
+        used.owners.extend(&learned.owners);
+        self.components.keep(|id| used.has_component(id));
+        self.profiles.keep(|id| used.profiles.contains(&id));
+        self.owners.keep(|id| used.owners.contains(&id));
+        self.by_profile.retain(|id, _| used.profiles.contains(id));
         for tally in self.by_profile.values_mut().chain([&mut self.all]) {
-            tally.components.retain(|id, _| has(&used[0], *id));
+            tally.components.retain(|id, _| used.has_component(*id));
         }
     }
 

@@ -346,3 +346,52 @@ fn chow_liu_agrees_with_the_reference_figures() {
         );
     }
 }
+
+#[test]
+fn what_is_observed_while_a_lesson_is_studied_is_kept_and_an_old_lesson_is_not_adopted() {
+    let mut model = Model::new(Config {
+        max_rows: 40,
+        ..Config::default()
+    });
+    let context = |hour: i64| Context {
+        profile: "web".into(),
+        owner: "ann".into(),
+        at: Timestamp(hour * HOUR_MS),
+        memory_mib: 256,
+    };
+    for hour in 0..40 {
+        model.observe(&context(hour), ["base", "old"]);
+    }
+    let lesson = model.lesson();
+    assert!(!model.relearn_due(), "one is being studied");
+    // All of the rows that used "old" are gone before what was learned of it is adopted.
+    for hour in 40..80 {
+        model.observe(&context(hour), ["base", "new"]);
+    }
+    let later = model.lesson();
+    model.adopt(lesson.study());
+    assert!(model.structure().is_empty(), "a later lesson was taken");
+    model.adopt(later.study());
+    assert_eq!(model.observed(), 80);
+    let known: Vec<String> = model.structure().into_iter().map(|edge| edge.0).collect();
+    assert!(known.iter().any(|name| name == "new"), "{known:?}");
+    assert!(known.iter().all(|name| name != "old"), "{known:?}");
+    let p_of = |model: &Model, name: &str| {
+        let ranked = model.rank(&context(81), &["base"]);
+        ranked
+            .iter()
+            .find(|one| &*one.0 == name)
+            .map_or(0.0, |one| one.1)
+    };
+    assert!(p_of(&model, "new") > 0.5, "{}", p_of(&model, "new"));
+
+    // Studied while launches went on, a lesson gives what it would have given at once, and what
+    // came meanwhile is known besides.
+    let mut at_once = model.clone();
+    at_once.relearn();
+    let lesson = model.lesson();
+    model.observe(&context(82), ["base", "newest"]);
+    model.adopt(lesson.study());
+    assert_eq!(model.structure(), at_once.structure());
+    assert!(p_of(&model, "newest") > 0.0 && p_of(&at_once, "newest") == 0.0);
+}

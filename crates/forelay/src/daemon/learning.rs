@@ -38,7 +38,7 @@ const RECENT_LAUNCHES: u32 = 100;
 /// Learns from launches.
 pub struct Learner {
     history: Arc<SqliteHistory>,
-    models: Models,
+    models: Arc<Models>,
     clock: ForecastClock,
 }
 
@@ -91,7 +91,7 @@ impl Learner {
         let recent = replay.into_recent();
         let learner = Self {
             history: Arc::new(history),
-            models,
+            models: Arc::new(models),
             clock,
         };
         Ok((learner, recent))
@@ -255,6 +255,10 @@ impl Learner {
     /// Records that a VM stopped.
     pub async fn stopped(&self, of: &ProfileRef, launch_id: i64, ran_ms: u64) {
         self.models.stopped(launch_id as u64);
+        if self.models.relearn_due() {
+            let models = Arc::clone(&self.models);
+            tokio::task::spawn_blocking(move || models.relearn());
+        }
         self.tell(of, launch_id, vec![What::Stop { ran_ms }]).await;
     }
 

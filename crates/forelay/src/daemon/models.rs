@@ -148,10 +148,29 @@ impl Models {
         self.demand.lock().observe(&model_key(of), vm, at, bytes);
     }
 
-    /// A VM is gone.
+    /// A VM is gone. Its components may make [`Self::relearn`] due.
     pub fn stopped(&self, vm: u64) {
         self.demand.lock().stopped(vm);
         self.needs.lock().close(vm);
+    }
+
+    /// Whether there is enough that was not there at the last relearning.
+    pub fn relearn_due(&self) -> bool {
+        self.needs.lock().model.relearn_due()
+    }
+
+    /// Learns anew how components depend on each other, if that is due. Takes up to tens of
+    /// milliseconds, through which forecasts are made and events learned.
+    pub fn relearn(&self) {
+        let lesson = {
+            let mut needs = self.needs.lock();
+            if !needs.model.relearn_due() {
+                return;
+            }
+            needs.model.lesson()
+        };
+        let learned = lesson.study();
+        self.needs.lock().model.adopt(learned);
     }
 
     /// Closes VMs that do not run, whose end nobody saw.
@@ -162,6 +181,8 @@ impl Models {
         for vm in gone {
             needs.close(vm);
         }
+        drop(needs);
+        self.relearn();
     }
 }
 
@@ -186,9 +207,6 @@ impl Needs {
     fn observe(&mut self, context: &Context, components: &[String]) {
         let names = components.iter().map(String::as_str);
         self.model.observe(context, names);
-        if self.model.relearn_due() {
-            self.model.relearn();
-        }
     }
 }
 
@@ -271,6 +289,8 @@ impl Sink for Replay<'_> {
         for _ in 0..weight.clamp(1.0, MOST_REPEATS) as u32 {
             needs.observe(&context, &names);
         }
+        drop(needs);
+        self.models.relearn();
     }
 
     fn launched_with(
@@ -306,6 +326,7 @@ impl Sink for Replay<'_> {
 
     fn stopped(&mut self, _of: &ProfileRef, _at: Timestamp, vm: u64, _ran_ms: u64) {
         self.models.stopped(vm);
+        self.models.relearn();
     }
 }
 
@@ -382,7 +403,10 @@ mod tests {
             What::Touched { images, touches } => models.touched(of, images, touches),
             What::Sample(sample) => models.sampled(of, at, vm, sample),
             What::Attach { component } => models.attached(at, vm, &component.name),
-            What::Stop { .. } => models.stopped(vm),
+            What::Stop { .. } => {
+                models.stopped(vm);
+                models.relearn();
+            }
             _ => {}
         }
     }
@@ -477,6 +501,7 @@ mod tests {
             models.attached(at, 99, "stray");
             models.stopped(number);
             models.stopped(number);
+            models.relearn();
         }
         let needs = models.needs.lock();
         assert_eq!(needs.model.observed(), 20);
