@@ -336,6 +336,9 @@ impl Planner {
             }
             Event::Tick => {
                 self.tick(now_ms, actions);
+                // A predecessor may have left more than the cap, or have died with evictions
+                // under way; and what could not go then may go now.
+                self.shrink_to_budget(table, now_ms, actions);
                 Ok(())
             }
         };

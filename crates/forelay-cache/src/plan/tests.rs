@@ -608,6 +608,23 @@ fn a_launch_takes_the_room_of_what_a_running_vm_touched_long_ago_and_a_forecast_
 }
 
 #[test]
+fn a_planner_that_finds_more_than_its_cap_shrinks_it_without_waiting_for_demand() {
+    let mut host = Host::new(config(4));
+    host.launch("old", "batch", &[1], vec![planned(1, 0, 4 * MIB, 1.0, 0)]);
+    host.push_all();
+    host.tell(Event::VmStarted { vm: "old".into() });
+    assert_eq!(host.resident(1), 4 * MIB);
+    let table = Arc::clone(host.planner.table());
+    let budget = BudgetConfig {
+        cap_bytes: 3 * MIB,
+        ..BudgetConfig::default()
+    };
+    host.planner = Planner::new(config(3), budget, table);
+    host.tell(Event::Tick);
+    assert_eq!(host.resident(1), 3 * MIB);
+}
+
+#[test]
 fn what_is_here_already_is_held_for_a_launch_like_what_is_loaded_for_it() {
     let mut host = Host::new(config(32));
     let set = vec![planned(1, 0, MIB, 1.0, 0), planned(1, MIB, MIB, 0.2, 0)];
