@@ -166,8 +166,16 @@ pub enum Event {
         /// Which bytes.
         extent: Extent,
     },
-    /// Bytes have left shared memory, asked for or not.
+    /// Bytes leave shared memory, or the kernel has taken them. Of an eviction it is told
+    /// before the bytes go, so that a fault that brings them back is told after it.
     Evicted {
+        /// Where.
+        image: SharedImage,
+        /// Which bytes.
+        extent: Extent,
+    },
+    /// An eviction has been carried out; its bytes may be back already.
+    EvictionEnded {
         /// Where.
         image: SharedImage,
         /// Which bytes.
@@ -268,7 +276,8 @@ pub enum Action {
         /// Which bytes.
         extents: Vec<Extent>,
     },
-    /// Give these bytes back; answer with [`Event::Evicted`] for each extent.
+    /// Give these bytes back; tell [`Event::Evicted`] for each extent
+    /// before it goes and [`Event::EvictionEnded`] after it.
     Evict {
         /// Where.
         image: SharedImage,

@@ -90,7 +90,7 @@ pub struct Planner {
     budget_bytes: u64,
     launches: BTreeMap<VmName, Launch>,
     pinned_by_plan_bytes: u64,
-    /// Asked to be evicted, not confirmed yet.
+    /// Asked to be evicted, and not ended yet.
     leaving: BTreeMap<SharedImage, PageSet>,
     /// Evicted not long ago; what returns from here was evicted too early.
     ghosts: BTreeMap<SharedImage, PageSet>,
@@ -299,6 +299,10 @@ impl Planner {
                 table.abort_fetch(&image, extent).map(drop)
             }
             Event::Evicted { image, extent } => self.evicted(table, &image, extent),
+            Event::EvictionEnded { image, extent } => {
+                self.eviction_ended(&image, extent);
+                Ok(())
+            }
             Event::Pinned { image, extent } => table.pin(&image, extent),
             Event::Unpinned { image, extent } => table.unpin(&image, extent).map(drop),
             Event::Pressure {
@@ -437,17 +441,21 @@ impl Planner {
         extent: Extent,
     ) -> Result<(), TableError> {
         let run = PageRun::covering(extent);
-        let mut asked = 0;
-        if let Some(leaving) = self.leaving.get_mut(image) {
-            asked = leaving.remove(run);
-            if leaving.is_empty() {
-                self.leaving.remove(image);
-            }
-        }
+        let leaving = self.leaving.get(image);
+        let asked = leaving.map_or(0, |leaving| leaving.count_within(run));
         table.evict(image, extent)?;
         self.counters.reclaimed_bytes += u64::from(run.pages() - asked) * 4096;
         self.ghosts.entry(image.clone()).or_default().insert(run);
         Ok(())
+    }
+
+    fn eviction_ended(&mut self, image: &SharedImage, extent: Extent) {
+        if let Some(leaving) = self.leaving.get_mut(image) {
+            leaving.remove(PageRun::covering(extent));
+            if leaving.is_empty() {
+                self.leaving.remove(image);
+            }
+        }
     }
 
     /// Starts waiting prefetches as far as budget and in-flight bytes allow.

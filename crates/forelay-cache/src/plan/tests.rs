@@ -87,10 +87,11 @@ impl Host {
                     }
                     Action::Evict { image, extents } => {
                         self.check_victims(image, extents);
-                        events.extend(extents.iter().map(|&extent| Event::Evicted {
-                            image: image.clone(),
-                            extent,
-                        }));
+                        for &extent in extents {
+                            let (of, image) = (image.clone(), image.clone());
+                            events.push_back(Event::Evicted { image: of, extent });
+                            events.push_back(Event::EvictionEnded { image, extent });
+                        }
                     }
                     Action::Pin { image, extents } => {
                         events.extend(extents.iter().map(|&extent| Event::Pinned {

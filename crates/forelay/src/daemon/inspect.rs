@@ -144,15 +144,16 @@ impl Host {
                     continue;
                 }
                 let resident = memory.shared.resident(&image).map_err(HostError::failed)?;
-                memory
-                    .shared
-                    .evict(&image, &resident)
-                    .map_err(HostError::failed)?;
-                for extent in resident {
+                // Told first: a launch may bring them back before the last of them is gone.
+                for &extent in &resident {
                     let image = forelay_cache::SharedImage::new(memory.domain.clone(), image);
                     self.memory
                         .tell(forelay_cache::plan::Event::Evicted { image, extent });
                 }
+                memory
+                    .shared
+                    .evict(&image, &resident)
+                    .map_err(HostError::failed)?;
             }
         }
         Ok(())

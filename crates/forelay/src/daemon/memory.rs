@@ -168,9 +168,7 @@ fn keeper(name: &str, domains: &Arc<Domains>, events: &UnboundedSender<Event>) -
     let (domains, events) = (Arc::clone(domains), events.clone());
     let work = move || {
         for action in actions {
-            for event in keep(&domains, action) {
-                let _ = events.send(event);
-            }
+            keep(&domains, action, &|event| drop(events.send(event)));
         }
     };
     // Without threads there is no daemon.
@@ -443,51 +441,45 @@ async fn keep_looking(
     }
 }
 
-/// Pins, unpins or evicts; returns what happened. What failed is not told: the planner
-/// asks again if it still wants it.
-fn keep(domains: &Domains, action: Action) -> Vec<Event> {
+/// Pins, unpins or evicts, and tells what happens. The end of what failed is not told: the
+/// planner asks again if it still wants it.
+fn keep(domains: &Domains, action: Action, tell: &dyn Fn(Event)) {
     let told =
-        |image: SharedImage, extents: Vec<Extent>, event: fn(SharedImage, Extent) -> Event| {
-            let extents = extents.into_iter();
-            extents.map(|extent| event(image.clone(), extent)).collect()
-        };
-    let (image, result) = match &action {
-        Action::Pin { image, extents } | Action::Unpin { image, extents } => {
-            let Some(memory) = domains.get(&image.domain) else {
-                return Vec::new();
-            };
-            let on = matches!(action, Action::Pin { .. });
-            (image, memory.set_pinned(&image.image, extents, on))
-        }
-        Action::Evict { image, extents } => {
-            let Some(memory) = domains.get(&image.domain) else {
-                return Vec::new();
-            };
-            let freed = memory.shared.evict(&image.image, extents);
-            if freed.is_ok() {
-                domains.attribution().evicted(image, extents);
+        |image: &SharedImage, extents: &[Extent], event: fn(SharedImage, Extent) -> Event| {
+            for &extent in extents {
+                tell(event(image.clone(), extent));
             }
-            (image, freed.map(drop))
-        }
-        _ => return Vec::new(),
+        };
+    let (Action::Pin { image, extents }
+    | Action::Unpin { image, extents }
+    | Action::Evict { image, extents }) = &action
+    else {
+        return;
     };
-    if let Err(error) = result {
+    let Some(memory) = domains.get(&image.domain) else {
+        return;
+    };
+    let done = match &action {
+        Action::Pin { .. } => memory.set_pinned(&image.image, extents, true),
+        Action::Unpin { .. } => memory.set_pinned(&image.image, extents, false),
+        _ => {
+            // First: a VM that uses them may have them back before the last of them is gone.
+            domains.attribution().evicted(image, extents);
+            told(image, extents, |image, extent| Event::Evicted {
+                image,
+                extent,
+            });
+            memory.shared.evict(&image.image, extents).map(drop)
+        }
+    };
+    if let Err(error) = done {
         tracing::warn!(image = %image.image, error = super::chain(&error), "not done: {action:?}");
-        return Vec::new();
+        return;
     }
-    match action {
-        Action::Pin { image, extents } => told(image, extents, |image, extent| Event::Pinned {
-            image,
-            extent,
-        }),
-        Action::Unpin { image, extents } => told(image, extents, |image, extent| Event::Unpinned {
-            image,
-            extent,
-        }),
-        Action::Evict { image, extents } => told(image, extents, |image, extent| Event::Evicted {
-            image,
-            extent,
-        }),
-        _ => Vec::new(),
-    }
+    let ended: fn(SharedImage, Extent) -> Event = match &action {
+        Action::Pin { .. } => |image, extent| Event::Pinned { image, extent },
+        Action::Unpin { .. } => |image, extent| Event::Unpinned { image, extent },
+        _ => |image, extent| Event::EvictionEnded { image, extent },
+    };
+    told(image, extents, ended);
 }
