@@ -29,10 +29,17 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
         tool(&host.json(["forecast"]), "first").is_none(),
         "nothing is known yet"
     );
+    let learned = |host: &Host| -> u64 {
+        let history = host.json(["history", "dev"]);
+        history[0]["working_set_bytes"].as_u64().unwrap_or(0)
+    };
+    host.until("the launch is learned", |host| learned(host) > 0);
+    let of_launch = learned(&host);
     host.ok(["attach", "first", "forelay-tool"]);
     assert_eq!(host.sh("first", "forelay-tool"), "hello from the tool\n");
-    // What it touches is learned by scans every two seconds, or when the VM ends.
-    std::thread::sleep(std::time::Duration::from_secs(3));
+    host.until("what it touches of the tool is learned", |host| {
+        learned(host) > of_launch
+    });
     host.ok(["stop", "first"]);
 
     // All shared memory is lost with the daemon; what was learned is not.
