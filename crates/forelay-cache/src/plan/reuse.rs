@@ -13,7 +13,7 @@ use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::policy::forecast::{Forecast, ForecastConfig};
 use crate::policy::{Policy as _, Request};
 
-/// Images after which all is forgotten: their pasts take about 400 bytes each.
+/// Images after which all is forgotten: each has a past of some hundred bytes.
 const MOST_OBJECTS: usize = 1 << 16;
 /// Samples that are remembered: with 43 features each they take 11 MB.
 const MOST_SAMPLES: usize = 60_000;

@@ -14,7 +14,6 @@ mod prefetch;
 mod queue;
 mod transfer;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +33,7 @@ use crate::disk_cache::DiskCache;
 use crate::error::StoreError;
 use crate::images::{ImageMap, Images};
 use crate::repository::Repository;
-use queue::{Group, Queue, Source, Submitted};
+use queue::{Group, NO_GROUP, Queue, Source, Submitted};
 
 /// Why a chunk is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -149,8 +148,6 @@ pub(crate) struct State {
     prefetch_due: Option<Instant>,
     wake_set: bool,
     next_group: Group,
-    /// Groups that may still ask: a stream's producer can be a step behind its drop.
-    live_groups: HashSet<Group>,
     /// Bandwidth estimate: bytes since the line became busy.
     busy_since: Option<Instant>,
     busy_bytes: u64,
@@ -169,8 +166,6 @@ pub(crate) struct Inner {
 #[derive(Clone)]
 pub struct Scheduler(pub(crate) Arc<Inner>);
 
-const NO_GROUP: Group = 0;
-
 impl Scheduler {
     /// Starts a scheduler on the current tokio runtime.
     pub(crate) fn new(
@@ -186,7 +181,6 @@ impl Scheduler {
             prefetch_due: None,
             wake_set: false,
             next_group: NO_GROUP + 1,
-            live_groups: HashSet::from([NO_GROUP]),
             busy_since: None,
             busy_bytes: 0,
         };
@@ -393,19 +387,16 @@ impl Scheduler {
         callback: Callback,
     ) {
         let mut state = self.0.state.lock();
-        if !state.live_groups.contains(&group) {
-            drop(state);
-            return callback(Err(FetchError::Cancelled));
-        }
         let submitted = state.queue.submit(source, priority, group, callback);
         match &submitted {
             Submitted::Joined => state.counters.joined += 1,
             Submitted::Promoted => state.counters.promoted += 1,
-            Submitted::Queued | Submitted::Here(..) => {}
+            Submitted::Queued | Submitted::Here(..) | Submitted::Cancelled(_) => {}
         }
         drop(state);
         match submitted {
             Submitted::Here(callback, bytes) => callback(Ok(bytes)),
+            Submitted::Cancelled(callback) => callback(Err(FetchError::Cancelled)),
             _ => self.pump(),
         }
     }
@@ -414,16 +405,12 @@ impl Scheduler {
         let mut state = self.0.state.lock();
         state.next_group += 1;
         let group = state.next_group;
-        state.live_groups.insert(group);
+        state.queue.open(group);
         group
     }
 
     pub(super) fn cancel(&self, group: Group) {
-        let cancelled = {
-            let mut state = self.0.state.lock();
-            state.live_groups.remove(&group);
-            state.queue.cancel(group)
-        };
+        let cancelled = self.0.state.lock().queue.cancel(group);
         for callback in cancelled {
             callback(Err(FetchError::Cancelled));
         }

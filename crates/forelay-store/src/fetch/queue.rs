@@ -16,7 +16,7 @@
 //! Invariants: a chunk has at most one flight; every waiter is handed out exactly once,
 //! by [`Queue::delivered`], [`Queue::failed`] or [`Queue::cancel`].
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
 use forelay_image::{Digest, Extent};
@@ -25,6 +25,9 @@ use super::Priority;
 
 /// A waiter's group, by which it can be cancelled.
 pub type Group = u64;
+
+/// The group of those that cannot be cancelled; always open.
+pub const NO_GROUP: Group = 0;
 
 /// Where a chunk comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +106,8 @@ pub enum Submitted<W> {
     Promoted,
     /// The chunk has just arrived; the waiter is handed back.
     Here(W, Bytes),
+    /// Its group was cancelled; the waiter is handed back.
+    Cancelled(W),
 }
 
 enum State {
@@ -122,6 +127,8 @@ struct Flight<W> {
 pub struct Queue<W> {
     limits: Limits,
     flights: HashMap<Digest, Flight<W>>,
+    /// Groups that may ask: who asks for one can be a step behind its cancelling.
+    open: HashSet<Group>,
     demand: VecDeque<Digest>,
     prefetch: VecDeque<Digest>,
     demand_active: usize,
@@ -139,6 +146,7 @@ impl<W> Queue<W> {
         Self {
             limits,
             flights: HashMap::new(),
+            open: HashSet::from([NO_GROUP]),
             demand: VecDeque::new(),
             prefetch: VecDeque::new(),
             demand_active: 0,
@@ -146,6 +154,11 @@ impl<W> Queue<W> {
             prefetch_bytes_active: 0,
             paused: false,
         }
+    }
+
+    /// Lets a group ask, until it is cancelled.
+    pub fn open(&mut self, group: Group) {
+        self.open.insert(group);
     }
 
     /// Asks for a chunk.
@@ -156,6 +169,9 @@ impl<W> Queue<W> {
         group: Group,
         waiter: W,
     ) -> Submitted<W> {
+        if !self.open.contains(&group) {
+            return Submitted::Cancelled(waiter);
+        }
         let Some(flight) = self.flights.get_mut(&source.chunk) else {
             let demanded = priority == Priority::Demand;
             let waiters = vec![(group, waiter)];
@@ -362,9 +378,10 @@ impl<W> Queue<W> {
             .is_some_and(|flight| flight.demanded)
     }
 
-    /// Removes the waiters of a group from what has not started, and hands them out.
+    /// Closes a group: removes its waiters from what has not started, and hands them out.
     /// Flights that nobody waits for any more are forgotten.
     pub fn cancel(&mut self, group: Group) -> Vec<W> {
+        self.open.remove(&group);
         let mut cancelled = Vec::new();
         self.flights.retain(|_, flight| {
             if !matches!(flight.state, State::Queued(_)) {

@@ -37,13 +37,22 @@ fn limits() -> Limits {
     }
 }
 
+/// A queue in which the tests' groups may ask.
+fn queue<W>() -> Queue<W> {
+    let mut queue = Queue::new(limits());
+    for group in 1..9 {
+        queue.open(group);
+    }
+    queue
+}
+
 fn numbers(request: &Request) -> Vec<u32> {
     request.parts.iter().map(|part| part.chunk_no).collect()
 }
 
 #[test]
 fn one_flight_per_chunk_and_late_comers_are_answered() {
-    let mut queue = Queue::new(limits());
+    let mut queue = queue();
     assert_eq!(
         queue.submit(source(1), Priority::Prefetch, 1, 'a'),
         Submitted::Queued
@@ -75,7 +84,7 @@ fn one_flight_per_chunk_and_late_comers_are_answered() {
 
 #[test]
 fn demand_overtakes_promotes_and_has_its_own_slots() {
-    let mut queue = Queue::new(limits());
+    let mut queue = queue();
     for number in 0..20 {
         queue.submit(source(number * 2), Priority::Prefetch, 1, number);
     }
@@ -110,7 +119,7 @@ fn demand_overtakes_promotes_and_has_its_own_slots() {
 
 #[test]
 fn neighbours_share_a_request_up_to_its_size() {
-    let mut queue = Queue::new(limits());
+    let mut queue = queue();
     queue.submit(source_at(0, 1, 64 << 10), Priority::Prefetch, 1, ());
     queue.submit(source_at(1, 7, 0), Priority::Prefetch, 1, ());
     queue.submit(source_at(0, 5, 10 << 20), Priority::Prefetch, 1, ());
@@ -128,7 +137,7 @@ fn neighbours_share_a_request_up_to_its_size() {
 
 #[test]
 fn pause_rate_and_cancel_stop_what_has_not_started() {
-    let mut queue = Queue::new(limits());
+    let mut queue = queue();
     queue.submit(source(1), Priority::Prefetch, 7, 'a');
     queue.submit(source(1), Priority::Prefetch, 8, 'b');
     queue.submit(source(9), Priority::Prefetch, 7, 'c');
@@ -142,6 +151,10 @@ fn pause_rate_and_cancel_stop_what_has_not_started() {
     let request = queue.next_request(true).unwrap();
     assert_eq!(numbers(&request), [1]);
     assert!(queue.cancel(8).is_empty(), "it has started");
+    // Who asks a step too late is told, and starts nothing.
+    let late = queue.submit(source(20), Priority::Prefetch, 7, 'd');
+    assert_eq!(late, Submitted::Cancelled('d'));
+    assert_eq!(queue.queued(), 0);
     assert!(queue.next_request(true).is_none());
     assert_eq!(queue.failed(source(1).chunk), ['b']);
 }
@@ -170,7 +183,7 @@ proptest! {
 
     #[test]
     fn every_waiter_is_handed_out_once_and_limits_hold(operations in prop::collection::vec(operation(), 1..120)) {
-        let mut queue: Queue<usize> = Queue::new(limits());
+        let mut queue: Queue<usize> = queue();
         let mut waiting: BTreeSet<usize> = BTreeSet::new();
         let mut running: Vec<Request> = Vec::new();
         let mut next = 0;
@@ -200,7 +213,9 @@ proptest! {
                 Operation::Deliver(index) => end(&mut queue, &mut running, &mut waiting, index, true),
                 Operation::Fail(index) => end(&mut queue, &mut running, &mut waiting, index, false),
                 Operation::Cancel(group) => {
-                    for waiter in queue.cancel(group) {
+                    let cancelled = queue.cancel(group);
+                    queue.open(group);
+                    for waiter in cancelled {
                         prop_assert!(waiting.remove(&waiter));
                     }
                 }

@@ -15,8 +15,8 @@ pub struct Arguments {
     /// Azure Functions' invocations file.
     pub trace: PathBuf,
     /// Policies: none, fixed:MINUTES, hybrid, hybrid+mean, clairvoyant, forelay or
-    /// forelay:PRICE,PRICE..., and lru, lfu, gdsf, s3-fifo, min, forecast with :SLOTS. All of
-    /// the usual ones if absent.
+    /// forelay:PRICE,PRICE..., and lru, lfu, gdsf, s3-fifo, min, forecast, planner with
+    /// :SLOTS. All of the usual ones if absent.
     #[arg(long = "policy", value_name = "POLICY", num_args = 1..)]
     pub policies: Vec<Policy>,
     /// Leave profiles with fewer launches out of the figures.

@@ -247,7 +247,7 @@ impl<'a> Replay<'a> {
         self.recent
     }
 
-    /// Lets the forecaster be judged until `at`, or now if that is later.
+    /// Lets the forecaster be judged until `at`, or until now if that is earlier.
     pub fn judge_until(&mut self, at: Timestamp) {
         let Some(mut due) = self.due else { return };
         let mut forecaster = self.models.forecaster.lock();
