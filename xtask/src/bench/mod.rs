@@ -24,8 +24,8 @@ use crate::demo;
 use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
-const NAMES: &str = "launch, compose, forecast, policy, table, memory, pressure, burst, \
-                     attach, premap, day";
+const NAMES: &str = "launch, compose, forecast, policy, table, plan, memory, pressure, \
+                     burst, attach, premap, day";
 
 /// Runs one benchmark.
 pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
@@ -41,6 +41,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "day" => day::run_bench(&out, arguments)?,
         "policy" => policy::run_bench(&out, arguments)?,
         "table" => example("forelay-cache", "bench_table", &out, arguments)?,
+        "plan" => example("forelay-cache", "bench_plan", &out, arguments)?,
         "compose" => example("forelay-image", "bench_compose", &out, arguments)?,
         "forecast" => example("forelay-sim", "bench_forecast", &out, arguments)?,
         _ => bail!("no benchmark is called {name:?}; there are: {NAMES}"),

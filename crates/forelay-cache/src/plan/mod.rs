@@ -22,6 +22,7 @@ mod guard;
 mod message;
 mod pressure;
 mod queue;
+mod ranking;
 mod reuse;
 mod rule;
 #[cfg(test)]
@@ -47,6 +48,7 @@ pub use message::{
     PressureLevel, Urgency,
 };
 use queue::{Piece, Queue, Reason};
+use ranking::Ranking;
 pub use rule::ByWorth;
 use victims::{Choice, Victims};
 use worth::{Forecast, Worth};
@@ -460,6 +462,8 @@ impl Planner {
 
     /// Starts waiting prefetches as far as budget and in-flight bytes allow.
     fn pump(&mut self, table: &mut MappingTable, now_ms: i64, actions: &mut Vec<Action>) {
+        // Nothing below arrives or leaves before its event is told.
+        let mut ranking = Ranking::default();
         while !self.paused {
             let only_launches = self.level != PressureLevel::Plenty;
             match self.queue.first_class() {
@@ -487,7 +491,7 @@ impl Planner {
             let taken = table.resident_bytes() + table.fetching_bytes();
             let lacking = (taken + bytes).saturating_sub(self.budget_bytes);
             if lacking > 0 {
-                if self.make_room(table, &piece, lacking, now_ms, actions) {
+                if self.make_room(table, &mut ranking, &piece, lacking, now_ms, actions) {
                     self.queue.unpop(piece);
                     return;
                 }

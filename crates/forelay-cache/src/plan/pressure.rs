@@ -13,6 +13,7 @@ use crate::names::VmName;
 use crate::page_set::PageRun;
 
 use super::queue::{Piece, Reason};
+use super::ranking::Ranking;
 use super::victims::Reach;
 use super::{Action, Choice, EvictionRule, Planner, PressureLevel, Victims};
 
@@ -28,7 +29,7 @@ impl Planner {
         self.leaving.values().map(|set| set.bytes()).sum()
     }
 
-    fn choice<'a>(&'a self, table: &'a MappingTable, now_ms: i64, reach: Reach) -> Choice<'a> {
+    pub(super) fn choice<'a>(&'a self, table: &'a MappingTable, now_ms: i64) -> Choice<'a> {
         Choice {
             table,
             worth: &self.worth,
@@ -36,7 +37,6 @@ impl Planner {
             guard: &self.guard,
             awaited: &self.awaited,
             now_ms,
-            reach,
         }
     }
 
@@ -45,6 +45,7 @@ impl Planner {
     pub(super) fn make_room(
         &mut self,
         table: &MappingTable,
+        ranking: &mut Ranking,
         piece: &Piece,
         lacking_bytes: u64,
         now_ms: i64,
@@ -56,30 +57,27 @@ impl Planner {
         else {
             return true;
         };
+        let choice = self.choice(table, now_ms);
         let victims = match self.config.rule {
             // Never for a component larger than the budget.
             EvictionRule::LeastUsed if piece.image_bytes > self.budget_bytes => Vec::new(),
-            EvictionRule::LeastUsed => self
-                .choice(table, now_ms, Reach::Unmapped)
-                .least_used(needed),
+            EvictionRule::LeastUsed => choice.least_used(needed),
             EvictionRule::Worth => {
                 let below = piece.seconds_per_byte / self.config.displace_factor.max(1.0);
                 // A little more than needed, so that not every piece searches anew.
                 let slack = (self.budget_bytes / 128).max(needed);
-                let find = |reach| self.choice(table, now_ms, reach).by_worth(slack, below);
                 // On a busy host nearly all is mapped by some VM, or ahead of a launch. What
                 // VMs have touched goes for a launch alone: its demand would take it anyway.
-                let launch = matches!(piece.reason, Reason::Launch(_));
-                let farthest = if launch {
-                    Reach::Idle
-                } else {
-                    Reach::Untouched
+                let reaches = match piece.reason {
+                    Reason::Launch(_) => &[Reach::Unmapped, Reach::Untouched, Reach::Idle][..],
+                    Reason::Forecast(..) => &[Reach::Unmapped, Reach::Untouched],
                 };
-                let reaches = [Reach::Unmapped, Reach::Untouched, Reach::Idle];
-                let reaches = reaches.into_iter().filter(|reach| *reach <= farthest);
-                let mut found = reaches.map(find);
-                let enough = found.find(|victims| bytes_of(victims) >= needed);
-                enough.unwrap_or_default()
+                let enough =
+                    |reach: &&Reach| ranking.bytes_below(&choice, **reach, below) >= needed;
+                let nearest = reaches.iter().find(enough);
+                nearest.map_or_else(Vec::new, |reach| {
+                    ranking.take(&choice, *reach, slack, below)
+                })
             }
         };
         let found = bytes_of(&victims);
@@ -120,16 +118,13 @@ impl Planner {
         now_ms: i64,
         actions: &mut Vec<Action>,
     ) -> u64 {
+        let mut ranking = Ranking::default();
         if self.config.rule == EvictionRule::LeastUsed {
-            let mut victims = self
-                .choice(table, now_ms, Reach::Unmapped)
-                .least_used(needed);
+            let choice = self.choice(table, now_ms);
+            let mut victims = choice.least_used(needed);
             if victims.is_empty() {
                 // Not enough in all: then all there is.
-                let all = self
-                    .choice(table, now_ms, Reach::Unmapped)
-                    .by_worth(needed, f64::INFINITY);
-                victims = all;
+                victims = ranking.take(&choice, Reach::Unmapped, needed, f64::INFINITY);
             }
             let found = bytes_of(&victims);
             self.evict(victims, now_ms, actions);
@@ -147,8 +142,8 @@ impl Planner {
             if found >= needed || reach > furthest {
                 break;
             }
-            let choice = self.choice(table, now_ms, reach);
-            let victims = choice.by_worth(needed - found, f64::INFINITY);
+            let choice = self.choice(table, now_ms);
+            let victims = ranking.take(&choice, reach, needed - found, f64::INFINITY);
             found += bytes_of(&victims);
             self.evict(victims, now_ms, actions);
         }

@@ -1,11 +1,12 @@
-//! Who leaves memory: the literal baseline rule and the rule by worth.
+//! Who may leave memory, and the literal baseline rule; what is worth least is found by
+//! [`super::ranking`].
 //!
 //! Refuses to evict anything pinned. Components that a VM can reach are victims only
 //! when the caller's [`Reach`] says so, and never under the baseline rule.
 
 use std::collections::BTreeMap;
 
-use forelay_image::{Extent, PAGE_BYTES};
+use forelay_image::Extent;
 
 use crate::mapping_table::MappingTable;
 use crate::names::SharedImage;
@@ -29,8 +30,6 @@ pub(super) struct Choice<'a> {
     /// About to be touched by a VM that is being launched.
     pub(super) awaited: &'a Guard,
     pub(super) now_ms: i64,
-    /// How far the choice goes.
-    pub(super) reach: Reach,
 }
 
 /// How far a choice of victims goes; each includes those before it.
@@ -50,22 +49,37 @@ pub(super) enum Reach {
 }
 
 impl Choice<'_> {
-    fn candidates(&self, image: &SharedImage, touched: Option<&PageSet>) -> Vec<PageRun> {
+    /// The parts of an image that are neither pinned nor on their way out.
+    pub(super) fn free(&self, image: &SharedImage) -> Vec<PageRun> {
         let bytes = self.table.image_bytes(image).unwrap_or(0);
         let extents = self.table.evictable(image, Extent::new(0, bytes));
         let runs = extents.into_iter().map(PageRun::covering);
-        let runs: Vec<PageRun> = match self.leaving.get(image) {
+        match self.leaving.get(image) {
             None => runs.collect(),
             Some(leaving) => runs.flat_map(|run| leaving.gaps_within(run)).collect(),
-        };
-        match self.reach {
+        }
+    }
+
+    /// The parts of what is free of an image that a choice of this reach may take. `touched`
+    /// is what running VMs have touched of it.
+    pub(super) fn within_reach(
+        &self,
+        image: &SharedImage,
+        free: &[PageRun],
+        reach: Reach,
+        touched: Option<&PageSet>,
+    ) -> Vec<PageRun> {
+        let runs = free.to_vec();
+        match reach {
             Reach::Untouched => {
                 let runs = self.awaited.without(image, self.guard.without(image, runs));
-                let untouched = |run| match touched {
-                    None => vec![run],
-                    Some(touched) => touched.gaps_within(run).collect(),
-                };
-                runs.into_iter().flat_map(untouched).collect()
+                match touched {
+                    None => runs,
+                    Some(touched) => runs
+                        .into_iter()
+                        .flat_map(|run| touched.gaps_within(run))
+                        .collect(),
+                }
             }
             Reach::Idle => self.awaited.without(image, self.guard.without(image, runs)),
             Reach::Unused => self.guard.without(image, runs),
@@ -82,7 +96,7 @@ impl Choice<'_> {
             if self.table.mapped_by(image) > 0 || self.table.pinned_bytes_of(image) > 0 {
                 continue;
             }
-            let runs = self.candidates(image, None);
+            let runs = self.free(image);
             let bytes = runs.iter().map(|run| run.extent().len).sum();
             let (uses, last_use_ms) = self.worth.component_uses(image);
             candidates.push(least_used::Candidate {
@@ -98,47 +112,6 @@ impl Choice<'_> {
         chosen
             .into_iter()
             .map(|image| (image.clone(), extents(image)))
-            .collect()
-    }
-
-    /// Extents worth least per byte, but less than `below` seconds per byte, until
-    /// `needed_bytes` are covered or there are no more.
-    pub(super) fn by_worth(&self, needed_bytes: u64, below: f64) -> Victims {
-        let mut valued = Vec::new();
-        let images: Vec<&SharedImage> = self.table.known_images().collect();
-        let touched = match self.reach {
-            Reach::Untouched => self.table.touched_by_running(),
-            _ => BTreeMap::new(),
-        };
-        for (at, image) in images.iter().enumerate() {
-            if self.reach == Reach::Unmapped && self.table.mapped_by(image) > 0 {
-                continue;
-            }
-            let candidates = self.candidates(image, touched.get(image));
-            let runs = self.worth.value(image, &candidates, self.now_ms);
-            valued.extend(runs.into_iter().map(|valued| (valued, at)));
-        }
-        valued.retain(|(valued, _)| valued.seconds_per_byte < below);
-        valued.sort_by(|(a, image_a), (b, image_b)| {
-            let by_worth = a.seconds_per_byte.total_cmp(&b.seconds_per_byte);
-            by_worth.then((image_a, a.run).cmp(&(image_b, b.run)))
-        });
-        let mut left_pages = needed_bytes.div_ceil(PAGE_BYTES);
-        let mut chosen: BTreeMap<usize, PageSet> = BTreeMap::new();
-        for (valued, image) in valued {
-            if left_pages == 0 {
-                break;
-            }
-            // Stop as soon as it is safe: the last run is cut.
-            let pages = u64::from(valued.run.pages()).min(left_pages);
-            left_pages -= pages;
-            let run = PageRun::new(valued.run.start, valued.run.start + pages as u32);
-            chosen.entry(image).or_default().insert(run);
-        }
-        let extents = |set: PageSet| set.runs().map(PageRun::extent).collect();
-        chosen
-            .into_iter()
-            .map(|(at, set)| (images[at].clone(), extents(set)))
             .collect()
     }
 }

@@ -9,7 +9,7 @@
 //! Refuses to know what is resident or mapped. Invariant: every worth is finite and not
 //! negative, whatever probabilities come in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use forelay_image::{Digest, Extent};
 
@@ -103,6 +103,38 @@ pub(super) struct Worth {
     seconds_per_byte: f64,
     half_life_ms: i64,
     horizon_ms: i64,
+}
+
+/// Step functions over the pages of images: from page `.0` on, a forecast launch needs them
+/// with probability `.1`.
+pub(super) struct Foreseen(HashMap<SharedImage, Vec<(u32, f64)>>);
+
+/// What is expected of one image.
+pub(super) struct Outlook {
+    /// As in [`Foreseen`].
+    steps: Vec<(u32, f64)>,
+    /// As in [`Needs`].
+    component: Option<f64>,
+}
+
+impl Foreseen {
+    /// Takes out what is foreseen of one image.
+    pub(super) fn take(&mut self, image: &SharedImage) -> Vec<(u32, f64)> {
+        self.0.remove(image).unwrap_or_default()
+    }
+}
+
+impl Outlook {
+    /// For an image of which forecasts say `steps`.
+    pub(super) fn of(
+        worth: &Worth,
+        image: &SharedImage,
+        steps: Vec<(u32, f64)>,
+        now_ms: i64,
+    ) -> Self {
+        let component = worth.needs(image, now_ms).component;
+        Self { steps, component }
+    }
 }
 
 /// A run of pages and what each of its bytes is worth, in seconds.
@@ -222,9 +254,14 @@ impl Worth {
 
     /// What observed uses say of an image's need within the horizon.
     pub(super) fn needs(&self, image: &SharedImage, now_ms: i64) -> Needs<'_> {
+        let component = self.reuse.probability(image, self.horizon_ms);
+        self.needs_given(image, component, now_ms)
+    }
+
+    fn needs_given(&self, image: &SharedImage, component: Option<f64>, now_ms: i64) -> Needs<'_> {
         Needs {
             uses: self.uses.get(image),
-            component: self.reuse.probability(image, self.horizon_ms),
+            component,
             half_life_ms: self.half_life_ms,
             horizon_ms: self.horizon_ms,
             now_ms,
@@ -235,11 +272,12 @@ impl Worth {
     pub(super) fn value(
         &self,
         image: &SharedImage,
+        outlook: &Outlook,
         runs: &[PageRun],
         now_ms: i64,
     ) -> Vec<ValuedRun> {
-        let steps = self.forecast_steps(image, now_ms);
-        let needs = self.needs(image, now_ms);
+        let steps = &outlook.steps;
+        let needs = self.needs_given(image, outlook.component, now_ms);
         let mut parts: Vec<(PageRun, f64)> = Vec::new();
         for &run in runs {
             let mut page = run.start;
@@ -276,35 +314,25 @@ impl Worth {
         parts.into_iter().map(value).collect()
     }
 
-    /// Step function over pages: from page `.0` on, a forecast launch needs it with
-    /// probability `.1`.
-    fn forecast_steps(&self, image: &SharedImage, now_ms: i64) -> Vec<(u32, f64)> {
-        let mut changes: Vec<(u32, f64)> = Vec::new();
+    /// What forecasts say of every image that they name, in one pass.
+    pub(super) fn foreseen(&self, now_ms: i64) -> Foreseen {
+        let mut foreseen: HashMap<(&Domain, &Digest), Vec<(u32, f64)>> = HashMap::new();
         for ((domain, _), forecast) in &self.forecasts {
-            if *domain != image.domain {
-                continue;
-            }
             let launch = self.launch_probability(forecast, now_ms);
-            for planned in &forecast.working_set {
-                if planned.image == image.image {
+            for same in forecast.working_set.chunk_by(|a, b| a.image == b.image) {
+                let changes = foreseen.entry((domain, &same[0].image)).or_default();
+                for planned in same {
                     let run = PageRun::covering(planned.extent);
                     let need = launch * probability(planned.probability);
-                    changes.push((run.start, need));
-                    changes.push((run.end, -need));
+                    changes.extend([(run.start, need), (run.end, -need)]);
                 }
             }
         }
-        changes.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-        let mut steps: Vec<(u32, f64)> = Vec::new();
-        let mut sum = 0.0f64;
-        for (page, change) in changes {
-            sum += change;
-            match steps.last_mut() {
-                Some(last) if last.0 == page => last.1 = sum.max(0.0),
-                _ => steps.push((page, sum.max(0.0))),
-            }
-        }
-        steps
+        let steps = foreseen.into_iter().map(|((domain, image), changes)| {
+            let image = SharedImage::new(domain.clone(), *image);
+            (image, steps_of(changes))
+        });
+        Foreseen(steps.collect())
     }
 
     /// Forgets images without uses worth keeping; called now and then.
@@ -323,6 +351,21 @@ impl Worth {
         let device = devices.iter().find(|device| device.image == *image);
         device.map(|device| device.image_bytes)
     }
+}
+
+/// The steps of a sum of which `changes` tells where it changes and by how much.
+fn steps_of(mut changes: Vec<(u32, f64)>) -> Vec<(u32, f64)> {
+    changes.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    let mut steps: Vec<(u32, f64)> = Vec::new();
+    let mut sum = 0.0f64;
+    for (page, change) in changes {
+        sum += change;
+        match steps.last_mut() {
+            Some(last) if last.0 == page => last.1 = sum.max(0.0),
+            _ => steps.push((page, sum.max(0.0))),
+        }
+    }
+    steps
 }
 
 /// The extents of `working_set` cut to `piece_bytes`, page-aligned and within their image.

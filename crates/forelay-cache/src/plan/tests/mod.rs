@@ -10,6 +10,7 @@ use crate::budget::MemorySample;
 use crate::names::Domain;
 
 mod random;
+mod ranking;
 mod room;
 
 const MIB: u64 = 1 << 20;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     Launch(u8, Vec<(u8, u64, u64, f64)>),
     Forecast(u8, f64),
     Started(u8),
@@ -20,7 +20,7 @@ enum Step {
     Tick(i64),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(super) fn step() -> impl Strategy<Value = Step> {
     let extent = (0u8..6, 0u64..1024, 1u64..300, 0.0f64..1.0);
     prop_oneof![
         3 => (0u8..4, prop::collection::vec(extent, 0..6)).prop_map(|(v, e)| Step::Launch(v, e)),
@@ -38,7 +38,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn event_of(step: Step, host: &mut Host) -> Option<Event> {
+pub(super) fn event_of(step: Step, host: &mut Host) -> Option<Event> {
     let name = |vm: u8| VmName::from(format!("vm{vm}"));
     Some(match step {
         Step::Launch(vm, extents) => Event::LaunchRequested {
