@@ -5,7 +5,8 @@
 //! are now: it speaks of image digests, byte extents and milliseconds since the launch.
 //!
 //! ```text
-//! observe(launch) --> own counts of (profile, image) --+
+//! observe(launch), observe_late(the same launch, later)
+//!                 --> own counts of (profile, image) --+
 //!                                                      +--> shrink own towards pooled --> plan
 //! counts of other profiles for the same image ---------+
 //! inherit(old image -> new image, by file path) ---> counts that start a patched component
@@ -146,6 +147,29 @@ impl WorkingSets {
     /// component images it had, `touches` what it touched of them in any order. An image without
     /// touches counts as untouched; a touch of an image not listed is ignored.
     pub fn observe(&mut self, profile: &str, images: &[Digest], touches: &[Touch]) {
+        let profile: Arc<str> = profile.into();
+        for (image, seen) in self.by_image(images, touches) {
+            let set = self.images.entry(image).or_default();
+            set.entry(profile.clone())
+                .or_default()
+                .observe(spans::disjoint(seen), &self.config);
+        }
+    }
+
+    /// Learns what a launch that was observed already touched of its images after that: it counts
+    /// as no further launch. Pairs that were never observed stay so.
+    pub fn observe_late(&mut self, profile: &str, touches: &[Touch]) {
+        let images: Vec<Digest> = touches.iter().map(|touch| touch.image).collect();
+        for (image, seen) in self.by_image(&images, touches) {
+            let set = self.images.get_mut(&image);
+            if let Some(set) = set.and_then(|sets| sets.get_mut(profile)) {
+                set.observe_late(&spans::disjoint(seen), &self.config);
+            }
+        }
+    }
+
+    /// The touches of each of `images` that lie in the window.
+    fn by_image(&self, images: &[Digest], touches: &[Touch]) -> BTreeMap<Digest, Vec<spans::Seen>> {
         let mut by_image: BTreeMap<Digest, Vec<spans::Seen>> =
             images.iter().map(|image| (*image, Vec::new())).collect();
         for touch in touches {
@@ -156,13 +180,7 @@ impl WorkingSets {
                 list.extend(spans::Seen::new(touch.extent, touch.first_touch_ms));
             }
         }
-        let profile: Arc<str> = profile.into();
-        for (image, seen) in by_image {
-            let set = self.images.entry(image).or_default();
-            set.entry(profile.clone())
-                .or_default()
-                .observe(spans::disjoint(seen), &self.config);
-        }
+        by_image
     }
 
     /// The statistics of one pair, if it was ever observed or inherited.

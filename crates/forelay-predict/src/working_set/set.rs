@@ -49,16 +49,46 @@ impl WorkingSet {
             |seen| (seen.start, seen.end),
             |start, end, span, seen| out.extend(step(start, end, span, seen, decay)),
         );
-        compact(&mut out, config.max_spans);
-        out.shrink_to_fit();
-        self.spans = out;
+        self.replace(out, config);
+    }
+
+    /// Adds what a launch that counts already touched later, `seen` (disjoint, sorted): no
+    /// further launch, and nothing decays. No page is touched more often than there were
+    /// launches.
+    pub(super) fn observe_late(&mut self, seen: &[Seen], config: &Config) {
+        let (most_weight, most_hits) = (self.weight, self.launches);
+        let mut out: Vec<Span> = Vec::with_capacity(self.spans.len() + seen.len());
+        overlay(
+            &self.spans,
+            seen,
+            |span| (span.start, span.end),
+            |seen| (seen.start, seen.end),
+            |start, end, span, seen| {
+                let added = step(start, end, span, seen, 1.0).map(|added| Span {
+                    // What is joined of several launches' spans may lie above already.
+                    weight: added
+                        .weight
+                        .min(most_weight.max(span.map_or(0.0, |s| s.weight))),
+                    hits: added.hits.min(most_hits.max(span.map_or(0, |s| s.hits))),
+                    ..added
+                });
+                out.extend(added);
+            },
+        );
+        self.replace(out, config);
+    }
+
+    fn replace(&mut self, mut spans: Vec<Span>, config: &Config) {
+        compact(&mut spans, config.max_spans);
+        spans.shrink_to_fit();
+        self.spans = spans;
     }
 }
 
 /// Statistics below this decayed weight are forgotten.
 const FORGET_WEIGHT: f32 = 0.02;
 
-/// What becomes of one elementary range when a launch is added.
+/// What becomes of one elementary range when a launch's touches are added.
 fn step(
     start: u32,
     end: u32,

@@ -73,6 +73,60 @@ fn overlapping_touches_keep_the_earliest_time() {
 }
 
 #[test]
+fn what_a_launch_touches_later_counts_to_that_launch() {
+    let late = [touch("a", 50, 2, 30_000), touch("a", 0, 1, 31_000)];
+    let launch = |sets: &mut WorkingSets| {
+        sets.observe("web", &[image("a")], &[touch("a", 0, 4, 10)]);
+    };
+    let (mut sets, mut at_once) = (
+        WorkingSets::new(Config::default()),
+        WorkingSets::new(Config::default()),
+    );
+    for number in 0..10 {
+        launch(&mut sets);
+        if number % 2 == 0 {
+            sets.observe_late("web", &late);
+            let all = [touch("a", 0, 4, 10), touch("a", 50, 2, 30_000)];
+            at_once.observe("web", &[image("a")], &all);
+        } else {
+            launch(&mut at_once);
+        }
+    }
+    // Page 0 was touched at the launch: in no more launches for being told again, though its
+    // mean time is later.
+    let told = |sets: &WorkingSets| -> Vec<(Extent, f32, u32)> {
+        let plan = sets.plan("web", &[image("a")], None);
+        let mut told: Vec<_> = plan
+            .iter()
+            .map(|one| match one.basis {
+                Basis::Own { hits, launches: 10 } => (one.extent, one.probability, hits),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        told.sort_by_key(|(extent, ..)| *extent);
+        told
+    };
+    let late_pages = |told: Vec<(Extent, f32, u32)>| {
+        told.into_iter()
+            .find(|(extent, ..)| *extent == pages(50, 2))
+            .unwrap()
+    };
+    assert_eq!(late_pages(told(&sets)), late_pages(told(&at_once)));
+    assert!(
+        told(&sets)
+            .iter()
+            .all(|(_, p, hits)| *p <= 1.0 && *hits <= 10)
+    );
+
+    // What was never observed, or is touched beyond the window, stays out.
+    sets.observe_late("other", &late);
+    sets.observe_late("web", &[touch("b", 0, 1, 5), touch("a", 900, 1, 600_001)]);
+    assert!(sets.get("other", &image("a")).is_none());
+    assert!(sets.get("web", &image("b")).is_none());
+    assert_eq!(told(&sets).last().unwrap().0, pages(50, 2));
+}
+
+#[test]
 fn old_habits_fade_and_new_ones_win() {
     let mut sets = WorkingSets::new(Config::default());
     for _ in 0..100 {

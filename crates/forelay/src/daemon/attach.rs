@@ -248,6 +248,7 @@ impl Host {
         let record = devices.iter().find(|device| device.image == image);
         let record = record.ok_or_else(|| HostError::Failed("its device is unknown".to_owned()))?;
         let uuid = image.hex()[..32].to_owned();
+        self.scan_now(&instance).await;
         let detached = handle.detach(&pmem_device(record).id, &uuid).await;
         detached.map_err(|error| HostError::Busy(super::chain(&error)))?;
         self.note_detached(&instance, image);

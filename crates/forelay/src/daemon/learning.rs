@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use forelay_cache::plan::PlannedExtent;
@@ -18,6 +19,7 @@ use forelay_predict::working_set::Touch;
 use super::HostError;
 use super::clock::ForecastClock;
 use super::faults::WaitFigures;
+use super::lessons::AttachLesson;
 use super::models::{Models, Replay, model_key};
 use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
@@ -40,6 +42,8 @@ pub struct Learner {
     history: Arc<SqliteHistory>,
     models: Arc<Models>,
     clock: ForecastClock,
+    /// Events told so far.
+    told: AtomicU64,
 }
 
 /// What one launch did, told when its window has passed.
@@ -93,6 +97,7 @@ impl Learner {
             history: Arc::new(history),
             models: Arc::new(models),
             clock,
+            told: AtomicU64::new(0),
         };
         Ok((learner, recent))
     }
@@ -270,18 +275,28 @@ impl Learner {
         self.tell_at(at, of, launch_id, what).await;
     }
 
-    /// Records what a VM touched of a component that it was given while it ran.
+    /// Records what a VM touched of a component that it was given while it ran, and of what it
+    /// had before.
     pub async fn attached_touched(
         &self,
         of: &ProfileRef,
         launch_id: i64,
         image: Digest,
-        touches: Vec<Touch>,
+        lesson: AttachLesson,
     ) {
         let images = vec![image];
-        self.models.touched(of, &images, &touches);
-        self.tell(of, launch_id, vec![What::Touched { images, touches }])
-            .await;
+        self.models.touched(of, &images, &lesson.own);
+        self.models.touched_late(of, &lesson.others);
+        let mut whats = vec![What::Touched {
+            images,
+            touches: lesson.own,
+        }];
+        if !lesson.others.is_empty() {
+            whats.push(What::TouchedLate {
+                touches: lesson.others,
+            });
+        }
+        self.tell(of, launch_id, whats).await;
     }
 
     /// Records what a VM uses.
@@ -298,8 +313,9 @@ impl Learner {
 
     async fn tell_at(&self, at: Timestamp, of: &ProfileRef, launch_id: i64, whats: Vec<What>) {
         let vm = launch_id as u64;
-        let events = whats.into_iter().enumerate().map(|(index, what)| {
-            let number = [index as u8];
+        let events = whats.into_iter().map(|what| {
+            // One VM may have several things to tell in one millisecond.
+            let number = self.told.fetch_add(1, Relaxed).to_le_bytes();
             let id = EventId::derive(at, &[&number, &vm.to_le_bytes()]);
             Event {
                 id,

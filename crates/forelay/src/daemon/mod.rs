@@ -26,6 +26,7 @@ mod journal;
 mod last_launches;
 mod launch;
 mod learning;
+mod lessons;
 mod memory;
 mod models;
 mod observer;
@@ -56,6 +57,7 @@ use crate::recipe::Recipe;
 use domains::Domains;
 use instances::{Instance, Instances};
 use learning::Learner;
+use lessons::Lessons;
 use memory::Memory;
 
 pub use learning::HISTORY_FILE;
@@ -63,6 +65,8 @@ pub use worker::{open_store, run_holder, run_pinner, run_worker};
 
 /// How long a guest may take to power itself off.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long learning may take that the daemon's end cuts short.
+const LEARN_GRACE: Duration = Duration::from_secs(5);
 /// Longest command in a guest if the client names no limit.
 const EXEC_LIMIT: Duration = Duration::from_secs(3600);
 /// Recipes of recent locks that are kept.
@@ -121,6 +125,7 @@ pub struct Host {
     domains: Arc<Domains>,
     memory: Memory,
     learner: Learner,
+    lessons: Lessons,
     last_launches: last_launches::LastLaunches,
     demand: samples::ForecastDemand,
     instances: Instances,
@@ -202,6 +207,7 @@ impl Host {
         let instance = self.instance(name)?;
         if instance.vm().state.is_live() {
             let handle = self.wait_for_handle(&instance).await?;
+            self.scan_now(&instance).await;
             handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
             self.wait_until_ended(&instance).await;
         }
@@ -241,6 +247,13 @@ impl Host {
             if let Err(error) = result {
                 tracing::error!(%error, "a VM did not stop");
             }
+        }
+    }
+
+    /// Finishes what is being learned; this daemon ends.
+    pub async fn finish_learning(&self) {
+        if !self.lessons.finish(LEARN_GRACE).await {
+            tracing::error!("some of what was touched lately is not learned: it took too long");
         }
     }
 

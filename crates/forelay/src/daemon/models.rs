@@ -142,6 +142,11 @@ impl Models {
         sets.observe(&model_key(of), images, touches);
     }
 
+    /// What a VM touched of them after that.
+    pub fn touched_late(&self, of: &ProfileRef, touches: &[Touch]) {
+        self.sets.lock().observe_late(&model_key(of), touches);
+    }
+
     /// What a VM used.
     pub fn sampled(&self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
         let bytes = sample.memory_bytes as f64;
@@ -316,6 +321,10 @@ impl Sink for Replay<'_> {
         self.models.touched(of, images, touches);
     }
 
+    fn touched_late(&mut self, of: &ProfileRef, touches: &[Touch]) {
+        self.models.touched_late(of, touches);
+    }
+
     fn memory_sketch(&mut self, of: &ProfileRef, sketch: Sketch) {
         self.models.demand.lock().restore(&model_key(of), sketch);
     }
@@ -384,6 +393,10 @@ mod tests {
         if number % 2 == 0 {
             let component = component("tool");
             all.push((start + 120_000, What::Attach { component }));
+            let late = What::TouchedLate {
+                touches: vec![touch("base", 40), touch("base", number as u64 % 4)],
+            };
+            all.push((start + 130_000, late));
         }
         // The last one runs on.
         if number < 39 {
@@ -401,6 +414,7 @@ mod tests {
                 models.launched_with(of, at, vm, names);
             }
             What::Touched { images, touches } => models.touched(of, images, touches),
+            What::TouchedLate { touches } => models.touched_late(of, touches),
             What::Sample(sample) => models.sampled(of, at, vm, sample),
             What::Attach { component } => models.attached(at, vm, &component.name),
             What::Stop { .. } => {
@@ -471,6 +485,8 @@ mod tests {
             before.contains("tool") && before.contains("Periodic"),
             "{before}"
         );
+        let late_page = format!("{:?}", touch("base", 40).extent);
+        assert!(before.contains(&late_page), "{before}");
         assert_eq!(forecasts(&restarted, &of, now), before);
 
         // Nor does it forget how well it forecast.

@@ -3,8 +3,8 @@
 //! One task per VM follows the guest's reports, scans touched pages, closes the
 //! observation when the launch's window has passed, and cleans up when the VMM is gone.
 //!
-//! Invariant: the outcome of a launch is recorded once, at the window's end or at the
-//! VM's, whichever is first.
+//! Invariant: the outcome of a launch is recorded once, at the window's end, the VM's or the
+//! daemon's, whichever is first.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use super::faults::{Plan, Waits};
 use super::instances::Instance;
 use super::launch::Wanted;
 use super::learning::LaunchOutcome;
+use super::lessons::Notebook;
 use super::memory::now_ms;
 use super::observer::{NewTouches, Observer};
 use crate::api::VmState;
@@ -41,6 +42,8 @@ pub struct Observed {
     pub observer: Observer,
     /// Touches since the launch, in first-touch order.
     pub touches: Vec<Touch>,
+    /// Of them, what is to be learned.
+    pub notes: Notebook,
 }
 
 /// A launch under observation.
@@ -77,7 +80,8 @@ impl Host {
             recorded: false,
             ready_at: None,
         };
-        tokio::spawn(Arc::clone(self).watch_over(instance, handle, launch));
+        let watching = Arc::clone(self).watch_over(instance, handle, launch);
+        self.lessons.spawn(watching);
     }
 
     /// Watches over a VM that an earlier daemon launched. Its launch is not recorded
@@ -97,7 +101,8 @@ impl Host {
             recorded: true,
             ready_at: None,
         };
-        tokio::spawn(Arc::clone(self).watch_over(instance, handle, launch));
+        let watching = Arc::clone(self).watch_over(instance, handle, launch);
+        self.lessons.spawn(watching);
     }
 
     async fn watch_over(
@@ -108,6 +113,11 @@ impl Host {
     ) {
         let name = instance.vm().name;
         let observed = self.observe_devices(&instance, handle.pid()).await;
+        if launch.recorded {
+            // What was touched before this daemon came is no lesson of its.
+            observed.lock().notes = Notebook::of_reattached();
+            self.scan(&instance, &observed).await;
+        }
         self.observers
             .lock()
             .insert(name.clone(), Arc::clone(&observed));
@@ -132,6 +142,13 @@ impl Host {
                         // The handle's own task is gone; the process is what counts.
                         handle.wait_ended().await;
                     }
+                }
+                () = self.lessons.hurried() => {
+                    if launch.ready_at.is_some() {
+                        self.scan(&instance, &observed).await;
+                        self.record(&instance, &observed, &mut launch).await;
+                    }
+                    return;
                 }
                 () = tokio::time::sleep_until((next_scan + pause).into()) => {
                     next_scan = Instant::now();
@@ -163,6 +180,7 @@ impl Host {
         Arc::new(Mutex::new(Observed {
             observer,
             touches: Vec::new(),
+            notes: Notebook::default(),
         }))
     }
 
@@ -223,10 +241,18 @@ impl Host {
         });
     }
 
+    /// Looks what a VM has touched just now: what it maps is about to go.
+    pub(super) async fn scan_now(&self, instance: &Instance) {
+        let observed = self.observers.lock().get(&instance.vm().name).cloned();
+        if let Some(observed) = observed {
+            self.scan(instance, &observed).await;
+        }
+    }
+
     /// Scans once and tells the planner what is new.
     async fn scan(&self, instance: &Instance, observed: &Arc<Mutex<Observed>>) {
         let vm = instance.vm();
-        let since_launch_ms = u32::try_from(now_ms() - vm.launched_ms).unwrap_or(u32::MAX);
+        let since_launch_ms = since_launch_ms(instance);
         let observed = Arc::clone(observed);
         let domain = self.domains.get(&vm.domain.as_str().into());
         let scanned = tokio::task::spawn_blocking(move || {
@@ -237,11 +263,13 @@ impl Host {
                     // Refused only for a file that is gone.
                     let _ = domain.shared.note_touched(image, extents);
                 }
-                observed.touches.extend(extents.iter().map(|&extent| Touch {
+                let touches = extents.iter().map(|&extent| Touch {
                     image: *image,
                     extent,
                     first_touch_ms: since_launch_ms,
-                }));
+                });
+                observed.notes.note(touches.clone());
+                observed.touches.extend(touches);
             }
             found
         });
@@ -267,11 +295,12 @@ impl Host {
         self.note_waits(instance, launch);
         let vm = instance.vm();
         let millis = |seconds: f64| (seconds * 1e3) as u64;
+        let images = launched_images(instance);
         let outcome = LaunchOutcome {
             launch_id: instance.launch_id(),
             of: launch.of.clone(),
-            images: launched_images(instance),
-            touches: observed.lock().touches.clone(),
+            touches: observed.lock().notes.take_launch(&images),
+            images,
             waits: launch.waits.figures(),
             planned: std::mem::take(&mut launch.planned),
             mounted_ms: vm.launch.mounted_s.map(millis),
@@ -280,8 +309,8 @@ impl Host {
         self.learner.observed(outcome).await;
     }
 
-    /// Learns what a VM touches of a component that it was just given, when the window after
-    /// that has passed (or the VM has ended).
+    /// Learns what a VM touches of a component that it was just given, and of the others
+    /// meanwhile, when the window after that has passed (or the VM or the daemon ends).
     pub(super) fn learn_attached(
         self: &Arc<Self>,
         instance: &Arc<Instance>,
@@ -290,27 +319,28 @@ impl Host {
     ) {
         let (host, instance) = (Arc::clone(self), Arc::clone(instance));
         let observed = Arc::clone(observed);
-        let attached_ms = now_ms();
-        tokio::spawn(async move {
+        observed
+            .lock()
+            .notes
+            .attached(image, since_launch_ms(&instance));
+        self.lessons.spawn(async move {
             let window = Duration::from_secs_f64(host.config.forecast.window_s.max(0.0));
-            let window = window + ATTACH_PATIENCE;
-            let _ = tokio::time::timeout(window, host.wait_until_ended(&instance)).await;
+            let ended = host.wait_until_ended(&instance);
+            tokio::select! {
+                () = tokio::time::sleep(window + ATTACH_PATIENCE) => {}
+                () = ended => {}
+                () = host.lessons.hurried() => {}
+            }
+            host.scan(&instance, &observed).await;
+            let Some(lesson) = observed.lock().notes.take_attached(&image) else {
+                return;
+            };
             let vm = instance.vm();
-            let after_ms = u32::try_from(attached_ms - vm.launched_ms).unwrap_or(u32::MAX);
-            let touches: Vec<Touch> = observed
-                .lock()
-                .touches
-                .iter()
-                .filter(|touch| touch.image == image)
-                .map(|touch| Touch {
-                    first_touch_ms: touch.first_touch_ms.saturating_sub(after_ms),
-                    ..*touch
-                })
-                .collect();
             let of = ProfileRef::new(vm.profile, vm.owner);
-            host.learner
-                .attached_touched(&of, instance.launch_id(), image, touches)
-                .await;
+            let learning = host
+                .learner
+                .attached_touched(&of, instance.launch_id(), image, lesson);
+            learning.await;
         });
     }
 
@@ -352,6 +382,10 @@ impl Host {
             vm.state = VmState::Failed;
         });
     }
+}
+
+fn since_launch_ms(instance: &Instance) -> u32 {
+    u32::try_from(now_ms() - instance.vm().launched_ms).unwrap_or(u32::MAX)
 }
 
 /// Images that the VM was launched with; what was attached is learned by itself.

@@ -124,12 +124,14 @@ async fn serve(config: Config) -> Result<()> {
     let _ = std::fs::remove_file(&socket);
     if restart {
         tracing::info!("restarting; VMs go on");
+        host.finish_learning().await;
         host.domains.sessions().restart()?;
         // The exit code of a restart is not looked at.
         return Ok(());
     }
     tracing::info!("stopping all VMs");
     host.stop_all().await;
+    host.finish_learning().await;
     Ok(())
 }
 
@@ -259,6 +261,7 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
         domains,
         memory,
         learner,
+        lessons: Default::default(),
         last_launches,
         demand,
         instances: Default::default(),

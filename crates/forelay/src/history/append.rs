@@ -1,5 +1,7 @@
 //! Raw events into their tables: one transaction a batch, many rows a statement.
 
+use forelay_image::Digest;
+use forelay_predict::working_set::Touch;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 
 use super::codec::{TouchedImage, encode_touches};
@@ -21,7 +23,7 @@ const RAW_TABLES: [(&str, &str); 8] = [
     ("ready", "vm, mounted_ms, ready_ms"),
     ("stop", "vm, ran_ms"),
     ("attachment", "vm, component"),
-    ("touched", "vm, data"),
+    ("touched", "vm, late, data"),
     (
         "sample",
         "vm, since_launch_ms, cpu_ms, memory_bytes, read_bytes, written_bytes, received_bytes, \
@@ -75,18 +77,16 @@ async fn raw_row(
             3
         }
         What::Touched { images, touches } => {
-            row.numbers = vec![vm];
-            let mut lists = Vec::with_capacity(images.len());
-            for image in images {
-                let component = names.component(db, image, "").await?;
-                let extents = touches
-                    .iter()
-                    .filter(|touch| touch.image == *image)
-                    .map(|touch| (touch.extent, touch.first_touch_ms))
-                    .collect();
-                lists.push(TouchedImage { component, extents });
-            }
-            row.blob = Some(encode_touches(&mut lists));
+            row.numbers = vec![vm, Some(0)];
+            row.blob = Some(touched(names, db, images, touches).await?);
+            4
+        }
+        What::TouchedLate { touches } => {
+            row.numbers = vec![vm, Some(1)];
+            let mut images: Vec<Digest> = touches.iter().map(|touch| touch.image).collect();
+            images.sort_unstable();
+            images.dedup();
+            row.blob = Some(touched(names, db, &images, touches).await?);
             4
         }
         What::Sample(s) => {
@@ -124,6 +124,26 @@ async fn raw_row(
         }
     };
     Ok((table, row))
+}
+
+/// The stored form of what was touched of `images`.
+async fn touched(
+    names: &mut Names,
+    db: &mut SqliteConnection,
+    images: &[Digest],
+    touches: &[Touch],
+) -> Result<Vec<u8>, sqlx::Error> {
+    let mut lists = Vec::with_capacity(images.len());
+    for image in images {
+        let component = names.component(db, image, "").await?;
+        let extents = touches
+            .iter()
+            .filter(|touch| touch.image == *image)
+            .map(|touch| (touch.extent, touch.first_touch_ms))
+            .collect();
+        lists.push(TouchedImage { component, extents });
+    }
+    Ok(encode_touches(&mut lists))
 }
 
 /// Inserts rows of one table; rows whose key is there already are left out. Returns how many went
@@ -171,7 +191,7 @@ impl SqliteHistory {
         let mut done = Appended::default();
         for event in events {
             let closed = match event.what {
-                What::Touched { .. } => touched_closed.max(closed),
+                What::Touched { .. } | What::TouchedLate { .. } => touched_closed.max(closed),
                 _ => closed,
             };
             if event.id.at.0 < closed {

@@ -149,6 +149,12 @@ pub enum What {
         /// What it touched of them.
         touches: Vec<Touch>,
     },
+    /// What a launch touched after its [`What::Touched`], of the same images: counted to that
+    /// launch, not as another.
+    TouchedLate {
+        /// What it touched.
+        touches: Vec<Touch>,
+    },
     /// Resources in use.
     Sample(ResourceSample),
     /// Demand fetches that a VM waited for, summed over a reporting interval.
@@ -304,6 +310,11 @@ pub trait Sink {
     /// What one launch touched.
     fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
         let _ = (of, images, touches);
+    }
+
+    /// What one launch touched after that.
+    fn touched_late(&mut self, of: &ProfileRef, touches: &[Touch]) {
+        let _ = (of, touches);
     }
 
     /// Memory in use over time, as rolled up.

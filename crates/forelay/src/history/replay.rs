@@ -197,7 +197,7 @@ enum Raw {
     Launch { count: u32, members: Vec<i64> },
     Attach { vm: i64, component: i64 },
     Stop { vm: i64, ran_ms: i64 },
-    Touched { data: Vec<u8> },
+    Touched { late: bool, data: Vec<u8> },
     Sample { vm: i64, sample: ResourceSample },
 }
 
@@ -226,9 +226,13 @@ impl RawEvent {
                 sink.stopped(of, self.at, vm.cast_unsigned(), ran_ms.unsigned_abs());
                 done.events += 1;
             }
-            Raw::Touched { data } => match touches_of(&data, &names.components) {
+            Raw::Touched { late, data } => match touches_of(&data, &names.components) {
                 Some((images, touches)) => {
-                    sink.touched(of, &images, &touches);
+                    if late {
+                        sink.touched_late(of, &touches);
+                    } else {
+                        sink.touched(of, &images, &touches);
+                    }
                     done.events += 1;
                 }
                 None => done.unreadable += 1,
@@ -297,10 +301,11 @@ async fn raw_events(
         let (vm, ran_ms) = (row.try_get(3)?, row.try_get(4)?);
         push(&row, Raw::Stop { vm, ran_ms })?;
     }
-    let sql = "SELECT at_ms, nonce, profile, data FROM touched WHERE at_ms >= ? AND at_ms < ?";
+    let sql = "SELECT at_ms, nonce, profile, late, data FROM touched
+               WHERE at_ms >= ? AND at_ms < ?";
     for row in select(db, sql).await? {
-        let data = row.try_get(3)?;
-        push(&row, Raw::Touched { data })?;
+        let (late, data) = (row.try_get(3)?, row.try_get(4)?);
+        push(&row, Raw::Touched { late, data })?;
     }
     let sql = "SELECT at_ms, nonce, profile, vm, since_launch_ms, cpu_ms, memory_bytes, read_bytes,
                    written_bytes, received_bytes, sent_bytes

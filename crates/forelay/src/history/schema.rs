@@ -10,7 +10,7 @@
 pub(super) const APPLICATION_ID: i64 = 0x466f_7265;
 
 /// Each step's statements, executed in one transaction.
-pub(super) const STEPS: &[&str] = &[RAW, ROLLED_UP];
+pub(super) const STEPS: &[&str] = &[RAW, ROLLED_UP, TOUCHED_LATE];
 
 /// Step 1: names and raw events.
 const RAW: &str = "
@@ -154,4 +154,9 @@ CREATE TABLE memory_use (
     profile INTEGER PRIMARY KEY,
     data BLOB NOT NULL
 );
+";
+
+/// Step 3: touches that count to a launch whose touches were told before.
+const TOUCHED_LATE: &str = "
+ALTER TABLE touched ADD COLUMN late INTEGER NOT NULL DEFAULT 0;
 ";

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use forelay_image::{Extent, PAGE_BYTES};
 use forelay_predict::time::{DAY_MS, HOUR_MS};
+use forelay_predict::working_set::WorkingSets;
 use tempfile::TempDir;
 
 use super::*;
@@ -114,6 +115,7 @@ struct Notes {
     vms: Vec<(u64, Vec<String>)>,
     sets: Vec<(String, Digest, u32)>,
     touched: usize,
+    touched_late: usize,
     samples: usize,
     stops: usize,
     sketches: Vec<f64>,
@@ -157,9 +159,13 @@ impl Sink for Notes {
     fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
         self.sets.push((of.profile.clone(), image, set.launches()));
     }
-    fn touched(&mut self, _: &ProfileRef, _: &[Digest], touches: &[Touch]) {
-        assert!(!touches.is_empty());
+    fn touched(&mut self, _: &ProfileRef, images: &[Digest], touches: &[Touch]) {
+        assert_eq!(touches.is_empty(), images.is_empty());
         self.touched += 1;
+    }
+    fn touched_late(&mut self, _: &ProfileRef, touches: &[Touch]) {
+        assert!(!touches.is_empty());
+        self.touched_late += 1;
     }
     fn memory_sketch(&mut self, _: &ProfileRef, sketch: Sketch) {
         self.sketches.push(sketch.quantile(0.5).unwrap());
@@ -290,6 +296,69 @@ async fn rolling_up_keeps_what_is_learned_and_closes_the_day() {
     assert!(gone.deleted > 0);
 }
 
+/// The working sets that a replay gives.
+struct Sets(WorkingSets);
+
+impl Sink for Sets {
+    fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
+        self.0.insert(&of.profile, image, set);
+    }
+    fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
+        self.0.observe(&of.profile, images, touches);
+    }
+    fn touched_late(&mut self, of: &ProfileRef, touches: &[Touch]) {
+        self.0.observe_late(&of.profile, touches);
+    }
+}
+
+#[tokio::test]
+async fn what_a_launch_touched_late_is_folded_as_it_is_replayed() {
+    let scratch = Scratch::new();
+    let history = scratch.open().await;
+    let late = What::TouchedLate {
+        touches: vec![Touch {
+            image: image("nginx"),
+            extent: Extent::new(40 * PAGE_BYTES, 2 * PAGE_BYTES),
+            first_touch_ms: 30_000,
+        }],
+    };
+    for number in 0..8 {
+        let at = 100 * DAY_MS + number * 2 * HOUR_MS;
+        let nonce = 100 * number.unsigned_abs();
+        history.append(&life(at, nonce, "web")).await.unwrap();
+        if number < 6 {
+            let late = event(at + 60_000, nonce + 50, "web", late.clone());
+            history.append(&[late]).await.unwrap();
+        }
+    }
+    let sets = async || {
+        let mut sets = Sets(WorkingSets::new(Default::default()));
+        history.replay(Timestamp(0), &mut sets).await.unwrap();
+        let plan = sets.0.plan("web", &[image("base"), image("nginx")], None);
+        let nginx = sets.0.get("web", &image("nginx")).unwrap().launches();
+        (nginx, plan)
+    };
+    let (launches, raw) = sets().await;
+    let late = raw.iter().find(|one| one.image == image("nginx")).unwrap();
+    assert_eq!((launches, late.first_touch_ms), (8, 30_000));
+    assert!((0.5..0.9).contains(&late.probability), "{late:?}");
+
+    let notes = replay(&history).await;
+    assert_eq!((notes.touched, notes.touched_late), (8, 6));
+    history.roll_up(Timestamp(101 * DAY_MS)).await.unwrap();
+    let notes = replay(&history).await;
+    assert!(notes.touched_late < 6, "some are folded: {notes:?}");
+    let (launches, folded) = sets().await;
+    assert_eq!(launches, 8);
+    // What is stored is rounded: a 256th of a launch, a millisecond.
+    let close = |a: f32, b: f32| (a - b).abs() < 0.01;
+    assert_eq!(folded.len(), raw.len());
+    for (a, b) in folded.iter().zip(&raw) {
+        assert_eq!((a.image, a.extent, a.basis), (b.image, b.extent, b.basis));
+        assert!(close(a.probability, b.probability), "{a:?} {b:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_clock_that_jumps_destroys_nothing() {
     let scratch = Scratch::new();
@@ -408,7 +477,8 @@ async fn older_schemas_are_migrated_and_newer_or_foreign_ones_refused() {
     let old = format!(
         "{}; PRAGMA application_id = {}; PRAGMA user_version = 1;
          INSERT INTO profile VALUES (4, 'web', 'ann');
-         INSERT INTO launch VALUES (86400000, 7, 4, NULL, 2);",
+         INSERT INTO launch VALUES (86400000, 7, 4, NULL, 2);
+         INSERT INTO touched VALUES (86400001, 8, 4, 7, x'');",
         schema::STEPS[0],
         schema::APPLICATION_ID
     );
@@ -418,10 +488,9 @@ async fn older_schemas_are_migrated_and_newer_or_foreign_ones_refused() {
         .unwrap();
     db.close().await.unwrap();
     let history = scratch.open().await;
-    assert_eq!(
-        replay(&history).await.launches,
-        [("web".to_owned(), DAY_MS, 2, 1)]
-    );
+    let notes = replay(&history).await;
+    assert_eq!(notes.launches, [("web".to_owned(), DAY_MS, 2, 1)]);
+    assert_eq!((notes.touched, notes.touched_late), (1, 0));
     history.roll_up(Timestamp(90 * DAY_MS)).await.unwrap();
     history.close().await;
 

@@ -57,7 +57,8 @@ pub(super) async fn fold_touched(
     let components = components(db).await?;
     let ids: HashMap<Digest, i64> = components.iter().map(|(id, (d, _))| (*d, *id)).collect();
     let rows = sqlx::query(
-        "SELECT profile, at_ms, data FROM touched WHERE at_ms < ? ORDER BY profile, at_ms, nonce",
+        "SELECT profile, at_ms, late, data FROM touched WHERE at_ms < ?
+         ORDER BY profile, at_ms, nonce",
     )
     .bind(before_ms)
     .fetch_all(&mut *db)
@@ -74,7 +75,7 @@ pub(super) async fn fold_touched(
             loaded.clear();
         }
         current = Some((profile, at_ms));
-        let data: Vec<u8> = row.try_get(2)?;
+        let (late, data): (bool, Vec<u8>) = (row.try_get(2)?, row.try_get(3)?);
         let Some((images, touches)) = touches_of(&data, &components) else {
             continue;
         };
@@ -95,7 +96,11 @@ pub(super) async fn fold_touched(
                 }
             }
         }
-        sets.observe("", &images, &touches);
+        if late {
+            sets.observe_late("", &touches);
+        } else {
+            sets.observe("", &images, &touches);
+        }
     }
     store_working_sets(db, &sets, current, &ids).await?;
     sqlx::query("DELETE FROM touched WHERE at_ms < ?")

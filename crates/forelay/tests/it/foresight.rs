@@ -2,7 +2,19 @@
 
 use serde_json::Value;
 
-use crate::fixture::{Host, Settings, bench, idle};
+use crate::fixture::{Host, Settings, bench, idle, signal};
+
+/// A file that no boot touches.
+const OF_THE_BASE: &str = "/usr/bin/perl";
+
+/// That file as a VM's map lists it.
+fn of_the_base(host: &Host, vm: &str) -> Value {
+    let map = host.json(["map", vm]);
+    let mut files = map["files"].as_array().unwrap().iter();
+    let file = files.find(|one| one["path"] == OF_THE_BASE);
+    file.unwrap_or_else(|| panic!("no {OF_THE_BASE} in {map}"))
+        .clone()
+}
 
 /// The forecast that a running VM is given the tool.
 fn tool(forecast: &Value, vm: &str) -> Option<Value> {
@@ -34,16 +46,14 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
         history[0]["working_set_bytes"].as_u64().unwrap_or(0)
     };
     host.until("the launch is learned", |host| learned(host) > 0);
-    let of_launch = learned(&host);
     host.ok(["attach", "first", "forelay-tool"]);
-    assert_eq!(host.sh("first", "forelay-tool"), "hello from the tool\n");
-    host.until("what it touches of the tool is learned", |host| {
-        learned(host) > of_launch
-    });
-    host.ok(["stop", "first"]);
+    // The daemon is stopped before any window has passed. It learns all the same what was
+    // touched of the tool, and what was touched of the base meanwhile.
+    let script = format!("forelay-tool; md5sum {OF_THE_BASE} > /dev/null");
+    assert_eq!(host.sh("first", &script), "hello from the tool\n");
+    assert_eq!(host.terminate(), Some(0));
 
     // All shared memory is lost with the daemon; what was learned is not.
-    assert_eq!(host.terminate(), Some(0));
     host.start();
     host.launch(&manifest, "second", &[]);
     let entry = tool(&host.json(["forecast", "dev"]), "second").expect("the tool is foreseen");
@@ -56,6 +66,13 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
         "{reasons}"
     );
     assert!(reasons.contains("touched in 1 of 1 launches"), "{reasons}");
+    host.until("what the tool's user read of the base is loaded", |host| {
+        let file = of_the_base(host, "second");
+        let bytes = |field: &str| file[field].as_u64().unwrap();
+        // (The kernel maps a few pages around one that a neighbour is on.)
+        assert!(bytes("touched_bytes") < bytes("bytes") / 4, "{file}");
+        bytes("resident_bytes") > bytes("bytes") / 4 * 3
+    });
 
     let resident = |host: &Host| -> u64 {
         let memory = host.json(["memory"]);
@@ -90,5 +107,21 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
     assert!(
         tool(&host.json(["forecast"]), "second").is_none(),
         "it has it now"
+    );
+
+    // A daemon that is only replaced learns it as well.
+    let worker = host.worker();
+    signal("HUP", host.holder());
+    host.until("another worker serves", |host| {
+        let next = host.worker();
+        next.is_some() && next != worker && host.run(["ps"]).code == Some(0)
+    });
+    let forecast = host.json(["forecast", "dev"]);
+    let mut entries = forecast.as_array().unwrap().iter();
+    let coming = entries.find(|one| one["vm"].is_null() && one["image"] == entry["image"]);
+    let reasons = coming.map(|one| one["reasons"].to_string());
+    assert!(
+        reasons.is_some_and(|one| one.contains("touched in 2 of 2 launches")),
+        "{forecast}"
     );
 }

@@ -1,0 +1,254 @@
+//! What is to be learned of running VMs: which touches belong to which lesson, and the tasks
+//! that wait until a lesson can be learned.
+//!
+//! ```text
+//! launch --- window ---> its touches are learned
+//!   attach --- window ---> touches of what was attached are learned, and with them, counted to
+//!                          the launch, those that the VM's other images had meanwhile
+//! ```
+//! Owns the division; refuses to know how touches are found and where they are learned.
+//!
+//! Invariants: a touch is learned once, or, if it falls into no window, not at all; when the
+//! daemon ends in order, what waits is learned first ([`Lessons::finish`]).
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use forelay_image::Digest;
+use forelay_predict::working_set::Touch;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// A component that a VM was given while it ran.
+#[derive(Clone, Copy, Debug)]
+struct Attached {
+    since_launch_ms: u32,
+    learned: bool,
+}
+
+/// Touches of one VM that are not learned yet.
+#[derive(Debug, Default)]
+pub struct Notebook {
+    touches: Vec<Touch>,
+    launch_learned: bool,
+    attached: BTreeMap<Digest, Attached>,
+}
+
+/// What an attach taught.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachLesson {
+    /// Touches of what was attached, with the time since it was.
+    pub own: Vec<Touch>,
+    /// Touches of the VM's other images since then, with the time since each image was there.
+    pub others: Vec<Touch>,
+}
+
+impl Notebook {
+    /// For a VM whose launch somebody else has learned.
+    pub fn of_reattached() -> Self {
+        Self {
+            launch_learned: true,
+            ..Self::default()
+        }
+    }
+
+    /// Notes what was touched, with the time since the launch.
+    pub fn note(&mut self, touches: impl Iterator<Item = Touch>) {
+        if self.is_waited_for() {
+            self.touches.extend(touches);
+        }
+    }
+
+    /// Whether any lesson is still to be learned.
+    fn is_waited_for(&self) -> bool {
+        !self.launch_learned || self.attached.values().any(|one| !one.learned)
+    }
+
+    /// The VM was just given an image.
+    pub fn attached(&mut self, image: Digest, since_launch_ms: u32) {
+        let attached = Attached {
+            since_launch_ms,
+            learned: false,
+        };
+        self.attached.insert(image, attached);
+    }
+
+    /// What the launch taught of `images`, in first-touch order.
+    pub fn take_launch(&mut self, images: &[Digest]) -> Vec<Touch> {
+        self.launch_learned = true;
+        let taken = self.take(|touch| images.contains(&touch.image));
+        self.forget();
+        taken
+    }
+
+    /// What attaching `image` taught, in first-touch order; `None` if that was taken before.
+    pub fn take_attached(&mut self, image: &Digest) -> Option<AttachLesson> {
+        let attached = self.attached.get_mut(image).filter(|one| !one.learned)?;
+        attached.learned = true;
+        let from_ms = attached.since_launch_ms;
+        let known = self.attached.clone();
+        let launch_learned = self.launch_learned;
+        let own = self.take(|touch| touch.image == *image);
+        let others = self.take(|touch| {
+            let ready = match known.get(&touch.image) {
+                Some(other) => other.learned,
+                None => launch_learned,
+            };
+            ready && touch.first_touch_ms >= from_ms
+        });
+        self.forget();
+        let since = |touch: Touch| {
+            let there = known.get(&touch.image);
+            let from_ms = there.map_or(0, |one| one.since_launch_ms);
+            Touch {
+                first_touch_ms: touch.first_touch_ms.saturating_sub(from_ms),
+                ..touch
+            }
+        };
+        Some(AttachLesson {
+            own: own.into_iter().map(since).collect(),
+            others: others.into_iter().map(since).collect(),
+        })
+    }
+
+    /// Lets go of what no lesson will take.
+    fn forget(&mut self) {
+        if !self.is_waited_for() {
+            self.touches = Vec::new();
+        }
+    }
+
+    fn take(&mut self, wanted: impl Fn(&Touch) -> bool) -> Vec<Touch> {
+        let all = std::mem::take(&mut self.touches);
+        let (taken, rest) = all.into_iter().partition(wanted);
+        self.touches = rest;
+        taken
+    }
+}
+
+/// The tasks that wait until something can be learned.
+#[derive(Debug, Default)]
+pub struct Lessons {
+    tasks: Mutex<JoinSet<()>>,
+    hurry: watch::Sender<bool>,
+}
+
+impl Lessons {
+    /// Runs a task that learns, and that makes haste when [`Lessons::hurried`] says so.
+    pub fn spawn(&self, lesson: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(lesson);
+    }
+
+    /// Returns when the daemon is about to end: what waits is to be learned now.
+    pub async fn hurried(&self) {
+        // The sender is ours: it is there as long as we are.
+        let _ = self.hurry.subscribe().wait_for(|hurry| *hurry).await;
+    }
+
+    /// Has everything learned now; whether all of it was within `bound`.
+    pub async fn finish(&self, bound: Duration) -> bool {
+        self.hurry.send_replace(true);
+        let mut tasks = std::mem::take(&mut *self.tasks.lock());
+        let all = async { while tasks.join_next().await.is_some() {} };
+        tokio::time::timeout(bound, all).await.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use forelay_image::Extent;
+
+    use super::*;
+
+    fn image(name: &str) -> Digest {
+        Digest::of(name.as_bytes())
+    }
+
+    fn touch(name: &str, page: u64, ms: u32) -> Touch {
+        Touch {
+            image: image(name),
+            extent: Extent::new(page * 4096, 4096),
+            first_touch_ms: ms,
+        }
+    }
+
+    #[test]
+    fn each_touch_belongs_to_one_lesson() {
+        let mut notes = Notebook::default();
+        notes.note([touch("base", 1, 10)].into_iter());
+        // Attached before the launch's window has passed: the launch has the base's pages.
+        notes.attached(image("tool"), 100);
+        notes.note([touch("tool", 1, 120), touch("base", 2, 130)].into_iter());
+        assert_eq!(
+            notes.take_launch(&[image("base")]),
+            [touch("base", 1, 10), touch("base", 2, 130)]
+        );
+        notes.note([touch("base", 3, 140), touch("tool", 2, 150)].into_iter());
+        notes.attached(image("other"), 200);
+        notes.note([touch("base", 4, 210), touch("other", 1, 220)].into_iter());
+        let tool = AttachLesson {
+            own: vec![touch("tool", 1, 20), touch("tool", 2, 50)],
+            others: vec![touch("base", 3, 140), touch("base", 4, 210)],
+        };
+        assert_eq!(notes.take_attached(&image("tool")), Some(tool));
+        assert_eq!(notes.take_attached(&image("tool")), None, "once");
+        notes.note([touch("tool", 3, 230)].into_iter());
+        let other = AttachLesson {
+            own: vec![touch("other", 1, 20)],
+            others: vec![touch("tool", 3, 130)],
+        };
+        assert_eq!(notes.take_attached(&image("other")), Some(other));
+        // Nobody waits: nothing is kept.
+        notes.note([touch("base", 5, 300)].into_iter());
+        assert!(notes.touches.is_empty());
+        notes.attached(image("late"), 400);
+        let late = notes.take_attached(&image("late")).unwrap();
+        assert!(late.own.is_empty() && late.others.is_empty());
+    }
+
+    #[test]
+    fn what_lies_between_the_windows_is_not_learned() {
+        let mut notes = Notebook::of_reattached();
+        notes.note([touch("base", 1, 10)].into_iter());
+        notes.attached(image("tool"), 100);
+        notes.note([touch("base", 2, 90), touch("base", 3, 100)].into_iter());
+        let lesson = notes.take_attached(&image("tool")).unwrap();
+        assert_eq!(lesson.others, [touch("base", 3, 100)]);
+    }
+
+    #[test]
+    fn until_the_launch_is_learned_its_images_are_the_launchs() {
+        let mut notes = Notebook::default();
+        notes.attached(image("tool"), 100);
+        notes.note([touch("base", 1, 110), touch("tool", 1, 120)].into_iter());
+        let lesson = notes.take_attached(&image("tool")).unwrap();
+        assert_eq!((lesson.own.len(), lesson.others.len()), (1, 0));
+        assert_eq!(notes.take_launch(&[image("base")]), [touch("base", 1, 110)]);
+    }
+
+    #[tokio::test]
+    async fn what_waits_is_learned_at_the_end_and_what_hangs_is_left() {
+        let lessons = Arc::new(Lessons::default());
+        let learned = Arc::new(Mutex::new(0));
+        for _ in 0..3 {
+            let (waiting, count) = (Arc::clone(&lessons), Arc::clone(&learned));
+            lessons.spawn(async move {
+                waiting.hurried().await;
+                tokio::task::yield_now().await;
+                *count.lock() += 1;
+            });
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(*learned.lock(), 0);
+        assert!(lessons.finish(Duration::from_secs(60)).await);
+        assert_eq!(*learned.lock(), 3);
+        lessons.spawn(std::future::pending());
+        assert!(!lessons.finish(Duration::from_millis(10)).await);
+    }
+}
