@@ -134,6 +134,15 @@ pub struct Entry<'a> {
     pub touched: bool,
 }
 
+/// A part of what was asked for that is not resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// Whole pages.
+    pub extent: Extent,
+    /// Whether it is on its way.
+    pub fetching: bool,
+}
+
 /// Answer of [`MappingTable::touch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Touch {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
 use proptest::prelude::*;
 
-use super::{Arrival, MappingTable, PageState, Phase, Touch};
+use super::{Absent, Arrival, MappingTable, PageState, Phase, Touch};
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
 const IMAGE_PAGES: u64 = 150;
@@ -315,6 +315,26 @@ fn compare(table: &MappingTable, model: &Model) -> Result<(), TestCaseError> {
             let state = table.state(&key(image), page * PAGE_BYTES);
             prop_assert_eq!(state, model.state(image, page));
         }
+        let absent = table.absent(&key(image), extent(0, IMAGE_PAGES));
+        let state_of = |part: &Absent, page: u64| match part.fetching {
+            true => model.state(image, page) == PageState::Fetching,
+            false => model.state(image, page) < PageState::Fetching,
+        };
+        let mut pages = Vec::new();
+        for part in &absent {
+            let (from, to) = (
+                part.extent.offset / PAGE_BYTES,
+                part.extent.end() / PAGE_BYTES,
+            );
+            prop_assert!((from..to).all(|page| state_of(part, page)), "{:?}", part);
+            pages.extend(from..to);
+        }
+        let expected = (0..IMAGE_PAGES).filter(|p| model.state(image, *p) < PageState::Resident);
+        prop_assert_eq!(pages, expected.collect::<Vec<_>>());
+        let joined = |pair: &[Absent]| {
+            pair[0].extent.end() == pair[1].extent.offset && pair[0].fetching == pair[1].fetching
+        };
+        prop_assert!(!absent.windows(2).any(joined), "{:?}", absent);
     }
     for (&vm, devices) in &model.vms {
         for (at, (image, touched)) in devices.iter().enumerate() {

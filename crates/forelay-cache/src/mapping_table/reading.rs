@@ -7,7 +7,7 @@ use forelay_image::{Digest, Extent, PAGE_BYTES};
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 use crate::page_set::{PageRun, PageSet};
 
-use super::{DeviceRow, Entry, ImageRow, MappingTable, PageState, Phase, VmRow};
+use super::{Absent, DeviceRow, Entry, ImageRow, MappingTable, PageState, Phase, VmRow};
 
 impl MappingTable {
     /// Where byte `offset` of `image` is for `vm`. Allocates nothing.
@@ -73,26 +73,42 @@ impl MappingTable {
         })
     }
 
-    /// Parts of `extent` that are neither resident nor on their way.
-    pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
-        let Some(row) = self.image_row(image) else {
-            return vec![extent.page_aligned()];
+    /// Parts of `extent` that are not resident, in order, and whether they are on their way.
+    pub fn absent(&self, image: &SharedImage, extent: Extent) -> Vec<Absent> {
+        let part = |run: PageRun, fetching| Absent {
+            extent: run.extent(),
+            fetching,
         };
+        let Some(row) = self.image_row(image) else {
+            let extent = extent.page_aligned();
+            return vec![Absent {
+                extent,
+                fetching: false,
+            }];
+        };
+        let mut parts = Vec::new();
         let run = PageRun::covering(extent).intersection(row.whole());
-        row.resident
-            .gaps_within(run)
-            .flat_map(|gap| row.fetching.gaps_within(gap))
-            .map(PageRun::extent)
-            .collect()
+        for gap in row.resident.gaps_within(run) {
+            let mut from = gap.start;
+            for under_way in row.fetching.runs_within(gap) {
+                if from < under_way.start {
+                    parts.push(part(PageRun::new(from, under_way.start), false));
+                }
+                parts.push(part(under_way, true));
+                from = under_way.end;
+            }
+            if from < gap.end {
+                parts.push(part(PageRun::new(from, gap.end), false));
+            }
+        }
+        parts
     }
 
-    /// Parts of `extent` that are not resident, on their way or not.
-    pub fn not_resident(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
-        let Some(row) = self.image_row(image) else {
-            return vec![extent.page_aligned()];
-        };
-        let run = PageRun::covering(extent).intersection(row.whole());
-        row.resident.gaps_within(run).map(PageRun::extent).collect()
+    /// Parts of `extent` that are neither resident nor on their way.
+    pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
+        let absent = self.absent(image, extent).into_iter();
+        let missing = absent.filter(|part| !part.fetching);
+        missing.map(|part| part.extent).collect()
     }
 
     /// What running VMs have touched of each image, as far as it was observed.

@@ -474,13 +474,17 @@ impl Planner {
             let Some(piece) = self.queue.pop() else {
                 return;
             };
-            let missing = table.missing(&piece.image, piece.extent);
+            let absent = table.absent(&piece.image, piece.extent);
+            if absent.is_empty() {
+                // Here already.
+                self.hold(&piece, actions);
+                continue;
+            }
+            let missing = absent.iter().filter(|part| !part.fetching);
+            let missing: Vec<Extent> = missing.map(|part| part.extent).collect();
             let bytes: u64 = missing.iter().map(|extent| extent.len).sum();
             if bytes == 0 {
-                // Here already, or on its way for somebody else.
-                if table.not_resident(&piece.image, piece.extent).is_empty() {
-                    self.hold(&piece, actions);
-                }
+                // On its way for somebody else.
                 continue;
             }
             let under_way = self.queue.under_way_bytes();

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_cache::mapping_table::MappingTable;
+use forelay_cache::mapping_table::Absent;
 use forelay_cache::plan::{Event, PlannedExtent};
 use forelay_cache::{Domain, SharedImage};
 use forelay_image::erofs::merge::{Composed, MapLayout};
@@ -275,8 +275,8 @@ impl Host {
                 self.learner.plan(&order.of, &images)
             }
         };
-        let missing = self.missing(&order.domain, &working_set);
         let absent = self.absent(&order.domain, &working_set);
+        let missing = parts(&absent, |part| !part.fetching);
         let mode = match mode {
             _ if working_set.is_empty() => LaunchMode::Cold,
             // What other profiles touch of the same components helps, but is no forecast.
@@ -289,7 +289,7 @@ impl Host {
             mode,
             working_set,
             missing,
-            absent,
+            absent: parts(&absent, |_| true),
         }
     }
 
@@ -306,30 +306,16 @@ impl Host {
         })
     }
 
-    /// What of a plan is neither in shared memory nor on its way there.
-    pub(super) fn missing(&self, domain: &Domain, plan: &[PlannedExtent]) -> Vec<(Digest, Extent)> {
-        self.parts_of(domain, plan, MappingTable::missing)
-    }
-
     /// What of a plan is not in shared memory.
-    fn absent(&self, domain: &Domain, plan: &[PlannedExtent]) -> Vec<(Digest, Extent)> {
-        self.parts_of(domain, plan, MappingTable::not_resident)
-    }
-
-    fn parts_of(
-        &self,
-        domain: &Domain,
-        plan: &[PlannedExtent],
-        of: fn(&MappingTable, &SharedImage, Extent) -> Vec<Extent>,
-    ) -> Vec<(Digest, Extent)> {
+    fn absent(&self, domain: &Domain, plan: &[PlannedExtent]) -> Vec<(Digest, Absent)> {
         self.memory.table().read(|table| {
-            let mut parts = Vec::new();
+            let mut absent = Vec::new();
             for planned in plan {
                 let image = SharedImage::new(domain.clone(), planned.image);
-                let found = of(table, &image, planned.extent);
-                parts.extend(found.into_iter().map(|extent| (planned.image, extent)));
+                let parts = table.absent(&image, planned.extent).into_iter();
+                absent.extend(parts.map(|part| (planned.image, part)));
             }
-            parts
+            absent
         })
     }
 
@@ -339,7 +325,7 @@ impl Host {
         let mut idle = 0;
         while Instant::now() < deadline && idle < 20 {
             let fetching = self.memory.table().read(|table| table.fetching_bytes());
-            if fetching == 0 && self.missing(domain, plan).is_empty() {
+            if fetching == 0 && self.absent(domain, plan).is_empty() {
                 return;
             }
             let status = self.memory.status();
@@ -515,6 +501,12 @@ impl Host {
             took_s: started.elapsed().as_secs_f64(),
         })
     }
+}
+
+/// The extents of those parts of a plan that are wanted.
+fn parts(absent: &[(Digest, Absent)], wanted: impl Fn(&Absent) -> bool) -> Vec<(Digest, Extent)> {
+    let wanted = absent.iter().filter(|(_, part)| wanted(part));
+    wanted.map(|(image, part)| (*image, part.extent)).collect()
 }
 
 /// A composed map image as a file.
