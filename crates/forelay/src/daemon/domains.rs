@@ -66,18 +66,21 @@ impl FaultHandler for Handler {
             extent,
         };
         let arrived = Instant::now();
+        let vm = self.attribution.vm_of(fault.thread);
         if let Some(bytes) = self.scheduler.try_cached(file, extent) {
-            self.attribution
-                .answered(fault.thread, &image, extent, arrived.elapsed());
+            let stall = arrived.elapsed();
             answer(fault, &bytes);
+            self.attribution
+                .answered(vm.as_deref(), &image, extent, stall);
             let _ = self.events.send(fetched);
             return;
         }
         let (events, attribution) = (self.events.clone(), Arc::clone(&self.attribution));
         let answered = move |result: Result<bytes::Bytes, forelay_store::FetchError>| match result {
             Ok(bytes) => {
-                attribution.answered(fault.thread, &image, extent, arrived.elapsed());
+                let stall = arrived.elapsed();
                 answer(fault, &bytes);
+                attribution.answered(vm.as_deref(), &image, extent, stall);
                 let _ = events.send(fetched);
             }
             // Dropping the reply leaves the fault pending; it is retried on a timer.

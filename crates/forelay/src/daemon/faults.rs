@@ -1,12 +1,13 @@
 //! Whose faults were they: counts of demand fetches and stalls for each VM.
 //!
-//! The kernel says which thread waited; which VMM that thread belongs to is looked up
+//! The kernel says which thread waits; which VMM that thread belongs to is looked up
 //! once for each thread. Faults of processes that are no VM count for nobody. Why bytes of a
 //! launch's plan were not there is told from what was missing when it was asked for and from
 //! what was evicted since.
 //!
-//! Invariant: a thread belongs to one process for as long as that lives, so the answer
-//! is kept until the VM is forgotten.
+//! Invariants: a thread belongs to one process for as long as that lives, so the answer
+//! is kept until the VM is forgotten. While a VM waits nothing is done but that look-up; all
+//! else follows its answer, and what was evicted is looked at for a VM that expected it alone.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use forelay_cache::SharedImage;
 use forelay_cache::page_set::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::api::WaitCauses;
 
@@ -62,7 +63,7 @@ pub struct Waits {
     fetches: AtomicU64,
     bytes: AtomicU64,
     stall_ns: AtomicU64,
-    plan: Mutex<Plan>,
+    plan: Plan,
     causes: Mutex<WaitCauses>,
 }
 
@@ -91,26 +92,20 @@ impl From<WaitFigures> for crate::api::Waits {
 }
 
 impl Waits {
-    /// From now on causes are told by this plan.
-    pub fn expect(&self, plan: Plan) {
-        *self.plan.lock() = plan;
-    }
-
-    /// Notes why bytes had to be waited for; `evicted` says that they were here and were
+    /// Notes why bytes had to be waited for; `evicted` says whether they were here and were
     /// given back.
-    fn note_cause(&self, image: &Digest, extent: Extent, evicted: bool) {
-        let plan = self.plan.lock();
-        let mut causes = self.causes.lock();
-        let cause = if !any_of(plan.all.get(image), extent) {
-            &mut causes.unforeseen
-        } else if any_of(plan.missing.get(image), extent) {
-            &mut causes.late
-        } else if evicted {
-            &mut causes.evicted
+    fn note_cause(&self, image: &SharedImage, extent: Extent, evicted: impl FnOnce() -> bool) {
+        let is_in = |pages: &Pages| any_of(pages.get(&image.image), extent);
+        let cause: fn(&mut WaitCauses) -> &mut u64 = if !is_in(&self.plan.all) {
+            |causes| &mut causes.unforeseen
+        } else if is_in(&self.plan.missing) {
+            |causes| &mut causes.late
+        } else if evicted() {
+            |causes| &mut causes.evicted
         } else {
-            &mut causes.reclaimed
+            |causes| &mut causes.reclaimed
         };
-        *cause += 1;
+        *cause(&mut self.causes.lock()) += 1;
     }
 
     /// The figures now.
@@ -134,8 +129,8 @@ impl Waits {
 /// Finds the VM that a waiting thread belongs to.
 #[derive(Debug, Default)]
 pub struct Attribution {
-    table: Mutex<Table>,
-    /// What was given back and has not returned.
+    table: RwLock<Table>,
+    /// What was given back and has not returned, of images that VMs can reach.
     evicted: Mutex<BTreeMap<SharedImage, PageSet>>,
     /// Everything that waited, VM or not.
     pub total: Waits,
@@ -150,24 +145,29 @@ struct Table {
 }
 
 impl Attribution {
-    /// Counts for the VMM `pid` from now on.
-    pub fn add(&self, pid: u32) -> Arc<Waits> {
-        let mut table = self.table.lock();
+    /// Counts for the VMM `pid` from now on, whose VM was expected to touch `plan`.
+    pub fn add(&self, pid: u32, plan: Plan) -> Arc<Waits> {
+        let waits = Arc::new(Waits {
+            plan,
+            ..Waits::default()
+        });
+        let mut table = self.table.write();
         table
             .threads
             .retain(|_, process| *process != 0 && *process != pid);
-        Arc::clone(table.vms.entry(pid).or_default())
+        table.vms.insert(pid, Arc::clone(&waits));
+        waits
     }
 
     /// What the VMM `pid` waited for until now.
     pub fn figures(&self, pid: u32) -> Option<WaitFigures> {
-        let table = self.table.lock();
+        let table = self.table.read();
         table.vms.get(&pid).map(|waits| waits.figures())
     }
 
     /// Forgets the VMM `pid`.
     pub fn remove(&self, pid: u32) {
-        let mut table = self.table.lock();
+        let mut table = self.table.write();
         table.vms.remove(&pid);
         table.threads.retain(|_, process| *process != pid);
     }
@@ -181,30 +181,52 @@ impl Attribution {
         }
     }
 
-    /// Bytes are in shared memory; whether they had been evicted.
-    pub fn returned(&self, image: &SharedImage, extent: Extent) -> bool {
+    /// Bytes are in shared memory.
+    pub fn returned(&self, image: &SharedImage, extent: Extent) {
         let mut evicted = self.evicted.lock();
-        let pages = evicted.get_mut(image);
-        pages.is_some_and(|pages| pages.remove(PageRun::covering(extent)) > 0)
+        if let Some(pages) = evicted.get_mut(image) {
+            pages.remove(PageRun::covering(extent));
+            if pages.is_empty() {
+                evicted.remove(image);
+            }
+        }
     }
 
-    /// A fault of `thread` for these bytes was answered after `stall`.
-    pub fn answered(&self, thread: u32, image: &SharedImage, extent: Extent, stall: Duration) {
-        let evicted = self.returned(image, extent);
+    /// Forgets what was evicted of images that no VM can reach: whoever is given one later
+    /// finds these bytes missing when its launch is asked for.
+    pub fn keep_evicted(&self, is_mapped: impl Fn(&SharedImage) -> bool) {
+        self.evicted.lock().retain(|image, _| is_mapped(image));
+    }
+
+    /// The figures of the VM that a thread belongs to, which waits for an answer and
+    /// therefore lives.
+    pub fn vm_of(&self, thread: u32) -> Option<Arc<Waits>> {
+        let table = self.table.read();
+        if let Some(process) = table.threads.get(&thread) {
+            return table.vms.get(process).cloned();
+        }
+        drop(table);
+        let process = process_of(thread);
+        let mut table = self.table.write();
+        let process = process.filter(|pid| table.vms.contains_key(pid));
+        table.threads.insert(thread, process.unwrap_or(0));
+        table.vms.get(&process?).cloned()
+    }
+
+    /// A fault for these bytes was answered after `stall`; `vm` is as [`Self::vm_of`] said.
+    pub fn answered(
+        &self,
+        vm: Option<&Waits>,
+        image: &SharedImage,
+        extent: Extent,
+        stall: Duration,
+    ) {
         self.total.add(extent.len, stall);
-        let mut table = self.table.lock();
-        let process = match table.threads.get(&thread) {
-            Some(&process) => process,
-            None => {
-                let process = process_of(thread).filter(|pid| table.vms.contains_key(pid));
-                let process = process.unwrap_or(0);
-                table.threads.insert(thread, process);
-                process
-            }
-        };
-        if let Some(waits) = table.vms.get(&process) {
+        if let Some(waits) = vm {
             waits.add(extent.len, stall);
-            waits.note_cause(&image.image, extent, evicted);
+            waits.note_cause(image, extent, || {
+                any_of(self.evicted.lock().get(image), extent)
+            });
         }
     }
 }
@@ -224,14 +246,15 @@ mod tests {
     fn faults_of_a_thread_count_for_its_process_and_strangers_for_nobody() {
         let attribution = Attribution::default();
         let own = std::process::id();
-        let waits = attribution.add(own);
-        let thread = std::thread::spawn(|| rustix::thread::gettid().as_raw_nonzero().get() as u32);
-        // The thread has ended, so it cannot be looked up; the main thread can.
-        let _ = thread.join();
+        let waits = attribution.add(own, Plan::default());
         let image = SharedImage::new("d".into(), Digest::of(b"image"));
-        let page = Extent::new(0, 4096);
-        attribution.answered(own, &image, page, Duration::from_micros(5));
-        attribution.answered(1, &image, page, Duration::from_micros(5));
+        let answered = |thread| {
+            let vm = attribution.vm_of(thread);
+            let page = Extent::new(0, 4096);
+            attribution.answered(vm.as_deref(), &image, page, Duration::from_micros(5));
+        };
+        answered(own);
+        answered(1);
         let figures = waits.figures();
         assert_eq!(
             (figures.fetches, figures.bytes, figures.stall_ns),
@@ -241,32 +264,46 @@ mod tests {
         assert_eq!(attribution.figures(own), Some(figures));
         attribution.remove(own);
         assert_eq!(attribution.figures(own), None);
-        attribution.answered(own, &image, page, Duration::ZERO);
+        answered(own);
         assert_eq!(waits.figures().fetches, 1);
+        assert_eq!(attribution.total.figures().fetches, 3);
     }
 
     #[test]
-    fn each_wait_has_one_cause() {
+    fn each_wait_has_one_cause_and_the_evicted_leave_with_their_image() {
         let attribution = Attribution::default();
-        let own = std::process::id();
-        let waits = attribution.add(own);
         let image = SharedImage::new("d".into(), Digest::of(b"image"));
         let page = |number: u64| Extent::new(number * 4096, 4096);
         let of_image = |number| (image.image, page(number));
-        waits.expect(Plan::new([0, 1, 2].map(of_image), [0].map(of_image)));
+        let plan = Plan::new([0, 1, 2].map(of_image), [0].map(of_image));
+        let waits = attribution.add(std::process::id(), plan);
+        let others = SharedImage::new("d".into(), Digest::of(b"other"));
+        attribution.evicted(&others, &[page(1)]);
         attribution.evicted(&image, &[page(1), page(2), page(3)]);
         // Loaded again, and then the kernel took it.
-        assert!(attribution.returned(&image, page(2)));
-        for number in 0..4 {
-            attribution.answered(own, &image, page(number), Duration::ZERO);
-        }
-        let causes = WaitCauses {
+        attribution.returned(&image, page(2));
+        let fault = |number| {
+            attribution.answered(Some(&*waits), &image, page(number), Duration::ZERO);
+        };
+        (0..4).for_each(fault);
+        let mut causes = WaitCauses {
             late: 1,
             evicted: 1,
             reclaimed: 1,
             unforeseen: 1,
         };
         assert_eq!(waits.figures().causes, causes);
-        assert!(!attribution.returned(&image, page(1)), "it has returned");
+        attribution.returned(&image, page(1));
+        fault(1);
+        causes.reclaimed += 1;
+        assert_eq!(waits.figures().causes, causes, "it had returned");
+        attribution.keep_evicted(|mapped| *mapped == image);
+        let kept = |attribution: &Attribution| {
+            let evicted = attribution.evicted.lock();
+            evicted.keys().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(kept(&attribution), std::slice::from_ref(&image));
+        attribution.returned(&image, page(3));
+        assert_eq!(kept(&attribution), []);
     }
 }

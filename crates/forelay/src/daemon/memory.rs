@@ -315,6 +315,10 @@ impl Worker {
             });
         }
         self.step(Event::Tick);
+        self.planner.table().read(|table| {
+            let is_mapped = |image: &SharedImage| table.mapped_by(image) > 0;
+            self.domains.attribution().keep_evicted(is_mapped);
+        });
         let domains = Arc::clone(&self.domains);
         tokio::task::spawn_blocking(move || {
             domains.retry_pending();
@@ -335,6 +339,9 @@ impl Worker {
     fn step(&mut self, event: Event) {
         let mut pending = vec![event];
         while let Some(event) = pending.pop() {
+            if let Event::Pushed { image, extent } | Event::Fetched { image, extent } = &event {
+                self.domains.attribution().returned(image, *extent);
+            }
             let actions = self.planner.step(event, now_ms());
             self.carry_out(actions, &mut pending);
         }
@@ -411,9 +418,6 @@ impl Worker {
                 };
                 let pushed = tokio::task::spawn_blocking(move || push(&memory.shared, item)).await;
                 for event in pushed.map_or_else(|_| Vec::new(), |done| open.take(done)) {
-                    if let Event::Pushed { image, extent } = &event {
-                        domains.attribution().returned(image, *extent);
-                    }
                     let _ = events.send(event);
                 }
             }

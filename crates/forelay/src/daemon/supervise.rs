@@ -68,10 +68,10 @@ impl Host {
         wanted: Wanted,
         repository_before: u64,
     ) {
-        let waits = self.domains.attribution().add(handle.pid());
         let all = wanted.working_set.iter();
         let all = all.map(|one| (one.image, one.extent));
-        waits.expect(Plan::new(all, wanted.absent.iter().copied()));
+        let plan = Plan::new(all, wanted.absent.iter().copied());
+        let waits = self.domains.attribution().add(handle.pid(), plan);
         let launch = Launch {
             of,
             waits,
@@ -92,7 +92,8 @@ impl Host {
         handle: VmHandle,
         of: ProfileRef,
     ) {
-        let waits = self.domains.attribution().add(handle.pid());
+        let plan = Plan::default();
+        let waits = self.domains.attribution().add(handle.pid(), plan);
         let launch = Launch {
             of,
             waits,
