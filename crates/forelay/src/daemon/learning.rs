@@ -20,7 +20,8 @@ use super::HostError;
 use super::clock::ForecastClock;
 use super::faults::WaitFigures;
 use super::lessons::AttachLesson;
-use super::models::{Models, Replay, model_key};
+use super::models::{Models, model_key};
+use super::replay::Replay;
 use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
 use crate::history::{

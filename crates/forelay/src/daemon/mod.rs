@@ -33,6 +33,7 @@ mod observer;
 mod order;
 mod premap;
 mod pushes;
+mod replay;
 mod residency;
 mod resources;
 mod samples;
