@@ -83,9 +83,10 @@ pub struct ImageRef {
     pub chunk_index: Digest,
 }
 
-/// Metadata of one component.
+/// Metadata of one component, with its image; with another `I`, of one whose image is not
+/// written yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Component {
+pub struct Component<I = ImageRef> {
     /// Name, e.g. `nginx`.
     pub name: String,
     /// Version in Debian's syntax.
@@ -98,7 +99,7 @@ pub struct Component {
     /// Architecture, e.g. `amd64`.
     pub architecture: String,
     /// The EROFS image.
-    pub image: ImageRef,
+    pub image: I,
     /// Names it offers besides its own.
     #[serde(default)]
     pub provides: Vec<Capability>,
@@ -122,9 +123,9 @@ pub struct Component {
     pub sbom: Vec<SbomPackage>,
 }
 
-impl Component {
+impl<I> Component<I> {
     /// A component that offers its name alone and needs nothing.
-    pub fn new(name: &str, version: &str, role: Role, architecture: &str, image: ImageRef) -> Self {
+    pub fn new(name: &str, version: &str, role: Role, architecture: &str, image: I) -> Self {
         Self {
             name: name.to_owned(),
             version: version.to_owned(),
@@ -142,6 +143,27 @@ impl Component {
         }
     }
 
+    /// The same with another image.
+    pub fn with_image<J>(self, image: J) -> Component<J> {
+        Component {
+            image,
+            name: self.name,
+            version: self.version,
+            role: self.role,
+            description: self.description,
+            architecture: self.architecture,
+            provides: self.provides,
+            requires: self.requires,
+            conflicts: self.conflicts,
+            entrypoint: self.entrypoint,
+            cmdline: self.cmdline,
+            notes: self.notes,
+            sbom: self.sbom,
+        }
+    }
+}
+
+impl Component {
     /// The bytes that are hashed into the id: compact JSON with sorted lists.
     pub fn canonical_json(&self) -> Vec<u8> {
         let mut sorted = self.clone();
@@ -193,6 +215,23 @@ mod tests {
             notes: vec![],
             sbom: vec![],
         }
+    }
+
+    #[test]
+    fn what_is_hashed_has_its_fields_in_this_order() {
+        let image = |digest| format!("\"digest\":\"{digest}\",\"bytes\":4096");
+        let (one, index) = (component(), Digest::of(b"index"));
+        let expected = format!(
+            "{{\"name\":\"nginx\",\"version\":\"1.22.1-9\",\"role\":\"package\",\
+             \"description\":\"web server\",\"architecture\":\"amd64\",\"image\":{{{},\
+             \"metadata_bytes\":4096,\"inodes\":1,\"chunk_index\":\"{index}\"}},\
+             \"provides\":[{{\"name\":\"a\",\"version\":\"1\"}},{{\"name\":\"httpd\"}}],\
+             \"requires\":[],\"conflicts\":[],\"sbom\":[]}}",
+            image(one.image.digest)
+        );
+        let hashed = String::from_utf8(one.canonical_json()).unwrap();
+        assert_eq!(hashed, expected);
+        assert_eq!(one.clone().with_image(()).with_image(one.image), one);
     }
 
     #[test]

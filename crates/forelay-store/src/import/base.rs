@@ -108,12 +108,7 @@ pub fn build_base(
     let mut tree = read_directory(&root, Ownership::Keep)?;
     let notes = clean_base(&mut tree, options, name, &root, started_s)?;
     let draft = describe(&tree, options, name, &root, notes)?;
-    Ok(Imported {
-        tree,
-        draft,
-        parts: Vec::new(),
-        spools: vec![spool],
-    })
+    Ok(Imported::alone(tree, draft, vec![spool]))
 }
 
 fn bootstrap(
@@ -283,27 +278,16 @@ fn describe(
     provides.sort();
     provides.dedup();
     let with = if options.systemd { " with systemd" } else { "" };
+    let mut architectures = packages.iter().map(|one| one.field("Architecture"));
+    let architecture = architectures.find(|architecture| *architecture != "all");
+    let architecture = architecture.unwrap_or("all");
+    let packages = packages.iter().map(|package| sbom_package(package));
     Ok(Draft {
-        name: name.to_owned(),
-        version,
-        role: Role::Base,
         description: format!("Debian {release} ({}), minimal{with}", options.suite),
-        architecture: packages
-            .iter()
-            .map(|package| package.field("Architecture"))
-            .find(|architecture| *architecture != "all")
-            .unwrap_or("all")
-            .to_owned(),
         provides,
-        requires: Vec::new(),
-        conflicts: Vec::new(),
-        entrypoint: Vec::new(),
-        cmdline: None,
         notes,
-        sbom: packages
-            .iter()
-            .map(|package| sbom_package(package))
-            .collect(),
+        sbom: packages.collect(),
+        ..Draft::new(name, &version, Role::Base, architecture, ())
     })
 }
 

@@ -20,7 +20,7 @@ use super::base::{BaseOptions, build_base, put_file};
 use super::control::{parse_provides, parse_relations, sbom_package};
 use super::deb::{merge_usr, read_deb};
 use super::dir::{Ownership, name_from_path, read_directory};
-use super::draft::{Draft, Imported};
+use super::draft::{Draft, Imported, Part, plain_files};
 use super::error::{ImportError, io_error};
 use super::kernel::{KernelOptions, build_kernel};
 use super::merge::status_path;
@@ -107,6 +107,22 @@ pub struct Built {
     pub chunks: ChunkIndex,
 }
 
+/// What one request gave.
+#[derive(Debug)]
+pub struct BuiltAll {
+    /// The component that was asked for.
+    pub main: Built,
+    /// Components that were split off it. It requires them, so they are published first.
+    pub split_off: Vec<Built>,
+}
+
+impl BuiltAll {
+    /// All of them, each after those that it requires.
+    pub fn in_order(&self) -> impl Iterator<Item = &Built> {
+        self.split_off.iter().chain([&self.main])
+    }
+}
+
 /// Builds components, with downloads and unpacked bases kept in a cache directory.
 #[derive(Clone, Debug)]
 pub struct Builder {
@@ -150,31 +166,20 @@ impl Builder {
         self.cache.join("tmp")
     }
 
-    /// Builds the component that was asked for, and before it those that are split off.
-    pub fn build_all(
-        &self,
-        request: &BuildRequest,
-        report: Reporter<'_>,
-    ) -> Result<Vec<Built>, ImportError> {
-        let mut imported = self.import(request, report)?;
-        apply_overrides(&mut imported.draft, request)?;
-        let mut built = Vec::new();
-        for part in &imported.parts {
-            built.push(self.write(&part.tree, part.draft.clone(), report)?);
-        }
-        built.push(self.write(&imported.tree, imported.draft.clone(), report)?);
-        Ok(built)
-    }
-
-    /// Builds the component that was asked for.
+    /// Builds the component that was asked for, and those that are split off it.
     pub fn build(
         &self,
         request: &BuildRequest,
         report: Reporter<'_>,
-    ) -> Result<Built, ImportError> {
+    ) -> Result<BuiltAll, ImportError> {
         let mut imported = self.import(request, report)?;
-        apply_overrides(&mut imported.draft, request)?;
-        self.write(&imported.tree, imported.draft.clone(), report)
+        apply_overrides(&mut imported.main.draft, request)?;
+        let split_off = imported.split_off.iter();
+        let split_off = split_off.map(|part| self.write(part, report));
+        Ok(BuiltAll {
+            split_off: split_off.collect::<Result<_, _>>()?,
+            main: self.write(&imported.main, report)?,
+        })
     }
 
     /// Reads the source into a tree, without writing an image.
@@ -203,25 +208,15 @@ impl Builder {
             Source::Directory { path, ownership } => {
                 report(Progress::Started(Phase::Read));
                 let tree = read_directory(path, *ownership)?;
-                let draft = Draft::new(&name_from_path(path), "0", Role::Package);
-                Ok(Imported {
-                    tree,
-                    draft,
-                    parts: Vec::new(),
-                    spools: Vec::new(),
-                })
+                let draft = plain_files(&name_from_path(path), "0", Role::Package);
+                Ok(Imported::alone(tree, draft, Vec::new()))
             }
             Source::Tar { path, ownership } => {
                 report(Progress::Started(Phase::Read));
                 let mut spool = Spool::new(&scratch, DEFAULT_LIMIT_BYTES)?;
                 let tree = read_tar(path, &mut spool, *ownership)?;
-                let draft = Draft::new(&name_from_path(path), "0", Role::Package);
-                Ok(Imported {
-                    tree,
-                    draft,
-                    parts: Vec::new(),
-                    spools: vec![spool],
-                })
+                let draft = plain_files(&name_from_path(path), "0", Role::Package);
+                Ok(Imported::alone(tree, draft, vec![spool]))
             }
             Source::DebFile { path } => {
                 import_deb_file(path, request.name.as_deref(), &scratch, report)
@@ -229,8 +224,8 @@ impl Builder {
         }
     }
 
-    /// Writes the image of a tree, whose content is still where it says.
-    fn write(&self, tree: &Tree, draft: Draft, report: Reporter<'_>) -> Result<Built, ImportError> {
+    /// Writes the image of a part, whose content is still where its tree says.
+    fn write(&self, part: &Part, report: Reporter<'_>) -> Result<Built, ImportError> {
         report(Progress::Started(Phase::Write));
         let scratch = self.scratch();
         std::fs::create_dir_all(&scratch).map_err(io_error("creating", &scratch))?;
@@ -239,7 +234,7 @@ impl Builder {
             .tempfile_in(&scratch)
             .map_err(io_error("creating an image in", &scratch))?;
         let (file, image) = file.into_parts();
-        let total_bytes = content_bytes(tree);
+        let total_bytes = content_bytes(&part.tree);
         let mut out = Counted {
             inner: BufWriter::with_capacity(1 << 20, file),
             done_bytes: 0,
@@ -247,10 +242,10 @@ impl Builder {
             total_bytes,
             report,
         };
-        let written = write_image(tree, &mut out).map_err(write_error)?;
+        let written = write_image(&part.tree, &mut out).map_err(write_error)?;
         out.flush().map_err(io_error("writing", &image))?;
         Ok(Built {
-            component: draft.with_image(written.image),
+            component: part.draft.clone().with_image(written.image),
             image,
             chunks: written.chunks,
         })
@@ -308,9 +303,10 @@ fn import_deb_file(
         control.field("Package"),
         control.field("Version"),
         Role::Package,
+        control.field("Architecture"),
+        (),
     );
     draft.description = control.summary().to_owned();
-    draft.architecture = control.field("Architecture").to_owned();
     draft.provides = parse_provides(control.field("Provides"));
     draft.requires = relations("Pre-Depends");
     draft.requires.extend(relations("Depends"));
@@ -325,12 +321,7 @@ fn import_deb_file(
             .notes
             .push(format!("maintainer scripts were not run: {scripts}"));
     }
-    Ok(Imported {
-        tree: deb.tree,
-        draft,
-        parts: Vec::new(),
-        spools: vec![spool],
-    })
+    Ok(Imported::alone(deb.tree, draft, vec![spool]))
 }
 
 fn apply_overrides(draft: &mut Draft, request: &BuildRequest) -> Result<(), ImportError> {

@@ -84,7 +84,7 @@ fn base() -> &'static BaseRoot {
         };
         let component = cached().unwrap_or_else(|| {
             let request = BuildRequest::new(Source::Base(BaseOptions::default()));
-            let built = builder().build(&request, &silent).unwrap();
+            let built = builder().build(&request, &silent).unwrap().main;
             fs::rename(&built.image, &image_path).unwrap();
             let json = serde_json::to_vec(&built.component).unwrap();
             fs::write(&component_path, json).unwrap();
@@ -145,9 +145,18 @@ fn merged_layer(layers: &[(&str, &Path)], to: &Path) {
 #[test]
 fn privileged_components_built_apart_work_together_on_their_base() {
     require_debian!("privileged_components_built_apart_work_together_on_their_base");
-    let nginx = builder().build(&packages(&["nginx"]), &silent).unwrap();
-    let redis = builder().build(&packages(&["redis"]), &silent).unwrap();
-    let again = builder().build(&packages(&["redis"]), &silent).unwrap();
+    let nginx = builder()
+        .build(&packages(&["nginx"]), &silent)
+        .unwrap()
+        .main;
+    let redis = builder()
+        .build(&packages(&["redis"]), &silent)
+        .unwrap()
+        .main;
+    let again = builder()
+        .build(&packages(&["redis"]), &silent)
+        .unwrap()
+        .main;
     assert_eq!(
         redis.component.id(),
         again.component.id(),
@@ -207,11 +216,11 @@ fn privileged_libraries_split_off_are_the_same_component_whoever_needs_them() {
         if let Source::Packages { options, .. } = &mut request.source {
             options.split = true;
         }
-        builder().build_all(&request, &silent).unwrap()
+        builder().build(&request, &silent).unwrap()
     };
     let (nginx, redis) = (split("nginx"), split("redis"));
-    let ids = |built: &[Built]| -> BTreeMap<String, Digest> {
-        let built = built.iter().map(|one| &one.component);
+    let ids = |built: &BuiltAll| -> BTreeMap<String, Digest> {
+        let built = built.in_order().map(|one| &one.component);
         built.map(|one| (one.name.clone(), one.id())).collect()
     };
     let (of_nginx, of_redis) = (ids(&nginx), ids(&redis));
@@ -224,7 +233,7 @@ fn privileged_libraries_split_off_are_the_same_component_whoever_needs_them() {
     for name in shared {
         assert_eq!(of_nginx[name], of_redis[name], "{name} differs");
     }
-    let main = &nginx.last().unwrap().component;
+    let main = &nginx.main.component;
     assert_eq!(main.name, "nginx");
     let requires = |name: &str| main.requires.iter().flatten().any(|need| need.name == name);
     assert!(requires("libssl3") && requires("libc6"));
@@ -232,7 +241,7 @@ fn privileged_libraries_split_off_are_the_same_component_whoever_needs_them() {
 
     let scratch = tempfile::tempdir_in(test_cache()).unwrap();
     let mut directories: BTreeMap<String, PathBuf> = BTreeMap::new();
-    for one in nginx.iter().chain(&redis) {
+    for one in nginx.in_order().chain(redis.in_order()) {
         let name = one.component.name.clone();
         let directory = scratch.path().join(&name);
         if directories.insert(name, directory.clone()).is_none() {
@@ -343,7 +352,7 @@ fn privileged_the_kernel_component_holds_what_a_guest_needs_to_boot() {
     // Any executable stands in for init here; VMs boot the real one in forelay-vm's tests.
     let options = KernelOptions::new(Path::new("/bin/true"));
     let request = BuildRequest::new(Source::Kernel(options));
-    let built = builder().build(&request, &silent).unwrap();
+    let built = builder().build(&request, &silent).unwrap().main;
     assert_eq!(built.component.role, Role::Kernel);
     assert!(built.component.cmdline.is_some());
     let image = File::open(&built.image).unwrap();

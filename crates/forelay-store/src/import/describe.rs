@@ -65,19 +65,17 @@ pub(super) fn describe(
     }
     provides.sort();
     provides.dedup();
+    let version = main.field("Version");
+    let architecture = &base.component.architecture;
     Ok(Draft {
-        name: name.to_owned(),
-        version: main.field("Version").to_owned(),
-        role: role_of(&main),
         description: main.summary().to_owned(),
-        architecture: base.component.architecture.clone(),
         requires: requirements(base, installed, &provides),
         conflicts: conflicts(installed, &provides),
         provides,
         entrypoint,
-        cmdline: None,
         notes,
         sbom: installed.packages.values().map(sbom_package).collect(),
+        ..Draft::new(name, version, role_of(&main), architecture, ())
     })
 }
 

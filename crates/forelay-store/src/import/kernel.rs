@@ -156,12 +156,8 @@ pub fn build_kernel(
     }
     let initrd = build_initramfs(&init, &loaded).map_err(io_error("building", INITRD_PATH))?;
     put_file(&mut tree, INITRD_PATH, initrd, 0o644, &path)?;
-    Ok(Imported {
-        draft: describe(&control, &release),
-        tree,
-        parts: Vec::new(),
-        spools: vec![spool],
-    })
+    let draft = describe(&control, &release);
+    Ok(Imported::alone(tree, draft, vec![spool]))
 }
 
 /// Downloads the kernel package, through the metapackage that depends on it.
@@ -361,9 +357,9 @@ fn remove_empty_directories(tree: &mut Tree, top: &[u8]) {
 
 fn describe(control: &Paragraph, release: &str) -> Draft {
     let version = control.field("Version").to_owned();
-    let mut draft = Draft::new("linux-cloud", &version, Role::Kernel);
+    let architecture = control.field("Architecture");
+    let mut draft = Draft::new("linux-cloud", &version, Role::Kernel, architecture, ());
     draft.description = control.summary().to_owned();
-    draft.architecture = control.field("Architecture").to_owned();
     draft.cmdline = Some(CMDLINE.to_owned());
     draft.provides = vec![
         Capability {

@@ -35,7 +35,7 @@ pub mod tar;
 mod tool;
 pub mod unpack;
 
-pub use build::{BuildRequest, Builder, Built, Source};
+pub use build::{BuildRequest, Builder, Built, BuiltAll, Source};
 pub use draft::{Draft, Imported, Part, host_architecture};
 pub use error::ImportError;
 pub use progress::{Phase, Progress, Reporter};

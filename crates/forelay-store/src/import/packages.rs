@@ -30,7 +30,7 @@ use super::control::{Paragraph, parse_paragraphs};
 use super::describe::describe;
 use super::difference::remove_unchanged;
 use super::dir::{Ownership, read_directory};
-use super::draft::Imported;
+use super::draft::{Imported, Part};
 use super::error::{ImportError, io_error};
 use super::merge::{Fragments, fragment_of, fragments_path, merged_paths, status_path};
 use super::progress::{Phase, Progress, Reporter};
@@ -124,9 +124,8 @@ pub fn build_packages(
         clamp_times(tree, started_s, FALLBACK_TIME_S);
     }
     Ok(Imported {
-        tree,
-        draft,
-        parts,
+        main: Part { tree, draft },
+        split_off: parts,
         spools: vec![sandbox.into_spool()],
     })
 }

@@ -7,7 +7,7 @@ use forelay_image::Digest;
 use forelay_image::component::{Capability, Component, ImageRef, Role};
 
 use super::super::describe::{base_requirement, conflicts, only_unit, requirements, role_of};
-use super::super::draft::Draft;
+use super::super::draft::plain_files;
 use super::*;
 
 fn paragraphs(text: &str) -> BTreeMap<String, Paragraph> {
@@ -25,7 +25,7 @@ fn base(provides: &[(&str, &str)]) -> BaseRoot {
         inodes: 1,
         chunk_index: Digest::of(b"index"),
     };
-    let mut draft = Draft::new("debian", "12.12+20260915", Role::Base);
+    let mut draft = plain_files("debian", "12.12+20260915", Role::Base);
     draft.provides = provides
         .iter()
         .map(|(name, version)| Capability {

@@ -117,9 +117,9 @@ pub(super) fn split_off(
 fn draft(tree: &Tree, name: &str, paragraph: Paragraph, base: &BaseRoot) -> Draft {
     let version = paragraph.field("Version").to_owned();
     let provides = parse_provides(paragraph.field("Provides"));
-    let mut draft = Draft::new(name, &version, Role::Library);
+    let architecture = &base.component.architecture;
+    let mut draft = Draft::new(name, &version, Role::Library, architecture, ());
     draft.description = paragraph.summary().to_owned();
-    draft.architecture.clone_from(&base.component.architecture);
     draft.sbom = vec![sbom_package(&paragraph)];
     let alone = Installed::only(name, paragraph);
     draft.requires = requirements(base, &alone, &provides);

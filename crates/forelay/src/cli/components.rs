@@ -233,20 +233,21 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
     let (working, shown) = (builder.clone(), Arc::clone(&bar));
     let started = Instant::now();
     let built = tokio::task::spawn_blocking(move || {
-        working.build_all(&request, &|progress| shown.show(progress))
+        working.build(&request, &|progress| shown.show(progress))
     });
     let built = built.await??;
-    for (at, one) in built.iter().enumerate() {
-        let began = if at == 0 { started } else { Instant::now() };
+    let mut began = started;
+    for one in built.in_order() {
         let lines = publish(store, one, &bar, began).await?;
-        if json && at + 1 == built.len() {
-            return output::json(&described(&one.component));
-        }
         if !json {
             println!("{lines}");
         }
+        began = Instant::now();
     }
-    Ok(())
+    match json {
+        true => output::json(&described(&built.main.component)),
+        false => Ok(()),
+    }
 }
 
 /// Publishes what was built; returns what there is to say about it.
