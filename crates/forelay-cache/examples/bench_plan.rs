@@ -10,6 +10,8 @@
 //! pressure was over. Told are the longest [`Planner::step`] of a launch and
 //! all of its steps together; the table is locked while they last.
 
+mod report;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -215,20 +217,10 @@ fn main() {
     let touched = |component, segment| component < MAPPED && segment % 2 == 0;
     let idle = full_host(0.9, |component, segment| !touched(component, segment));
     steps.extend([measure("idle", idle, 1.0, true)]);
-    let report = json!({
+    report::write(&json!({
         "components": COMPONENTS,
         "segments": COMPONENTS * SEGMENTS,
         "forecasts": PROFILES,
         "steps": steps,
-    });
-    let text = serde_json::to_string_pretty(&report).expect("a report always serialises");
-    match std::env::args().nth(1) {
-        None => println!("{text}"),
-        Some(path) => {
-            if let Err(cause) = std::fs::write(&path, text) {
-                eprintln!("{path}: {cause}");
-                std::process::exit(1);
-            }
-        }
-    }
+    }));
 }

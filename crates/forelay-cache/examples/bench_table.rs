@@ -7,6 +7,8 @@
 //! of any range compression: every second page is resident, and every VM has touched
 //! every second page of every component.
 
+mod report;
+
 use std::time::Instant;
 
 use forelay_cache::accounting::account;
@@ -186,7 +188,7 @@ fn main() {
     let account_ms = begun.elapsed().as_secs_f64() * 1e3;
     println!("account of everything {account_ms:.0} ms; worst p99 {worst_us:.1} us");
     table.validate().expect("valid after all operations");
-    let report = json!({
+    report::write(&json!({
         "vms": VMS,
         "components": COMPONENTS,
         "mapped_bytes_per_vm": devices.iter().map(|device| device.image_bytes).sum::<u64>(),
@@ -195,15 +197,5 @@ fn main() {
         "worst_p99_us": worst_us,
         "account_ms": account_ms,
         "operations": operations,
-    });
-    let text = serde_json::to_string_pretty(&report).expect("a report always serialises");
-    match std::env::args().nth(1) {
-        None => println!("{text}"),
-        Some(path) => {
-            if let Err(cause) = std::fs::write(&path, text) {
-                eprintln!("{path}: {cause}");
-                std::process::exit(1);
-            }
-        }
-    }
+    }));
 }

@@ -390,6 +390,22 @@ impl InodeRecord {
         })
     }
 
+    /// Writes the extended form and the extended attributes behind it to zero bytes at `at`
+    /// of the metadata `out`, which has room for them; returns where they end.
+    #[inline]
+    pub fn place(&self, xattr_area: &[u8], at: usize, out: &mut [u8]) -> usize {
+        let (header, _) = out[at..]
+            .split_first_chunk_mut()
+            .expect("metadata has room for every inode");
+        self.encode_into(header);
+        let xattr_at = at + INODE_BYTES as usize;
+        let end = xattr_at + xattr_area.len();
+        if !xattr_area.is_empty() {
+            out[xattr_at..end].copy_from_slice(xattr_area);
+        }
+        end
+    }
+
     /// Writes the extended form; `out` is 64 zero bytes.
     #[inline]
     pub fn encode_into(&self, out: &mut [u8; INODE_BYTES as usize]) {

@@ -431,14 +431,7 @@ impl<'a> Plan<'a> {
             mtime_ns: attributes.mtime_ns,
             nlink: node.nlink,
         };
-        let at = node.offset as usize;
-        let (header, _) = out[at..]
-            .split_first_chunk_mut()
-            .expect("metadata has room for every inode");
-        record.encode_into(header);
-        let xattr_at = at + INODE_BYTES as usize;
-        let tail_at = xattr_at + node.xattr_area.len();
-        out[xattr_at..tail_at].copy_from_slice(&node.xattr_area);
+        let tail_at = record.place(&node.xattr_area, node.offset as usize, out);
         let block_at = node.block as usize * BLOCK;
         match kind {
             Kind::Symlink(target) => {

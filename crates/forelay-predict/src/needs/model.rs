@@ -94,6 +94,29 @@ struct Row {
     components: Vec<u16>,
 }
 
+impl Row {
+    /// A launch in this context, of a profile and an owner by number if they have one, with
+    /// these components in any order.
+    fn new(
+        context: &Context,
+        profile: Option<u16>,
+        owner: Option<u16>,
+        components: impl Iterator<Item = u16>,
+    ) -> Self {
+        let mut components: Vec<u16> = components.collect();
+        components.sort_unstable();
+        components.dedup();
+        Self {
+            profile,
+            owner,
+            hour: context.hour(),
+            weekend: context.weekend(),
+            class: context.class(),
+            components,
+        }
+    }
+}
+
 /// Decayed counts of one profile, or of all.
 #[derive(Clone, Debug, Default)]
 struct Tally {
@@ -162,20 +185,11 @@ impl Model {
         context: &Context,
         components: impl IntoIterator<Item = &'a str>,
     ) {
-        let mut ids: Vec<u16> = components
-            .into_iter()
-            .filter_map(|name| self.components.add(name))
-            .collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let row = Row {
-            profile: self.profiles.add(&context.profile),
-            owner: self.owners.add(&context.owner),
-            hour: context.hour(),
-            weekend: context.weekend(),
-            class: context.class(),
-            components: ids,
-        };
+        let profile = self.profiles.add(&context.profile);
+        let owner = self.owners.add(&context.owner);
+        let components = components.into_iter();
+        let ids = components.filter_map(|name| self.components.add(name));
+        let row = Row::new(context, profile, owner, ids);
         self.judge(&row);
         let decay = 0.5_f64.powf(1.0 / self.config.half_life_launches.max(1.0));
         self.all.add(&row.components, decay, 1.0);
@@ -251,20 +265,10 @@ impl Model {
     /// Components that a VM in this context will have or get, besides those present, likeliest
     /// first; those under one in a thousand are left out.
     pub fn rank(&self, context: &Context, present: &[&str]) -> Vec<(Arc<str>, f64)> {
-        let mut ids: Vec<u16> = present
-            .iter()
-            .filter_map(|name| self.components.get(name))
-            .collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let row = Row {
-            profile: self.profiles.get(&context.profile),
-            owner: self.owners.get(&context.owner),
-            hour: context.hour(),
-            weekend: context.weekend(),
-            class: context.class(),
-            components: ids,
-        };
+        let profile = self.profiles.get(&context.profile);
+        let owner = self.owners.get(&context.owner);
+        let ids = present.iter().filter_map(|name| self.components.get(name));
+        let row = Row::new(context, profile, owner, ids);
         let by_tree = self.by_mixture(&row);
         let by_count = self.by_counts(&row);
         let share = self.mixture_share();

@@ -170,16 +170,7 @@ impl Emitter<'_, '_> {
             nlink: node.nlink,
             ..old
         };
-        let at = place.at as usize;
-        let (header, _) = out[at..]
-            .split_first_chunk_mut()
-            .expect("metadata has room for every inode");
-        record.encode_into(header);
-        let xattr_at = at + INODE_BYTES as usize;
-        let tail_at = xattr_at + area.len();
-        if !area.is_empty() {
-            out[xattr_at..tail_at].copy_from_slice(area);
-        }
+        let tail_at = record.place(area, place.at as usize, out);
         match directory {
             Some(directory) => self.directory(directory, place, tail_at, out),
             None if node.file_type == FileType::Symlink => {
