@@ -1,6 +1,8 @@
 //! Arrivals, needs and working sets combined: per VM the components it will want, and of each the
 //! extents, ranked.
 
+use std::sync::Arc;
+
 use forelay_image::{Digest, Extent};
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +10,7 @@ use super::{Candidate, Costs, Ranked, Tier, Why, rank};
 use crate::arrivals::LaunchForecast;
 use crate::needs;
 use crate::time::Timestamp;
-use crate::working_set::WorkingSets;
+use crate::working_set::PlannedExtent;
 
 /// Components less likely than this are not listed.
 const LEAST_PROBABILITY: f64 = 0.02;
@@ -79,6 +81,9 @@ impl Subject {
     }
 }
 
+/// What a launch of a profile touches of images.
+pub type PlanOf<'a> = dyn Fn(&str, &[Digest]) -> Arc<[PlannedExtent]> + 'a;
+
 /// Everything a forecast rests on.
 #[derive(Clone, Copy)]
 pub struct Knowledge<'a> {
@@ -86,8 +91,8 @@ pub struct Knowledge<'a> {
     pub needs: &'a needs::Model,
     /// When those come that a launch does not bring.
     pub attachments: &'a needs::Attachments,
-    /// Which parts.
-    pub sets: &'a WorkingSets,
+    /// Which parts: what a launch of a profile touches of images, in first-touch order.
+    pub plan: &'a PlanOf<'a>,
     /// What loading costs.
     pub costs: &'a Costs,
     /// A component's present version by name.
@@ -157,7 +162,7 @@ struct Wanted {
 fn forecast_one(subject: &Subject, known: &Knowledge) -> VmForecast {
     let wanted = wanted(subject, known);
     let images: Vec<Digest> = wanted.iter().map(|one| one.what.image).collect();
-    let plan = known.sets.plan(&subject.context.profile, &images, None);
+    let plan = (known.plan)(&subject.context.profile, &images);
     let mut components = Vec::with_capacity(wanted.len());
     let mut candidates = Vec::new();
     for one in wanted {
@@ -172,17 +177,14 @@ fn forecast_one(subject: &Subject, known: &Knowledge) -> VmForecast {
             expected_bytes += f64::from(touched) * planned.extent.len as f64;
             let basis = Why::Touched(planned.basis);
             if seen.as_ref().is_none_or(|(best, _)| touched > *best) {
-                seen = Some((touched, basis.clone()));
+                seen = Some((touched, basis));
             }
-            let mut reasons = reasons.clone();
-            reasons.push(basis);
             candidates.push(Candidate {
                 image,
                 extent: planned.extent,
                 probability: probability * f64::from(touched),
                 until_need_s: one.until_s + f64::from(planned.first_touch_ms) / 1000.0,
                 tier: (known.tier)(&image, &planned.extent),
-                reasons,
             });
         }
         reasons.push(seen.map_or(Why::Untouched, |(_, basis)| basis));

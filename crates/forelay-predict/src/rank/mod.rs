@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::working_set::Basis;
 
-pub use combine::{ComponentForecast, Knowledge, Present, Subject, VmForecast, forecast};
+pub use combine::{ComponentForecast, Knowledge, PlanOf, Present, Subject, VmForecast, forecast};
 
 /// Where bytes are now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -159,8 +159,6 @@ pub struct Candidate {
     pub until_need_s: f64,
     /// Where they are.
     pub tier: Tier,
-    /// Why they may be needed.
-    pub reasons: Vec<Why>,
 }
 
 /// A candidate with its worth.

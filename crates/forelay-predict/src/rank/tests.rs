@@ -18,7 +18,6 @@ fn candidate(name: &str, bytes: u64, probability: f64, until_need_s: f64, tier: 
         probability,
         until_need_s,
         tier,
-        reasons: vec![],
     }
 }
 
@@ -117,7 +116,7 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
     let known = Knowledge {
         needs: &model,
         attachments: &attachments,
-        sets: &sets,
+        plan: &|profile, images| sets.plan(profile, images, None).into(),
         costs: &Costs::default(),
         locate: &locate,
         tier: &|_, _| Tier::Repository,
@@ -135,16 +134,11 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
     assert!((first.components[2].probability - 0.5).abs() < 0.1);
     assert_eq!(first.components[2].reasons.last(), Some(&Why::Untouched));
     let nginx = first
-        .extents
+        .components
         .iter()
-        .find(|r| r.candidate.image == image("nginx"))
+        .find(|one| one.image == image("nginx"))
         .unwrap();
-    let reasons: Vec<String> = nginx
-        .candidate
-        .reasons
-        .iter()
-        .map(ToString::to_string)
-        .collect();
+    let reasons: Vec<String> = nginx.reasons.iter().map(ToString::to_string).collect();
     assert_eq!(
         reasons,
         [

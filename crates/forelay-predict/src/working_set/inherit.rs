@@ -35,6 +35,7 @@ impl WorkingSets {
         if old == new {
             return 0;
         }
+        self.revision += 1;
         let Some(from) = self.images.get(old).cloned() else {
             return 0;
         };

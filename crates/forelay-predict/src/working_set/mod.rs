@@ -20,6 +20,7 @@
 //!   touched, so that little evidence never says 0 or 1.
 
 mod inherit;
+mod plans;
 mod pool;
 mod set;
 mod snapshot;
@@ -32,6 +33,7 @@ use forelay_image::{Digest, Extent};
 use serde::{Deserialize, Serialize};
 
 pub use inherit::FileLayout;
+pub use plans::Plans;
 pub use set::WorkingSet;
 pub use snapshot::SnapshotError;
 
@@ -127,6 +129,8 @@ pub struct WorkingSets {
     config: Config,
     /// Pairs by image first: pooling over profiles is then one walk.
     images: BTreeMap<Digest, BTreeMap<Arc<str>, WorkingSet>>,
+    /// How often anything of it changed.
+    revision: u64,
 }
 
 impl WorkingSets {
@@ -135,6 +139,7 @@ impl WorkingSets {
         Self {
             config,
             images: BTreeMap::new(),
+            revision: 0,
         }
     }
 
@@ -143,10 +148,16 @@ impl WorkingSets {
         &self.config
     }
 
+    /// A number that is another one whenever a plan may be another one.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
     /// Learns from one finished (or observed long enough) launch of `profile`: `images` are all
     /// component images it had, `touches` what it touched of them in any order. An image without
     /// touches counts as untouched; a touch of an image not listed is ignored.
     pub fn observe(&mut self, profile: &str, images: &[Digest], touches: &[Touch]) {
+        self.revision += 1;
         let profile: Arc<str> = profile.into();
         for (image, seen) in self.by_image(images, touches) {
             let set = self.images.entry(image).or_default();
@@ -159,6 +170,7 @@ impl WorkingSets {
     /// Learns what a launch that was observed already touched of its images after that: it counts
     /// as no further launch. Pairs that were never observed stay so.
     pub fn observe_late(&mut self, profile: &str, touches: &[Touch]) {
+        self.revision += 1;
         let images: Vec<Digest> = touches.iter().map(|touch| touch.image).collect();
         for (image, seen) in self.by_image(&images, touches) {
             let set = self.images.get_mut(&image);
@@ -190,6 +202,7 @@ impl WorkingSets {
 
     /// Puts a pair's statistics in place, as a host that replays its history does.
     pub fn insert(&mut self, profile: &str, image: Digest, set: WorkingSet) {
+        self.revision += 1;
         self.images
             .entry(image)
             .or_default()
@@ -206,11 +219,13 @@ impl WorkingSets {
 
     /// Forgets an image that no longer exists in the repository.
     pub fn forget_image(&mut self, image: &Digest) {
+        self.revision += 1;
         self.images.remove(image);
     }
 
     /// Forgets a profile.
     pub fn forget_profile(&mut self, profile: &str) {
+        self.revision += 1;
         for sets in self.images.values_mut() {
             sets.remove(profile);
         }

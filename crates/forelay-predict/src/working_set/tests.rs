@@ -73,6 +73,36 @@ fn overlapping_touches_keep_the_earliest_time() {
 }
 
 #[test]
+fn a_plan_is_made_once_until_something_is_learned() {
+    let mut sets = WorkingSets::new(Config::default());
+    let (images, one) = ([image("a"), image("b")], touch("a", 3, 2, 10));
+    sets.observe("web", &images, &[one]);
+    let mut plans = Plans::default();
+    let first = plans.plan(&sets, "web", &images);
+    assert!(Arc::ptr_eq(&first, &plans.plan(&sets, "web", &images)));
+    assert_eq!(*first, *sets.plan("web", &images, None));
+    assert!(!Arc::ptr_eq(
+        &first,
+        &plans.plan(&sets, "web", &images[..1])
+    ));
+    let other = sets.get("web", &image("a")).unwrap().clone();
+    let changes: [&dyn Fn(&mut WorkingSets); 5] = [
+        &|sets| sets.observe("ci", &images, &[touch("b", 7, 1, 5)]),
+        &|sets| sets.observe_late("web", &[touch("a", 40, 1, 5)]),
+        &|sets| sets.insert("new", image("a"), other.clone()),
+        &|sets| sets.forget_profile("ci"),
+        &|sets| sets.forget_image(&image("a")),
+    ];
+    for (number, change) in changes.iter().enumerate() {
+        let before = plans.plan(&sets, "web", &images);
+        change(&mut sets);
+        let after = plans.plan(&sets, "web", &images);
+        assert!(!Arc::ptr_eq(&before, &after), "change {number}");
+        assert_eq!(*after, *sets.plan("web", &images, None), "change {number}");
+    }
+}
+
+#[test]
 fn what_a_launch_touches_later_counts_to_that_launch() {
     let late = [touch("a", 50, 2, 30_000), touch("a", 0, 1, 31_000)];
     let launch = |sets: &mut WorkingSets| {

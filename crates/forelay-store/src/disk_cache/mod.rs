@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use forelay_image::{Digest, PAGE_BYTES};
+use forelay_image::{Chunk, Digest, Extent, PAGE_BYTES};
 use parking_lot::{Mutex, RwLock};
 use twox_hash::XxHash3_64;
 
@@ -83,6 +83,8 @@ pub struct DiskCache {
     cap_bytes: u64,
     entries: RwLock<HashMap<Digest, Arc<Entry>>>,
     writer: Mutex<Option<SegmentWriter>>,
+    /// Counts changes of `entries`, each while it is locked.
+    generation: AtomicU64,
     cached_bytes: AtomicU64,
     clock: AtomicU64,
     hits: AtomicU64,
@@ -105,6 +107,7 @@ impl DiskCache {
             cap_bytes,
             entries: RwLock::default(),
             writer: Mutex::new(None),
+            generation: AtomicU64::new(0),
             cached_bytes: AtomicU64::new(0),
             clock: AtomicU64::new(1),
             hits: AtomicU64::new(0),
@@ -155,6 +158,20 @@ impl DiskCache {
     /// True if the chunk is there (its bytes may still turn out to be corrupt).
     pub fn contains(&self, chunk: Digest) -> bool {
         self.entries.read().contains_key(&chunk)
+    }
+
+    /// A number that is another one whenever chunks have come or gone.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Where those of `chunks` are that are not there.
+    pub fn missing(&self, chunks: &[Chunk]) -> Vec<Extent> {
+        let entries = self.entries.read();
+        let missing = chunks
+            .iter()
+            .filter(|chunk| !entries.contains_key(&chunk.digest));
+        missing.map(Chunk::extent).collect()
     }
 
     /// `len` bytes of the chunk from `start`, if the chunk is there and intact.
@@ -232,7 +249,11 @@ impl DiskCache {
             used: AtomicU64::new(self.tick()),
         };
         self.cached_bytes.fetch_add(space, Ordering::Relaxed);
-        self.entries.write().insert(chunk, Arc::new(entry));
+        {
+            let mut entries = self.entries.write();
+            entries.insert(chunk, Arc::new(entry));
+            self.generation.fetch_add(1, Ordering::Release);
+        }
         if self.cached_bytes.load(Ordering::Relaxed) > self.cap_bytes {
             self.evict_to(self.cap_bytes);
         }
@@ -271,6 +292,7 @@ impl DiskCache {
                 Some(current) if Arc::ptr_eq(current, entry) => entries.remove(&chunk),
                 _ => return,
             };
+            self.generation.fetch_add(1, Ordering::Release);
         }
         self.cached_bytes
             .fetch_sub(occupied(entry.len), Ordering::Relaxed);

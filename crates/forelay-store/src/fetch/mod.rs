@@ -11,6 +11,7 @@
 
 mod counters;
 mod prefetch;
+mod presence;
 mod queue;
 mod transfer;
 
@@ -33,6 +34,7 @@ use crate::disk_cache::DiskCache;
 use crate::error::StoreError;
 use crate::images::{ImageMap, Images};
 use crate::repository::Repository;
+use presence::Presence;
 use queue::{Group, NO_GROUP, Queue, Source, Submitted};
 
 /// Why a chunk is wanted.
@@ -159,6 +161,7 @@ pub(crate) struct Inner {
     pub(crate) images: Arc<Images>,
     config: FetchConfig,
     handle: Handle,
+    presence: Presence,
     state: Mutex<State>,
 }
 
@@ -192,6 +195,7 @@ impl Scheduler {
             images,
             config,
             handle,
+            presence: Presence::default(),
             state,
         }))
     }
@@ -286,16 +290,12 @@ impl Scheduler {
     }
 
     /// True if the whole range is in the disk cache (its bytes may still turn out corrupt).
+    /// Cheap to ask again and again while the cache does not change.
     pub fn is_cached(&self, image: Digest, extent: Extent) -> bool {
         self.0
             .images
             .get(image)
-            .and_then(|map| parts(&map, extent).ok())
-            .is_some_and(|wanted| {
-                wanted
-                    .iter()
-                    .all(|(source, _)| self.0.cache.contains(source.chunk))
-            })
+            .is_some_and(|map| self.0.presence.has(&self.0.cache, &map, extent))
     }
 
     /// Brings a plan's extents, in the plan's order, as a stream. Dropping the stream

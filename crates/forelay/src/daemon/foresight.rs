@@ -208,11 +208,11 @@ impl Host {
         catalogue: &Catalogue,
     ) -> VmForecast {
         let models = self.learner.models();
-        let (needs, sets) = (models.needs.lock(), models.sets.lock());
+        let needs = models.needs.lock();
         let known = Knowledge {
             needs: &needs.model,
             attachments: &needs.attachments,
-            sets: &sets,
+            plan: &|profile, images| models.plan(profile, images),
             costs,
             locate: &|name| catalogue.by_name.get(name).cloned(),
             tier: &|image, extent| self.tier(domain, image, extent),

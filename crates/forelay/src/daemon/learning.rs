@@ -131,9 +131,9 @@ impl Learner {
     /// What the next launch of `of` with `images` is expected to touch, in first-touch
     /// order.
     pub fn plan(&self, of: &ProfileRef, images: &[Digest]) -> Vec<PlannedExtent> {
-        let planned = self.models.sets.lock().plan(&model_key(of), images, None);
+        let planned = self.models.plan(&model_key(of), images);
         planned
-            .into_iter()
+            .iter()
             .map(|planned| PlannedExtent {
                 image: planned.image,
                 extent: planned.extent,

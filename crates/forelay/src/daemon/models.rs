@@ -9,13 +9,14 @@
 //! is attached to it is added.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use forelay_image::Digest;
 use forelay_predict::arrivals::{self, Forecaster};
 use forelay_predict::needs::{self, Attachments, Context};
 use forelay_predict::resources::Demand;
 use forelay_predict::time::Timestamp;
-use forelay_predict::working_set::{self, Touch, WorkingSets};
+use forelay_predict::working_set::{self, PlannedExtent, Plans, Touch, WorkingSets};
 use parking_lot::Mutex;
 
 use crate::history::{ComponentRef, ProfileRef, ResourceSample};
@@ -34,6 +35,7 @@ pub fn model_key(of: &ProfileRef) -> String {
 pub struct Models {
     /// Which parts.
     pub sets: Mutex<WorkingSets>,
+    plans: Mutex<Plans>,
     /// When.
     pub forecaster: Mutex<Forecaster>,
     /// What.
@@ -72,6 +74,7 @@ impl Models {
         });
         Self {
             sets: Mutex::new(sets),
+            plans: Mutex::default(),
             forecaster: Mutex::new(forecaster),
             needs: Mutex::new(Needs {
                 model: needs::Model::new(needs::Config::default()),
@@ -151,6 +154,12 @@ impl Models {
         let delay_s = at.seconds_since(open.context.at);
         let profile = open.context.profile.clone();
         needs.attachments.attached(&profile, component, delay_s);
+    }
+
+    /// What a launch of a profile (by its key) touches of images, in first-touch order.
+    pub fn plan(&self, profile: &str, images: &[Digest]) -> Arc<[PlannedExtent]> {
+        let sets = self.sets.lock();
+        self.plans.lock().plan(&sets, profile, images)
     }
 
     /// What a VM touched of images that it had.
