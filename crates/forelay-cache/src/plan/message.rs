@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::budget::MemorySample;
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
+use super::reuse::{Learned, Lesson};
+
 /// One extent that a launch is expected to touch.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlannedExtent {
@@ -56,6 +58,12 @@ pub enum Event {
     LaunchesRemembered {
         /// The launches.
         launches: Vec<PastLaunch>,
+    },
+    /// What [`Action::Study`] asked for is learned. Nothing to be written down.
+    #[serde(skip)]
+    Learned {
+        /// What the lesson taught.
+        learned: Box<Learned>,
     },
     /// A launch is asked for; its VMM does not run yet.
     LaunchRequested {
@@ -296,6 +304,13 @@ pub enum Action {
         profile: ProfileName,
         /// The devices, in order.
         devices: Vec<DeviceImage>,
+    },
+    /// Study what there is to learn from, on a thread of its own, and tell [`Event::Learned`].
+    /// If that never comes, the next lesson does.
+    #[serde(skip)]
+    Study {
+        /// The launches so far.
+        lesson: Box<Lesson>,
     },
     /// The launch that [`Action::Reserve`] prepared is not likely any more.
     Release {

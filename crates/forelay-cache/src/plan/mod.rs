@@ -9,6 +9,7 @@
 //!   LaunchRequested --> queue(Launch, first-touch order) --+--> pump --> Prefetch
 //!                                                          |     |
 //!   Pushed/PushFailed/Evicted -----------------------------+     +-- no room --> Evict
+//!   enough launches --> Study ... Learned --> other worths
 //!   Pressure(Critical) --> PausePrefetch, Unpin, Evict ... calm --> ResumePrefetch
 //! ```
 //!
@@ -49,6 +50,7 @@ pub use message::{
 };
 use queue::{Piece, Queue, Reason};
 use ranking::Ranking;
+pub use reuse::{Learned, Lesson};
 pub use rule::ByWorth;
 use victims::{Choice, Victims};
 use worth::{Forecast, Worth};
@@ -167,18 +169,19 @@ impl Planner {
 
     /// Takes one event at `now_ms` and returns what to do, in order.
     pub fn step(&mut self, event: Event, now_ms: i64) -> Vec<Action> {
-        // Not under the table's lock: now and then this fits a model, which takes 0.1 s.
-        self.note_launches(&event, now_ms);
+        // Not under the table's lock: now and then all samples are copied or scores renewed.
+        let lesson = self.learn(&event, now_ms);
         let table = Arc::clone(&self.table);
         table.write(|table| {
-            let mut actions = Vec::new();
+            let mut actions = Vec::from_iter(lesson);
             self.take(table, event, now_ms, &mut actions);
             self.pump(table, now_ms, &mut actions);
             actions
         })
     }
 
-    fn note_launches(&mut self, event: &Event, now_ms: i64) {
+    /// Notes launches, and what was learned of them; returns what is to be learned.
+    fn learn(&mut self, event: &Event, now_ms: i64) -> Option<Action> {
         match event {
             Event::LaunchRequested {
                 domain,
@@ -192,8 +195,11 @@ impl Planner {
                         .launched(&past.domain, &past.profile, &past.devices, past.at_ms);
                 }
             }
-            _ => {}
+            Event::Learned { learned } => self.worth.adopt(learned.as_ref().clone()),
+            _ => return None,
         }
+        let lesson = Box::new(self.worth.lesson()?);
+        Some(Action::Study { lesson })
     }
 
     fn take(
@@ -205,7 +211,7 @@ impl Planner {
     ) {
         let result = match event {
             // Noted before the table was taken.
-            Event::LaunchesRemembered { .. } => Ok(()),
+            Event::LaunchesRemembered { .. } | Event::Learned { .. } => Ok(()),
             Event::LaunchRequested {
                 vm,
                 domain,

@@ -2,16 +2,18 @@
 //! [`crate::policy::forecast`], for what no launch is foreseen to need.
 //!
 //! Each launch is a request for its components; the policy's own memory is a shadow of the
-//! planner's budget, of which only the estimates are used.
+//! planner's budget, of which only the estimates are used. A model is fitted by whoever studies
+//! a [`Lesson`], beside all else.
 //!
 //! Invariants: bounded memory (a learner that has met [`MOST_OBJECTS`] images begins anew);
-//! time as told here never goes back.
+//! time as told here never goes back; what a lesson taught counts unless a later one was adopted
+//! or all that it was taken from is forgotten.
 
 use std::collections::HashMap;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::policy::forecast::{Forecast, ForecastConfig};
-use crate::policy::{Policy as _, Request};
+use crate::policy::{Policy as _, Request, lesson};
 
 /// Images after which all is forgotten: each has a past of some hundred bytes.
 const MOST_OBJECTS: usize = 1 << 16;
@@ -20,6 +22,30 @@ const MOST_SAMPLES: usize = 60_000;
 /// A clock that goes back this far was set anew, and so is the learner, in milliseconds.
 const SET_BACK_MS: i64 = 3_600_000;
 
+/// Launches to learn from. Studying it takes about 0.1 s of any thread.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lesson {
+    number: u64,
+    lesson: lesson::Lesson,
+}
+
+/// What a [`Lesson`] taught.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Learned {
+    number: u64,
+    learned: lesson::Learned,
+}
+
+impl Lesson {
+    /// Learns when components are used again.
+    pub fn study(&self) -> Learned {
+        Learned {
+            number: self.number,
+            learned: self.lesson.study(),
+        }
+    }
+}
+
 /// See the module's header.
 #[derive(Clone, Debug)]
 pub(super) struct Reuse {
@@ -27,6 +53,9 @@ pub(super) struct Reuse {
     objects: HashMap<SharedImage, u32>,
     owners: HashMap<(Domain, ProfileName), u32>,
     now_ms: i64,
+    /// Lessons taken, and the last one that was adopted or came to nothing.
+    taken: u64,
+    adopted: u64,
 }
 
 impl Reuse {
@@ -41,6 +70,8 @@ impl Reuse {
             objects: HashMap::new(),
             owners: HashMap::new(),
             now_ms: i64::MIN,
+            taken: 0,
+            adopted: 0,
         }
     }
 
@@ -56,7 +87,11 @@ impl Reuse {
     ) {
         let set_back = self.now_ms.saturating_sub(now_ms) > SET_BACK_MS && self.now_ms > i64::MIN;
         if set_back || self.objects.len() >= MOST_OBJECTS || self.owners.len() >= MOST_OBJECTS {
-            *self = Self::new(self.learner.capacity_bytes());
+            *self = Self {
+                taken: self.taken,
+                adopted: self.taken,
+                ..Self::new(self.learner.capacity_bytes())
+            };
         }
         self.now_ms = self.now_ms.max(now_ms);
         let owners = self.owners.len() as u32;
@@ -66,13 +101,29 @@ impl Reuse {
             let objects = self.objects.len() as u32;
             let image = SharedImage::new(domain.clone(), device.image);
             let object = *self.objects.entry(image).or_insert(objects);
-            self.learner.request(&Request {
+            self.learner.observe(&Request {
                 object,
                 owner,
                 bytes: device.image_bytes,
                 load_s: latency_s + device.image_bytes as f64 * seconds_per_byte,
                 now_ms: self.now_ms,
             });
+        }
+    }
+
+    /// What is to be learned of the launches so far, if enough is new.
+    pub(super) fn lesson(&mut self) -> Option<Lesson> {
+        let lesson = self.learner.lesson(self.now_ms)?;
+        self.taken += 1;
+        let number = self.taken;
+        Some(Lesson { number, lesson })
+    }
+
+    /// Estimates by what a lesson taught from now on.
+    pub(super) fn adopt(&mut self, Learned { number, learned }: Learned) {
+        if number > self.adopted {
+            self.adopted = number;
+            self.learner.adopt(learned, self.now_ms);
         }
     }
 
@@ -117,6 +168,12 @@ mod tests {
         now_ms
     }
 
+    fn study(reuse: &mut Reuse) {
+        if let Some(lesson) = reuse.lesson() {
+            reuse.adopt(lesson.study());
+        }
+    }
+
     #[test]
     fn what_comes_back_is_expected_and_what_does_not_is_not() {
         let domain = Domain::from("ci");
@@ -125,6 +182,7 @@ mod tests {
         let launches = 24_000;
         for at in 0..launches {
             launch(&mut reuse, &domain, at);
+            study(&mut reuse);
             if at == 1_000 {
                 assert_eq!(reuse.probability(&image(7), 600_000), None, "too early");
             }
@@ -141,6 +199,43 @@ mod tests {
         );
         let elsewhere = SharedImage::new("other".into(), device(7).image);
         assert_eq!(reuse.probability(&elsewhere, 600_000), None);
+    }
+
+    #[test]
+    fn a_lesson_is_taken_once_and_counts_for_the_past_that_it_is_of() {
+        let domain = Domain::from("ci");
+        let image = SharedImage::new(domain.clone(), device(7).image);
+        let mut reuse = Reuse::new(64 << 20);
+        let mut next = 0;
+        let mut take = |reuse: &mut Reuse| {
+            loop {
+                launch(reuse, &domain, next);
+                next += 1;
+                if let Some(lesson) = reuse.lesson() {
+                    return lesson;
+                }
+            }
+        };
+        let first = take(&mut reuse);
+        assert_eq!(reuse.lesson(), None, "until enough is new");
+        assert_eq!(reuse.probability(&image, 600_000), None, "not studied");
+        let second = take(&mut reuse);
+        let (first, second) = (first.study(), second.study());
+        let mut in_order = reuse.clone();
+        in_order.adopt(first.clone());
+        let early = in_order.probability(&image, 600_000);
+        assert!(early.is_some());
+        in_order.adopt(second.clone());
+        let late = in_order.probability(&image, 600_000);
+        assert_ne!(late, early);
+        let mut overtaken = reuse.clone();
+        overtaken.adopt(second.clone());
+        overtaken.adopt(first);
+        assert_eq!(overtaken.probability(&image, 600_000), late);
+        // The clock is set back while the lesson is studied.
+        launch(&mut reuse, &domain, 0);
+        reuse.adopt(second);
+        assert_eq!(reuse.probability(&image, 600_000), None);
     }
 
     #[test]

@@ -91,6 +91,9 @@ impl Policy for ByWorth {
         let domain = self.domain.clone();
         self.worth
             .launched(&domain, &profile, &[device], request.now_ms);
+        if let Some(lesson) = self.worth.lesson() {
+            self.worth.adopt(lesson.study());
+        }
         self.worth
             .used(&image, PageRun::new(0, 1), false, request.now_ms);
         if self.held.contains_key(&request.object) {

@@ -17,7 +17,7 @@ use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::page_set::PageRun;
 
 use super::message::{PlanConfig, PlannedExtent};
-use super::reuse::Reuse;
+use super::reuse::{Learned, Lesson, Reuse};
 
 /// Pages of a segment, the grain of observed uses.
 const SEGMENT_PAGES: u32 = 64;
@@ -75,6 +75,12 @@ pub(super) struct Needs<'a> {
 }
 
 impl Needs<'_> {
+    /// Whether launches have taught when the component is used again.
+    #[cfg(test)]
+    pub(super) const fn is_learned(&self) -> bool {
+        self.component.is_some()
+    }
+
     /// Probability of a use within the horizon.
     pub(super) fn of_segment(&self, segment: u32) -> f64 {
         let Some(uses) = self.uses else { return 0.0 };
@@ -250,6 +256,16 @@ impl Worth {
             let image = SharedImage::new(domain.clone(), device.image);
             self.used(&image, PageRun::new(0, 0), true, now_ms);
         }
+    }
+
+    /// What is to be learned of launches, if enough is new.
+    pub(super) fn lesson(&mut self) -> Option<Lesson> {
+        self.reuse.lesson()
+    }
+
+    /// Estimates by what a lesson taught from now on.
+    pub(super) fn adopt(&mut self, learned: Learned) {
+        self.reuse.adopt(learned);
     }
 
     /// What observed uses say of an image's need within the horizon.

@@ -19,6 +19,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use super::history::{FEATURES, History};
+use super::lesson::{self, Learned, Lesson};
 use super::ranked::Ranked;
 use super::s3_fifo::S3Fifo;
 use super::trees::{FitSettings, Samples, Trees};
@@ -203,6 +204,35 @@ impl Forecast {
         self.random
     }
 
+    /// As [`Policy::request`], but learns nothing from it until a [`Self::lesson`] is studied.
+    pub fn observe(&mut self, request: &Request) -> bool {
+        let (object, now_ms) = (request.object, request.now_ms);
+        self.close_samples(object, now_ms);
+        self.refresh(now_ms);
+        self.history.observe(request);
+        if self.model.is_none() {
+            self.fallback.request(request);
+        }
+        let known = self.known.entry(object).or_insert(Known {
+            bytes: request.bytes,
+            load_s: request.load_s,
+            due_ms: now_ms,
+            need: 1.0,
+        });
+        known.load_s = request.load_s;
+        let hit = self.held.contains(object);
+        self.turnover
+            .note(if hit { 0 } else { request.bytes }, now_ms);
+        if !hit && request.bytes <= self.held.capacity_bytes() {
+            let known = *known;
+            self.make_room(request.bytes);
+            self.insert(object, &known);
+        }
+        self.score(object, now_ms);
+        self.take_samples(now_ms);
+        hit
+    }
+
     // ---- learning --------------------------------------------------------------
 
     /// Outcomes that the request decides, and those that the window does.
@@ -285,9 +315,20 @@ impl Forecast {
         }
     }
 
-    fn fit_if_due(&mut self, now_ms: i64) {
+    /// What is to be learned, once there is enough that was not there the last time. What it
+    /// teaches is for [`Self::adopt`].
+    pub fn lesson(&mut self, now_ms: i64) -> Option<Lesson> {
+        let fit = self.config.fit;
+        self.if_due(now_ms, |samples, half_life_ms| Lesson {
+            samples: samples.clone(),
+            half_life_ms,
+            fit,
+        })
+    }
+
+    fn if_due<R>(&mut self, now_ms: i64, take: impl FnOnce(&Samples, f64) -> R) -> Option<R> {
         if self.complete < self.next_fit {
-            return;
+            return None;
         }
         // Samples that still wait, but for long, say "not needed" until they know better:
         // without them everything looks needed.
@@ -300,23 +341,26 @@ impl Forecast {
             }
         }
         let waiting = (self.samples.len() - complete) as u64;
-        if self.expired + waiting >= self.config.first_fit_samples / 8 {
-            self.fit(now_ms);
-        } else {
-            self.next_fit = self.complete + self.config.first_fit_samples / 8;
-        }
+        let enough = self.expired + waiting >= self.config.first_fit_samples / 8;
+        let later = match enough {
+            true => (self.complete / 3).min(self.config.refit_samples),
+            false => self.config.first_fit_samples / 8,
+        };
+        self.next_fit = self.complete + later;
+        let taken = enough.then(|| {
+            let (least, most) = self.config.half_life_range_ms;
+            let fills_in_ms = self.turnover.fills_in_ms(self.held.used_bytes());
+            let half_life_ms = fills_in_ms.map_or(self.half_life_ms, |ms| ms.clamp(least, most));
+            take(&self.samples, half_life_ms)
+        });
         self.samples.truncate::<FEATURES>(complete);
+        taken
     }
 
-    fn fit(&mut self, now_ms: i64) {
-        self.next_fit = self.complete + (self.complete / 3).min(self.config.refit_samples);
-        if let Some(fills_in_ms) = self.turnover.fills_in_ms(self.held.used_bytes()) {
-            let (least, most) = self.config.half_life_range_ms;
-            self.half_life_ms = fills_in_ms.clamp(least, most);
-        }
-        let half_life_ms = self.half_life_ms as f32;
-        let discounted = |wait_ms: f32| (-wait_ms / half_life_ms).exp2();
-        self.model = Trees::fit(&self.samples, discounted, &self.config.fit);
+    /// Scores by what a lesson taught from now on.
+    pub fn adopt(&mut self, learned: Learned, now_ms: i64) {
+        self.half_life_ms = learned.half_life_ms;
+        self.model = learned.model;
         for object in self.members.clone() {
             self.score(object, now_ms);
         }
@@ -439,31 +483,14 @@ impl Policy for Forecast {
     }
 
     fn request(&mut self, request: &Request) -> bool {
-        let (object, now_ms) = (request.object, request.now_ms);
-        self.close_samples(object, now_ms);
-        self.refresh(now_ms);
-        self.history.observe(request);
-        if self.model.is_none() {
-            self.fallback.request(request);
-        }
-        let known = self.known.entry(object).or_insert(Known {
-            bytes: request.bytes,
-            load_s: request.load_s,
-            due_ms: now_ms,
-            need: 1.0,
+        let hit = self.observe(request);
+        let fit = self.config.fit;
+        let learned = self.if_due(request.now_ms, |samples, half_life_ms| {
+            lesson::study(samples, half_life_ms, &fit)
         });
-        known.load_s = request.load_s;
-        let hit = self.held.contains(object);
-        self.turnover
-            .note(if hit { 0 } else { request.bytes }, now_ms);
-        if !hit && request.bytes <= self.held.capacity_bytes() {
-            let known = *known;
-            self.make_room(request.bytes);
-            self.insert(object, &known);
+        if let Some(learned) = learned {
+            self.adopt(learned, request.now_ms);
         }
-        self.score(object, now_ms);
-        self.take_samples(now_ms);
-        self.fit_if_due(now_ms);
         hit
     }
 

@@ -8,7 +8,7 @@
 const BINS: usize = 32;
 
 /// How a model is fitted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FitSettings {
     /// Number of trees.
     pub trees: usize,
@@ -27,7 +27,7 @@ pub struct FitSettings {
 }
 
 /// Samples of `width` features each, with what they turned out to be.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Samples {
     features: Vec<f32>,
     outcomes: Vec<f32>,
@@ -65,7 +65,7 @@ impl Samples {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct Tree {
     /// Feature and the value it must exceed, from the lowest bit of the leaf's number.
     tests: Vec<(u16, f32)>,
@@ -73,7 +73,7 @@ struct Tree {
 }
 
 /// A fitted model.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Trees {
     base: f32,
     trees: Vec<Tree>,

@@ -392,6 +392,13 @@ impl Worker {
                 action @ (Action::Reserve { .. } | Action::Release { .. }) => {
                     let _ = self.reserve.send(action);
                 }
+                Action::Study { lesson } => {
+                    let events = self.events.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let learned = Box::new(lesson.study());
+                        let _ = events.send(Event::Learned { learned });
+                    });
+                }
             }
         }
         for (domain, plan) in batches {

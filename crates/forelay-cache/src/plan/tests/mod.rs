@@ -110,6 +110,10 @@ impl Host {
                     }
                     Action::PausePrefetch => self.paused = true,
                     Action::ResumePrefetch => self.paused = false,
+                    Action::Study { lesson } => {
+                        let learned = Box::new(lesson.study());
+                        events.push_back(Event::Learned { learned });
+                    }
                     Action::Reserve { .. } | Action::Release { .. } => {}
                 }
                 self.log.push(action);
@@ -360,6 +364,43 @@ fn what_is_here_already_is_held_for_a_launch_like_what_is_loaded_for_it() {
     host.now_ms += host.planner.config.pin_hold_ms;
     host.tell(Event::Tick);
     assert_eq!(pinned(&host), 0);
+}
+
+#[test]
+fn what_launches_teach_is_asked_for_once_and_counts_when_it_is_told() {
+    let mut host = Host::new(PlanConfig::default());
+    let start_ms = host.now_ms;
+    let past = |at: u32| {
+        // One of 60 that return every ten minutes, and one that never does, in turn.
+        let number = if at.is_multiple_of(2) {
+            at / 2 % 60
+        } else {
+            1_000 + at
+        };
+        PastLaunch {
+            at_ms: start_ms + i64::from(at) * 5_000,
+            domain: "d".into(),
+            profile: "p".into(),
+            devices: vec![DeviceImage {
+                image: Digest::of(&number.to_le_bytes()),
+                image_bytes: 64 * MIB,
+            }],
+        }
+    };
+    let launches: Vec<PastLaunch> = (0..24_000).map(past).collect();
+    let image = SharedImage::new("d".into(), launches[0].devices[0].image);
+    host.now_ms += 24_000 * 5_000;
+    let event = Event::LaunchesRemembered { launches };
+    let actions = host.planner.step(event, host.now_ms);
+    let [Action::Study { lesson }] = &actions[..] else {
+        panic!("one lesson, not {actions:?}");
+    };
+    let needs = |host: &Host| host.planner.worth.needs(&image, host.now_ms).is_learned();
+    assert!(!needs(&host), "nobody has studied");
+    let learned = Box::new(lesson.study());
+    host.tell(Event::Learned { learned });
+    assert!(needs(&host));
+    assert_eq!(host.planner.counters().refused_events, 0);
 }
 
 #[test]
