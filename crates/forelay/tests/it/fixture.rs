@@ -221,6 +221,10 @@ pub struct Settings {
     pub ahead: bool,
     /// Pmem devices that a VM may have at its launch; the daemon's own limit if absent.
     pub pmem_slots: Option<usize>,
+    /// What the forecaster's clock shows when the host is made, in milliseconds since the epoch.
+    pub clock_starts_ms: Option<i64>,
+    /// Every launch fails at starting its VMM, after all that comes before.
+    pub no_vmm: bool,
 }
 
 /// What a command did.
@@ -247,16 +251,26 @@ impl Host {
         let slots = settings
             .pmem_slots
             .map(|slots| format!("pmem_slots = {slots}\n"));
+        let clock = settings.clock_starts_ms.map(|starts_ms| {
+            let now_ms = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
+            format!("time_origin_ms = {now_ms}\ntime_starts_ms = {starts_ms}\n")
+        });
+        let vmm = if settings.no_vmm {
+            "qemu = \"/bin/false\"\n"
+        } else {
+            ""
+        };
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\n\
-             [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n\n\
-             [vmm]\n{}",
+             [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n{}\n\
+             [vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             settings.repository.as_ref().unwrap_or(&bench.repository),
             settings.latency_ms,
             settings.budget_bytes,
             settings.ahead,
+            clock.unwrap_or_default(),
             slots.unwrap_or_default(),
         );
         std::fs::write(dir.path().join("forelay.toml"), text).unwrap();

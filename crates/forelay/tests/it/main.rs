@@ -16,4 +16,5 @@ mod full_disk;
 mod life_of_a_page;
 mod memory;
 mod premap;
+mod self_control;
 mod systemd;
