@@ -3,6 +3,7 @@
 mod cold;
 mod decoders;
 mod faults;
+mod fuzzed;
 mod garbage;
 mod life;
 mod privileged;
