@@ -40,6 +40,7 @@ mod samples;
 mod server;
 mod sessions;
 mod supervise;
+mod vmm_cgroup;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};

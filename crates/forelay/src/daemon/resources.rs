@@ -1,8 +1,10 @@
 //! What each VM uses, and what all of them are forecast to need.
 //!
-//! Samples the VMM's process (CPU, memory that is its own, disk I/O) and asks the guest what its
-//! network carried: what a VMM's user-mode network moves no counter of the kernel tells. Hands the samples to the history and the models, and from them the
-//! forecast demand to the memory samples that adapt the budget.
+//! Samples the VMM's process (CPU, memory that is its own, disk I/O), its control group where it
+//! has one to itself ([`super::vmm_cgroup`]), and asks the guest what its network carried: what
+//! a VMM's user-mode network moves no counter of the kernel tells. Hands the samples to the
+//! history and the models, and from them the forecast demand to the memory samples that adapt
+//! the budget.
 //!
 //! Component pages are shared files and no VM's own: they are not part of a VM's memory here.
 
@@ -17,6 +19,7 @@ use forelay_vm::guest_protocol::Traffic;
 use super::Host;
 use super::instances::Instance;
 use super::memory::now_ms;
+use super::vmm_cgroup::{Charged, Groups};
 use crate::api::VmState;
 use crate::history::{ProfileRef, ResourceSample};
 
@@ -55,6 +58,16 @@ impl Usage {
         usage.read_bytes = field(&io, "read_bytes:");
         usage.written_bytes = field(&io, "write_bytes:");
         Some(usage)
+    }
+
+    /// With what the VMM's control group was charged, where that is more.
+    fn with(mut self, charged: &Charged) -> Self {
+        let (read, written) = charged.io_bytes.unwrap_or_default();
+        self.cpu_ms = self.cpu_ms.max(charged.cpu_ms.unwrap_or(0));
+        self.memory_bytes = self.memory_bytes.max(charged.memory_bytes.unwrap_or(0));
+        self.read_bytes = self.read_bytes.max(read);
+        self.written_bytes = self.written_bytes.max(written);
+        self
     }
 
     /// What was used between an earlier look and this one.
@@ -98,6 +111,7 @@ impl Host {
     /// Samples VMs for as long as the daemon lives.
     pub(super) async fn sample_vms(self: Arc<Self>) {
         let mut before: HashMap<i64, Usage> = HashMap::new();
+        let groups = Groups::new();
         let mut interval = tokio::time::interval(EVERY);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -108,9 +122,10 @@ impl Host {
                 futures_util::future::join_all(live.iter().map(|instance| self.traffic(instance)));
             for (instance, network) in live.iter().zip(networks.await) {
                 let vm = instance.vm();
-                let Some(mut usage) = vm.pid.and_then(Usage::of) else {
+                let Some((pid, usage)) = vm.pid.and_then(|pid| Some((pid, Usage::of(pid)?))) else {
                     continue;
                 };
+                let mut usage = usage.with(&groups.charged(pid));
                 let id = instance.launch_id();
                 let earlier = before.get(&id).copied().unwrap_or_default();
                 // A guest that does not answer has carried nothing since.
@@ -181,6 +196,29 @@ mod tests {
         let usage = Usage::of(std::process::id()).unwrap();
         assert!(usage.memory_bytes > 0);
         assert!(Usage::of(u32::MAX).is_none());
+    }
+
+    #[test]
+    fn a_control_group_counts_where_it_says_more() {
+        let usage = Usage {
+            cpu_ms: 100,
+            memory_bytes: 5000,
+            read_bytes: 7,
+            written_bytes: 9,
+            ..Usage::default()
+        };
+        assert_eq!(usage.with(&Charged::default()), usage);
+        let charged = Charged {
+            cpu_ms: Some(120),
+            memory_bytes: Some(4000),
+            io_bytes: Some((8, 3)),
+        };
+        let both = Usage {
+            cpu_ms: 120,
+            read_bytes: 8,
+            ..usage
+        };
+        assert_eq!(usage.with(&charged), both);
     }
 
     #[test]
