@@ -12,13 +12,14 @@
 use std::collections::HashMap;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
+use crate::policy::forecast::lesson;
 use crate::policy::forecast::{Forecast, ForecastConfig};
-use crate::policy::{Policy as _, Request, lesson};
+use crate::policy::{Policy as _, Request};
 
 /// Images after which all is forgotten: each has a past of some hundred bytes.
 const MOST_OBJECTS: usize = 1 << 16;
-/// Samples that are remembered: with 43 features each they take 11 MB.
-const MOST_SAMPLES: usize = 60_000;
+/// Samples that are remembered, up to four a launch: with 43 features each they take 36 MB.
+const MOST_SAMPLES: usize = 200_000;
 /// A clock that goes back this far was set anew, and so is the learner, in milliseconds.
 const SET_BACK_MS: i64 = 3_600_000;
 

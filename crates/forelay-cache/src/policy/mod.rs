@@ -15,7 +15,6 @@ pub mod forecast;
 pub mod gdsf;
 pub mod history;
 pub mod least_used;
-pub mod lesson;
 pub mod lfu;
 pub mod lru;
 pub mod min;

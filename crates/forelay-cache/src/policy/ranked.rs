@@ -145,12 +145,23 @@ impl<R: Ord + Copy> Ranked<R> {
         self.order.first().copied()
     }
 
-    /// Gives up the object of lowest rank; returns its rank and itself.
-    pub(super) fn pop(&mut self) -> Option<(R, u32)> {
-        let (rank, object) = self.order.pop_first()?;
-        if let Some((_, bytes)) = self.held.remove(&object) {
+    /// The objects, lowest rank first.
+    pub(super) fn objects(&self) -> impl Iterator<Item = u32> + '_ {
+        self.order.iter().map(|(_, object)| *object)
+    }
+
+    /// Gives up an object.
+    pub(super) fn remove(&mut self, object: u32) {
+        if let Some((rank, bytes)) = self.held.remove(&object) {
+            self.order.remove(&(rank, object));
             self.used_bytes -= bytes;
         }
+    }
+
+    /// Gives up the object of lowest rank; returns its rank and itself.
+    pub(super) fn pop(&mut self) -> Option<(R, u32)> {
+        let (rank, object) = self.lowest()?;
+        self.remove(object);
         Some((rank, object))
     }
 }

@@ -103,15 +103,16 @@ impl S3Fifo {
         }
     }
 
-    fn evict(&mut self) {
+    /// What left; nothing if all that was looked at moved on to the main queue.
+    fn evict(&mut self) -> Option<u32> {
         if self.small.bytes > self.small_bytes || self.main.objects.is_empty() {
-            self.evict_small();
+            self.evict_small()
         } else {
-            self.evict_main();
+            self.evict_main()
         }
     }
 
-    fn evict_small(&mut self) {
+    fn evict_small(&mut self) -> Option<u32> {
         while let Some((object, _)) = self.small.objects.pop_front() {
             let entry = self.objects[&object];
             self.small.bytes -= entry.bytes;
@@ -120,11 +121,12 @@ impl S3Fifo {
                 continue;
             }
             self.put(object, Place::Ghost, entry.bytes);
-            return;
+            return Some(object);
         }
+        None
     }
 
-    fn evict_main(&mut self) {
+    fn evict_main(&mut self) -> Option<u32> {
         while let Some((object, ticket)) = self.main.objects.pop_front() {
             let Some(entry) = self.objects.get_mut(&object) else {
                 continue;
@@ -136,17 +138,13 @@ impl S3Fifo {
             }
             self.main.bytes -= entry.bytes;
             self.objects.remove(&object);
-            return;
+            return Some(object);
         }
-    }
-}
-
-impl Policy for S3Fifo {
-    fn name(&self) -> &'static str {
-        "s3-fifo"
+        None
     }
 
-    fn request(&mut self, request: &Request) -> bool {
+    /// As [`Policy::request`]; says what leaves.
+    pub(super) fn request_telling(&mut self, request: &Request, left: &mut Vec<u32>) -> bool {
         if let Some(entry) = self.objects.get_mut(&request.object)
             && entry.place != Place::Ghost
         {
@@ -157,7 +155,7 @@ impl Policy for S3Fifo {
             return false;
         }
         while self.used_bytes() + request.bytes > self.capacity_bytes {
-            self.evict();
+            left.extend(self.evict());
         }
         // Looked up only now: making room may have dropped the ghost.
         let ghost = self.objects.get(&request.object).map(|entry| entry.bytes);
@@ -169,6 +167,16 @@ impl Policy for S3Fifo {
             None => self.put(request.object, Place::Small, request.bytes),
         }
         false
+    }
+}
+
+impl Policy for S3Fifo {
+    fn name(&self) -> &'static str {
+        "s3-fifo"
+    }
+
+    fn request(&mut self, request: &Request) -> bool {
+        self.request_telling(request, &mut Vec::new())
     }
 
     fn contains(&self, object: u32) -> bool {

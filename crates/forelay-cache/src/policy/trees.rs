@@ -1,5 +1,8 @@
 //! A small learner: gradient boosting of oblivious trees (one test a level, as in
-//! CatBoost) on squared error, with features cut into quantile bins.
+//! CatBoost) for a share between 0 and 1, on its cross entropy by Newton steps (Friedman et
+//! al., 2000), with features cut into quantile bins. Squared error would see no difference
+//! between one in ten and one in a hundred thousand, and that is where it is decided what
+//! leaves.
 //!
 //! Owns fitting and scoring. Refuses to know what features mean. Deterministic: the only
 //! randomness is an own generator with a fixed seed.
@@ -16,7 +19,8 @@ pub struct FitSettings {
     pub depth: usize,
     /// Share of each tree that counts.
     pub rate: f32,
-    /// Samples by which a leaf is drawn towards zero.
+    /// By what a leaf is drawn towards zero: in sums of p(1 - p) over samples whose share is
+    /// put at p, so four times as many samples at a half.
     pub shrink: f32,
     /// Each tree sees one sample in this many,
     pub row_stride: usize,
@@ -26,32 +30,36 @@ pub struct FitSettings {
     pub feature_share: f64,
 }
 
-/// Samples of `width` features each, with what they turned out to be.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Samples {
-    features: Vec<f32>,
-    outcomes: Vec<f32>,
+/// Samples of so many features each, with what they turned out to be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Samples<O, const WIDTH: usize> {
+    features: Vec<[f32; WIDTH]>,
+    outcomes: Vec<O>,
     oldest: usize,
 }
 
-impl Samples {
+impl<O, const WIDTH: usize> Default for Samples<O, WIDTH> {
+    fn default() -> Self {
+        Self {
+            features: Vec::new(),
+            outcomes: Vec::new(),
+            oldest: 0,
+        }
+    }
+}
+
+impl<O, const WIDTH: usize> Samples<O, WIDTH> {
     /// Adds a sample; beyond `most` samples the oldest is replaced.
-    pub fn add<const WIDTH: usize>(&mut self, features: &[f32; WIDTH], outcome: f32, most: usize) {
+    pub fn add(&mut self, features: [f32; WIDTH], outcome: O, most: usize) {
         if self.outcomes.len() < most {
-            self.features.extend_from_slice(features);
+            self.features.push(features);
             self.outcomes.push(outcome);
             return;
         }
         let at = self.oldest;
-        self.features[at * WIDTH..(at + 1) * WIDTH].copy_from_slice(features);
+        self.features[at] = features;
         self.outcomes[at] = outcome;
         self.oldest = (at + 1) % most.max(1);
-    }
-
-    /// Forgets what was added after the first `len`.
-    pub fn truncate<const WIDTH: usize>(&mut self, len: usize) {
-        self.features.truncate(len * WIDTH);
-        self.outcomes.truncate(len);
     }
 
     /// How many there are.
@@ -100,28 +108,27 @@ struct Binned {
 }
 
 impl Binned {
-    fn new(samples: &Samples) -> Self {
-        let rows = samples.len();
-        let width = samples.features.len() / rows;
-        let mut bins = vec![0; rows * width];
-        let mut cuts = Vec::with_capacity(width);
-        for feature in 0..width {
-            let value = |row: usize| samples.features[row * width + feature];
-            let mut sorted: Vec<f32> = (0..rows).step_by((rows / 4096).max(1)).map(value).collect();
+    fn new<O, const WIDTH: usize>(parts: &[&Samples<O, WIDTH>]) -> Self {
+        let rows: usize = parts.iter().map(|part| part.len()).sum();
+        let mut bins = Vec::with_capacity(rows * WIDTH);
+        let mut cuts = Vec::with_capacity(WIDTH);
+        for feature in 0..WIDTH {
+            let values = || {
+                let all = parts.iter().flat_map(|part| &part.features);
+                all.map(move |features| features[feature])
+            };
+            let mut sorted: Vec<f32> = values().step_by((rows / 4096).max(1)).collect();
             sorted.sort_unstable_by(f32::total_cmp);
             let quantile = |bin: usize| sorted[bin * sorted.len() / BINS];
             let mut borders: Vec<f32> = (1..BINS).map(quantile).collect();
             borders.dedup();
-            let column = &mut bins[feature * rows..(feature + 1) * rows];
-            for (row, bin) in column.iter_mut().enumerate() {
-                let value = value(row);
-                *bin = borders.partition_point(|&border| border < value) as u8;
-            }
+            let bin = |value: f32| borders.partition_point(|&border| border < value) as u8;
+            bins.extend(values().map(bin));
             cuts.push(borders);
         }
         Self {
             rows,
-            width,
+            width: WIDTH,
             cuts,
             bins,
         }
@@ -132,51 +139,91 @@ impl Binned {
     }
 }
 
-/// Sum of residuals and number of samples.
+/// Share of which nothing is surer.
+const SUREST: f32 = 1e-4;
+
+/// The share for which its log odds stand.
+fn share_of(log_odds: f32) -> f32 {
+    1.0 / (1.0 + (-log_odds).exp())
+}
+
+/// How far off a sample's share is, and how much it can be off: its variance.
+#[derive(Clone, Copy, Default)]
+struct Residual {
+    off: f32,
+    variance: f32,
+}
+
+impl Residual {
+    fn new(outcome: f32, log_odds: f32) -> Self {
+        let share = share_of(log_odds);
+        Self {
+            off: outcome - share,
+            variance: (share * (1.0 - share)).max(1e-3),
+        }
+    }
+}
+
+/// Sum of residuals.
 #[derive(Clone, Copy, Default)]
 struct Sum {
-    total: f32,
-    count: f32,
+    off: f32,
+    variance: f32,
 }
 
 impl Sum {
-    fn add(&mut self, residual: f32) {
-        self.total += residual;
-        self.count += 1.0;
+    fn add(&mut self, other: Residual) {
+        self.off += other.off;
+        self.variance += other.variance;
     }
 
-    /// What predicting this part's mean takes off the squared error.
+    /// The Newton step for this part.
+    fn step(self, shrink: f32) -> f32 {
+        self.off / (self.variance + shrink)
+    }
+
+    /// What that step takes off the cross entropy, twice.
     fn gain(self, shrink: f32) -> f32 {
-        self.total * self.total / (self.count + shrink)
+        self.off * self.step(shrink)
     }
 }
 
 impl Trees {
-    /// Fits a model of a function of the outcomes; nothing without samples.
-    pub fn fit(
-        samples: &Samples,
-        function: impl Fn(f32) -> f32,
+    /// Fits a model of a share that is a function of the outcomes of all parts; nothing without
+    /// samples.
+    pub fn fit<O: Copy, const WIDTH: usize>(
+        parts: &[&Samples<O, WIDTH>],
+        share: impl Fn(O) -> f32,
         settings: &FitSettings,
     ) -> Option<Self> {
-        if samples.is_empty() {
+        if parts.iter().all(|part| part.is_empty()) {
             return None;
         }
-        let binned = Binned::new(samples);
-        let mut residuals: Vec<f32> = samples.outcomes.iter().map(|&x| function(x)).collect();
-        let sum: f64 = residuals.iter().map(|&outcome| f64::from(outcome)).sum();
-        let base = (sum / samples.len() as f64) as f32;
-        for residual in &mut residuals {
-            *residual -= base;
-        }
+        let binned = Binned::new(parts);
+        let outcomes = parts.iter().flat_map(|part| &part.outcomes);
+        let outcomes: Vec<f32> = outcomes.map(|&outcome| share(outcome)).collect();
+        let sum: f64 = outcomes.iter().map(|&outcome| f64::from(outcome)).sum();
+        let mean = (sum / outcomes.len() as f64) as f32;
+        let mean = mean.clamp(SUREST, 1.0 - SUREST);
+        let base = (mean / (1.0 - mean)).ln();
+        let mut log_odds = vec![base; outcomes.len()];
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut trees = Vec::with_capacity(settings.trees);
         for _ in 0..settings.trees {
-            trees.push(fit_tree(&binned, &mut residuals, settings, &mut random));
+            let pairs = outcomes.iter().zip(&log_odds);
+            let residuals: Vec<Residual> = pairs.map(|(&y, &f)| Residual::new(y, f)).collect();
+            trees.push(fit_tree(
+                &binned,
+                &residuals,
+                &mut log_odds,
+                settings,
+                &mut random,
+            ));
         }
         Some(Self { base, trees })
     }
 
-    /// The model's answer for one set of features.
+    /// The share for one set of features.
     pub fn score(&self, features: &[f32]) -> f32 {
         let leaf = |tree: &Tree| {
             let mut leaf = 0;
@@ -185,13 +232,14 @@ impl Trees {
             }
             tree.leaves[leaf]
         };
-        self.base + self.trees.iter().map(leaf).sum::<f32>()
+        share_of(self.base + self.trees.iter().map(leaf).sum::<f32>())
     }
 }
 
 fn fit_tree(
     binned: &Binned,
-    residuals: &mut [f32],
+    residuals: &[Residual],
+    log_odds: &mut [f32],
     settings: &FitSettings,
     random: &mut Random,
 ) -> Tree {
@@ -216,10 +264,10 @@ fn fit_tree(
     for &row in &seen {
         sums[usize::from(leaf_of[row as usize])].add(residuals[row as usize]);
     }
-    let value = |sum: &Sum| settings.rate * sum.total / (sum.count + settings.shrink);
+    let value = |sum: &Sum| settings.rate * sum.step(settings.shrink);
     let leaves: Vec<f32> = sums.iter().map(value).collect();
-    for (residual, &leaf) in residuals.iter_mut().zip(&leaf_of) {
-        *residual -= leaves[usize::from(leaf)];
+    for (log_odds, &leaf) in log_odds.iter_mut().zip(&leaf_of) {
+        *log_odds += leaves[usize::from(leaf)];
     }
     Tree { tests, leaves }
 }
@@ -227,7 +275,7 @@ fn fit_tree(
 /// The feature and bin that, asked in every leaf alike, explain most.
 fn best_test(
     binned: &Binned,
-    residuals: &[f32],
+    residuals: &[Residual],
     seen: &[u32],
     leaf_of: &[u16],
     level: usize,
@@ -254,16 +302,16 @@ fn best_test(
         for bins in histogram.chunks_exact(BINS) {
             let mut all = Sum::default();
             for bin in bins {
-                all.total += bin.total;
-                all.count += bin.count;
+                all.off += bin.off;
+                all.variance += bin.variance;
             }
             let mut low = Sum::default();
             for (gain, bin) in gains.iter_mut().zip(bins) {
-                low.total += bin.total;
-                low.count += bin.count;
+                low.off += bin.off;
+                low.variance += bin.variance;
                 let high = Sum {
-                    total: all.total - low.total,
-                    count: all.count - low.count,
+                    off: all.off - low.off,
+                    variance: all.variance - low.variance,
                 };
                 *gain += low.gain(settings.shrink) + high.gain(settings.shrink);
             }
@@ -295,43 +343,58 @@ mod tests {
     fn learns_an_interaction_and_ignores_noise() {
         let mut random = Random(7);
         let mut unit = || (random.next() % 1000) as f32 / 1000.0;
-        let truth = |x: &[f32; 3]| {
-            if (x[0] > 0.5) == (x[1] > 0.3) {
-                1.0
-            } else {
-                -1.0
-            }
-        };
+        let likely = |x: &[f32; 3]| (x[0] > 0.5) == (x[1] > 0.3);
         let mut samples = Samples::default();
         for _ in 0..4000 {
             let features = [unit(), unit(), unit()];
-            samples.add(&features, truth(&features) + unit() - 0.5, 4000);
+            let chance = if likely(&features) { 0.8 } else { 0.1 };
+            samples.add(features, f32::from(u8::from(unit() < chance)), 4000);
         }
-        let model = Trees::fit(&samples, |x| x, &SETTINGS).unwrap();
+        let model = Trees::fit(&[&samples], |x| x, &SETTINGS).unwrap();
         let mut wrong = 0;
         for _ in 0..500 {
             let features = [unit(), unit(), unit()];
-            wrong += u32::from((model.score(&features) > 0.0) != (truth(&features) > 0.0));
+            let score = model.score(&features);
+            assert!((0.0..=1.0).contains(&score));
+            wrong += u32::from((score > 0.45) != likely(&features));
         }
         assert!(wrong < 40, "{wrong} of 500 wrong");
-        assert!(Trees::fit(&Samples::default(), |x| x, &SETTINGS).is_none());
+        assert!(Trees::fit::<f32, 3>(&[&Samples::default()], |x| x, &SETTINGS).is_none());
+    }
+
+    /// One in a hundred and one in a thousand are told apart beside what is likely.
+    #[test]
+    fn rare_is_told_from_rarer() {
+        let mut samples = Samples::default();
+        for at in 0..30_000u32 {
+            let kind = at % 3;
+            let happens = match kind {
+                0 => at % 2 == 0,
+                1 => at % 100 == 1,
+                _ => at % 1000 == 2,
+            };
+            samples.add([kind as f32], f32::from(u8::from(happens)), 30_000);
+        }
+        let model = Trees::fit(&[&samples], |x| x, &SETTINGS).unwrap();
+        for (kind, truth) in [(0, 0.5), (1, 0.01), (2, 0.001)] {
+            let ratio = model.score(&[kind as f32]) / truth;
+            assert!((0.8..1.25).contains(&ratio), "kind {kind}: {ratio}");
+        }
     }
 
     #[test]
     fn the_oldest_samples_are_forgotten() {
         let mut samples = Samples::default();
         for outcome in 0..25 {
-            samples.add(&[1.0, 2.0], outcome as f32, 10);
+            samples.add([1.0, 2.0], outcome as f32, 10);
         }
         assert_eq!(samples.len(), 10);
         let constant = FitSettings {
             trees: 1,
             ..SETTINGS
         };
-        let model = Trees::fit(&samples, |x| x, &constant).unwrap();
-        assert!(
-            (model.score(&[1.0, 2.0]) - 19.5).abs() < 1e-3,
-            "mean of 15..25"
-        );
+        let model = Trees::fit(&[&samples], |x| x / 100.0, &constant).unwrap();
+        let score = model.score(&[1.0, 2.0]);
+        assert!((score - 0.195).abs() < 1e-3, "mean of 0.15..0.25: {score}");
     }
 }

@@ -3,32 +3,34 @@
 //! requested.
 //!
 //! Value of an object = E[2^(-time to next use / half-life)] x load time / size. The
-//! expectation is learned online: features of known objects are sampled now, how long they
-//! waited is known when the object is requested or the window has passed, and boosted trees
-//! ([`super::trees`]) are refitted now and then on the samples so far. This is relaxed Belady
-//! learning (Song et al., NSDI 2020) with a discounted outcome instead of a log distance.
+//! expectation is learned online ([`learner`]): features of known objects are sampled now, how
+//! long they waited is known when the object is requested, and boosted trees
+//! ([`super::trees`]) are refitted now and then on the samples so far ([`lesson`]). This is
+//! relaxed Belady learning (Song et al., NSDI 2020) with a discounted outcome instead of a log
+//! distance.
 //!
-//! What "soon" means follows from the memory: the half-life is the time in which misses would
-//! fill it once. Since what counts is who leaves, half of the samples are taken from what is
-//! worth least. Until the first fit, [`super::s3_fifo`] decides.
+//! Since what counts is who leaves, samples are taken of what is worth least too, and of what
+//! has left: a model that never saw an object grow old overrates what does not return. Until
+//! the first fit, and while values do worse, [`super::s3_fifo`] decides ([`duel`]).
 //!
 //! Invariants: decisions depend on past requests alone; scores are refreshed at the
 //! latest when an object's age has grown by an eighth; a prefetch only ever replaces what
 //! is worth clearly less, within the same memory.
 
+mod duel;
+mod learner;
+pub mod lesson;
+
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-use super::history::{FEATURES, History};
-use super::lesson::{self, Learned, Lesson};
+use self::duel::Duel;
+use self::learner::Learner;
+use self::lesson::{Learned, Lesson};
 use super::ranked::Ranked;
-use super::s3_fifo::S3Fifo;
-use super::trees::{FitSettings, Samples, Trees};
+use super::trees::FitSettings;
 use super::{Kind, Policy, Request};
 
 const HOUR_MS: f64 = 3_600_000.0;
-
-/// Misses older than this count half where the half-life is measured, in milliseconds.
-const TURNOVER_MEMORY_MS: f64 = 8.0 * HOUR_MS;
 
 /// Settings of the forecast policy; one set serves all traces and sizes.
 #[derive(Clone, Copy, Debug)]
@@ -37,10 +39,14 @@ pub struct ForecastConfig {
     pub first_half_life_ms: f64,
     /// Shortest and longest half-life, in milliseconds.
     pub half_life_range_ms: (f64, f64),
-    /// After so many half-lives without a request a sample's outcome is "not needed".
+    /// After so many half-lives without a request a sample's outcome is what is expected then.
     pub window_half_lives: f64,
     /// Objects of which the least valuable is sampled.
     pub contestants: usize,
+    /// Samples taken of what has left, at each moment at which samples are taken.
+    pub gone_samples: usize,
+    /// How many objects that have left are remembered, in objects held.
+    pub gone_memories: usize,
     /// Samples that are remembered.
     pub most_samples: usize,
     /// Samples after which the first model is fitted.
@@ -49,6 +55,8 @@ pub struct ForecastConfig {
     pub refit_samples: u64,
     /// How models are fitted.
     pub fit: FitSettings,
+    /// Random choices follow from it.
+    pub seed: u64,
     /// Whether objects come back before they are requested.
     pub prefetch: bool,
     /// A prefetched object must be worth this many times what it replaces.
@@ -62,20 +70,23 @@ impl Default for ForecastConfig {
         Self {
             first_half_life_ms: 2.0 * HOUR_MS,
             half_life_range_ms: (HOUR_MS / 6.0, 24.0 * HOUR_MS),
-            window_half_lives: 4.0,
-            contestants: 5,
-            most_samples: 300_000,
-            first_fit_samples: 12_000,
+            window_half_lives: 2.0,
+            contestants: 20,
+            gone_samples: 2,
+            gone_memories: 4,
+            most_samples: 600_000,
+            first_fit_samples: 6_000,
             refit_samples: 16_000,
             fit: FitSettings {
                 trees: 50,
                 depth: 5,
                 rate: 0.14,
-                shrink: 10.0,
+                shrink: 3.0,
                 row_stride: 3,
                 tree_samples: 25_000,
                 feature_share: 0.6,
             },
+            seed: 0,
             prefetch: false,
             displace_factor: 1.5,
             forget_ms: 3 * 86_400_000,
@@ -89,65 +100,35 @@ struct Known {
     bytes: u64,
     load_s: f64,
     due_ms: i64,
-    /// Expected discounted use, as last scored.
+    /// As last scored.
     need: f64,
 }
 
-/// How fast the memory turns over: bytes missed and the time in which they were, both decayed.
-#[derive(Clone, Copy, Debug, Default)]
-struct Turnover {
-    missed_bytes: f64,
-    elapsed_ms: f64,
-    now_ms: i64,
-}
-
-impl Turnover {
-    fn note(&mut self, missed_bytes: u64, now_ms: i64) {
-        let passed_ms = (now_ms - self.now_ms).max(0) as f64;
-        let decay = (-passed_ms / TURNOVER_MEMORY_MS).exp2();
-        self.now_ms = now_ms;
-        self.elapsed_ms = self.elapsed_ms * decay + passed_ms;
-        self.missed_bytes = self.missed_bytes * decay + missed_bytes as f64;
+impl Known {
+    fn value(&self) -> f64 {
+        self.need * self.load_s.max(0.0) / self.bytes.max(1) as f64
     }
 
-    /// The time in which misses fill so many bytes.
-    fn fills_in_ms(&self, bytes: u64) -> Option<f64> {
-        (self.missed_bytes > 0.0).then(|| bytes as f64 / self.missed_bytes * self.elapsed_ms)
+    /// Bits of the value, which is not negative.
+    fn rank(&self) -> u64 {
+        self.value().to_bits()
     }
-}
-
-/// A sample whose outcome is not known yet.
-#[derive(Clone, Debug)]
-struct Open {
-    object: u32,
-    at_ms: i64,
-    features: [f32; FEATURES],
 }
 
 /// The policy of the module's header.
 #[derive(Clone, Debug)]
 pub struct Forecast {
     config: ForecastConfig,
-    history: History,
-    /// Rank: bits of the value, which is not negative.
+    learner: Learner,
     held: Ranked<u64>,
     known: HashMap<u32, Known>,
     due: BTreeSet<(i64, u32)>,
     members: Vec<u32>,
     member_at: HashMap<u32, usize>,
-    fallback: S3Fifo,
-    model: Option<Trees>,
-    open: HashMap<u64, Open>,
-    open_by_object: HashMap<u32, Vec<u64>>,
-    open_order: VecDeque<(i64, u64)>,
-    /// Outcome: milliseconds until the request, infinite if the window passed first.
-    samples: Samples,
-    half_life_ms: f64,
-    turnover: Turnover,
-    sampled: u64,
-    complete: u64,
-    next_fit: u64,
-    expired: u64,
+    /// What left last, newest last.
+    gone: VecDeque<u32>,
+    /// Ends with the first fit where objects are prefetched: what is simulated is not.
+    duel: Option<Duel>,
     /// When samples were last taken: one a moment, however many objects a launch asks for.
     sampled_ms: i64,
     random: u64,
@@ -159,26 +140,16 @@ impl Forecast {
     pub fn new(capacity_bytes: u64, config: ForecastConfig) -> Self {
         Self {
             config,
-            history: History::default(),
+            learner: Learner::new(config),
             held: Ranked::new(capacity_bytes),
             known: HashMap::new(),
             due: BTreeSet::new(),
             members: Vec::new(),
             member_at: HashMap::new(),
-            fallback: S3Fifo::new(capacity_bytes),
-            model: None,
-            open: HashMap::new(),
-            open_by_object: HashMap::new(),
-            open_order: VecDeque::new(),
-            samples: Samples::default(),
-            half_life_ms: config.first_half_life_ms,
-            turnover: Turnover::default(),
-            sampled: 0,
-            complete: 0,
-            next_fit: config.first_fit_samples,
-            expired: 0,
+            gone: VecDeque::new(),
+            duel: Some(Duel::new(capacity_bytes)),
             sampled_ms: i64::MIN,
-            random: 0x2545_f491_4f6c_dd1d,
+            random: 0x2545_f491_4f6c_dd1d ^ config.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15),
             prefetched_bytes: 0,
         }
     }
@@ -187,32 +158,19 @@ impl Forecast {
     /// that half-life in milliseconds. `None` before the first fit, and for an object that
     /// was never requested.
     pub fn need(&self, object: u32, now_ms: i64) -> Option<(f64, f64)> {
-        let model = self.model.as_ref()?;
-        let need = if self.held.contains(object) {
-            // Refreshed often enough; see the module's invariants.
-            self.known.get(&object)?.need
-        } else {
-            f64::from(model.score(&self.history.features(object, now_ms)?)).clamp(1e-4, 1.0)
-        };
-        Some((need, self.half_life_ms))
-    }
-
-    fn random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
+        Some((
+            self.learner.need(object, now_ms)?,
+            self.learner.half_life_ms(),
+        ))
     }
 
     /// As [`Policy::request`], but learns nothing from it until a [`Self::lesson`] is studied.
     pub fn observe(&mut self, request: &Request) -> bool {
         let (object, now_ms) = (request.object, request.now_ms);
-        self.close_samples(object, now_ms);
         self.refresh(now_ms);
-        self.history.observe(request);
-        if self.model.is_none() {
-            self.fallback.request(request);
-        }
+        let hit = self.held.contains(object);
+        let missed_bytes = if hit { 0 } else { request.bytes };
+        self.learner.observe(request, missed_bytes);
         let known = self.known.entry(object).or_insert(Known {
             bytes: request.bytes,
             load_s: request.load_s,
@@ -220,11 +178,11 @@ impl Forecast {
             need: 1.0,
         });
         known.load_s = request.load_s;
-        let hit = self.held.contains(object);
-        self.turnover
-            .note(if hit { 0 } else { request.bytes }, now_ms);
+        let known = *known;
+        if let Some(duel) = &mut self.duel {
+            duel.request(request, known.rank(), &self.held);
+        }
         if !hit && request.bytes <= self.held.capacity_bytes() {
-            let known = *known;
             self.make_room(request.bytes);
             self.insert(object, &known);
         }
@@ -233,56 +191,23 @@ impl Forecast {
         hit
     }
 
-    // ---- learning --------------------------------------------------------------
-
-    /// Outcomes that the request decides, and those that the window does.
-    fn close_samples(&mut self, object: u32, now_ms: i64) {
-        for id in self.open_by_object.remove(&object).unwrap_or_default() {
-            if let Some(open) = self.open.remove(&id) {
-                self.complete(&open.features, (now_ms - open.at_ms).max(0) as f32);
-            }
-        }
-        while let Some(&(at_ms, id)) = self.open_order.front() {
-            if !self.has_waited(at_ms, self.config.window_half_lives, now_ms) {
-                break;
-            }
-            self.open_order.pop_front();
-            if let Some(open) = self.open.remove(&id) {
-                self.expired += 1;
-                self.complete(&open.features, f32::INFINITY);
-                if let Some(ids) = self.open_by_object.get_mut(&open.object) {
-                    ids.retain(|other| *other != id);
-                }
-            }
-        }
+    /// What is to be learned, once there is enough that was not there the last time. What it
+    /// teaches is for [`Self::adopt`].
+    pub fn lesson(&mut self, now_ms: i64) -> Option<Lesson> {
+        self.learner.lesson(self.held.used_bytes(), now_ms)
     }
 
-    fn has_waited(&self, since_ms: i64, half_lives: f64, now_ms: i64) -> bool {
-        (now_ms - since_ms) as f64 >= half_lives * self.half_life_ms
+    /// Scores by what a lesson taught from now on.
+    pub fn adopt(&mut self, learned: Learned, now_ms: i64) {
+        self.learner.adopt(learned);
+        self.score_all(now_ms);
     }
 
-    fn complete(&mut self, features: &[f32; FEATURES], wait_ms: f32) {
-        self.complete += 1;
-        self.samples
-            .add(features, wait_ms, self.config.most_samples);
-    }
-
-    fn sample(&mut self, object: u32, now_ms: i64) {
-        let Some(features) = self.history.features(object, now_ms) else {
-            return;
-        };
-        self.sampled += 1;
-        let id = self.sampled;
-        self.open.insert(
-            id,
-            Open {
-                object,
-                at_ms: now_ms,
-                features,
-            },
-        );
-        self.open_by_object.entry(object).or_default().push(id);
-        self.open_order.push_back((now_ms, id));
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
     }
 
     /// A held object at random; there must be one.
@@ -297,7 +222,7 @@ impl Forecast {
         }
         self.sampled_ms = now_ms;
         let any = self.any_member();
-        self.sample(any, now_ms);
+        self.learner.sample(any, now_ms);
         let contestants = (0..self.config.contestants).map(|_| self.any_member());
         let contestants: Vec<u32> = contestants.collect();
         let need = |object: &u32| self.known.get(object).map_or(0.0, |known| known.need);
@@ -305,84 +230,56 @@ impl Forecast {
             .into_iter()
             .min_by(|a, b| need(a).total_cmp(&need(b)))
         {
-            self.sample(least, now_ms);
+            self.learner.sample(least, now_ms);
+        }
+        for _ in 0..self.config.gone_samples.min(self.gone.len()) {
+            let at = self.random() as usize % self.gone.len();
+            let object = self.gone[at];
+            if !self.held.contains(object) {
+                self.learner.sample(object, now_ms);
+            }
         }
         if self.config.prefetch {
             // What may be prefetched must be among what is learned from.
             let pick = self.random() as u32;
             let known = self.known.len() as u32;
-            self.sample(pick % known.max(1), now_ms);
-        }
-    }
-
-    /// What is to be learned, once there is enough that was not there the last time. What it
-    /// teaches is for [`Self::adopt`].
-    pub fn lesson(&mut self, now_ms: i64) -> Option<Lesson> {
-        let fit = self.config.fit;
-        self.if_due(now_ms, |samples, half_life_ms| Lesson {
-            samples: samples.clone(),
-            half_life_ms,
-            fit,
-        })
-    }
-
-    fn if_due<R>(&mut self, now_ms: i64, take: impl FnOnce(&Samples, f64) -> R) -> Option<R> {
-        if self.complete < self.next_fit {
-            return None;
-        }
-        // Samples that still wait, but for long, say "not needed" until they know better:
-        // without them everything looks needed.
-        let complete = self.samples.len();
-        for (at_ms, id) in &self.open_order {
-            if let Some(open) = self.open.get(id)
-                && self.has_waited(*at_ms, self.config.window_half_lives / 2.0, now_ms)
-            {
-                self.samples.add(&open.features, f32::INFINITY, usize::MAX);
-            }
-        }
-        let waiting = (self.samples.len() - complete) as u64;
-        let enough = self.expired + waiting >= self.config.first_fit_samples / 8;
-        let later = match enough {
-            true => (self.complete / 3).min(self.config.refit_samples),
-            false => self.config.first_fit_samples / 8,
-        };
-        self.next_fit = self.complete + later;
-        let taken = enough.then(|| {
-            let (least, most) = self.config.half_life_range_ms;
-            let fills_in_ms = self.turnover.fills_in_ms(self.held.used_bytes());
-            let half_life_ms = fills_in_ms.map_or(self.half_life_ms, |ms| ms.clamp(least, most));
-            take(&self.samples, half_life_ms)
-        });
-        self.samples.truncate::<FEATURES>(complete);
-        taken
-    }
-
-    /// Scores by what a lesson taught from now on.
-    pub fn adopt(&mut self, learned: Learned, now_ms: i64) {
-        self.half_life_ms = learned.half_life_ms;
-        self.model = learned.model;
-        for object in self.members.clone() {
-            self.score(object, now_ms);
+            self.learner.sample(pick % known.max(1), now_ms);
         }
     }
 
     // ---- scoring ---------------------------------------------------------------
 
     fn score(&mut self, object: u32, now_ms: i64) {
-        let Some(model) = &self.model else { return };
-        let Some(features) = self.history.features(object, now_ms) else {
+        let Some(need) = self.learner.need(object, now_ms) else {
             return;
         };
         let Some(known) = self.known.get_mut(&object) else {
             return;
         };
-        known.need = f64::from(model.score(&features)).clamp(1e-4, 1.0);
-        let age_ms = self.history.age_s(object, now_ms).unwrap_or(0.0) * 1e3;
+        known.need = need;
         self.due.remove(&(known.due_ms, object));
-        known.due_ms = now_ms + (age_ms as i64 / 8).max(20_000);
+        let age_ms = self.learner.age_ms(object, now_ms);
+        known.due_ms = now_ms + (age_ms / 8).max(20_000);
         self.due.insert((known.due_ms, object));
-        let rank = rank(known);
+        let rank = known.rank();
         self.held.set_rank(object, rank);
+        if let Some(duel) = &mut self.duel {
+            duel.set_rank(object, rank);
+        }
+    }
+
+    /// There is a new model.
+    fn score_all(&mut self, now_ms: i64) {
+        match &mut self.duel {
+            Some(_) if self.config.prefetch => self.duel = None,
+            Some(duel) => duel.begin(&self.held),
+            None => {}
+        }
+        let ranked = self.duel.iter().flat_map(Duel::ranked);
+        let all: BTreeSet<u32> = self.members.iter().copied().chain(ranked).collect();
+        for object in all {
+            self.score(object, now_ms);
+        }
     }
 
     fn refresh(&mut self, now_ms: i64) {
@@ -391,13 +288,14 @@ impl Forecast {
                 return;
             }
             let held = self.held.contains(object);
-            let age_ms = self.history.age_s(object, now_ms).unwrap_or(0.0) * 1e3;
-            if !held && (!self.config.prefetch || age_ms as i64 > self.config.forget_ms) {
+            let ranked = held || self.duel.as_ref().is_some_and(|duel| duel.ranks(object));
+            let forgotten = || self.learner.age_ms(object, now_ms) > self.config.forget_ms;
+            if !ranked && (!self.config.prefetch || forgotten()) {
                 self.due.pop_first();
                 continue;
             }
             self.score(object, now_ms);
-            if !held {
+            if self.config.prefetch && !held {
                 self.prefetch(object);
             }
         }
@@ -408,8 +306,7 @@ impl Forecast {
         let Some(&known) = self.known.get(&object) else {
             return;
         };
-        let worth = value(&known);
-        let most = (worth / self.config.displace_factor).to_bits();
+        let most = (known.value() / self.config.displace_factor).to_bits();
         if known.need < 0.05 || known.bytes > self.held.capacity_bytes() {
             return;
         }
@@ -430,47 +327,38 @@ impl Forecast {
     // ---- holding ---------------------------------------------------------------
 
     fn insert(&mut self, object: u32, known: &Known) {
-        self.held.insert(object, rank(known), known.bytes);
+        self.held.insert(object, known.rank(), known.bytes);
         self.member_at.insert(object, self.members.len());
         self.members.push(object);
     }
 
     fn make_room(&mut self, bytes: u64) {
         while !self.held.fits(bytes) {
-            if self.model.is_none() {
-                self.rank_like_fallback();
-            }
-            let Some((_, object)) = self.held.pop() else {
+            let lowest = self.held.lowest().map(|(_, object)| object);
+            let chosen = self.duel.as_ref().and_then(|duel| duel.victim(&self.held));
+            let Some(object) = chosen.or(lowest) else {
                 return;
             };
-            if let Some(at) = self.member_at.remove(&object) {
-                self.members.swap_remove(at);
-                if let Some(&moved) = self.members.get(at) {
-                    self.member_at.insert(moved, at);
-                }
+            self.remove(object);
+        }
+    }
+
+    fn remove(&mut self, object: u32) {
+        self.held.remove(object);
+        if let Some(duel) = &mut self.duel {
+            duel.left(object);
+        }
+        if let Some(at) = self.member_at.remove(&object) {
+            self.members.swap_remove(at);
+            if let Some(&moved) = self.members.get(at) {
+                self.member_at.insert(moved, at);
             }
         }
-    }
-
-    /// Puts an object that S3-FIFO has dropped to the front of those to leave.
-    fn rank_like_fallback(&mut self) {
-        let dropped = self
-            .members
-            .iter()
-            .copied()
-            .find(|&o| !self.fallback.contains(o));
-        if let Some(object) = dropped {
-            self.held.set_rank(object, 0);
+        self.gone.push_back(object);
+        if self.gone.len() > self.config.gone_memories * self.members.len().max(1) {
+            self.gone.pop_front();
         }
     }
-}
-
-fn value(known: &Known) -> f64 {
-    known.need * known.load_s.max(0.0) / known.bytes.max(1) as f64
-}
-
-fn rank(known: &Known) -> u64 {
-    value(known).to_bits()
 }
 
 impl Policy for Forecast {
@@ -484,12 +372,8 @@ impl Policy for Forecast {
 
     fn request(&mut self, request: &Request) -> bool {
         let hit = self.observe(request);
-        let fit = self.config.fit;
-        let learned = self.if_due(request.now_ms, |samples, half_life_ms| {
-            lesson::study(samples, half_life_ms, &fit)
-        });
-        if let Some(learned) = learned {
-            self.adopt(learned, request.now_ms);
+        if self.learner.learn(self.held.used_bytes(), request.now_ms) {
+            self.score_all(request.now_ms);
         }
         hit
     }
