@@ -97,6 +97,11 @@ impl Learner {
         self.half_life_ms
     }
 
+    /// Whether anything was learned yet.
+    pub(super) const fn has_model(&self) -> bool {
+        self.model.is_some()
+    }
+
     /// Milliseconds since the object's last request, zero if there was none.
     pub(super) fn age_ms(&self, object: u32, now_ms: i64) -> i64 {
         (self.history.age_s(object, now_ms).unwrap_or(0.0) * 1e3) as i64

@@ -158,10 +158,15 @@ impl Forecast {
     /// that half-life in milliseconds. `None` before the first fit, and for an object that
     /// was never requested.
     pub fn need(&self, object: u32, now_ms: i64) -> Option<(f64, f64)> {
-        Some((
-            self.learner.need(object, now_ms)?,
-            self.learner.half_life_ms(),
-        ))
+        let known = self.known.get(&object)?;
+        let need = if self.held.contains(object) && self.learner.has_model() {
+            // Refreshed often enough; see the module's invariants. The planner asks this of
+            // every image while it holds the table.
+            known.need
+        } else {
+            self.learner.need(object, now_ms)?
+        };
+        Some((need, self.learner.half_life_ms()))
     }
 
     /// As [`Policy::request`], but learns nothing from it until a [`Self::lesson`] is studied.
