@@ -2,8 +2,9 @@
 //! memory (resources).
 //!
 //! Owns them and the one way in which each fact reaches them, used both online and when the
-//! history is replayed at start ([`super::replay`]); so a daemon that was restarted forecasts what its predecessor
-//! did. Refuses to know the clock, the database and what becomes of a forecast.
+//! history is replayed at start ([`super::replay`]); so a daemon that was restarted forecasts
+//! what its predecessor did. Refuses to know the clock, the database and what becomes of a
+//! forecast.
 //!
 //! Invariant: a VM's components are learned once, when it stops; until then it is open, and what
 //! is attached to it is added.
