@@ -13,35 +13,12 @@
 //! Invariants: no VM ever sees an error for a page; what a client is told to have
 //! happened is on disk or in the kernel.
 
-mod accounts;
-mod ahead;
-mod attach;
-mod clock;
-mod domains;
-mod faults;
-mod foresight;
-mod inspect;
-mod instances;
-mod journal;
-mod last_launches;
+mod api;
+mod forecast;
 mod launch;
-mod learning;
-mod lessons;
 mod memory;
-mod models;
-mod observer;
-mod order;
-mod premap;
-mod pushes;
-mod replay;
-mod residency;
-mod resources;
-mod samples;
-mod server;
-mod sessions;
-mod supervise;
-mod vmm_cgroup;
-mod worker;
+mod process;
+mod vm;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -56,14 +33,14 @@ use parking_lot::Mutex;
 use crate::api::{ExecRequest, ExecResult, Vm};
 use crate::config::Config;
 use crate::recipe::Recipe;
-use domains::Domains;
-use instances::{Instance, Instances};
-use learning::Learner;
-use lessons::Lessons;
-use memory::Memory;
+use forecast::learning::Learner;
+use forecast::lessons::Lessons;
+use memory::domains::Domains;
+use memory::planner_task::Memory;
+use vm::registry::{Instance, Instances};
 
-pub use learning::HISTORY_FILE;
-pub use worker::{open_store, run_holder, run_pinner, run_worker};
+pub use forecast::learning::HISTORY_FILE;
+pub use process::worker::{open_store, run_holder, run_pinner, run_worker};
 
 /// How long a guest may take to power itself off.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -128,15 +105,15 @@ pub struct Host {
     memory: Memory,
     learner: Learner,
     lessons: Lessons,
-    last_launches: last_launches::LastLaunches,
-    demand: samples::ForecastDemand,
+    last_launches: forecast::last_launches::LastLaunches,
+    demand: memory::samples::ForecastDemand,
     instances: Instances,
     handles: Mutex<HashMap<String, VmHandle>>,
-    observers: Mutex<BTreeMap<String, Arc<Mutex<supervise::Observed>>>>,
+    observers: Mutex<BTreeMap<String, Arc<Mutex<vm::supervise::Observed>>>>,
     driver: QemuDriver,
     accelerator: Mutex<Option<String>>,
     takeover: Mutex<Option<crate::api::Takeover>>,
-    premaps: premap::Premaps,
+    premaps: launch::prepared::Premaps,
     recipes: Mutex<HashMap<Digest, Arc<Recipe>>>,
     next_port: Mutex<u16>,
 }

@@ -16,14 +16,14 @@ use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::time::Timestamp;
 use forelay_predict::working_set::Touch;
 
-use super::HostError;
-use super::clock::ForecastClock;
-use super::faults::WaitFigures;
-use super::lessons::AttachLesson;
-use super::models::{Models, model_key};
-use super::replay::Replay;
 use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
+use crate::daemon::HostError;
+use crate::daemon::forecast::clock::ForecastClock;
+use crate::daemon::forecast::lessons::AttachLesson;
+use crate::daemon::forecast::models::{Models, model_key};
+use crate::daemon::forecast::replay::Replay;
+use crate::daemon::memory::faults::WaitFigures;
 use crate::history::{
     ComponentRef, Event, EventId, History, OpenOptions, ProfileRef, ResourceSample, SqliteHistory,
     What,
@@ -122,7 +122,7 @@ impl Learner {
             match self.history.roll_up(self.clock.now()).await {
                 Ok(done) => tracing::info!(?done, "history rolled up"),
                 Err(error) => {
-                    tracing::error!(error = %super::chain(&error), "the history was not rolled up");
+                    tracing::error!(error = %crate::daemon::chain(&error), "the history was not rolled up");
                 }
             }
         }
@@ -331,7 +331,7 @@ impl Learner {
     /// History is worth having, but no launch fails for want of it.
     async fn append(&self, events: &[Event]) {
         if let Err(error) = self.history.append(events).await {
-            tracing::error!(error = %super::chain(&error), "the history was not written");
+            tracing::error!(error = %crate::daemon::chain(&error), "the history was not written");
         }
     }
 

@@ -18,16 +18,16 @@ use forelay_predict::rank::{
 };
 use forelay_predict::time::Timestamp;
 
-use super::instances::Instance;
-use super::models::model_key;
-use super::order::{Order, PlannedDevice};
-use super::{Host, HostError};
 use crate::api::{ForecastEntry, SelfControl};
+use crate::daemon::forecast::models::model_key;
+use crate::daemon::launch::resolve::{Order, PlannedDevice};
+use crate::daemon::vm::registry::Instance;
+use crate::daemon::{Host, HostError};
 use crate::history::ProfileRef;
 
 /// The newest version of each component that can be attached.
 #[derive(Default)]
-pub(super) struct Catalogue {
+pub(in crate::daemon) struct Catalogue {
     by_name: BTreeMap<String, Present>,
     ids: BTreeMap<Digest, ComponentId>,
 }
@@ -40,7 +40,7 @@ impl Catalogue {
 }
 
 /// The forecast of one profile's next launch, or of one running VM.
-pub(super) struct Foreseen {
+pub(in crate::daemon) struct Foreseen {
     pub of: ProfileRef,
     pub domain: Domain,
     /// What the next launch will ask for.
@@ -81,7 +81,7 @@ impl Foreseen {
 
 impl Host {
     /// What components there are to attach.
-    pub(super) async fn catalogue(&self) -> Result<Catalogue, HostError> {
+    pub(in crate::daemon) async fn catalogue(&self) -> Result<Catalogue, HostError> {
         let components = self.store.components().await.map_err(HostError::failed)?;
         // Sorted by name and version: the newest stays.
         let attachable = components
@@ -102,7 +102,7 @@ impl Host {
     }
 
     /// How far ahead needs are foreseen, in seconds; the planner's horizon is the same.
-    pub(super) fn horizon_s(&self) -> f64 {
+    pub(in crate::daemon) fn horizon_s(&self) -> f64 {
         self.config.forecast.horizon().as_secs_f64()
     }
 
@@ -147,7 +147,7 @@ impl Host {
     }
 
     /// What the next launches of profiles will want, those at least so likely, and running VMs.
-    pub(super) fn foresee(
+    pub(in crate::daemon) fn foresee(
         &self,
         now: Timestamp,
         least_probability: f64,

@@ -1,7 +1,7 @@
 //! What each VM uses, and what all of them are forecast to need.
 //!
 //! Samples the VMM's process (CPU, memory that is its own, disk I/O), its control group where it
-//! has one to itself ([`super::vmm_cgroup`]), and asks the guest what its network carried: what
+//! has one to itself ([`crate::daemon::forecast::vmm_cgroup`]), and asks the guest what its network carried: what
 //! a VMM's user-mode network moves no counter of the kernel tells. Hands the samples to the
 //! history and the models, and from them the forecast demand to the memory samples that adapt
 //! the budget.
@@ -16,11 +16,11 @@ use std::time::Duration;
 use forelay_predict::resources::HORIZONS_MS;
 use forelay_vm::guest_protocol::Traffic;
 
-use super::Host;
-use super::instances::Instance;
-use super::memory::now_ms;
-use super::vmm_cgroup::{Charged, Groups};
 use crate::api::VmState;
+use crate::daemon::Host;
+use crate::daemon::forecast::vmm_cgroup::{Charged, Groups};
+use crate::daemon::memory::planner_task::now_ms;
+use crate::daemon::vm::registry::Instance;
 use crate::history::{ProfileRef, ResourceSample};
 
 /// How often VMs are sampled, on the wall clock.
@@ -109,7 +109,7 @@ fn cpu_ms(stat: &str) -> Option<u64> {
 
 impl Host {
     /// Samples VMs for as long as the daemon lives.
-    pub(super) async fn sample_vms(self: Arc<Self>) {
+    pub(in crate::daemon) async fn sample_vms(self: Arc<Self>) {
         let mut before: HashMap<i64, Usage> = HashMap::new();
         let groups = Groups::new();
         let mut interval = tokio::time::interval(EVERY);
@@ -168,7 +168,7 @@ impl Host {
     }
 
     /// Starts what looks ahead and what keeps the history.
-    pub(super) fn start_foresight(self: &Arc<Self>) {
+    pub(in crate::daemon) fn start_foresight(self: &Arc<Self>) {
         let live = self.instances.live();
         let live: Vec<u64> = live.iter().map(|one| one.launch_id() as u64).collect();
         self.learner.models().keep_running(|vm| live.contains(&vm));

@@ -9,7 +9,7 @@ use forelay_image::{Digest, Extent};
 use forelay_store::PrefetchItem;
 
 /// What became of one chunk of a batch.
-pub(super) struct Pushed {
+pub(in crate::daemon) struct Pushed {
     image: Digest,
     /// Extents that are in shared memory now.
     here: Vec<Extent>,
@@ -18,7 +18,7 @@ pub(super) struct Pushed {
 }
 
 /// Stores what has arrived of one chunk. May take a moment: not on async threads.
-pub(super) fn push(shared: &forelay_memory::SharedMemory, item: PrefetchItem) -> Pushed {
+pub(in crate::daemon) fn push(shared: &forelay_memory::SharedMemory, item: PrefetchItem) -> Pushed {
     let image = item.image;
     match item.pieces {
         Ok(pieces) => {
@@ -37,7 +37,7 @@ pub(super) fn push(shared: &forelay_memory::SharedMemory, item: PrefetchItem) ->
         }
         Err(error) => {
             let image_failed = item.chunk_no == u32::MAX;
-            tracing::warn!(%image, error = %super::chain(&error), "prefetch failed");
+            tracing::warn!(%image, error = %crate::daemon::chain(&error), "prefetch failed");
             Pushed {
                 image,
                 here: Vec::new(),
@@ -48,7 +48,7 @@ pub(super) fn push(shared: &forelay_memory::SharedMemory, item: PrefetchItem) ->
 }
 
 /// The extents of a batch that have not arrived in full yet.
-pub(super) struct OpenPushes {
+pub(in crate::daemon) struct OpenPushes {
     domain: Domain,
     /// Image, extent as planned, bytes still missing.
     open: Vec<(Digest, Extent, u64)>,
@@ -56,7 +56,7 @@ pub(super) struct OpenPushes {
 
 impl OpenPushes {
     /// A batch of which nothing has arrived.
-    pub(super) fn new(domain: Domain, plan: Vec<(Digest, Extent)>) -> Self {
+    pub(in crate::daemon) fn new(domain: Domain, plan: Vec<(Digest, Extent)>) -> Self {
         let open = plan
             .into_iter()
             .map(|(image, extent)| (image, extent, extent.len))
@@ -65,7 +65,7 @@ impl OpenPushes {
     }
 
     /// Accounts for a chunk; returns the events of extents that are complete now.
-    pub(super) fn take(&mut self, pushed: Pushed) -> Vec<Event> {
+    pub(in crate::daemon) fn take(&mut self, pushed: Pushed) -> Vec<Event> {
         for here in &pushed.here {
             for (image, extent, missing) in &mut self.open {
                 if *image == pushed.image
@@ -86,7 +86,7 @@ impl OpenPushes {
     }
 
     /// The events of extents that will not come any more.
-    pub(super) fn fail_rest(self) -> Vec<Event> {
+    pub(in crate::daemon) fn fail_rest(self) -> Vec<Event> {
         let Self { domain, open } = self;
         let failed = open.into_iter();
         failed

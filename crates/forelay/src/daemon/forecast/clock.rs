@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use forelay_predict::time::Timestamp;
 
-use super::memory::now_ms;
 use crate::config::ForecastConfig;
+use crate::daemon::memory::planner_task::now_ms;
 
 /// See the module's header.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -13,8 +13,8 @@ use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::solve;
 
-use super::{Host, HostError};
 use crate::api::VmComponent;
+use crate::daemon::{Host, HostError};
 use crate::history::ProfileRef;
 
 /// Owner of manifests that name none.
@@ -22,7 +22,7 @@ const DEFAULT_OWNER: &str = "default";
 
 /// A request, understood.
 #[derive(Clone, Debug)]
-pub(super) struct Order {
+pub(in crate::daemon) struct Order {
     pub manifest: Manifest,
     pub lock: Lock,
     pub of: ProfileRef,
@@ -36,7 +36,7 @@ pub(super) struct Order {
 
 /// A device of an order: one component's image, or the bundle.
 #[derive(Clone, Debug)]
-pub(super) struct PlannedDevice {
+pub(in crate::daemon) struct PlannedDevice {
     pub image: Digest,
     pub image_bytes: u64,
     pub label: String,
@@ -46,7 +46,7 @@ pub(super) struct PlannedDevice {
 
 impl Order {
     /// What a manifest and its lock ask for, on a VMM with so many pmem slots.
-    pub(super) fn new(
+    pub(in crate::daemon) fn new(
         manifest: Manifest,
         lock: Lock,
         solve_s: f64,
@@ -90,12 +90,12 @@ impl Order {
     }
 
     /// The images of its devices.
-    pub(super) fn images(&self) -> Vec<Digest> {
+    pub(in crate::daemon) fn images(&self) -> Vec<Digest> {
         self.devices.iter().map(|device| device.image).collect()
     }
 
     /// Its devices as the planner names them.
-    pub(super) fn device_images(&self) -> Vec<DeviceImage> {
+    pub(in crate::daemon) fn device_images(&self) -> Vec<DeviceImage> {
         let devices = self.devices.iter();
         devices
             .map(|one| DeviceImage {
@@ -141,7 +141,11 @@ fn bundle_smallest(lock: &Lock, slots: usize) -> Option<Bundle> {
 
 impl Host {
     /// Understands a manifest and resolves it, unless a lock does.
-    pub(super) async fn order(&self, text: &str, lock: Option<&str>) -> Result<Order, HostError> {
+    pub(in crate::daemon) async fn order(
+        &self,
+        text: &str,
+        lock: Option<&str>,
+    ) -> Result<Order, HostError> {
         let manifest = Manifest::parse(text).map_err(HostError::invalid)?;
         let started = Instant::now();
         let lock = match lock {
@@ -165,11 +169,11 @@ impl Host {
     }
 }
 
-pub(super) fn label(component: &LockedComponent) -> String {
+pub(in crate::daemon) fn label(component: &LockedComponent) -> String {
     format!("{} {}", component.name, component.version)
 }
 
-pub(super) fn vm_component(component: &LockedComponent) -> VmComponent {
+pub(in crate::daemon) fn vm_component(component: &LockedComponent) -> VmComponent {
     VmComponent {
         name: component.name.clone(),
         version: component.version.clone(),

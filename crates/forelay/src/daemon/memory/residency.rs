@@ -15,10 +15,10 @@ use forelay_cache::plan::Event;
 use forelay_cache::{Domain, SharedImage};
 use forelay_image::{Digest, Extent};
 
-use super::Host;
-use super::domains::{DomainMemory, Domains};
-use super::journal::Replayed;
 use crate::api::Takeover;
+use crate::daemon::Host;
+use crate::daemon::memory::domains::{DomainMemory, Domains};
+use crate::daemon::process::journal::Replayed;
 
 /// What one look at the kernel found.
 #[derive(Debug, Default)]
@@ -95,7 +95,7 @@ impl Host {
     /// After a takeover, before anything else is planned: the table that the journal told
     /// of takes over what the kernel says of VMs, their mappings and residency. Pins of
     /// the earlier daemon go: they only bridged starts that are over.
-    pub(super) fn reconcile(&self, journalled: Replayed) -> Takeover {
+    pub(in crate::daemon) fn reconcile(&self, journalled: Replayed) -> Takeover {
         let mut truth = KernelTruth::default();
         let mut unpinned_bytes = 0;
         for memory in self.domains.all() {
@@ -147,7 +147,7 @@ impl Host {
             .shared
             .unpin(&key.image, &[whole])
             .unwrap_or_else(|error| {
-                tracing::warn!(error = super::chain(&error), "pins are left");
+                tracing::warn!(error = crate::daemon::chain(&error), "pins are left");
                 0
             })
     }

@@ -22,19 +22,20 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::clock::ForecastClock;
-use super::domains::Domains;
-use super::instances::{Instance, Record, load_records};
-use super::journal::{Journal, Replayed};
-use super::last_launches::LastLaunches;
-use super::learning::Learner;
-use super::memory::Memory;
-use super::premap::Premaps;
-use super::samples::{Sampler, total_bytes};
-use super::sessions::Sessions;
-use super::{Host, server};
 use crate::api::VmState;
 use crate::config::{Config, RepositoryConfig};
+use crate::daemon::Host;
+use crate::daemon::api::server;
+use crate::daemon::forecast::clock::ForecastClock;
+use crate::daemon::forecast::last_launches::LastLaunches;
+use crate::daemon::forecast::learning::Learner;
+use crate::daemon::launch::prepared::Premaps;
+use crate::daemon::memory::domains::Domains;
+use crate::daemon::memory::planner_task::Memory;
+use crate::daemon::memory::samples::{Sampler, total_bytes};
+use crate::daemon::process::journal::{Journal, Replayed};
+use crate::daemon::process::sessions::Sessions;
+use crate::daemon::vm::registry::{Instance, Record, load_records};
 use crate::history::ProfileRef;
 
 /// Share of the host's memory that an adaptive budget may take at most.
@@ -329,7 +330,7 @@ async fn take_over(host: &Arc<Host>, journalled: Replayed) -> Result<()> {
         know_images(host, record).await;
     }
     let (serving, files) = (Arc::clone(host), records.clone());
-    tokio::task::spawn_blocking(move || -> Result<(), super::HostError> {
+    tokio::task::spawn_blocking(move || -> Result<(), crate::daemon::HostError> {
         for name in names {
             let memory = serving.domains.ensure(&Domain::from(name.as_str()))?;
             for record in files.iter().filter(|record| record.vm.domain == name) {
@@ -380,7 +381,7 @@ async fn know_images(host: &Host, record: &Record) {
     };
     for component in &lock.components {
         if let Err(error) = host.store.open_component(component.id).await {
-            let why = super::chain(&error);
+            let why = crate::daemon::chain(&error);
             tracing::error!(
                 vm = record.vm.name,
                 component = component.name,
@@ -403,7 +404,7 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
             Some((instance, handle))
         }
         Err(error) => {
-            let why = super::chain(&error);
+            let why = crate::daemon::chain(&error);
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
             end_unknown(&vm.runtime_dir);
             let _ = std::fs::remove_file(vm.runtime_dir.join("instance.json"));

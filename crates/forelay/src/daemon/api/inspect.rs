@@ -12,9 +12,9 @@ use forelay_image::erofs::read::{Image, ReadError};
 use forelay_image::extent::total_bytes;
 use forelay_image::{Digest, Extent};
 
-use super::instances::{DeviceRecord, Instance};
-use super::{Host, HostError};
 use crate::api::{MapDevice, MapFile, Touch, VmMap};
+use crate::daemon::vm::registry::{DeviceRecord, Instance};
+use crate::daemon::{Host, HostError};
 use crate::recipe::Reader;
 
 /// Parts of a residency bar.
@@ -22,7 +22,7 @@ const BAR_PARTS: u64 = 48;
 
 impl Host {
     /// A device as clients see it.
-    pub(super) fn map_device(
+    pub(in crate::daemon) fn map_device(
         &self,
         domain: &Domain,
         slot: usize,

@@ -15,15 +15,15 @@ use forelay_predict::working_set::Touch;
 use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
-use super::Host;
-use super::faults::{Plan, Waits};
-use super::instances::Instance;
-use super::launch::Wanted;
-use super::learning::LaunchOutcome;
-use super::lessons::Notebook;
-use super::memory::now_ms;
-use super::observer::{NewTouches, Observer};
 use crate::api::VmState;
+use crate::daemon::Host;
+use crate::daemon::forecast::learning::LaunchOutcome;
+use crate::daemon::forecast::lessons::Notebook;
+use crate::daemon::forecast::observer::{NewTouches, Observer};
+use crate::daemon::launch::launcher::Wanted;
+use crate::daemon::memory::faults::{Plan, Waits};
+use crate::daemon::memory::planner_task::now_ms;
+use crate::daemon::vm::registry::Instance;
 use crate::history::ProfileRef;
 
 /// Between scans while a launch is observed.
@@ -60,7 +60,7 @@ struct Launch {
 
 impl Host {
     /// Watches over a VM that was just launched.
-    pub(super) fn supervise(
+    pub(in crate::daemon) fn supervise(
         self: &Arc<Self>,
         instance: Arc<Instance>,
         handle: VmHandle,
@@ -86,7 +86,7 @@ impl Host {
 
     /// Watches over a VM that an earlier daemon launched. Its launch is not recorded
     /// again.
-    pub(super) fn supervise_reattached(
+    pub(in crate::daemon) fn supervise_reattached(
         self: &Arc<Self>,
         instance: Arc<Instance>,
         handle: VmHandle,
@@ -243,7 +243,7 @@ impl Host {
     }
 
     /// Looks what a VM has touched just now: what it maps is about to go.
-    pub(super) async fn scan_now(&self, instance: &Instance) {
+    pub(in crate::daemon) async fn scan_now(&self, instance: &Instance) {
         let observed = self.observers.lock().get(&instance.vm().name).cloned();
         if let Some(observed) = observed {
             self.scan(instance, &observed).await;
@@ -312,7 +312,7 @@ impl Host {
 
     /// Learns what a VM touches of a component that it was just given, and of the others
     /// meanwhile, when the window after that has passed (or the VM or the daemon ends).
-    pub(super) fn learn_attached(
+    pub(in crate::daemon) fn learn_attached(
         self: &Arc<Self>,
         instance: &Arc<Instance>,
         observed: &Arc<Mutex<Observed>>,
@@ -346,7 +346,7 @@ impl Host {
     }
 
     /// Records that a VM is gone.
-    pub(super) async fn note_stopped(&self, instance: &Instance) {
+    pub(in crate::daemon) async fn note_stopped(&self, instance: &Instance) {
         let vm = instance.vm();
         let ran_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
         let of = ProfileRef::new(vm.profile, vm.owner);

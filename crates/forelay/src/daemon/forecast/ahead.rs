@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use forelay_cache::plan::Event;
 
-use super::foresight::{Catalogue, Foreseen};
-use super::models::model_key;
-use super::order::PlannedDevice;
-use super::{Host, HostError};
+use crate::daemon::forecast::foresight::{Catalogue, Foreseen};
+use crate::daemon::forecast::models::model_key;
+use crate::daemon::launch::resolve::PlannedDevice;
+use crate::daemon::{Host, HostError};
 
 /// How often forecasts are made anew, on the forecaster's clock.
 const EVERY: Duration = Duration::from_secs(5);
@@ -38,7 +38,7 @@ struct Told {
 
 impl Host {
     /// Looks ahead for as long as the daemon lives.
-    pub(super) async fn look_ahead(self: Arc<Self>) {
+    pub(in crate::daemon) async fn look_ahead(self: Arc<Self>) {
         let mut told = Told::default();
         let every = self.learner.clock().wall(EVERY).max(EVERY_AT_MOST);
         let mut interval = tokio::time::interval(every);

@@ -20,9 +20,9 @@ use forelay_store::Scheduler;
 use parking_lot::RwLock;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::HostError;
-use super::faults::Attribution;
-use super::sessions::Sessions;
+use crate::daemon::HostError;
+use crate::daemon::memory::faults::Attribution;
+use crate::daemon::process::sessions::Sessions;
 
 /// Shared memory of one trust domain.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl FaultHandler for Handler {
             Err(error) => tracing::error!(
                 image = %file,
                 offset = extent.offset,
-                error = %super::chain(&error),
+                error = %crate::daemon::chain(&error),
                 "a VM waits for bytes that cannot be fetched; trying again"
             ),
         };
@@ -214,7 +214,7 @@ impl Domains {
                     tracing::warn!(domain = %memory.domain, bytes, "the pinner ended; pinned anew")
                 }
                 Err(error) => {
-                    let error = super::chain(&error);
+                    let error = crate::daemon::chain(&error);
                     tracing::error!(domain = %memory.domain, error, "pins are lost");
                 }
             }

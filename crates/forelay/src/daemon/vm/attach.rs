@@ -20,11 +20,11 @@ use forelay_image::{ComponentId, Digest};
 use forelay_vm::VmHandle;
 use forelay_vm::guest_protocol::Attach;
 
-use super::instances::{DeviceRecord, Instance};
-use super::launch::pmem_device;
-use super::order::{PlannedDevice, vm_component};
-use super::{Host, HostError};
 use crate::api::{AttachFigures, Vm, VmComponent};
+use crate::daemon::launch::launcher::pmem_device;
+use crate::daemon::launch::resolve::{PlannedDevice, vm_component};
+use crate::daemon::vm::registry::{DeviceRecord, Instance};
+use crate::daemon::{Host, HostError};
 use crate::history::{ComponentRef, ProfileRef};
 
 impl Host {
@@ -140,7 +140,7 @@ impl Host {
                 Err(error) => tracing::error!(
                     vm = handle.name(),
                     component = component.name,
-                    error = super::chain(&error),
+                    error = crate::daemon::chain(&error),
                     "a dependency stays attached"
                 ),
             }
@@ -172,7 +172,7 @@ impl Host {
     }
 
     /// Makes a device that may be, or is about to be, attached reachable in shared memory.
-    pub(super) async fn make_reachable(
+    pub(in crate::daemon) async fn make_reachable(
         self: &Arc<Self>,
         domain: &Domain,
         component: ComponentId,
@@ -250,7 +250,7 @@ impl Host {
         let uuid = image.hex()[..32].to_owned();
         self.scan_now(&instance).await;
         let detached = handle.detach(&pmem_device(record).id, &uuid).await;
-        detached.map_err(|error| HostError::Busy(super::chain(&error)))?;
+        detached.map_err(|error| HostError::Busy(crate::daemon::chain(&error)))?;
         self.note_detached(&instance, image);
         instance.update_record(|record| {
             if let Ok(mut manifest) = Manifest::parse(&record.manifest) {

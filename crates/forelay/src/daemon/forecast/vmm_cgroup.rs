@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 /// What a group was charged since it was made; `None` for what its controllers do not tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Charged {
+pub(in crate::daemon) struct Charged {
     /// CPU time, in milliseconds.
     pub cpu_ms: Option<u64>,
     /// Memory in use now, without mapped files: those of a VMM are shared component pages.
@@ -24,7 +24,7 @@ pub(super) struct Charged {
 
 /// Where groups are mounted.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Groups {
+pub(in crate::daemon) struct Groups {
     proc: PathBuf,
     /// Mount points of v1 hierarchies with their controllers; v2's has none.
     mounts: Vec<(Vec<String>, PathBuf)>,

@@ -10,8 +10,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::{Deserialize, Serialize};
 
-use super::{Host, HostError};
 use crate::api::{ApiError, AttachRequest, ExecRequest, LaunchRequest, PrefetchRequest};
+use crate::daemon::{Host, HostError};
 
 type Shared = State<Arc<Host>>;
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use forelay_memory::holder::{self, Farewell};
 use forelay_memory::{Session, pinner};
 
-use super::HostError;
+use crate::daemon::HostError;
 
 /// Where sessions and pins live.
 pub struct Sessions {

@@ -21,12 +21,12 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
-use super::domains::Domains;
-use super::journal::Journal;
-use super::pushes::{OpenPushes, push};
-use super::residency::{self, Look};
-use super::samples::Sampler;
 use crate::api::Shortage;
+use crate::daemon::memory::domains::Domains;
+use crate::daemon::memory::pushes::{OpenPushes, push};
+use crate::daemon::memory::residency::{self, Look};
+use crate::daemon::memory::samples::Sampler;
+use crate::daemon::process::journal::Journal;
 
 /// How often memory is sampled while it is plentiful.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
@@ -188,7 +188,7 @@ fn watch_stalls() -> Arc<Notify> {
         Ok(trigger) => trigger,
         Err(error) => {
             tracing::info!(
-                error = super::chain(&error),
+                error = crate::daemon::chain(&error),
                 "memory is sampled by time only"
             );
             return stalled;
@@ -484,7 +484,7 @@ fn keep(domains: &Domains, action: Action, tell: &dyn Fn(Event)) {
         }
     };
     if let Err(error) = done {
-        tracing::warn!(image = %image.image, error = super::chain(&error), "not done: {action:?}");
+        tracing::warn!(image = %image.image, error = crate::daemon::chain(&error), "not done: {action:?}");
         return;
     }
     let ended: fn(SharedImage, Extent) -> Event = match &action {

@@ -2,7 +2,7 @@
 //! memory (resources).
 //!
 //! Owns them and the one way in which each fact reaches them, used both online and when the
-//! history is replayed at start ([`super::replay`]); so a daemon that was restarted forecasts
+//! history is replayed at start ([`crate::daemon::forecast::replay`]); so a daemon that was restarted forecasts
 //! what its predecessor did. Refuses to know the clock, the database and what becomes of a
 //! forecast.
 //!
@@ -219,7 +219,7 @@ impl Models {
 }
 
 impl Needs {
-    pub(super) fn context(&self, of: &ProfileRef, at: Timestamp) -> Context {
+    pub(in crate::daemon) fn context(&self, of: &ProfileRef, at: Timestamp) -> Context {
         let profile = model_key(of);
         let memory_mib = self.memory_mib.get(&profile).copied();
         Context {

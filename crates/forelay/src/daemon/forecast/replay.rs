@@ -13,7 +13,7 @@ use forelay_predict::resources::Sketch;
 use forelay_predict::time::{DAY_MS, Timestamp};
 use forelay_predict::working_set::{Touch, WorkingSet};
 
-use super::models::{Models, model_key};
+use crate::daemon::forecast::models::{Models, model_key};
 use crate::history::{ComponentRef, ProfileRef, ResourceSample, Sink};
 
 /// How far back forecasts are judged anew: what they are recalibrated by is recent anyway.

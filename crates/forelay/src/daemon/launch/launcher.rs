@@ -21,15 +21,15 @@ use forelay_image::{Digest, Extent};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmSpec, VmmDriver as _, Wrap};
 
-use super::instances::{DeviceRecord, Instance, Record};
-use super::memory::now_ms;
-use super::order::{Order, PlannedDevice, label, vm_component};
-use super::premap::hostname;
-use super::{Host, HostError, KEEP_RECIPES};
 use crate::api::{
     LaunchFigures, LaunchMode, LaunchRequest, MapDevice, PrefetchMode, PrefetchRequest, Prefetched,
     Vm, VmState,
 };
+use crate::daemon::launch::prepared::hostname;
+use crate::daemon::launch::resolve::{Order, PlannedDevice, label, vm_component};
+use crate::daemon::memory::planner_task::now_ms;
+use crate::daemon::vm::registry::{DeviceRecord, Instance, Record};
+use crate::daemon::{Host, HostError, KEEP_RECIPES};
 use crate::recipe::{KernelFiles, Recipe, kernel_files};
 
 /// How long a launch waits for what it is told to have resident first.
@@ -38,13 +38,13 @@ const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
 const FIRST_AUTO_PORT: u16 = 20_000;
 
 /// What a launch wants in shared memory.
-pub(super) struct Wanted {
+pub(in crate::daemon) struct Wanted {
     mode: LaunchMode,
-    pub(super) working_set: Vec<PlannedExtent>,
+    pub(in crate::daemon) working_set: Vec<PlannedExtent>,
     /// Of it, what was neither there nor on its way.
-    pub(super) missing: Vec<(Digest, Extent)>,
+    pub(in crate::daemon) missing: Vec<(Digest, Extent)>,
     /// Of it, what was not there.
-    pub(super) absent: Vec<(Digest, Extent)>,
+    pub(in crate::daemon) absent: Vec<(Digest, Extent)>,
 }
 
 impl Host {
@@ -208,7 +208,7 @@ impl Host {
     }
 
     /// Makes the lock's images reachable in the domain's shared memory.
-    pub(super) async fn map_images(
+    pub(in crate::daemon) async fn map_images(
         self: &Arc<Self>,
         order: &Order,
     ) -> Result<Vec<DeviceRecord>, HostError> {
@@ -216,7 +216,7 @@ impl Host {
             // A component that vanished is told now, not as a stuck fault later.
             let opened = self.store.open_component(component.id).await;
             opened.map(drop).map_err(|error| {
-                let cause = super::chain(&error);
+                let cause = crate::daemon::chain(&error);
                 HostError::Failed(format!("component {}: {cause}", label(component)))
             })
         });
@@ -236,9 +236,9 @@ impl Host {
         mapped.await.map_err(HostError::failed)?
     }
 
-    pub(super) fn map_image(
+    pub(in crate::daemon) fn map_image(
         &self,
-        memory: &super::domains::DomainMemory,
+        memory: &crate::daemon::memory::domains::DomainMemory,
         device: &PlannedDevice,
     ) -> Result<DeviceRecord, HostError> {
         let PlannedDevice {
@@ -338,7 +338,7 @@ impl Host {
         }
     }
 
-    pub(super) async fn recipe(
+    pub(in crate::daemon) async fn recipe(
         &self,
         lock: &Lock,
         full_system: bool,
@@ -360,7 +360,7 @@ impl Host {
     }
 
     /// Composes the map image of a VM that calls itself `hostname` into a file.
-    pub(super) async fn compose(
+    pub(in crate::daemon) async fn compose(
         &self,
         order: &Order,
         hostname: &str,
@@ -381,7 +381,10 @@ impl Host {
     }
 
     /// Kernel and initramfs of a kernel component as host files.
-    pub(super) async fn kernel(&self, kernel: &LockedComponent) -> Result<KernelFiles, HostError> {
+    pub(in crate::daemon) async fn kernel(
+        &self,
+        kernel: &LockedComponent,
+    ) -> Result<KernelFiles, HostError> {
         let dir = self
             .config
             .state_dir
@@ -511,7 +514,7 @@ fn parts(absent: &[(Digest, Absent)], wanted: impl Fn(&Absent) -> bool) -> Vec<(
 
 /// A composed map image as a file.
 #[derive(Clone, Debug)]
-pub(super) struct MapImage {
+pub(in crate::daemon) struct MapImage {
     /// The device that it becomes.
     pub record: DeviceRecord,
     /// UUID of its superblock, in hex.
@@ -560,7 +563,7 @@ fn make_runtime_dir(dir: &Path) -> Result<(), HostError> {
     })
 }
 
-pub(super) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
+pub(in crate::daemon) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
     let id = format!("c{}", &record.image.hex()[..24]);
     PmemDevice {
         id,

@@ -12,9 +12,9 @@ use forelay_predict::time::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::clock::ForecastClock;
-use super::models::model_key;
-use super::order::Order;
+use crate::daemon::forecast::clock::ForecastClock;
+use crate::daemon::forecast::models::model_key;
+use crate::daemon::launch::resolve::Order;
 use crate::history::ProfileRef;
 
 /// The last launch of a profile, as kept on disk.
@@ -114,7 +114,7 @@ impl LastLaunches {
 
 impl Order {
     /// Memory of its VM.
-    pub(super) fn memory_mib(&self) -> u32 {
+    pub(in crate::daemon) fn memory_mib(&self) -> u32 {
         u32::try_from(self.manifest.vm.memory_mib).unwrap_or(u32::MAX)
     }
 

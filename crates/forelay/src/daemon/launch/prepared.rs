@@ -24,10 +24,10 @@ use forelay_image::Digest;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::instances::DeviceRecord;
-use super::launch::MapImage;
-use super::order::Order;
-use super::{Host, HostError};
+use crate::daemon::launch::launcher::MapImage;
+use crate::daemon::launch::resolve::Order;
+use crate::daemon::vm::registry::DeviceRecord;
+use crate::daemon::{Host, HostError};
 use crate::recipe::KernelFiles;
 
 /// Launches that are kept prepared at a time; about a megabyte each.
@@ -37,7 +37,7 @@ type Key = (Domain, ProfileName);
 
 /// All that a launch needs before its VMM can start.
 #[derive(Debug)]
-pub(super) struct Premapped {
+pub(in crate::daemon) struct Premapped {
     manifest: Digest,
     lock: Digest,
     hostname: String,
@@ -66,14 +66,14 @@ impl Drop for Premapped {
 }
 
 /// The name that a VM of this order has inside.
-pub(super) fn hostname(order: &Order, vm_name: &str) -> String {
+pub(in crate::daemon) fn hostname(order: &Order, vm_name: &str) -> String {
     let own = order.manifest.hostname.clone();
     own.unwrap_or_else(|| vm_name.to_owned())
 }
 
 /// What is known of likely launches, and what is prepared for them.
 #[derive(Debug)]
-pub(super) struct Premaps {
+pub(in crate::daemon) struct Premaps {
     dir: PathBuf,
     state: Mutex<State>,
 }
@@ -146,7 +146,10 @@ fn key(order: &Order) -> Key {
 
 impl Host {
     /// Carries out the planner's reservations, in order, for as long as it makes any.
-    pub(super) async fn premap_likely(self: Arc<Self>, mut actions: UnboundedReceiver<Action>) {
+    pub(in crate::daemon) async fn premap_likely(
+        self: Arc<Self>,
+        mut actions: UnboundedReceiver<Action>,
+    ) {
         while let Some(action) = actions.recv().await {
             match action {
                 Action::Reserve {

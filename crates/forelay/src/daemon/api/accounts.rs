@@ -16,10 +16,10 @@ use forelay_image::{Digest, Extent, PAGE_BYTES};
 use forelay_memory::observe::{self, FileIdentity};
 use forelay_memory::pressure::Probe;
 
-use super::domains::DomainMemory;
-use super::instances::Instance;
-use super::{Host, HostError};
 use crate::api;
+use crate::daemon::memory::domains::DomainMemory;
+use crate::daemon::vm::registry::Instance;
+use crate::daemon::{Host, HostError};
 
 impl Host {
     /// What components take in memory, and who uses them.
