@@ -15,10 +15,10 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use forelay_guest::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
-use forelay_guest::protocol::{
-    Command, ErrorKind, ExitStatus, GuestMessage, Line, LineBuffer, MAX_LINE_BYTES, Mounted,
-    PROTOCOL_VERSION, Reply, Request, Status, Traffic, encode_line,
+use forelay_guest_protocol::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
+use forelay_guest_protocol::messages::{
+    ErrorKind, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line, LineBuffer,
+    MAX_LINE_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic, encode_line,
 };
 
 use crate::boot::console;
@@ -192,14 +192,14 @@ impl Agent {
 
     fn handle_line(self: &Arc<Self>, line: Line) {
         let request = match line {
-            Line::Complete(line) => serde_json::from_slice::<Request>(&line)
+            Line::Complete(line) => serde_json::from_slice::<GuestRequest>(&line)
                 .map_err(|error| format!("not a request: {error}")),
             Line::TooLong => Err(format!("a request is at most {MAX_LINE_BYTES} bytes")),
         };
         match request {
-            Ok(Request {
+            Ok(GuestRequest {
                 id,
-                command: Command::Status,
+                command: GuestCommand::Status,
             }) => {
                 let status = self.status().clone();
                 self.reply(id, Reply::Status(status));
@@ -210,7 +210,7 @@ impl Agent {
     }
 
     /// Runs a request that may take long on a thread of its own.
-    fn start_request(self: &Arc<Self>, request: Request) {
+    fn start_request(self: &Arc<Self>, request: GuestRequest) {
         let id = request.id;
         if self.running.fetch_add(1, Ordering::SeqCst) >= MAX_RUNNING {
             self.running.fetch_sub(1, Ordering::SeqCst);
@@ -232,10 +232,10 @@ impl Agent {
         }
     }
 
-    fn perform(&self, id: u64, command: Command) -> Reply {
+    fn perform(&self, id: u64, command: GuestCommand) -> Reply {
         match command {
-            Command::Status => Reply::Status(self.status().clone()),
-            Command::Exec(exec) => match process::run(&self.reaper, &self.config.env, &exec) {
+            GuestCommand::Status => Reply::Status(self.status().clone()),
+            GuestCommand::Exec(exec) => match process::run(&self.reaper, &self.config.env, &exec) {
                 Ok(result) => Reply::Exec(result),
                 Err(error) => {
                     let program = exec.argv.first().map_or("", String::as_str);
@@ -246,21 +246,21 @@ impl Agent {
                     refuse(kind, format!("{program}: {error}"))
                 }
             },
-            Command::Attach(attach) => {
+            GuestCommand::Attach(attach) => {
                 let result = self.grafts().attach(&attach);
                 self.status().attached = self.grafts().uuids();
                 result.map_or_else(|(kind, text)| refuse(kind, text), Reply::Attached)
             }
-            Command::Detach { uuid } => {
+            GuestCommand::Detach { uuid } => {
                 let result = self.grafts().detach(&uuid);
                 self.status().attached = self.grafts().uuids();
                 result.map_or_else(|(kind, text)| refuse(kind, text), |()| Reply::Detached)
             }
-            Command::Traffic => match std::fs::read_to_string("/proc/net/dev") {
+            GuestCommand::Traffic => match std::fs::read_to_string("/proc/net/dev") {
                 Ok(dev) => Reply::Traffic(Traffic::parse(&dev)),
                 Err(error) => refuse(ErrorKind::Failed, format!("/proc/net/dev: {error}")),
             },
-            Command::Poweroff => {
+            GuestCommand::Poweroff => {
                 self.reply(id, Reply::PoweringOff);
                 self.power_off()
             }

@@ -18,8 +18,8 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
-use forelay_guest::config::{Run, VM_CONFIG_PATH, VmConfig};
-use forelay_guest::protocol::{GuestMessage, encode_line};
+use forelay_guest_protocol::config::{Run, VM_CONFIG_PATH, VmConfig};
+use forelay_guest_protocol::messages::{GuestMessage, encode_line};
 
 use crate::{agent, devices, network, root, sys};
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use forelay_guest::superblock::{self, Superblock};
+use forelay_guest_protocol::superblock::{self, Superblock};
 
 /// Interval of polls for devices.
 const POLL: Duration = Duration::from_millis(5);
@@ -111,7 +111,7 @@ pub fn channel_port() -> Option<PathBuf> {
         .flatten()
         .find_map(|entry| {
             let name = fs::read_to_string(entry.path().join("name")).ok()?;
-            (name.trim() == forelay_guest::protocol::PORT_NAME)
+            (name.trim() == forelay_guest_protocol::messages::PORT_NAME)
                 .then(|| Path::new("/dev").join(entry.file_name()))
         })
 }

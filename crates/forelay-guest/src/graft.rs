@@ -25,8 +25,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use forelay_guest::protocol::{Attach, Attached, ErrorKind};
-use forelay_guest::superblock;
+use forelay_guest_protocol::messages::{Attach, Attached, ErrorKind};
+use forelay_guest_protocol::superblock;
 
 use crate::{accounts, devices, root, sys};
 
@@ -252,10 +252,10 @@ impl Graft {
     /// Plans and makes all changes; on failure nothing is left, the component unmounted.
     fn apply(mut self, root: &Path, etc: bool) -> Result<Self, Refusal> {
         let result = plan(&self.mountpoint, root, etc).and_then(|steps| {
-            let added = accounts::additions(&self.mountpoint, root)
+            let accounts = accounts::changes(&self.mountpoint, root)
                 .map_err(failed("accounts"))?
-                .map_err(|text| (ErrorKind::Conflict, text))?;
-            accounts::append(root, &added).map_err(failed("accounts"))?;
+                .map_err(|error| (ErrorKind::Conflict, error.to_string()))?;
+            accounts::write(root, &accounts).map_err(failed("accounts"))?;
             for step in steps {
                 let path = step.path().display().to_string();
                 step.apply(&self.mountpoint, root)
@@ -375,7 +375,7 @@ fn process_paths(pid: u32) -> Vec<PathBuf> {
 
 /// What to change so that `root` has the component's files.
 fn plan(component: &Path, root: &Path, etc: bool) -> Result<Vec<Step>, Refusal> {
-    let mut plan = Plan {
+    let mut plan = GraftPlan {
         component,
         root,
         steps: Vec::new(),
@@ -417,7 +417,7 @@ fn plan(component: &Path, root: &Path, etc: bool) -> Result<Vec<Step>, Refusal> 
     Ok(steps)
 }
 
-struct Plan<'a> {
+struct GraftPlan<'a> {
     component: &'a Path,
     root: &'a Path,
     steps: Vec<Step>,
@@ -425,7 +425,7 @@ struct Plan<'a> {
     copy_bytes: u64,
 }
 
-impl Plan<'_> {
+impl GraftPlan<'_> {
     /// Compares one path of the component with the root. With `copy`, files are configuration
     /// or data: copied if missing, left alone if there.
     fn visit(&mut self, path: &Path, copy: bool) -> io::Result<()> {

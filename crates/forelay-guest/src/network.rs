@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use forelay_guest::config::Network;
+use forelay_guest_protocol::config::Network;
 
 use crate::boot::context;
 use crate::{devices, sys};

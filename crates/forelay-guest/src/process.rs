@@ -14,8 +14,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use forelay_guest::payload::Payload;
-use forelay_guest::protocol::{Exec, ExecResult, ExitStatus, MAX_OUTPUT_BYTES};
+use forelay_guest_protocol::messages::{Exec, ExecResult, ExitStatus, MAX_OUTPUT_BYTES};
+use forelay_guest_protocol::payload::Payload;
 
 use crate::sys;
 

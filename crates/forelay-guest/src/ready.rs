@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-use forelay_guest::config::{Ready, Run, VmConfig};
-use forelay_guest::protocol::Exec;
+use forelay_guest_protocol::config::{ReadyProbe, Run, VmConfig};
+use forelay_guest_protocol::messages::Exec;
 
 use crate::process::{self, Reaper};
 
@@ -17,14 +17,14 @@ const EXEC_POLL: Duration = Duration::from_millis(250);
 /// Returns when the VM is ready.
 pub fn wait(config: &VmConfig, reaper: &Reaper) {
     match (&config.ready, &config.run) {
-        (Some(Ready::Tcp(port)), _) => {
+        (Some(ReadyProbe::Tcp(port)), _) => {
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, *port));
             until(POLL, || {
                 TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
             });
         }
-        (Some(Ready::Path(path)), _) => until(POLL, || Path::new(path).exists()),
-        (Some(Ready::Exec(argv)), _) => until(EXEC_POLL, || succeeds(config, reaper, argv)),
+        (Some(ReadyProbe::Path(path)), _) => until(POLL, || Path::new(path).exists()),
+        (Some(ReadyProbe::Exec(argv)), _) => until(EXEC_POLL, || succeeds(config, reaper, argv)),
         (None, Run::Init { .. }) => {
             until(POLL, || Path::new("/run/systemd/private").exists());
             let argv = ["systemctl", "is-active", "--quiet", "multi-user.target"];

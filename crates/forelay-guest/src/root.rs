@@ -13,9 +13,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forelay_guest::config::VmConfig;
-use forelay_guest::protocol::Mounted;
-use forelay_guest::superblock;
+use forelay_guest_protocol::config::VmConfig;
+use forelay_guest_protocol::messages::Mounted;
+use forelay_guest_protocol::superblock;
 
 use crate::boot::{console, context};
 use crate::{devices, sys};
@@ -38,14 +38,14 @@ fn device_limit(parameters: &Parameters) -> Duration {
 }
 
 /// The mounted image.
-pub struct Source {
+pub struct MountedRoot {
     kind: &'static str,
     dax: bool,
     devices: u16,
 }
 
 /// What the host is told.
-pub fn report(source: &Source) -> Mounted {
+pub fn report(source: &MountedRoot) -> Mounted {
     Mounted {
         uptime_ms: sys::uptime_ms(),
         dax: source.dax,
@@ -55,7 +55,7 @@ pub fn report(source: &Source) -> Mounted {
 }
 
 /// Mounts the image that the command line names; returns where its files are.
-pub fn mount(parameters: &Parameters) -> io::Result<(Source, String)> {
+pub fn mount(parameters: &Parameters) -> io::Result<(MountedRoot, String)> {
     let get = |key: &str| parameters.get(key).map(String::as_str);
     let limit = device_limit(parameters);
     for directory in [LOWER, UPPER, ROOT] {
@@ -71,7 +71,7 @@ pub fn mount(parameters: &Parameters) -> io::Result<(Source, String)> {
         sys::mount(&disk, LOWER, "erofs", sys::MS_RDONLY, "")
             .map_err(context(format!("mount flat image {}", disk.display())))?;
         Ok((
-            Source {
+            MountedRoot {
                 kind: "flat",
                 dax: false,
                 devices: 0,
@@ -83,7 +83,7 @@ pub fn mount(parameters: &Parameters) -> io::Result<(Source, String)> {
         sys::mount(&disk, ROOT, "ext4", 0, "")
             .map_err(context(format!("mount root disk {}", disk.display())))?;
         Ok((
-            Source {
+            MountedRoot {
                 kind: "disk",
                 dax: false,
                 devices: 0,
@@ -99,7 +99,7 @@ pub fn mount(parameters: &Parameters) -> io::Result<(Source, String)> {
 }
 
 /// Mounts the map image with the components that its device slots name.
-fn mount_map(uuid: &[u8; 16], limit: Duration) -> io::Result<Source> {
+fn mount_map(uuid: &[u8; 16], limit: Duration) -> io::Result<MountedRoot> {
     let mut pmem = devices::PmemDevices::default();
     let (map, found) = devices::wait_for(limit, || pmem.find(uuid)).ok_or_else(|| {
         let uuid = superblock::format_uuid(uuid);
@@ -115,7 +115,7 @@ fn mount_map(uuid: &[u8; 16], limit: Duration) -> io::Result<Source> {
         options.push_str(&format!(",device={}", device.display()));
     }
     let dax = mount_erofs(&map, Path::new(LOWER), &options)?;
-    Ok(Source {
+    Ok(MountedRoot {
         kind: "pmem",
         dax,
         devices: found.devices,
@@ -171,7 +171,7 @@ pub fn overlay(
     parameters: &Parameters,
     config: &VmConfig,
     lower: &str,
-    source: &Source,
+    source: &MountedRoot,
 ) -> io::Result<()> {
     if source.kind == "disk" {
         return Ok(());
@@ -196,7 +196,7 @@ pub fn overlay(
 }
 
 /// Moves the kernel's file systems into the root and makes it `/`.
-pub fn switch(source: &Source) -> io::Result<()> {
+pub fn switch(source: &MountedRoot) -> io::Result<()> {
     for name in ["dev", "proc", "sys"] {
         let target = format!("{ROOT}/{name}");
         fs::create_dir_all(&target).map_err(context(&target))?;

@@ -8,11 +8,13 @@
 pub mod bundle;
 pub mod chunk;
 pub mod component;
+pub mod control;
 pub mod digest;
 pub mod erofs;
 pub mod extent;
 pub mod lock;
 pub mod manifest;
+pub mod package_status;
 pub mod solve;
 pub mod tree;
 pub mod version;

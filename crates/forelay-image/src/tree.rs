@@ -7,6 +7,9 @@
 //! are 1 to 255 bytes, neither `.` nor `..`, without `/` and NUL.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -46,6 +49,16 @@ impl Attributes {
             xattrs: BTreeMap::new(),
         }
     }
+
+    /// The same with another owner.
+    pub fn owned_by(self, uid: u32, gid: u32) -> Self {
+        Self { uid, gid, ..self }
+    }
+
+    /// The same with another modification time.
+    pub fn modified_at(self, mtime_s: i64) -> Self {
+        Self { mtime_s, ..self }
+    }
 }
 
 /// Where a regular file's bytes are.
@@ -76,6 +89,18 @@ impl FileData {
     /// True for an empty file.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// All bytes, in memory.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes.to_vec()),
+            Self::HostFile { path, offset, len } => {
+                let mut bytes = vec![0; *len as usize];
+                File::open(path)?.read_exact_at(&mut bytes, *offset)?;
+                Ok(bytes)
+            }
+        }
     }
 }
 
@@ -267,6 +292,67 @@ impl Tree {
         self.insert(parent, name, node)
     }
 
+    /// Adds or replaces a regular file, making missing parent directories.
+    pub fn put_file(
+        &mut self,
+        path: &str,
+        bytes: impl Into<Arc<[u8]>>,
+        attributes: Attributes,
+    ) -> Result<NodeId, TreeError> {
+        let kind = Kind::File(FileData::Bytes(bytes.into()));
+        self.insert_path(path.as_bytes(), Node { attributes, kind })
+    }
+
+    /// The content of the regular file at `path`, if there is one.
+    pub fn file(&self, path: &[u8]) -> Option<&FileData> {
+        match &self.node(self.lookup(path)?).kind {
+            Kind::File(data) => Some(data),
+            _ => None,
+        }
+    }
+
+    /// The text of the regular file at `path`, if there is one.
+    pub fn text_of(&self, path: &str) -> io::Result<Option<String>> {
+        let bytes = self.file(path.as_bytes()).map(FileData::read).transpose()?;
+        Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// Replaces a regular file's content, keeping its attributes and all its names; does
+    /// nothing if there is none at `path`.
+    pub fn replace_content(&mut self, path: &str, bytes: impl Into<Arc<[u8]>>) {
+        if let Some(id) = self.lookup(path.as_bytes())
+            && let Kind::File(data) = &mut self.node_mut(id).kind
+        {
+            *data = FileData::Bytes(bytes.into());
+        }
+    }
+
+    /// Removes the entry at `path`; returns the node it named.
+    pub fn remove_path(&mut self, path: &[u8]) -> Option<NodeId> {
+        let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
+            Some(slash) => (self.lookup(&path[..slash])?, &path[slash + 1..]),
+            None => (ROOT, path),
+        };
+        self.remove(parent, name)
+    }
+
+    /// Every node that has a name, the root first.
+    pub fn reachable(&self) -> Vec<NodeId> {
+        let mut seen = vec![false; self.len()];
+        let mut found = Vec::new();
+        let mut pending = vec![ROOT];
+        while let Some(id) = pending.pop() {
+            if std::mem::replace(&mut seen[id.0 as usize], true) {
+                continue;
+            }
+            found.push(id);
+            if let Some(entries) = self.entries(id) {
+                pending.extend(entries.values().copied());
+            }
+        }
+        found
+    }
+
     fn set_entry(&mut self, parent: NodeId, name: &[u8], id: NodeId) -> Result<(), TreeError> {
         let bad = name.is_empty() || name.len() > 255 || name == b"." || name == b"..";
         if bad || name.contains(&b'/') || name.contains(&0) {
@@ -308,6 +394,39 @@ mod tests {
             tree.link(ROOT, b"b", bin),
             Err(TreeError::DirectoryLink(_))
         ));
+    }
+
+    #[test]
+    fn files_are_put_read_replaced_and_removed_by_path() {
+        let mut tree = Tree::new();
+        let attributes = Attributes::with_mode(0o640).owned_by(1, 2).modified_at(3);
+        let id = tree.put_file("etc/a", *b"one", attributes.clone()).unwrap();
+        assert_eq!(tree.text_of("etc/a").unwrap().as_deref(), Some("one"));
+        tree.link(tree.lookup(b"etc").unwrap(), b"b", id).unwrap();
+        tree.replace_content("etc/b", *b"two");
+        assert_eq!(tree.text_of("/etc/a").unwrap().as_deref(), Some("two"));
+        assert_eq!(tree.node(id).attributes, attributes);
+        tree.replace_content("etc", *b"x");
+        assert_eq!(tree.text_of("etc").unwrap(), None);
+        assert_eq!(tree.reachable().len(), 3);
+        assert_eq!(tree.remove_path(b"etc/a"), Some(id));
+        assert_eq!(tree.remove_path(b"etc/a"), None);
+        assert_eq!(tree.remove_path(b"gone/a"), None);
+        assert!(tree.remove_path(b"etc").is_some());
+        assert_eq!(tree.reachable(), [ROOT]);
+    }
+
+    #[test]
+    fn a_part_of_a_host_file_is_read() {
+        let host = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(host.path(), b"0123456789").unwrap();
+        let data = |offset, len| FileData::HostFile {
+            path: host.path().to_owned(),
+            offset,
+            len,
+        };
+        assert_eq!(data(2, 3).read().unwrap(), b"234");
+        assert!(data(8, 3).read().is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Repositories, packs, the disk cache, the fetch scheduler and the importers.
+//! Repositories, packs, the disk cache and the fetch scheduler.
 //!
 //! ```text
-//! import -> publish -> repository (packs, indexes, components)
+//! image -> publish -> repository (packs, indexes, components)
 //!                          |
 //!            Scheduler: demand before prefetch, single flight, verified
 //!                          |
@@ -16,7 +16,6 @@ pub mod error;
 pub mod fetch;
 pub mod gc;
 pub mod images;
-pub mod import;
 pub mod layout;
 pub mod pack;
 pub mod publish;

@@ -7,9 +7,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use forelay_guest::protocol::{
-    Command, ErrorKind, GuestMessage, Line, MAX_LINE_BYTES, Mounted, Reply, Request, Status,
-    encode_line,
+use forelay_guest_protocol::messages::{
+    ErrorKind, GuestCommand, GuestMessage, GuestRequest, Line, MAX_LINE_BYTES, Mounted, Reply,
+    Status, encode_line,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -46,7 +46,7 @@ type Waiting = oneshot::Sender<Reply>;
 /// A connection to one guest's agent.
 #[derive(Debug)]
 pub struct Channel {
-    requests: mpsc::Sender<(Request, Waiting)>,
+    requests: mpsc::Sender<(GuestRequest, Waiting)>,
     next_id: AtomicU64,
 }
 
@@ -69,11 +69,18 @@ impl Channel {
     }
 
     /// Sends a command and waits for its reply.
-    pub async fn request(&self, command: Command, limit: Duration) -> Result<Reply, ChannelError> {
+    pub async fn request(
+        &self,
+        command: GuestCommand,
+        limit: Duration,
+    ) -> Result<Reply, ChannelError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, reply) = oneshot::channel();
         let exchange = async {
-            let sent = self.requests.send((Request { id, command }, sender)).await;
+            let sent = self
+                .requests
+                .send((GuestRequest { id, command }, sender))
+                .await;
             sent.map_err(|_| ChannelError::Closed)?;
             reply.await.map_err(|_| ChannelError::Closed)
         };
@@ -99,13 +106,13 @@ fn bounded(mut text: String) -> String {
 
 async fn serve(
     mut connection: LineConnection,
-    mut queue: mpsc::Receiver<(Request, Waiting)>,
+    mut queue: mpsc::Receiver<(GuestRequest, Waiting)>,
     events: Events,
 ) {
     // Ends what a predecessor may have left half-written, then asks what was missed.
-    let catch_up = Request {
+    let catch_up = GuestRequest {
         id: 0,
-        command: Command::Status,
+        command: GuestCommand::Status,
     };
     let mut first = vec![b'\n'];
     first.extend(encode_line(&catch_up));
@@ -259,7 +266,7 @@ mod tests {
                 let count = guest.read(&mut buffer).await.unwrap();
                 text.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
                 let mut requests = text.lines().filter_map(|line| {
-                    serde_json::from_str::<Request>(line)
+                    serde_json::from_str::<GuestRequest>(line)
                         .ok()
                         .filter(|request| request.id != 0)
                 });
@@ -273,7 +280,7 @@ mod tests {
             };
             guest.write_all(&encode_line(&reply)).await.unwrap();
         };
-        let command = Command::Detach {
+        let command = GuestCommand::Detach {
             uuid: String::new(),
         };
         let (reply, ()) = tokio::join!(channel.request(command, Duration::from_secs(10)), answer);
@@ -285,12 +292,12 @@ mod tests {
         let (host, guest) = UnixStream::pair().unwrap();
         let (channel, _progress) = channel(host);
         let silent = channel
-            .request(Command::Status, Duration::from_millis(20))
+            .request(GuestCommand::Status, Duration::from_millis(20))
             .await;
         assert!(matches!(silent, Err(ChannelError::TimedOut(_))));
         drop(guest);
         let closed = channel
-            .request(Command::Status, Duration::from_secs(10))
+            .request(GuestCommand::Status, Duration::from_secs(10))
             .await;
         assert!(matches!(closed, Err(ChannelError::Closed)), "{closed:?}");
     }

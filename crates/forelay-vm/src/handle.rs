@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_guest::protocol::{
-    Attach, Attached, Command, Exec, ExecResult, Reply, Status, Traffic,
+use forelay_guest_protocol::messages::{
+    Attach, Attached, Exec, ExecResult, GuestCommand, Reply, Status, Traffic,
 };
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -284,7 +284,12 @@ impl VmHandle {
 
     /// What the agent says of the boot; also proves that it answers.
     pub async fn status(&self) -> Result<Status, VmError> {
-        match self.inner.channel.request(Command::Status, SHORT).await {
+        match self
+            .inner
+            .channel
+            .request(GuestCommand::Status, SHORT)
+            .await
+        {
             Ok(Reply::Status(status)) => Ok(status),
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
             Err(error) => Err(self.channel_error(error)),
@@ -293,7 +298,12 @@ impl VmHandle {
 
     /// What the guest's network interfaces have carried since it booted, by its own word.
     pub async fn traffic(&self, limit: Duration) -> Result<Traffic, VmError> {
-        match self.inner.channel.request(Command::Traffic, limit).await {
+        match self
+            .inner
+            .channel
+            .request(GuestCommand::Traffic, limit)
+            .await
+        {
             Ok(Reply::Traffic(traffic)) => Ok(traffic),
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
             Err(error) => Err(self.channel_error(error)),
@@ -321,7 +331,7 @@ impl VmHandle {
         match self
             .inner
             .channel
-            .request(Command::Exec(exec), limit + SHORT)
+            .request(GuestCommand::Exec(exec), limit + SHORT)
             .await
         {
             Ok(Reply::Exec(result)) => Ok(result),
@@ -342,7 +352,7 @@ impl VmHandle {
         match self
             .inner
             .channel
-            .request(Command::Attach(request), ATTACH)
+            .request(GuestCommand::Attach(request), ATTACH)
             .await
         {
             Ok(Reply::Attached(guest)) => Ok(HotAttached {
@@ -360,9 +370,9 @@ impl VmHandle {
     }
 
     /// Takes a component's files away from the guest, then its device. The guest refuses
-    /// ([`forelay_guest::protocol::ErrorKind::Busy`]) while they are in use.
+    /// ([`forelay_guest_protocol::messages::ErrorKind::Busy`]) while they are in use.
     pub async fn detach(&self, device_id: &str, uuid: &str) -> Result<Detachment, AttachError> {
-        let command = Command::Detach {
+        let command = GuestCommand::Detach {
             uuid: uuid.to_owned(),
         };
         match self.inner.channel.request(command, ATTACH).await? {
@@ -385,7 +395,7 @@ impl VmHandle {
             let asked = self
                 .inner
                 .channel
-                .request(Command::Poweroff, grace.min(SHORT))
+                .request(GuestCommand::Poweroff, grace.min(SHORT))
                 .await;
             if asked.is_ok()
                 && let Ok(ended) = tokio::time::timeout(grace, self.wait_ended()).await

@@ -31,7 +31,6 @@ pub mod state;
 
 pub use accelerator::{Accelerator, Probe, probe_accelerator};
 pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};
-pub use forelay_guest::{config as guest_config, protocol as guest_protocol};
 pub use handle::{HotAttached, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
 pub use spec::{Boot, Disk, DiskFormat, Forward, PmemDevice, Upper, VmSpec, Wrap};

@@ -15,7 +15,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use forelay_guest::protocol::{ExitStatus, Mounted};
+use forelay_guest_protocol::messages::{ExitStatus, Mounted};
 use serde::{Deserialize, Serialize};
 
 /// Where a VM is.

@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 
-use forelay_guest::protocol::{Line, LineBuffer};
+use forelay_guest_protocol::messages::{Line, LineBuffer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;

@@ -12,6 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
+use forelay_guest_protocol::accounts::{
+    Fragments, MergeError, MergedFile, fragments_path, merged_files,
+};
+use forelay_guest_protocol::config::{
+    Entrypoint, Network, ReadyProbe, Run, VM_CONFIG_PATH, VmConfig,
+};
 use forelay_image::bundle::Bundle;
 use forelay_image::component::Role;
 use forelay_image::erofs::merge::{
@@ -20,14 +26,9 @@ use forelay_image::erofs::merge::{
 use forelay_image::erofs::read::{Image, ReadAt, ReadError};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Ready};
-use forelay_image::tree::{Attributes, FileData, Kind, Node, Tree, TreeError};
-use forelay_store::import::merge::{
-    Fragments, MergeError, MergedFile, fragments_path, merged_files, package_status, status_path,
-};
+use forelay_image::package_status::{merged_status, status_path};
+use forelay_image::tree::{Attributes, Tree, TreeError};
 use forelay_store::{ImageMap, ImageReader, Store, StoreError};
-use forelay_vm::guest_config::{
-    Entrypoint, Network, Ready as GuestReady, Run, VM_CONFIG_PATH, VmConfig,
-};
 
 /// Largest fragments file that is read.
 const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
@@ -139,7 +140,7 @@ impl Recipe {
             let added: Vec<&str> = added.iter().map(String::as_str).collect();
             merged.push(MergedFile {
                 path: PACKAGE_STATUS_PATH.to_owned(),
-                bytes: package_status(base, &added).into_bytes(),
+                bytes: merged_status(base, &added).into_bytes(),
                 mode: 0o644,
                 uid: 0,
                 gid: 0,
@@ -194,32 +195,18 @@ impl Recipe {
     fn own_files(&self, manifest: &Manifest, hostname: &str) -> Result<Tree, RecipeError> {
         let mut tree = Tree::new();
         for file in &self.merged {
-            put(
-                &mut tree,
-                &file.path,
-                &file.bytes,
-                file.mode,
-                (file.uid, file.gid),
-            )?;
+            let attributes = Attributes::with_mode(file.mode).owned_by(file.uid, file.gid);
+            tree.put_file(&file.path, &file.bytes[..], attributes)?;
         }
-        put(
-            &mut tree,
-            "etc/hostname",
-            format!("{hostname}\n").as_bytes(),
-            0o644,
-            (0, 0),
-        )?;
+        let plain = Attributes::with_mode(0o644);
+        let name = format!("{hostname}\n").into_bytes();
+        tree.put_file("etc/hostname", name, plain.clone())?;
         let hosts = format!("127.0.0.1 localhost\n127.0.1.1 {hostname}\n::1 localhost\n");
-        put(&mut tree, "etc/hosts", hosts.as_bytes(), 0o644, (0, 0))?;
+        tree.put_file("etc/hosts", hosts.into_bytes(), plain.clone())?;
         if !manifest.ssh_keys.is_empty() {
             let keys = manifest.ssh_keys.join("\n") + "\n";
-            put(
-                &mut tree,
-                "root/.ssh/authorized_keys",
-                keys.as_bytes(),
-                0o600,
-                (0, 0),
-            )?;
+            let private = Attributes::with_mode(0o600);
+            tree.put_file("root/.ssh/authorized_keys", keys.into_bytes(), private)?;
             for dir in ["root", "root/.ssh"] {
                 if let Some(id) = tree.lookup(dir.as_bytes()) {
                     tree.node_mut(id).attributes.mode = 0o700;
@@ -227,17 +214,12 @@ impl Recipe {
             }
         }
         for (path, file) in &manifest.files {
-            put(
-                &mut tree,
-                path,
-                file.content.as_bytes(),
-                file.mode,
-                (file.uid, file.gid),
-            )?;
+            let attributes = Attributes::with_mode(file.mode).owned_by(file.uid, file.gid);
+            tree.put_file(path, file.content.as_bytes(), attributes)?;
         }
         let config = serde_json::to_vec(&self.guest_config(manifest, hostname))
             .map_err(|_| RecipeError::Interrupted)?;
-        put(&mut tree, VM_CONFIG_PATH, &config, 0o644, (0, 0))?;
+        tree.put_file(VM_CONFIG_PATH, config, plain)?;
         Ok(tree)
     }
 
@@ -255,9 +237,9 @@ impl Recipe {
             }),
         };
         let ready = manifest.ready.as_ref().map(|ready| match ready {
-            Ready::Tcp(port) => GuestReady::Tcp(*port),
-            Ready::Exec(command) => GuestReady::Exec(command.clone()),
-            Ready::Path(path) => GuestReady::Path(path.clone()),
+            Ready::Tcp(port) => ReadyProbe::Tcp(*port),
+            Ready::Exec(command) => ReadyProbe::Exec(command.clone()),
+            Ready::Path(path) => ReadyProbe::Path(path.clone()),
         });
         VmConfig {
             hostname: hostname.to_owned(),
@@ -421,21 +403,4 @@ fn extract_kernel(
             })?;
     }
     Ok(())
-}
-
-fn put(
-    tree: &mut Tree,
-    path: &str,
-    bytes: &[u8],
-    mode: u16,
-    (uid, gid): (u32, u32),
-) -> Result<(), TreeError> {
-    let attributes = Attributes {
-        uid,
-        gid,
-        ..Attributes::with_mode(mode)
-    };
-    let kind = Kind::File(FileData::Bytes(bytes.into()));
-    tree.insert_path(path.as_bytes(), Node { attributes, kind })
-        .map(drop)
 }

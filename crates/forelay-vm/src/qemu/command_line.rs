@@ -127,7 +127,7 @@ fn sockets(line: &mut Line, spec: &VmSpec) {
     line.plain(&["-mon", "chardev=monitor,mode=control"]);
     line.plain(&["-serial", "chardev:console"]);
     line.device("virtio-serial-pci,id=serial,max_ports=2,addr=0x2.0,multifunction=on");
-    let name = forelay_guest::protocol::PORT_NAME;
+    let name = forelay_guest_protocol::messages::PORT_NAME;
     line.device(&format!(
         "virtserialport,bus=serial.0,nr=1,chardev=channel,name={name}"
     ));

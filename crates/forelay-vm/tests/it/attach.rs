@@ -2,8 +2,8 @@
 
 use std::process::{Command, Stdio};
 
-use forelay_guest::config::VmConfig;
-use forelay_guest::protocol::{Attach, ErrorKind, Exec};
+use forelay_guest_protocol::config::VmConfig;
+use forelay_guest_protocol::messages::{Attach, ErrorKind, Exec};
 use forelay_image::tree::Tree;
 use forelay_vm::channel::ChannelError;
 use forelay_vm::state::VmState;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use forelay_guest::config::{Entrypoint, Ready, Run, VmConfig};
-use forelay_guest::protocol::{Exec, ExitStatus};
+use forelay_guest_protocol::config::{Entrypoint, ReadyProbe, Run, VmConfig};
+use forelay_guest_protocol::messages::{Exec, ExitStatus};
 use forelay_image::tree::Tree;
 use forelay_vm::{Cause, Phase};
 
@@ -32,7 +32,7 @@ async fn privileged_boots_a_merged_image_from_pmem() {
         hostname: "merged".into(),
         run: Run::Entrypoint(entrypoint),
         env: [("X".to_owned(), "42".to_owned())].into(),
-        ready: Some(Ready::Path("/run/serving".into())),
+        ready: Some(ReadyProbe::Path("/run/serving".into())),
         ..VmConfig::default()
     };
     let spec = bench.spec(assets, &[&base, &tool], &config);
@@ -59,7 +59,7 @@ async fn privileged_boots_a_merged_image_from_pmem() {
     let exec = Exec {
         argv: ["sh", "-c", "id -u; cat; exit 7"].map(str::to_owned).into(),
         user: "web".into(),
-        stdin: forelay_guest::payload::Payload(vec![0, 255, 10]),
+        stdin: forelay_guest_protocol::payload::Payload(vec![0, 255, 10]),
         ..Exec::default()
     };
     let result = vm.exec_with(exec, LIMIT).await.unwrap();

@@ -3,8 +3,8 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use forelay_guest::config::{Entrypoint, Network, Ready, Run, VmConfig};
-use forelay_guest::protocol::ExitStatus;
+use forelay_guest_protocol::config::{Entrypoint, Network, ReadyProbe, Run, VmConfig};
+use forelay_guest_protocol::messages::ExitStatus;
 use forelay_vm::{Cause, Forward, Upper};
 
 use crate::fixture::{Bench, LIMIT, assets, base_tree, sh};
@@ -35,7 +35,7 @@ async fn privileged_serves_a_forwarded_port_from_a_scratch_disk() {
                  while ! busybox test -e /stop; do sleep 0.1; done; exit 5";
     let config = VmConfig {
         run: shell(serve),
-        ready: Some(Ready::Tcp(80)),
+        ready: Some(ReadyProbe::Tcp(80)),
         network: Some(Network::default()),
         ..VmConfig::default()
     };

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use forelay_guest::config::{Entrypoint, Run, VmConfig};
-use forelay_guest::protocol::ExitStatus;
+use forelay_guest_protocol::config::{Entrypoint, Run, VmConfig};
+use forelay_guest_protocol::messages::ExitStatus;
 use forelay_vm::{Boot, Cause, LaunchError, Phase, VmError, VmSpec, VmmDriver, Wrap};
 
 use crate::fixture::{Bench, Guard, LIMIT, assets, base_tree};

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use forelay_guest::config::VmConfig;
+use forelay_guest_protocol::config::VmConfig;
 use forelay_image::component::ImageRef;
 use forelay_image::erofs::merge::{ComposeOptions, Composed, Layer, MapLayout, compose};
 use forelay_image::erofs::write::write_image;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use forelay_guest::config::{Network, Run, VmConfig};
-use forelay_guest::protocol::Attach;
+use forelay_guest_protocol::config::{Network, Run, VmConfig};
+use forelay_guest_protocol::messages::Attach;
 use forelay_image::tree::Tree;
 use forelay_vm::{Cause, VmmDriver};
 

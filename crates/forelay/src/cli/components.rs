@@ -10,12 +10,12 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use forelay_image::component::{Component, Role};
+use forelay_import::base::BaseOptions;
+use forelay_import::dir::Ownership;
+use forelay_import::kernel::KernelOptions;
+use forelay_import::packages::PackageOptions;
+use forelay_import::{BuildPhase, BuildRequest, BuildSource, Builder, BuiltComponent, Progress};
 use forelay_store::Store;
-use forelay_store::import::base::BaseOptions;
-use forelay_store::import::dir::Ownership;
-use forelay_store::import::kernel::KernelOptions;
-use forelay_store::import::packages::PackageOptions;
-use forelay_store::import::{BuildRequest, Builder, Built, Phase, Progress, Source};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
@@ -251,8 +251,13 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
 }
 
 /// Publishes what was built; returns what there is to say about it.
-async fn publish(store: &Store, built: &Built, bar: &Arc<Bar>, began: Instant) -> Result<String> {
-    let Built {
+async fn publish(
+    store: &Store,
+    built: &BuiltComponent,
+    bar: &Arc<Bar>,
+    began: Instant,
+) -> Result<String> {
+    let BuiltComponent {
         component,
         image,
         chunks,
@@ -293,21 +298,21 @@ async fn request(
     store: &Store,
     builder: &Builder,
 ) -> Result<BuildRequest> {
-    let root = |path| Source::Directory {
+    let root = |path| BuildSource::Directory {
         path,
         ownership: Ownership::Keep,
     };
     let source = if let Some(path) = arguments.dir {
         root(path)
     } else if let Some(path) = arguments.tar {
-        Source::Tar {
+        BuildSource::Tar {
             path,
             ownership: Ownership::Keep,
         }
     } else if let Some(path) = arguments.deb_file {
-        Source::DebFile { path }
+        BuildSource::DebFile { path }
     } else if arguments.kernel {
-        Source::Kernel(KernelOptions {
+        BuildSource::Kernel(KernelOptions {
             suite: arguments.suite,
             ..KernelOptions::new(&guest_init(arguments.guest)?)
         })
@@ -315,7 +320,7 @@ async fn request(
         if distribution != "debian" {
             bail!("no base {distribution:?} can be built: `debian` can, or use --tar");
         }
-        Source::Base(BaseOptions {
+        BuildSource::Base(BaseOptions {
             suite: arguments.suite,
             include: arguments.include,
             systemd: arguments.systemd,
@@ -339,7 +344,7 @@ async fn request(
             packages: arguments.deb,
             split: arguments.split,
         };
-        Source::Packages {
+        BuildSource::Packages {
             options,
             base: Box::new(base),
         }
@@ -402,7 +407,7 @@ impl Bar {
                 done_bytes,
                 total_bytes,
             } => {
-                self.bytes(Phase::word(phase), done_bytes, total_bytes);
+                self.bytes(BuildPhase::word(phase), done_bytes, total_bytes);
             }
         }
     }

@@ -249,7 +249,7 @@ impl Host {
         let argv: Vec<&str> = request.command.iter().map(String::as_str).collect();
         let handle = self.handle(name)?;
         let result = handle.exec(&argv, limit).await.map_err(HostError::failed)?;
-        use forelay_vm::guest_protocol::ExitStatus;
+        use forelay_guest_protocol::messages::ExitStatus;
         let status = match result.status {
             ExitStatus::Code(code) => code,
             ExitStatus::Signal(signal) => 128 + signal,

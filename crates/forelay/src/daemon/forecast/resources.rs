@@ -13,8 +13,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forelay_guest_protocol::messages::Traffic;
 use forelay_predict::resources::HORIZONS_MS;
-use forelay_vm::guest_protocol::Traffic;
 
 use crate::api::VmState;
 use crate::daemon::Host;

@@ -12,13 +12,13 @@ use std::time::Instant;
 
 use forelay_cache::plan::Event;
 use forelay_cache::{DeviceImage, Domain};
+use forelay_guest_protocol::messages::Attach;
 use forelay_image::component::NameRange;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::relock;
 use forelay_image::{ComponentId, Digest};
 use forelay_vm::VmHandle;
-use forelay_vm::guest_protocol::Attach;
 
 use crate::api::{AttachFigures, Vm, VmComponent};
 use crate::daemon::launch::launcher::pmem_device;

@@ -210,9 +210,9 @@ impl Host {
                 vm.launch.ready_s = progress.ready.map(seconds);
             }
             vm.exit_status = progress.entrypoint.map(|status| match status {
-                forelay_vm::guest_protocol::ExitStatus::Code(code) => code,
-                forelay_vm::guest_protocol::ExitStatus::Signal(signal) => 128 + signal,
-                forelay_vm::guest_protocol::ExitStatus::TimedOut => 124,
+                forelay_guest_protocol::messages::ExitStatus::Code(code) => code,
+                forelay_guest_protocol::messages::ExitStatus::Signal(signal) => 128 + signal,
+                forelay_guest_protocol::messages::ExitStatus::TimedOut => 124,
             });
         });
         let changed = instance.vm().state == state && state != VmState::Booting;

@@ -1,0 +1,456 @@
+//! The host's apt, pointed at another root: sources, indexes and downloaded archives in
+//! a cache directory of ours, never in the host's own.
+//!
+//! Owns the configuration (the host's hooks and preferences are left out, its proxies
+//! and mirrors are used), refreshing, and the question which name was probably meant.
+//!
+//! Invariant: one process at a time uses a cache (a lock file is held meanwhile).
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::error::{ImportError, io_error};
+use crate::progress::{BuildPhase, Progress, Reporter, apt_status};
+use crate::tool::Tool;
+
+/// How old package indexes may be before they are refreshed.
+pub const DEFAULT_REFRESH_AFTER: Duration = Duration::from_secs(3600);
+
+const DEFAULT_MIRROR: &str = "http://deb.debian.org/debian";
+const DEFAULT_SECURITY_MIRROR: &str = "http://deb.debian.org/debian-security";
+
+/// apt's cache for one Debian release.
+#[derive(Clone, Debug)]
+pub struct AptCache {
+    directory: PathBuf,
+    suite: String,
+    refresh_after: Duration,
+    mirror: Option<String>,
+}
+
+/// Held while apt works in the cache.
+#[derive(Debug)]
+pub struct AptLock {
+    _file: File,
+}
+
+impl AptCache {
+    /// The cache for release `suite` (e.g. `bookworm`) below `parent`.
+    pub fn open(parent: &Path, suite: &str, refresh_after: Duration) -> Result<Self, ImportError> {
+        let good = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if suite.is_empty() || !suite.chars().all(good) {
+            return Err(ImportError::Request(format!(
+                "{suite:?} is not the name of a Debian release"
+            )));
+        }
+        let directory = parent.join("apt").join(suite);
+        for part in [
+            "lists/partial",
+            "archives/partial",
+            "sources.d",
+            "empty",
+            "log",
+        ] {
+            let path = directory.join(part);
+            fs::create_dir_all(&path).map_err(io_error("creating", &path))?;
+        }
+        let cache = Self {
+            directory,
+            suite: suite.to_owned(),
+            refresh_after,
+            mirror: None,
+        };
+        Ok(cache)
+    }
+
+    /// Uses the mirror at `uri` alone, instead of the host's sources.
+    pub fn with_mirror(mut self, uri: Option<String>) -> Self {
+        self.mirror = uri;
+        self
+    }
+
+    /// The release.
+    pub fn suite(&self) -> &str {
+        &self.suite
+    }
+
+    /// Where downloaded package archives are.
+    pub fn archives(&self) -> PathBuf {
+        self.directory.join("archives")
+    }
+
+    /// Waits for other builds that use this cache.
+    pub fn lock(&self) -> Result<AptLock, ImportError> {
+        let path = self.directory.join("lock");
+        let file = File::create(&path).map_err(io_error("creating", &path))?;
+        file.lock().map_err(io_error("locking", &path))?;
+        Ok(AptLock { _file: file })
+    }
+
+    /// Writes the sources (the host's for this release, else Debian's own) and returns
+    /// their path, for tools that want it.
+    pub fn write_sources(&self) -> Result<PathBuf, ImportError> {
+        let path = self.directory.join("sources.d/forelay.list");
+        let text = match &self.mirror {
+            Some(uri) => format!("deb {uri} {} main\n", self.suite),
+            None => sources_text(&host_sources(), &self.suite),
+        };
+        fs::write(&path, text).map_err(io_error("writing", &path))?;
+        Ok(path)
+    }
+
+    /// Writes a configuration for the root at `root` (`None`: no packages installed) and
+    /// returns its path, to be given in `APT_CONFIG`.
+    pub fn write_config(&self, root: Option<&Path>) -> Result<PathBuf, ImportError> {
+        let name = if root.is_some() {
+            "root.conf"
+        } else {
+            "empty.conf"
+        };
+        let path = self.directory.join(name);
+        let status = match root {
+            Some(root) => root.join("var/lib/dpkg/status"),
+            None => {
+                let status = self.directory.join("empty-status");
+                fs::write(&status, b"").map_err(io_error("writing", &status))?;
+                status
+            }
+        };
+        let directory = self.directory.display();
+        let mut text = format!(
+            "Dir::Etc::main \"/dev/null\";\nDir::Etc::parts \"{directory}/empty\";\n\
+             Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{directory}/sources.d\";\n\
+             Dir::Etc::preferences \"/dev/null\";\nDir::Etc::preferencesparts \"{directory}/empty\";\n\
+             Dir::State \"{directory}\";\nDir::State::lists \"{directory}/lists\";\n\
+             Dir::State::extended_states \"{directory}/extended_states\";\n\
+             Dir::State::status \"{}\";\nDir::Cache \"{directory}\";\n\
+             Dir::Cache::archives \"{directory}/archives\";\nDir::Log \"{directory}/log\";\n\
+             APT::Install-Recommends \"false\";\nAPT::Install-Suggests \"false\";\n\
+             APT::Sandbox::User \"root\";\nAPT::Get::Assume-Yes \"true\";\n\
+             APT::Keep-Downloaded-Packages \"true\";\nAPT::Cmd::Disable-Script-Warning \"true\";\n\
+             APT::Update::Error-Mode \"any\";\nAcquire::Languages \"none\";\n\
+             Acquire::Retries \"2\";\nAcquire::http::Timeout \"20\";\nDpkg::Use-Pty \"false\";\n",
+            status.display()
+        );
+        if let Some(root) = root {
+            text.push_str(&format!(
+                "DPkg::Chroot-Directory \"{}\";\n\
+                 DPkg::Options:: \"--force-unsafe-io\";\nDPkg::Options:: \"--force-confnew\";\n",
+                root.display()
+            ));
+        }
+        text.push_str(&host_acquire_options()?);
+        fs::write(&path, text).map_err(io_error("writing", &path))?;
+        Ok(path)
+    }
+
+    /// Writes the host's settings for reaching its mirrors alone, for tools that make a
+    /// configuration of their own; `None` if there are none.
+    pub fn write_acquire_settings(&self) -> Result<Option<PathBuf>, ImportError> {
+        let settings = host_acquire_options()?;
+        let path = self.directory.join("acquire.conf");
+        fs::write(&path, &settings).map_err(io_error("writing", &path))?;
+        Ok((!settings.is_empty()).then_some(path))
+    }
+
+    /// Refreshes the indexes if they are older than the cache allows.
+    pub fn refresh(&self, _lock: &AptLock, report: Reporter<'_>) -> Result<(), ImportError> {
+        let stamp = self.directory.join("refreshed");
+        let sources = self.write_sources()?;
+        let text = fs::read_to_string(&sources).map_err(io_error("reading", &sources))?;
+        let fresh = fs::read_to_string(&stamp).is_ok_and(|stamped| stamped == text)
+            && age(&stamp).is_some_and(|age| age < self.refresh_after);
+        if fresh {
+            return Ok(());
+        }
+        report(Progress::Started(BuildPhase::Refresh));
+        let config = self.write_config(None)?;
+        let updated = Tool::new("apt-get", "apt", "refreshing package indexes")
+            .env("APT_CONFIG", config)
+            .args(["-q", "update"])
+            .run(|_| ());
+        updated.map_err(network_error)?;
+        fs::write(&stamp, text).map_err(io_error("writing", &stamp))
+    }
+
+    /// Downloads the candidate version of `package` (not its dependencies) into the
+    /// archives directory and returns the file.
+    pub fn download(
+        &self,
+        _lock: &AptLock,
+        package: &str,
+        report: Reporter<'_>,
+    ) -> Result<PathBuf, ImportError> {
+        let config = self.write_config(None)?;
+        let shown = Tool::new("apt-get", "apt", format!("looking up {package}"))
+            .env("APT_CONFIG", &config)
+            .args(["-q", "--print-uris", "download", package])
+            .output();
+        let shown = match shown {
+            Err(ImportError::Tool { tail, .. }) if tail.contains("Unable to locate package") => {
+                return Err(self.no_such_package(package));
+            }
+            other => other.map_err(network_error)?,
+        };
+        // 'URI' NAME_VERSION_ARCH.deb BYTES SHA256:…
+        let name = shown
+            .lines()
+            .find(|line| line.starts_with('\''))
+            .and_then(|line| line.split_whitespace().nth(1));
+        let Some(name) = name else {
+            return Err(self.no_such_package(package));
+        };
+        let path = self.archives().join(name);
+        let script = "cd \"$1\" && exec apt-get -q -o APT::Status-Fd=1 download \"$2\"";
+        Tool::new("sh", "dash", format!("downloading {package}"))
+            .env("APT_CONFIG", &config)
+            .args(["-c", script, "sh"])
+            .arg(self.archives())
+            .arg(package)
+            .run(|line| report_line(line, report))
+            .map_err(network_error)?;
+        if path.is_file() {
+            return Ok(path);
+        }
+        Err(crate::error::archive_error(path, "apt did not download it"))
+    }
+
+    /// The error for a name that the sources do not have, with the nearest that they have.
+    pub fn no_such_package(&self, name: &str) -> ImportError {
+        let names = self.write_config(None).and_then(|config| {
+            Tool::new("apt-cache", "apt", "listing package names")
+                .env("APT_CONFIG", config)
+                .arg("pkgnames")
+                .output()
+        });
+        let names = names.unwrap_or_default();
+        ImportError::NoSuchPackage {
+            name: name.to_owned(),
+            sources: format!("the apt sources for {}", self.suite),
+            nearest: nearest_names(name, names.lines()),
+        }
+    }
+}
+
+/// Passes a line of apt's status descriptor on, if it is one.
+pub(crate) fn report_line(line: &str, report: Reporter<'_>) {
+    if let Some(progress) = apt_status(line) {
+        report(progress);
+    }
+}
+
+/// Tells failures to download from other failures of apt.
+pub(crate) fn network_error(error: ImportError) -> ImportError {
+    const SIGNS: &[&str] = &[
+        "Failed to fetch",
+        "Could not resolve",
+        "Temporary failure resolving",
+        "Could not connect",
+        "Connection failed",
+        "Unable to fetch some archives",
+        "Some index files failed to download",
+    ];
+    match error {
+        ImportError::Tool { tail, .. } if SIGNS.iter().any(|sign| tail.contains(sign)) => {
+            ImportError::Network { explanation: tail }
+        }
+        other => other,
+    }
+}
+
+fn age(path: &Path) -> Option<Duration> {
+    let modified = fs::metadata(path).ok()?.modified().ok()?;
+    SystemTime::now().duration_since(modified).ok()
+}
+
+/// The texts of the host's source lists: (is deb822, text).
+fn host_sources() -> Vec<(bool, String)> {
+    let mut paths = vec![PathBuf::from("/etc/apt/sources.list")];
+    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
+        paths.extend(entries.flatten().map(|entry| entry.path()));
+    }
+    paths.sort();
+    let read = paths.iter().filter_map(|path| {
+        let extension = path.extension()?;
+        let deb822 = extension == "sources";
+        (deb822 || extension == "list").then_some(())?;
+        Some((deb822, fs::read_to_string(path).ok()?))
+    });
+    read.collect()
+}
+
+/// One-line sources for `suite` with its updates and security suites, component `main`:
+/// the host's, else Debian's own servers.
+fn sources_text(host: &[(bool, String)], suite: &str) -> String {
+    let updates = format!("{suite}-updates");
+    let security = format!("{suite}-security");
+    let wanted = |name: &str| name == suite || name == updates || name == security;
+    let mut lines = Vec::new();
+    for (deb822, text) in host {
+        if *deb822 {
+            lines.extend(deb822_lines(text, wanted));
+        } else {
+            lines.extend(text.lines().filter_map(|line| list_line(line, wanted)));
+        }
+    }
+    if !lines
+        .iter()
+        .any(|line| line.contains(&format!(" {suite} ")))
+    {
+        lines = vec![
+            format!("deb {DEFAULT_MIRROR} {suite} main"),
+            format!("deb {DEFAULT_MIRROR} {updates} main"),
+            format!("deb {DEFAULT_SECURITY_MIRROR} {security} main"),
+        ];
+    }
+    lines.dedup();
+    lines.join("\n") + "\n"
+}
+
+fn deb822_lines(text: &str, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+    let mut lines = Vec::new();
+    for stanza in forelay_image::control::parse_paragraphs(text) {
+        let has =
+            |field: &str, word: &str| stanza.field(field).split_whitespace().any(|w| w == word);
+        if !has("Types", "deb") || !has("Components", "main") || has("Enabled", "no") {
+            continue;
+        }
+        let signed = stanza.field("Signed-By");
+        let options = match signed.starts_with('/') {
+            true => format!("[signed-by={signed}] "),
+            false => String::new(),
+        };
+        for uri in stanza.field("URIs").split_whitespace() {
+            let suites = stanza.field("Suites").split_whitespace();
+            for suite in suites.filter(|suite| wanted(suite)) {
+                lines.push(format!("deb {options}{uri} {suite} main"));
+            }
+        }
+    }
+    lines
+}
+
+fn list_line(line: &str, wanted: impl Fn(&str) -> bool) -> Option<String> {
+    let rest = line.trim().strip_prefix("deb ")?.trim();
+    let (options, rest) = match rest.strip_prefix('[') {
+        Some(rest) => {
+            let (options, rest) = rest.split_once(']')?;
+            (format!("[{options}] "), rest)
+        }
+        None => (String::new(), rest),
+    };
+    let mut words = rest.split_whitespace();
+    let (uri, suite) = (words.next()?, words.next()?);
+    let has_main = words.any(|component| component == "main");
+    (has_main && wanted(suite)).then(|| format!("deb {options}{uri} {suite} main"))
+}
+
+/// The host's settings for reaching its mirrors: proxies, certificates, validity checks.
+fn host_acquire_options() -> Result<String, ImportError> {
+    let dump = Tool::new("apt-config", "apt", "reading apt's settings")
+        .args(["dump", "--no-empty"])
+        .output()?;
+    const KEPT: &[&str] = &[
+        "Acquire::http::",
+        "Acquire::https::",
+        "Acquire::ftp::",
+        "Acquire::Check-",
+        "Acquire::Max-FutureTime",
+        "Acquire::ForceIPv",
+    ];
+    let kept = dump
+        .lines()
+        .filter(|line| KEPT.iter().any(|prefix| line.starts_with(prefix)));
+    Ok(kept.fold(String::new(), |out, line| out + line + "\n"))
+}
+
+/// Up to three of `names` that `name` is probably a misspelling of, nearest first.
+pub fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let limit = (name.len() / 3).clamp(1, 3);
+    let mut near: Vec<(usize, &str)> = names
+        .filter_map(|candidate| {
+            let distance = edit_distance(name.as_bytes(), candidate.as_bytes());
+            if distance <= limit {
+                return Some((distance, candidate));
+            }
+            let longer = candidate.starts_with(name) && name.len() >= 3;
+            longer.then(|| (limit + candidate.len() - name.len(), candidate))
+        })
+        .collect();
+    near.sort_unstable();
+    near.dedup();
+    near.truncate(3);
+    near.into_iter().map(|(_, name)| name.to_owned()).collect()
+}
+
+/// Optimal string alignment distance: a swap of neighbours counts once.
+fn edit_distance(one: &[u8], other: &[u8]) -> usize {
+    let mut before: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=other.len()).collect();
+    for (i, a) in one.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, b) in other.iter().enumerate() {
+            let mut best = (last[j] + usize::from(a != b))
+                .min(last[j + 1] + 1)
+                .min(row[j] + 1);
+            if i > 0 && j > 0 && *a == other[j - 1] && one[i - 1] == *b {
+                best = best.min(before[j - 1] + 1);
+            }
+            row.push(best);
+        }
+        before = std::mem::replace(&mut last, row);
+    }
+    last[other.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misspelt_names_find_what_was_meant() {
+        let names = ["nginx", "nginx-core", "redis", "redis-server", "zsh"];
+        let nearest = |name| nearest_names(name, names.iter().copied());
+        assert_eq!(nearest("ngnix"), ["nginx"]);
+        assert_eq!(nearest("redis-sever"), ["redis-server"]);
+        assert_eq!(nearest("reddis"), ["redis"]);
+        assert!(nearest("quite-different").is_empty());
+    }
+
+    #[test]
+    fn host_sources_are_used_for_the_release_alone() {
+        let deb822 = "Types: deb\nURIs: http://mirror/debian\nSuites: bookworm bookworm-updates \
+                      bookworm-backports\nComponents: main contrib\nSigned-By: /k.gpg\n\n\
+                      Types: deb\nEnabled: no\nURIs: http://off\nSuites: bookworm\nComponents: main\n";
+        let list = "# comment\ndeb [arch=amd64] http://sec/ bookworm-security main\n\
+                    deb http://pg/ bookworm-pgdg main\ndeb-src http://x/ bookworm main\n\
+                    deb http://docker/ bookworm stable\n";
+        let host = [(true, deb822.to_owned()), (false, list.to_owned())];
+        assert_eq!(
+            sources_text(&host, "bookworm"),
+            "deb [signed-by=/k.gpg] http://mirror/debian bookworm main\n\
+             deb [signed-by=/k.gpg] http://mirror/debian bookworm-updates main\n\
+             deb [arch=amd64] http://sec/ bookworm-security main\n"
+        );
+        let other = sources_text(&host, "trixie");
+        assert!(
+            other.contains("deb.debian.org/debian trixie main"),
+            "{other}"
+        );
+    }
+
+    #[test]
+    fn download_failures_are_told_from_other_failures() {
+        let failed = |tail: &str| ImportError::Tool {
+            tool: "apt-get".into(),
+            status: "1".into(),
+            doing: "testing".into(),
+            tail: tail.into(),
+        };
+        let network = network_error(failed("E: Failed to fetch http://x Could not resolve 'x'"));
+        assert!(matches!(network, ImportError::Network { .. }));
+        let other = network_error(failed("E: dpkg broke"));
+        assert!(matches!(other, ImportError::Tool { .. }));
+    }
+}

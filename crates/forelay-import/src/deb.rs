@@ -1,0 +1,248 @@
+//! A Debian package archive (`.deb`): its control data and its files as a [`Tree`].
+//!
+//! Owns the `ar` container and the choice of members. Refuses to run maintainer scripts:
+//! it names them, so that a caller can say that their results are missing.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use forelay_image::tree::{Kind, NodeId, ROOT, Tree};
+
+use crate::dir::Ownership;
+use crate::error::{ImportError, archive_error, io_error, tree_error};
+use crate::spool::{Compression, Spool, read_up_to};
+use crate::tar::read_plain;
+use forelay_image::control::{Paragraph, parse_paragraphs};
+
+const HEADER_BYTES: usize = 60;
+
+/// A package archive that was read.
+#[derive(Debug)]
+pub struct Deb {
+    /// The control file's paragraph.
+    pub control: Paragraph,
+    /// Maintainer scripts it carries (`postinst` and the like), which were not run.
+    pub scripts: Vec<String>,
+    /// Its files.
+    pub tree: Tree,
+}
+
+/// Reads the package at `path`; its files are unpacked into `spool`.
+pub fn read_deb(path: &Path, spool: &mut Spool) -> Result<Deb, ImportError> {
+    let mut file = File::open(path).map_err(io_error("opening", path))?;
+    let mut magic = [0; 8];
+    let count = read_up_to(&mut file, &mut magic).map_err(io_error("reading", path))?;
+    if &magic[..count] != b"!<arch>\n" {
+        return Err(archive_error(path, "not a Debian package"));
+    }
+    let (mut control, mut data) = (None, None);
+    while let Some((name, bytes)) = next_member(&mut file, path)? {
+        let start = file.stream_position().map_err(io_error("reading", path))?;
+        if name.starts_with("control.tar") {
+            control = Some(member_tree(&file, bytes, path, spool)?);
+        } else if name.starts_with("data.tar") {
+            data = Some(member_tree(&file, bytes, path, spool)?);
+        }
+        let next = start + bytes.next_multiple_of(2);
+        file.seek(SeekFrom::Start(next))
+            .map_err(io_error("reading", path))?;
+    }
+    let (Some(control), Some(tree)) = (control, data) else {
+        return Err(archive_error(path, "has no control.tar or no data.tar"));
+    };
+    let text = read_small_file(&control, b"control", path)?;
+    let paragraph = parse_paragraphs(&String::from_utf8_lossy(&text))
+        .into_iter()
+        .next();
+    let paragraph = paragraph.filter(|paragraph| paragraph.get("Package").is_some());
+    let Some(paragraph) = paragraph else {
+        return Err(archive_error(path, "its control file names no package"));
+    };
+    let scripts = ["preinst", "postinst", "prerm", "postrm", "triggers"]
+        .into_iter()
+        .filter(|script| control.lookup(script.as_bytes()).is_some())
+        .map(str::to_owned)
+        .collect();
+    Ok(Deb {
+        control: paragraph,
+        scripts,
+        tree,
+    })
+}
+
+fn next_member(file: &mut File, path: &Path) -> Result<Option<(String, u64)>, ImportError> {
+    let mut header = [0; HEADER_BYTES];
+    let count = read_up_to(file, &mut header).map_err(io_error("reading", path))?;
+    if count == 0 {
+        return Ok(None);
+    }
+    let text = |range: std::ops::Range<usize>| String::from_utf8_lossy(&header[range]).into_owned();
+    if count < HEADER_BYTES || &header[58..] != b"`\n" {
+        return Err(archive_error(
+            path,
+            "cut off, or damaged between its members",
+        ));
+    }
+    let name = text(0..16);
+    let bytes = text(48..58).trim().parse::<u64>();
+    let bytes = bytes.map_err(|_| archive_error(path, "a member has no size"))?;
+    Ok(Some((
+        name.trim_end().trim_end_matches('/').to_owned(),
+        bytes,
+    )))
+}
+
+fn member_tree(
+    file: &File,
+    bytes: u64,
+    path: &Path,
+    spool: &mut Spool,
+) -> Result<Tree, ImportError> {
+    let mut member = file.take(bytes);
+    let mut first = [0; 8];
+    let count = read_up_to(&mut member, &mut first).map_err(io_error("reading", path))?;
+    let first = &first[..count];
+    let mut reader = Compression::detect(first)
+        .reader(first.chain(member))
+        .map_err(io_error("reading", path))?;
+    let (plain, _) = spool.store(&mut reader, path)?;
+    read_plain(&plain, path, spool, Ownership::Keep)
+}
+
+/// Reads a file of at most 16 MiB out of a tree; missing files are errors.
+pub(crate) fn read_small_file(
+    tree: &Tree,
+    name: &[u8],
+    path: &Path,
+) -> Result<Vec<u8>, ImportError> {
+    let shown = String::from_utf8_lossy(name);
+    let Some(data) = tree.file(name) else {
+        return Err(archive_error(path, format!("has no file {shown:?}")));
+    };
+    if data.len() > 16 << 20 {
+        return Err(archive_error(path, format!("{shown:?} is too large")));
+    }
+    data.read().map_err(io_error("reading", path))
+}
+
+/// Moves what is in `/bin`, `/sbin` and `/lib*` under `/usr`, as on a merged-usr system,
+/// where those are symbolic links; a directory in their place would hide the base's.
+pub fn merge_usr(tree: &mut Tree, path: &Path) -> Result<(), ImportError> {
+    for name in ["bin", "sbin", "lib", "lib32", "lib64", "libx32"] {
+        let Some(from) = tree.lookup(name.as_bytes()) else {
+            continue;
+        };
+        if tree.entries(from).is_none() {
+            continue;
+        }
+        tree.remove(ROOT, name.as_bytes());
+        let usr = tree.make_directories(b"usr").map_err(tree_error(path))?;
+        move_into(tree, usr, name.as_bytes(), from, path)?;
+    }
+    Ok(())
+}
+
+/// Puts node `from` at `parent/name`; two directories are merged, `from` wins otherwise.
+fn move_into(
+    tree: &mut Tree,
+    parent: NodeId,
+    name: &[u8],
+    from: NodeId,
+    path: &Path,
+) -> Result<(), ImportError> {
+    let existing = tree
+        .entries(parent)
+        .and_then(|entries| entries.get(name))
+        .copied();
+    let children = tree.entries(from).cloned();
+    match (existing, children) {
+        (Some(to), Some(children)) if tree.entries(to).is_some() => {
+            for (child, id) in children {
+                move_into(tree, to, &child, id, path)?;
+            }
+            Ok(())
+        }
+        (_, None) => tree.link(parent, name, from).map_err(tree_error(path)),
+        (_, Some(children)) => {
+            let mut node = tree.node(from).clone();
+            node.kind = Kind::Directory(Default::default());
+            let to = tree.insert(parent, name, node).map_err(tree_error(path))?;
+            for (child, id) in children {
+                move_into(tree, to, &child, id, path)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Builds a package with dpkg-deb, the referee for the format.
+    fn build(directory: &Path, compression: &str) -> Option<std::path::PathBuf> {
+        let root = directory.join("root");
+        fs::create_dir_all(root.join("DEBIAN")).unwrap();
+        fs::create_dir_all(root.join("lib/x")).unwrap();
+        fs::create_dir_all(root.join("usr/lib/y")).unwrap();
+        fs::write(root.join("lib/x/file"), b"content").unwrap();
+        let control = "Package: tool\nVersion: 1:2-3\nArchitecture: all\nMaintainer: a <a@b>\n\
+                       Description: a tool\n that does things\n";
+        fs::write(root.join("DEBIAN/control"), control).unwrap();
+        let script = root.join("DEBIAN/postinst");
+        fs::write(&script, "#!/bin/sh\n").unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let out = directory.join(format!("{compression}.deb"));
+        let made = Command::new("dpkg-deb")
+            .args([&format!("-Z{compression}"), "--root-owner-group", "--build"])
+            .args([&root, &out])
+            .output();
+        matches!(&made, Ok(made) if made.status.success()).then_some(out)
+    }
+
+    #[test]
+    fn packages_of_dpkg_deb_are_read_in_every_compression() {
+        let directory = tempfile::tempdir().unwrap();
+        for compression in ["xz", "gzip", "zstd", "none"] {
+            let Some(path) = build(directory.path(), compression) else {
+                eprintln!("SKIPPED packages_of_dpkg_deb ({compression}): no dpkg-deb for it");
+                continue;
+            };
+            let mut spool = Spool::new(directory.path(), 1 << 24).unwrap();
+            let mut deb = read_deb(&path, &mut spool).unwrap();
+            assert_eq!(deb.control.field("version"), "1:2-3");
+            assert_eq!(deb.control.summary(), "a tool");
+            assert_eq!(deb.scripts, ["postinst"]);
+            let bytes = read_small_file(&deb.tree, b"lib/x/file", &path).unwrap();
+            assert_eq!(bytes, b"content");
+            merge_usr(&mut deb.tree, &path).unwrap();
+            assert!(deb.tree.lookup(b"lib").is_none());
+            assert!(deb.tree.lookup(b"usr/lib/x/file").is_some());
+            assert!(deb.tree.lookup(b"usr/lib/y").is_some());
+        }
+    }
+
+    #[test]
+    fn damaged_packages_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut spool = Spool::new(directory.path(), 1 << 24).unwrap();
+        let path = directory.path().join("bad.deb");
+        let header = format!("{:<48}{:<10}`\n", "control.tar.xz", 5);
+        let members: [&[u8]; 4] = [
+            b"",
+            b"!<arch>\nshort",
+            b"!<arch>\n",
+            &[b"!<arch>\n", header.as_bytes(), b"hello "].concat(),
+        ];
+        for bytes in members {
+            fs::write(&path, bytes).unwrap();
+            let error = read_deb(&path, &mut spool).unwrap_err();
+            assert!(matches!(error, ImportError::Archive { .. }), "{error}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What an overlay's upper directory really changes in the layers below it.
+//!
+//! overlayfs copies a file up when it is opened for writing and a directory when a
+//! temporary file is made in it; neither is a change. Such copies are taken out, so that
+//! a component holds what its packages add and nothing of the base.
+//!
+//! Invariant: base + result shows the same files, content and attributes (times of
+//! directories aside) as base + upper directory.
+
+use std::fs::{self, File, Metadata};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use forelay_image::tree::{Attributes, FileData, Kind, NodeId, ROOT, Tree};
+
+use crate::error::{ImportError, io_error};
+
+/// Removes from `upper` what is the same in the directory `base`; returns how many
+/// entries went.
+pub fn remove_unchanged(upper: &mut Tree, base: &Path) -> Result<usize, ImportError> {
+    let mut removed = 0;
+    prune(upper, ROOT, base, &mut removed)?;
+    Ok(removed)
+}
+
+fn prune(
+    upper: &mut Tree,
+    directory: NodeId,
+    base: &Path,
+    removed: &mut usize,
+) -> Result<(), ImportError> {
+    let entries = upper.entries(directory).cloned().unwrap_or_default();
+    for (name, id) in entries {
+        let path: PathBuf = base.join(std::ffi::OsStr::from_bytes(&name));
+        let Ok(metadata) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        let opaque = b"trusted.overlay.opaque";
+        let is_directory = upper.entries(id).is_some();
+        if is_directory && !upper.node(id).attributes.xattrs.contains_key(&opaque[..]) {
+            prune(upper, id, &path, removed)?;
+        }
+        if unchanged(upper, id, &path, &metadata)? {
+            upper.remove(directory, &name);
+            *removed += 1;
+        }
+    }
+    Ok(())
+}
+
+fn unchanged(upper: &Tree, id: NodeId, path: &Path, base: &Metadata) -> Result<bool, ImportError> {
+    let node = upper.node(id);
+    if !same_attributes(&node.attributes, base) {
+        return Ok(false);
+    }
+    match &node.kind {
+        Kind::Directory(entries) => {
+            Ok(entries.is_empty() && base.is_dir() && node.attributes.xattrs.is_empty())
+        }
+        Kind::Symlink(target) => {
+            let old = fs::read_link(path).ok();
+            Ok(old.is_some_and(|old| old.as_os_str().as_bytes() == &target[..]))
+        }
+        Kind::File(data) if base.is_file() && data.len() == base.len() => same_content(data, path),
+        _ => Ok(false),
+    }
+}
+
+fn same_attributes(attributes: &Attributes, base: &Metadata) -> bool {
+    u32::from(attributes.mode) == base.mode() & 0o7777
+        && attributes.uid == base.uid()
+        && attributes.gid == base.gid()
+}
+
+fn same_content(data: &FileData, path: &Path) -> Result<bool, ImportError> {
+    let mut old = File::open(path).map_err(io_error("reading", path))?;
+    let mut new: Box<dyn Read + '_> = match data {
+        FileData::Bytes(bytes) => Box::new(&bytes[..]),
+        FileData::HostFile {
+            path: from, offset, ..
+        } => {
+            let mut file = File::open(from).map_err(io_error("reading", from))?;
+            file.seek(SeekFrom::Start(*offset))
+                .map_err(io_error("reading", from))?;
+            Box::new(file)
+        }
+    };
+    let (mut one, mut other) = (vec![0u8; 64 << 10], vec![0u8; 64 << 10]);
+    let mut left = data.len();
+    while left > 0 {
+        let count = left.min(one.len() as u64) as usize;
+        new.read_exact(&mut one[..count])
+            .and_then(|()| old.read_exact(&mut other[..count]))
+            .map_err(io_error("comparing", path))?;
+        if one[..count] != other[..count] {
+            return Ok(false);
+        }
+        left -= count as u64;
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dir::{Ownership, read_directory};
+
+    #[test]
+    fn copies_go_and_changes_stay() {
+        let host = tempfile::tempdir().unwrap();
+        let (base, upper) = (host.path().join("base"), host.path().join("upper"));
+        for root in [&base, &upper] {
+            fs::create_dir_all(root.join("etc/empty")).unwrap();
+            fs::create_dir_all(root.join("var")).unwrap();
+            fs::write(root.join("etc/same"), b"same").unwrap();
+            std::os::unix::fs::symlink("to", root.join("etc/link")).unwrap();
+        }
+        fs::write(base.join("etc/changed"), b"one").unwrap();
+        fs::write(upper.join("etc/changed"), b"two").unwrap();
+        fs::write(upper.join("etc/new"), b"new").unwrap();
+        let mut tree = read_directory(&upper, Ownership::Keep).unwrap();
+        let removed = remove_unchanged(&mut tree, &base).unwrap();
+        assert_eq!(removed, 4);
+        assert!(tree.lookup(b"etc/changed").is_some());
+        assert!(tree.lookup(b"etc/new").is_some());
+        for gone in ["etc/same", "etc/link", "etc/empty", "var"] {
+            assert!(tree.lookup(gone.as_bytes()).is_none(), "{gone}");
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! A host directory as a [`Tree`].
+//!
+//! Owns the walk: entries in byte order of their names, hard links by (device, inode),
+//! extended attributes, device nodes. Refuses to follow symbolic links and to read
+//! content: files stay on the host until the image is written.
+//!
+//! Invariant: the result depends only on the directory's content, not on its path, its
+//! inode numbers or the order in which the host lists names.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree};
+
+use crate::error::{ImportError, io_error, tree_error};
+
+/// Who owns the files of the imported tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ownership {
+    /// As on the host or in the archive.
+    #[default]
+    Keep,
+    /// Everything belongs to this user and group.
+    Fixed {
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
+}
+
+impl Ownership {
+    /// The owner and group to record for a file of `uid` and `gid`.
+    pub fn apply(self, uid: u32, gid: u32) -> (u32, u32) {
+        match self {
+            Self::Keep => (uid, gid),
+            Self::Fixed { uid, gid } => (uid, gid),
+        }
+    }
+}
+
+/// Reads the directory `root` into a tree.
+pub fn read_directory(root: &Path, ownership: Ownership) -> Result<Tree, ImportError> {
+    let metadata = fs::symlink_metadata(root).map_err(io_error("reading", root))?;
+    if !metadata.is_dir() {
+        let problem = "not a directory";
+        return Err(crate::error::archive_error(root, problem));
+    }
+    let mut walk = Walk {
+        tree: Tree::new(),
+        ownership,
+        links: BTreeMap::new(),
+    };
+    walk.tree.node_mut(ROOT).attributes = walk.attributes(root, &metadata)?;
+    let mut pending = vec![(root.to_owned(), ROOT)];
+    while let Some((path, id)) = pending.pop() {
+        walk.directory(&path, id, &mut pending)?;
+    }
+    Ok(walk.tree)
+}
+
+struct Walk {
+    tree: Tree,
+    ownership: Ownership,
+    links: BTreeMap<(u64, u64), NodeId>,
+}
+
+impl Walk {
+    fn directory(
+        &mut self,
+        path: &Path,
+        id: NodeId,
+        pending: &mut Vec<(PathBuf, NodeId)>,
+    ) -> Result<(), ImportError> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path).map_err(io_error("listing", path))? {
+            names.push(entry.map_err(io_error("listing", path))?.file_name());
+        }
+        names.sort_unstable();
+        // Last in first out: reverse, so that directories are walked in name order.
+        let mut directories = Vec::new();
+        for name in names {
+            let child = path.join(&name);
+            let metadata = fs::symlink_metadata(&child).map_err(io_error("reading", &child))?;
+            if let Some(directory) = self.entry(id, &name, &child, &metadata)? {
+                directories.push((child, directory));
+            }
+        }
+        pending.extend(directories.into_iter().rev());
+        Ok(())
+    }
+
+    /// Adds one entry; returns its id if it is a directory to be walked.
+    fn entry(
+        &mut self,
+        parent: NodeId,
+        name: &OsStr,
+        path: &Path,
+        metadata: &fs::Metadata,
+    ) -> Result<Option<NodeId>, ImportError> {
+        let linked = !metadata.is_dir() && metadata.nlink() > 1;
+        let key = (metadata.dev(), metadata.ino());
+        if linked && let Some(&target) = self.links.get(&key) {
+            let link = self.tree.link(parent, name.as_bytes(), target);
+            return link.map(|()| None).map_err(tree_error(path));
+        }
+        let node = Node {
+            attributes: self.attributes(path, metadata)?,
+            kind: kind_of(path, metadata)?,
+        };
+        let id = self
+            .tree
+            .insert(parent, name.as_bytes(), node)
+            .map_err(tree_error(path))?;
+        if linked {
+            self.links.insert(key, id);
+        }
+        Ok(metadata.is_dir().then_some(id))
+    }
+
+    fn attributes(&self, path: &Path, metadata: &fs::Metadata) -> Result<Attributes, ImportError> {
+        let (uid, gid) = self.ownership.apply(metadata.uid(), metadata.gid());
+        Ok(Attributes {
+            mode: (metadata.mode() & 0o7777) as u16,
+            uid,
+            gid,
+            mtime_s: metadata.mtime(),
+            mtime_ns: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
+            xattrs: read_xattrs(path)?,
+        })
+    }
+}
+
+fn kind_of(path: &Path, metadata: &fs::Metadata) -> Result<Kind, ImportError> {
+    let file_type = metadata.file_type();
+    let rdev = metadata.rdev();
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    Ok(if file_type.is_dir() {
+        Kind::Directory(BTreeMap::new())
+    } else if file_type.is_symlink() {
+        let target = fs::read_link(path).map_err(io_error("reading", path))?;
+        Kind::Symlink(target.into_os_string().into_vec())
+    } else if file_type.is_file() {
+        Kind::File(match metadata.len() {
+            0 => FileData::Bytes(Vec::new().into()),
+            len => FileData::HostFile {
+                path: path.to_owned(),
+                offset: 0,
+                len,
+            },
+        })
+    } else if file_type.is_char_device() {
+        Kind::CharDevice { major, minor }
+    } else if file_type.is_block_device() {
+        Kind::BlockDevice { major, minor }
+    } else if file_type.is_fifo() {
+        Kind::Fifo
+    } else {
+        Kind::Socket
+    })
+}
+
+/// Extended attributes that mean something in an image. overlayfs's own bookkeeping is
+/// left out, except the mark of an opaque directory; so are the labels of the host's
+/// security modules, which say nothing about another machine.
+fn kept_xattr(name: &[u8]) -> bool {
+    match name {
+        b"trusted.overlay.opaque" => true,
+        _ => {
+            !name.starts_with(b"trusted.overlay.")
+                && name != b"security.selinux"
+                && name != b"security.SMACK64"
+                && name != b"system.nfs4_acl"
+        }
+    }
+}
+
+fn read_xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, ImportError> {
+    let mut xattrs = BTreeMap::new();
+    let mut names = vec![0u8; 256];
+    let used = loop {
+        match rustix::fs::llistxattr(path, &mut names[..]) {
+            Ok(used) => break used,
+            Err(rustix::io::Errno::RANGE) => names.resize(names.len() * 4, 0),
+            Err(rustix::io::Errno::OPNOTSUPP) => return Ok(xattrs),
+            Err(error) => return Err(io_error("reading attributes of", path)(error.into())),
+        }
+    };
+    for name in names[..used].split(|&byte| byte == 0) {
+        if name.is_empty() || !kept_xattr(name) {
+            continue;
+        }
+        let mut value = vec![0u8; 256];
+        loop {
+            match rustix::fs::lgetxattr(path, name, &mut value[..]) {
+                Ok(used) => {
+                    value.truncate(used);
+                    xattrs.insert(name.to_vec(), value);
+                    break;
+                }
+                Err(rustix::io::Errno::RANGE) => value.resize(value.len() * 4, 0),
+                Err(rustix::io::Errno::NODATA) => break,
+                Err(error) => return Err(io_error("reading attributes of", path)(error.into())),
+            }
+        }
+    }
+    Ok(xattrs)
+}
+
+/// The last part of `path`, as a name for a component built from it.
+pub(crate) fn name_from_path(path: &Path) -> String {
+    let name = path.file_name().map(OsString::from).unwrap_or_default();
+    let name = name.to_string_lossy();
+    let name = name.split(".tar").next().unwrap_or(&name);
+    name.trim_end_matches(".tgz")
+        .trim_end_matches(".deb")
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_is_read_with_links_and_sizes() {
+        let host = tempfile::tempdir().unwrap();
+        let root = host.path();
+        fs::create_dir(root.join("b")).unwrap();
+        fs::write(root.join("b/file"), b"hello").unwrap();
+        fs::write(root.join("b/empty"), b"").unwrap();
+        fs::hard_link(root.join("b/file"), root.join("a-link")).unwrap();
+        symlink("../etc/passwd", root.join("soft")).unwrap();
+        let owner = Ownership::Fixed { uid: 7, gid: 8 };
+        let tree = read_directory(root, owner).unwrap();
+        let file = tree.lookup(b"b/file").unwrap();
+        assert_eq!(tree.lookup(b"a-link"), Some(file));
+        assert_eq!(tree.node(file).attributes.uid, 7);
+        assert_eq!(tree.node(file).attributes.gid, 8);
+        assert!(matches!(&tree.node(file).kind, Kind::File(data) if data.len() == 5));
+        let soft = tree.lookup(b"soft").unwrap();
+        assert!(matches!(&tree.node(soft).kind, Kind::Symlink(to) if to == b"../etc/passwd"));
+    }
+
+    #[test]
+    fn a_file_is_not_a_directory() {
+        let host = tempfile::NamedTempFile::new().unwrap();
+        let error = read_directory(host.path(), Ownership::Keep).unwrap_err();
+        assert!(error.to_string().contains("not a directory"), "{error}");
+    }
+
+    #[test]
+    fn overlay_bookkeeping_is_left_out_but_opaque_stays() {
+        assert!(kept_xattr(b"security.capability"));
+        assert!(kept_xattr(b"user.note"));
+        assert!(kept_xattr(b"trusted.overlay.opaque"));
+        assert!(!kept_xattr(b"trusted.overlay.origin"));
+    }
+}

@@ -1,0 +1,86 @@
+//! Unpacked base images on the host, one directory each, to install packages on.
+//!
+//! Invariant: a directory named by an image digest is complete (it is renamed into place
+//! last) and never changes: sandboxes use it as a read-only lower layer.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use forelay_image::component::{Component, NameRange};
+use forelay_image::erofs::read::{Image, ReadAt};
+
+use crate::error::{ImportError, io_error};
+use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
+use crate::tool::require_root;
+use crate::unpack::write_directory;
+
+/// Most content bytes of a base that are unpacked (they are held in memory meanwhile).
+const BASE_LIMIT_BYTES: u64 = 8 << 30;
+
+/// A base component, unpacked.
+#[derive(Clone, Debug)]
+pub struct BaseRoot {
+    /// Its metadata.
+    pub component: Component,
+    /// Its files.
+    pub directory: PathBuf,
+}
+
+impl BaseRoot {
+    /// Where the base `component` is unpacked below `cache`, unpacked from `image` if it
+    /// is not there yet. Needs root.
+    pub fn open(
+        cache: &Path,
+        component: &Component,
+        image: &dyn ReadAt,
+    ) -> Result<Self, ImportError> {
+        let base = Self {
+            component: component.clone(),
+            directory: cache.join("roots").join(component.image.digest.hex()),
+        };
+        if base.directory.is_dir() {
+            return Ok(base);
+        }
+        require_root("unpacking a base")?;
+        let read = |error| ImportError::Image(Box::new(error));
+        let tree = Image::open(image).map_err(read)?;
+        let tree = tree.to_tree(BASE_LIMIT_BYTES).map_err(read)?;
+        let spool = Spool::new(&cache.join("roots"), DEFAULT_LIMIT_BYTES)?;
+        let partial = spool.path().join("root");
+        fs::create_dir(&partial).map_err(io_error("creating", &partial))?;
+        write_directory(&tree, &partial)?;
+        match fs::rename(&partial, &base.directory) {
+            // Another build was quicker.
+            Err(_) if base.directory.is_dir() => {}
+            other => other.map_err(io_error("creating", &base.directory))?,
+        }
+        Ok(base)
+    }
+
+    /// The Debian release that the base says it is: `bookworm` if it provides
+    /// `debian-bookworm` at its own version.
+    pub fn suite(&self) -> Option<&str> {
+        let own = Some(&self.component.version);
+        let mut provided = self.component.provides.iter();
+        provided.find_map(|capability| {
+            let suite = capability.name.strip_prefix("debian-")?;
+            (capability.version.as_ref() == own).then_some(suite)
+        })
+    }
+
+    /// What a component that was built on this base requires of another: the same
+    /// release, since what the scripts did holds there as well. A base that names no
+    /// release is required as it is.
+    pub(crate) fn requirement(&self) -> NameRange {
+        match self.suite() {
+            Some(suite) => NameRange {
+                name: format!("debian-{suite}"),
+                range: String::new(),
+            },
+            None => NameRange {
+                name: self.component.name.clone(),
+                range: format!("= {}", self.component.version),
+            },
+        }
+    }
+}
