@@ -17,9 +17,9 @@ use std::time::Instant;
 
 use forelay_cache::budget::BudgetConfig;
 use forelay_cache::mapping_table::SharedTable;
-use forelay_cache::plan::{PlanConfig, PlannedExtent, PressureLevel};
+use forelay_cache::plan::{PlanConfig, PressureLevel};
 use forelay_cache::{Action, DeviceImage, Event, Planner, VmName};
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, Extent, PlannedExtent};
 use serde_json::{Value, json};
 
 const SEGMENT: u64 = 256 << 10;

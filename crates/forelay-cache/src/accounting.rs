@@ -11,11 +11,11 @@
 use std::collections::BTreeMap;
 
 use forelay_image::PAGE_BYTES;
+use forelay_image::pages::{PageSet, Pages};
 use serde::Serialize;
 
 use crate::mapping_table::{ImageRow, MappingTable};
 use crate::names::{Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::PageSet;
 
 /// Fractions of a byte are counted in units of 2^-32.
 const FRACTION_BITS: u32 = 32;
@@ -148,38 +148,36 @@ struct Prefix {
     resident: Vec<u32>,
     /// Resident pages with two or more sharers before this one.
     shared: Vec<u32>,
-    unclaimed_pages: u32,
+    unclaimed: Pages,
 }
 
 fn prefix(row: &ImageRow, shares: &[Share]) -> Prefix {
-    let pages = row.whole().end as usize;
+    let pages = row.whole().end.index();
     // Sharers change only where somebody's run begins or ends.
     let mut change = vec![0i32; pages + 1];
     for run in shares.iter().flat_map(|share| share.touched.runs()) {
-        change[run.start as usize] += 1;
-        change[(run.end as usize).min(pages)] -= 1;
+        change[run.start.index()] += 1;
+        change[run.end.index().min(pages)] -= 1;
     }
     let mut prefix = Prefix {
         charge: vec![0; pages + 1],
         resident: vec![0; pages + 1],
         shared: vec![0; pages + 1],
-        unclaimed_pages: 0,
+        unclaimed: Pages::NONE,
     };
     let mut sharers = 0i32;
     let mut resident = row.resident.runs().peekable();
     for (page, change) in change.into_iter().take(pages).enumerate() {
         sharers += change;
-        while resident.peek().is_some_and(|run| run.end as usize <= page) {
+        while resident.peek().is_some_and(|run| run.end.index() <= page) {
             resident.next();
         }
-        let inside = resident
-            .peek()
-            .is_some_and(|run| run.start as usize <= page);
+        let inside = resident.peek().is_some_and(|run| run.start.index() <= page);
         let mut charge = 0;
         if inside && sharers > 0 {
             charge = (u128::from(PAGE_BYTES) << FRACTION_BITS) / sharers as u128;
         }
-        prefix.unclaimed_pages += u32::from(inside && sharers == 0);
+        prefix.unclaimed += Pages(u32::from(inside && sharers == 0));
         prefix.charge[page + 1] = prefix.charge[page] + charge;
         prefix.resident[page + 1] = prefix.resident[page] + u32::from(inside);
         prefix.shared[page + 1] = prefix.shared[page] + u32::from(inside && sharers > 1);
@@ -189,20 +187,20 @@ fn prefix(row: &ImageRow, shares: &[Share]) -> Prefix {
 
 fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> ImageAccount {
     let prefix = prefix(row, shares);
-    let pages = row.whole().end as usize;
+    let pages = row.whole().end.index();
     let mut charges: BTreeMap<usize, u128> = BTreeMap::new();
     for share in shares {
         let account = &mut vms[share.vm];
         let charge = charges.entry(share.vm).or_default();
         for run in share.touched.runs() {
-            let (from, to) = (run.start as usize, (run.end as usize).min(pages));
+            let (from, to) = (run.start.index(), run.end.index().min(pages));
             *charge += prefix.charge[to] - prefix.charge[from];
-            let within = |sums: &[u32]| u64::from(sums[to] - sums[from]) * PAGE_BYTES;
+            let within = |sums: &[u32]| Pages(sums[to] - sums[from]).bytes();
             account.resident_bytes += within(&prefix.resident);
             account.shared_bytes += within(&prefix.shared);
         }
     }
-    let unclaimed_bytes = u64::from(prefix.unclaimed_pages) * PAGE_BYTES;
+    let unclaimed_bytes = prefix.unclaimed.bytes();
     let claimed = row.resident.bytes() - unclaimed_bytes;
     let whole: u64 = charges
         .values()
@@ -220,19 +218,14 @@ fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> Ima
     for &(_, vm) in order.iter().take((claimed - whole) as usize) {
         vms[vm].charged_bytes += 1;
     }
-    let pinned = row.pinned().map_or(0, |pinned| {
-        row.resident
-            .runs()
-            .map(|run| pinned.count_within(run))
-            .sum()
-    });
+    let pinned = row.pinned().map(|pinned| &row.resident & pinned);
     ImageAccount {
         image: row.key.clone(),
         mapped_by: row.mapped_by,
         mapped_bytes: row.image_bytes.saturating_mul(u64::from(row.mapped_by)),
         resident_bytes: row.resident.bytes(),
-        shared_bytes: u64::from(prefix.shared[pages]) * PAGE_BYTES,
-        pinned_bytes: u64::from(pinned) * PAGE_BYTES,
+        shared_bytes: Pages(prefix.shared[pages]).bytes(),
+        pinned_bytes: pinned.map_or(0, |pages| pages.bytes()),
         prefetched_unused_bytes: row.prefetched_unused.bytes(),
         unclaimed_bytes,
     }

@@ -10,7 +10,6 @@ pub mod accounting;
 pub mod budget;
 pub mod mapping_table;
 pub mod names;
-pub mod page_set;
 pub mod plan;
 pub mod policy;
 

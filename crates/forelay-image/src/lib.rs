@@ -15,7 +15,9 @@ pub mod extent;
 pub mod lock;
 pub mod manifest;
 pub mod package_status;
+pub mod pages;
 pub mod solve;
+pub mod touch;
 pub mod tree;
 pub mod version;
 
@@ -23,3 +25,4 @@ pub use chunk::{Chunk, ChunkIndex};
 pub use component::{Component, ComponentId};
 pub use digest::Digest;
 pub use extent::{Extent, PAGE_BYTES};
+pub use touch::{PlannedExtent, Touch};

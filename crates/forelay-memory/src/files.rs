@@ -10,12 +10,12 @@ use std::sync::atomic::AtomicBool;
 
 use forelay_image::digest::Digest;
 use forelay_image::extent::{Extent, PAGE_BYTES, PMEM_ALIGN_BYTES};
+use forelay_image::pages::PageSet;
 use parking_lot::Mutex;
 
 use crate::counters::Tally;
 use crate::fuse::abi;
 use crate::mapping::FileMapping;
-use crate::ranges::RangeSet;
 
 /// Which file: the digest of the image it holds.
 pub type FileKey = Digest;
@@ -92,11 +92,11 @@ pub(crate) struct SharedFile {
     pub spec: FileSpec,
     pub tally: Tally,
     /// What was pushed and not evicted since.
-    pub pushed: Mutex<RangeSet>,
+    pub pushed: Mutex<PageSet>,
     /// What of it was seen touched.
-    pub used: Mutex<RangeSet>,
+    pub used: Mutex<PageSet>,
     /// No less than what the pinner has locked.
-    pub pinned: Mutex<RangeSet>,
+    pub pinned: Mutex<PageSet>,
     /// Whether the pinner knows the file.
     pub pinner_knows: AtomicBool,
     /// Keeps the inode, and with it the pages, and answers residency.

@@ -18,7 +18,6 @@ pub mod observe;
 mod packet;
 pub mod pinner;
 pub mod pressure;
-pub mod ranges;
 mod session;
 mod shared;
 

@@ -15,13 +15,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use forelay_image::extent::Extent;
+use forelay_image::pages::{PageRun, PageSet};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::files::FileKey;
 use crate::mapping::FileMapping;
 use crate::packet::{self, Malformed, Packet};
-use crate::ranges::RangeSet;
 
 /// Extents in one packet: what fits at two 20-digit numbers each.
 const EXTENTS_PER_PACKET: usize = 1000;
@@ -58,7 +58,7 @@ pub enum PinError {
 #[derive(Debug)]
 struct PinnedFile {
     mapping: FileMapping,
-    locked: Mutex<RangeSet>,
+    locked: Mutex<PageSet>,
 }
 
 type Table = Mutex<BTreeMap<(String, FileKey), Arc<PinnedFile>>>;
@@ -162,14 +162,15 @@ impl PinnedFile {
     fn change(&self, extents: &[Extent], lock: bool) -> Result<u64, (u64, io::Error)> {
         let mut changed_bytes = 0;
         for extent in extents {
+            let run = PageRun::covering(*extent);
             if lock {
                 // Not under the table's lock: this may wait for a fault.
                 self.mapping
                     .lock(*extent)
                     .map_err(|error| (changed_bytes, error))?;
-                changed_bytes += self.locked.lock().insert(*extent);
+                changed_bytes += self.locked.lock().insert(run).bytes();
             } else {
-                let removed_bytes = self.locked.lock().remove(*extent);
+                let removed_bytes = self.locked.lock().remove(run).bytes();
                 self.mapping
                     .unlock(*extent)
                     .map_err(|error| (changed_bytes, error))?;
@@ -184,7 +185,10 @@ fn send_table(connection: &OwnedFd, table: &Table) -> io::Result<u64> {
     let rows: Vec<_> = table
         .lock()
         .iter()
-        .map(|((domain, key), file)| (domain.clone(), *key, file.locked.lock().extents()))
+        .map(|((domain, key), file)| {
+            let extents: Vec<Extent> = file.locked.lock().extents().collect();
+            (domain.clone(), *key, extents)
+        })
         .collect();
     for (domain, key, extents) in rows {
         // A file without locks has a row, too: the pinner holds its mapping.

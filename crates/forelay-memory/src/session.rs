@@ -19,6 +19,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use forelay_image::extent::Extent;
+use forelay_image::pages::PageSet;
 use parking_lot::{Condvar, Mutex, RwLock};
 use rustix::io::Errno;
 
@@ -26,7 +27,6 @@ use crate::counters::Tally;
 use crate::files::{FileKey, Files, SharedFile};
 use crate::fuse::abi::{self, Attributes, InitIn, ReadIn, RequestHeader, notify, opcode};
 use crate::fuse::connection::{Connection, REQUEST_BYTES, Received, Waiter};
-use crate::ranges::RangeSet;
 
 /// Answers READs that the page cache could not.
 pub trait FaultHandler: Send + Sync {
@@ -490,7 +490,7 @@ impl Core {
     }
 
     /// The pages of `file` that unanswered READs hold locked.
-    pub fn locked_by_reads(&self, file: &SharedFile) -> RangeSet {
+    pub fn locked_by_reads(&self, file: &SharedFile) -> PageSet {
         let table = self.waiting.lock();
         let reads = table.values().filter(|waiting| waiting.file.id == file.id);
         reads.map(|waiting| waiting.extent).collect()

@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use forelay_image::extent::{Extent, PAGE_BYTES, normalise, total_bytes};
+use forelay_image::pages::{PageRun, Pages};
 use parking_lot::Mutex;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -349,11 +350,15 @@ impl SharedMemory {
         // way, and leave the others' pages to their answers.
         let locked = self.core.locked_by_reads(&file);
         self.core.answer_from(&file, offset, data);
-        for gap in locked.gaps(extent) {
+        for gap in locked.gaps_within(PageRun::covering(extent)) {
+            // The image's last page may be one in part.
+            let Some(gap) = gap.extent().intersection(&extent) else {
+                continue;
+            };
             let start = (gap.offset - offset) as usize;
             self.store(&file, gap.offset, &data[start..start + gap.len as usize])?;
         }
-        file.pushed.lock().insert(extent.page_aligned());
+        file.pushed.lock().insert(PageRun::covering(extent));
         self.core.total.pushed_bytes.fetch_add(extent.len, Relaxed);
         file.tally.pushed_bytes.fetch_add(extent.len, Relaxed);
         Ok(())
@@ -419,10 +424,9 @@ impl SharedMemory {
     fn unpin_clipped(&self, file: &SharedFile, extents: &[Extent]) -> Result<u64, MemoryError> {
         let pinned: Vec<Extent> = {
             let set = file.pinned.lock();
-            extents
-                .iter()
-                .flat_map(|extent| set.overlaps(*extent))
-                .collect()
+            let runs = extents.iter().map(|extent| PageRun::covering(*extent));
+            let pinned = runs.flat_map(|run| set.runs_within(run));
+            pinned.map(PageRun::extent).collect()
         };
         if pinned.is_empty() {
             return Ok(0);
@@ -434,7 +438,7 @@ impl SharedMemory {
         let unpinned_bytes = pinner.unpin(&self.domain, file.key, &pinned)?;
         let mut set = file.pinned.lock();
         for extent in pinned {
-            set.remove(extent);
+            set.remove(PageRun::covering(extent));
         }
         Ok(unpinned_bytes)
     }
@@ -445,7 +449,8 @@ impl SharedMemory {
         let files: Vec<_> = self.core.files.read().iter().cloned().collect();
         let mut pinned_bytes = 0;
         for file in files {
-            let extents = std::mem::take(&mut *file.pinned.lock()).extents();
+            let pinned = std::mem::take(&mut *file.pinned.lock());
+            let extents: Vec<Extent> = pinned.extents().collect();
             file.pinner_knows.store(false, Relaxed);
             if !extents.is_empty() {
                 pinned_bytes += self.pin(&file.key, &extents)?;
@@ -456,7 +461,7 @@ impl SharedMemory {
 
     /// What is pinned of a file.
     pub fn pinned(&self, key: &FileKey) -> Result<Vec<Extent>, MemoryError> {
-        Ok(self.file(key)?.pinned.lock().extents())
+        Ok(self.file(key)?.pinned.lock().extents().collect())
     }
 
     /// Drops pages from the page cache, also those that VMs map: they fault them back.
@@ -471,8 +476,8 @@ impl SharedMemory {
         let mut freed_bytes = 0;
         for extent in extents {
             let before = total_bytes(&self.resident_within(&file, extent)?);
-            for gap in locked.gaps(extent) {
-                self.invalidate(&file, gap)?;
+            for gap in locked.gaps_within(PageRun::covering(extent)) {
+                self.invalidate(&file, gap.extent())?;
                 file.pushed.lock().remove(gap);
                 file.used.lock().remove(gap);
             }
@@ -530,12 +535,9 @@ impl SharedMemory {
         let file = self.file(key)?;
         let pushed = file.pushed.lock();
         let mut used = file.used.lock();
-        let mut used_bytes = 0;
-        for extent in touched {
-            for hit in pushed.overlaps(*extent) {
-                used_bytes += used.insert(hit);
-            }
-        }
+        let runs = touched.iter().map(|extent| PageRun::covering(*extent));
+        let hits = runs.flat_map(|run| pushed.runs_within(run));
+        let used_bytes = hits.map(|hit| used.insert(hit)).sum::<Pages>().bytes();
         self.core
             .total
             .pushed_used_bytes

@@ -15,10 +15,9 @@
 //! Invariants: `fetching` and `resident` share no page; `prefetched_unused` and every
 //! pinned page are within the image; `prefetched_unused` is within `resident`.
 
-use crate::names::SharedImage;
-use crate::page_set::{PageRun, PageSet};
+use forelay_image::pages::{PageNo, PageRun, PageSet, Pages};
 
-use forelay_image::PAGE_BYTES;
+use crate::names::SharedImage;
 
 use super::PageState;
 
@@ -51,11 +50,10 @@ impl ImageRow {
 
     /// All pages of the image.
     pub(crate) fn whole(&self) -> PageRun {
-        let pages = self.image_bytes.div_ceil(PAGE_BYTES);
-        PageRun::new(0, u32::try_from(pages).unwrap_or(u32::MAX))
+        PageRun::whole(self.image_bytes)
     }
 
-    pub(crate) fn state(&self, page: u32) -> PageState {
+    pub(crate) fn state(&self, page: PageNo) -> PageState {
         if self.resident.contains(page) {
             PageState::Resident
         } else if self.fetching.contains(page) {
@@ -68,7 +66,7 @@ impl ImageRow {
     }
 
     /// The longest run around `page` whose pages are all in the same state.
-    pub(crate) fn run_around(&self, page: u32) -> PageRun {
+    pub(crate) fn run_around(&self, page: PageNo) -> PageRun {
         let whole = self.whole();
         if self.resident.contains(page) {
             return self.resident.run_around(page, whole);
@@ -80,7 +78,7 @@ impl ImageRow {
         self.fetching.run_around(page, outside)
     }
 
-    pub(crate) fn pin_count(&self, page: u32) -> u32 {
+    pub(crate) fn pin_count(&self, page: PageNo) -> u32 {
         self.pins.partition_point(|layer| layer.contains(page)) as u32
     }
 
@@ -109,8 +107,8 @@ impl ImageRow {
     }
 
     /// Takes one pin off every page of `run` that has one; returns how many had.
-    pub(crate) fn unpin(&mut self, run: PageRun) -> u32 {
-        let mut unpinned = 0;
+    pub(crate) fn unpin(&mut self, run: PageRun) -> Pages {
+        let mut unpinned = Pages::NONE;
         let mut left = vec![run];
         for layer in self.pins.iter_mut().rev() {
             let mut next = Vec::new();
@@ -161,15 +159,14 @@ impl ImageRow {
                 return Err(named("a set", "reaches past the image".into()));
             }
         }
-        let both = |a: &PageSet, b: &PageSet| a.runs().map(|run| b.count_within(run)).sum::<u32>();
-        if both(&self.resident, &self.fetching) != 0 {
+        if !(&self.resident & &self.fetching).is_empty() {
             return Err(named("fetching", "has resident pages".into()));
         }
-        if both(&self.prefetched_unused, &self.resident) != self.prefetched_unused.len() {
+        if !(&self.prefetched_unused - &self.resident).is_empty() {
             return Err(named("prefetched_unused", "has pages not resident".into()));
         }
         for pair in self.pins.windows(2) {
-            if both(&pair[1], &pair[0]) != pair[1].len() {
+            if !(&pair[1] - &pair[0]).is_empty() {
                 return Err(named(
                     "pins",
                     "a deeper layer is not within its parent".into(),

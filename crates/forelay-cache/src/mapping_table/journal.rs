@@ -11,12 +11,12 @@
 //! Invariant: replaying a table's snapshot, or all its drained records, gives a table
 //! with the same rows and pins.
 
+use forelay_image::pages::PageSet;
 use forelay_image::{Digest, Extent};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::PageRun;
 
 use super::{MappingTable, Phase, TableError};
 
@@ -201,11 +201,7 @@ impl MappingTable {
                 continue;
             };
             let image_bytes = row.image_bytes;
-            for extent in row
-                .pins
-                .iter()
-                .flat_map(|layer| layer.runs().map(PageRun::extent))
-            {
+            for extent in row.pins.iter().flat_map(PageSet::extents) {
                 let image = image.clone();
                 records.push(Record::Pinned {
                     image,

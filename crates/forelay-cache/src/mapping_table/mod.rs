@@ -20,16 +20,14 @@ mod pages;
 mod reading;
 mod reconcile;
 mod shared;
-pub mod view;
 
 use std::collections::BTreeMap;
 
-use forelay_image::{Digest, Extent, PAGE_BYTES};
+use forelay_image::pages::{PageRun, PageSet};
+use forelay_image::{Digest, Extent};
 use serde::{Deserialize, Serialize};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::PageRun;
-use crate::page_set::PageSet;
 
 pub(crate) use image_row::ImageRow;
 use journal::Record;
@@ -145,7 +143,7 @@ pub struct Absent {
 
 /// Answer of [`MappingTable::touch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Touch {
+pub struct TouchOutcome {
     /// Bytes that the table did not know to be resident.
     pub learned_bytes: u64,
     /// Bytes that this VM had not touched before.
@@ -290,7 +288,7 @@ impl MappingTable {
         vm: &VmName,
         image: &Digest,
         extent: Extent,
-    ) -> Result<Touch, TableError> {
+    ) -> Result<TouchOutcome, TableError> {
         let at = self.device_index(vm, image)?;
         let index = self.vm(vm)?.devices[at].image;
         let run = self.run_in(index, extent)?;
@@ -299,19 +297,12 @@ impl MappingTable {
         row.prefetched_unused.remove(run);
         let fetched = row.fetching.remove(run);
         let learned = row.resident.insert(run);
-        self.fetching_bytes -= page_bytes(fetched);
-        self.resident_bytes += page_bytes(learned);
-        Ok(Touch {
-            learned_bytes: page_bytes(learned),
-            first_touch_bytes: page_bytes(first),
+        self.fetching_bytes -= fetched.bytes();
+        self.resident_bytes += learned.bytes();
+        Ok(TouchOutcome {
+            learned_bytes: learned.bytes(),
+            first_touch_bytes: first.bytes(),
         })
-    }
-
-    /// Forgets what `vm` has touched of `image`, before a fresh observation is recorded.
-    pub fn clear_touched(&mut self, vm: &VmName, image: &Digest) -> Result<(), TableError> {
-        let at = self.device_index(vm, image)?;
-        self.vm_mut(vm)?.devices[at].touched = PageSet::new();
-        Ok(())
     }
 
     // ---- journal -------------------------------------------------------------
@@ -377,7 +368,7 @@ impl MappingTable {
     fn run_in(&mut self, index: u32, extent: Extent) -> Result<PageRun, TableError> {
         let row = self.row_mut(index);
         let run = PageRun::covering(extent);
-        if run.end > row.whole().end || extent.end() > u64::from(row.whole().end) * PAGE_BYTES {
+        if run.end > row.whole().end || extent.end() > row.whole().end.offset() {
             return Err(TableError::OutOfImage {
                 image: row.key.image,
                 extent,
@@ -442,9 +433,4 @@ impl MappingTable {
             self.free.push(index);
         }
     }
-}
-
-/// Bytes of `pages` pages.
-const fn page_bytes(pages: u32) -> u64 {
-    pages as u64 * PAGE_BYTES
 }

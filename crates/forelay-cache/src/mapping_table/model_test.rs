@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
 use proptest::prelude::*;
 
-use super::{Absent, Arrival, MappingTable, PageState, Phase, Touch};
+use super::{Absent, Arrival, MappingTable, PageState, Phase, TouchOutcome};
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
 const IMAGE_PAGES: u64 = 150;
@@ -192,7 +192,7 @@ fn apply_to_vms(
                 }
                 bytes(learned) << 32 | first
             });
-            let both = |touch: Touch| touch.learned_bytes << 32 | touch.first_touch_bytes;
+            let both = |touch: TouchOutcome| touch.learned_bytes << 32 | touch.first_touch_bytes;
             (got.ok().map(both), expected)
         }
         _ => unreachable!("page operations are applied elsewhere"),

@@ -4,12 +4,12 @@
 //! refused changes nothing.
 
 use forelay_image::Extent;
+use forelay_image::pages::{PageRun, Pages};
 
 use crate::names::{DeviceImage, Domain, SharedImage};
-use crate::page_set::PageRun;
 
 use super::journal::Record;
-use super::{Arrival, MappingTable, TableError, page_bytes};
+use super::{Arrival, MappingTable, TableError};
 
 impl MappingTable {
     /// Makes an image known before any VM maps it, so that it can be prefetched.
@@ -37,11 +37,11 @@ impl MappingTable {
             .gaps_within(run)
             .flat_map(|gap| row.fetching.gaps_within(gap))
             .collect();
-        let mut pages = 0;
+        let mut pages = Pages::NONE;
         for &run in &missing {
             pages += row.fetching.insert(run);
         }
-        self.fetching_bytes += page_bytes(pages);
+        self.fetching_bytes += pages.bytes();
         Ok(missing.into_iter().map(PageRun::extent).collect())
     }
 
@@ -58,21 +58,19 @@ impl MappingTable {
         let fetched = row.fetching.remove(run);
         if arrival == Arrival::Prefetch {
             let new: Vec<PageRun> = row.resident.gaps_within(run).collect();
-            for run in new {
-                row.prefetched_unused.insert(run);
-            }
+            row.prefetched_unused.extend(new);
         }
         let arrived = row.resident.insert(run);
-        self.fetching_bytes -= page_bytes(fetched);
-        self.resident_bytes += page_bytes(arrived);
-        Ok(page_bytes(arrived))
+        self.fetching_bytes -= fetched.bytes();
+        self.resident_bytes += arrived.bytes();
+        Ok(arrived.bytes())
     }
 
     /// A fetch failed or was cancelled; returns the bytes that were on their way.
     pub fn abort_fetch(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
         let index = self.index(image)?;
         let run = self.run_in(index, extent)?;
-        let stopped = page_bytes(self.row_mut(index).fetching.remove(run));
+        let stopped = self.row_mut(index).fetching.remove(run).bytes();
         self.fetching_bytes -= stopped;
         self.drop_if_unused(index);
         Ok(stopped)
@@ -83,14 +81,14 @@ impl MappingTable {
         let index = self.index(image)?;
         let run = self.run_in(index, extent)?;
         let row = self.row_mut(index);
-        let mut pages = 0;
+        let mut pages = Pages::NONE;
         for run in row.evictable(run) {
             pages += row.resident.remove(run);
             row.prefetched_unused.remove(run);
         }
-        self.resident_bytes -= page_bytes(pages);
+        self.resident_bytes -= pages.bytes();
         self.drop_if_unused(index);
-        Ok(page_bytes(pages))
+        Ok(pages.bytes())
     }
 
     /// Adds one pin to every page of `extent`.
@@ -113,7 +111,7 @@ impl MappingTable {
     pub fn unpin(&mut self, image: &SharedImage, extent: Extent) -> Result<u64, TableError> {
         let index = self.index(image)?;
         let run = self.run_in(index, extent)?;
-        let unpinned = page_bytes(self.row_mut(index).unpin(run));
+        let unpinned = self.row_mut(index).unpin(run).bytes();
         self.note(|| Record::Unpinned {
             image: image.clone(),
             extent,

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use forelay_image::{Digest, Extent, PAGE_BYTES};
+use forelay_image::pages::{PageNo, PageRun, PageSet};
+use forelay_image::{Digest, Extent};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::{PageRun, PageSet};
 
 use super::{Absent, DeviceRow, Entry, ImageRow, MappingTable, PageState, Phase, VmRow};
 
@@ -28,7 +28,7 @@ impl MappingTable {
         if only.is_some_and(|image| *image != row.key.image) || offset >= row.image_bytes {
             return None;
         }
-        let page = u32::try_from(offset / PAGE_BYTES).ok()?;
+        let page = PageNo::containing(offset);
         Some(Entry {
             image: &row.key,
             state: row.state(page),
@@ -41,7 +41,7 @@ impl MappingTable {
 
     /// State of one byte's page; [`PageState::Absent`] for an unknown image.
     pub fn state(&self, image: &SharedImage, offset: u64) -> PageState {
-        let page = u32::try_from(offset / PAGE_BYTES).unwrap_or(u32::MAX);
+        let page = PageNo::containing(offset);
         self.image_row(image)
             .map_or(PageState::Absent, |row| row.state(page))
     }
@@ -49,19 +49,14 @@ impl MappingTable {
     /// Resident extents of an image, in order.
     pub fn resident(&self, image: &SharedImage) -> impl Iterator<Item = Extent> + '_ {
         let row = self.image_row(image);
-        row.into_iter()
-            .flat_map(|row| row.resident.runs().map(PageRun::extent))
+        row.into_iter().flat_map(|row| row.resident.extents())
     }
 
     /// Bytes of `extent` that were prefetched and that no VM has touched yet.
     pub fn prefetched_unused_bytes(&self, image: &SharedImage, extent: Extent) -> u64 {
         let row = self.image_row(image);
-        row.map_or(0, |row| {
-            let pages = row
-                .prefetched_unused
-                .count_within(PageRun::covering(extent));
-            u64::from(pages) * PAGE_BYTES
-        })
+        let run = PageRun::covering(extent);
+        row.map_or(0, |row| row.prefetched_unused.count_within(run).bytes())
     }
 
     /// Resident and unpinned parts of `extent`.
@@ -104,6 +99,22 @@ impl MappingTable {
         parts
     }
 
+    /// State of every page run of an image within `extent`.
+    pub fn states(&self, image: &SharedImage, extent: Extent) -> Vec<(Extent, PageState)> {
+        let Some(row) = self.image_row(image) else {
+            return vec![(extent.page_aligned(), PageState::Absent)];
+        };
+        let window = PageRun::covering(extent).intersection(row.whole());
+        let mut states = Vec::new();
+        let mut page = window.start;
+        while page < window.end {
+            let run = row.run_around(page).intersection(window);
+            states.push((run.extent(), row.state(page)));
+            page = run.end;
+        }
+        states
+    }
+
     /// Parts of `extent` that are neither resident nor on their way.
     pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
         let absent = self.absent(image, extent).into_iter();
@@ -118,10 +129,7 @@ impl MappingTable {
         for device in running.flat_map(|row| &row.devices) {
             let image = self.images.get(device.image as usize);
             if let Some(row) = image.and_then(Option::as_ref) {
-                let pages = touched.entry(&row.key).or_default();
-                for run in device.touched.runs() {
-                    pages.insert(run);
-                }
+                *touched.entry(&row.key).or_default() |= &device.touched;
             }
         }
         touched

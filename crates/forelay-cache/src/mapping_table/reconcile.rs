@@ -7,11 +7,11 @@
 
 use std::collections::BTreeMap;
 
+use forelay_image::pages::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
 use serde::Serialize;
 
 use crate::names::{DeviceImage, SharedImage, VmName};
-use crate::page_set::{PageRun, PageSet};
 
 use super::{MappingTable, Phase};
 
@@ -170,19 +170,9 @@ impl MappingTable {
             .iter()
             .map(|&extent| PageRun::covering(extent).intersection(whole));
         let kernel: PageSet = runs.collect();
-        let common: u32 = kernel
-            .runs()
-            .map(|run| row.resident.count_within(run))
-            .sum();
-        let kernel_only_bytes = super::page_bytes(kernel.len() - common);
-        let table_only_bytes = super::page_bytes(row.resident.len() - common);
-        let mut unused = PageSet::new();
-        for run in row.prefetched_unused.runs() {
-            for both in kernel.runs_within(run) {
-                unused.insert(both);
-            }
-        }
-        row.prefetched_unused = unused;
+        let kernel_only_bytes = (&kernel - &row.resident).bytes();
+        let table_only_bytes = (&row.resident - &kernel).bytes();
+        row.prefetched_unused = &row.prefetched_unused & &kernel;
         let (resident, fetching) = (row.resident.bytes(), row.fetching.bytes());
         row.fetching = PageSet::new();
         let now = kernel.bytes();

@@ -4,11 +4,13 @@
 //! Refuses to know what is short. Invariants: a forecast has at most one row mapped ahead;
 //! a launch takes that row over if its devices are the same, else the row goes.
 
+use forelay_image::PlannedExtent;
+use forelay_image::pages::PageRun;
+
 use crate::mapping_table::{MappingTable, Phase, TableError};
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-use crate::page_set::PageRun;
 
-use super::message::{Action, PlannedExtent, PrefetchClass, Urgency};
+use super::message::{Action, PrefetchClass, Urgency};
 use super::queue::{Piece, Reason};
 use super::worth::{Forecast, Worth, pieces};
 use super::{Launch, PageSetByImage, Planner};
@@ -128,7 +130,7 @@ impl Planner {
             let run = PageRun::covering(piece.extent);
             wanted
                 .get(&piece.image)
-                .is_some_and(|set| set.count_within(run) > 0)
+                .is_some_and(|set| set.intersects(run))
         };
         let gone = self
             .queue

@@ -12,8 +12,9 @@
 
 use std::collections::BTreeMap;
 
+use forelay_image::pages::{PageRun, PageSet};
+
 use crate::names::SharedImage;
-use crate::page_set::{PageRun, PageSet};
 
 /// Pages used lately, in two generations.
 #[derive(Clone, Debug, Default)]
@@ -65,16 +66,16 @@ mod tests {
         let image = SharedImage::new(Domain::from("d"), Digest::of(b"image"));
         let mut guard = Guard::default();
         guard.turn(1000, 10_000);
-        guard.used(&image, PageRun::new(2, 4));
-        let all = || vec![PageRun::new(0, 8)];
-        let parts = vec![PageRun::new(0, 2), PageRun::new(4, 8)];
+        guard.used(&image, PageRun::from(2..4));
+        let all = || vec![PageRun::from(0..8)];
+        let parts = vec![PageRun::from(0..2), PageRun::from(4..8)];
         assert_eq!(guard.without(&image, all()), parts);
         guard.turn(1000, 10_500);
         guard.turn(1000, 11_000);
         assert_eq!(guard.without(&image, all()), parts, "held in the old half");
-        guard.used(&image, PageRun::new(0, 1));
+        guard.used(&image, PageRun::from(0..1));
         guard.turn(1000, 12_000);
-        assert_eq!(guard.without(&image, all()), [PageRun::new(1, 8)]);
+        assert_eq!(guard.without(&image, all()), [PageRun::from(1..8)]);
         guard.turn(1000, 13_000);
         assert_eq!(guard.without(&image, all()), all());
     }

@@ -3,26 +3,13 @@
 //! Every time is in milliseconds since the Unix epoch (`now_ms`) unless its name says
 //! otherwise. Extents are widened to whole pages.
 
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, Extent, PlannedExtent};
 use serde::{Deserialize, Serialize};
 
 use crate::budget::MemorySample;
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
 use super::reuse::{Learned, Lesson};
-
-/// One extent that a launch is expected to touch.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PlannedExtent {
-    /// The component image.
-    pub image: Digest,
-    /// The bytes.
-    pub extent: Extent,
-    /// Probability that a launch of the profile touches it.
-    pub probability: f64,
-    /// Milliseconds from the launch to the first touch.
-    pub first_touch_ms: u32,
-}
 
 /// A launch of the past.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

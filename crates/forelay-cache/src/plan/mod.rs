@@ -35,18 +35,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use forelay_image::Extent;
+use forelay_image::pages::{PageRun, PageSet, Pages};
 use serde::Serialize;
 
 use crate::budget::{BudgetConfig, BudgetController};
 use crate::mapping_table::{Arrival, MappingTable, Phase, SharedTable, TableError};
 use crate::names::{DeviceImage, SharedImage, VmName};
-use crate::page_set::{PageRun, PageSet};
 
 use expected::attach_name;
 use guard::Guard;
 pub use message::{
-    Action, Event, EvictionRule, PastLaunch, PlanConfig, PlannedExtent, PrefetchClass,
-    PressureLevel, Urgency,
+    Action, Event, EvictionRule, PastLaunch, PlanConfig, PrefetchClass, PressureLevel, Urgency,
 };
 use queue::{Piece, Queue, Reason};
 use ranking::Ranking;
@@ -396,7 +395,7 @@ impl Planner {
         self.worth.used(image, run, false, now_ms);
         self.guard.used(image, run);
         if let Some(ghost) = self.ghosts.get_mut(image) {
-            self.counters.refetched_bytes += u64::from(ghost.remove(run)) * 4096;
+            self.counters.refetched_bytes += ghost.remove(run).bytes();
         }
         // Demand is never refused; what it takes beyond the budget others give back.
         self.shrink_to_budget(table, now_ms, actions);
@@ -450,9 +449,9 @@ impl Planner {
     ) -> Result<(), TableError> {
         let run = PageRun::covering(extent);
         let leaving = self.leaving.get(image);
-        let asked = leaving.map_or(0, |leaving| leaving.count_within(run));
+        let asked = leaving.map_or(Pages::NONE, |leaving| leaving.count_within(run));
         table.evict(image, extent)?;
-        self.counters.reclaimed_bytes += u64::from(run.pages() - asked) * 4096;
+        self.counters.reclaimed_bytes += (run.pages() - asked).bytes();
         self.ghosts.entry(image.clone()).or_default().insert(run);
         Ok(())
     }

@@ -10,7 +10,6 @@ use forelay_image::Extent;
 
 use crate::mapping_table::MappingTable;
 use crate::names::VmName;
-use crate::page_set::PageRun;
 
 use super::queue::{Piece, Reason};
 use super::ranking::Ranking;
@@ -154,9 +153,7 @@ impl Planner {
         self.evicting_ms = now_ms;
         for (image, extents) in victims {
             let leaving = self.leaving.entry(image.clone()).or_default();
-            for &extent in &extents {
-                leaving.insert(PageRun::covering(extent));
-            }
+            leaving.extend(extents.iter().copied());
             actions.push(Action::Evict { image, extents });
         }
     }

@@ -13,9 +13,9 @@
 use std::collections::BTreeMap;
 
 use forelay_image::PAGE_BYTES;
+use forelay_image::pages::{PageRun, PageSet, Pages};
 
 use crate::names::SharedImage;
-use crate::page_set::{PageRun, PageSet};
 
 use super::victims::{Choice, Reach, Victims};
 use super::worth::{Foreseen, Outlook, ValuedRun};
@@ -71,9 +71,9 @@ impl Ranking {
                 break;
             }
             // Stop as soon as it is safe: the last run is cut.
-            let pages = u64::from(valued.run.pages()).min(left_pages);
+            let pages = u64::from(valued.run.pages().0).min(left_pages);
             left_pages -= pages;
-            let run = PageRun::new(valued.run.start, valued.run.start + pages as u32);
+            let run = PageRun::new(valued.run.start, valued.run.start + Pages(pages as u32));
             chosen.entry(row).or_default().insert(run);
         }
         self.pools.clear();
@@ -81,7 +81,7 @@ impl Ranking {
         let victims = chosen.into_iter().map(|(row, set)| {
             let row = &mut rows[row];
             row.without(&set);
-            (row.image.clone(), set.runs().map(PageRun::extent).collect())
+            (row.image.clone(), set.extents().collect())
         });
         victims.collect()
     }

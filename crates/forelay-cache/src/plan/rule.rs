@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 
 use forelay_image::Digest;
+use forelay_image::pages::PageRun;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
-use crate::page_set::PageRun;
 use crate::policy::{Kind, Policy, Request};
 
 use super::message::PlanConfig;
@@ -95,7 +95,7 @@ impl Policy for ByWorth {
             self.worth.adopt(lesson.study());
         }
         self.worth
-            .used(&image, PageRun::new(0, 1), false, request.now_ms);
+            .used(&image, PageRun::from(0..1), false, request.now_ms);
         if self.held.contains_key(&request.object) {
             return true;
         }

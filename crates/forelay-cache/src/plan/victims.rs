@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 
 use forelay_image::Extent;
+use forelay_image::pages::{PageRun, PageSet};
 
 use crate::mapping_table::MappingTable;
 use crate::names::SharedImage;
-use crate::page_set::{PageRun, PageSet};
 use crate::policy::least_used;
 
 use super::guard::Guard;

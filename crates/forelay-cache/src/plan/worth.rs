@@ -11,19 +11,19 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use forelay_image::{Digest, Extent};
+use forelay_image::pages::{PageNo, PageRun, Pages};
+use forelay_image::{Digest, Extent, PAGE_BYTES, PlannedExtent};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
-use crate::page_set::PageRun;
 
-use super::message::{PlanConfig, PlannedExtent};
+use super::message::PlanConfig;
 use super::reuse::{Learned, Lesson, Reuse};
 
-/// Pages of a segment, the grain of observed uses.
-const SEGMENT_PAGES: u32 = 64;
+/// Size of a segment, the grain of observed uses.
+const SEGMENT: Pages = Pages(64);
 
-/// Demand comes in pieces of at most this many pages (1 MiB), each a round trip.
-const LARGEST_PIECE_PAGES: u32 = 256;
+/// Demand comes in pieces of at most this size (1 MiB), each a round trip.
+const LARGEST_PIECE: Pages = Pages(256);
 
 /// What is forecast for one profile.
 #[derive(Clone, Debug)]
@@ -82,9 +82,9 @@ impl Needs<'_> {
     }
 
     /// Probability of a use within the horizon.
-    pub(super) fn of_segment(&self, segment: u32) -> f64 {
+    pub(super) fn of_segment(&self, segment: usize) -> f64 {
         let Some(uses) = self.uses else { return 0.0 };
-        let Some(segment) = uses.segments.get(segment as usize) else {
+        let Some(segment) = uses.segments.get(segment) else {
             return 0.0;
         };
         let count = segment.at(self.now_ms, self.half_life_ms);
@@ -113,19 +113,19 @@ pub(super) struct Worth {
 
 /// Step functions over the pages of images: from page `.0` on, a forecast launch needs them
 /// with probability `.1`.
-pub(super) struct Foreseen(HashMap<SharedImage, Vec<(u32, f64)>>);
+pub(super) struct Foreseen(HashMap<SharedImage, Vec<(PageNo, f64)>>);
 
 /// What is expected of one image.
 pub(super) struct Outlook {
     /// As in [`Foreseen`].
-    steps: Vec<(u32, f64)>,
+    steps: Vec<(PageNo, f64)>,
     /// As in [`Needs`].
     component: Option<f64>,
 }
 
 impl Foreseen {
     /// Takes out what is foreseen of one image.
-    pub(super) fn take(&mut self, image: &SharedImage) -> Vec<(u32, f64)> {
+    pub(super) fn take(&mut self, image: &SharedImage) -> Vec<(PageNo, f64)> {
         self.0.remove(image).unwrap_or_default()
     }
 }
@@ -135,7 +135,7 @@ impl Outlook {
     pub(super) fn of(
         worth: &Worth,
         image: &SharedImage,
-        steps: Vec<(u32, f64)>,
+        steps: Vec<(PageNo, f64)>,
         now_ms: i64,
     ) -> Self {
         let component = worth.needs(image, now_ms).component;
@@ -148,6 +148,16 @@ impl Outlook {
 pub(super) struct ValuedRun {
     pub(super) run: PageRun,
     pub(super) seconds_per_byte: f64,
+}
+
+/// Number of the segment that a page lies in.
+const fn segment_of(page: PageNo) -> usize {
+    (page.0 / SEGMENT.0) as usize
+}
+
+/// The page after the segment that `page` lies in.
+const fn segment_end(page: PageNo) -> PageNo {
+    PageNo((page.0 / SEGMENT.0 + 1).saturating_mul(SEGMENT.0))
 }
 
 fn probability(value: f64) -> f64 {
@@ -190,7 +200,7 @@ impl Worth {
 
     /// Seconds that one demand fetch of `bytes` takes, per byte.
     pub(super) fn wait_per_byte(&self, bytes: u64) -> f64 {
-        let piece = bytes.clamp(4096, u64::from(LARGEST_PIECE_PAGES) * 4096) as f64;
+        let piece = bytes.clamp(PAGE_BYTES, LARGEST_PIECE.bytes()) as f64;
         self.latency_s / piece + self.seconds_per_byte
     }
 
@@ -227,11 +237,14 @@ impl Worth {
         if run.is_empty() {
             return;
         }
-        let (from, to) = (run.start / SEGMENT_PAGES, (run.end - 1) / SEGMENT_PAGES);
-        if uses.segments.len() <= to as usize {
-            uses.segments.resize(to as usize + 1, Decayed::default());
+        let (from, to) = (
+            segment_of(run.start),
+            run.end.0.div_ceil(SEGMENT.0) as usize,
+        );
+        if uses.segments.len() < to {
+            uses.segments.resize(to, Decayed::default());
         }
-        for segment in &mut uses.segments[from as usize..=to as usize] {
+        for segment in &mut uses.segments[from..to] {
             segment.bump(now_ms, half_life_ms);
         }
     }
@@ -254,7 +267,7 @@ impl Worth {
         self.reuse.launched(domain, profile, devices, cost, now_ms);
         for device in devices {
             let image = SharedImage::new(domain.clone(), device.image);
-            self.used(&image, PageRun::new(0, 0), true, now_ms);
+            self.used(&image, PageRun::from(0..0), true, now_ms);
         }
     }
 
@@ -300,8 +313,8 @@ impl Worth {
             let mut step = steps.partition_point(|step| step.0 <= page);
             while page < run.end {
                 let forecast = if step == 0 { 0.0 } else { steps[step - 1].1 };
-                let segment = page / SEGMENT_PAGES;
-                let mut end = run.end.min((segment + 1).saturating_mul(SEGMENT_PAGES));
+                let segment = segment_of(page);
+                let mut end = run.end.min(segment_end(page));
                 if let Some(next) = steps.get(step) {
                     end = end.min(next.0);
                 }
@@ -310,7 +323,7 @@ impl Worth {
                 match parts.last_mut() {
                     Some((last, known))
                         if last.end == page
-                            && last.pages() < LARGEST_PIECE_PAGES
+                            && last.pages() < LARGEST_PIECE
                             && (*known - need).abs() <= *known * 1e-3 =>
                     {
                         last.end = end;
@@ -332,7 +345,7 @@ impl Worth {
 
     /// What forecasts say of every image that they name, in one pass.
     pub(super) fn foreseen(&self, now_ms: i64) -> Foreseen {
-        let mut foreseen: HashMap<(&Domain, &Digest), Vec<(u32, f64)>> = HashMap::new();
+        let mut foreseen: HashMap<(&Domain, &Digest), Vec<(PageNo, f64)>> = HashMap::new();
         for ((domain, _), forecast) in &self.forecasts {
             let launch = self.launch_probability(forecast, now_ms);
             for same in forecast.working_set.chunk_by(|a, b| a.image == b.image) {
@@ -370,9 +383,9 @@ impl Worth {
 }
 
 /// The steps of a sum of which `changes` tells where it changes and by how much.
-fn steps_of(mut changes: Vec<(u32, f64)>) -> Vec<(u32, f64)> {
+fn steps_of(mut changes: Vec<(PageNo, f64)>) -> Vec<(PageNo, f64)> {
     changes.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    let mut steps: Vec<(u32, f64)> = Vec::new();
+    let mut steps: Vec<(PageNo, f64)> = Vec::new();
     let mut sum = 0.0f64;
     for (page, change) in changes {
         sum += change;
@@ -390,7 +403,7 @@ pub(super) fn pieces(
     working_set: &[PlannedExtent],
     piece_bytes: u64,
 ) -> Vec<PlannedExtent> {
-    let piece_bytes = (piece_bytes / 4096).max(1) * 4096;
+    let piece_bytes = (piece_bytes / PAGE_BYTES).max(1) * PAGE_BYTES;
     let mut pieces = Vec::with_capacity(working_set.len());
     for planned in working_set {
         let Some(image_bytes) = Worth::image_bytes(devices, &planned.image) else {

@@ -10,7 +10,7 @@ use super::{Candidate, Costs, Ranked, Tier, Why, rank};
 use crate::arrivals::LaunchForecast;
 use crate::needs;
 use crate::time::Timestamp;
-use crate::working_set::PlannedExtent;
+use crate::working_set::Expectation;
 
 /// Components less likely than this are not listed.
 const LEAST_PROBABILITY: f64 = 0.02;
@@ -82,7 +82,7 @@ impl Subject {
 }
 
 /// What a launch of a profile touches of images.
-pub type PlanOf<'a> = dyn Fn(&str, &[Digest]) -> Arc<[PlannedExtent]> + 'a;
+pub type PlanOf<'a> = dyn Fn(&str, &[Digest]) -> Arc<[Expectation]> + 'a;
 
 /// Everything a forecast rests on.
 #[derive(Clone, Copy)]
@@ -171,18 +171,19 @@ fn forecast_one(subject: &Subject, known: &Knowledge) -> VmForecast {
         let mut reasons = subject.reasons.clone();
         reasons.extend(one.why);
         let mut expected_bytes = 0.0;
-        let mut seen: Option<(f32, Why)> = None;
-        for planned in plan.iter().filter(|planned| planned.image == image) {
+        let mut seen: Option<(f64, Why)> = None;
+        let of_image = plan.iter().filter(|one| one.planned.image == image);
+        for Expectation { planned, basis } in of_image {
             let touched = planned.probability;
-            expected_bytes += f64::from(touched) * planned.extent.len as f64;
-            let basis = Why::Touched(planned.basis);
+            expected_bytes += touched * planned.extent.len as f64;
+            let basis = Why::Touched(*basis);
             if seen.as_ref().is_none_or(|(best, _)| touched > *best) {
                 seen = Some((touched, basis));
             }
             candidates.push(Candidate {
                 image,
                 extent: planned.extent,
-                probability: probability * f64::from(touched),
+                probability: probability * touched,
                 until_need_s: one.until_s + f64::from(planned.first_touch_ms) / 1000.0,
                 tier: (known.tier)(&image, &planned.extent),
             });

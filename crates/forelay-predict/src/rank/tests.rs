@@ -1,11 +1,11 @@
 //! Tests of the module above.
 
-use forelay_image::PAGE_BYTES;
+use forelay_image::{PAGE_BYTES, Touch};
 
 use super::*;
 use crate::needs::{self, Attachments, Context, Model};
 use crate::time::Timestamp;
-use crate::working_set::{Touch, WorkingSets};
+use crate::working_set::WorkingSets;
 
 fn image(name: &str) -> Digest {
     Digest::of(name.as_bytes())

@@ -29,7 +29,7 @@ mod spans;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, PlannedExtent, Touch};
 use serde::{Deserialize, Serialize};
 
 pub use inherit::FileLayout;
@@ -68,18 +68,6 @@ impl Default for Config {
     }
 }
 
-/// One touched extent of one launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Touch {
-    /// Image the extent belongs to.
-    pub image: Digest,
-    /// Bytes touched; widened to pages.
-    pub extent: Extent,
-    /// When they were first seen touched, in milliseconds after the launch. A periodic scan gives
-    /// the scan's time, the READ log the exact one.
-    pub first_touch_ms: u32,
-}
-
 /// Where a planned extent's probability comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "basis")]
@@ -107,19 +95,12 @@ pub enum Basis {
     },
 }
 
-/// An extent worth having in memory, and when.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PlannedExtent {
-    /// Image the extent belongs to.
-    pub image: Digest,
-    /// The bytes.
-    pub extent: Extent,
-    /// Probability that the next launch of the profile touches it.
-    pub probability: f32,
-    /// Expected first touch, in milliseconds after the launch.
-    pub first_touch_ms: u32,
+/// An extent worth having in memory, and why.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Expectation {
+    /// What and when.
+    pub planned: PlannedExtent,
     /// What the probability rests on.
-    #[serde(flatten)]
     pub basis: Basis,
 }
 
@@ -241,7 +222,7 @@ impl WorkingSets {
         profile: &str,
         components: &[Digest],
         budget_bytes: Option<u64>,
-    ) -> Vec<PlannedExtent> {
+    ) -> Vec<Expectation> {
         let mut planned = Vec::new();
         let mut images = components.to_vec();
         images.sort_unstable();
@@ -258,26 +239,28 @@ impl WorkingSets {
         if let Some(budget_bytes) = budget_bytes {
             keep_likeliest(&mut planned, budget_bytes);
         }
-        planned.sort_by(|a, b| {
-            (a.first_touch_ms, a.image, a.extent).cmp(&(b.first_touch_ms, b.image, b.extent))
+        planned.sort_by_key(|Expectation { planned, .. }| {
+            (planned.first_touch_ms, planned.image, planned.extent)
         });
         planned
     }
 }
 
-/// Cuts `planned` to the likeliest `budget_bytes`.
-fn keep_likeliest(planned: &mut Vec<PlannedExtent>, budget_bytes: u64) {
-    planned.sort_by(|a, b| {
-        b.probability
-            .total_cmp(&a.probability)
-            .then(a.first_touch_ms.cmp(&b.first_touch_ms))
-            .then((a.image, a.extent).cmp(&(b.image, b.extent)))
-    });
+/// Cuts `expected` to the likeliest `budget_bytes`.
+fn keep_likeliest(expected: &mut Vec<Expectation>, budget_bytes: u64) {
+    expected.sort_by(
+        |Expectation { planned: a, .. }, Expectation { planned: b, .. }| {
+            b.probability
+                .total_cmp(&a.probability)
+                .then(a.first_touch_ms.cmp(&b.first_touch_ms))
+                .then((a.image, a.extent).cmp(&(b.image, b.extent)))
+        },
+    );
     let mut left = budget_bytes / forelay_image::PAGE_BYTES * forelay_image::PAGE_BYTES;
-    planned.retain_mut(|entry| {
-        entry.extent.len = entry.extent.len.min(left);
-        left -= entry.extent.len;
-        entry.extent.len > 0
+    expected.retain_mut(|Expectation { planned, .. }| {
+        planned.extent.len = planned.extent.len.min(left);
+        left -= planned.extent.len;
+        planned.extent.len > 0
     });
 }
 

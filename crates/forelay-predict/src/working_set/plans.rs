@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use forelay_image::Digest;
 
-use super::{PlannedExtent, WorkingSets};
+use super::{Expectation, WorkingSets};
 
 /// Plans by profile and images.
 #[derive(Clone, Debug, Default)]
 pub struct Plans {
     /// Of which revision of the working sets.
     revision: u64,
-    kept: BTreeMap<(String, Vec<Digest>), Arc<[PlannedExtent]>>,
+    kept: BTreeMap<(String, Vec<Digest>), Arc<[Expectation]>>,
 }
 
 impl Plans {
@@ -24,7 +24,7 @@ impl Plans {
         sets: &WorkingSets,
         profile: &str,
         images: &[Digest],
-    ) -> Arc<[PlannedExtent]> {
+    ) -> Arc<[Expectation]> {
         if self.revision != sets.revision() {
             self.revision = sets.revision();
             self.kept.clear();

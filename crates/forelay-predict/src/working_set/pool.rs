@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use forelay_image::Digest;
+use forelay_image::{Digest, PlannedExtent};
 
 use super::set::WorkingSet;
 use super::spans::{Span, compact, overlay};
-use super::{Basis, Config, PlannedExtent};
+use super::{Basis, Config, Expectation};
 
 type Sets = BTreeMap<Arc<str>, WorkingSet>;
 
@@ -175,11 +175,11 @@ pub(super) fn blend(
     own: Option<&WorkingSet>,
     pooled: &Pooled,
     config: &Config,
-) -> Vec<PlannedExtent> {
+) -> Vec<Expectation> {
     let empty = WorkingSet::default();
     let own = own.unwrap_or(&empty);
     let alone = pooled.weight <= 0.0;
-    let mut out: Vec<PlannedExtent> = Vec::new();
+    let mut out: Vec<Expectation> = Vec::new();
     overlay(
         &own.spans,
         &pooled.spans,
@@ -210,13 +210,14 @@ pub(super) fn blend(
                 hits: 0,
                 first_ms,
             };
-            out.push(PlannedExtent {
+            let planned = PlannedExtent {
                 image,
                 extent: span.extent(),
-                probability,
+                probability: probability.into(),
                 first_touch_ms: first_ms.round().max(0.0) as u32,
-                basis: basis(own, mine, pooled),
-            });
+            };
+            let basis = basis(own, mine, pooled);
+            out.push(Expectation { planned, basis });
         },
     );
     join_planned(out)
@@ -240,19 +241,28 @@ fn basis(own: &WorkingSet, mine: Option<&Span>, pooled: &Pooled) -> Basis {
 }
 
 /// Joins neighbours that the plan would treat alike.
-fn join_planned(planned: Vec<PlannedExtent>) -> Vec<PlannedExtent> {
-    let mut out: Vec<PlannedExtent> = Vec::with_capacity(planned.len());
-    for next in planned {
+fn join_planned(expected: Vec<Expectation>) -> Vec<Expectation> {
+    let mut out: Vec<Expectation> = Vec::with_capacity(expected.len());
+    for Expectation {
+        planned: next,
+        basis,
+    } in expected
+    {
         match out.last_mut() {
-            Some(last)
-                if last.extent.end() == next.extent.offset
-                    && (last.probability - next.probability).abs() < 0.02
-                    && last.first_touch_ms.abs_diff(next.first_touch_ms) <= 20
-                    && last.basis == next.basis =>
+            Some(Expectation {
+                planned: last,
+                basis: of_last,
+            }) if last.extent.end() == next.extent.offset
+                && (last.probability - next.probability).abs() < 0.02
+                && last.first_touch_ms.abs_diff(next.first_touch_ms) <= 20
+                && *of_last == basis =>
             {
                 last.extent.len += next.extent.len;
             }
-            _ => out.push(next),
+            _ => out.push(Expectation {
+                planned: next,
+                basis,
+            }),
         }
     }
     out

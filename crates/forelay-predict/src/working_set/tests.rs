@@ -1,7 +1,7 @@
 //! Tests of the module above.
 
 use super::*;
-use forelay_image::PAGE_BYTES;
+use forelay_image::{Extent, PAGE_BYTES};
 use proptest::prelude::*;
 
 fn image(name: &str) -> Digest {
@@ -31,10 +31,13 @@ fn plan_is_ordered_by_first_touch_and_probable_extents_come_within_budget() {
         sets.observe("web", &[image("a")], &touches);
     }
     let plan = sets.plan("web", &[image("a")], None);
-    let starts: Vec<u64> = plan.iter().map(|p| p.extent.offset / PAGE_BYTES).collect();
+    let starts: Vec<u64> = plan
+        .iter()
+        .map(|p| p.planned.extent.offset / PAGE_BYTES)
+        .collect();
     assert_eq!(starts, [100, 50, 0]);
-    assert!(plan[0].probability > 0.95 && plan[2].probability > 0.95);
-    assert!((plan[1].probability - 0.5).abs() < 0.06, "{plan:?}");
+    assert!(plan[0].planned.probability > 0.95 && plan[2].planned.probability > 0.95);
+    assert!((plan[1].planned.probability - 0.5).abs() < 0.06, "{plan:?}");
     assert_eq!(
         plan[1].basis,
         Basis::Own {
@@ -43,7 +46,7 @@ fn plan_is_ordered_by_first_touch_and_probable_extents_come_within_budget() {
         }
     );
     let budget = sets.plan("web", &[image("a")], Some(5 * PAGE_BYTES + 17));
-    let kept: Vec<Extent> = budget.iter().map(|p| p.extent).collect();
+    let kept: Vec<Extent> = budget.iter().map(|p| p.planned.extent).collect();
     assert_eq!(
         kept,
         [pages(100, 4), pages(0, 1)],
@@ -124,19 +127,21 @@ fn what_a_launch_touches_later_counts_to_that_launch() {
     }
     // Page 0 was touched at the launch: in no more launches for being told again, though its
     // mean time is later.
-    let told = |sets: &WorkingSets| -> Vec<(Extent, f32, u32)> {
+    let told = |sets: &WorkingSets| -> Vec<(Extent, f64, u32)> {
         let plan = sets.plan("web", &[image("a")], None);
         let mut told: Vec<_> = plan
             .iter()
             .map(|one| match one.basis {
-                Basis::Own { hits, launches: 10 } => (one.extent, one.probability, hits),
+                Basis::Own { hits, launches: 10 } => {
+                    (one.planned.extent, one.planned.probability, hits)
+                }
                 other => panic!("{other:?}"),
             })
             .collect();
         told.sort_by_key(|(extent, ..)| *extent);
         told
     };
-    let late_pages = |told: Vec<(Extent, f32, u32)>| {
+    let late_pages = |told: Vec<(Extent, f64, u32)>| {
         told.into_iter()
             .find(|(extent, ..)| *extent == pages(50, 2))
             .unwrap()
@@ -168,8 +173,8 @@ fn old_habits_fade_and_new_ones_win() {
     let plan = sets.plan("p", &[image("a")], None);
     let probability = |page| {
         plan.iter()
-            .find(|e| e.extent == pages(page, 1))
-            .map_or(0.0, |e| e.probability)
+            .find(|e| e.planned.extent == pages(page, 1))
+            .map_or(0.0, |e| e.planned.probability)
     };
     assert!(probability(9) > 0.7, "{plan:?}");
     assert!(probability(0) < 0.25, "{plan:?}");
@@ -189,17 +194,17 @@ fn an_unseen_component_follows_the_profiles_that_are_most_alike() {
     let plan = sets.plan("new", &[lib], None);
     // Without images in common both count alike; with the base known the twin leads.
     let both = sets.plan("new", &[base, lib], None);
-    let find = |plan: &[PlannedExtent], page| {
+    let find = |plan: &[Expectation], page| {
         plan.iter()
-            .find(|e| e.image == lib && e.extent == pages(page, 4))
-            .map_or(0.0, |e| e.probability)
+            .find(|e| e.planned.image == lib && e.planned.extent == pages(page, 4))
+            .map_or(0.0, |e| e.planned.probability)
     };
     assert!((find(&plan, 0) - find(&plan, 40)).abs() < 0.01, "{plan:?}");
     assert!(find(&both, 0) > 0.75, "{both:?}");
     assert!(find(&both, 40) < 0.2, "{both:?}");
     assert!(
         both.iter()
-            .filter(|e| e.image == lib)
+            .filter(|e| e.planned.image == lib)
             .all(|e| matches!(e.basis, Basis::OtherProfiles { profiles: 2, .. }))
     );
 }
@@ -248,17 +253,23 @@ fn a_patched_component_inherits_by_path() {
     ];
     assert_eq!(sets.inherit(&image("v1"), &old, &image("v2"), &new), 1);
     let plan = sets.plan("p", &[image("v2")], None);
-    let extents: Vec<Extent> = plan.iter().map(|p| p.extent).collect();
+    let extents: Vec<Extent> = plan.iter().map(|p| p.planned.extent).collect();
     assert_eq!(extents, [pages(5, 2), pages(3, 1), pages(30, 1)]);
-    assert!(plan.iter().all(|p| p.probability > 0.85), "{plan:?}");
+    assert!(
+        plan.iter().all(|p| p.planned.probability > 0.85),
+        "{plan:?}"
+    );
     assert!(matches!(plan[0].basis, Basis::Predecessor { hits: 20, .. }));
     // Six launches of the new version that no longer touch it overrule what was inherited.
     for _ in 0..6 {
         sets.observe("p", &[image("v2")], &[touch("v2", 5, 2, 7)]);
     }
     let plan = sets.plan("p", &[image("v2")], None);
-    assert!(plan[0].probability > 0.9 && plan[0].extent == pages(5, 2));
-    assert!(plan[1..].iter().all(|p| p.probability < 0.5), "{plan:?}");
+    assert!(plan[0].planned.probability > 0.9 && plan[0].planned.extent == pages(5, 2));
+    assert!(
+        plan[1..].iter().all(|p| p.planned.probability < 0.5),
+        "{plan:?}"
+    );
     assert_eq!(
         sets.inherit(&image("v1"), &old, &image("v2"), &new),
         0,

@@ -1,7 +1,6 @@
 //! Raw events into their tables: one transaction a batch, many rows a statement.
 
-use forelay_image::Digest;
-use forelay_predict::working_set::Touch;
+use forelay_image::{Digest, Touch};
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 
 use super::codec::{TouchedImage, encode_touches};

@@ -29,10 +29,10 @@ mod sqlite;
 mod working_sets;
 
 use async_trait::async_trait;
-use forelay_image::Digest;
+use forelay_image::{Digest, Touch};
 use forelay_predict::resources::Sketch;
 use forelay_predict::time::Timestamp;
-use forelay_predict::working_set::{Touch, WorkingSet};
+use forelay_predict::working_set::WorkingSet;
 use serde::{Deserialize, Serialize};
 
 pub use csv::{BadRow, ImportOptions, ImportReport, OnBadRow, import_csv};

@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use forelay_image::Digest;
-use forelay_predict::working_set::{Config, Touch, WorkingSet, WorkingSets};
+use forelay_image::{Digest, Touch};
+use forelay_predict::working_set::{Config, WorkingSet, WorkingSets};
 use sqlx::{Row, SqliteConnection};
 
 use super::codec::decode_touches;

@@ -5,9 +5,8 @@
 use forelay::history::{
     Event, EventId, History as _, OpenOptions, ProfileRef, ResourceSample, SqliteHistory, What,
 };
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, Extent, Touch};
 use forelay_predict::time::{MINUTE_MS, Timestamp};
-use forelay_predict::working_set::Touch;
 use serde_json::Value;
 
 use crate::fixture::{Host, Settings, bench, idle};

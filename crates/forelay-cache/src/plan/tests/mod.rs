@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, Extent, PlannedExtent};
 
 use super::*;
 use crate::budget::MemorySample;

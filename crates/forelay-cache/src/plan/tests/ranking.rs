@@ -1,6 +1,7 @@
 //! One pass over the candidates against the plain rule: look at each image anew for each
 //! prefetch and each reach.
 
+use forelay_image::pages::{PageNo, PageRun, PageSet, Pages};
 use proptest::prelude::*;
 
 use super::random::{event_of, step};
@@ -17,8 +18,8 @@ const REACHES: [Reach; 5] = [
 ];
 
 /// What forecasts say of one image, looked up in each of them.
-fn steps(worth: &Worth, image: &SharedImage, now_ms: i64) -> Vec<(u32, f64)> {
-    let mut changes: Vec<(u32, f64)> = Vec::new();
+fn steps(worth: &Worth, image: &SharedImage, now_ms: i64) -> Vec<(PageNo, f64)> {
+    let mut changes: Vec<(PageNo, f64)> = Vec::new();
     for ((domain, _), forecast) in &worth.forecasts {
         let launch = worth.launch_probability(forecast, now_ms);
         let of = |planned: &&PlannedExtent| *domain == image.domain && planned.image == image.image;
@@ -29,7 +30,7 @@ fn steps(worth: &Worth, image: &SharedImage, now_ms: i64) -> Vec<(u32, f64)> {
         }
     }
     changes.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    let mut steps: BTreeMap<u32, f64> = BTreeMap::new();
+    let mut steps: BTreeMap<PageNo, f64> = BTreeMap::new();
     let mut sum = 0.0f64;
     for (page, change) in changes {
         sum += change;
@@ -92,17 +93,17 @@ fn plain(
         let by_worth = a.seconds_per_byte.total_cmp(&b.seconds_per_byte);
         by_worth.then((of_a, a.run).cmp(&(of_b, b.run)))
     });
-    let mut left = needed_bytes.div_ceil(4096) as u32;
+    let mut left = Pages::covering(needed_bytes);
     let mut chosen: BTreeMap<SharedImage, PageSet> = BTreeMap::new();
     for (valued, image) in valued {
         let pages = valued.run.pages().min(left);
         left -= pages;
-        if pages > 0 {
+        if pages > Pages::NONE {
             let run = PageRun::new(valued.run.start, valued.run.start + pages);
             chosen.entry(image).or_default().insert(run);
         }
     }
-    let extents = |set: PageSet| set.runs().map(PageRun::extent).collect();
+    let extents = |set: PageSet| set.extents().collect();
     let chosen = chosen.into_iter().map(|(image, set)| (image, extents(set)));
     chosen.collect()
 }

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use forelay_cache::Domain;
-use forelay_cache::page_set::{PageRun, PageSet};
 use forelay_image::erofs::read::{Image, ReadError};
 use forelay_image::extent::total_bytes;
+use forelay_image::pages::{PageRun, PageSet, Pages};
 use forelay_image::{Digest, Extent};
 
 use crate::api::{MapDevice, MapFile, Touch, VmMap};
@@ -84,7 +84,7 @@ impl Host {
             for (slot, base, reader) in readers {
                 let record = &devices[slot];
                 let resident = host.resident(&domain, &record.image);
-                let resident = pages_of(&resident);
+                let resident = resident.into_iter().collect();
                 let pages = touched.get(&record.image).cloned().unwrap_or_default();
                 let reader = Reader(reader);
                 let found = map_files(&reader, slot, base, &resident, &pages);
@@ -105,10 +105,7 @@ impl Host {
         let mut by_image: BTreeMap<Digest, PageSet> = BTreeMap::new();
         for touch in self.touches(name) {
             let extent = Extent::new(touch.offset, touch.len);
-            by_image
-                .entry(touch.image)
-                .or_default()
-                .insert(PageRun::covering(extent));
+            by_image.entry(touch.image).or_default().extend([extent]);
         }
         by_image
     }
@@ -167,19 +164,10 @@ fn has_image(instance: &Instance, image: &Digest) -> bool {
         .any(|device| device.image == *image)
 }
 
-fn pages_of(extents: &[Extent]) -> PageSet {
-    let mut pages = PageSet::new();
-    for &extent in extents {
-        pages.insert(PageRun::covering(extent));
-    }
-    pages
-}
-
 /// Fill of each part of an image, from 0 to 8.
 fn bar(image_bytes: u64, resident: &[Extent]) -> Vec<u8> {
-    let parts = BAR_PARTS
-        .min(image_bytes.div_ceil(forelay_image::PAGE_BYTES))
-        .max(1);
+    let pages = Pages::covering(image_bytes);
+    let parts = BAR_PARTS.min(pages.0.into()).max(1);
     let part = |index: u64| {
         let start = image_bytes * index / parts;
         let whole = Extent::new(start, image_bytes * (index + 1) / parts - start);
@@ -207,23 +195,23 @@ fn map_files(
         let Some(first) = file.extents.first() else {
             continue;
         };
+        let bytes = total_bytes(&file.extents);
         let within = |pages: &PageSet| -> u64 {
             let placed = file
                 .extents
                 .iter()
                 .map(|one| Extent::new(one.offset + base, one.len));
             let runs = placed.map(PageRun::covering);
-            runs.map(|run| u64::from(pages.count_within(run)) * forelay_image::PAGE_BYTES)
-                .sum()
+            let found: Pages = runs.map(|run| pages.count_within(run)).sum();
+            found.min(Pages::covering(bytes)).bytes()
         };
-        let bytes = total_bytes(&file.extents);
         files.push(MapFile {
             path: String::from_utf8_lossy(&file.path).into_owned(),
             slot,
             offset: first.offset + base,
             bytes,
-            resident_bytes: within(resident).min(bytes.next_multiple_of(forelay_image::PAGE_BYTES)),
-            touched_bytes: within(touched).min(bytes.next_multiple_of(forelay_image::PAGE_BYTES)),
+            resident_bytes: within(resident),
+            touched_bytes: within(touched),
         });
     }
     Ok(files)

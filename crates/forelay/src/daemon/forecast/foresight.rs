@@ -8,10 +8,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use forelay_cache::plan::PlannedExtent;
 use forelay_cache::{DeviceImage, Domain, SharedImage};
 use forelay_image::component::Role;
-use forelay_image::{ComponentId, Digest, Extent};
+use forelay_image::{ComponentId, Digest, Extent, PlannedExtent};
 use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::rank::{
     self, ComponentForecast, Costs, Knowledge, Present, Subject, Tier, TierCost, VmForecast,

@@ -10,11 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use forelay_cache::plan::PlannedExtent;
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, Extent, PlannedExtent, Touch};
 use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::time::Timestamp;
-use forelay_predict::working_set::Touch;
 
 use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
@@ -131,16 +129,8 @@ impl Learner {
     /// What the next launch of `of` with `images` is expected to touch, in first-touch
     /// order.
     pub fn plan(&self, of: &ProfileRef, images: &[Digest]) -> Vec<PlannedExtent> {
-        let planned = self.models.plan(&model_key(of), images);
-        planned
-            .iter()
-            .map(|planned| PlannedExtent {
-                image: planned.image,
-                extent: planned.extent,
-                probability: f64::from(planned.probability),
-                first_touch_ms: planned.first_touch_ms,
-            })
-            .collect()
+        let expected = self.models.plan(&model_key(of), images);
+        expected.iter().map(|one| one.planned).collect()
     }
 
     /// True if launches of this very profile have been observed.

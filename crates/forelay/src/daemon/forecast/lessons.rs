@@ -15,8 +15,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
-use forelay_image::Digest;
-use forelay_predict::working_set::Touch;
+use forelay_image::{Digest, Touch};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinSet;

@@ -12,12 +12,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use forelay_image::Digest;
+use forelay_image::{Digest, Touch};
 use forelay_predict::arrivals::{self, Forecaster};
 use forelay_predict::needs::{self, Attachments, Context};
 use forelay_predict::resources::Demand;
 use forelay_predict::time::Timestamp;
-use forelay_predict::working_set::{self, PlannedExtent, Plans, Touch, WorkingSets};
+use forelay_predict::working_set::{self, Expectation, Plans, WorkingSets};
 use parking_lot::Mutex;
 
 use crate::history::{ComponentRef, ProfileRef, ResourceSample};
@@ -158,7 +158,7 @@ impl Models {
     }
 
     /// What a launch of a profile (by its key) touches of images, in first-touch order.
-    pub fn plan(&self, profile: &str, images: &[Digest]) -> Arc<[PlannedExtent]> {
+    pub fn plan(&self, profile: &str, images: &[Digest]) -> Arc<[Expectation]> {
         let sets = self.sets.lock();
         self.plans.lock().plan(&sets, profile, images)
     }

@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use forelay_cache::page_set::{PageRun, PageSet};
+use forelay_image::pages::PageSet;
 use forelay_image::{Digest, Extent};
 use forelay_memory::observe::{self, FileIdentity};
 
@@ -68,11 +68,13 @@ impl Observer {
             let Ok(touched) = observe::touched(self.pid, device.file) else {
                 continue;
             };
-            let extents = take_new(&mut device.touched, &touched);
-            if !extents.is_empty() {
+            let touched: PageSet = touched.into_iter().collect();
+            let new = &touched - &device.touched;
+            if !new.is_empty() {
+                device.touched |= &new;
                 found.push(NewTouches {
                     image: device.image,
-                    extents,
+                    extents: new.extents().collect(),
                 });
             }
         }
@@ -85,37 +87,5 @@ impl Observer {
             .iter()
             .map(|device| device.touched.bytes())
             .sum()
-    }
-}
-
-/// Adds `touched` to `known`; returns what was not known.
-fn take_new(known: &mut PageSet, touched: &[Extent]) -> Vec<Extent> {
-    let mut new = Vec::new();
-    for &extent in touched {
-        let run = PageRun::covering(extent);
-        let gaps: Vec<PageRun> = known.gaps_within(run).collect();
-        for gap in gaps {
-            known.insert(gap);
-            new.push(gap.extent());
-        }
-    }
-    new
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_page_is_new_once() {
-        let mut known = PageSet::new();
-        let first = take_new(
-            &mut known,
-            &[Extent::new(0, 8192), Extent::new(16384, 4096)],
-        );
-        assert_eq!(first, [Extent::new(0, 8192), Extent::new(16384, 4096)]);
-        let second = take_new(&mut known, &[Extent::new(0, 20480)]);
-        assert_eq!(second, [Extent::new(8192, 8192)]);
-        assert!(take_new(&mut known, &[Extent::new(4096, 4096)]).is_empty());
     }
 }

@@ -8,10 +8,10 @@
 
 use std::collections::VecDeque;
 
-use forelay_image::Digest;
+use forelay_image::{Digest, Touch};
 use forelay_predict::resources::Sketch;
 use forelay_predict::time::{DAY_MS, Timestamp};
-use forelay_predict::working_set::{Touch, WorkingSet};
+use forelay_predict::working_set::WorkingSet;
 
 use crate::daemon::forecast::models::{Models, model_key};
 use crate::history::{ComponentRef, ProfileRef, ResourceSample, Sink};

@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::mapping_table::Absent;
-use forelay_cache::plan::{Event, PlannedExtent};
+use forelay_cache::plan::Event;
 use forelay_cache::{Domain, SharedImage};
 use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::{PMEM_ALIGN_BYTES, total_bytes};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Scratch};
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, Extent, PlannedExtent};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmSpec, VmmDriver as _, Wrap};
 

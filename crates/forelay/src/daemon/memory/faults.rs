@@ -15,21 +15,21 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use forelay_cache::SharedImage;
-use forelay_cache::page_set::{PageRun, PageSet};
+use forelay_image::pages::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
 use parking_lot::{Mutex, RwLock};
 
 use crate::api::WaitCauses;
 
-/// Pages of images.
-type Pages = BTreeMap<Digest, PageSet>;
+/// Pages of several images.
+type PagesByImage = BTreeMap<Digest, PageSet>;
 
 /// What a launch was expected to touch.
 #[derive(Debug, Default)]
 pub struct Plan {
-    all: Pages,
+    all: PagesByImage,
     /// Of it, what was not in shared memory when the launch was asked for.
-    missing: Pages,
+    missing: PagesByImage,
 }
 
 impl Plan {
@@ -38,13 +38,10 @@ impl Plan {
         all: impl IntoIterator<Item = (Digest, Extent)>,
         missing: impl IntoIterator<Item = (Digest, Extent)>,
     ) -> Self {
-        fn pages(extents: impl IntoIterator<Item = (Digest, Extent)>) -> Pages {
-            let mut pages = Pages::new();
+        fn pages(extents: impl IntoIterator<Item = (Digest, Extent)>) -> PagesByImage {
+            let mut pages = PagesByImage::new();
             for (image, extent) in extents {
-                pages
-                    .entry(image)
-                    .or_default()
-                    .insert(PageRun::covering(extent));
+                pages.entry(image).or_default().extend([extent]);
             }
             pages
         }
@@ -54,7 +51,7 @@ impl Plan {
 }
 
 fn any_of(pages: Option<&PageSet>, extent: Extent) -> bool {
-    pages.is_some_and(|pages| pages.count_within(PageRun::covering(extent)) > 0)
+    pages.is_some_and(|pages| pages.intersects(PageRun::covering(extent)))
 }
 
 /// What one VM waited for.
@@ -95,7 +92,7 @@ impl Waits {
     /// Notes why bytes had to be waited for; `evicted` says whether they were here and were
     /// given back.
     fn note_cause(&self, image: &SharedImage, extent: Extent, evicted: impl FnOnce() -> bool) {
-        let is_in = |pages: &Pages| any_of(pages.get(&image.image), extent);
+        let is_in = |pages: &PagesByImage| any_of(pages.get(&image.image), extent);
         let cause: fn(&mut WaitCauses) -> &mut u64 = if !is_in(&self.plan.all) {
             |causes| &mut causes.unforeseen
         } else if is_in(&self.plan.missing) {
@@ -176,9 +173,7 @@ impl Attribution {
     pub fn evicted(&self, image: &SharedImage, extents: &[Extent]) {
         let mut evicted = self.evicted.lock();
         let pages = evicted.entry(image.clone()).or_default();
-        for &extent in extents {
-            pages.insert(PageRun::covering(extent));
-        }
+        pages.extend(extents.iter().copied());
     }
 
     /// Bytes are in shared memory.

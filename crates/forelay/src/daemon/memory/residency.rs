@@ -10,9 +10,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use forelay_cache::mapping_table::{Disagreement, KernelTruth, PageState, SharedTable};
-use forelay_cache::page_set::{PageRun, PageSet};
 use forelay_cache::plan::Event;
 use forelay_cache::{Domain, SharedImage};
+use forelay_image::pages::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
 
 use crate::api::Takeover;
@@ -35,23 +35,18 @@ pub fn look(table: &SharedTable, domains: &Domains) -> Look {
     for memory in domains.all() {
         for (image, _, spec) in memory.shared.files() {
             let key = SharedImage::new(memory.domain.clone(), image);
-            let believed = pages(table.read(|table| table.resident(&key).collect()));
+            let believed: PageSet = table.read(|table| table.resident(&key).collect());
             let Ok(resident) = memory.shared.resident(&image) else {
                 continue;
             };
-            let whole = PageRun::covering(Extent::new(0, spec.image_bytes));
-            let kernel = pages(resident);
-            for run in believed.runs() {
-                let gone = kernel.gaps_within(run);
-                look.lost
-                    .extend(gone.map(|run| (key.clone(), run.extent())));
-            }
-            let mut found = PageSet::new();
-            for run in kernel.runs_within(whole) {
-                for run in believed.gaps_within(run) {
-                    found.insert(run);
-                }
-            }
+            let kernel: PageSet = resident.into_iter().collect();
+            let lost = &believed - &kernel;
+            let lost = lost.extents().map(|extent| (key.clone(), extent));
+            look.lost.extend(lost);
+            // Not the padding behind the image's end.
+            let whole = PageRun::whole(spec.image_bytes);
+            let kernel: PageSet = kernel.runs_within(whole).collect();
+            let found = &kernel - &believed;
             if !found.is_empty() {
                 look.found.insert(key, found);
             }
@@ -70,8 +65,8 @@ pub fn corrections(table: &SharedTable, before: &Look, now: &Look) -> Vec<Event>
         let Some(earlier) = before.found.get(image) else {
             continue;
         };
-        for run in found.runs().flat_map(|run| earlier.runs_within(run)) {
-            let states = table.read(|table| table.states(image, run.extent()));
+        for extent in (found & earlier).extents() {
+            let states = table.read(|table| table.states(image, extent));
             for (extent, state) in states {
                 if matches!(state, PageState::Absent | PageState::Reserved) {
                     let image = image.clone();
@@ -81,14 +76,6 @@ pub fn corrections(table: &SharedTable, before: &Look, now: &Look) -> Vec<Event>
         }
     }
     events
-}
-
-fn pages(extents: Vec<Extent>) -> PageSet {
-    let mut pages = PageSet::new();
-    for extent in extents {
-        pages.insert(PageRun::covering(extent));
-    }
-    pages
 }
 
 impl Host {
@@ -193,7 +180,8 @@ mod tests {
         let table = SharedTable::new(table);
         let mut now = Look::default();
         now.lost.push((image.clone(), Extent::new(4096, 4096)));
-        let found = pages(vec![Extent::new(0, 4096), Extent::new(65536, 4096)]);
+        let found = [Extent::new(0, 4096), Extent::new(65536, 4096)];
+        let found = found.into_iter().collect();
         now.found.insert(image.clone(), found);
         let lost = Event::Evicted {
             image: image.clone(),

@@ -10,8 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::plan::Event;
-use forelay_image::{Digest, Extent};
-use forelay_predict::working_set::Touch;
+use forelay_image::{Digest, Extent, Touch};
 use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
