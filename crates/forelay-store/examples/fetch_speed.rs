@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use forelay_image::component::{ImageRef, Role};
 use forelay_image::{Chunk, ChunkIndex, Component, Digest, Extent};
 use forelay_store::{
-    DirectoryRepository, Prefetch, Priority, Repository, Store, StoreConfig, Throttled,
+    DirectoryRepository, Prefetch, PrefetchItem, Priority, Repository, Store, StoreConfig,
+    Throttled,
 };
 
 const LATENCY: Duration = Duration::from_millis(20);
@@ -73,12 +74,11 @@ fn report(what: &str, bytes: u64, took: Duration) {
 async fn drain(mut stream: Prefetch) -> u64 {
     let mut bytes = 0;
     while let Some(item) = stream.next().await {
-        bytes += item
-            .pieces
-            .expect("fetched")
-            .iter()
-            .map(|piece| piece.bytes.len() as u64)
-            .sum::<u64>();
+        match item {
+            PrefetchItem::Arrived { part, .. } => bytes += part.bytes.len() as u64,
+            PrefetchItem::Failed { error, .. } => panic!("{error}"),
+            PrefetchItem::Ended { .. } => {}
+        }
     }
     bytes
 }

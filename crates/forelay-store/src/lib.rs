@@ -26,7 +26,10 @@ pub mod store;
 pub mod verify;
 
 pub use error::StoreError;
-pub use fetch::{FetchConfig, FetchError, Limits, Prefetch, PrefetchItem, Priority, Scheduler};
+pub use fetch::{
+    FetchConfig, FetchError, ImagePart, Limits, Prefetch, PrefetchCanceller, PrefetchItem,
+    Priority, Scheduler,
+};
 pub use images::ImageMap;
 pub use repositories::directory::DirectoryRepository;
 pub use repositories::throttle::Throttled;

@@ -1,7 +1,7 @@
 //! The fetch scheduler: brings chunks from the disk cache or the repository.
 //!
 //! Demand (a VM waits in a page fault) goes before prefetch: see [`queue`] for the
-//! order, [`transfer`] for how a request runs, [`prefetch`] for streams of a plan.
+//! order, [`transfer`] for how a request runs, [`prefetch`] for plans.
 //!
 //! Refuses to know shared memory: it hands bytes to callbacks and streams.
 //!
@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use counters::FetchCounters;
-pub use prefetch::{Piece, Prefetch, PrefetchItem};
+pub use prefetch::{ImagePart, Prefetch, PrefetchCanceller, PrefetchItem};
 pub use queue::Limits;
 
 use crate::disk_cache::DiskCache;
@@ -35,7 +35,7 @@ use crate::error::StoreError;
 use crate::images::{ImageMap, Images};
 use crate::repository::Repository;
 use presence::Presence;
-use queue::{Group, NO_GROUP, Queue, Source, Submitted};
+use queue::{ChunkSource, Group, NO_GROUP, Queue, Submitted};
 
 /// Why a chunk is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -60,8 +60,6 @@ pub struct FetchConfig {
     pub first_backoff: Duration,
     /// Longest wait between attempts.
     pub longest_backoff: Duration,
-    /// Bytes that a prefetch stream may be ahead of its consumer.
-    pub stream_window_bytes: u64,
 }
 
 impl Default for FetchConfig {
@@ -72,7 +70,6 @@ impl Default for FetchConfig {
             demand_trouble_attempts: 6,
             first_backoff: Duration::from_millis(50),
             longest_backoff: Duration::from_secs(5),
-            stream_window_bytes: 32 << 20,
         }
     }
 }
@@ -146,9 +143,6 @@ pub type Callback = Box<dyn FnOnce(Result<Bytes, FetchError>) + Send>;
 pub(crate) struct State {
     queue: Queue<Callback>,
     counters: FetchCounters,
-    prefetch_bytes_per_s: Option<u64>,
-    prefetch_due: Option<Instant>,
-    wake_set: bool,
     next_group: Group,
     /// Bandwidth estimate: bytes since the line became busy.
     busy_since: Option<Instant>,
@@ -180,9 +174,6 @@ impl Scheduler {
         let state = State {
             queue: Queue::new(config.limits),
             counters: FetchCounters::default(),
-            prefetch_bytes_per_s: None,
-            prefetch_due: None,
-            wake_set: false,
             next_group: NO_GROUP + 1,
             busy_since: None,
             busy_bytes: 0,
@@ -247,7 +238,7 @@ impl Scheduler {
         priority: Priority,
     ) -> Result<Bytes, FetchError> {
         let map = self.open(image).await?;
-        let wanted: Vec<(Source, Extent)> = parts(&map, extent)?;
+        let wanted: Vec<(ChunkSource, Extent)> = parts(&map, extent)?;
         let reads = wanted
             .iter()
             .map(|(source, part)| (source.chunk, part.offset as u32, part.len as u32));
@@ -279,7 +270,7 @@ impl Scheduler {
         {
             return None;
         }
-        let read = |(source, part): &(Source, Extent)| {
+        let read = |(source, part): &(ChunkSource, Extent)| {
             self.0
                 .cache
                 .read(source.chunk, part.offset as u32, part.len as u32)
@@ -298,30 +289,15 @@ impl Scheduler {
             .is_some_and(|map| self.0.presence.has(&self.0.cache, &map, extent))
     }
 
-    /// Brings a plan's extents, in the plan's order, as a stream. Dropping the stream
-    /// cancels what has not started.
+    /// Brings a plan's extents as a stream: all of them start, in the plan's order, and come
+    /// as they arrive. Whoever asks bounds the bytes of what is under way.
     pub fn prefetch(&self, plan: Vec<(Digest, Extent)>) -> Prefetch {
         Prefetch::start(self.clone(), plan)
-    }
-
-    /// Stops or resumes the start of prefetch requests; those in flight end.
-    pub fn pause_prefetch(&self, paused: bool) {
-        self.0.state.lock().queue.pause_prefetch(paused);
-        self.pump();
     }
 
     /// Lets the kernel have the page cache of the disk cache's files.
     pub fn give_back_pages(&self) {
         self.0.cache.give_back_pages();
-    }
-
-    /// Limits what prefetch takes from the repository.
-    pub fn set_prefetch_rate(&self, bytes_per_s: Option<u64>) {
-        let mut state = self.0.state.lock();
-        state.prefetch_bytes_per_s = bytes_per_s.map(|rate| rate.max(1));
-        state.prefetch_due = None;
-        drop(state);
-        self.pump();
     }
 
     /// Chunks that were asked for and whose request has not started.
@@ -368,7 +344,7 @@ impl Scheduler {
 
     async fn fetch_source(
         &self,
-        source: Source,
+        source: ChunkSource,
         priority: Priority,
         group: Group,
     ) -> Result<Bytes, FetchError> {
@@ -381,7 +357,7 @@ impl Scheduler {
     /// Asks for a chunk from the repository. A group that was cancelled is refused.
     pub(super) fn submit(
         &self,
-        source: Source,
+        source: ChunkSource,
         priority: Priority,
         group: Group,
         callback: Callback,
@@ -401,16 +377,20 @@ impl Scheduler {
         }
     }
 
-    pub(super) fn new_group(&self) -> Group {
+    /// Groups that may ask until they are cancelled.
+    pub(super) fn open_groups(&self, count: usize) -> std::ops::Range<Group> {
         let mut state = self.0.state.lock();
-        state.next_group += 1;
-        let group = state.next_group;
-        state.queue.open(group);
-        group
+        let first = state.next_group;
+        state.next_group += count as Group;
+        let groups = first..state.next_group;
+        for group in groups.clone() {
+            state.queue.open(group);
+        }
+        groups
     }
 
-    pub(super) fn cancel(&self, group: Group) {
-        let cancelled = self.0.state.lock().queue.cancel(group);
+    pub(super) fn cancel(&self, groups: &[Group]) {
+        let cancelled = self.0.state.lock().queue.cancel(groups);
         for callback in cancelled {
             callback(Err(FetchError::Cancelled));
         }
@@ -418,11 +398,11 @@ impl Scheduler {
 }
 
 /// The source of a chunk.
-fn source(map: &ImageMap, chunk_no: u32) -> Result<Source, FetchError> {
+fn source(map: &ImageMap, chunk_no: u32) -> Result<ChunkSource, FetchError> {
     let image = map.image.digest;
     let found = map.chunk(chunk_no).zip(map.location(chunk_no));
     let (chunk, (pack, location)) = found.ok_or(FetchError::NoSuchChunk { image, chunk_no })?;
-    Ok(Source {
+    Ok(ChunkSource {
         image,
         chunk_no,
         chunk: chunk.digest,
@@ -434,7 +414,7 @@ fn source(map: &ImageMap, chunk_no: u32) -> Result<Source, FetchError> {
 }
 
 /// The chunks of a range, each with the range of it that is wanted.
-fn parts(map: &ImageMap, extent: Extent) -> Result<Vec<(Source, Extent)>, FetchError> {
+fn parts(map: &ImageMap, extent: Extent) -> Result<Vec<(ChunkSource, Extent)>, FetchError> {
     map.chunk_numbers(extent)
         .filter_map(|chunk_no| {
             let covered = map.chunk(chunk_no)?.extent();

@@ -1,280 +1,342 @@
-//! A plan as a stream: its extents in order, from the disk cache or the repository.
+//! Prefetches: extents that are brought in order, each of which can be cancelled by itself.
 //!
-//! The stream runs ahead of its consumer by a window of bytes, so that memory stays
-//! bounded and requests coalesce. Chunks on the local disk are read in batches, those in
-//! the repository go through the queue like everything else.
+//! There is one queue of prefetches, and it is the planner's: it owns what waits, in which
+//! order, how many bytes are handed over at a time, and when none are. All that is handed
+//! over starts here at once. Only the line to the repository is paced, by [`super::queue`],
+//! which alone knows what demand is in flight. Bytes are yielded as they arrive.
 //!
-//! Invariants: each chunk of the plan is yielded once, at the place where the plan first
-//! names it, with exactly the wanted ranges of it; after [`Prefetch`] is dropped nothing
+//! Invariants: each chunk of a request is yielded once, with exactly the wanted range of it;
+//! each request ends once, after its last part; a cancelled one ends at once, and nothing
 //! new starts on its behalf.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use forelay_image::extent::normalise;
 use forelay_image::{Digest, Extent};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::queue::{Group, Source};
+use super::queue::{ChunkSource, Group};
 use super::{FetchError, Priority, Scheduler, parts};
+use crate::images::ImageMap;
 
 /// A part of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct ImagePart {
+    /// The image.
+    pub image: Digest,
     /// Where it is in the image.
     pub extent: Extent,
     /// Its bytes.
     pub bytes: Bytes,
 }
 
-/// What a stream yields: the wanted ranges of one chunk.
+/// What becomes of a request, which is named by its place in the plan.
 #[derive(Debug)]
-pub struct PrefetchItem {
-    /// The image.
-    pub image: Digest,
-    /// Number of the chunk; `u32::MAX` if the image could not be opened.
-    pub chunk_no: u32,
-    /// The wanted ranges in image order, or why they could not be had.
-    pub pieces: Result<Vec<Piece>, FetchError>,
+pub enum PrefetchItem {
+    /// The wanted range of one chunk.
+    Arrived {
+        /// The request.
+        request: usize,
+        /// The bytes.
+        part: ImagePart,
+    },
+    /// A chunk, or the whole image, cannot be had.
+    Failed {
+        /// The request.
+        request: usize,
+        /// Why.
+        error: FetchError,
+    },
+    /// All of the request has arrived or failed, or it was cancelled.
+    Ended {
+        /// The request.
+        request: usize,
+    },
 }
 
-type Slot = (
-    Digest,
-    u32,
-    oneshot::Receiver<Result<Vec<Piece>, FetchError>>,
-    Option<OwnedSemaphorePermit>,
-);
-
-/// A plan under way. Dropping it cancels what has not started.
+/// A plan under way. Dropping it cancels all of it.
 pub struct Prefetch {
-    scheduler: Scheduler,
-    group: Group,
+    canceller: PrefetchCanceller,
     producer: JoinHandle<()>,
-    slots: mpsc::UnboundedReceiver<Slot>,
+    items: mpsc::UnboundedReceiver<PrefetchItem>,
+    /// Requests that have not ended.
+    open: usize,
 }
 
-/// One chunk of a plan.
-struct Wanted {
-    source: Source,
+/// Cancels single requests of a plan.
+#[derive(Clone)]
+pub struct PrefetchCanceller {
+    scheduler: Scheduler,
+    tickets: Arc<[Arc<Ticket>]>,
+}
+
+/// One request of a plan.
+struct Ticket {
+    request: usize,
+    image: Digest,
+    extent: Extent,
+    group: Group,
+    items: mpsc::UnboundedSender<PrefetchItem>,
+    /// Parts that have neither arrived nor failed.
+    outstanding: AtomicUsize,
+    ended: AtomicBool,
+}
+
+/// The wanted range of one chunk, on behalf of a request.
+struct WantedPart {
+    ticket: Arc<Ticket>,
+    source: ChunkSource,
     /// Where the chunk starts in the image.
     chunk_offset: u64,
-    /// Wanted ranges of the chunk.
-    ranges: Vec<Extent>,
+    /// Which range of the chunk is wanted.
+    range: Extent,
 }
 
 /// Cached chunks are read in batches of about this many bytes.
 const BATCH_BYTES: u64 = 2 << 20;
 
-/// The window is counted in units of this many bytes.
-const UNIT_BYTES: u64 = 4096;
-
 impl Prefetch {
     pub(super) fn start(scheduler: Scheduler, plan: Vec<(Digest, Extent)>) -> Self {
-        let group = scheduler.new_group();
-        let (sender, slots) = mpsc::unbounded_channel();
+        let (sender, items) = mpsc::unbounded_channel();
+        let groups = scheduler.open_groups(plan.len());
+        let tickets = plan.into_iter().zip(groups).enumerate();
+        let tickets = tickets.map(|(request, ((image, extent), group))| {
+            Arc::new(Ticket {
+                request,
+                image,
+                extent,
+                group,
+                items: sender.clone(),
+                outstanding: AtomicUsize::new(0),
+                ended: AtomicBool::new(false),
+            })
+        });
+        let tickets: Arc<[Arc<Ticket>]> = tickets.collect();
         let producer = Producer {
             scheduler: scheduler.clone(),
-            group,
-            slots: sender,
+            batch: Batch::default(),
         };
-        let producer = scheduler.0.handle.spawn(producer.run(plan));
+        let handle = scheduler.0.handle.clone();
+        let producer = handle.spawn(producer.run(Arc::clone(&tickets)));
+        let open = tickets.len();
+        let canceller = PrefetchCanceller { scheduler, tickets };
         Self {
-            scheduler,
-            group,
+            open,
+            canceller,
             producer,
-            slots,
+            items,
         }
     }
 
-    /// The next chunk's wanted ranges, in the plan's order; `None` at the plan's end.
+    /// What happens next; `None` once every request has ended.
     pub async fn next(&mut self) -> Option<PrefetchItem> {
-        let (image, chunk_no, receiver, permit) = self.slots.recv().await?;
-        let pieces = receiver.await.unwrap_or(Err(FetchError::Cancelled));
-        drop(permit);
-        Some(PrefetchItem {
-            image,
-            chunk_no,
-            pieces,
-        })
+        if self.open == 0 {
+            return None;
+        }
+        let item = self.items.recv().await?;
+        if matches!(item, PrefetchItem::Ended { .. }) {
+            self.open -= 1;
+        }
+        Some(item)
+    }
+
+    /// Cancels requests of this plan, also after the plan was handed to whoever drains it.
+    pub fn canceller(&self) -> PrefetchCanceller {
+        self.canceller.clone()
     }
 }
 
 impl Drop for Prefetch {
     fn drop(&mut self) {
         self.producer.abort();
-        self.slots.close();
-        self.scheduler.cancel(self.group);
+        self.items.close();
+        let tickets = &self.canceller.tickets;
+        let groups: Vec<Group> = tickets.iter().map(|ticket| ticket.group).collect();
+        self.canceller.scheduler.cancel(&groups);
+    }
+}
+
+impl PrefetchCanceller {
+    /// Ends a request now: nothing starts on its behalf any more, and what was under way is
+    /// not yielded. What has been yielded already is the consumer's.
+    pub fn cancel(&self, request: usize) {
+        if let Some(ticket) = self.tickets.get(request) {
+            ticket.end();
+            self.scheduler.cancel(&[ticket.group]);
+        }
+    }
+}
+
+impl Ticket {
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// A part has arrived or failed.
+    fn part(&self, outcome: Result<ImagePart, FetchError>) {
+        if self.has_ended() {
+            return;
+        }
+        let request = self.request;
+        // Sending fails only when nobody listens any more.
+        let _ = self.items.send(match outcome {
+            Ok(part) => PrefetchItem::Arrived { request, part },
+            Err(error) => PrefetchItem::Failed { request, error },
+        });
+        if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.end();
+        }
+    }
+
+    /// Nothing of the request can be had.
+    fn fail(&self, error: FetchError) {
+        let request = self.request;
+        let _ = self.items.send(PrefetchItem::Failed { request, error });
+        self.end();
+    }
+
+    fn end(&self) {
+        if !self.ended.swap(true, Ordering::AcqRel) {
+            let request = self.request;
+            let _ = self.items.send(PrefetchItem::Ended { request });
+        }
     }
 }
 
 struct Producer {
     scheduler: Scheduler,
-    group: Group,
-    slots: mpsc::UnboundedSender<Slot>,
+    batch: Batch,
 }
 
 impl Producer {
-    async fn run(self, plan: Vec<(Digest, Extent)>) {
-        let wanted = self.expand(plan).await;
-        let window_bytes = self.scheduler.0.config.stream_window_bytes.max(2 << 20);
-        let units = (window_bytes / UNIT_BYTES).min(u32::MAX.into()) as u32;
-        let window = Arc::new(Semaphore::new(units as usize));
-        let mut batch = Batch::default();
-        for wanted in wanted {
-            let need = u64::from(wanted.source.chunk_bytes).div_ceil(UNIT_BYTES) as u32;
-            let permit = match window.clone().try_acquire_many_owned(need) {
-                Ok(permit) => permit,
-                Err(_) => {
-                    // Waiting for the consumer: what it waits for must be under way.
-                    batch.start(&self);
-                    let Ok(permit) = window.clone().acquire_many_owned(need).await else {
-                        return;
-                    };
-                    permit
+    async fn run(mut self, tickets: Arc<[Arc<Ticket>]>) {
+        let mut unopened: HashMap<Digest, Vec<Arc<Ticket>>> = HashMap::new();
+        for ticket in tickets.iter() {
+            match self.scheduler.0.images.get(ticket.image) {
+                Some(map) => self.request(&map, ticket),
+                None => {
+                    let waiting = unopened.entry(ticket.image).or_default();
+                    waiting.push(Arc::clone(ticket));
                 }
-            };
-            let (sender, receiver) = oneshot::channel();
-            let (image, chunk_no) = (wanted.source.image, wanted.source.chunk_no);
-            if self
-                .slots
-                .send((image, chunk_no, receiver, Some(permit)))
-                .is_err()
-            {
-                return;
-            }
-            if self.scheduler.0.cache.contains(wanted.source.chunk) {
-                batch.push(wanted, sender, &self);
-            } else {
-                submit(&self.scheduler, self.group, wanted, sender);
             }
         }
-        batch.start(&self);
+        self.batch.start(&self.scheduler);
+        // An image whose index is slow to come holds up nobody else.
+        let opening = unopened.into_iter().map(|(image, tickets)| {
+            let scheduler = self.scheduler.clone();
+            async move {
+                let opened = scheduler.open(image).await;
+                let batch = Batch::default();
+                let mut producer = Self { scheduler, batch };
+                for ticket in tickets {
+                    match &opened {
+                        Ok(map) => producer.request(map, &ticket),
+                        Err(error) => ticket.fail(error.clone()),
+                    }
+                }
+                producer.batch.start(&producer.scheduler);
+            }
+        });
+        futures_util::future::join_all(opening).await;
     }
 
-    /// The plan by chunks. Images that cannot be opened yield their error at once.
-    async fn expand(&self, plan: Vec<(Digest, Extent)>) -> Vec<Wanted> {
-        let mut at: HashMap<(Digest, u32), usize> = HashMap::new();
-        let mut failed: Vec<Digest> = Vec::new();
-        let mut all: Vec<Wanted> = Vec::new();
-        for (image, extent) in plan {
-            if failed.contains(&image) {
-                continue;
-            }
-            let expanded = match self.scheduler.open(image).await {
-                Ok(map) => parts(&map, extent).map(|parts| (map, parts)),
-                Err(error) => Err(error),
-            };
-            let (map, parts) = match expanded {
-                Ok(expanded) => expanded,
-                Err(error) => {
-                    failed.push(image);
-                    let (sender, receiver) = oneshot::channel();
-                    let _ = sender.send(Err(error));
-                    let _ = self.slots.send((image, u32::MAX, receiver, None));
-                    continue;
-                }
-            };
-            for (source, range) in parts {
-                let chunk_offset = map.chunk(source.chunk_no).map_or(0, |chunk| chunk.offset);
-                let index = *at.entry((image, source.chunk_no)).or_insert_with(|| {
-                    all.push(Wanted {
-                        source,
-                        chunk_offset,
-                        ranges: Vec::new(),
-                    });
-                    all.len() - 1
-                });
-                all[index].ranges.push(range);
-            }
-        }
-        for wanted in &mut all {
-            wanted.ranges = normalise(std::mem::take(&mut wanted.ranges));
-        }
-        all
-    }
-}
-
-type Outcome = oneshot::Sender<Result<Vec<Piece>, FetchError>>;
-
-/// Asks the repository for a chunk of the plan.
-fn submit(scheduler: &Scheduler, group: Group, wanted: Wanted, outcome: Outcome) {
-    let source = wanted.source;
-    let callback = move |result: Result<Bytes, FetchError>| {
-        let _ = outcome.send(result.map(|bytes| {
-            wanted.cut(|range| bytes.slice(range.offset as usize..range.end() as usize))
-        }));
-    };
-    scheduler.submit(source, Priority::Prefetch, group, Box::new(callback));
-}
-
-impl Wanted {
-    fn cut(&self, bytes_of: impl Fn(&Extent) -> Bytes) -> Vec<Piece> {
-        let piece = |range: &Extent| Piece {
-            extent: Extent::new(self.chunk_offset + range.offset, range.len),
-            bytes: bytes_of(range),
+    /// Starts all parts of a request.
+    fn request(&mut self, map: &ImageMap, ticket: &Arc<Ticket>) {
+        let parts = match parts(map, ticket.extent) {
+            Ok(parts) => parts,
+            Err(error) => return ticket.fail(error),
         };
-        self.ranges.iter().map(piece).collect()
+        if parts.is_empty() || ticket.has_ended() {
+            return ticket.end();
+        }
+        ticket.outstanding.store(parts.len(), Ordering::Release);
+        for (source, range) in parts {
+            let wanted = WantedPart {
+                ticket: Arc::clone(ticket),
+                source,
+                chunk_offset: map.chunk(source.chunk_no).map_or(0, |chunk| chunk.offset),
+                range,
+            };
+            if self.scheduler.0.cache.contains(source.chunk) {
+                self.batch.push(wanted, &self.scheduler);
+            } else {
+                wanted.submit(&self.scheduler);
+            }
+        }
+    }
+}
+
+impl WantedPart {
+    /// Asks the repository.
+    fn submit(self, scheduler: &Scheduler) {
+        let (source, group) = (self.source, self.ticket.group);
+        let callback = move |result: Result<Bytes, FetchError>| {
+            let range = self.range.offset as usize..self.range.end() as usize;
+            // A slice keeps the whole chunk in memory until it is stored.
+            let cut = |chunk: Bytes| match self.range.len * 2 < chunk.len() as u64 {
+                true => Bytes::copy_from_slice(&chunk[range]),
+                false => chunk.slice(range),
+            };
+            self.ticket
+                .part(result.map(cut).map(|bytes| self.part(bytes)));
+        };
+        scheduler.submit(source, Priority::Prefetch, group, Box::new(callback));
     }
 
-    fn bytes(&self) -> u64 {
-        self.ranges.iter().map(|range| range.len).sum()
+    fn part(&self, bytes: Bytes) -> ImagePart {
+        ImagePart {
+            image: self.source.image,
+            extent: Extent::new(self.chunk_offset + self.range.offset, self.range.len),
+            bytes,
+        }
+    }
+
+    /// Reads from the disk cache; what is not there after all comes from the repository.
+    fn read(self, scheduler: &Scheduler) {
+        if self.ticket.has_ended() {
+            return;
+        }
+        let (offset, len) = (self.range.offset as u32, self.range.len as u32);
+        match scheduler.0.cache.read(self.source.chunk, offset, len) {
+            Some(bytes) => {
+                scheduler.0.state.lock().counters.cache_hits += 1;
+                self.ticket.part(Ok(self.part(bytes)));
+            }
+            None => self.submit(scheduler),
+        }
     }
 }
 
 /// Chunks to be read from the disk cache together.
 #[derive(Default)]
 struct Batch {
-    reads: Vec<(Wanted, Outcome)>,
+    reads: Vec<WantedPart>,
     bytes: u64,
 }
 
 impl Batch {
-    fn push(&mut self, wanted: Wanted, outcome: Outcome, producer: &Producer) {
-        self.bytes += wanted.bytes();
-        self.reads.push((wanted, outcome));
+    fn push(&mut self, wanted: WantedPart, scheduler: &Scheduler) {
+        self.bytes += wanted.range.len;
+        self.reads.push(wanted);
         if self.bytes >= BATCH_BYTES {
-            self.start(producer);
+            self.start(scheduler);
         }
     }
 
-    fn start(&mut self, producer: &Producer) {
-        let reads = std::mem::take(&mut self.reads);
+    fn start(&mut self, scheduler: &Scheduler) {
         self.bytes = 0;
-        if reads.is_empty() {
-            return;
+        let reads = std::mem::take(&mut self.reads);
+        if !reads.is_empty() {
+            let handle = scheduler.0.handle.clone();
+            let scheduler = scheduler.clone();
+            handle.spawn_blocking(move || {
+                for wanted in reads {
+                    wanted.read(&scheduler);
+                }
+            });
         }
-        let (scheduler, group) = (producer.scheduler.clone(), producer.group);
-        producer.scheduler.0.handle.spawn_blocking(move || {
-            for (wanted, outcome) in reads {
-                if outcome.is_closed() {
-                    continue;
-                }
-                let read = |range: &Extent| {
-                    scheduler.0.cache.read(
-                        wanted.source.chunk,
-                        range.offset as u32,
-                        range.len as u32,
-                    )
-                };
-                match wanted
-                    .ranges
-                    .iter()
-                    .map(read)
-                    .collect::<Option<Vec<Bytes>>>()
-                {
-                    Some(read) => {
-                        scheduler.0.state.lock().counters.cache_hits += 1;
-                        let pieces = wanted.ranges.iter().zip(read).map(|(range, bytes)| Piece {
-                            extent: Extent::new(wanted.chunk_offset + range.offset, range.len),
-                            bytes,
-                        });
-                        let _ = outcome.send(Ok(pieces.collect()));
-                    }
-                    None => submit(&scheduler, group, wanted, outcome),
-                }
-            }
-        });
     }
 }

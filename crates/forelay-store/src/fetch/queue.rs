@@ -9,7 +9,8 @@
 //! ```
 //! Demand has slots of its own, so it never waits for a prefetch to end; a demand for a
 //! queued prefetch promotes it; a demand for one in flight joins it. Prefetch is limited
-//! by bytes in flight, more tightly while demand is in flight, and can be paused.
+//! by bytes in flight, more tightly while demand is in flight. Which prefetches there are,
+//! and when there are none, is decided elsewhere ([`super::prefetch`]).
 //!
 //! Refuses to know time, packs' contents and who waits (`W` is opaque).
 //!
@@ -31,7 +32,7 @@ pub const NO_GROUP: Group = 0;
 
 /// Where a chunk comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Source {
+pub struct ChunkSource {
     /// The image on whose behalf it is fetched.
     pub image: Digest,
     /// Its number in that image.
@@ -48,7 +49,7 @@ pub struct Source {
     pub stored_bytes: u32,
 }
 
-impl Source {
+impl ChunkSource {
     fn end(&self) -> u64 {
         u64::from(self.offset) + u64::from(self.stored_bytes)
     }
@@ -84,13 +85,13 @@ impl Default for Limits {
 
 /// One ranged GET.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct RangeRequest {
     /// The pack.
     pub pack: Digest,
     /// The range of it.
     pub extent: Extent,
     /// The chunks in the range that are wanted, by offset.
-    pub parts: Vec<Source>,
+    pub parts: Vec<ChunkSource>,
     /// On whose slots it runs.
     pub priority: Priority,
 }
@@ -117,7 +118,7 @@ enum State {
 }
 
 struct Flight<W> {
-    source: Source,
+    source: ChunkSource,
     state: State,
     demanded: bool,
     waiters: Vec<(Group, W)>,
@@ -127,14 +128,14 @@ struct Flight<W> {
 pub struct Queue<W> {
     limits: Limits,
     flights: HashMap<Digest, Flight<W>>,
-    /// Groups that may ask: who asks for one can be a step behind its cancelling.
-    open: HashSet<Group>,
+    /// Groups that may ask, with the number of their waiters: who asks for one can be a step
+    /// behind its cancelling.
+    open: HashMap<Group, usize>,
     demand: VecDeque<Digest>,
     prefetch: VecDeque<Digest>,
     demand_active: usize,
     prefetch_active: usize,
     prefetch_bytes_active: u64,
-    paused: bool,
 }
 
 /// How far into the queue a request looks for neighbours.
@@ -146,33 +147,33 @@ impl<W> Queue<W> {
         Self {
             limits,
             flights: HashMap::new(),
-            open: HashSet::from([NO_GROUP]),
+            open: HashMap::from([(NO_GROUP, 0)]),
             demand: VecDeque::new(),
             prefetch: VecDeque::new(),
             demand_active: 0,
             prefetch_active: 0,
             prefetch_bytes_active: 0,
-            paused: false,
         }
     }
 
     /// Lets a group ask, until it is cancelled.
     pub fn open(&mut self, group: Group) {
-        self.open.insert(group);
+        self.open.entry(group).or_default();
     }
 
     /// Asks for a chunk.
     pub fn submit(
         &mut self,
-        source: Source,
+        source: ChunkSource,
         priority: Priority,
         group: Group,
         waiter: W,
     ) -> Submitted<W> {
-        if !self.open.contains(&group) {
+        let Some(waiting) = self.open.get_mut(&group) else {
             return Submitted::Cancelled(waiter);
-        }
+        };
         let Some(flight) = self.flights.get_mut(&source.chunk) else {
+            *waiting += 1;
             let demanded = priority == Priority::Demand;
             let waiters = vec![(group, waiter)];
             let state = State::Queued(priority);
@@ -191,6 +192,7 @@ impl<W> Queue<W> {
         if let State::Delivered(bytes) = &flight.state {
             return Submitted::Here(waiter, bytes.clone());
         }
+        *waiting += 1;
         flight.waiters.push((group, waiter));
         if priority == Priority::Demand {
             flight.demanded = true;
@@ -210,21 +212,15 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Stops or resumes the start of prefetch requests.
-    pub fn pause_prefetch(&mut self, paused: bool) {
-        self.paused = paused;
-    }
-
-    /// The next request to start, if any may start now; `prefetch_allowed` is the rate
-    /// limiter's word.
-    pub fn next_request(&mut self, prefetch_allowed: bool) -> Option<Request> {
+    /// The next request to start, if any may start now.
+    pub fn next_request(&mut self) -> Option<RangeRequest> {
         if self.demand_active < self.limits.demand_requests
             && let Some(request) = self.take(Priority::Demand)
         {
             self.demand_active += 1;
             return Some(request);
         }
-        if !prefetch_allowed || self.paused || !self.prefetch_has_room() {
+        if !self.prefetch_has_room() {
             return None;
         }
         let request = self.take(Priority::Prefetch)?;
@@ -247,13 +243,13 @@ impl<W> Queue<W> {
             && (self.prefetch_active == 0 || self.prefetch_bytes_active < bytes)
     }
 
-    fn is_queued(&self, chunk: &Digest, priority: Priority) -> Option<Source> {
+    fn is_queued(&self, chunk: &Digest, priority: Priority) -> Option<ChunkSource> {
         let flight = self.flights.get(chunk)?;
         let queued = matches!(flight.state, State::Queued(queued) if queued == priority);
         queued.then_some(flight.source)
     }
 
-    fn take(&mut self, priority: Priority) -> Option<Request> {
+    fn take(&mut self, priority: Priority) -> Option<RangeRequest> {
         let head = loop {
             let chunk = match priority {
                 Priority::Demand => self.demand.pop_front()?,
@@ -271,8 +267,8 @@ impl<W> Queue<W> {
             }
         }
         let start = parts.first().map_or(0, |part| u64::from(part.offset));
-        let end = parts.iter().map(Source::end).max().unwrap_or(start);
-        Some(Request {
+        let end = parts.iter().map(ChunkSource::end).max().unwrap_or(start);
+        Some(RangeRequest {
             pack: head.pack,
             extent: Extent::new(start, end - start),
             parts,
@@ -281,12 +277,12 @@ impl<W> Queue<W> {
     }
 
     /// The head and those queued chunks near it in its pack that fit into one request.
-    fn neighbours(&self, head: Source, priority: Priority) -> Vec<Source> {
+    fn neighbours(&self, head: ChunkSource, priority: Priority) -> Vec<ChunkSource> {
         let queue = match priority {
             Priority::Demand => &self.demand,
             Priority::Prefetch => &self.prefetch,
         };
-        let mut near: Vec<Source> = queue
+        let mut near: Vec<ChunkSource> = queue
             .iter()
             .take(LOOK_AHEAD)
             .filter_map(|chunk| self.is_queued(chunk, priority))
@@ -300,7 +296,7 @@ impl<W> Queue<W> {
             .position(|source| source.chunk == head.chunk)
             .unwrap_or(0);
         let (mut first, mut last) = (at, at);
-        let gap = |a: &Source, b: &Source| u64::from(b.offset).saturating_sub(a.end());
+        let gap = |a: &ChunkSource, b: &ChunkSource| u64::from(b.offset).saturating_sub(a.end());
         loop {
             let fits = |first: usize, last: usize| {
                 near[last].end() - u64::from(near[first].offset) <= self.limits.request_bytes
@@ -320,7 +316,7 @@ impl<W> Queue<W> {
     }
 
     /// Gives a request's slot back.
-    pub fn request_ended(&mut self, request: &Request) {
+    pub fn request_ended(&mut self, request: &RangeRequest) {
         match request.priority {
             Priority::Demand => self.demand_active -= 1,
             Priority::Prefetch => {
@@ -337,7 +333,18 @@ impl<W> Queue<W> {
             return Vec::new();
         };
         flight.state = State::Delivered(bytes);
-        flight.waiters.drain(..).map(|(_, waiter)| waiter).collect()
+        let waiters = std::mem::take(&mut flight.waiters);
+        self.hand_out(waiters)
+    }
+
+    fn hand_out(&mut self, waiters: Vec<(Group, W)>) -> Vec<W> {
+        let handed_out = waiters.into_iter().map(|(group, waiter)| {
+            if let Some(waiting) = self.open.get_mut(&group) {
+                *waiting -= 1;
+            }
+            waiter
+        });
+        handed_out.collect()
     }
 
     /// The chunk can be found elsewhere from now on.
@@ -348,22 +355,14 @@ impl<W> Queue<W> {
     /// A chunk cannot be fetched: hands out its waiters.
     pub fn failed(&mut self, chunk: Digest) -> Vec<W> {
         let flight = self.flights.remove(&chunk);
-        flight
-            .map(|flight| {
-                flight
-                    .waiters
-                    .into_iter()
-                    .map(|(_, waiter)| waiter)
-                    .collect()
-            })
-            .unwrap_or_default()
+        flight.map_or_else(Vec::new, |flight| self.hand_out(flight.waiters))
     }
 
     /// A request for one chunk that is in flight already, outside the queue's order.
-    pub fn alone(&mut self, source: Source) -> Request {
+    pub fn alone(&mut self, source: ChunkSource) -> RangeRequest {
         self.demand_active += 1;
         let extent = Extent::new(u64::from(source.offset), u64::from(source.stored_bytes));
-        Request {
+        RangeRequest {
             pack: source.pack,
             extent,
             parts: vec![source],
@@ -378,22 +377,24 @@ impl<W> Queue<W> {
             .is_some_and(|flight| flight.demanded)
     }
 
-    /// Closes a group: removes its waiters from what has not started, and hands them out.
-    /// Flights that nobody waits for any more are forgotten.
-    pub fn cancel(&mut self, group: Group) -> Vec<W> {
-        self.open.remove(&group);
-        let mut cancelled = Vec::new();
+    /// Closes groups and hands out their waiters. Flights that have not started and that
+    /// nobody waits for any more are forgotten; those in flight end by themselves.
+    pub fn cancel(&mut self, groups: &[Group]) -> Vec<W> {
+        let mut waiting = 0;
+        for group in groups {
+            waiting += self.open.remove(group).unwrap_or(0);
+        }
+        let mut cancelled = Vec::with_capacity(waiting);
+        if waiting == 0 {
+            return cancelled;
+        }
+        let groups: HashSet<&Group> = groups.iter().collect();
         self.flights.retain(|_, flight| {
-            if !matches!(flight.state, State::Queued(_)) {
-                return true;
-            }
-            cancelled.extend(
-                flight
-                    .waiters
-                    .extract_if(.., |(of, _)| *of == group)
-                    .map(|(_, waiter)| waiter),
-            );
-            !flight.waiters.is_empty()
+            let gone = flight
+                .waiters
+                .extract_if(.., |(group, _)| groups.contains(group));
+            cancelled.extend(gone.map(|(_, waiter)| waiter));
+            !flight.waiters.is_empty() || !matches!(flight.state, State::Queued(_))
         });
         cancelled
     }

@@ -11,12 +11,12 @@ fn pack(number: u8) -> Digest {
 }
 
 /// Chunk `number` of pack 0: 64 KiB each, without gaps.
-fn source(number: u32) -> Source {
+fn source(number: u32) -> ChunkSource {
     source_at(0, number, number * (64 << 10))
 }
 
-fn source_at(in_pack: u8, number: u32, offset: u32) -> Source {
-    Source {
+fn source_at(in_pack: u8, number: u32, offset: u32) -> ChunkSource {
+    ChunkSource {
         image: Digest::of(b"image"),
         chunk_no: number,
         chunk: Digest::of(&[in_pack, number as u8]),
@@ -46,7 +46,7 @@ fn queue<W>() -> Queue<W> {
     queue
 }
 
-fn numbers(request: &Request) -> Vec<u32> {
+fn numbers(request: &RangeRequest) -> Vec<u32> {
     request.parts.iter().map(|part| part.chunk_no).collect()
 }
 
@@ -61,13 +61,13 @@ fn one_flight_per_chunk_and_late_comers_are_answered() {
         queue.submit(source(1), Priority::Prefetch, 2, 'b'),
         Submitted::Joined
     );
-    let request = queue.next_request(true).unwrap();
+    let request = queue.next_request().unwrap();
     assert_eq!(
         queue.submit(source(1), Priority::Demand, 0, 'c'),
         Submitted::Joined
     );
     assert!(queue.is_demanded(source(1).chunk));
-    assert!(queue.next_request(true).is_none());
+    assert!(queue.next_request().is_none());
     queue.request_ended(&request);
     assert_eq!(
         queue.delivered(source(1).chunk, Bytes::from_static(b"x")),
@@ -89,7 +89,7 @@ fn demand_overtakes_promotes_and_has_its_own_slots() {
         queue.submit(source(number * 2), Priority::Prefetch, 1, number);
     }
     let mut started = Vec::new();
-    while let Some(request) = queue.next_request(true) {
+    while let Some(request) = queue.next_request() {
         started.push(request);
     }
     assert_eq!(
@@ -103,7 +103,7 @@ fn demand_overtakes_promotes_and_has_its_own_slots() {
         queue.submit(source(38), Priority::Demand, 0, 99),
         Submitted::Promoted
     );
-    let demand = queue.next_request(true).unwrap();
+    let demand = queue.next_request().unwrap();
     assert_eq!(
         (demand.priority, numbers(&demand)),
         (Priority::Demand, vec![38])
@@ -112,9 +112,9 @@ fn demand_overtakes_promotes_and_has_its_own_slots() {
     for request in &started[..3] {
         queue.request_ended(request);
     }
-    assert!(queue.next_request(true).is_none());
+    assert!(queue.next_request().is_none());
     queue.request_ended(&demand);
-    assert!(queue.next_request(true).is_some());
+    assert!(queue.next_request().is_some());
 }
 
 #[test]
@@ -125,38 +125,36 @@ fn neighbours_share_a_request_up_to_its_size() {
     queue.submit(source_at(0, 5, 10 << 20), Priority::Prefetch, 1, ());
     queue.submit(source_at(0, 0, 0), Priority::Prefetch, 1, ());
     queue.submit(source_at(0, 2, 128 << 10), Priority::Prefetch, 1, ());
-    let first = queue.next_request(true).unwrap();
+    let first = queue.next_request().unwrap();
     assert_eq!(
         (numbers(&first), first.extent),
         (vec![1, 2], Extent::new(64 << 10, 128 << 10))
     );
-    assert_eq!(numbers(&queue.next_request(true).unwrap()), [7]);
-    assert_eq!(numbers(&queue.next_request(true).unwrap()), [5]);
+    assert_eq!(numbers(&queue.next_request().unwrap()), [7]);
+    assert_eq!(numbers(&queue.next_request().unwrap()), [5]);
     assert_eq!(queue.queued(), 1);
 }
 
 #[test]
-fn pause_rate_and_cancel_stop_what_has_not_started() {
+fn cancelling_hands_out_who_waits_whether_it_has_started_or_not() {
     let mut queue = queue();
     queue.submit(source(1), Priority::Prefetch, 7, 'a');
     queue.submit(source(1), Priority::Prefetch, 8, 'b');
     queue.submit(source(9), Priority::Prefetch, 7, 'c');
-    queue.pause_prefetch(true);
-    assert!(queue.next_request(true).is_none());
-    queue.pause_prefetch(false);
-    assert!(queue.next_request(false).is_none());
-    let mut cancelled = queue.cancel(7);
+    let mut cancelled = queue.cancel(&[7]);
     cancelled.sort_unstable();
     assert_eq!(cancelled, ['a', 'c']);
-    let request = queue.next_request(true).unwrap();
+    assert!(queue.cancel(&[7]).is_empty(), "once");
+    let request = queue.next_request().unwrap();
     assert_eq!(numbers(&request), [1]);
-    assert!(queue.cancel(8).is_empty(), "it has started");
+    queue.submit(source(1), Priority::Demand, NO_GROUP, 'e');
+    assert_eq!(queue.cancel(&[8]), ['b'], "its bytes come for others alone");
     // Who asks a step too late is told, and starts nothing.
     let late = queue.submit(source(20), Priority::Prefetch, 7, 'd');
     assert_eq!(late, Submitted::Cancelled('d'));
     assert_eq!(queue.queued(), 0);
-    assert!(queue.next_request(true).is_none());
-    assert_eq!(queue.failed(source(1).chunk), ['b']);
+    assert!(queue.next_request().is_none());
+    assert_eq!(queue.failed(source(1).chunk), ['e']);
 }
 
 #[derive(Clone, Debug)]
@@ -185,9 +183,9 @@ proptest! {
     fn every_waiter_is_handed_out_once_and_limits_hold(operations in prop::collection::vec(operation(), 1..120)) {
         let mut queue: Queue<usize> = queue();
         let mut waiting: BTreeSet<usize> = BTreeSet::new();
-        let mut running: Vec<Request> = Vec::new();
+        let mut running: Vec<RangeRequest> = Vec::new();
         let mut next = 0;
-        let end = |queue: &mut Queue<usize>, running: &mut Vec<Request>, waiting: &mut BTreeSet<usize>, index: usize, well: bool| {
+        let end = |queue: &mut Queue<usize>, running: &mut Vec<RangeRequest>, waiting: &mut BTreeSet<usize>, index: usize, well: bool| {
             if running.is_empty() {
                 return;
             }
@@ -209,11 +207,11 @@ proptest! {
                     queue.submit(source(number), priority, group, next);
                     next += 1;
                 }
-                Operation::Start => running.extend(queue.next_request(true)),
+                Operation::Start => running.extend(queue.next_request()),
                 Operation::Deliver(index) => end(&mut queue, &mut running, &mut waiting, index, true),
                 Operation::Fail(index) => end(&mut queue, &mut running, &mut waiting, index, false),
                 Operation::Cancel(group) => {
-                    let cancelled = queue.cancel(group);
+                    let cancelled = queue.cancel(&[group]);
                     queue.open(group);
                     for waiter in cancelled {
                         prop_assert!(waiting.remove(&waiter));
@@ -230,7 +228,7 @@ proptest! {
             prop_assert!(demand <= limits().demand_requests && prefetch <= limits().prefetch_requests);
         }
         while !running.is_empty() || queue.queued() > 0 {
-            running.extend(queue.next_request(true));
+            running.extend(queue.next_request());
             end(&mut queue, &mut running, &mut waiting, 0, true);
         }
         prop_assert!(waiting.is_empty(), "forgotten: {:?}", waiting);

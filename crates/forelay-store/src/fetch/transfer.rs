@@ -9,14 +9,13 @@
 //! Invariant: every request that starts gives its slot back.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use forelay_image::Digest;
 use tokio::time::Instant;
 
-use super::queue::{Request, Source};
-use super::{FetchError, Priority, Scheduler, source};
+use super::queue::{ChunkSource, RangeRequest};
+use super::{FetchError, Scheduler, source};
 use crate::layout;
 use crate::pack::open_frame;
 use crate::repository::RepositoryError;
@@ -29,26 +28,11 @@ impl Scheduler {
     pub(super) fn pump(&self) {
         loop {
             let mut state = self.0.state.lock();
-            let now = Instant::now();
-            let due = state.prefetch_due.filter(|due| *due > now);
-            let Some(request) = state.queue.next_request(due.is_none()) else {
-                if let Some(due) = due.filter(|_| !state.wake_set && state.queue.queued() > 0) {
-                    state.wake_set = true;
-                    drop(state);
-                    self.pump_at(due);
-                }
+            let Some(request) = state.queue.next_request() else {
                 return;
             };
-            if let Some(rate) = state
-                .prefetch_bytes_per_s
-                .filter(|_| request.priority == Priority::Prefetch)
-            {
-                let from = state.prefetch_due.map_or(now, |due| due.max(now));
-                let takes = Duration::from_secs_f64(request.extent.len as f64 / rate as f64);
-                state.prefetch_due = Some(from + takes);
-            }
             if state.busy_since.is_none() {
-                state.busy_since = Some(now);
+                state.busy_since = Some(Instant::now());
                 state.busy_bytes = 0;
             }
             drop(state);
@@ -59,16 +43,7 @@ impl Scheduler {
         }
     }
 
-    fn pump_at(&self, due: Instant) {
-        let this = self.clone();
-        self.0.handle.spawn(async move {
-            tokio::time::sleep_until(due).await;
-            this.0.state.lock().wake_set = false;
-            this.pump();
-        });
-    }
-
-    async fn run(&self, request: Request, second_looks: u32) {
+    async fn run(&self, request: RangeRequest, second_looks: u32) {
         let outcome = self.get(&request).await;
         {
             let mut state = self.0.state.lock();
@@ -117,7 +92,7 @@ impl Scheduler {
     }
 
     /// The request's bytes, with retries.
-    async fn get(&self, request: &Request) -> Result<Bytes, (RepositoryError, u32)> {
+    async fn get(&self, request: &RangeRequest) -> Result<Bytes, (RepositoryError, u32)> {
         let key = layout::pack(request.pack);
         let config = &self.0.config;
         let mut attempts = 0;
@@ -157,7 +132,7 @@ impl Scheduler {
     /// Counts a failed attempt; true if a demand now counts as in trouble.
     fn note_retry(
         &self,
-        request: &Request,
+        request: &RangeRequest,
         error: &RepositoryError,
         attempts: u32,
         demanded: bool,
@@ -175,7 +150,7 @@ impl Scheduler {
         trouble
     }
 
-    fn observe(&self, request: &Request, started: Instant) {
+    fn observe(&self, request: &RangeRequest, started: Instant) {
         let mut state = self.0.state.lock();
         let now = Instant::now();
         let bytes = request.extent.len;
@@ -195,7 +170,7 @@ impl Scheduler {
     }
 
     /// Unpacks what arrived; returns the chunks whose bytes are wrong.
-    async fn unpack(&self, request: &Request, bytes: Bytes) -> Vec<(Source, String)> {
+    async fn unpack(&self, request: &RangeRequest, bytes: Bytes) -> Vec<(ChunkSource, String)> {
         let this = self.clone();
         let parts = request.parts.clone();
         let start = request.extent.offset;
@@ -230,8 +205,8 @@ impl Scheduler {
     }
 
     /// Tries a chunk once more with what the repository says now, or gives up.
-    async fn look_again(&self, part: Source, failure: Failure, second_looks: u32) {
-        let Source {
+    async fn look_again(&self, part: ChunkSource, failure: Failure, second_looks: u32) {
+        let ChunkSource {
             image,
             chunk_no,
             chunk,
@@ -268,7 +243,7 @@ impl Scheduler {
         self.fail(chunk, error);
     }
 
-    async fn run_alone(&self, part: Source, second_looks: u32) {
+    async fn run_alone(&self, part: ChunkSource, second_looks: u32) {
         let request = self.0.state.lock().queue.alone(part);
         self.run(request, second_looks).await;
     }

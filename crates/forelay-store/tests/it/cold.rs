@@ -4,25 +4,44 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use forelay_image::Extent;
-use forelay_store::{Limits, Priority};
+use forelay_store::{Limits, PrefetchItem, Priority};
 use tokio::sync::Semaphore;
 
 use crate::support::{Bench, Sample};
 
-async fn drain(mut stream: forelay_store::Prefetch, sample: &Sample) -> Vec<Extent> {
-    let mut seen = Vec::new();
+/// What arrives of a plan, by request and place.
+async fn drain(mut stream: forelay_store::Prefetch, sample: &Sample) -> Vec<(usize, Extent)> {
+    let (mut seen, mut ended) = (Vec::new(), Vec::new());
     while let Some(item) = stream.next().await {
-        assert_eq!(item.image, sample.image());
-        for piece in item.pieces.unwrap() {
-            assert_eq!(piece.bytes, sample.part(piece.extent));
-            seen.push(piece.extent);
+        match item {
+            PrefetchItem::Arrived { request, part } => {
+                assert_eq!(part.image, sample.image());
+                assert_eq!(part.bytes, sample.part(part.extent));
+                assert!(!ended.contains(&request), "a part after its end");
+                seen.push((request, part.extent));
+            }
+            PrefetchItem::Failed { error, .. } => panic!("{error}"),
+            PrefetchItem::Ended { request } => ended.push(request),
         }
     }
+    seen.sort_unstable();
     seen
 }
 
+/// A host whose line takes one request at a time, each held at the gate.
+async fn narrow_host(bench: &Bench) -> (forelay_store::Store, Arc<Semaphore>) {
+    let one = Limits {
+        prefetch_requests: 1,
+        ..Limits::default()
+    };
+    let host = bench.store_with(&bench.dir.path().join("one"), one).await;
+    let gate = Arc::new(Semaphore::new(0));
+    *bench.faults.gate.lock() = Some(gate.clone());
+    (host, gate)
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_keeps_the_plans_order_and_cuts_exactly() {
+async fn each_request_gets_exactly_its_parts_and_ends_once() {
     let bench = Bench::new();
     let sample = bench
         .published(&bench.store().await, "app", 40, 50_000)
@@ -35,19 +54,23 @@ async fn a_stream_keeps_the_plans_order_and_cuts_exactly() {
         (sample.image(), Extent::new(10_000, 1000)),
     ];
     let expected = [
-        // Chunk 30 comes where it is named first, with both its ranges.
-        Extent::new(1_500_000, 4096),
-        Extent::new(1_510_000, 4096),
-        Extent::new(0, 50_000),
-        Extent::new(50_000, 50_000),
-        Extent::new(100_000, 20_000),
+        (0, Extent::new(1_500_000, 4096)),
+        (1, Extent::new(0, 50_000)),
+        (1, Extent::new(50_000, 50_000)),
+        (1, Extent::new(100_000, 20_000)),
+        (2, Extent::new(1_510_000, 4096)),
+        (3, Extent::new(10_000, 1000)),
     ];
     assert_eq!(
         drain(host.scheduler().prefetch(plan.clone()), &sample).await,
         expected
     );
     let cold = host.scheduler().counters();
-    assert_eq!((cold.prefetch_chunks, cold.demand_requests), (4, 0));
+    assert_eq!(
+        (cold.prefetch_chunks, cold.demand_requests),
+        (4, 0),
+        "requests share chunks"
+    );
     // Bytes are handed out before they are on the disk: wait until they are.
     for (image, extent) in &plan {
         while !host.scheduler().is_cached(*image, *extent) {
@@ -55,15 +78,43 @@ async fn a_stream_keeps_the_plans_order_and_cuts_exactly() {
         }
     }
     // Warm: the same from the disk cache.
+    let before = host.scheduler().counters();
     assert_eq!(
         drain(host.scheduler().prefetch(plan), &sample).await,
         expected
     );
-    assert_eq!(
-        host.scheduler().counters().prefetch_requests,
-        cold.prefetch_requests
-    );
-    assert_eq!(host.scheduler().counters().cache_hits, 4);
+    let warm = host.scheduler().counters();
+    assert_eq!(warm.prefetch_requests, cold.prefetch_requests);
+    assert_eq!(warm.cache_hits, before.cache_hits + 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_request_ends_at_once_and_the_others_go_on() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 4, 300_000)
+        .await;
+    let (host, gate) = narrow_host(&bench).await;
+    let image = sample.image();
+    host.open_image(image).await.unwrap();
+    let plan = [0, 1, 1, 3].map(|chunk| (image, sample.extent(chunk)));
+    let mut stream = host.scheduler().prefetch(plan.into());
+    while bench.faults.ranges.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    // The first is in flight, the last is queued, the third joins the second.
+    for request in [0, 2, 3] {
+        stream.canceller().cancel(request);
+        let ended = stream.next().await;
+        assert!(
+            matches!(ended, Some(PrefetchItem::Ended { request: of }) if of == request),
+            "{ended:?}"
+        );
+    }
+    gate.add_permits(100);
+    assert_eq!(drain(stream, &sample).await, [(1, sample.extent(1))]);
+    let asked = bench.faults.ranges.lock().len();
+    assert_eq!(asked, 2, "nothing was asked for on behalf of the last");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -72,15 +123,15 @@ async fn neighbours_are_fetched_together() {
     let sample = bench
         .published(&bench.store().await, "app", 200, 20_000)
         .await;
-    let host = bench.store().await;
+    let (host, gate) = narrow_host(&bench).await;
+    host.open_image(sample.image()).await.unwrap();
     let whole = Extent::new(0, sample.bytes.len() as u64);
-    // Hold the line until the whole plan is queued.
-    host.scheduler().pause_prefetch(true);
+    // The line is held until the whole plan is queued behind its first chunk.
     let stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
-    while host.scheduler().queued_chunks() < 200 {
+    while host.scheduler().queued_chunks() < 199 {
         tokio::task::yield_now().await;
     }
-    host.scheduler().pause_prefetch(false);
+    gate.add_permits(1000);
     assert_eq!(drain(stream, &sample).await.len(), 200);
     let counters = host.scheduler().counters();
     assert_eq!(counters.prefetch_chunks, 200);
@@ -133,17 +184,22 @@ async fn one_chunk_is_fetched_once_and_demand_joins_prefetch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn demand_passes_a_blocked_and_a_paused_prefetch() {
+async fn demand_passes_a_blocked_prefetch() {
     let bench = Bench::new();
     let sample = bench
         .published(&bench.store().await, "app", 60, 200_000)
         .await;
-    let host = bench.store().await;
+    let (host, gate) = narrow_host(&bench).await;
     let image = sample.image();
+    host.open_image(image).await.unwrap();
     let scheduler = host.scheduler();
-    scheduler.pause_prefetch(true);
     let whole = Extent::new(0, sample.bytes.len() as u64);
     let stream = scheduler.prefetch(vec![(image, whole)]);
+    while bench.faults.ranges.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    // The only slot of prefetch is held, and stays so while the demand is answered.
+    *bench.faults.gate.lock() = None;
     let last = sample.extent(59);
     let read = host
         .read_image(image, last, Priority::Demand)
@@ -155,7 +211,7 @@ async fn demand_passes_a_blocked_and_a_paused_prefetch() {
         (counters.prefetch_requests, counters.demand_requests),
         (0, 1)
     );
-    scheduler.pause_prefetch(false);
+    gate.add_permits(1);
     assert_eq!(drain(stream, &sample).await.len(), 60);
     assert_eq!(scheduler.counters().demand_requests, 1);
 }
@@ -176,7 +232,11 @@ async fn a_dropped_stream_stops() {
     *bench.faults.gate.lock() = Some(gate.clone());
     let whole = Extent::new(0, sample.bytes.len() as u64);
     let mut stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
-    stream.next().await.unwrap().pieces.unwrap();
+    let first = stream.next().await;
+    assert!(
+        matches!(first, Some(PrefetchItem::Arrived { .. })),
+        "{first:?}"
+    );
     while bench.faults.ranges.lock().len() < 2 {
         tokio::task::yield_now().await;
     }
@@ -218,13 +278,19 @@ async fn an_image_that_is_gone_fails_alone() {
         (gone, Extent::new(0, 1)),
     ];
     let mut stream = host.scheduler().prefetch(plan);
-    let first = stream.next().await.unwrap();
-    assert_eq!(first.image, gone);
-    assert!(first.pieces.is_err());
-    assert_eq!(
-        stream.next().await.unwrap().pieces.unwrap()[0].bytes,
-        sample.part(sample.extent(1))
-    );
-    assert!(stream.next().await.is_none());
+    let mut arrived = Vec::new();
+    let mut failed = Vec::new();
+    while let Some(item) = stream.next().await {
+        match item {
+            PrefetchItem::Arrived { request, part } => arrived.push((request, part.bytes)),
+            PrefetchItem::Failed { request, .. } => failed.push(request),
+            PrefetchItem::Ended { .. } => {}
+        }
+    }
+    let [(1, bytes)] = &arrived[..] else {
+        panic!("{arrived:?}");
+    };
+    assert_eq!(bytes, sample.part(sample.extent(1)));
+    assert_eq!(failed, [0, 2]);
     assert_eq!(bench.faults.calls_left.load(Ordering::SeqCst), -1);
 }
