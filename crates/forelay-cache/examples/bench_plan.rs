@@ -15,10 +15,13 @@ mod report;
 use std::sync::Arc;
 use std::time::Instant;
 
-use forelay_cache::budget::BudgetConfig;
+use forelay_cache::budget::{BudgetConfig, PressureLevel};
 use forelay_cache::mapping_table::SharedTable;
-use forelay_cache::plan::{PlanConfig, PressureLevel};
-use forelay_cache::{Action, DeviceImage, Event, Planner, VmName};
+use forelay_cache::plan::{
+    Eviction, Fetch, FetchEnded, LaunchRequested, PlanConfig, Pressure, ProfileForecast,
+    SharedExtent, TouchReport,
+};
+use forelay_cache::{DeviceImage, Planner, PlannerEvent, VmName};
 use forelay_image::{Digest, Extent, PlannedExtent};
 use serde_json::{Value, json};
 
@@ -38,25 +41,21 @@ struct Host {
 
 impl Host {
     /// Tells an event; what is asked for is done at once.
-    fn tell(&mut self, event: Event) {
+    fn tell(&mut self, event: PlannerEvent) {
         let begun = Instant::now();
-        let actions = self.planner.step(event, self.now_ms);
+        let decisions = self.planner.step(event, self.now_ms);
         self.steps_ms.push(begun.elapsed().as_secs_f64() * 1e3);
-        for action in actions {
-            match action {
-                Action::Prefetch { image, extent, .. } => {
-                    self.tell(Event::Pushed { image, extent });
-                }
-                Action::Evict { image, extents } => {
-                    for extent in extents {
-                        self.evicted_bytes += extent.len;
-                        let (of, image) = (image.clone(), image.clone());
-                        self.tell(Event::Evicted { image: of, extent });
-                        self.tell(Event::EvictionEnded { image, extent });
-                    }
-                }
-                _ => {}
+        for Eviction { image, extents } in decisions.evictions {
+            for extent in extents {
+                self.evicted_bytes += extent.len;
+                let evicted = SharedExtent::new(image.clone(), extent);
+                self.tell(PlannerEvent::Evicted(evicted.clone()));
+                self.tell(PlannerEvent::EvictionEnded(evicted));
             }
+        }
+        for Fetch { id, extent, .. } in decisions.fetches {
+            let here = vec![extent];
+            self.tell(PlannerEvent::FetchEnded(FetchEnded { id, here }));
         }
     }
 }
@@ -83,14 +82,14 @@ fn likely(component: u64, segment: u64) -> f64 {
     1.0 - draw as f64 / 20_014.0
 }
 
-fn launch(vm: &VmName, component: u64, working_set: Vec<PlannedExtent>) -> Event {
-    Event::LaunchRequested {
+fn launch(vm: &VmName, component: u64, working_set: Vec<PlannedExtent>) -> PlannerEvent {
+    PlannerEvent::LaunchRequested(LaunchRequested {
         vm: vm.clone(),
         domain: "tenant".into(),
         profile: format!("p{component}").into(),
         devices: vec![device(component)],
         working_set,
-    }
+    })
 }
 
 /// A host whose memory is full, with forecasts of this probability for the components that
@@ -115,22 +114,22 @@ fn full_host(probability: f64, forecast: impl Fn(u64, u64) -> bool) -> Host {
         let vm = VmName::from(format!("vm{component}"));
         let all = (0..SEGMENTS).map(|segment| planned(component, segment, 1.0));
         host.tell(launch(&vm, component, all.collect()));
-        host.tell(Event::VmStarted { vm: vm.clone() });
+        host.tell(PlannerEvent::VmStarted(vm.clone()));
         for segment in (0..SEGMENTS).filter(|segment| segment % 2 == 0) {
             host.now_ms += 1_000;
-            host.tell(Event::Touched {
+            host.tell(PlannerEvent::Touched(TouchReport {
                 vm: vm.clone(),
                 image: device(component).image,
                 extents: vec![Extent::new(segment * SEGMENT, SEGMENT)],
-            });
+            }));
         }
         if component >= MAPPED {
-            host.tell(Event::VmStopped { vm });
+            host.tell(PlannerEvent::VmStopped(vm));
         }
     }
     for _ in 0..6 {
         host.now_ms += 60_000;
-        host.tell(Event::Tick);
+        host.tell(PlannerEvent::Tick);
     }
     for profile in 0..PROFILES {
         let of = (0..5).map(|at| (profile * 5 + at) % COMPONENTS);
@@ -138,7 +137,7 @@ fn full_host(probability: f64, forecast: impl Fn(u64, u64) -> bool) -> Host {
             .clone()
             .flat_map(|at| (0..SEGMENTS).map(move |segment| (at, segment)));
         let told = all.filter(|(component, segment)| forecast(*component, *segment));
-        host.tell(Event::ForecastChanged {
+        host.tell(PlannerEvent::ProfileForecast(ProfileForecast {
             domain: "tenant".into(),
             profile: format!("soon{profile}").into(),
             devices: of.map(device).collect(),
@@ -147,7 +146,7 @@ fn full_host(probability: f64, forecast: impl Fn(u64, u64) -> bool) -> Host {
             working_set: told
                 .map(|(at, segment)| planned(at, segment, likely(at, segment)))
                 .collect(),
-        });
+        }));
     }
     host
 }
@@ -165,7 +164,7 @@ fn measure(name: &str, mut host: Host, probability: f64, evicts: bool) -> (Strin
         assert_eq!(host.evicted_bytes > 0, evicts, "{name}");
         longest_ms.push(host.steps_ms.iter().copied().fold(0.0, f64::max));
         all_ms.push(host.steps_ms.iter().sum());
-        host.tell(Event::VmStarted { vm });
+        host.tell(PlannerEvent::VmStarted(vm));
         host.now_ms += 10;
     }
     let median = |mut of: Vec<f64>| {
@@ -182,9 +181,12 @@ fn measure(name: &str, mut host: Host, probability: f64, evicts: bool) -> (Strin
 
 /// Twenty launches are asked for while prefetching is paused; told is the step that resumes.
 fn measure_waiting(mut host: Host, probability: f64) -> (String, Value) {
-    let pressure = |level| Event::Pressure {
-        level,
-        deficit_bytes: 0,
+    let pressure = |level| {
+        let deficit_bytes = 0;
+        PlannerEvent::Pressure(Pressure {
+            level,
+            deficit_bytes,
+        })
     };
     host.tell(pressure(PressureLevel::Critical));
     for round in 0..20 {
@@ -196,7 +198,7 @@ fn measure_waiting(mut host: Host, probability: f64) -> (String, Value) {
     host.tell(pressure(PressureLevel::Plenty));
     host.now_ms += 10_000;
     host.steps_ms.clear();
-    host.tell(Event::Tick);
+    host.tell(PlannerEvent::Tick);
     assert_eq!((host.evicted_bytes, host.planner.queued_bytes()), (0, 0));
     let longest_ms = host.steps_ms[0];
     println!("waiting  longest step {longest_ms:7.2} ms");

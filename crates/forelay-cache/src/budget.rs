@@ -18,7 +18,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::PressureLevel;
+/// How short of memory the host is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PressureLevel {
+    /// Nothing needs to be given back.
+    #[default]
+    Plenty,
+    /// No more prefetching from forecasts, nothing is evicted yet.
+    Low,
+    /// Memory must be given back now.
+    Critical,
+}
 
 /// One look at the host's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -15,4 +15,4 @@ pub mod policy;
 
 pub use mapping_table::MappingTable;
 pub use names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
-pub use plan::{Action, Event, Planner};
+pub use plan::{Planner, PlannerEvent};

@@ -68,6 +68,13 @@ name!(
     ProfileName
 );
 
+impl VmName {
+    /// The row of a launch that is mapped ahead of a VM: no VM has a name like it.
+    pub(crate) fn prepared(domain: &Domain, profile: &ProfileName) -> Self {
+        Self::from(format!("~{domain}/{profile}"))
+    }
+}
+
 /// One image in the shared memory of one trust domain: the unit that has residency.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SharedImage {

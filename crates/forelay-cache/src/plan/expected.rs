@@ -1,49 +1,41 @@
-//! What launches and forecasts ask of the plan: pieces to prefetch in their order, rows
+//! What launches and forecasts ask of the plan: requests to prefetch in their order, rows
 //! mapped ahead, and what is no longer wanted taken back.
 //!
 //! Refuses to know what is short. Invariants: a forecast has at most one row mapped ahead;
 //! a launch takes that row over if its devices are the same, else the row goes.
 
-use forelay_image::PlannedExtent;
-use forelay_image::pages::PageRun;
+use std::collections::BTreeMap;
 
-use crate::mapping_table::{MappingTable, Phase, TableError};
-use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
+use forelay_image::pages::{PageRun, PageSet};
 
-use super::message::{Action, PrefetchClass, Urgency};
-use super::queue::{Piece, Reason};
+use crate::mapping_table::{Phase, TableError};
+use crate::names::{DeviceImage, SharedImage, VmName};
+
+use super::decisions::PreparedLaunch;
+use super::message::{AttachForecast, LaunchRequested, ProfileForecast};
+use super::queue::{ForecastKey, PrefetchClass, PrefetchRequest, Requester, Urgency};
 use super::worth::{Forecast, Worth, pieces};
-use super::{Launch, PageSetByImage, Planner};
+use super::{Launch, Planner, Step};
+
+type PageSetByImage = BTreeMap<SharedImage, PageSet>;
 
 impl Planner {
-    #[allow(clippy::too_many_arguments, reason = "the fields of one event")]
     pub(super) fn launch_requested(
         &mut self,
-        table: &mut MappingTable,
-        vm: VmName,
-        domain: &Domain,
-        profile: &ProfileName,
-        devices: &[DeviceImage],
-        working_set: &[PlannedExtent],
-        now_ms: i64,
+        step: &mut Step<'_>,
+        launch: LaunchRequested,
     ) -> Result<(), TableError> {
-        let ahead = ahead_name(domain, profile);
-        let forecast = self
-            .worth
-            .forecasts
-            .get_mut(&(domain.clone(), profile.clone()));
-        let reserved = forecast.is_some_and(|forecast| std::mem::take(&mut forecast.reserved));
-        if reserved && table.devices(ahead.as_str()).eq(devices.iter().copied()) {
-            table.rename(&ahead, &vm)?;
-        } else {
-            if reserved {
-                table.unmap(&ahead)?;
-            }
-            table.map(&vm, domain, profile, devices, Phase::Premapped)?;
-        }
-        let forecast_reason = Reason::Forecast(domain.clone(), profile.clone());
-        self.queue.drop_reason(&forecast_reason);
-        for planned in pieces(devices, working_set, self.config.piece_bytes) {
+        self.map_launch(step, &launch)?;
+        let LaunchRequested {
+            vm,
+            domain,
+            profile,
+            devices,
+            working_set,
+        } = launch;
+        let forecast = ForecastKey::Launch(domain.clone(), profile);
+        self.queue.drop_requester(&Requester::Forecast(forecast));
+        for planned in pieces(&devices, &working_set, self.config.piece_bytes) {
             if planned.probability < self.config.prefetch_probability {
                 continue;
             }
@@ -51,16 +43,17 @@ impl Planner {
             // What is resident already should not go just before its touch.
             self.awaited.used(&image, PageRun::covering(planned.extent));
             let wait = self.worth.wait_per_byte(planned.extent.len);
-            self.queue.push(Piece {
+            // Later launches do not overtake the tail of earlier ones for free.
+            let asked_ms = step.now_ms.max(0) as u64;
+            self.queue.push(PrefetchRequest {
                 image,
-                image_bytes: Worth::image_bytes(devices, &planned.image).unwrap_or(0),
+                image_bytes: Worth::image_bytes(&devices, &planned.image).unwrap_or(0),
                 extent: planned.extent,
                 urgency: Urgency {
                     class: PrefetchClass::Launch,
-                    // Later launches do not overtake the tail of earlier ones for free.
-                    order: (now_ms.max(0) as u64).saturating_add(planned.first_touch_ms.into()),
+                    order: asked_ms.saturating_add(planned.first_touch_ms.into()),
                 },
-                reason: Reason::Launch(vm.clone()),
+                requester: Requester::Launch(vm.clone()),
                 seconds_per_byte: planned.probability * wait,
                 pin: planned.probability >= self.config.pin_probability,
             });
@@ -69,142 +62,163 @@ impl Planner {
         Ok(())
     }
 
-    /// Queues what a forecast wants. Returns under which name, and the probability now.
-    pub(super) fn forecast_changed(
+    /// Maps a launch's devices, or takes over the row that was mapped ahead for it.
+    fn map_launch(
         &mut self,
-        table: &mut MappingTable,
-        domain: Domain,
-        profile: ProfileName,
-        forecast: &mut Forecast,
-        now_ms: i64,
-        actions: &mut Vec<Action>,
-    ) -> ((Domain, ProfileName), f64) {
-        let key = (domain.clone(), profile.clone());
-        let reason = Reason::Forecast(domain.clone(), profile.clone());
-        self.queue.drop_reason(&reason);
-        let launch = self.worth.launch_probability(forecast, now_ms);
+        step: &mut Step<'_>,
+        launch: &LaunchRequested,
+    ) -> Result<(), TableError> {
+        let (domain, profile) = (&launch.domain, &launch.profile);
+        let ahead = VmName::prepared(domain, profile);
+        let key = ForecastKey::Launch(domain.clone(), profile.clone());
+        let forecast = self.worth.forecasts.get_mut(&key);
+        let prepared = forecast.is_some_and(|forecast| std::mem::take(&mut forecast.prepared));
+        let devices = launch.devices.iter().copied();
+        if prepared && step.table.devices(ahead.as_str()).eq(devices) {
+            return step.table.rename(&ahead, &launch.vm);
+        }
+        if prepared {
+            step.table.unmap(&ahead)?;
+        }
+        let devices = &launch.devices;
+        let phase = Phase::Premapped;
+        step.table.map(&launch.vm, domain, profile, devices, phase)
+    }
+
+    /// Takes what is forecast of a profile's next launch.
+    pub(super) fn profile_forecast(
+        &mut self,
+        step: &mut Step<'_>,
+        forecast: ProfileForecast,
+    ) -> Result<(), TableError> {
+        let key = ForecastKey::Launch(forecast.domain.clone(), forecast.profile);
+        let mut forecast = Forecast {
+            domain: forecast.domain,
+            devices: forecast.devices,
+            probability: forecast.launch_probability,
+            expected_ms: forecast.next_launch_ms,
+            working_set: forecast.working_set,
+            updated_ms: step.now_ms,
+            prepared: false,
+        };
+        self.request_forecast(step, &key, &forecast);
         let before = self.worth.forecasts.get(&key);
-        forecast.reserved = before.is_some_and(|before| before.reserved);
+        forecast.prepared = before.is_some_and(|before| before.prepared);
+        let result = self.prepare(step, &key, &mut forecast);
+        self.worth.forecasts.insert(key, forecast);
+        result
+    }
+
+    /// Takes what is forecast of a running VM's next attachments.
+    pub(super) fn attach_forecast(&mut self, step: &mut Step<'_>, forecast: AttachForecast) {
+        let key = ForecastKey::Attach(forecast.vm);
+        let forecast = Forecast {
+            domain: forecast.domain,
+            devices: forecast.devices,
+            probability: forecast.probability,
+            expected_ms: forecast.expected_ms,
+            working_set: forecast.working_set,
+            updated_ms: step.now_ms,
+            prepared: false,
+        };
+        self.request_forecast(step, &key, &forecast);
+        self.worth.forecasts.insert(key, forecast);
+    }
+
+    /// Queues what a forecast wants, and cancels what it wants no more.
+    fn request_forecast(&mut self, step: &mut Step<'_>, key: &ForecastKey, forecast: &Forecast) {
+        let requester = Requester::Forecast(key.clone());
+        self.queue.drop_requester(&requester);
+        let probability = self.worth.probability_now(forecast, step.now_ms);
+        let devices = &forecast.devices;
         let mut wanted = PageSetByImage::new();
-        for planned in pieces(
-            &forecast.devices,
-            &forecast.working_set,
-            self.config.piece_bytes,
-        ) {
-            let need = launch * planned.probability;
+        for planned in pieces(devices, &forecast.working_set, self.config.piece_bytes) {
+            let need = probability * planned.probability;
             if need < self.config.prefetch_probability {
                 continue;
             }
             let seconds_per_byte = need * self.worth.wait_per_byte(planned.extent.len);
-            let image = SharedImage::new(domain.clone(), planned.image);
-            wanted
-                .entry(image.clone())
-                .or_default()
-                .insert(PageRun::covering(planned.extent));
-            self.queue.push(Piece {
+            let image = SharedImage::new(forecast.domain.clone(), planned.image);
+            let pages = wanted.entry(image.clone()).or_default();
+            pages.insert(PageRun::covering(planned.extent));
+            self.queue.push(PrefetchRequest {
                 image,
-                image_bytes: Worth::image_bytes(&forecast.devices, &planned.image).unwrap_or(0),
+                image_bytes: Worth::image_bytes(devices, &planned.image).unwrap_or(0),
                 extent: planned.extent,
                 urgency: Urgency {
                     class: PrefetchClass::Forecast,
                     order: descending(seconds_per_byte),
                 },
-                reason: reason.clone(),
+                requester: requester.clone(),
                 seconds_per_byte,
                 pin: false,
             });
         }
-        self.cancel_unwanted(table, &reason, &wanted, actions);
-        (key, launch)
+        self.cancel_unwanted(step, &requester, &wanted);
     }
 
-    /// Cancels prefetches under way for `reason` that are not among what is still `wanted`.
-    pub(super) fn cancel_unwanted(
+    /// Cancels fetches on behalf of `requester` that are not among what is still `wanted`.
+    fn cancel_unwanted(
         &mut self,
-        table: &mut MappingTable,
-        reason: &Reason,
+        step: &mut Step<'_>,
+        requester: &Requester,
         wanted: &PageSetByImage,
-        actions: &mut Vec<Action>,
     ) {
-        let still = |piece: &Piece| {
-            let run = PageRun::covering(piece.extent);
-            wanted
-                .get(&piece.image)
-                .is_some_and(|set| set.intersects(run))
+        let still = |request: &PrefetchRequest| {
+            let pages = wanted.get(&request.image);
+            pages.is_some_and(|pages| pages.intersects(PageRun::covering(request.extent)))
         };
         let gone = self
             .queue
-            .take_under_way(|piece| piece.reason == *reason && !still(piece));
-        for piece in gone {
-            // Refused only if the image is gone meanwhile, and then nothing is under way.
-            let _ = table.abort_fetch(&piece.image, piece.extent);
-            actions.push(Action::CancelPrefetch {
-                image: piece.image,
-                extent: piece.extent,
-            });
-        }
+            .cancel(|request| request.requester == *requester && !still(request));
+        step.out.cancels.extend(gone.into_iter().map(|(id, _)| id));
     }
 
-    /// Forgets what a VM that is gone was expected to be given.
-    pub(super) fn forget_attachments(
-        &mut self,
-        table: &mut MappingTable,
-        vm: &VmName,
-        actions: &mut Vec<Action>,
-    ) {
-        let name = attach_name(vm);
-        let domain = table.vm_identity(vm.as_str());
-        let key = domain.map(|(domain, _)| (domain.clone(), name));
-        if let Some(key) = key.filter(|key| self.worth.forecasts.remove(key).is_some()) {
-            let reason = Reason::Forecast(key.0, key.1);
-            self.queue.drop_reason(&reason);
-            self.cancel_unwanted(table, &reason, &PageSetByImage::new(), actions);
+    /// Drops all that is fetched on behalf of `requester`.
+    pub(super) fn withdraw(&mut self, step: &mut Step<'_>, requester: &Requester) {
+        self.queue.drop_requester(requester);
+        self.cancel_unwanted(step, requester, &PageSetByImage::new());
+    }
+
+    /// Drops a stopped VM's attach forecast.
+    pub(super) fn forget_attachments(&mut self, step: &mut Step<'_>, vm: &VmName) {
+        let key = ForecastKey::Attach(vm.clone());
+        if self.worth.forecasts.remove(&key).is_some() {
+            self.withdraw(step, &Requester::Forecast(key));
         }
     }
 
     /// Maps a likely launch ahead, or releases one that is not likely any more.
-    pub(super) fn reserve(
+    fn prepare(
         &mut self,
-        table: &mut MappingTable,
-        (domain, profile): &(Domain, ProfileName),
+        step: &mut Step<'_>,
+        key: &ForecastKey,
         forecast: &mut Forecast,
-        launch: f64,
-        actions: &mut Vec<Action>,
     ) -> Result<(), TableError> {
-        let ahead = ahead_name(domain, profile);
-        let stale = forecast.reserved
-            && !table
-                .devices(ahead.as_str())
-                .eq(forecast.devices.iter().copied());
-        if forecast.reserved && (stale || launch < self.config.reserve_probability / 2.0) {
-            forecast.reserved = false;
-            table.unmap(&ahead)?;
-            let (domain, profile) = (domain.clone(), profile.clone());
-            actions.push(Action::Release { domain, profile });
+        let ForecastKey::Launch(domain, profile) = key else {
+            return Ok(());
+        };
+        let probability = self.worth.probability_now(forecast, step.now_ms);
+        let ahead = VmName::prepared(domain, profile);
+        let devices = || forecast.devices.iter().copied();
+        let stale = forecast.prepared && !step.table.devices(ahead.as_str()).eq(devices());
+        let least = self.config.reserve_probability;
+        if forecast.prepared && (stale || probability < least / 2.0) {
+            forecast.prepared = false;
+            step.table.unmap(&ahead)?;
+            let release = PreparedLaunch::Release(domain.clone(), profile.clone());
+            step.out.launches.push(release);
         }
-        if !forecast.reserved && launch >= self.config.reserve_probability {
-            table.map(&ahead, domain, profile, &forecast.devices, Phase::Premapped)?;
-            forecast.reserved = true;
-            let (domain, profile) = (domain.clone(), profile.clone());
-            let devices = forecast.devices.clone();
-            actions.push(Action::Reserve {
-                domain,
-                profile,
-                devices,
-            });
+        if !forecast.prepared && probability >= least {
+            let devices: &[DeviceImage] = &forecast.devices;
+            let phase = Phase::Premapped;
+            step.table.map(&ahead, domain, profile, devices, phase)?;
+            forecast.prepared = true;
+            let prepare = PreparedLaunch::Prepare(domain.clone(), profile.clone());
+            step.out.launches.push(prepare);
         }
         Ok(())
     }
-}
-
-/// The name under which a launch is mapped ahead.
-fn ahead_name(domain: &Domain, profile: &ProfileName) -> VmName {
-    VmName::from(format!("~{domain}/{profile}"))
-}
-
-/// The name under which a running VM's next attachments are forecast; no profile has it.
-pub(super) fn attach_name(vm: &VmName) -> ProfileName {
-    ProfileName::from(format!("+{vm}"))
 }
 
 /// An order in which larger values come first.

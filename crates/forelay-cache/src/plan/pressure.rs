@@ -8,13 +8,16 @@
 
 use forelay_image::Extent;
 
+use crate::budget::PressureLevel;
 use crate::mapping_table::MappingTable;
-use crate::names::VmName;
+use crate::names::{SharedImage, VmName};
 
-use super::queue::{Piece, Reason};
+use super::decisions::{Eviction, PinChange, PreparedLaunch};
+use super::message::Pressure;
+use super::queue::{PrefetchRequest, Requester};
 use super::ranking::Ranking;
-use super::victims::Reach;
-use super::{Action, Choice, EvictionRule, Planner, PressureLevel, Victims};
+use super::victims::{Choice, Reach, Victims};
+use super::{Planner, Step};
 
 /// How often stale history is dropped, in milliseconds.
 const TIDY_EVERY_MS: i64 = 60_000;
@@ -39,16 +42,14 @@ impl Planner {
         }
     }
 
-    /// Evicts what is worth less than `piece`, so that `lacking_bytes` become free.
+    /// Evicts what is worth less than `request`, so that `lacking_bytes` become free.
     /// Whether it is worth waiting for that.
     pub(super) fn make_room(
         &mut self,
-        table: &MappingTable,
+        step: &mut Step<'_>,
         ranking: &mut Ranking,
-        piece: &Piece,
+        request: &PrefetchRequest,
         lacking_bytes: u64,
-        now_ms: i64,
-        actions: &mut Vec<Action>,
     ) -> bool {
         let Some(needed) = lacking_bytes
             .checked_sub(self.leaving_bytes())
@@ -56,79 +57,48 @@ impl Planner {
         else {
             return true;
         };
-        let choice = self.choice(table, now_ms);
-        let victims = match self.config.rule {
-            // Never for a component larger than the budget.
-            EvictionRule::LeastUsed if piece.image_bytes > self.budget_bytes => Vec::new(),
-            EvictionRule::LeastUsed => choice.least_used(needed),
-            EvictionRule::Worth => {
-                let below = piece.seconds_per_byte / self.config.displace_factor.max(1.0);
-                // A little more than needed, so that not every piece searches anew.
-                let slack = (self.budget_bytes / 128).max(needed);
-                // On a busy host nearly all is mapped by some VM, or ahead of a launch. What
-                // VMs have touched goes for a launch alone: its demand would take it anyway.
-                let reaches = match piece.reason {
-                    Reason::Launch(_) => &[Reach::Unmapped, Reach::Untouched, Reach::Idle][..],
-                    Reason::Forecast(..) => &[Reach::Unmapped, Reach::Untouched],
-                };
-                let enough =
-                    |reach: &&Reach| ranking.bytes_below(&choice, **reach, below) >= needed;
-                let nearest = reaches.iter().find(enough);
-                nearest.map_or_else(Vec::new, |reach| {
-                    ranking.take(&choice, *reach, slack, below)
-                })
-            }
+        let choice = self.choice(step.table, step.now_ms);
+        let below = request.seconds_per_byte / self.config.displace_factor.max(1.0);
+        // A little more than needed, so that not every request searches anew.
+        let slack = (self.budget_bytes / 128).max(needed);
+        // On a busy host nearly all is mapped by some VM, or ahead of a launch. What VMs have
+        // touched goes for a launch alone: its demand would take it anyway.
+        let reaches = match request.requester {
+            Requester::Launch(_) => &[Reach::Unmapped, Reach::Untouched, Reach::Idle][..],
+            Requester::Forecast(_) => &[Reach::Unmapped, Reach::Untouched],
         };
+        let enough = |reach: &&Reach| ranking.bytes_below(&choice, **reach, below) >= needed;
+        let nearest = reaches.iter().find(enough);
+        let victims = nearest.map_or_else(Vec::new, |reach| {
+            ranking.take(&choice, *reach, slack, below)
+        });
         let found = bytes_of(&victims);
         if found < needed {
             return false;
         }
         self.counters.budget_evicted_bytes += found;
-        self.evict(victims, now_ms, actions);
+        self.evict(step, victims);
         true
     }
 
-    /// Gives back what is beyond the cap; mapped extents too if nothing else is left and
-    /// the rule allows it. The adapted budget only bounds prefetching: after a shortage it
+    /// Gives back what is beyond the cap; mapped extents too if nothing else is left. The adapted budget only bounds prefetching: after a shortage it
     /// is near what the pool holds, and evicting for each demand fetch would be thrash.
-    pub(super) fn shrink_to_budget(
-        &mut self,
-        table: &MappingTable,
-        now_ms: i64,
-        actions: &mut Vec<Action>,
-    ) {
-        let excess = table
+    pub(super) fn shrink_to_budget(&mut self, step: &mut Step<'_>) {
+        let excess = step
+            .table
             .resident_bytes()
             .saturating_sub(self.config.budget_bytes);
         let needed = excess.saturating_sub(self.leaving_bytes());
         if needed > 0 {
-            let evicted = self.evict_worst(table, needed, Reach::All, now_ms, actions);
+            let evicted = self.evict_worst(step, needed, Reach::All);
             self.counters.budget_evicted_bytes += evicted;
         }
     }
 
     /// Evicts what is worth least, unmapped components first and nothing beyond
     /// `furthest`; returns the bytes asked for.
-    fn evict_worst(
-        &mut self,
-        table: &MappingTable,
-        needed: u64,
-        furthest: Reach,
-        now_ms: i64,
-        actions: &mut Vec<Action>,
-    ) -> u64 {
+    fn evict_worst(&mut self, step: &mut Step<'_>, needed: u64, furthest: Reach) -> u64 {
         let mut ranking = Ranking::default();
-        if self.config.rule == EvictionRule::LeastUsed {
-            let choice = self.choice(table, now_ms);
-            let mut victims = choice.least_used(needed);
-            if victims.is_empty() {
-                // Not enough in all: then all there is.
-                victims = ranking.take(&choice, Reach::Unmapped, needed, f64::INFINITY);
-            }
-            let found = bytes_of(&victims);
-            self.evict(victims, now_ms, actions);
-            return found;
-        }
         let mut found = 0;
         let nearest_first = [
             Reach::Unmapped,
@@ -141,99 +111,120 @@ impl Planner {
             if found >= needed || reach > furthest {
                 break;
             }
-            let choice = self.choice(table, now_ms);
+            let choice = self.choice(step.table, step.now_ms);
             let victims = ranking.take(&choice, reach, needed - found, f64::INFINITY);
             found += bytes_of(&victims);
-            self.evict(victims, now_ms, actions);
+            self.evict(step, victims);
         }
         found
     }
 
-    fn evict(&mut self, victims: Victims, now_ms: i64, actions: &mut Vec<Action>) {
-        self.evicting_ms = now_ms;
+    fn evict(&mut self, step: &mut Step<'_>, victims: Victims) {
+        self.evicting_ms = step.now_ms;
         for (image, extents) in victims {
             let leaving = self.leaving.entry(image.clone()).or_default();
             leaving.extend(extents.iter().copied());
-            actions.push(Action::Evict { image, extents });
+            step.out.evictions.push(Eviction { image, extents });
         }
     }
 
-    /// Takes a new pressure level.
-    pub(super) fn pressure_is(
+    /// Bytes that came of a cancelled fetch all the same stay only within the budget.
+    pub(super) fn give_back_unwanted(
         &mut self,
-        table: &mut MappingTable,
-        level: PressureLevel,
-        deficit_bytes: u64,
-        now_ms: i64,
-        actions: &mut Vec<Action>,
+        step: &mut Step<'_>,
+        image: &SharedImage,
+        here: Vec<Extent>,
     ) {
-        self.level = level;
-        match level {
+        let taken = step.table.resident_bytes() + step.table.fetching_bytes();
+        if taken <= self.budget_bytes + self.leaving_bytes() || here.is_empty() {
+            return;
+        }
+        let evictable = here
+            .iter()
+            .flat_map(|&here| step.table.evictable(image, here));
+        let victims: Vec<Extent> = evictable.collect();
+        self.counters.budget_evicted_bytes += victims.iter().map(|one| one.len).sum::<u64>();
+        self.evict(step, vec![(image.clone(), victims)]);
+    }
+
+    /// Takes a new pressure level.
+    pub(super) fn pressure_is(&mut self, step: &mut Step<'_>, pressure: Pressure) {
+        self.level = pressure.level;
+        match pressure.level {
             PressureLevel::Critical => {
                 self.calm_since_ms = None;
                 if !self.paused {
-                    self.paused = true;
-                    actions.push(Action::PausePrefetch);
-                    for piece in self.queue.take_under_way(|_| true) {
-                        // Refused only if the image is gone, and then nothing is under way.
-                        let _ = table.abort_fetch(&piece.image, piece.extent);
-                        let (image, extent) = (piece.image.clone(), piece.extent);
-                        actions.push(Action::CancelPrefetch { image, extent });
-                        self.queue.push(piece);
-                    }
+                    self.pause(step);
                 }
-                self.unpin_all(actions);
-                let needed = deficit_bytes.saturating_sub(self.leaving_bytes());
+                self.unpin_all(step);
+                let needed = pressure.deficit_bytes.saturating_sub(self.leaving_bytes());
                 if needed > 0 {
                     // Not what VMs use right now: they would have it back before anybody
                     // gained from it, and the kernel can take it without us.
-                    let evicted = self.evict_worst(table, needed, Reach::Unused, now_ms, actions);
+                    let evicted = self.evict_worst(step, needed, Reach::Unused);
                     self.counters.pressure_evicted_bytes += evicted;
                 }
             }
             PressureLevel::Low => self.calm_since_ms = None,
             PressureLevel::Plenty => {
-                let since_ms = *self.calm_since_ms.get_or_insert(now_ms);
-                self.resume_when_calm(since_ms, now_ms, actions);
+                let since_ms = *self.calm_since_ms.get_or_insert(step.now_ms);
+                self.resume_when_calm(since_ms, step.now_ms);
             }
         }
     }
 
-    fn resume_when_calm(&mut self, since_ms: i64, now_ms: i64, actions: &mut Vec<Action>) {
+    /// Starts nothing from now on; what is under way is cancelled and waits again.
+    fn pause(&mut self, step: &mut Step<'_>) {
+        self.paused = true;
+        step.out.launches.push(PreparedLaunch::ReleaseAll);
+        for (id, request) in self.queue.cancel(|_| true) {
+            step.out.cancels.push(id);
+            self.queue.push(request);
+        }
+    }
+
+    fn resume_when_calm(&mut self, since_ms: i64, now_ms: i64) {
         if self.paused && now_ms.saturating_sub(since_ms) >= self.config.calm_ms {
             self.paused = false;
-            actions.push(Action::ResumePrefetch);
         }
+    }
+
+    pub(super) fn budget_changed(&mut self, step: &mut Step<'_>, budget_bytes: u64) {
+        self.budget.set_cap(budget_bytes);
+        self.config.budget_bytes = budget_bytes;
+        self.budget_bytes = budget_bytes;
+        self.shrink_to_budget(step);
     }
 
     /// Takes off the pins that the planner asked for on behalf of `vm`, and forgets it.
-    pub(super) fn unpin_launch(&mut self, vm: &VmName, actions: &mut Vec<Action>) {
-        let Some(launch) = self.launches.remove(vm) else {
-            return;
-        };
-        self.unpin(launch.pinned, actions);
-    }
-
-    fn unpin_all(&mut self, actions: &mut Vec<Action>) {
-        let pinned = self
-            .launches
-            .values_mut()
-            .map(|launch| std::mem::take(&mut launch.pinned));
-        let pinned: Vec<_> = pinned.flatten().collect();
-        self.unpin(pinned, actions);
-    }
-
-    fn unpin(&mut self, pinned: Vec<(crate::SharedImage, Extent)>, actions: &mut Vec<Action>) {
-        for (image, extent) in pinned {
-            self.pinned_by_plan_bytes -= extent.len;
-            let extents = vec![extent];
-            actions.push(Action::Unpin { image, extents });
+    pub(super) fn unpin_launch(&mut self, step: &mut Step<'_>, vm: &VmName) {
+        if let Some(launch) = self.launches.remove(vm) {
+            self.unpin(step, launch.pinned);
         }
     }
 
-    pub(super) fn tick(&mut self, now_ms: i64, actions: &mut Vec<Action>) {
+    fn unpin_all(&mut self, step: &mut Step<'_>) {
+        let launches = self.launches.values_mut();
+        let pinned = launches.flat_map(|launch| std::mem::take(&mut launch.pinned));
+        let pinned: Vec<_> = pinned.collect();
+        self.unpin(step, pinned);
+    }
+
+    fn unpin(&mut self, step: &mut Step<'_>, pinned: Vec<(SharedImage, Extent)>) {
+        for (image, extent) in pinned {
+            self.pinned_by_plan_bytes -= extent.len;
+            step.out.pins.push(PinChange {
+                image,
+                extents: vec![extent],
+                pinned: false,
+            });
+        }
+    }
+
+    pub(super) fn tick(&mut self, step: &mut Step<'_>) {
+        let now_ms = step.now_ms;
         if let (PressureLevel::Plenty, Some(since_ms)) = (self.level, self.calm_since_ms) {
-            self.resume_when_calm(since_ms, now_ms, actions);
+            self.resume_when_calm(since_ms, now_ms);
         }
         self.guard.turn(self.config.use_hold_ms, now_ms);
         self.awaited.turn(self.config.use_hold_ms, now_ms);
@@ -248,7 +239,7 @@ impl Planner {
                 over.append(&mut launch.pinned);
             }
         }
-        self.unpin(over, actions);
+        self.unpin(step, over);
         if now_ms.saturating_sub(self.evicting_ms) >= EVICTION_PATIENCE_MS {
             self.leaving.clear();
         }
@@ -259,6 +250,9 @@ impl Planner {
                 self.ghosts.clear();
             }
         }
+        // A predecessor may have left more than the cap, or have died with evictions under
+        // way; and what could not go then may go now.
+        self.shrink_to_budget(step);
     }
 }
 

@@ -1,8 +1,19 @@
-//! Prefetches that wait and prefetches under way.
+//! The queue of prefetches: those that wait and those under way.
 //!
-//! Owns their order and the sums of their bytes. Refuses to know whether a prefetch is worth
-//! it. Invariant: a piece is either waiting or under way, under one urgency; what forecasts
-//! want anew costs nothing for what waits on others' behalf.
+//! The only one: what waits, in which order, how many bytes are under way at a time, and
+//! when nothing starts, is decided here and by the planner. The store starts at once what it
+//! is handed. Refuses to know whether a prefetch is worth it.
+//!
+//! ```text
+//!            push                pop, start             ended
+//!   (none) --------> waiting -----------------> under way ------> (none)
+//!                      ^                          |    | cancel
+//!                      +---- deferred until ------+    v
+//!                            its end            cancelled ------> (none)
+//! ```
+//! Invariants: a request is either waiting, deferred or under way; fetches under way do not
+//! overlap; a cancelled fetch counts as under way until it has ended; what forecasts want
+//! anew costs nothing for what waits on others' behalf.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,81 +21,121 @@ use forelay_image::Extent;
 
 use crate::names::{Domain, ProfileName, SharedImage, VmName};
 
-use super::message::{PrefetchClass, Urgency};
+use super::decisions::FetchId;
 
-/// On whose behalf a piece is fetched.
+/// What a forecast is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Reason {
+pub(super) enum ForecastKey {
+    /// The next launch of a profile.
+    Launch(Domain, ProfileName),
+    /// What a running VM will be given.
+    Attach(VmName),
+}
+
+/// On whose behalf bytes are fetched.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Requester {
+    /// A launch that was asked for.
     Launch(VmName),
-    Forecast(Domain, ProfileName),
+    /// A forecast.
+    Forecast(ForecastKey),
+}
+
+/// Why a prefetch is made; launches go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum PrefetchClass {
+    /// A launch was asked for and will touch it soon.
+    Launch,
+    /// It is forecast.
+    Forecast,
+}
+
+/// Order in which prefetches start: smaller is sooner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Urgency {
+    pub(super) class: PrefetchClass,
+    /// Within the class: expected first touch (launch) or worth (forecast).
+    pub(super) order: u64,
 }
 
 /// One prefetch.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
+pub(super) struct PrefetchRequest {
     pub(super) image: SharedImage,
     pub(super) image_bytes: u64,
     pub(super) extent: Extent,
     pub(super) urgency: Urgency,
-    pub(super) reason: Reason,
+    pub(super) requester: Requester,
     /// Expected seconds saved per byte.
     pub(super) seconds_per_byte: f64,
     pub(super) pin: bool,
 }
 
-/// Place of a waiting piece.
-type Turn = (Urgency, u64);
-
-/// Waiting pieces by urgency, and pieces under way by place.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Queue {
-    waiting: BTreeMap<Turn, Piece>,
-    waiting_bytes: u64,
-    /// The turns of what waits, by reason.
-    by_reason: BTreeMap<Reason, BTreeSet<Turn>>,
-    under_way: BTreeMap<(SharedImage, u64), Piece>,
-    under_way_bytes: u64,
-    next: u64,
+/// A fetch that was started.
+#[derive(Clone, Debug)]
+pub(super) struct UnderWay {
+    pub(super) request: PrefetchRequest,
+    pub(super) cancelled: bool,
+    /// Requests for bytes of it, to be looked at when it has ended.
+    deferred: Vec<PrefetchRequest>,
 }
 
-impl Queue {
-    pub(super) fn push(&mut self, piece: Piece) {
-        self.next += 1;
-        self.wait((piece.urgency, self.next), piece);
+/// Place of a waiting request.
+type Turn = (Urgency, u64);
+
+/// Waiting requests by urgency, and fetches under way by place.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PrefetchQueue {
+    waiting: BTreeMap<Turn, PrefetchRequest>,
+    waiting_bytes: u64,
+    /// The turns of what waits, by requester.
+    by_requester: BTreeMap<Requester, BTreeSet<Turn>>,
+    under_way: BTreeMap<FetchId, UnderWay>,
+    /// Fetches under way by image and offset.
+    by_place: BTreeMap<(SharedImage, u64), FetchId>,
+    under_way_bytes: u64,
+    next_turn: u64,
+    next_id: u64,
+}
+
+impl PrefetchQueue {
+    pub(super) fn push(&mut self, request: PrefetchRequest) {
+        self.next_turn += 1;
+        self.wait((request.urgency, self.next_turn), request);
     }
 
-    fn wait(&mut self, turn: Turn, piece: Piece) {
-        self.waiting_bytes += piece.extent.len;
-        match self.by_reason.get_mut(&piece.reason) {
+    fn wait(&mut self, turn: Turn, request: PrefetchRequest) {
+        self.waiting_bytes += request.extent.len;
+        match self.by_requester.get_mut(&request.requester) {
             Some(turns) => {
                 turns.insert(turn);
             }
             None => {
                 let turns = BTreeSet::from([turn]);
-                self.by_reason.insert(piece.reason.clone(), turns);
+                self.by_requester.insert(request.requester.clone(), turns);
             }
         }
-        if let Some(replaced) = self.waiting.insert(turn, piece) {
+        if let Some(replaced) = self.waiting.insert(turn, request) {
             self.waiting_bytes -= replaced.extent.len;
         }
     }
 
-    /// The most urgent waiting piece.
-    pub(super) fn pop(&mut self) -> Option<Piece> {
-        let (turn, piece) = self.waiting.pop_first()?;
-        self.waiting_bytes -= piece.extent.len;
-        if let Some(turns) = self.by_reason.get_mut(&piece.reason) {
+    /// The most urgent waiting request.
+    pub(super) fn pop(&mut self) -> Option<PrefetchRequest> {
+        let (turn, request) = self.waiting.pop_first()?;
+        self.waiting_bytes -= request.extent.len;
+        if let Some(turns) = self.by_requester.get_mut(&request.requester) {
             turns.remove(&turn);
             if turns.is_empty() {
-                self.by_reason.remove(&piece.reason);
+                self.by_requester.remove(&request.requester);
             }
         }
-        Some(piece)
+        Some(request)
     }
 
-    /// Puts a piece back before all others of its urgency.
-    pub(super) fn unpop(&mut self, piece: Piece) {
-        self.wait((piece.urgency, 0), piece);
+    /// Puts a request back before all others of its urgency.
+    pub(super) fn unpop(&mut self, request: PrefetchRequest) {
+        self.wait((request.urgency, 0), request);
     }
 
     pub(super) fn first_class(&self) -> Option<PrefetchClass> {
@@ -92,55 +143,112 @@ impl Queue {
         first.map(|((urgency, _), _)| urgency.class)
     }
 
-    /// Drops waiting pieces of a class.
+    /// Drops waiting requests of a class.
     pub(super) fn drop_class(&mut self, class: PrefetchClass) {
         let stays = |(urgency, _): &Turn| urgency.class != class;
         self.waiting.retain(|turn, _| stays(turn));
-        self.by_reason.retain(|_, turns| {
+        self.by_requester.retain(|_, turns| {
             turns.retain(stays);
             !turns.is_empty()
         });
-        self.waiting_bytes = self.waiting.values().map(|piece| piece.extent.len).sum();
+        let waiting = self.waiting.values();
+        self.waiting_bytes = waiting.map(|request| request.extent.len).sum();
     }
 
-    /// Drops waiting pieces made for `reason`.
-    pub(super) fn drop_reason(&mut self, reason: &Reason) {
-        for turn in self.by_reason.remove(reason).unwrap_or_default() {
-            if let Some(piece) = self.waiting.remove(&turn) {
-                self.waiting_bytes -= piece.extent.len;
+    /// Drops what waits on behalf of `requester`.
+    pub(super) fn drop_requester(&mut self, requester: &Requester) {
+        for turn in self.by_requester.remove(requester).unwrap_or_default() {
+            if let Some(request) = self.waiting.remove(&turn) {
+                self.waiting_bytes -= request.extent.len;
             }
         }
-    }
-
-    /// Takes the pieces under way for which `unwanted` holds.
-    pub(super) fn take_under_way(&mut self, unwanted: impl Fn(&Piece) -> bool) -> Vec<Piece> {
-        let taken = self.under_way.extract_if(.., |_, piece| unwanted(piece));
-        let taken: Vec<Piece> = taken.map(|(_, piece)| piece).collect();
-        self.under_way_bytes -= taken.iter().map(|piece| piece.extent.len).sum::<u64>();
-        taken
-    }
-
-    pub(super) fn started(&mut self, piece: Piece) {
-        self.under_way_bytes += piece.extent.len;
-        let key = (piece.image.clone(), piece.extent.offset);
-        if let Some(replaced) = self.under_way.insert(key, piece) {
-            self.under_way_bytes -= replaced.extent.len;
+        for fetch in self.under_way.values_mut() {
+            fetch.deferred.retain(|one| one.requester != *requester);
         }
     }
 
-    /// Takes the pieces under way that lie within `extent`: they have ended.
-    pub(super) fn ended(&mut self, image: &SharedImage, extent: Extent) -> Vec<Piece> {
-        let from = (image.clone(), extent.offset);
-        let to = (image.clone(), extent.end());
-        let within = self.under_way.range(from..to);
-        let within = within.filter(|(_, piece)| piece.extent.end() <= extent.end());
-        let keys: Vec<_> = within.map(|(key, _)| key.clone()).collect();
-        let pieces = keys.iter().filter_map(|key| self.under_way.remove(key));
-        let pieces: Vec<Piece> = pieces.collect();
-        self.under_way_bytes -= pieces.iter().map(|piece| piece.extent.len).sum::<u64>();
-        pieces
+    /// Notes that a request's bytes are being fetched from now on.
+    pub(super) fn start(&mut self, request: PrefetchRequest) -> FetchId {
+        self.next_id += 1;
+        let id = FetchId(self.next_id);
+        self.under_way_bytes += request.extent.len;
+        let place = (request.image.clone(), request.extent.offset);
+        self.by_place.insert(place, id);
+        let fetch = UnderWay {
+            request,
+            cancelled: false,
+            deferred: Vec::new(),
+        };
+        self.under_way.insert(id, fetch);
+        id
     }
 
+    /// The last fetch under way that has bytes of `extent`.
+    pub(super) fn overlapping(&self, image: &SharedImage, extent: Extent) -> Option<FetchId> {
+        let before = (image.clone(), 0)..(image.clone(), extent.end());
+        let (_, id) = self.by_place.range(before).next_back()?;
+        let end = self.under_way.get(id)?.request.extent.end();
+        (end > extent.offset).then_some(*id)
+    }
+
+    pub(super) fn is_cancelled(&self, id: FetchId) -> bool {
+        self.under_way.get(&id).is_some_and(|fetch| fetch.cancelled)
+    }
+
+    /// Looks at a request again when this fetch has ended.
+    pub(super) fn defer(&mut self, id: FetchId, request: PrefetchRequest) {
+        match self.under_way.get_mut(&id) {
+            Some(fetch) => fetch.deferred.push(request),
+            None => self.push(request),
+        }
+    }
+
+    /// Cancels the fetches for which `unwanted` holds and that were not cancelled before.
+    pub(super) fn cancel(
+        &mut self,
+        unwanted: impl Fn(&PrefetchRequest) -> bool,
+    ) -> Vec<(FetchId, PrefetchRequest)> {
+        let mut cancelled = Vec::new();
+        for (id, fetch) in &mut self.under_way {
+            if !fetch.cancelled && unwanted(&fetch.request) {
+                fetch.cancelled = true;
+                cancelled.push((*id, fetch.request.clone()));
+            }
+        }
+        cancelled
+    }
+
+    /// Cancels the fetches of an image that lie within `extent`.
+    pub(super) fn cancel_within(&mut self, image: &SharedImage, extent: Extent) -> Vec<FetchId> {
+        let within = (image.clone(), extent.offset)..(image.clone(), extent.end());
+        let ids: Vec<FetchId> = self.by_place.range(within).map(|(_, id)| *id).collect();
+        let mut cancelled = Vec::new();
+        for id in ids {
+            if let Some(fetch) = self.under_way.get_mut(&id)
+                && !fetch.cancelled
+                && fetch.request.extent.end() <= extent.end()
+            {
+                fetch.cancelled = true;
+                cancelled.push(id);
+            }
+        }
+        cancelled
+    }
+
+    /// A fetch has ended; what was deferred until then waits again.
+    pub(super) fn ended(&mut self, id: FetchId) -> Option<UnderWay> {
+        let mut fetch = self.under_way.remove(&id)?;
+        let request = &fetch.request;
+        self.under_way_bytes -= request.extent.len;
+        let place = (request.image.clone(), request.extent.offset);
+        self.by_place.remove(&place);
+        for request in std::mem::take(&mut fetch.deferred) {
+            self.push(request);
+        }
+        Some(fetch)
+    }
+
+    /// Bytes of fetches that have not ended.
     pub(super) const fn under_way_bytes(&self) -> u64 {
         self.under_way_bytes
     }
@@ -157,19 +265,20 @@ mod tests {
 
     use super::*;
 
-    fn piece(reason: u8, order: u64, class: PrefetchClass) -> Piece {
-        let name = format!("p{reason}");
+    fn request(requester: u8, order: u64, class: PrefetchClass) -> PrefetchRequest {
+        let name = format!("p{requester}");
         let domain = Domain::from("d");
-        let reason = match class {
-            PrefetchClass::Launch => Reason::Launch(name.into()),
-            PrefetchClass::Forecast => Reason::Forecast(domain.clone(), name.into()),
+        let key = ForecastKey::Launch(domain.clone(), name.as_str().into());
+        let requester = match class {
+            PrefetchClass::Launch => Requester::Launch(name.into()),
+            PrefetchClass::Forecast => Requester::Forecast(key),
         };
-        Piece {
+        PrefetchRequest {
             image: SharedImage::new(domain, Digest::of(b"image")),
             image_bytes: 1 << 20,
             extent: Extent::new(order * 4096, 4096 * (1 + order)),
             urgency: Urgency { class, order },
-            reason,
+            requester,
             seconds_per_byte: 1.0,
             pin: false,
         }
@@ -179,15 +288,15 @@ mod tests {
         /// What waits is what a plain list would hold, and the sums are its sums.
         #[test]
         fn the_queue_is_a_sorted_list(steps in prop::collection::vec((0..8u8, 0..4u8, 0..5u64), 0..60)) {
-            let mut queue = Queue::default();
-            let mut plain: Vec<(Turn, Piece)> = Vec::new();
+            let mut queue = PrefetchQueue::default();
+            let mut plain: Vec<(Turn, PrefetchRequest)> = Vec::new();
             let mut next = 0;
             for (step, reason, order) in steps {
                 let class = if reason == 0 { PrefetchClass::Launch } else { PrefetchClass::Forecast };
                 match step {
                     0..=3 => {
                         next += 1;
-                        let piece = piece(reason, order, class);
+                        let piece = request(reason, order, class);
                         plain.push(((piece.urgency, next), piece.clone()));
                         queue.push(piece);
                     }
@@ -202,9 +311,9 @@ mod tests {
                         }
                     }
                     6 => {
-                        let reason = piece(reason, order, class).reason;
-                        plain.retain(|(_, one)| one.reason != reason);
-                        queue.drop_reason(&reason);
+                        let requester = request(reason, order, class).requester;
+                        plain.retain(|(_, one)| one.requester != requester);
+                        queue.drop_requester(&requester);
                     }
                     _ => {
                         plain.retain(|(turn, _)| turn.0.class != class);
@@ -214,9 +323,9 @@ mod tests {
                 let bytes: u64 = plain.iter().map(|(_, one)| one.extent.len).sum();
                 prop_assert_eq!(queue.waiting_bytes(), bytes);
                 prop_assert_eq!(queue.waiting.len(), plain.len());
-                let turns: usize = queue.by_reason.values().map(BTreeSet::len).sum();
+                let turns: usize = queue.by_requester.values().map(BTreeSet::len).sum();
                 prop_assert_eq!(turns, plain.len());
-                prop_assert!(queue.by_reason.values().all(|turns| !turns.is_empty()));
+                prop_assert!(queue.by_requester.values().all(|turns| !turns.is_empty()));
             }
         }
     }

@@ -2,8 +2,8 @@
 //! [`crate::policy::forecast`], for what no launch is foreseen to need.
 //!
 //! Each launch is a request for its components; the policy's own memory is a shadow of the
-//! planner's budget, of which only the estimates are used. A model is fitted by whoever studies
-//! a [`Lesson`], beside all else.
+//! planner's budget, of which only the estimates are used. A model is fitted by whoever fits
+//! it to [`ReuseSamples`], beside all else.
 //!
 //! Invariants: bounded memory (a learner that has met [`MOST_OBJECTS`] images begins anew);
 //! time as told here never goes back; what a lesson taught counts unless a later one was adopted
@@ -23,24 +23,24 @@ const MOST_SAMPLES: usize = 200_000;
 /// A clock that goes back this far was set anew, and so is the learner, in milliseconds.
 const SET_BACK_MS: i64 = 3_600_000;
 
-/// Launches to learn from. Studying it takes about 0.1 s of any thread.
+/// Samples of launches. Fitting a model to them takes about half a second of any thread.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Lesson {
+pub struct ReuseSamples {
     number: u64,
     lesson: lesson::Lesson,
 }
 
-/// What a [`Lesson`] taught.
+/// A model fitted to [`ReuseSamples`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct Learned {
+pub struct ReuseFit {
     number: u64,
     learned: lesson::Learned,
 }
 
-impl Lesson {
-    /// Learns when components are used again.
-    pub fn study(&self) -> Learned {
-        Learned {
+impl ReuseSamples {
+    /// Fits a model of when components are used again.
+    pub fn fit(&self) -> ReuseFit {
+        ReuseFit {
             number: self.number,
             learned: self.lesson.study(),
         }
@@ -113,15 +113,15 @@ impl Reuse {
     }
 
     /// What is to be learned of the launches so far, if enough is new.
-    pub(super) fn lesson(&mut self) -> Option<Lesson> {
+    pub(super) fn samples(&mut self) -> Option<ReuseSamples> {
         let lesson = self.learner.lesson(self.now_ms)?;
         self.taken += 1;
         let number = self.taken;
-        Some(Lesson { number, lesson })
+        Some(ReuseSamples { number, lesson })
     }
 
     /// Estimates by what a lesson taught from now on.
-    pub(super) fn adopt(&mut self, Learned { number, learned }: Learned) {
+    pub(super) fn install(&mut self, ReuseFit { number, learned }: ReuseFit) {
         if number > self.adopted {
             self.adopted = number;
             self.learner.adopt(learned, self.now_ms);
@@ -170,8 +170,8 @@ mod tests {
     }
 
     fn study(reuse: &mut Reuse) {
-        if let Some(lesson) = reuse.lesson() {
-            reuse.adopt(lesson.study());
+        if let Some(lesson) = reuse.samples() {
+            reuse.install(lesson.fit());
         }
     }
 
@@ -212,30 +212,30 @@ mod tests {
             loop {
                 launch(reuse, &domain, next);
                 next += 1;
-                if let Some(lesson) = reuse.lesson() {
+                if let Some(lesson) = reuse.samples() {
                     return lesson;
                 }
             }
         };
         let first = take(&mut reuse);
-        assert_eq!(reuse.lesson(), None, "until enough is new");
+        assert_eq!(reuse.samples(), None, "until enough is new");
         assert_eq!(reuse.probability(&image, 600_000), None, "not studied");
         let second = take(&mut reuse);
-        let (first, second) = (first.study(), second.study());
+        let (first, second) = (first.fit(), second.fit());
         let mut in_order = reuse.clone();
-        in_order.adopt(first.clone());
+        in_order.install(first.clone());
         let early = in_order.probability(&image, 600_000);
         assert!(early.is_some());
-        in_order.adopt(second.clone());
+        in_order.install(second.clone());
         let late = in_order.probability(&image, 600_000);
         assert_ne!(late, early);
         let mut overtaken = reuse.clone();
-        overtaken.adopt(second.clone());
-        overtaken.adopt(first);
+        overtaken.install(second.clone());
+        overtaken.install(first);
         assert_eq!(overtaken.probability(&image, 600_000), late);
         // The clock is set back while the lesson is studied.
         launch(&mut reuse, &domain, 0);
-        reuse.adopt(second);
+        reuse.install(second);
         assert_eq!(reuse.probability(&image, 600_000), None);
     }
 

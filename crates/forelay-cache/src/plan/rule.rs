@@ -12,7 +12,7 @@ use forelay_image::pages::PageRun;
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::policy::{Kind, Policy, Request};
 
-use super::message::PlanConfig;
+use super::config::PlanConfig;
 use super::worth::Worth;
 
 /// One object in memory.
@@ -91,8 +91,8 @@ impl Policy for ByWorth {
         let domain = self.domain.clone();
         self.worth
             .launched(&domain, &profile, &[device], request.now_ms);
-        if let Some(lesson) = self.worth.lesson() {
-            self.worth.adopt(lesson.study());
+        if let Some(samples) = self.worth.samples() {
+            self.worth.install(samples.fit());
         }
         self.worth
             .used(&image, PageRun::from(0..1), false, request.now_ms);

@@ -1,8 +1,7 @@
-//! Who may leave memory, and the literal baseline rule; what is worth least is found by
-//! [`super::ranking`].
+//! Who may leave memory; what is worth least is found by [`super::ranking`].
 //!
 //! Refuses to evict anything pinned. Components that a VM can reach are victims only
-//! when the caller's [`Reach`] says so, and never under the baseline rule.
+//! when the caller's [`Reach`] says so.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +10,6 @@ use forelay_image::pages::{PageRun, PageSet};
 
 use crate::mapping_table::MappingTable;
 use crate::names::SharedImage;
-use crate::policy::least_used;
 
 use super::guard::Guard;
 use super::worth::Worth;
@@ -85,33 +83,5 @@ impl Choice<'_> {
             Reach::Unused => self.guard.without(image, runs),
             Reach::Unmapped | Reach::All => runs,
         }
-    }
-
-    /// Least-used unpinned, unmapped components, whole, until `needed_bytes` are covered.
-    /// Empty if they cannot cover it: then nothing is gained by evicting.
-    pub(super) fn least_used(&self, needed_bytes: u64) -> Victims {
-        let mut runs_of = BTreeMap::new();
-        let mut candidates = Vec::new();
-        for image in self.table.known_images() {
-            if self.table.mapped_by(image) > 0 || self.table.pinned_bytes_of(image) > 0 {
-                continue;
-            }
-            let runs = self.free(image);
-            let bytes = runs.iter().map(|run| run.extent().len).sum();
-            let (uses, last_use_ms) = self.worth.component_uses(image);
-            candidates.push(least_used::Candidate {
-                key: image,
-                bytes,
-                uses,
-                last_use_ms,
-            });
-            runs_of.insert(image, runs);
-        }
-        let chosen = least_used::choose(candidates, needed_bytes);
-        let extents = |image: &SharedImage| runs_of[image].iter().map(|run| run.extent()).collect();
-        chosen
-            .into_iter()
-            .map(|image| (image.clone(), extents(image)))
-            .collect()
     }
 }

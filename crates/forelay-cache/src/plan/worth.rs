@@ -16,8 +16,10 @@ use forelay_image::{Digest, Extent, PAGE_BYTES, PlannedExtent};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 
-use super::message::PlanConfig;
-use super::reuse::{Learned, Lesson, Reuse};
+use super::config::PlanConfig;
+use super::message::FetchCost;
+use super::queue::ForecastKey;
+use super::reuse::{Reuse, ReuseFit, ReuseSamples};
 
 /// Size of a segment, the grain of observed uses.
 const SEGMENT: Pages = Pages(64);
@@ -25,15 +27,18 @@ const SEGMENT: Pages = Pages(64);
 /// Demand comes in pieces of at most this size (1 MiB), each a round trip.
 const LARGEST_PIECE: Pages = Pages(256);
 
-/// What is forecast for one profile.
+/// What is forecast of one launch or of one VM's attachments.
 #[derive(Clone, Debug)]
 pub(super) struct Forecast {
+    pub(super) domain: Domain,
     pub(super) devices: Vec<DeviceImage>,
-    pub(super) launch_probability: f64,
-    pub(super) next_launch_ms: Option<i64>,
+    /// Of the launch, or of an attachment.
+    pub(super) probability: f64,
+    pub(super) expected_ms: Option<i64>,
     pub(super) working_set: Vec<PlannedExtent>,
     pub(super) updated_ms: i64,
-    pub(super) reserved: bool,
+    /// Whether a launch is mapped ahead.
+    pub(super) prepared: bool,
 }
 
 /// A count that halves every half-life.
@@ -59,8 +64,6 @@ impl Decayed {
 #[derive(Clone, Debug, Default)]
 struct Uses {
     component: Decayed,
-    total: u64,
-    last_ms: i64,
     segments: Vec<Decayed>,
 }
 
@@ -102,7 +105,7 @@ impl Needs<'_> {
 /// Forecasts and uses of everything. See the module's header.
 #[derive(Clone, Debug)]
 pub(super) struct Worth {
-    pub(super) forecasts: BTreeMap<(Domain, ProfileName), Forecast>,
+    pub(super) forecasts: BTreeMap<ForecastKey, Forecast>,
     uses: BTreeMap<SharedImage, Uses>,
     reuse: Reuse,
     latency_s: f64,
@@ -179,19 +182,22 @@ impl Worth {
             half_life_ms: config.half_life_ms,
             horizon_ms: config.horizon_ms,
         };
-        worth.set_fetch_cost(config.latency_ms, config.bandwidth_bytes_per_s);
+        worth.set_fetch_cost(FetchCost {
+            latency_ms: config.latency_ms,
+            bandwidth_bytes_per_s: config.bandwidth_bytes_per_s,
+        });
         worth
     }
 
-    pub(super) fn set_fetch_cost(&mut self, latency_ms: f64, bandwidth_bytes_per_s: f64) {
+    pub(super) fn set_fetch_cost(&mut self, cost: FetchCost) {
         let valid = |value: f64| value.is_finite() && value > 0.0;
-        self.latency_s = if valid(latency_ms) {
-            latency_ms / 1e3
+        self.latency_s = if valid(cost.latency_ms) {
+            cost.latency_ms / 1e3
         } else {
             0.0
         };
-        let bandwidth = if valid(bandwidth_bytes_per_s) {
-            bandwidth_bytes_per_s
+        let bandwidth = if valid(cost.bandwidth_bytes_per_s) {
+            cost.bandwidth_bytes_per_s
         } else {
             100e6
         };
@@ -205,10 +211,10 @@ impl Worth {
     }
 
     /// Probability, now, that `forecast` comes true within the horizon.
-    pub(super) fn launch_probability(&self, forecast: &Forecast, now_ms: i64) -> f64 {
+    pub(super) fn probability_now(&self, forecast: &Forecast, now_ms: i64) -> f64 {
         let age_ms = now_ms.saturating_sub(forecast.updated_ms).max(0);
         let mut fresh = (-(age_ms as f64) / self.half_life_ms.max(1) as f64).exp2();
-        if let Some(next_ms) = forecast.next_launch_ms {
+        if let Some(next_ms) = forecast.expected_ms {
             // A launch beyond the horizon is worth less, the further away it is.
             let beyond_ms = next_ms
                 .saturating_sub(now_ms)
@@ -216,7 +222,7 @@ impl Worth {
                 .max(0);
             fresh *= (-(beyond_ms as f64) / self.horizon_ms.max(1) as f64).exp2();
         }
-        probability(forecast.launch_probability) * fresh
+        probability(forecast.probability) * fresh
     }
 
     /// A VM has touched `run` of an image; `first` says whether it is its first touch of
@@ -230,10 +236,8 @@ impl Worth {
             return;
         };
         if first {
-            uses.total += 1;
             uses.component.bump(now_ms, half_life_ms);
         }
-        uses.last_ms = uses.last_ms.max(now_ms);
         if run.is_empty() {
             return;
         }
@@ -249,10 +253,11 @@ impl Worth {
         }
     }
 
-    /// How often a component was used in all, and when last.
-    pub(super) fn component_uses(&self, image: &SharedImage) -> (u64, i64) {
+    /// How often a component was used, the past fading.
+    #[cfg(test)]
+    pub(super) fn component_uses(&self, image: &SharedImage, now_ms: i64) -> f64 {
         let uses = self.uses.get(image);
-        uses.map_or((0, i64::MIN), |uses| (uses.total, uses.last_ms))
+        uses.map_or(0.0, |uses| uses.component.at(now_ms, self.half_life_ms))
     }
 
     /// A VM is launched with these devices: a use of each.
@@ -271,14 +276,14 @@ impl Worth {
         }
     }
 
-    /// What is to be learned of launches, if enough is new.
-    pub(super) fn lesson(&mut self) -> Option<Lesson> {
-        self.reuse.lesson()
+    /// Samples of launches to fit a model to, if enough is new.
+    pub(super) fn samples(&mut self) -> Option<ReuseSamples> {
+        self.reuse.samples()
     }
 
-    /// Estimates by what a lesson taught from now on.
-    pub(super) fn adopt(&mut self, learned: Learned) {
-        self.reuse.adopt(learned);
+    /// Estimates by a fitted model from now on.
+    pub(super) fn install(&mut self, fit: ReuseFit) {
+        self.reuse.install(fit);
     }
 
     /// What observed uses say of an image's need within the horizon.
@@ -346,8 +351,9 @@ impl Worth {
     /// What forecasts say of every image that they name, in one pass.
     pub(super) fn foreseen(&self, now_ms: i64) -> Foreseen {
         let mut foreseen: HashMap<(&Domain, &Digest), Vec<(PageNo, f64)>> = HashMap::new();
-        for ((domain, _), forecast) in &self.forecasts {
-            let launch = self.launch_probability(forecast, now_ms);
+        for forecast in self.forecasts.values() {
+            let domain = &forecast.domain;
+            let launch = self.probability_now(forecast, now_ms);
             for same in forecast.working_set.chunk_by(|a, b| a.image == b.image) {
                 let changes = foreseen.entry((domain, &same[0].image)).or_default();
                 for planned in same {
@@ -372,7 +378,7 @@ impl Worth {
         let old_ms = half_life_ms.saturating_mul(20);
         let fresh = |forecast: &Forecast| now_ms.saturating_sub(forecast.updated_ms) < old_ms;
         self.forecasts
-            .retain(|_, forecast| forecast.reserved || fresh(forecast));
+            .retain(|_, forecast| forecast.prepared || fresh(forecast));
     }
 
     /// Images named by a forecast, with their sizes.

@@ -6,8 +6,6 @@
 
 mod components;
 mod doctor;
-#[cfg(test)]
-mod documented;
 mod history;
 mod inspect;
 mod manifests;

@@ -5,7 +5,7 @@
 //!                                         -> worker: this module
 //! worker:  server (API) -> Host -> launch -> recipe, domains, planner, VMM
 //!          faults -> domains -> disk cache, repository
-//!          observer -> learning -> plan of the next launch -> memory (planner) -> push
+//!          observer -> learning -> plan of the next launch -> planner -> prefetcher
 //! ```
 //! The worker may die at any time: the holder starts another, which finds the instances'
 //! records, serves the same mounts and reattaches the VMs.
@@ -36,7 +36,7 @@ use crate::recipe::Recipe;
 use forecast::learning::Learner;
 use forecast::lessons::Lessons;
 use memory::domains::Domains;
-use memory::planner_task::Memory;
+use memory::planner::PlannerHandle;
 use vm::registry::{Instance, Instances};
 
 pub use forecast::learning::HISTORY_FILE;
@@ -102,7 +102,7 @@ pub struct Host {
     started: Instant,
     store: Store,
     domains: Arc<Domains>,
-    memory: Memory,
+    memory: PlannerHandle,
     learner: Learner,
     lessons: Lessons,
     last_launches: forecast::last_launches::LastLaunches,

@@ -7,8 +7,9 @@ use forelay_image::{Digest, Extent, PlannedExtent};
 
 use super::*;
 use crate::budget::MemorySample;
-use crate::names::Domain;
+use crate::names::{DeviceImage, Domain};
 
+mod cancelling;
 mod random;
 mod ranking;
 mod room;
@@ -39,14 +40,20 @@ fn planned(number: u8, offset: u64, len: u64, probability: f64, at_ms: u32) -> P
     }
 }
 
-/// Carries out actions at once or later, and checks what no plan may do.
+/// Carries out decisions at once or later, and checks what no plan may do.
 struct Host {
     planner: Planner,
     now_ms: i64,
-    wishes: VecDeque<(SharedImage, Extent)>,
-    log: Vec<Action>,
-    paused: bool,
+    /// Fetches under way.
+    wishes: VecDeque<Fetch>,
+    /// All fetches ever started, in order.
+    fetches: Vec<Fetch>,
+    evictions: usize,
+    launches: Vec<PreparedLaunch>,
     prefetched: u64,
+    /// Whether cancelled fetches end only when the test says so.
+    slow_cancels: bool,
+    cancelled: Vec<Fetch>,
 }
 
 impl Host {
@@ -60,77 +67,84 @@ impl Host {
             planner: Planner::new(config, budget, table),
             now_ms: 1_000_000,
             wishes: VecDeque::new(),
-            log: Vec::new(),
-            paused: false,
+            fetches: Vec::new(),
+            evictions: 0,
+            launches: Vec::new(),
             prefetched: 0,
+            slow_cancels: false,
+            cancelled: Vec::new(),
         }
     }
 
-    fn tell(&mut self, event: Event) {
+    fn taken(&self) -> u64 {
+        let table = &self.planner.table;
+        table.read(|t| t.resident_bytes() + t.fetching_bytes())
+    }
+
+    fn tell(&mut self, event: PlannerEvent) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            if let Event::Fetched { image, extent } = &event {
-                let covers = |wish: &Extent| wish.intersection(extent) == Some(*wish);
-                self.wishes
-                    .retain(|(at, wish)| at != image || !covers(wish));
-            }
-            let before = self
-                .planner
-                .table
-                .read(|t| t.resident_bytes() + t.fetching_bytes());
-            for action in self.planner.step(event, self.now_ms) {
-                match &action {
-                    Action::Prefetch { image, extent, .. } => {
-                        assert!(!self.paused, "prefetch while paused");
-                        self.prefetched += extent.len;
-                        self.wishes.push_back((image.clone(), *extent));
-                    }
-                    Action::CancelPrefetch { image, extent } => {
-                        self.wishes.retain(|wish| *wish != (image.clone(), *extent));
-                    }
-                    Action::Evict { image, extents } => {
-                        self.check_victims(image, extents);
-                        for &extent in extents {
-                            let (of, image) = (image.clone(), image.clone());
-                            events.push_back(Event::Evicted { image: of, extent });
-                            events.push_back(Event::EvictionEnded { image, extent });
-                        }
-                    }
-                    Action::Pin { image, extents } => {
-                        events.extend(extents.iter().map(|&extent| Event::Pinned {
-                            image: image.clone(),
-                            extent,
-                        }));
-                    }
-                    Action::Unpin { image, extents } => {
-                        events.extend(extents.iter().map(|&extent| Event::Unpinned {
-                            image: image.clone(),
-                            extent,
-                        }));
-                    }
-                    Action::PausePrefetch => self.paused = true,
-                    Action::ResumePrefetch => self.paused = false,
-                    Action::Study { lesson } => {
-                        let learned = Box::new(lesson.study());
-                        events.push_back(Event::Learned { learned });
-                    }
-                    Action::Reserve { .. } | Action::Release { .. } => {}
-                }
-                self.log.push(action);
-            }
-            let taken = self
-                .planner
-                .table
-                .read(|t| t.resident_bytes() + t.fetching_bytes());
-            let budget = self.planner.budget_bytes();
+            let before = self.taken();
+            let decisions = self.planner.step(event, self.now_ms);
+            self.carry_out(decisions, &mut events);
+            let (taken, budget) = (self.taken(), self.planner.budget_bytes());
             assert!(
                 taken <= budget || taken <= before + 16 * MIB,
                 "{taken} over {budget}"
             );
-            let under_way: u64 = self.wishes.iter().map(|(_, extent)| extent.len).sum();
+            let under_way = self.wishes.iter().chain(&self.cancelled);
+            let under_way: u64 = under_way.map(|fetch| fetch.extent.len).sum();
             assert!(under_way <= self.planner.config.inflight_bytes.max(MIB));
             self.planner.table.read(|table| table.validate()).unwrap();
         }
+    }
+
+    fn carry_out(&mut self, decisions: Decisions, events: &mut VecDeque<PlannerEvent>) {
+        for id in decisions.cancels {
+            let at = self.wishes.iter().position(|fetch| fetch.id == id);
+            let fetch = at.and_then(|at| self.wishes.remove(at));
+            let fetch = fetch.expect("only what is under way is cancelled");
+            if self.slow_cancels {
+                self.cancelled.push(fetch);
+            } else {
+                let here = Vec::new();
+                events.push_back(PlannerEvent::FetchEnded(FetchEnded { id, here }));
+            }
+        }
+        for fetch in decisions.fetches {
+            assert!(!self.planner.is_paused(), "prefetch while paused");
+            self.prefetched += fetch.extent.len;
+            self.fetches.push(fetch.clone());
+            self.wishes.push_back(fetch);
+        }
+        for Eviction { image, extents } in decisions.evictions {
+            self.evictions += 1;
+            self.check_victims(&image, &extents);
+            for extent in extents {
+                let evicted = SharedExtent::new(image.clone(), extent);
+                events.push_back(PlannerEvent::Evicted(evicted.clone()));
+                events.push_back(PlannerEvent::EvictionEnded(evicted));
+            }
+        }
+        for change in decisions.pins {
+            events.extend(change.extents.into_iter().map(|extent| {
+                let extent = SharedExtent::new(change.image.clone(), extent);
+                match change.pinned {
+                    true => PlannerEvent::Pinned(extent),
+                    false => PlannerEvent::Unpinned(extent),
+                }
+            }));
+        }
+        self.launches.extend(decisions.launches);
+        if let Some(samples) = decisions.fit {
+            events.push_back(PlannerEvent::ReuseFitted(Box::new(samples.fit())));
+        }
+    }
+
+    /// A fetch that has brought these parts ends.
+    fn end(&mut self, fetch: Fetch, here: Vec<Extent>) {
+        let id = fetch.id;
+        self.tell(PlannerEvent::FetchEnded(FetchEnded { id, here }));
     }
 
     fn check_victims(&self, image: &SharedImage, extents: &[Extent]) {
@@ -142,21 +156,15 @@ impl Host {
                     "pinned or absent victim"
                 );
             }
-            if self.planner.config.rule == EvictionRule::LeastUsed {
-                assert_eq!(
-                    table.mapped_by(image),
-                    0,
-                    "the baseline evicted a mapped component"
-                );
-            }
         });
     }
 
     fn push_one(&mut self) -> bool {
-        let Some((image, extent)) = self.wishes.pop_front() else {
+        let Some(fetch) = self.wishes.pop_front() else {
             return false;
         };
-        self.tell(Event::Pushed { image, extent });
+        let here = vec![fetch.extent];
+        self.end(fetch, here);
         true
     }
 
@@ -165,7 +173,7 @@ impl Host {
     }
 
     fn launch(&mut self, vm: &str, profile: &str, images: &[u8], set: Vec<PlannedExtent>) {
-        self.tell(Event::LaunchRequested {
+        self.tell(PlannerEvent::LaunchRequested(LaunchRequested {
             vm: vm.into(),
             domain: "d".into(),
             profile: profile.into(),
@@ -174,20 +182,13 @@ impl Host {
                 .map(|&number| device(number, 4 * MIB))
                 .collect(),
             working_set: set,
-        });
+        }));
     }
 
     fn resident(&self, number: u8) -> u64 {
         self.planner
             .table
             .read(|table| table.resident_bytes_of(&shared(number)))
-    }
-
-    fn evictions(&self) -> usize {
-        self.log
-            .iter()
-            .filter(|action| matches!(action, Action::Evict { .. }))
-            .count()
     }
 }
 
@@ -211,13 +212,11 @@ fn a_launch_is_prefetched_in_first_touch_order_and_within_the_flight_limit() {
     host.launch("a", "web", &[1, 2], set);
     assert_eq!(host.wishes.len(), 2, "2 MiB may be under way");
     host.push_all();
-    let order = host.log.iter().filter_map(|action| match action {
-        Action::Prefetch { image, extent, .. } => Some((image.image, extent.offset)),
-        _ => None,
-    });
+    let order = host.fetches.iter();
+    let order = order.map(|fetch| (fetch.image.image, fetch.extent.offset));
     let order: Vec<_> = order.collect();
     assert_eq!(order, [(image(1), 0), (image(2), 0), (image(1), 2 * MIB)]);
-    assert_eq!(host.evictions(), 0);
+    assert_eq!(host.evictions, 0);
 }
 
 fn fill(host: &mut Host, number: u8, launches: u32) {
@@ -230,55 +229,64 @@ fn fill(host: &mut Host, number: u8, launches: u32) {
             vec![planned(number, 0, 4 * MIB, 1.0, 0)],
         );
         host.push_all();
-        host.tell(Event::VmStarted {
-            vm: vm.as_str().into(),
-        });
-        let (vm, image) = (VmName::from(vm), image(number));
-        let extents = vec![Extent::new(0, 4 * MIB)];
-        host.tell(Event::Touched {
-            vm: vm.clone(),
-            image,
-            extents,
-        });
-        host.tell(Event::VmStopped { vm });
+        host.tell(PlannerEvent::VmStarted(vm.as_str().into()));
+        let vm = VmName::from(vm);
+        host.tell(touched(vm.as_str(), number, 0, 4 * MIB));
+        host.tell(PlannerEvent::VmStopped(vm));
         host.now_ms += 1000;
     }
 }
 
-fn forecast(profile: &str, number: u8, probability: f64) -> Event {
-    Event::ForecastChanged {
+fn touched(vm: &str, number: u8, offset: u64, len: u64) -> PlannerEvent {
+    PlannerEvent::Touched(TouchReport {
+        vm: vm.into(),
+        image: image(number),
+        extents: vec![Extent::new(offset, len)],
+    })
+}
+
+fn fetched(number: u8, offset: u64, len: u64) -> PlannerEvent {
+    PlannerEvent::Fetched(SharedExtent::new(shared(number), Extent::new(offset, len)))
+}
+
+fn pressure(level: PressureLevel, deficit_bytes: u64) -> PlannerEvent {
+    PlannerEvent::Pressure(Pressure {
+        level,
+        deficit_bytes,
+    })
+}
+
+fn forecast(profile: &str, number: u8, probability: f64) -> PlannerEvent {
+    PlannerEvent::ProfileForecast(ProfileForecast {
         domain: "d".into(),
         profile: profile.into(),
         devices: vec![device(number, 4 * MIB)],
         launch_probability: probability,
         next_launch_ms: None,
         working_set: vec![planned(number, 0, 2 * MIB, 1.0, 0)],
-    }
+    })
 }
 
 #[test]
 fn what_a_running_vm_will_be_given_is_prefetched_maps_nothing_and_ends_with_the_vm() {
     let mut host = Host::new(config(16));
     host.launch("v1", "dev", &[1], vec![]);
-    let attach = |probability| Event::AttachForecast {
-        vm: "v1".into(),
-        domain: "d".into(),
-        devices: vec![device(2, 4 * MIB)],
-        probability,
-        expected_ms: None,
-        working_set: vec![planned(2, 0, 2 * MIB, 1.0, 0)],
+    let attach = |probability| {
+        PlannerEvent::AttachForecast(AttachForecast {
+            vm: "v1".into(),
+            domain: "d".into(),
+            devices: vec![device(2, 4 * MIB)],
+            probability,
+            expected_ms: None,
+            working_set: vec![planned(2, 0, 2 * MIB, 1.0, 0)],
+        })
     };
     host.tell(attach(0.9));
     assert!(host.push_one());
     let vms = |host: &Host| host.planner.table.read(|t| t.known_vms().count());
     assert_eq!(vms(&host), 1, "nothing is mapped ahead");
-    assert!(
-        !host
-            .log
-            .iter()
-            .any(|action| matches!(action, Action::Reserve { .. }))
-    );
-    host.tell(Event::VmStopped { vm: "v1".into() });
+    assert!(host.launches.is_empty(), "{:?}", host.launches);
+    host.tell(PlannerEvent::VmStopped("v1".into()));
     assert!(
         !host.push_one(),
         "what was under way is not wanted any more"
@@ -301,13 +309,14 @@ fn a_likely_launch_is_prefetched_and_mapped_ahead_and_released_when_it_is_not() 
         state(&host, 3 * MIB),
         crate::mapping_table::PageState::Reserved
     );
-    assert!(matches!(host.log[0], Action::Reserve { .. }));
+    assert!(matches!(host.launches[0], PreparedLaunch::Prepare(..)));
     host.tell(forecast("nightly", 1, 0.1));
     assert_eq!(
         state(&host, 3 * MIB),
         crate::mapping_table::PageState::Absent
     );
-    assert!(matches!(host.log.last(), Some(Action::Release { .. })));
+    let last = host.launches.last();
+    assert!(matches!(last, Some(PreparedLaunch::Release(..))));
     host.tell(forecast("nightly", 1, 0.9));
     host.launch("n1", "nightly", &[1], vec![planned(1, 0, 2 * MIB, 1.0, 0)]);
     let vms: Vec<_> = host
@@ -330,19 +339,19 @@ fn a_likely_launch_is_prefetched_and_mapped_ahead_and_released_when_it_is_not() 
 fn a_vm_found_after_a_takeover_is_mapped_once_and_runs() {
     let mut host = Host::new(config(8));
     for _ in 0..2 {
-        host.tell(Event::VmFound {
+        host.tell(PlannerEvent::VmFound(RunningVm {
             vm: "old".into(),
             domain: "d".into(),
             profile: "p".into(),
             devices: vec![device(1, 4 * MIB)],
-        });
+        }));
     }
     let table = host.planner.table();
     assert_eq!(table.read(|table| table.mapped_by(&shared(1))), 1);
     let running = table.read(|t| t.known_vms().all(|(_, phase)| phase == Phase::Running));
     assert!(running);
     assert_eq!(host.planner.counters().refused_events, 0);
-    host.tell(Event::VmStopped { vm: "old".into() });
+    host.tell(PlannerEvent::VmStopped("old".into()));
     let table = host.planner.table();
     assert_eq!(table.read(|table| table.mapped_by(&shared(1))), 0);
 }
@@ -353,16 +362,14 @@ fn what_is_here_already_is_held_for_a_launch_like_what_is_loaded_for_it() {
     let set = vec![planned(1, 0, MIB, 1.0, 0), planned(1, MIB, MIB, 0.2, 0)];
     host.launch("first", "web", &[1], set.clone());
     host.push_all();
-    host.tell(Event::VmStopped { vm: "first".into() });
+    host.tell(PlannerEvent::VmStopped("first".into()));
     let pinned = |host: &Host| host.planner.table.read(|t| t.pinned_bytes_of(&shared(1)));
     assert_eq!(pinned(&host), 0);
     host.launch("second", "web", &[1], set);
     assert_eq!(pinned(&host), MIB, "what it will hardly touch is not held");
-    host.tell(Event::VmStarted {
-        vm: "second".into(),
-    });
+    host.tell(PlannerEvent::VmStarted("second".into()));
     host.now_ms += host.planner.config.pin_hold_ms;
-    host.tell(Event::Tick);
+    host.tell(PlannerEvent::Tick);
     assert_eq!(pinned(&host), 0);
 }
 
@@ -390,15 +397,13 @@ fn what_launches_teach_is_asked_for_once_and_counts_when_it_is_told() {
     let launches: Vec<PastLaunch> = (0..24_000).map(past).collect();
     let image = SharedImage::new("d".into(), launches[0].devices[0].image);
     host.now_ms += 24_000 * 5_000;
-    let event = Event::LaunchesRemembered { launches };
-    let actions = host.planner.step(event, host.now_ms);
-    let [Action::Study { lesson }] = &actions[..] else {
-        panic!("one lesson, not {actions:?}");
-    };
+    let event = PlannerEvent::LaunchesRemembered(launches);
+    let decisions = host.planner.step(event, host.now_ms);
+    let samples = decisions.fit.expect("samples of the launches");
     let needs = |host: &Host| host.planner.worth.needs(&image, host.now_ms).is_learned();
     assert!(!needs(&host), "nobody has studied");
-    let learned = Box::new(lesson.study());
-    host.tell(Event::Learned { learned });
+    let fit = Box::new(samples.fit());
+    host.tell(PlannerEvent::ReuseFitted(fit));
     assert!(needs(&host));
     assert_eq!(host.planner.counters().refused_events, 0);
 }
@@ -418,11 +423,11 @@ fn what_an_earlier_daemon_saw_counts_as_uses_but_the_future_does_not() {
         past(now_ms - 5, 1),
         past(now_ms + 1, 2),
     ];
-    host.tell(Event::LaunchesRemembered { launches });
-    assert!(host.log.is_empty(), "{:?}", host.log);
-    let uses = |number| host.planner.worth.component_uses(&shared(number));
-    assert_eq!(uses(1), (2, now_ms - 5));
-    assert_eq!(uses(2).0, 0);
+    host.tell(PlannerEvent::LaunchesRemembered(launches));
+    assert!(host.fetches.is_empty(), "{:?}", host.fetches);
+    let uses = |number| host.planner.worth.component_uses(&shared(number), now_ms);
+    assert!((uses(1) - 2.0).abs() < 1e-3, "{}", uses(1));
+    assert_eq!(uses(2), 0.0);
     assert_eq!(
         host.planner
             .table()

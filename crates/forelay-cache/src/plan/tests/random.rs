@@ -14,6 +14,7 @@ pub(super) enum Step {
     Touched(u8, u8, u64),
     Push,
     Fail,
+    CancelEnds(bool),
     Level(u8, u64),
     Sample(u64),
     Budget(u64),
@@ -31,6 +32,7 @@ pub(super) fn step() -> impl Strategy<Value = Step> {
         2 => (0u8..4, 0u8..6, 0u64..1000).prop_map(|(v, i, p)| Step::Touched(v, i, p)),
         8 => Just(Step::Push),
         1 => Just(Step::Fail),
+        2 => any::<bool>().prop_map(Step::CancelEnds),
         1 => (0u8..3, 0u64..8).prop_map(|(l, d)| Step::Level(l, d)),
         1 => (0u64..64).prop_map(Step::Sample),
         1 => (1u64..24).prop_map(Step::Budget),
@@ -38,10 +40,10 @@ pub(super) fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-pub(super) fn event_of(step: Step, host: &mut Host) -> Option<Event> {
+pub(super) fn event_of(step: Step, host: &mut Host) -> Option<PlannerEvent> {
     let name = |vm: u8| VmName::from(format!("vm{vm}"));
     Some(match step {
-        Step::Launch(vm, extents) => Event::LaunchRequested {
+        Step::Launch(vm, extents) => PlannerEvent::LaunchRequested(LaunchRequested {
             vm: name(vm),
             domain: "d".into(),
             profile: format!("p{vm}").into(),
@@ -50,50 +52,49 @@ pub(super) fn event_of(step: Step, host: &mut Host) -> Option<Event> {
                 .into_iter()
                 .map(|(i, from, len, p)| planned(i, from * 4096, len * 4096, p, from as u32))
                 .collect(),
-        },
+        }),
         Step::Forecast(number, probability) => forecast(&format!("p{number}"), number, probability),
-        Step::Started(vm) => Event::VmStarted { vm: name(vm) },
-        Step::Stopped(vm) => Event::VmStopped { vm: name(vm) },
-        Step::Demand(number, page) => Event::Fetched {
-            image: shared(number),
-            extent: Extent::new(page * 4096, 16 * 4096),
-        },
-        Step::Touched(vm, number, page) => Event::Touched {
-            vm: name(vm),
-            image: image(number),
-            extents: vec![Extent::new(page * 4096, 8 * 4096)],
-        },
+        Step::Started(vm) => PlannerEvent::VmStarted(name(vm)),
+        Step::Stopped(vm) => PlannerEvent::VmStopped(name(vm)),
+        Step::Demand(number, page) => fetched(number, page * 4096, 16 * 4096),
+        Step::Touched(vm, number, page) => {
+            touched(name(vm).as_str(), number, page * 4096, 8 * 4096)
+        }
         Step::Push => {
             host.push_one();
             return None;
         }
         Step::Fail => {
-            let (image, extent) = host.wishes.pop_front()?;
-            Event::PushFailed { image, extent }
+            let (id, here) = (host.wishes.pop_front()?.id, Vec::new());
+            PlannerEvent::FetchEnded(FetchEnded { id, here })
         }
-        Step::Level(level, deficit) => Event::Pressure {
-            level: [
+        Step::Level(level, deficit) => pressure(
+            [
                 PressureLevel::Plenty,
                 PressureLevel::Low,
                 PressureLevel::Critical,
             ][usize::from(level)],
-            deficit_bytes: deficit * MIB,
-        },
+            deficit * MIB,
+        ),
+        Step::CancelEnds(stored) => {
+            let fetch = host.cancelled.pop()?;
+            let here = stored.then_some(fetch.extent).into_iter().collect();
+            host.end(fetch, here);
+            return None;
+        }
         Step::Sample(free) => {
             let pool_bytes = host.planner.table.read(MappingTable::resident_bytes);
-            Event::MemorySampled(MemorySample {
+            PlannerEvent::MemorySampled(MemorySample {
                 total_bytes: 256 * MIB,
                 available_bytes: free * MIB + pool_bytes,
                 pool_bytes,
                 ..MemorySample::default()
             })
         }
-        Step::Budget(mib) => Event::BudgetChanged {
-            budget_bytes: mib * MIB,
-        },
+        Step::Budget(mib) => PlannerEvent::BudgetChanged(mib * MIB),
         Step::Tick(ms) => {
             host.now_ms += ms;
-            Event::Tick
+            PlannerEvent::Tick
         }
     })
 }
@@ -103,10 +104,10 @@ proptest! {
     #[test]
     fn no_sequence_of_events_breaks_an_invariant(
         steps in prop::collection::vec(step(), 1..80),
-        worth in any::<bool>(),
+        slow_cancels in any::<bool>(),
     ) {
-        let rule = if worth { EvictionRule::Worth } else { EvictionRule::LeastUsed };
-        let mut host = Host::new(PlanConfig { rule, ..config(12) });
+        let mut host = Host::new(config(12));
+        host.slow_cancels = slow_cancels;
         for step in steps {
             if let Some(event) = event_of(step, &mut host) {
                 host.tell(event);

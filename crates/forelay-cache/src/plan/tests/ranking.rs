@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::random::{event_of, step};
 use super::*;
+use crate::plan::ranking::Ranking;
 use crate::plan::victims::Reach;
 use crate::plan::worth::{Outlook, ValuedRun};
 
@@ -20,9 +21,11 @@ const REACHES: [Reach; 5] = [
 /// What forecasts say of one image, looked up in each of them.
 fn steps(worth: &Worth, image: &SharedImage, now_ms: i64) -> Vec<(PageNo, f64)> {
     let mut changes: Vec<(PageNo, f64)> = Vec::new();
-    for ((domain, _), forecast) in &worth.forecasts {
-        let launch = worth.launch_probability(forecast, now_ms);
-        let of = |planned: &&PlannedExtent| *domain == image.domain && planned.image == image.image;
+    for forecast in worth.forecasts.values() {
+        let launch = worth.probability_now(forecast, now_ms);
+        let of = |planned: &&PlannedExtent| {
+            forecast.domain == image.domain && planned.image == image.image
+        };
         for planned in forecast.working_set.iter().filter(of) {
             let run = PageRun::covering(planned.extent);
             let need = launch * planned.probability.clamp(0.0, 1.0);

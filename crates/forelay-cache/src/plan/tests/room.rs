@@ -14,54 +14,14 @@ fn nothing_is_evicted_while_it_all_fits() {
             vec![planned(number, 0, 4 * MIB, 1.0, 0)],
         );
         host.push_all();
-        host.tell(Event::VmStarted {
-            vm: vm.as_str().into(),
-        });
-        host.tell(Event::VmStopped {
-            vm: vm.as_str().into(),
-        });
+        host.tell(PlannerEvent::VmStarted(vm.as_str().into()));
+        host.tell(PlannerEvent::VmStopped(vm.as_str().into()));
     }
-    assert_eq!(host.evictions(), 0);
+    assert_eq!(host.evictions, 0);
     assert_eq!(
         host.planner.table.read(MappingTable::resident_bytes),
         64 * MIB
     );
-}
-
-#[test]
-fn the_literal_rule_evicts_the_least_used_component_whole_until_it_fits() {
-    let mut host = Host::new(PlanConfig {
-        rule: EvictionRule::LeastUsed,
-        ..config(12)
-    });
-    fill(&mut host, 1, 3);
-    fill(&mut host, 2, 1);
-    fill(&mut host, 3, 2);
-    assert_eq!(host.evictions(), 0);
-    host.launch("new", "n", &[4], vec![planned(4, 0, 4 * MIB, 1.0, 0)]);
-    host.push_all();
-    let residents = [1, 2, 3, 4].map(|number| host.resident(number) / MIB);
-    assert_eq!(residents, [4, 0, 4, 4]);
-}
-
-#[test]
-fn the_literal_rule_never_evicts_for_a_component_larger_than_the_budget() {
-    let mut host = Host::new(PlanConfig {
-        rule: EvictionRule::LeastUsed,
-        ..config(8)
-    });
-    fill(&mut host, 1, 1);
-    fill(&mut host, 2, 1);
-    host.tell(Event::LaunchRequested {
-        vm: "big".into(),
-        domain: "d".into(),
-        profile: "big".into(),
-        devices: vec![device(9, 16 * MIB)],
-        working_set: vec![planned(9, 0, 16 * MIB, 1.0, 0)],
-    });
-    host.push_all();
-    assert_eq!(host.evictions(), 0);
-    assert_eq!(host.resident(9), 0);
 }
 
 #[test]
@@ -82,12 +42,12 @@ fn a_forecast_displaces_only_what_is_worth_clearly_less() {
     let residents = [1, 2, 6].map(|number| host.resident(number) / MIB);
     assert_eq!(residents, [2, 2, 2]);
     assert_eq!(host.resident(3) + host.resident(4), 2 * MIB);
-    let before = host.evictions();
+    let before = host.evictions;
     host.now_ms += 24 * 3_600_000;
     host.tell(forecast("later", 7, 0.12));
     host.push_all();
     assert_eq!(host.resident(7), 2 * MIB, "worth ages");
-    assert!(host.evictions() > before);
+    assert!(host.evictions > before);
 }
 
 #[test]
@@ -103,22 +63,15 @@ fn critical_pressure_pauses_evicts_just_enough_and_resumes_only_after_calm() {
             planned(3, 0, 4 * MIB, 1.0, 9),
         ],
     );
-    host.tell(Event::VmStarted { vm: "run".into() });
+    host.tell(PlannerEvent::VmStarted("run".into()));
     host.push_one();
-    host.tell(Event::Pressure {
-        level: PressureLevel::Low,
-        deficit_bytes: 0,
-    });
+    host.tell(pressure(PressureLevel::Low, 0));
     assert_eq!(
-        host.evictions(),
-        0,
+        host.evictions, 0,
         "nothing leaves before the critical level"
     );
-    host.tell(Event::Pressure {
-        level: PressureLevel::Critical,
-        deficit_bytes: 3 * MIB,
-    });
-    assert!(host.paused && host.wishes.is_empty());
+    host.tell(pressure(PressureLevel::Critical, 3 * MIB));
+    assert!(host.planner.is_paused() && host.wishes.is_empty());
     assert_eq!(
         host.resident(1),
         MIB,
@@ -129,22 +82,16 @@ fn critical_pressure_pauses_evicts_just_enough_and_resumes_only_after_calm() {
         "what a VM can reach stays while others suffice"
     );
     let mapped = host.resident(2);
-    host.tell(Event::Pressure {
-        level: PressureLevel::Critical,
-        deficit_bytes: 2 * MIB,
-    });
+    host.tell(pressure(PressureLevel::Critical, 2 * MIB));
     assert_eq!(host.resident(1), 0);
     assert_eq!(host.resident(2), mapped - MIB, "then under a running VM");
-    host.tell(Event::Pressure {
-        level: PressureLevel::Plenty,
-        deficit_bytes: 0,
-    });
+    host.tell(pressure(PressureLevel::Plenty, 0));
     host.now_ms += 4000;
-    host.tell(Event::Tick);
-    assert!(host.paused, "not calm for long enough");
+    host.tell(PlannerEvent::Tick);
+    assert!(host.planner.is_paused(), "not calm for long enough");
     host.now_ms += 2000;
-    host.tell(Event::Tick);
-    assert!(!host.paused && !host.wishes.is_empty());
+    host.tell(PlannerEvent::Tick);
+    assert!(!host.planner.is_paused() && !host.wishes.is_empty());
 }
 
 #[test]
@@ -153,26 +100,19 @@ fn pressure_takes_what_no_vm_touched_first_and_leaves_what_is_in_use() {
     let set = vec![planned(1, 0, 4 * MIB, 1.0, 0), planned(2, 0, MIB, 1.0, 1)];
     host.launch("run", "r", &[1, 2], set);
     host.push_all();
-    host.tell(Event::VmStarted { vm: "run".into() });
+    host.tell(PlannerEvent::VmStarted("run".into()));
     let touched = |host: &mut Host, offset| {
-        host.tell(Event::Touched {
-            vm: "run".into(),
-            image: image(1),
-            extents: vec![Extent::new(offset, MIB)],
-        });
+        host.tell(super::touched("run", 1, offset, MIB));
     };
     touched(&mut host, 0);
     host.now_ms += 120_000;
     for _ in 0..2 {
-        host.tell(Event::Tick);
+        host.tell(PlannerEvent::Tick);
         host.now_ms += 60_000;
     }
     touched(&mut host, MIB);
     let squeeze = |host: &mut Host, bytes| {
-        host.tell(Event::Pressure {
-            level: PressureLevel::Critical,
-            deficit_bytes: bytes,
-        });
+        host.tell(pressure(PressureLevel::Critical, bytes));
         let here = |offset| host.planner.table.read(|t| t.state(&shared(1), offset));
         let resident = |offset| here(offset) == crate::mapping_table::PageState::Resident;
         (
@@ -185,9 +125,7 @@ fn pressure_takes_what_no_vm_touched_first_and_leaves_what_is_in_use() {
     assert_eq!(host.resident(2), 0, "no VM touched it either");
     assert_eq!(squeeze(&mut host, 8 * MIB), (false, true, false));
     assert_eq!(host.resident(1), MIB, "what is in use stays");
-    host.tell(Event::BudgetChanged {
-        budget_bytes: MIB / 2,
-    });
+    host.tell(PlannerEvent::BudgetChanged(MIB / 2));
     assert_eq!(
         host.resident(1),
         MIB / 2,
@@ -202,23 +140,18 @@ fn demand_beyond_the_cap_does_not_take_what_a_launch_is_about_to_touch() {
     let set = vec![planned(1, 0, 3 * MIB, 1.0, 100)];
     host.launch("first", "web", &[1], set.clone());
     host.push_all();
-    host.tell(Event::VmStopped { vm: "first".into() });
+    host.tell(PlannerEvent::VmStopped("first".into()));
     host.launch("reader", "scan", &[2], Vec::new());
-    host.tell(Event::VmStarted {
-        vm: "reader".into(),
-    });
+    host.tell(PlannerEvent::VmStarted("reader".into()));
     let read = |host: &mut Host, offset| {
-        host.tell(Event::Fetched {
-            image: shared(2),
-            extent: Extent::new(offset, MIB),
-        });
+        host.tell(fetched(2, offset, MIB));
     };
     read(&mut host, 0);
     for _ in 0..3 {
         host.now_ms += 60_000;
-        host.tell(Event::Tick);
+        host.tell(PlannerEvent::Tick);
     }
-    assert_eq!(host.evictions(), 0);
+    assert_eq!(host.evictions, 0);
     host.launch("again", "web", &[1], set);
     read(&mut host, MIB);
     assert_eq!(
@@ -250,16 +183,12 @@ fn a_launch_takes_the_room_of_what_a_running_vm_touched_long_ago_and_a_forecast_
     let mut host = Host::new(config(2));
     host.launch("old", "batch", &[1], vec![planned(1, 0, 2 * MIB, 1.0, 0)]);
     host.push_all();
-    host.tell(Event::VmStarted { vm: "old".into() });
-    host.tell(Event::Touched {
-        vm: "old".into(),
-        image: image(1),
-        extents: vec![Extent::new(0, 2 * MIB)],
-    });
+    host.tell(PlannerEvent::VmStarted("old".into()));
+    host.tell(super::touched("old", 1, 0, 2 * MIB));
     // Twice the time that a use is held, in steps, as the daemon ticks.
     for _ in 0..6 {
         host.now_ms += host.planner.config.use_hold_ms / 2;
-        host.tell(Event::Tick);
+        host.tell(PlannerEvent::Tick);
     }
     host.tell(forecast("soon", 3, 0.9));
     host.push_all();
@@ -275,7 +204,7 @@ fn a_planner_that_finds_more_than_its_cap_shrinks_it_without_waiting_for_demand(
     let mut host = Host::new(config(4));
     host.launch("old", "batch", &[1], vec![planned(1, 0, 4 * MIB, 1.0, 0)]);
     host.push_all();
-    host.tell(Event::VmStarted { vm: "old".into() });
+    host.tell(PlannerEvent::VmStarted("old".into()));
     assert_eq!(host.resident(1), 4 * MIB);
     let table = Arc::clone(host.planner.table());
     let budget = BudgetConfig {
@@ -283,7 +212,7 @@ fn a_planner_that_finds_more_than_its_cap_shrinks_it_without_waiting_for_demand(
         ..BudgetConfig::default()
     };
     host.planner = Planner::new(config(3), budget, table);
-    host.tell(Event::Tick);
+    host.tell(PlannerEvent::Tick);
     assert_eq!(host.resident(1), 3 * MIB);
 }
 
@@ -291,14 +220,9 @@ fn a_planner_that_finds_more_than_its_cap_shrinks_it_without_waiting_for_demand(
 fn everything_pinned_under_pressure_frees_nothing_and_says_so() {
     let mut host = Host::new(config(8));
     fill(&mut host, 1, 1);
-    host.tell(Event::Pinned {
-        image: shared(1),
-        extent: Extent::new(0, 4 * MIB),
-    });
-    host.tell(Event::Pressure {
-        level: PressureLevel::Critical,
-        deficit_bytes: 4 * MIB,
-    });
-    assert_eq!((host.evictions(), host.resident(1)), (0, 4 * MIB));
+    let all = SharedExtent::new(shared(1), Extent::new(0, 4 * MIB));
+    host.tell(PlannerEvent::Pinned(all));
+    host.tell(pressure(PressureLevel::Critical, 4 * MIB));
+    assert_eq!((host.evictions, host.resident(1)), (0, 4 * MIB));
     assert_eq!(host.planner.counters().pressure_evicted_bytes, 0);
 }

@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use forelay_cache::Domain;
+use forelay_cache::plan::SharedExtent;
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::erofs::read::{Image, ReadError};
 use forelay_image::extent::total_bytes;
 use forelay_image::pages::{PageRun, PageSet, Pages};
@@ -143,9 +144,9 @@ impl Host {
                 let resident = memory.shared.resident(&image).map_err(HostError::failed)?;
                 // Told first: a launch may bring them back before the last of them is gone.
                 for &extent in &resident {
-                    let image = forelay_cache::SharedImage::new(memory.domain.clone(), image);
-                    self.memory
-                        .tell(forelay_cache::plan::Event::Evicted { image, extent });
+                    let image = SharedImage::new(memory.domain.clone(), image);
+                    let evicted = SharedExtent::new(image, extent);
+                    self.memory.tell(PlannerEvent::Evicted(evicted));
                 }
                 memory
                     .shared

@@ -11,7 +11,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_cache::plan::Event;
+use forelay_cache::PlannerEvent;
+use forelay_cache::plan::{AttachForecast, ProfileForecast};
 
 use crate::daemon::forecast::foresight::{Catalogue, Foreseen};
 use crate::daemon::forecast::models::model_key;
@@ -104,27 +105,29 @@ impl Host {
         let clock = self.learner.clock();
         let expected = foreseen.launch.as_ref().map(|one| one.expected_at);
         let devices = order.device_images();
-        self.memory.tell(Event::ForecastChanged {
-            domain: foreseen.domain.clone(),
-            profile: foreseen.of.profile.as_str().into(),
-            working_set: foreseen.extents(&devices, probability),
-            devices,
-            launch_probability: probability,
-            next_launch_ms: expected.map(|at| clock.wall_ms(at)),
-        });
+        self.memory
+            .tell(PlannerEvent::ProfileForecast(ProfileForecast {
+                domain: foreseen.domain.clone(),
+                profile: foreseen.of.profile.as_str().into(),
+                working_set: foreseen.extents(&devices, probability),
+                devices,
+                launch_probability: probability,
+                next_launch_ms: expected.map(|at| clock.wall_ms(at)),
+            }));
         Ok(())
     }
 
     fn tell_off_launch(&self, key: &str) {
         if let Some(order) = self.last_launches.get(key) {
-            self.memory.tell(Event::ForecastChanged {
-                domain: order.domain.clone(),
-                profile: order.of.profile.as_str().into(),
-                devices: order.device_images(),
-                launch_probability: 0.0,
-                next_launch_ms: None,
-                working_set: Vec::new(),
-            });
+            self.memory
+                .tell(PlannerEvent::ProfileForecast(ProfileForecast {
+                    domain: order.domain.clone(),
+                    profile: order.of.profile.as_str().into(),
+                    devices: order.device_images(),
+                    launch_probability: 0.0,
+                    next_launch_ms: None,
+                    working_set: Vec::new(),
+                }));
         }
     }
 
@@ -160,14 +163,15 @@ impl Host {
         let expected = clock.now().plus_seconds(likeliest.until_s);
         let probability = likeliest.probability;
         let devices = foreseen.devices(|one| likely.iter().any(|two| two.image == one.image));
-        self.memory.tell(Event::AttachForecast {
-            vm: vm.into(),
-            domain: foreseen.domain.clone(),
-            working_set: foreseen.extents(&devices, probability),
-            devices,
-            probability,
-            expected_ms: Some(clock.wall_ms(expected)),
-        });
+        self.memory
+            .tell(PlannerEvent::AttachForecast(AttachForecast {
+                vm: vm.into(),
+                domain: foreseen.domain.clone(),
+                working_set: foreseen.extents(&devices, probability),
+                devices,
+                probability,
+                expected_ms: Some(clock.wall_ms(expected)),
+            }));
         Ok(true)
     }
 
@@ -177,14 +181,15 @@ impl Host {
         };
         // The planner forgets by itself what a VM that is gone was expected to be given.
         if instance.vm().state.is_live() {
-            self.memory.tell(Event::AttachForecast {
-                vm: vm.into(),
-                domain: instance.vm().domain.as_str().into(),
-                devices: Vec::new(),
-                probability: 0.0,
-                expected_ms: None,
-                working_set: Vec::new(),
-            });
+            self.memory
+                .tell(PlannerEvent::AttachForecast(AttachForecast {
+                    vm: vm.into(),
+                    domain: instance.vm().domain.as_str().into(),
+                    devices: Vec::new(),
+                    probability: 0.0,
+                    expected_ms: None,
+                    working_set: Vec::new(),
+                }));
         }
     }
 }

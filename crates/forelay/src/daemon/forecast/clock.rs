@@ -10,7 +10,7 @@ use std::time::Duration;
 use forelay_predict::time::Timestamp;
 
 use crate::config::ForecastConfig;
-use crate::daemon::memory::planner_task::now_ms;
+use crate::daemon::memory::planner::now_ms;
 
 /// See the module's header.
 #[derive(Clone, Copy, Debug, PartialEq)]

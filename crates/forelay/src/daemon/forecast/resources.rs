@@ -19,7 +19,7 @@ use forelay_predict::resources::HORIZONS_MS;
 use crate::api::VmState;
 use crate::daemon::Host;
 use crate::daemon::forecast::vmm_cgroup::{Charged, Groups};
-use crate::daemon::memory::planner_task::now_ms;
+use crate::daemon::memory::planner::now_ms;
 use crate::daemon::vm::registry::Instance;
 use crate::history::{ProfileRef, ResourceSample};
 

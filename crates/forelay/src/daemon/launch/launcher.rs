@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::mapping_table::Absent;
-use forelay_cache::plan::Event;
-use forelay_cache::{Domain, SharedImage};
+use forelay_cache::plan::{LaunchRequested, ProfileForecast};
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::{PMEM_ALIGN_BYTES, total_bytes};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Scratch};
-use forelay_image::{Digest, Extent, NameOf, PlannedExtent};
+use forelay_image::{Digest, Extent, PlannedExtent};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmSpec, VmmDriver as _, Wrap};
 
@@ -27,8 +27,7 @@ use crate::api::{
 };
 use crate::daemon::launch::prepared::hostname;
 use crate::daemon::launch::resolve::{Order, PlannedDevice, label, vm_component};
-use crate::daemon::memory::planner_task::now_ms;
-use crate::daemon::vm::directory::{MAP_IMAGE, SCRATCH, VmDir};
+use crate::daemon::memory::planner::now_ms;
 use crate::daemon::vm::registry::{DeviceRecord, Instance, Record};
 use crate::daemon::{Host, HostError, KEEP_RECIPES};
 use crate::recipe::{KernelFiles, Recipe, kernel_files};
@@ -53,9 +52,6 @@ impl Host {
     pub async fn launch(self: &Arc<Self>, request: LaunchRequest) -> Result<Vm, HostError> {
         let asked = Instant::now();
         let launched_ms = now_ms();
-        if let Some(name) = &request.name {
-            NameOf::Vm.check(name).map_err(HostError::invalid)?;
-        }
         let order = self
             .order(&request.manifest, request.lock.as_deref())
             .await?;
@@ -63,9 +59,8 @@ impl Host {
             Some(name) => name,
             None => self.instances.free_name(&order.of.profile),
         };
-        let dir = VmDir::of(&self.config.vms_dir(), &name).map_err(HostError::invalid)?;
         let vm = Vm {
-            runtime_dir: dir.path(),
+            runtime_dir: self.config.vms_dir().join(&name),
             name: name.clone(),
             profile: order.of.profile.clone(),
             owner: order.of.owner.clone(),
@@ -108,9 +103,8 @@ impl Host {
         tokio::spawn(async move {
             if let Err(error) = host.boot(&instance, order, request.prefetch, asked).await {
                 tracing::error!(vm = instance.vm().name, %error, "launch failed");
-                host.memory.tell(Event::VmStopped {
-                    vm: instance.vm().name.into(),
-                });
+                let name = instance.vm().name.into();
+                host.memory.tell(PlannerEvent::VmStopped(name));
                 host.note_stopped(&instance).await;
                 instance.update(|vm| {
                     vm.error = Some(error.to_string());
@@ -143,20 +137,20 @@ impl Host {
             vm.launch.premapped = premapped.is_some();
             vm.launch.prefetched_bytes = wanted.missing.iter().map(|(_, extent)| extent.len).sum();
         });
-        self.memory.tell(Event::LaunchRequested {
-            vm: vm.name.as_str().into(),
-            domain: order.domain.clone(),
-            profile: order.of.profile.as_str().into(),
-            devices: order.device_images(),
-            working_set: wanted.working_set.clone(),
-        });
+        self.memory
+            .tell(PlannerEvent::LaunchRequested(LaunchRequested {
+                vm: vm.name.as_str().into(),
+                domain: order.domain.clone(),
+                profile: order.of.profile.as_str().into(),
+                devices: order.device_images(),
+                working_set: wanted.working_set.clone(),
+            }));
         if matches!(mode, PrefetchMode::Everything | PrefetchMode::ForecastFirst) {
             self.wait_resident(&order.domain, &wanted.working_set).await;
         }
-        let dir = VmDir::of(&self.config.vms_dir(), &vm.name).map_err(HostError::invalid)?;
-        dir.make().map_err(HostError::failed)?;
+        make_runtime_dir(&vm.runtime_dir)?;
         let composing = Instant::now();
-        let path = vm.runtime_dir.join(MAP_IMAGE);
+        let path = vm.runtime_dir.join("map.img");
         let (map, kernel) = match premapped {
             Some(premapped) => {
                 let moved = premapped.move_map(&path);
@@ -187,9 +181,8 @@ impl Host {
         let handle = self.driver.launch(&spec).await.map_err(HostError::failed)?;
         *self.accelerator.lock() = Some(handle.state().accelerator.clone());
         let vmm_started_s = asked.elapsed().as_secs_f64();
-        self.memory.tell(Event::VmStarted {
-            vm: vm.name.as_str().into(),
-        });
+        let started = vm.name.as_str().into();
+        self.memory.tell(PlannerEvent::VmStarted(started));
         instance.update(|vm| {
             vm.pid = Some(handle.pid());
             vm.forwards.clone_from(&forwards);
@@ -457,7 +450,7 @@ impl Host {
         spec.upper = match settings.scratch {
             Scratch::Tmpfs => Upper::Tmpfs,
             Scratch::Disk { bytes } => Upper::Scratch {
-                path: vm.runtime_dir.join(SCRATCH),
+                path: vm.runtime_dir.join("scratch.img"),
                 bytes,
             },
         };
@@ -487,14 +480,15 @@ impl Host {
         let wanted = self.wanted(&order, request.mode);
         self.premaps.offer(&order);
         let planned: Vec<Extent> = wanted.working_set.iter().map(|one| one.extent).collect();
-        self.memory.tell(Event::ForecastChanged {
-            domain: order.domain.clone(),
-            profile: order.of.profile.as_str().into(),
-            devices: order.device_images(),
-            launch_probability: 1.0,
-            next_launch_ms: Some(now_ms()),
-            working_set: wanted.working_set.clone(),
-        });
+        self.memory
+            .tell(PlannerEvent::ProfileForecast(ProfileForecast {
+                domain: order.domain.clone(),
+                profile: order.of.profile.as_str().into(),
+                devices: order.device_images(),
+                launch_probability: 1.0,
+                next_launch_ms: Some(now_ms()),
+                working_set: wanted.working_set.clone(),
+            }));
         if request.wait {
             self.wait_resident(&order.domain, &wanted.working_set).await;
         }
@@ -553,6 +547,19 @@ fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostErr
     Ok(MapImage {
         record,
         uuid: composed.digest.hex()[..32].to_owned(),
+    })
+}
+
+fn make_runtime_dir(dir: &Path) -> Result<(), HostError> {
+    let made = match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => std::fs::create_dir_all(dir),
+    };
+    made.map_err(|error| {
+        HostError::Failed(format!(
+            "cannot make the VM's directory {}: {error}",
+            dir.display()
+        ))
     })
 }
 

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forelay_cache::plan::Action;
+use forelay_cache::plan::PreparedLaunch;
 use forelay_cache::{Domain, ProfileName};
 use forelay_image::Digest;
 use parking_lot::Mutex;
@@ -89,12 +89,9 @@ struct State {
 impl Premaps {
     /// Nothing is prepared; what an earlier daemon prepared in `dir` is removed.
     pub fn open(dir: PathBuf) -> std::io::Result<Self> {
-        std::fs::create_dir_all(&dir)?;
-        for entry in std::fs::read_dir(&dir)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|ending| ending == "img") {
-                std::fs::remove_file(path)?;
-            }
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => std::fs::create_dir_all(&dir)?,
         }
         Ok(Self {
             dir,
@@ -151,13 +148,11 @@ impl Host {
     /// Carries out the planner's reservations, in order, for as long as it makes any.
     pub(in crate::daemon) async fn premap_likely(
         self: Arc<Self>,
-        mut actions: UnboundedReceiver<Action>,
+        mut launches: UnboundedReceiver<PreparedLaunch>,
     ) {
-        while let Some(action) = actions.recv().await {
-            match action {
-                Action::Reserve {
-                    domain, profile, ..
-                } => {
+        while let Some(launch) = launches.recv().await {
+            match launch {
+                PreparedLaunch::Prepare(domain, profile) => {
                     let Some(order) = self.premaps.offered(&(domain, profile)) else {
                         continue;
                     };
@@ -172,14 +167,14 @@ impl Host {
                         }
                     }
                 }
-                Action::Release { domain, profile } => {
+                PreparedLaunch::Release(domain, profile) => {
                     let mut state = self.premaps.state.lock();
                     let key = (domain, profile);
                     state.prepared.remove(&key);
                     state.offered.remove(&key);
                 }
                 // Memory is short: of all there is, this is the easiest to make anew.
-                _ => self.premaps.state.lock().prepared.clear(),
+                PreparedLaunch::ReleaseAll => self.premaps.state.lock().prepared.clear(),
             }
         }
     }

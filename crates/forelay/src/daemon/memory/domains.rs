@@ -12,16 +12,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use forelay_cache::plan::Event;
-use forelay_cache::{Domain, SharedImage};
+use forelay_cache::plan::SharedExtent;
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::{Digest, Extent};
 use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory};
 use forelay_store::Scheduler;
 use parking_lot::RwLock;
-use tokio::sync::mpsc::UnboundedSender;
 
 use crate::daemon::HostError;
 use crate::daemon::memory::faults::Attribution;
+use crate::daemon::memory::planner::PlannerSender;
 use crate::daemon::process::sessions::Sessions;
 
 /// Shared memory of one trust domain.
@@ -52,7 +52,7 @@ impl DomainMemory {
 struct Handler {
     domain: Domain,
     scheduler: Scheduler,
-    events: UnboundedSender<Event>,
+    planner: PlannerSender,
     attribution: Arc<Attribution>,
 }
 
@@ -61,10 +61,7 @@ impl FaultHandler for Handler {
         let file = fault.file;
         let extent = Extent::new(fault.offset, u64::from(fault.len));
         let image = SharedImage::new(self.domain.clone(), file);
-        let fetched = Event::Fetched {
-            image: image.clone(),
-            extent,
-        };
+        let fetched = PlannerEvent::Fetched(SharedExtent::new(image.clone(), extent));
         let arrived = Instant::now();
         let vm = self.attribution.vm_of(fault.thread);
         if let Some(bytes) = self.scheduler.try_cached(file, extent) {
@@ -72,16 +69,16 @@ impl FaultHandler for Handler {
             answer(fault, &bytes);
             self.attribution
                 .answered(vm.as_deref(), &image, extent, stall);
-            let _ = self.events.send(fetched);
+            self.planner.tell(fetched);
             return;
         }
-        let (events, attribution) = (self.events.clone(), Arc::clone(&self.attribution));
+        let (planner, attribution) = (self.planner.clone(), Arc::clone(&self.attribution));
         let answered = move |result: Result<bytes::Bytes, forelay_store::FetchError>| match result {
             Ok(bytes) => {
                 let stall = arrived.elapsed();
                 answer(fault, &bytes);
                 attribution.answered(vm.as_deref(), &image, extent, stall);
-                let _ = events.send(fetched);
+                planner.tell(fetched);
             }
             // Dropping the reply leaves the fault pending; it is retried on a timer.
             Err(error) => tracing::error!(
@@ -106,7 +103,7 @@ fn answer(fault: Fault, bytes: &[u8]) {
 pub struct Domains {
     mounts_dir: PathBuf,
     scheduler: Scheduler,
-    events: UnboundedSender<Event>,
+    planner: PlannerSender,
     sessions: Sessions,
     attribution: Arc<Attribution>,
     table: RwLock<BTreeMap<Domain, Arc<DomainMemory>>>,
@@ -117,7 +114,7 @@ impl Domains {
     pub fn new(
         mounts_dir: &Path,
         scheduler: Scheduler,
-        events: UnboundedSender<Event>,
+        planner: PlannerSender,
         sessions: Sessions,
     ) -> Self {
         let mounts_dir = mounts_dir.to_path_buf();
@@ -125,7 +122,7 @@ impl Domains {
         Self {
             mounts_dir,
             scheduler,
-            events,
+            planner,
             sessions,
             attribution,
             table: RwLock::default(),
@@ -157,7 +154,7 @@ impl Domains {
         let handler = Handler {
             domain: domain.clone(),
             scheduler: self.scheduler.clone(),
-            events: self.events.clone(),
+            planner: self.planner.clone(),
             attribution: Arc::clone(&self.attribution),
         };
         let mut config = forelay_memory::Config::new(mountpoint, session);

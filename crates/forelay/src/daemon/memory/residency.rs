@@ -10,8 +10,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use forelay_cache::mapping_table::{Disagreement, KernelTruth, PageState, SharedTable};
-use forelay_cache::plan::Event;
-use forelay_cache::{Domain, SharedImage};
+use forelay_cache::plan::SharedExtent;
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::pages::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
 
@@ -56,10 +56,10 @@ pub fn look(table: &SharedTable, domains: &Domains) -> Look {
 }
 
 /// The events that bring the table in line, given the look before this one.
-pub fn corrections(table: &SharedTable, before: &Look, now: &Look) -> Vec<Event> {
+pub fn corrections(table: &SharedTable, before: &Look, now: &Look) -> Vec<PlannerEvent> {
     let mut events = Vec::new();
     for (image, extent) in now.lost.iter().cloned() {
-        events.push(Event::Evicted { image, extent });
+        events.push(PlannerEvent::Evicted(SharedExtent::new(image, extent)));
     }
     for (image, found) in &now.found {
         let Some(earlier) = before.found.get(image) else {
@@ -70,7 +70,7 @@ pub fn corrections(table: &SharedTable, before: &Look, now: &Look) -> Vec<Event>
             for (extent, state) in states {
                 if matches!(state, PageState::Absent | PageState::Reserved) {
                     let image = image.clone();
-                    events.push(Event::Fetched { image, extent });
+                    events.push(PlannerEvent::Fetched(SharedExtent::new(image, extent)));
                 }
             }
         }
@@ -183,14 +183,17 @@ mod tests {
         let found = [Extent::new(0, 4096), Extent::new(65536, 4096)];
         let found = found.into_iter().collect();
         now.found.insert(image.clone(), found);
-        let lost = Event::Evicted {
-            image: image.clone(),
-            extent: Extent::new(4096, 4096),
-        };
+        let lost = PlannerEvent::Evicted(SharedExtent::new(image.clone(), Extent::new(4096, 4096)));
         let first = corrections(&table, &Look::default(), &now);
         assert_eq!(first, std::slice::from_ref(&lost));
         let extent = Extent::new(65536, 4096);
         let second = corrections(&table, &now, &now);
-        assert_eq!(second, [lost, Event::Fetched { image, extent }]);
+        assert_eq!(
+            second,
+            [
+                lost,
+                PlannerEvent::Fetched(SharedExtent::new(image, extent))
+            ]
+        );
     }
 }

@@ -12,12 +12,18 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
 
 use forelay_cache::mapping_table::journal::{append, replay};
 use forelay_cache::mapping_table::{MappingTable, Phase, SharedTable};
 
 /// The journal is rewritten when it has grown to this many bytes beyond twice its start.
 const SLACK_BYTES: u64 = 1 << 20;
+
+/// How soon a write that failed is tried again.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
 
 /// What a journal of an earlier daemon said.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +45,8 @@ pub struct Journal {
     file: File,
     bytes: u64,
     start_bytes: u64,
+    /// A write failed: what is there may be torn, and records are lost.
+    behind: bool,
 }
 
 impl Journal {
@@ -76,30 +84,79 @@ impl Journal {
             file,
             bytes,
             start_bytes: bytes,
+            behind: false,
         };
         Ok((journal, table, replayed))
     }
 
-    /// Writes what has changed since the last call.
+    /// Writes what has changed since the last call; all of the table if a call before failed.
     pub fn write(&mut self, table: &SharedTable) -> io::Result<()> {
         let records = table.write(MappingTable::drain_records);
-        if records.is_empty() {
+        if records.is_empty() && !self.behind {
             return Ok(());
         }
-        let mut frames = Vec::new();
-        append(&mut frames, &records);
-        self.file.write_all(&frames)?;
-        self.bytes += frames.len() as u64;
-        if self.bytes > 2 * self.start_bytes + SLACK_BYTES {
+        if !self.behind {
+            let mut frames = Vec::new();
+            append(&mut frames, &records);
+            self.behind = true;
+            self.file.write_all(&frames)?;
+            self.behind = false;
+            self.bytes += frames.len() as u64;
+        }
+        if self.behind || self.bytes > 2 * self.start_bytes + SLACK_BYTES {
             let whole = table.write(|table| {
                 // What has changed since is in the snapshot; told again it would contradict it.
                 drop(table.drain_records());
                 snapshot(table)
             });
+            self.behind = true;
             let (file, bytes) = start_file(&self.path, &whole)?;
             (self.file, self.bytes, self.start_bytes) = (file, bytes, bytes);
+            self.behind = false;
         }
         Ok(())
+    }
+}
+
+/// Writes a journal in order, on a thread of its own, which ends with this.
+#[derive(Debug)]
+pub struct JournalWriter(SyncSender<()>);
+
+impl JournalWriter {
+    /// Starts the thread.
+    pub fn start(mut journal: Journal, table: Arc<SharedTable>) -> io::Result<Self> {
+        // One waiting wake is enough: a write takes all that has changed until then.
+        let (wake, woken) = sync_channel(1);
+        let write = move || {
+            let mut fails = false;
+            loop {
+                let woken = woken.recv_timeout(RETRY_EVERY);
+                if woken.is_ok() || fails {
+                    let written = journal.write(&table);
+                    match (&written, fails) {
+                        (Err(error), false) => {
+                            tracing::error!(%error, "the mapping table's journal is behind");
+                        }
+                        (Ok(()), true) => tracing::info!("the mapping table's journal is whole"),
+                        _ => {}
+                    }
+                    fails = written.is_err();
+                }
+                if woken == Err(RecvTimeoutError::Disconnected) {
+                    // What has changed since the last wake.
+                    let _ = journal.write(&table);
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("forelay-journal".to_owned());
+        thread.spawn(write)?;
+        Ok(Self(wake))
+    }
+
+    /// The table may have changed. Never blocks.
+    pub fn wake(&self) {
+        let _ = self.0.try_send(());
     }
 }
 
@@ -159,6 +216,30 @@ mod tests {
         assert!(replayed.dropped_bytes > 0 && replayed.refused_records == 0);
         let (_, _, again) = Journal::open(path).unwrap();
         assert_eq!((again.vms, again.dropped_bytes), (1, 0), "rewritten whole");
+    }
+
+    #[test]
+    fn after_a_failed_write_the_whole_table_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("table.journal");
+        let (mut journal, table, _) = Journal::open(path.clone()).unwrap();
+        let table = SharedTable::new(table);
+        let map = |vm: &str| {
+            let (vm, devices) = (vm.into(), [device()]);
+            table
+                .write(|table| table.map(&vm, &"d".into(), &"p".into(), &devices, Phase::Running))
+                .unwrap();
+        };
+        map("before");
+        journal.file = File::open("/dev/full").unwrap();
+        assert!(journal.write(&table).is_err());
+        map("after");
+        journal.write(&table).unwrap();
+        let (_, found, replayed) = Journal::open(path).unwrap();
+        assert_eq!(
+            (found.known_vms().count(), replayed.refused_records),
+            (2, 0)
+        );
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use forelay_cache::budget::BudgetConfig;
 use forelay_cache::mapping_table::SharedTable;
-use forelay_cache::plan::{Event, PlanConfig, Planner};
-use forelay_cache::{DeviceImage, Domain};
+use forelay_cache::plan::{PlanConfig, RunningVm};
+use forelay_cache::{DeviceImage, Domain, Planner, PlannerEvent};
 use forelay_image::bundle::Bundle;
 use forelay_image::lock::Lock;
 use forelay_memory::{holder, pinner, pressure};
@@ -31,11 +31,11 @@ use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::launch::prepared::Premaps;
 use crate::daemon::memory::domains::Domains;
-use crate::daemon::memory::planner_task::Memory;
+use crate::daemon::memory::executors::Executors;
+use crate::daemon::memory::planner::{PlannerHandle, PlannerParts, planner_channel};
 use crate::daemon::memory::samples::{Sampler, total_bytes};
-use crate::daemon::process::journal::{Journal, Replayed};
+use crate::daemon::process::journal::{Journal, JournalWriter, Replayed};
 use crate::daemon::process::sessions::Sessions;
-use crate::daemon::vm::directory::RECORD;
 use crate::daemon::vm::registry::{Instance, Record, load_records};
 use crate::history::ProfileRef;
 
@@ -218,35 +218,37 @@ pub async fn open_store(config: &Config) -> Result<Store> {
 async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
     let store = open_store(&config).await?;
     let scheduler = store.scheduler().clone();
-    let (events, incoming) = mpsc::unbounded_channel();
+    let (sender, inbox) = planner_channel();
     let domains = Arc::new(Domains::new(
         &config.mounts_dir(),
         scheduler.clone(),
-        events.clone(),
+        sender.clone(),
         Sessions::connect()?,
     ));
     let (plan, budget) = memory_settings(&config);
     let journal = config.runtime_dir.join("mapping-table.journal");
     let (journal, table, journalled) = Journal::open(journal)?;
     let table = Arc::new(SharedTable::new(table));
+    let journal = JournalWriter::start(journal, Arc::clone(&table))?;
     let planner = Planner::new(plan, budget, table);
     let (reserve, reserved) = mpsc::unbounded_channel();
     let sampler = Sampler::new();
     let demand = sampler.demand();
-    let memory = Memory::start(
+    let executors = Executors::start(&domains, scheduler.clone(), &sender, reserve)?;
+    let parts = PlannerParts {
         planner,
-        Arc::clone(&domains),
+        domains: Arc::clone(&domains),
         scheduler,
         sampler,
+        executors,
         journal,
-        (events, incoming),
-        reserve,
-    );
+    };
+    let memory = PlannerHandle::start(parts, sender, inbox)?;
     let last_launches = LastLaunches::open(&config.state_dir, config.vmm.pmem_slots)?;
     let memory_mib = last_launches.memory_mib();
     let (learner, recent) = Learner::open(&config.state_dir, &config.forecast, memory_mib).await?;
     let launches = last_launches.past(&recent, learner.clock());
-    memory.tell(Event::LaunchesRemembered { launches });
+    memory.tell(PlannerEvent::LaunchesRemembered(launches));
     let mut driver = QemuDriver::new(&config.state_dir);
     driver.binary.clone_from(&config.vmm.qemu);
     driver.accelerator = match config.vmm.accelerator.as_str() {
@@ -366,7 +368,7 @@ async fn take_over(host: &Arc<Host>, journalled: Replayed) -> Result<()> {
     if taken_over {
         // What the predecessor could not do any more.
         let budget_bytes = memory_settings(&host.config).0.budget_bytes;
-        host.memory.tell(Event::BudgetChanged { budget_bytes });
+        host.memory.tell(PlannerEvent::BudgetChanged(budget_bytes));
     }
     Ok(())
 }
@@ -408,7 +410,7 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
             let why = crate::daemon::chain(&error);
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
             end_unknown(&vm.runtime_dir);
-            let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));
+            let _ = std::fs::remove_file(vm.runtime_dir.join("instance.json"));
             host.note_stopped(&instance).await;
             instance.update(|vm| {
                 vm.pid = None;
@@ -452,12 +454,12 @@ impl Host {
             image: one.image,
             image_bytes: one.image_bytes,
         });
-        self.memory.tell(Event::VmFound {
+        self.memory.tell(PlannerEvent::VmFound(RunningVm {
             vm: vm.name.as_str().into(),
             domain: vm.domain.as_str().into(),
             profile: vm.profile.as_str().into(),
             devices: devices.collect(),
-        });
+        }));
         self.handles.lock().insert(vm.name, handle.clone());
         let of = ProfileRef::new(vm.profile, vm.owner);
         self.supervise_reattached(instance, handle, of);

@@ -10,8 +10,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use forelay_cache::plan::Event;
-use forelay_cache::{DeviceImage, Domain};
+use forelay_cache::{DeviceImage, Domain, PlannerEvent};
 use forelay_guest_protocol::messages::Attach;
 use forelay_image::component::NameRange;
 use forelay_image::lock::{Lock, LockedComponent};
@@ -199,10 +198,8 @@ impl Host {
             image: component.image,
             image_bytes: component.image_bytes,
         };
-        self.memory.tell(Event::Attached {
-            vm: vm.name.as_str().into(),
-            device,
-        });
+        let name = vm.name.as_str().into();
+        self.memory.tell(PlannerEvent::Attached(name, device));
         let observed = self.observers.lock().get(&vm.name).cloned();
         if let Some(observed) = observed {
             self.learn_attached(instance, &observed, component.image);
@@ -269,10 +266,8 @@ impl Host {
 
     fn note_detached(&self, instance: &Instance, image: Digest) {
         let name = instance.vm().name;
-        self.memory.tell(Event::Detached {
-            vm: name.as_str().into(),
-            image,
-        });
+        self.memory
+            .tell(PlannerEvent::Detached(name.as_str().into(), image));
         if let Some(observed) = self.observers.lock().get(&name) {
             observed.lock().observer.unwatch(&image);
         }

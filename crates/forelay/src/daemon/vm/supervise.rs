@@ -9,7 +9,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_cache::plan::Event;
+use forelay_cache::PlannerEvent;
+use forelay_cache::plan::TouchReport;
 use forelay_image::{Digest, Extent, Touch};
 use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
@@ -21,8 +22,7 @@ use crate::daemon::forecast::lessons::Notebook;
 use crate::daemon::forecast::observer::{NewTouches, Observer};
 use crate::daemon::launch::launcher::Wanted;
 use crate::daemon::memory::faults::{Plan, Waits};
-use crate::daemon::memory::planner_task::now_ms;
-use crate::daemon::vm::directory::{MAP_IMAGE, RECORD, SCRATCH};
+use crate::daemon::memory::planner::now_ms;
 use crate::daemon::vm::registry::Instance;
 use crate::history::ProfileRef;
 
@@ -275,11 +275,11 @@ impl Host {
             found
         });
         for NewTouches { image, extents } in scanned.await.unwrap_or_default() {
-            self.memory.tell(Event::Touched {
+            self.memory.tell(PlannerEvent::Touched(TouchReport {
                 vm: vm.name.as_str().into(),
                 image,
                 extents,
-            });
+            }));
         }
     }
 
@@ -361,10 +361,10 @@ impl Host {
         let waits = self.domains.attribution().figures(handle.pid());
         self.domains.attribution().remove(handle.pid());
         instance.update(|vm| vm.waits = waits.unwrap_or_default().into());
-        self.memory.tell(Event::VmStopped { vm: name.into() });
+        self.memory.tell(PlannerEvent::VmStopped(name.into()));
         self.observers.lock().remove(name);
         self.note_stopped(instance).await;
-        for file in [MAP_IMAGE, SCRATCH, RECORD] {
+        for file in ["map.img", "scratch.img", "instance.json"] {
             let _ = std::fs::remove_file(vm.runtime_dir.join(file));
         }
         let asked = ended.cause == Cause::HostQuit;
