@@ -26,8 +26,14 @@ Tasks:
   test            install what is needed and run the whole suite
   bench <NAME>    measure; writes target/bench/<NAME>.json
   guest           build the guest's init and print its path
-  tidy            check what drifts: names in ARCHITECTURE.md, module headers, commands in docs
+  tidy            check what drifts: who knows whom, names and commands in the pages, headers,
+                  long functions, repeated type names, functions without a caller, words
+  tidy --figures [ROOT]
+                  print the figures behind these checks, of the workspace at ROOT
 ";
+
+/// The tasks above, by which the pages are checked.
+const TASKS: [&str; 5] = ["demo", "test", "bench", "guest", "tidy"];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -39,7 +45,9 @@ fn main() -> ExitCode {
         ["guest"] => guest::build().map(|path| println!("{}", path.display())),
         // Not for people: the memory hog of `bench pressure`.
         ["hog"] => hog::run(),
-        ["tidy"] => tidy::run(),
+        ["tidy"] => tidy::run_all(),
+        ["tidy", "--figures"] => tidy::print_figures(None),
+        ["tidy", "--figures", root] => tidy::print_figures(Some(root)),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

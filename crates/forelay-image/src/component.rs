@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Digest;
+use crate::{Digest, NameError, NameOf};
 
 /// Digest of a component's canonical metadata.
 pub type ComponentId = Digest;
@@ -124,6 +124,12 @@ pub struct Component<I = ImageRef> {
 }
 
 impl<I> Component<I> {
+    /// Checks name and version, which become parts of paths and are shown to people.
+    pub fn check_names(&self) -> Result<(), NameError> {
+        NameOf::Component.check(&self.name)?;
+        NameOf::Version.check(&self.version)
+    }
+
     /// A component that offers its name alone and needs nothing.
     pub fn new(name: &str, version: &str, role: Role, architecture: &str, image: I) -> Self {
         Self {

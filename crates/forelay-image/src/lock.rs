@@ -9,6 +9,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
+use crate::NameOf;
 use crate::component::{Component, ComponentId, Role};
 use crate::manifest::position;
 
@@ -120,6 +121,11 @@ impl Lock {
 
     fn validate(&self) -> Result<(), LockError> {
         let inconsistent = |text: String| Err(LockError::Inconsistent(text));
+        for one in self.all() {
+            let checked = NameOf::Component.check(&one.name);
+            let checked = checked.and_then(|()| NameOf::Version.check(&one.version));
+            checked.map_err(|error| LockError::Inconsistent(error.to_string()))?;
+        }
         if self.kernel.role != Role::Kernel {
             return inconsistent(format!("{} is no kernel", self.kernel.name));
         }

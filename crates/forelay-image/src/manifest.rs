@@ -4,7 +4,8 @@
 //! column and, where it can, the fix. Refuses to know what exists in a repository.
 //!
 //! Invariant: a [`Manifest`] that parsed is consistent in itself: ranges and ports are
-//! well-formed, `entrypoint` and `init` exclude each other, file paths are absolute.
+//! well-formed, `entrypoint` and `init` exclude each other, file paths are absolute, names
+//! pass [`NameOf::check`].
 
 use std::collections::BTreeMap;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::Digest;
 use crate::component::NameRange;
 use crate::version;
+use crate::{NameError, NameOf};
 
 /// What a VM is to be made of and how it is to run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -177,22 +179,44 @@ impl Manifest {
     /// Reads a manifest.
     pub fn parse(text: &str) -> Result<Self, ManifestError> {
         let manifest: Self = toml::from_str(text).map_err(|error| located(text, &error))?;
-        if !manifest.entrypoint.is_empty() && manifest.init.is_some() {
-            let offset = text.find("init").unwrap_or(0);
-            let message = "`entrypoint` and `init` exclude each other".to_owned();
-            let help = Some(
-                "keep `entrypoint` to run one command, or `init` to boot the image's own init"
-                    .into(),
-            );
-            let (line, column) = position(text, offset);
-            return Err(ManifestError {
+        let refused = |key: &str, message: String, help: Option<String>| {
+            let (line, column) = position(text, key_offset(text, key));
+            ManifestError {
                 line,
                 column,
                 message,
                 help,
-            });
+            }
+        };
+        if !manifest.entrypoint.is_empty() && manifest.init.is_some() {
+            let message = "`entrypoint` and `init` exclude each other".to_owned();
+            let help =
+                "keep `entrypoint` to run one command, or `init` to boot the image's own init";
+            return Err(refused("init", message, Some(help.to_owned())));
         }
+        manifest.check_names().map_err(|(key, error)| {
+            let help = (key == "base")
+                .then(|| "the base names the profile here: give a `name` or a `profile`".into());
+            refused(key, error.to_string(), help)
+        })?;
         Ok(manifest)
+    }
+
+    /// Checks the names that it gives; an error names the key.
+    fn check_names(&self) -> Result<(), (&'static str, NameError)> {
+        let given = [
+            ("name", NameOf::Vm, &self.name),
+            ("profile", NameOf::Profile, &self.profile),
+            ("owner", NameOf::Owner, &self.owner),
+            ("hostname", NameOf::Host, &self.hostname),
+        ];
+        for (key, of, name) in given {
+            if let Some(name) = name {
+                of.check(name).map_err(|error| (key, error))?;
+            }
+        }
+        let profile = NameOf::Profile.check(self.profile_name());
+        profile.map_err(|error| ("base", error))
     }
 
     /// The profile under which launches are remembered.
@@ -212,6 +236,20 @@ impl Manifest {
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("a manifest always serialises")
     }
+}
+
+/// Where the top-level `key` is set; the start if it is not found.
+fn key_offset(text: &str, key: &str) -> usize {
+    let mut offset = 0;
+    for line in text.split_inclusive('\n') {
+        let word = line.trim_start();
+        let set = word.strip_prefix(key).map(str::trim_start);
+        if set.is_some_and(|rest| rest.starts_with('=')) {
+            return offset + line.len() - word.len();
+        }
+        offset += line.len();
+    }
+    0
 }
 
 /// Line and column, both from 1, of a byte offset.

@@ -145,8 +145,9 @@ impl fmt::Display for Range {
     }
 }
 
-/// Accepts what Debian accepts as characters of a version.
-pub fn check(version: &str) -> Result<(), VersionError> {
+/// Accepts what Debian accepts as characters of a bound; components' own versions are names
+/// ([`crate::NameOf::Version`]).
+fn check(version: &str) -> Result<(), VersionError> {
     if version.is_empty() {
         return Err(VersionError::Empty);
     }

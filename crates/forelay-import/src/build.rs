@@ -9,10 +9,10 @@ use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forelay_image::ChunkIndex;
 use forelay_image::component::{Component, Role};
 use forelay_image::erofs::write::{WriteError, write_image};
 use forelay_image::tree::{Kind, Tree};
+use forelay_image::{ChunkIndex, NameOf};
 use tempfile::TempPath;
 
 use crate::apt::{AptCache, DEFAULT_REFRESH_AFTER};
@@ -172,6 +172,10 @@ impl Builder {
         request: &BuildRequest,
         report: Reporter<'_>,
     ) -> Result<BuiltComponents, ImportError> {
+        if let Some(name) = &request.name {
+            let checked = NameOf::Component.check(name);
+            checked.map_err(|error| ImportError::Request(format!("{error} (--name)")))?;
+        }
         let mut imported = self.import(request, report)?;
         apply_overrides(&mut imported.main.draft, request)?;
         let split_off = imported.split_off.iter();
@@ -281,7 +285,10 @@ fn import_deb_file(
         "{}\nStatus: install ok installed\n",
         control.text().trim_end()
     );
-    let status_path = status_path(name.unwrap_or(control.field("Package")));
+    let name = name.unwrap_or(control.field("Package"));
+    let checked = NameOf::Component.check(name);
+    checked.map_err(|error| ImportError::Request(format!("{error} (--name)")))?;
+    let status_path = status_path(name);
     deb.tree
         .put_file(&status_path, status.into_bytes(), made(0o644))
         .map_err(tree_error(path))?;
@@ -327,14 +334,8 @@ fn apply_overrides(draft: &mut Draft, request: &BuildRequest) -> Result<(), Impo
     if let Some(entrypoint) = &request.entrypoint {
         draft.entrypoint = entrypoint.clone();
     }
-    let good = |c: char| c.is_ascii_alphanumeric() || "+-._".contains(c);
-    if draft.name.is_empty() || !draft.name.chars().all(good) || draft.name.starts_with('.') {
-        return Err(ImportError::Request(format!(
-            "{:?} is not a component name: use letters, digits, and + - . _ (--name)",
-            draft.name
-        )));
-    }
-    Ok(())
+    let checked = draft.check_names();
+    checked.map_err(|error| ImportError::Request(format!("{error} (--name, --version)")))
 }
 
 fn content_bytes(tree: &Tree) -> u64 {

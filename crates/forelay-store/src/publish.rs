@@ -392,7 +392,7 @@ fn check_consistency(component: &Component, chunks: &ChunkIndex) -> Result<(), S
     if component.image.metadata_bytes > component.image.bytes {
         return inconsistent("its metadata is longer than its image".into());
     }
-    if let Err(error) = forelay_image::version::check(&component.version) {
+    if let Err(error) = component.check_names() {
         return inconsistent(error.to_string());
     }
     let ranges = component

@@ -344,6 +344,7 @@ pub(crate) fn decode_component(id: ComponentId, bytes: &[u8]) -> Result<Componen
         return Err("its bytes do not have the digest that its name says".into());
     }
     let component: Component = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    component.check_names().map_err(|error| error.to_string())?;
     Ok(component)
 }
 

@@ -33,4 +33,15 @@ pub use accelerator::{Accelerator, Probe, probe_accelerator};
 pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};
 pub use handle::{HotAttached, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
+/// Files that a launched VM may leave in its runtime directory.
+pub const RUNTIME_FILES: [&str; 7] = [
+    state::STATE_FILE,
+    state::UNFINISHED_STATE_FILE,
+    "console.log",
+    qemu::LOG_FILE,
+    qemu::command_line::MONITOR_SOCKET,
+    qemu::command_line::CHANNEL_SOCKET,
+    qemu::command_line::CONSOLE_SOCKET,
+];
+
 pub use spec::{Boot, Disk, DiskFormat, Forward, PmemDevice, Upper, VmSpec, Wrap};

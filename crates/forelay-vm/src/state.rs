@@ -13,6 +13,8 @@ use crate::spec::{Forward, PmemDevice};
 
 /// Name of the file in the runtime directory.
 pub const STATE_FILE: &str = "vm-state.json";
+/// The file while it is written.
+pub const UNFINISHED_STATE_FILE: &str = "vm-state.json.new";
 
 /// A launched VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,7 +60,7 @@ impl VmState {
     /// Writes it.
     pub fn write(&self, runtime_dir: &Path) -> io::Result<()> {
         let text = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
-        let temporary = runtime_dir.join(format!("{STATE_FILE}.new"));
+        let temporary = runtime_dir.join(UNFINISHED_STATE_FILE);
         std::fs::write(&temporary, text)?;
         std::fs::rename(&temporary, runtime_dir.join(STATE_FILE))
     }

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use forelay_image::{NameError, NameOf};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -49,6 +50,12 @@ pub enum ClientError {
         /// The daemon's words.
         message: String,
     },
+}
+
+/// The API's path of a VM, with `rest` behind it.
+pub fn vm_path(name: &str, rest: &str) -> Result<String, NameError> {
+    NameOf::Vm.check(name)?;
+    Ok(format!("/v1/vms/{name}{rest}"))
 }
 
 impl Client {

@@ -24,8 +24,11 @@ use crate::demo;
 use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
-const NAMES: &str = "launch, compose, forecast, policy, table, plan, memory, pressure, \
-                     burst, attach, premap, day";
+/// All benchmarks.
+pub const NAMES: [&str; 12] = [
+    "launch", "compose", "forecast", "policy", "table", "plan", "memory", "pressure", "burst",
+    "attach", "premap", "day",
+];
 
 /// Runs one benchmark.
 pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
@@ -44,7 +47,10 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "plan" => example("forelay-cache", "bench_plan", &out, arguments)?,
         "compose" => example("forelay-image", "bench_compose", &out, arguments)?,
         "forecast" => example("forelay-sim", "bench_forecast", &out, arguments)?,
-        _ => bail!("no benchmark is called {name:?}; there are: {NAMES}"),
+        _ => bail!(
+            "no benchmark is called {name:?}; there are: {}",
+            NAMES.join(", ")
+        ),
     }
     println!("\n{}", std::fs::read_to_string(&out)?);
     println!("written to {}", out.display());

@@ -39,7 +39,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Interval of attempts to connect.
 const POLL: Duration = Duration::from_millis(3);
 /// What QEMU prints goes here, in the runtime directory.
-const LOG_FILE: &str = "qemu.log";
+pub(crate) const LOG_FILE: &str = "qemu.log";
 
 /// Launches VMs with QEMU.
 #[derive(Clone, Debug)]

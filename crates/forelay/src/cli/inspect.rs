@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::output::{self, bytes, optional, seconds};
 use crate::api::{ForecastEntry, HistoryEntry, MapDevice, MemoryReport, SelfControl, VmMap};
-use crate::client::Client;
+use crate::client::{Client, vm_path};
 
 /// `forelay memory`.
 pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> {
@@ -72,7 +72,7 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
 
 /// `forelay map`.
 pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
-    let map: VmMap = client.get(&format!("/v1/vms/{name}/map")).await?;
+    let map: VmMap = client.get(&vm_path(name, "/map")?).await?;
     if json {
         return output::json(&map);
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
+use forelay_image::NameOf;
 use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::PMEM_ALIGN_BYTES;
 use forelay_image::lock::Lock;
@@ -115,6 +116,9 @@ pub async fn lock(arguments: LockArguments, config: &Config) -> Result<()> {
 /// `forelay compose`.
 pub async fn compose(arguments: ComposeArguments, config: &Config) -> Result<()> {
     let manifest = read_manifest(&arguments.manifest)?;
+    if let Some(hostname) = &arguments.hostname {
+        NameOf::Host.check(hostname).context("--hostname")?;
+    }
     let store = open_store(config).await?;
     let lock = match &arguments.lock {
         Some(path) => read_lock(path)?,

@@ -6,6 +6,8 @@
 
 mod components;
 mod doctor;
+#[cfg(test)]
+mod documented;
 mod history;
 mod inspect;
 mod manifests;

@@ -13,7 +13,7 @@ use crate::api::{
     AttachRequest, ExecRequest, ExecResult, LaunchRequest, PrefetchMode, PrefetchRequest,
     Prefetched, Vm, VmState,
 };
-use crate::client::Client;
+use crate::client::{Client, vm_path};
 
 /// Arguments of `forelay run`.
 #[derive(Debug, clap::Args)]
@@ -178,7 +178,7 @@ async fn wait_ready(
 ) -> Result<Vm> {
     let deadline = tokio::time::Instant::now() + timeout;
     loop {
-        let vm: Vm = client.get(&format!("/v1/vms/{name}?wait_ms=500")).await?;
+        let vm: Vm = client.get(&vm_path(name, "?wait_ms=500")?).await?;
         match vm.state {
             VmState::Ready | VmState::Stopped => return Ok(vm),
             VmState::Failed => {
@@ -254,7 +254,7 @@ fn forwards(vm: &Vm) -> String {
 pub async fn stop(client: &Client, names: &[String], json: bool) -> Result<()> {
     let mut stopped = Vec::new();
     for name in names {
-        let vm: Vm = client.delete(&format!("/v1/vms/{name}")).await?;
+        let vm: Vm = client.delete(&vm_path(name, "")?).await?;
         if !json {
             println!("{name} stopped");
         }
@@ -269,9 +269,7 @@ pub async fn exec(client: &Client, name: &str, command: Vec<String>, json: bool)
         command,
         timeout_s: None,
     };
-    let result: ExecResult = client
-        .post(&format!("/v1/vms/{name}/exec"), &request)
-        .await?;
+    let result: ExecResult = client.post(&vm_path(name, "/exec")?, &request).await?;
     if json {
         output::json(&result)?;
         return Ok(0);
@@ -294,7 +292,7 @@ pub async fn attach(
         component: component.clone(),
     };
     let vm: Vm = client
-        .post(&format!("/v1/vms/{name}/{verb}"), &request)
+        .post(&vm_path(name, &format!("/{verb}"))?, &request)
         .await?;
     if json {
         return output::json(&vm);
@@ -308,7 +306,7 @@ pub async fn attach(
 
 /// `forelay logs`.
 pub async fn logs(client: &Client, name: &str, follow_on: bool) -> Result<()> {
-    let vm: Vm = client.get(&format!("/v1/vms/{name}")).await?;
+    let vm: Vm = client.get(&vm_path(name, "")?).await?;
     if follow_on {
         return follow(client, &vm).await;
     }
@@ -331,7 +329,7 @@ async fn follow(client: &Client, vm: &Vm) -> Result<()> {
     let mut buffer = Vec::new();
     let mut at = 0;
     loop {
-        let now: Vm = client.get(&format!("/v1/vms/{}", vm.name)).await?;
+        let now: Vm = client.get(&vm_path(&vm.name, "")?).await?;
         file.seek(std::io::SeekFrom::Start(at))?;
         buffer.clear();
         at += file.read_to_end(&mut buffer)? as u64;
@@ -349,7 +347,7 @@ async fn follow(client: &Client, vm: &Vm) -> Result<()> {
 
 /// `forelay console`: both directions until end of input or of the VM.
 pub async fn console(client: &Client, name: &str) -> Result<()> {
-    let vm: Vm = client.get(&format!("/v1/vms/{name}")).await?;
+    let vm: Vm = client.get(&vm_path(name, "")?).await?;
     if !vm.state.is_live() {
         bail!("VM {name} does not run; its console's past is in `forelay logs {name}`");
     }

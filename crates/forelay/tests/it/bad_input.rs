@@ -97,6 +97,70 @@ fn privileged_senseless_requests_are_refused_in_words() {
 }
 
 #[test]
+fn privileged_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched() {
+    let test = "privileged_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let canary = host.dir().join("canary");
+    std::fs::create_dir(&canary).unwrap();
+    std::fs::write(canary.join("file"), "kept").unwrap();
+    let long = "x".repeat(300);
+    let names = [
+        "",
+        ".",
+        "..",
+        "../../canary",
+        canary.to_str().unwrap(),
+        "-x",
+        "a b",
+        "a\nb",
+        "\u{e9}",
+        &long,
+    ];
+    let plain = host.write("plain.toml", &idle("plain", "[]", ""));
+    let plain = plain.to_str().unwrap();
+    let refused = |words: &[&str], what: &str| {
+        let said = host.refused(words);
+        assert!(
+            said.contains(what) && said.contains("use 1 to"),
+            "{words:?}: {said}"
+        );
+    };
+    for name in names {
+        refused(
+            &["run", "--detach", &format!("--name={name}"), plain],
+            "the name of a VM",
+        );
+        for (key, what) in [
+            ("name", "the name of a VM"),
+            ("profile", "a profile"),
+            ("owner", "an owner"),
+            ("hostname", "a host name"),
+        ] {
+            let text = format!("{key} = {name:?}\nbase = \"debian\"\n");
+            let manifest = host.write("named.toml", &text);
+            refused(&["run", "--detach", manifest.to_str().unwrap()], what);
+            refused(&["prefetch", manifest.to_str().unwrap()], what);
+        }
+        refused(&["stop", "--", name], "the name of a VM");
+    }
+    // A profile that comes from the base's name is no way around.
+    let manifest = host.write("base.toml", "base = \"a/../../canary\"\n");
+    refused(
+        &["run", "--detach", manifest.to_str().unwrap()],
+        "a profile",
+    );
+    assert_eq!(std::fs::read(canary.join("file")).unwrap(), b"kept");
+    assert_eq!(std::fs::read_dir(&canary).unwrap().count(), 1);
+    assert_eq!(files(&host.dir().join("run/vms")), Vec::<PathBuf>::new());
+    assert_eq!(
+        host.json(["history"]),
+        serde_json::json!([]),
+        "nothing is learned of them"
+    );
+}
+
+#[test]
 fn privileged_what_breaks_one_vm_leaves_another_unharmed() {
     let test = "privileged_what_breaks_one_vm_leaves_another_unharmed";
     let Some(bench) = bench(test) else { return };

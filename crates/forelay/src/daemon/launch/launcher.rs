@@ -17,7 +17,7 @@ use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::{PMEM_ALIGN_BYTES, total_bytes};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Scratch};
-use forelay_image::{Digest, Extent, PlannedExtent};
+use forelay_image::{Digest, Extent, NameOf, PlannedExtent};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmSpec, VmmDriver as _, Wrap};
 
@@ -28,6 +28,7 @@ use crate::api::{
 use crate::daemon::launch::prepared::hostname;
 use crate::daemon::launch::resolve::{Order, PlannedDevice, label, vm_component};
 use crate::daemon::memory::planner::now_ms;
+use crate::daemon::vm::directory::{MAP_IMAGE, SCRATCH, VmDir};
 use crate::daemon::vm::registry::{DeviceRecord, Instance, Record};
 use crate::daemon::{Host, HostError, KEEP_RECIPES};
 use crate::recipe::{KernelFiles, Recipe, kernel_files};
@@ -52,6 +53,9 @@ impl Host {
     pub async fn launch(self: &Arc<Self>, request: LaunchRequest) -> Result<Vm, HostError> {
         let asked = Instant::now();
         let launched_ms = now_ms();
+        if let Some(name) = &request.name {
+            NameOf::Vm.check(name).map_err(HostError::invalid)?;
+        }
         let order = self
             .order(&request.manifest, request.lock.as_deref())
             .await?;
@@ -59,8 +63,9 @@ impl Host {
             Some(name) => name,
             None => self.instances.free_name(&order.of.profile),
         };
+        let dir = VmDir::of(&self.config.vms_dir(), &name).map_err(HostError::invalid)?;
         let vm = Vm {
-            runtime_dir: self.config.vms_dir().join(&name),
+            runtime_dir: dir.path(),
             name: name.clone(),
             profile: order.of.profile.clone(),
             owner: order.of.owner.clone(),
@@ -148,9 +153,10 @@ impl Host {
         if matches!(mode, PrefetchMode::Everything | PrefetchMode::ForecastFirst) {
             self.wait_resident(&order.domain, &wanted.working_set).await;
         }
-        make_runtime_dir(&vm.runtime_dir)?;
+        let dir = VmDir::of(&self.config.vms_dir(), &vm.name).map_err(HostError::invalid)?;
+        dir.make().map_err(HostError::failed)?;
         let composing = Instant::now();
-        let path = vm.runtime_dir.join("map.img");
+        let path = vm.runtime_dir.join(MAP_IMAGE);
         let (map, kernel) = match premapped {
             Some(premapped) => {
                 let moved = premapped.move_map(&path);
@@ -450,7 +456,7 @@ impl Host {
         spec.upper = match settings.scratch {
             Scratch::Tmpfs => Upper::Tmpfs,
             Scratch::Disk { bytes } => Upper::Scratch {
-                path: vm.runtime_dir.join("scratch.img"),
+                path: vm.runtime_dir.join(SCRATCH),
                 bytes,
             },
         };
@@ -547,19 +553,6 @@ fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostErr
     Ok(MapImage {
         record,
         uuid: composed.digest.hex()[..32].to_owned(),
-    })
-}
-
-fn make_runtime_dir(dir: &Path) -> Result<(), HostError> {
-    let made = match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => std::fs::create_dir_all(dir),
-    };
-    made.map_err(|error| {
-        HostError::Failed(format!(
-            "cannot make the VM's directory {}: {error}",
-            dir.display()
-        ))
     })
 }
 

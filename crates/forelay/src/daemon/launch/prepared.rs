@@ -89,9 +89,12 @@ struct State {
 impl Premaps {
     /// Nothing is prepared; what an earlier daemon prepared in `dir` is removed.
     pub fn open(dir: PathBuf) -> std::io::Result<Self> {
-        match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => std::fs::create_dir_all(&dir)?,
+        std::fs::create_dir_all(&dir)?;
+        for entry in std::fs::read_dir(&dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|ending| ending == "img") {
+                std::fs::remove_file(path)?;
+            }
         }
         Ok(Self {
             dir,

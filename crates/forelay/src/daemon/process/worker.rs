@@ -36,6 +36,7 @@ use crate::daemon::memory::planner::{PlannerHandle, PlannerParts, planner_channe
 use crate::daemon::memory::samples::{Sampler, total_bytes};
 use crate::daemon::process::journal::{Journal, JournalWriter, Replayed};
 use crate::daemon::process::sessions::Sessions;
+use crate::daemon::vm::directory::RECORD;
 use crate::daemon::vm::registry::{Instance, Record, load_records};
 use crate::history::ProfileRef;
 
@@ -410,7 +411,7 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
             let why = crate::daemon::chain(&error);
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
             end_unknown(&vm.runtime_dir);
-            let _ = std::fs::remove_file(vm.runtime_dir.join("instance.json"));
+            let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));
             host.note_stopped(&instance).await;
             instance.update(|vm| {
                 vm.pid = None;

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::api::Vm;
+use crate::daemon::vm::directory::{RECORD, UNFINISHED_RECORD, VmDir};
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
 const KEEP_ENDED: usize = 100;
@@ -120,9 +121,9 @@ impl Instance {
         record.vm = self.vm();
         let dir = &record.vm.runtime_dir;
         let text = serde_json::to_vec_pretty(&record)?;
-        let unfinished = dir.join("instance.json.new");
+        let unfinished = dir.join(UNFINISHED_RECORD);
         std::fs::write(&unfinished, text)?;
-        std::fs::rename(unfinished, dir.join("instance.json"))
+        std::fs::rename(unfinished, dir.join(RECORD))
     }
 }
 
@@ -190,9 +191,12 @@ fn forget_oldest_ended(table: &mut BTreeMap<String, Arc<Instance>>) {
         .collect();
     ended.sort();
     let excess = ended.len().saturating_sub(KEEP_ENDED);
-    for (_, name, dir) in ended.into_iter().take(excess) {
+    for (_, name, path) in ended.into_iter().take(excess) {
         table.remove(&name);
-        let _ = std::fs::remove_dir_all(dir);
+        let dir = path.parent().and_then(|vms| VmDir::of(vms, &name).ok());
+        if let Some(Err(error)) = dir.map(|dir| dir.remove()) {
+            tracing::warn!(vm = name, %error, "what an ended VM left stays");
+        }
     }
 }
 
@@ -204,12 +208,21 @@ pub fn load_records(vms_dir: &Path) -> Vec<Record> {
     };
     let mut records = Vec::new();
     for entry in entries.flatten() {
-        let path = entry.path().join("instance.json");
+        let path = entry.path().join(RECORD);
         let Ok(text) = std::fs::read(&path) else {
             continue;
         };
         match serde_json::from_slice::<Record>(&text) {
-            Ok(record) => records.push(record),
+            Ok(record)
+                if VmDir::of(vms_dir, &record.vm.name).is_ok_and(|dir| {
+                    dir.path() == record.vm.runtime_dir && dir.path() == entry.path()
+                }) =>
+            {
+                records.push(record)
+            }
+            Ok(record) => {
+                tracing::warn!(path = %path.display(), name = record.vm.name, "a record of another VM's");
+            }
             Err(error) => tracing::warn!(path = %path.display(), %error, "unreadable record"),
         }
     }
@@ -264,11 +277,39 @@ mod tests {
     }
 
     #[test]
+    fn what_is_forgotten_takes_only_its_own_files_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let instances = Instances::default();
+        for number in 0..=KEEP_ENDED + 1 {
+            let one = instance(&format!("vm-{number}"), dir.path());
+            one.update(|vm| {
+                vm.launched_ms = number as i64;
+                vm.state = VmState::Stopped;
+            });
+            one.save().unwrap();
+            if number == 0 {
+                std::fs::write(dir.path().join("vm-0/precious"), "kept").unwrap();
+            }
+            instances.insert(one).unwrap();
+        }
+        assert!(instances.get("vm-0").is_none() && instances.get("vm-1").is_none());
+        assert_eq!(
+            std::fs::read(dir.path().join("vm-0/precious")).unwrap(),
+            b"kept"
+        );
+        assert!(!dir.path().join("vm-1").exists() && dir.path().join("vm-2").exists());
+    }
+
+    #[test]
     fn records_survive_and_garbage_is_skipped() {
         let dir = tempfile::tempdir().unwrap();
         instance("web", dir.path()).save().unwrap();
         std::fs::create_dir(dir.path().join("bad")).unwrap();
         std::fs::write(dir.path().join("bad/instance.json"), "{").unwrap();
+        // What is in another's directory was not put there by a daemon.
+        std::fs::create_dir(dir.path().join("other")).unwrap();
+        let record = dir.path().join("web").join(RECORD);
+        std::fs::copy(record, dir.path().join("other").join(RECORD)).unwrap();
         let records = load_records(dir.path());
         assert_eq!(records.len(), 1);
         assert_eq!(records[0].launch_id, 7);

@@ -23,6 +23,7 @@ use crate::daemon::forecast::observer::{NewTouches, Observer};
 use crate::daemon::launch::launcher::Wanted;
 use crate::daemon::memory::faults::{Plan, Waits};
 use crate::daemon::memory::planner::now_ms;
+use crate::daemon::vm::directory::{MAP_IMAGE, RECORD, SCRATCH};
 use crate::daemon::vm::registry::Instance;
 use crate::history::ProfileRef;
 
@@ -364,7 +365,7 @@ impl Host {
         self.memory.tell(PlannerEvent::VmStopped(name.into()));
         self.observers.lock().remove(name);
         self.note_stopped(instance).await;
-        for file in ["map.img", "scratch.img", "instance.json"] {
+        for file in [MAP_IMAGE, SCRATCH, RECORD] {
             let _ = std::fs::remove_file(vm.runtime_dir.join(file));
         }
         let asked = ended.cause == Cause::HostQuit;
