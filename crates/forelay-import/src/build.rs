@@ -335,7 +335,7 @@ fn apply_overrides(draft: &mut Draft, request: &BuildRequest) -> Result<(), Impo
         draft.entrypoint = entrypoint.clone();
     }
     let checked = draft.check_names();
-    checked.map_err(|error| ImportError::Request(format!("{error} (--name, --version)")))
+    checked.map_err(|error| ImportError::Request(format!("{error} (--name, --component-version)")))
 }
 
 fn content_bytes(tree: &Tree) -> u64 {

@@ -32,6 +32,7 @@ pub use fetch::{
 };
 pub use images::ImageMap;
 pub use repositories::directory::DirectoryRepository;
+pub use repositories::limited::Limited;
 pub use repositories::throttle::Throttled;
 pub use repository::{Repository, RepositoryError};
 pub use store::{ImageReader, Store, StoreConfig};

@@ -28,6 +28,16 @@ pub enum Body {
     File(PathBuf),
 }
 
+impl Body {
+    /// Its size; 0 for a file that cannot be looked at.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File(path) => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+        }
+    }
+}
+
 impl From<Vec<u8>> for Body {
     fn from(bytes: Vec<u8>) -> Self {
         Self::Bytes(bytes.into())

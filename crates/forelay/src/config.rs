@@ -33,11 +33,14 @@ pub struct Config {
 }
 
 /// Where components come from.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RepositoryConfig {
     /// A directory; `state_dir/repository` if absent.
     pub path: Option<PathBuf>,
+    /// Longest time that the repository may take to answer, in seconds; what takes longer
+    /// fails for now.
+    pub timeout_s: f64,
     /// Added to every request, in milliseconds: stands in for a remote repository.
     pub latency_ms: u64,
     /// Ceiling on bytes per second, 0 for none: stands in for a remote repository.
@@ -108,6 +111,29 @@ impl Default for Config {
             memory: MemoryConfig::default(),
             forecast: ForecastConfig::default(),
             vmm: VmmConfig::default(),
+        }
+    }
+}
+
+impl RepositoryConfig {
+    /// Longest time that the repository may take to answer: a millisecond to a day.
+    pub fn timeout(&self) -> std::time::Duration {
+        let seconds = if self.timeout_s.is_finite() {
+            self.timeout_s.clamp(0.001, 86_400.0)
+        } else {
+            Self::default().timeout_s
+        };
+        std::time::Duration::from_secs_f64(seconds)
+    }
+}
+
+impl Default for RepositoryConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            timeout_s: 30.0,
+            latency_ms: 0,
+            bandwidth_bytes_per_s: 0,
         }
     }
 }

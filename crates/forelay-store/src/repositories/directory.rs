@@ -14,6 +14,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -21,16 +22,22 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_image::Extent;
 use rustix::fs::Advice;
+use tokio::sync::Semaphore;
 
 use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError, check_key};
 
 const TEMPORARY: &str = ".tmp";
 const STALE: Duration = Duration::from_secs(24 * 3600);
 
+/// Operations at a time. Each has a thread; one that hangs (a dead file server) keeps it, so
+/// that without a bound a few time limits later all of the process's threads would hang.
+const AT_ONCE: usize = 128;
+
 /// A repository in a directory.
 #[derive(Clone, Debug)]
 pub struct DirectoryRepository {
     root: PathBuf,
+    turns: Arc<Semaphore>,
 }
 
 impl DirectoryRepository {
@@ -44,7 +51,10 @@ impl DirectoryRepository {
             source: source.into(),
         })?;
         remove_stale(&temporary);
-        Ok(Self { root })
+        Ok(Self {
+            root,
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
+        })
     }
 
     /// The directory.
@@ -62,15 +72,22 @@ impl DirectoryRepository {
         &self,
         work: impl FnOnce(&Self) -> Result<T, RepositoryError> + Send + 'static,
     ) -> Result<T, RepositoryError> {
+        let failed = |source| RepositoryError::Transient {
+            operation: "file access",
+            key: self.root.display().to_string(),
+            source,
+        };
+        let turn = Arc::clone(&self.turns).acquire_owned().await;
+        let turn = turn.map_err(|error| failed(error.into()))?;
         let this = self.clone();
-        match tokio::task::spawn_blocking(move || work(&this)).await {
-            Ok(result) => result,
-            Err(error) => Err(RepositoryError::Transient {
-                operation: "file access",
-                key: self.root.display().to_string(),
-                source: error.into(),
-            }),
-        }
+        let working = tokio::task::spawn_blocking(move || {
+            let result = work(&this);
+            drop(turn);
+            result
+        });
+        working
+            .await
+            .unwrap_or_else(|error| Err(failed(error.into())))
     }
 
     fn read(&self, key: &str, extent: Option<Extent>) -> Result<Bytes, RepositoryError> {

@@ -1,4 +1,5 @@
 //! The places a repository can be in; one implementation a file.
 
 pub mod directory;
+pub mod limited;
 pub mod throttle;

@@ -71,13 +71,6 @@ impl Throttled {
     }
 }
 
-fn body_bytes(body: &Body) -> u64 {
-    match body {
-        Body::Bytes(bytes) => bytes.len() as u64,
-        Body::File(path) => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
-    }
-}
-
 #[async_trait]
 impl Repository for Throttled {
     fn describe(&self) -> Description {
@@ -100,7 +93,7 @@ impl Repository for Throttled {
 
     async fn put_if_absent(&self, key: &str, body: Body) -> Result<Put, RepositoryError> {
         tokio::time::sleep(self.latency).await;
-        self.carry(body_bytes(&body)).await;
+        self.carry(body.bytes()).await;
         self.inner.put_if_absent(key, body).await
     }
 

@@ -1,0 +1,135 @@
+//! A repository whose every operation has a time limit: any other repository, and a clock.
+//!
+//! A repository that hangs (a dead NFS server, a lost connection) fails for now instead,
+//! so that whoever waits can be told, try again or give up.
+//!
+//! Refuses to know what it carries and why it takes long. Invariant: no operation takes
+//! longer than the limit and what its bytes take at [`SLOWEST_BYTES_PER_S`].
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use forelay_image::Extent;
+
+use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError};
+
+/// Bytes that are known to be on their way may come as slowly as this.
+const SLOWEST_BYTES_PER_S: u64 = 1 << 20;
+
+/// A repository with a time limit.
+pub struct Limited {
+    inner: Arc<dyn Repository>,
+    limit: Duration,
+}
+
+/// The limit was reached.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the repository at {location} did not answer within {} s: see whether it can be reached \
+     (the limit is `repository.timeout_s`)", limit.as_secs_f64()
+)]
+struct TimedOut {
+    location: String,
+    limit: Duration,
+}
+
+impl Limited {
+    /// Wraps `inner`.
+    pub fn new(inner: Arc<dyn Repository>, limit: Duration) -> Self {
+        Self { inner, limit }
+    }
+
+    async fn within<T>(
+        &self,
+        operation: &'static str,
+        key: &str,
+        bytes: u64,
+        work: impl Future<Output = Result<T, RepositoryError>> + Send,
+    ) -> Result<T, RepositoryError> {
+        let limit = self.limit + Duration::from_secs(bytes / SLOWEST_BYTES_PER_S);
+        let Ok(result) = tokio::time::timeout(limit, work).await else {
+            let location = self.inner.describe().location;
+            return Err(RepositoryError::Transient {
+                operation,
+                key: key.to_owned(),
+                source: Box::new(TimedOut { location, limit }),
+            });
+        };
+        result
+    }
+}
+
+#[async_trait]
+impl Repository for Limited {
+    fn describe(&self) -> Description {
+        self.inner.describe()
+    }
+
+    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
+        self.within("reading", key, 0, self.inner.get(key)).await
+    }
+
+    async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError> {
+        let reading = self.inner.get_range(key, extent);
+        self.within("reading", key, extent.len, reading).await
+    }
+
+    async fn put_if_absent(&self, key: &str, body: Body) -> Result<Put, RepositoryError> {
+        let bytes = body.bytes();
+        let writing = self.inner.put_if_absent(key, body);
+        self.within("writing", key, bytes, writing).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+        let listing = self.inner.list(prefix);
+        self.within("listing", prefix, 0, listing).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), RepositoryError> {
+        let deleting = self.inner.delete(key);
+        self.within("deletion", key, 0, deleting).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repositories::directory::DirectoryRepository;
+
+    /// A pipe without a writer holds whoever opens it, as a dead file server does.
+    fn pipe(path: &std::path::Path) {
+        let made = std::process::Command::new("mkfifo").arg(path).status();
+        assert!(made.unwrap().success());
+    }
+
+    #[tokio::test]
+    async fn a_repository_that_hangs_fails_for_now_and_serves_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = DirectoryRepository::open(dir.path()).unwrap();
+        let limit = Duration::from_millis(50);
+        let limited = Limited::new(Arc::new(directory), limit);
+        limited
+            .put_if_absent("good", b"good".to_vec().into())
+            .await
+            .unwrap();
+        let stuck = dir.path().join("stuck");
+        pipe(&stuck);
+        let hung = limited.get("stuck").await.unwrap_err();
+        assert!(hung.is_transient(), "{hung}");
+        let text = std::error::Error::source(&hung).unwrap().to_string();
+        assert!(text.contains("did not answer within 0.05 s"), "{text}");
+        let part = limited.get_range("stuck", Extent::new(0, 4096)).await;
+        assert!(part.unwrap_err().is_transient());
+        assert_eq!(&limited.get("good").await.unwrap()[..], b"good");
+        // Lets the two threads go that wait for the pipe.
+        drop(
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(&stuck)
+                .unwrap(),
+        );
+    }
+}
