@@ -28,6 +28,7 @@ pub mod qemu;
 pub mod scratch;
 pub mod spec;
 pub mod state;
+pub mod stray;
 
 pub use accelerator::{Accelerator, Probe, probe_accelerator};
 pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};

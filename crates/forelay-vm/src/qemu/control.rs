@@ -130,7 +130,17 @@ impl VmControl for QemuControl {
                 retained: false,
             });
         }
-        state.write(&self.runtime_dir).map_err(AttachError::State)
+        if let Err(error) = state.write(&self.runtime_dir) {
+            // A successor would not know of it: it goes again, or is free for the next attach.
+            let gone = self.unplug(&device.id).await.unwrap_or(false);
+            let plugged = &mut state.hotplugged;
+            plugged.retain(|known| !gone || known.device.id != device.id);
+            for known in plugged.iter_mut() {
+                known.retained |= known.device.id == device.id;
+            }
+            return Err(AttachError::State(error));
+        }
+        Ok(())
     }
 
     async fn detach_pmem(&self, id: &str) -> Result<Detachment, AttachError> {

@@ -30,7 +30,7 @@ use crate::lifecycle::{Cause, Ended};
 use crate::process::{Process, ProcessId};
 use crate::spec::{Boot, Upper, VmSpec};
 use crate::state::{STATE_FILE, VmState};
-use crate::{kernel, lines, scratch};
+use crate::{kernel, lines, scratch, stray};
 
 /// How long QEMU may take to open its sockets.
 const START: Duration = Duration::from_secs(20);
@@ -91,7 +91,7 @@ impl QemuDriver {
         Ok((arguments, accelerator))
     }
 
-    fn start(&self, spec: &VmSpec, arguments: &[OsString]) -> Result<Process, LaunchError> {
+    fn start(&self, spec: &VmSpec, arguments: &[OsString]) -> Result<Started, LaunchError> {
         let file_error = |path: &Path| {
             let (name, path) = (spec.name.clone(), path.to_owned());
             move |source| LaunchError::File { name, path, source }
@@ -102,6 +102,7 @@ impl QemuDriver {
         let mut command = Command::new(&self.binary);
         command
             .args(arguments)
+            .env(stray::RUNTIME_DIR_VARIABLE, &spec.runtime_dir)
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors);
@@ -113,11 +114,38 @@ impl QemuDriver {
             program: self.binary.display().to_string(),
             source,
         };
-        let child = command.spawn().map_err(start_error)?;
-        let id = ProcessId::of(child.id()).map_err(start_error)?;
-        let held = Process::hold(id).map_err(start_error)?;
+        let mut child = command.spawn().map_err(start_error)?;
+        let held = ProcessId::of(child.id()).and_then(Process::hold);
         // An unreaped child keeps its pid, so it can be held even if it has ended already.
-        held.ok_or_else(|| start_error(std::io::Error::other("the process vanished")))
+        let held = held.and_then(|held| held.ok_or_else(|| std::io::Error::other("it vanished")));
+        match held {
+            Ok(process) => Ok(Started(Some(process))),
+            Err(error) => {
+                let _ = child.kill().and_then(|()| child.wait());
+                Err(start_error(error))
+            }
+        }
+    }
+}
+
+/// A VMM that has no handle yet: killed when dropped, also if the launch is given up.
+struct Started(Option<Process>);
+
+impl Started {
+    fn process(&self) -> &Process {
+        self.0.as_ref().expect("taken by `keep` alone")
+    }
+
+    fn keep(mut self) -> Process {
+        self.0.take().expect("taken by `keep` alone")
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.0.as_ref().map(Process::kill) {
+            tracing::error!(%error, "a QEMU that did not start well lives on");
+        }
     }
 }
 
@@ -187,11 +215,11 @@ impl VmmDriver for QemuDriver {
         }
         prepare_directory(spec)?;
         let launched = Instant::now();
-        let process = self.start(spec, &arguments)?;
+        let started = self.start(spec, &arguments)?;
         let state = VmState {
             name: spec.name.clone(),
             driver: self.name().to_owned(),
-            process: process.id(),
+            process: started.process().id(),
             launched_ms: now_ms(),
             accelerator: accelerator.to_string(),
             console_log: spec.console_log.clone(),
@@ -199,7 +227,8 @@ impl VmmDriver for QemuDriver {
             forwards: spec.forwards.clone(),
             hotplugged: Vec::new(),
         };
-        let connected = connect(&process, spec, &state).await;
+        let connected = connect(started.process(), spec, &state).await;
+        let process = started.keep();
         let (qmp, channel) = match connected {
             Ok(both) => both,
             Err(error) => {

@@ -1,0 +1,84 @@
+//! VMMs that nobody knows: started in a VM's runtime directory, by a process that died
+//! before it could write down which process that was.
+//!
+//! The mark is put into the VMM's environment before it is executed, so that there is no
+//! moment at which a VMM runs and cannot be found, whatever its program is called.
+//!
+//! Refuses to end anything without that very mark.
+
+use std::path::Path;
+
+use crate::process::{Process, ProcessId};
+
+/// The environment variable that names a VMM's runtime directory.
+pub const RUNTIME_DIR_VARIABLE: &str = "FORELAY_VM_RUNTIME_DIR";
+
+/// Processes that were started as the VMM of `runtime_dir`.
+pub fn find(runtime_dir: &Path) -> Vec<ProcessId> {
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = processes.flatten().filter_map(|process| {
+        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+        is_marked(pid, runtime_dir).then_some(pid)
+    });
+    pids.filter_map(|pid| ProcessId::of(pid).ok())
+        .filter(|id| id.is_running())
+        .collect()
+}
+
+/// Kills the VMMs of `runtime_dir`; returns the pids of those that there were.
+pub fn end_all(runtime_dir: &Path) -> std::io::Result<Vec<u32>> {
+    let mut ended = Vec::new();
+    for id in find(runtime_dir) {
+        // Held first and looked at again: the pid may be another's by now.
+        let Some(process) = Process::hold(id)? else {
+            continue;
+        };
+        if is_marked(id.pid, runtime_dir) {
+            process.kill()?;
+            ended.push(id.pid);
+        }
+    }
+    Ok(ended)
+}
+
+fn is_marked(pid: u32, runtime_dir: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt as _;
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let mut variables = environment.split(|&byte| byte == 0);
+    variables.any(|variable| {
+        let value = variable.strip_prefix(RUNTIME_DIR_VARIABLE.as_bytes());
+        let value = value.and_then(|rest| rest.strip_prefix(b"="));
+        value == Some(runtime_dir.as_os_str().as_bytes())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    fn sleeper(dir: &Path) -> Child {
+        let mut command = Command::new("sleep");
+        command.arg("60").env(RUNTIME_DIR_VARIABLE, dir);
+        command.spawn().unwrap()
+    }
+
+    #[test]
+    fn a_vmm_is_found_by_its_mark_alone_whatever_its_program_is_called() {
+        let dirs = tempfile::tempdir().unwrap();
+        let (own, other) = (dirs.path().join("vm"), dirs.path().join("vm-2"));
+        let (mut stray, mut neighbour) = (sleeper(&own), sleeper(&other));
+        let marked = |child: &Child, dir: &Path| find(dir).iter().any(|id| id.pid == child.id());
+        assert!(marked(&stray, &own) && marked(&neighbour, &other));
+        assert_eq!(end_all(&own).unwrap(), [stray.id()]);
+        // Reaped here or by the thread that holds it; gone either way.
+        let _ = stray.wait();
+        assert_eq!(find(&own), []);
+        assert!(neighbour.try_wait().unwrap().is_none(), "another VM's");
+        neighbour.kill().unwrap();
+        neighbour.wait().unwrap();
+    }
+}
