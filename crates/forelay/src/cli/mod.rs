@@ -196,8 +196,10 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
                 .enable_all()
                 .build()
                 .context("cannot start the runtime")?;
-            let status = runtime.block_on(run_async(command, &config, &client))?;
+            let status = runtime.block_on(run_async(command, &config, &client));
+            // A thread that hangs in a repository keeps nobody.
             runtime.shutdown_background();
+            let status = status?;
             return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)));
         }
     }

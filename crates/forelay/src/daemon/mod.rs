@@ -20,36 +20,44 @@ mod memory;
 mod process;
 mod vm;
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_image::Digest;
+use forelay_guest_protocol::messages::ExitStatus;
 use forelay_store::Store;
-use forelay_vm::VmHandle;
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
 
-use crate::api::{ExecRequest, ExecResult, Vm};
+use crate::api::{ExecRequest, ExecResult, PrefetchRequest, Prefetched, Vm};
 use crate::config::Config;
-use crate::recipe::Recipe;
+use forecast::last_launches::LastLaunches;
 use forecast::learning::Learner;
 use forecast::lessons::Lessons;
+use launch::LaunchService;
+use launch::admit::Admission;
+use launch::compose::Composer;
+use launch::map::Mapper;
+use launch::prefetch::Prefetcher;
+use launch::prepared::{Premaps, Preparer};
+use launch::resolve::Resolver;
+use launch::start::Starter;
 use memory::domains::Domains;
 use memory::planner::PlannerHandle;
-use vm::registry::{Instance, Instances};
+use vm::attach::{AttachService, running};
+use vm::registry::{Instance, VmRegistry};
+use vm::supervise::Supervisor;
 
 pub use forecast::learning::HISTORY_FILE;
 pub use process::worker::{open_store, run_holder, run_pinner, run_worker};
 
 /// How long a guest may take to power itself off.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long all VMs may take to stop when the daemon ends.
+const STOP_ALL: Duration = Duration::from_secs(30);
 /// How long learning may take that the daemon's end cuts short.
 const LEARN_GRACE: Duration = Duration::from_secs(5);
 /// Longest command in a guest if the client names no limit.
 const EXEC_LIMIT: Duration = Duration::from_secs(3600);
-/// Recipes of recent locks that are kept.
-const KEEP_RECIPES: usize = 64;
 
 /// Why the daemon did not do as asked.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -66,6 +74,9 @@ pub enum HostError {
     /// Something did not work.
     #[error("{0}")]
     Failed(String),
+    /// A launch was told to end.
+    #[error("it was stopped before its VMM ran")]
+    Cancelled,
 }
 
 impl HostError {
@@ -96,29 +107,120 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Everything the daemon has.
+/// Everything the daemon has, wired together: what does the work are the services.
 pub struct Host {
     config: Config,
     started: Instant,
     store: Store,
     domains: Arc<Domains>,
+    memory: Arc<PlannerHandle>,
+    learner: Arc<Learner>,
+    lessons: Arc<Lessons>,
+    last_launches: Arc<LastLaunches>,
+    demand: memory::samples::ForecastDemand,
+    instances: Arc<VmRegistry>,
+    driver: Arc<QemuDriver>,
+    takeover: Mutex<Option<crate::api::Takeover>>,
+    premaps: Arc<Premaps>,
+    mapper: Arc<Mapper>,
+    supervisor: Arc<Supervisor>,
+    launches: Arc<LaunchService>,
+    attachments: AttachService,
+}
+
+/// What a host is made of.
+struct Parts {
+    config: Config,
+    store: Store,
+    domains: Arc<Domains>,
     memory: PlannerHandle,
     learner: Learner,
-    lessons: Lessons,
-    last_launches: forecast::last_launches::LastLaunches,
+    last_launches: LastLaunches,
     demand: memory::samples::ForecastDemand,
-    instances: Instances,
-    handles: Mutex<HashMap<String, VmHandle>>,
-    observers: Mutex<BTreeMap<String, Arc<Mutex<vm::supervise::Observed>>>>,
     driver: QemuDriver,
-    accelerator: Mutex<Option<String>>,
-    takeover: Mutex<Option<crate::api::Takeover>>,
-    premaps: launch::prepared::Premaps,
-    recipes: Mutex<HashMap<Digest, Arc<Recipe>>>,
-    next_port: Mutex<u16>,
+    premaps: Premaps,
 }
 
 impl Host {
+    /// Puts the services together; also returns the one that prepares likely launches.
+    fn new(parts: Parts) -> (Self, Preparer) {
+        let (store, domains) = (parts.store, parts.domains);
+        let (memory, learner) = (Arc::new(parts.memory), Arc::new(parts.learner));
+        let last_launches = Arc::new(parts.last_launches);
+        let (driver, premaps) = (Arc::new(parts.driver), Arc::new(parts.premaps));
+        let (lessons, instances) = (Arc::<Lessons>::default(), Arc::<VmRegistry>::default());
+        let config = parts.config;
+        let mapper = Arc::new(Mapper {
+            store: store.clone(),
+            domains: Arc::clone(&domains),
+        });
+        let kernels = config.state_dir.join("kernels");
+        let composer = Arc::new(Composer::new(store.clone(), kernels));
+        let supervisor = Arc::new(Supervisor {
+            store: store.clone(),
+            domains: Arc::clone(&domains),
+            memory: Arc::clone(&memory),
+            learner: Arc::clone(&learner),
+            lessons: Arc::clone(&lessons),
+            window: Duration::from_secs_f64(config.forecast.window_s.max(0.0)),
+        });
+        let launches = LaunchService {
+            resolver: Resolver {
+                store: store.clone(),
+                pmem_slots: config.vmm.pmem_slots,
+            },
+            admission: Admission {
+                registry: Arc::clone(&instances),
+                learner: Arc::clone(&learner),
+                last_launches: Arc::clone(&last_launches),
+                vms_dir: config.vms_dir(),
+            },
+            mapper: Arc::clone(&mapper),
+            prefetcher: Prefetcher {
+                memory: Arc::clone(&memory),
+                learner: Arc::clone(&learner),
+                enabled: config.forecast.prefetch,
+            },
+            composer: Arc::clone(&composer),
+            premaps: Arc::clone(&premaps),
+            starter: Starter::new(Arc::clone(&driver)),
+            supervisor: Arc::clone(&supervisor),
+        };
+        let attachments = AttachService {
+            store: store.clone(),
+            mapper: Arc::clone(&mapper),
+            memory: Arc::clone(&memory),
+            learner: Arc::clone(&learner),
+            supervisor: Arc::clone(&supervisor),
+        };
+        let preparer = Preparer {
+            premaps: Arc::clone(&premaps),
+            mapper: Arc::clone(&mapper),
+            composer,
+            registry: Arc::clone(&instances),
+        };
+        let host = Self {
+            config,
+            started: Instant::now(),
+            store,
+            domains,
+            memory,
+            learner,
+            lessons,
+            last_launches,
+            demand: parts.demand,
+            instances,
+            driver,
+            takeover: Mutex::new(None),
+            premaps,
+            mapper,
+            supervisor,
+            launches: Arc::new(launches),
+            attachments,
+        };
+        (host, preparer)
+    }
+
     /// Time since this daemon started.
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
@@ -126,10 +228,8 @@ impl Host {
 
     /// What VMs run under, once one was launched.
     pub fn accelerator(&self) -> String {
-        self.accelerator
-            .lock()
-            .clone()
-            .unwrap_or_else(|| "not probed yet".to_owned())
+        let known = self.launches.starter.accelerator();
+        known.unwrap_or_else(|| "not probed yet".to_owned())
     }
 
     /// All instances.
@@ -157,14 +257,6 @@ impl Host {
             .ok_or_else(|| HostError::NoSuchVm(name.to_owned()))
     }
 
-    fn handle(&self, name: &str) -> Result<VmHandle, HostError> {
-        let state = self.instance(name)?.vm().state;
-        let handle = self.handles.lock().get(name).cloned();
-        handle.ok_or_else(|| {
-            HostError::Busy(format!("VM {name} has no VMM to talk to: it is {state:?}"))
-        })
-    }
-
     /// One instance; waits up to `patience` for its state to change.
     pub async fn vm(&self, name: &str, patience: Duration) -> Result<Vm, HostError> {
         let instance = self.instance(name)?;
@@ -181,51 +273,42 @@ impl Host {
         Ok(instance.vm())
     }
 
-    /// Stops an instance; one that has ended already is left as it is.
+    /// Stops an instance; one that has ended already is left as it is, and one that is
+    /// being launched is cancelled.
     pub async fn stop(&self, name: &str) -> Result<Vm, HostError> {
         let instance = self.instance(name)?;
-        if instance.vm().state.is_live() {
-            let handle = self.wait_for_handle(&instance).await?;
-            self.scan_now(&instance).await;
-            handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
-            self.wait_until_ended(&instance).await;
-        }
+        self.stop_instance(&instance).await?;
         Ok(instance.vm())
     }
 
-    /// A VM that is just being launched gets its VMM in a moment.
-    async fn wait_for_handle(&self, instance: &Instance) -> Result<VmHandle, HostError> {
-        let name = instance.vm().name;
-        let mut watch = instance.watch();
-        loop {
-            if let Some(handle) = self.handles.lock().get(&name).cloned() {
-                return Ok(handle);
-            }
-            if !watch.borrow_and_update().state.is_live() {
-                return self.handle(&name);
-            }
-            let _ = tokio::time::timeout(Duration::from_millis(200), watch.changed()).await;
+    async fn stop_instance(&self, instance: &Instance) -> Result<(), HostError> {
+        instance.cancel();
+        // A launch that was handed over a moment ago cannot be cancelled any more.
+        if let Some(handle) = instance.launched().await {
+            self.supervisor.scan_now(instance).await;
+            handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
+            instance.ended().await;
         }
+        Ok(())
     }
 
-    async fn wait_until_ended(&self, instance: &Instance) {
-        let mut watch = instance.watch();
-        while watch.borrow_and_update().state.is_live() {
-            if watch.changed().await.is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Stops all instances.
+    /// Stops all instances, and lets no further one start. What has not stopped by itself
+    /// after [`STOP_ALL`] is killed.
     pub async fn stop_all(&self) {
-        let live = self.instances.live();
-        let names: Vec<String> = live.iter().map(|instance| instance.vm().name).collect();
-        let stops = names.iter().map(|name| self.stop(name));
-        for result in futures_util::future::join_all(stops).await {
-            if let Err(error) = result {
-                tracing::error!(%error, "a VM did not stop");
+        let live = self.instances.close();
+        let stops = live.iter().map(|instance| self.stop_instance(instance));
+        let stops = futures_util::future::join_all(stops);
+        let Ok(stopped) = tokio::time::timeout(STOP_ALL, stops).await else {
+            for instance in live.iter().filter(|instance| instance.is_live()) {
+                tracing::error!(vm = instance.name(), "a VM did not stop in time: killed");
+                if let Some(Err(error)) = instance.handle().map(|handle| handle.kill()) {
+                    tracing::error!(vm = instance.name(), %error, "it lives on");
+                }
             }
+            return;
+        };
+        for error in stopped.into_iter().filter_map(Result::err) {
+            tracing::error!(%error, "a VM did not stop");
         }
     }
 
@@ -247,19 +330,43 @@ impl Host {
             None => EXEC_LIMIT,
         };
         let argv: Vec<&str> = request.command.iter().map(String::as_str).collect();
-        let handle = self.handle(name)?;
+        let handle = running(&*self.instance(name)?)?;
         let result = handle.exec(&argv, limit).await.map_err(HostError::failed)?;
-        use forelay_guest_protocol::messages::ExitStatus;
-        let status = match result.status {
-            ExitStatus::Code(code) => code,
-            ExitStatus::Signal(signal) => 128 + signal,
-            ExitStatus::TimedOut => 124,
-        };
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Ok(ExecResult {
-            status,
+            status: exit_code(result.status),
             stdout: text(&result.stdout.0),
             stderr: text(&result.stderr.0),
+        })
+    }
+
+    /// Maps a manifest's devices and loads what a launch is expected to touch.
+    pub async fn prefetch(&self, request: PrefetchRequest) -> Result<Prefetched, HostError> {
+        let started = Instant::now();
+        let LaunchService {
+            resolver,
+            prefetcher,
+            ..
+        } = &*self.launches;
+        let resolving = resolver.resolve(&request.manifest, request.lock.as_deref());
+        let order = Arc::new(resolving.await?);
+        let records = self.mapper.map_images(&order).await?;
+        let plan = prefetcher.plan(&order, request.mode);
+        self.premaps.offer(&order);
+        prefetcher.announce(&order, &plan);
+        if request.wait {
+            let waiting = prefetcher.wait_resident(&order.domain, &plan.working_set);
+            waiting.await;
+        }
+        let planned: Vec<_> = plan.working_set.iter().map(|one| one.extent).collect();
+        let devices = records.iter().enumerate();
+        let devices = devices.map(|(index, one)| self.map_device(&order.domain, index + 1, one, 0));
+        Ok(Prefetched {
+            profile: order.of.profile.clone(),
+            domain: order.domain.as_str().to_owned(),
+            devices: devices.collect(),
+            planned_bytes: forelay_image::extent::total_bytes(&planned),
+            took_s: started.elapsed().as_secs_f64(),
         })
     }
 
@@ -269,6 +376,15 @@ impl Host {
         profile: Option<&str>,
     ) -> Result<Vec<crate::api::HistoryEntry>, HostError> {
         self.learner.entries(profile).await
+    }
+}
+
+/// What a shell would call the end of a guest's command.
+fn exit_code(status: ExitStatus) -> i32 {
+    match status {
+        ExitStatus::Code(code) => code,
+        ExitStatus::Signal(signal) => 128 + signal,
+        ExitStatus::TimedOut => 124,
     }
 }
 

@@ -15,15 +15,35 @@ fn privileged_a_component_is_attached_used_and_detached() {
         components.iter().any(|one| one["name"] == name)
     };
 
+    // An attach that a later daemon could not know of is taken back.
+    let unfinished = host.dir().join("run/vms/plain/instance.json.new");
+    std::fs::create_dir(&unfinished).unwrap();
+    let refused = host.refused(["attach", "plain", "forelay-tool"]);
+    assert!(refused.contains("nothing was attached"), "{refused}");
+    assert!(!has("forelay-tool"));
+    let devices = || {
+        host.json(["map", "plain"])["devices"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    assert_eq!(devices(), 2, "map image and base");
+    let absent = host.run([
+        "exec",
+        "plain",
+        "--",
+        "test",
+        "-e",
+        "/usr/share/forelay-tool",
+    ]);
+    assert_eq!(absent.code, Some(1));
+    std::fs::remove_dir(&unfinished).unwrap();
+
     host.ok(["attach", "plain", "forelay-tool"]);
     assert!(has("forelay-tool"));
     let says = host.sh("plain", "ls /usr/share/forelay-tool; forelay-tool");
     assert_eq!(says, "words\nhello from the tool\n");
-    let devices = host.json(["map", "plain"])["devices"]
-        .as_array()
-        .unwrap()
-        .len();
-    assert_eq!(devices, 3, "map image, base and what was attached");
+    assert_eq!(devices(), 3, "map image, base and what was attached");
 
     // What cannot be attached; each says why, and leaves the VM as it was.
     let refused = host.refused(["attach", "plain", "forelay-tool"]);

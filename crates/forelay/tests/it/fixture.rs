@@ -223,6 +223,11 @@ pub struct Settings {
     pub pmem_slots: Option<usize>,
     /// What the forecaster's clock shows when the host is made, in milliseconds since the epoch.
     pub clock_starts_ms: Option<i64>,
+    /// A shell script that is the VMM; it finds the real one as `$QEMU` and the host's
+    /// directory as `$DIR`.
+    pub vmm: Option<&'static str>,
+    /// Longest time for an answer of the repository, in seconds.
+    pub timeout_s: Option<f64>,
     /// Every launch fails at starting its VMM, after all that comes before.
     pub no_vmm: bool,
 }
@@ -255,19 +260,32 @@ impl Host {
             let now_ms = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
             format!("time_origin_ms = {now_ms}\ntime_starts_ms = {starts_ms}\n")
         });
-        let vmm = if settings.no_vmm {
-            "qemu = \"/bin/false\"\n"
-        } else {
-            ""
+        let vmm = match settings.vmm {
+            Some(script) => {
+                let path = dir.path().join("vmm");
+                let text = format!(
+                    "#!/bin/sh\nDIR={:?}\nQEMU=qemu-system-x86_64\n{script}\n",
+                    dir.path()
+                );
+                std::fs::write(&path, text).unwrap();
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+                std::fs::set_permissions(&path, mode).unwrap();
+                format!("qemu = {path:?}\n")
+            }
+            None if settings.no_vmm => "qemu = \"/bin/false\"\n".to_owned(),
+            None => String::new(),
         };
+        let timeout = settings.timeout_s;
+        let timeout = timeout.map(|seconds| format!("timeout_s = {seconds}\n"));
         let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\n\
+            "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n{}\n\
              [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n{}\n\
              [vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             settings.repository.as_ref().unwrap_or(&bench.repository),
             settings.latency_ms,
+            timeout.unwrap_or_default(),
             settings.budget_bytes,
             settings.ahead,
             clock.unwrap_or_default(),
@@ -464,7 +482,9 @@ impl Host {
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         pids.filter(|pid| {
             let words = command_line(*pid);
-            words.starts_with("qemu-system") && words.contains(&dir)
+            // The daemon's own processes have a `--config` below it.
+            let vmm = words.contains("qemu-system") || words.contains(&format!("{dir}/vmm"));
+            vmm && words.contains(&format!("{dir}/run/vms/"))
         })
         .collect()
     }

@@ -9,6 +9,7 @@ mod bad_input;
 mod bundle;
 mod command_line;
 mod daemon_dies;
+mod failed_launch;
 mod fixture;
 mod foresight;
 mod frames;

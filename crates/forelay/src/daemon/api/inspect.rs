@@ -113,8 +113,8 @@ impl Host {
 
     /// What a VM has touched so far, in first-touch order.
     fn touches(&self, name: &str) -> Vec<Touch> {
-        let observed = self.observers.lock().get(name).cloned();
-        let Some(observed) = observed else {
+        let instance = self.instances.get(name);
+        let Some(observed) = instance.and_then(|instance| instance.observed()) else {
             return Vec::new();
         };
         let observed = observed.lock();

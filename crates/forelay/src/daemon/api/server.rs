@@ -48,7 +48,7 @@ impl IntoResponse for Failure {
         let status = match &self.0 {
             HostError::NoSuchVm(_) => StatusCode::NOT_FOUND,
             HostError::Invalid(_) => StatusCode::BAD_REQUEST,
-            HostError::Busy(_) => StatusCode::CONFLICT,
+            HostError::Busy(_) | HostError::Cancelled => StatusCode::CONFLICT,
             HostError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         (
@@ -91,7 +91,7 @@ async fn list(State(host): Shared) -> Response {
 }
 
 async fn launch(State(host): Shared, Json(request): Json<LaunchRequest>) -> Response {
-    match host.launch(request).await {
+    match host.launches.launch(request).await {
         Ok(vm) => Json(vm).into_response(),
         Err(error) => Failure(error).into_response(),
     }
@@ -129,7 +129,9 @@ async fn attach(
     Path(name): Path<String>,
     Json(request): Json<AttachRequest>,
 ) -> Answer<crate::api::Vm> {
-    Ok(Json(host.attach(&name, &request.component).await?))
+    let instance = host.instance(&name)?;
+    let attached = host.attachments.attach(&instance, &request.component);
+    Ok(Json(attached.await?))
 }
 
 async fn detach(
@@ -137,7 +139,9 @@ async fn detach(
     Path(name): Path<String>,
     Json(request): Json<AttachRequest>,
 ) -> Answer<crate::api::Vm> {
-    Ok(Json(host.detach(&name, &request.component).await?))
+    let instance = host.instance(&name)?;
+    let detached = host.attachments.detach(&instance, &request.component);
+    Ok(Json(detached.await?))
 }
 
 async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::VmMap> {

@@ -100,7 +100,7 @@ impl Host {
         let Some(order) = &foreseen.order else {
             return Ok(());
         };
-        self.map_images(order).await?;
+        self.mapper.map_images(order).await?;
         self.premaps.offer(order);
         let clock = self.learner.clock();
         let expected = foreseen.launch.as_ref().map(|one| one.expected_at);
@@ -157,7 +157,9 @@ impl Host {
                 label: one.component.clone(),
                 members: Vec::new(),
             };
-            self.make_reachable(&foreseen.domain, id, device).await?;
+            self.mapper
+                .map_component(&foreseen.domain, id, device)
+                .await?;
         }
         let clock = self.learner.clock();
         let expected = clock.now().plus_seconds(likeliest.until_s);

@@ -148,7 +148,7 @@ impl Host {
         if !matches!(vm.state, VmState::Mounted | VmState::Ready) {
             return None;
         }
-        let handle = self.handle(&vm.name).ok()?;
+        let handle = instance.handle()?;
         handle.traffic(ANSWER).await.ok()
     }
 

@@ -1,5 +1,297 @@
-//! From a manifest to a running VMM: resolve, prepare, launch.
+//! A launch as a transaction: resolve, admit, map, prefetch, compose, start, hand over.
+//!
+//! [`LaunchService::run`] is the spine; each step is a function of its own, and a file of
+//! its own where it takes more than a few lines:
+//!
+//! ```text
+//! resolve   manifest -> lock, devices            resolve.rs
+//! admit     the name is claimed, then history    admit.rs
+//! map       images reachable in shared memory    map.rs
+//! prefetch  the planner is told of the launch    prefetch.rs
+//! compose   map image, kernel                    compose.rs   (or taken from prepared.rs)
+//! start     VM's directory, record, VMM          start.rs
+//! hand_over record again, supervision            here
+//! ```
+//! The prefetch is asked for before anything is composed, so that it runs beside the rest
+//! of the launch and beside the guest kernel's boot.
+//!
+//! Invariants: a launch that is refused leaves no trace. Whatever step fails, and whenever
+//! the launch is cancelled, its VMM is ended, the planner hears that the VM is gone, and
+//! the instance ends with the reason.
 
-pub(in crate::daemon) mod launcher;
+pub(in crate::daemon) mod admit;
+pub(in crate::daemon) mod compose;
+pub(in crate::daemon) mod map;
+pub(in crate::daemon) mod prefetch;
 pub(in crate::daemon) mod prepared;
 pub(in crate::daemon) mod resolve;
+pub(in crate::daemon) mod start;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forelay_image::NameOf;
+use tokio::task::JoinHandle;
+
+use crate::api::{LaunchRequest, PrefetchMode, Vm, VmState};
+use crate::daemon::HostError;
+use crate::daemon::memory::planner::now_ms;
+use crate::daemon::vm::directory::{MAP_IMAGE, VmDir};
+use crate::daemon::vm::registry::{Claim, DeviceRecord};
+use crate::daemon::vm::supervise::Supervisor;
+use crate::recipe::KernelFiles;
+use admit::Admission;
+use compose::{Composer, MapImage};
+use map::Mapper;
+use prefetch::{PrefetchPlan, Prefetcher};
+use prepared::{Premapped, Premaps, hostname};
+use resolve::{Order, Resolver};
+use start::{StartedVmm, Starter};
+
+/// Launches VMs.
+pub(in crate::daemon) struct LaunchService {
+    pub resolver: Resolver,
+    pub admission: Admission,
+    pub mapper: Arc<Mapper>,
+    pub prefetcher: Prefetcher,
+    pub composer: Arc<Composer>,
+    pub premaps: Arc<Premaps>,
+    pub starter: Starter,
+    pub supervisor: Arc<Supervisor>,
+}
+
+/// A launch that was admitted.
+struct Launch {
+    order: Order,
+    claim: Claim,
+    mode: PrefetchMode,
+    asked: Instant,
+    /// Repository bytes before it.
+    repository_before: u64,
+}
+
+/// What a VM boots from.
+struct Boots {
+    map: MapImage,
+    kernel: KernelFiles,
+}
+
+impl LaunchService {
+    /// Starts a launch; returns as soon as the instance exists.
+    pub async fn launch(self: &Arc<Self>, request: LaunchRequest) -> Result<Vm, HostError> {
+        let (asked, launched_ms) = (Instant::now(), now_ms());
+        if let Some(name) = &request.name {
+            NameOf::Vm.check(name).map_err(HostError::invalid)?;
+        }
+        let resolving = self
+            .resolver
+            .resolve(&request.manifest, request.lock.as_deref());
+        let order = resolving.await?;
+        let service = Arc::clone(self);
+        // Of its own: what was claimed is not left half recorded when the client goes away.
+        let admitting = tokio::spawn(async move {
+            let claim = service
+                .admission
+                .admit(&order, &request, launched_ms)
+                .await?;
+            let vm = claim.instance().vm();
+            let launch = Launch {
+                order,
+                claim,
+                mode: request.prefetch,
+                asked,
+                repository_before: service.supervisor.repository_bytes(),
+            };
+            tokio::spawn(service.conduct(launch));
+            Ok(vm)
+        });
+        admitting.await.map_err(HostError::failed)?
+    }
+
+    /// Runs a launch to its end: handed over, or undone.
+    async fn conduct(self: Arc<Self>, launch: Launch) {
+        let instance = Arc::clone(launch.claim.instance());
+        let ended = tokio::select! {
+            ended = self.run(&launch) => ended,
+            () = instance.cancelled() => Err(HostError::Cancelled),
+        };
+        match ended {
+            Ok(()) => launch.claim.keep(),
+            Err(error) => self.undo(launch, error).await,
+        }
+    }
+
+    /// The way of a page from the lock to a VMM that maps it.
+    async fn run(&self, launch: &Launch) -> Result<(), HostError> {
+        let prepared = self.premaps.take(&launch.order, launch.name());
+        let reading = self.read_ahead(launch, prepared.as_ref());
+        let mapped = self.map(launch, prepared.as_ref()).await?;
+        let plan = self.prefetch(launch, prepared.is_some()).await;
+        let boots = self.compose(launch, prepared, reading).await?;
+        let vmm = self.start(launch, mapped, boots).await?;
+        self.hand_over(launch, vmm, plan).await
+    }
+
+    /// Begins to read what composing takes, beside the mapping: behind an empty disk cache
+    /// both are mostly waiting.
+    fn read_ahead(&self, launch: &Launch, prepared: Option<&Premapped>) -> Option<JoinHandle<()>> {
+        let composer = Arc::clone(&self.composer);
+        prepared
+            .is_none()
+            .then(|| composer.read_ahead(&launch.order))
+    }
+
+    /// Makes the images reachable in the trust domain's shared memory.
+    async fn map(
+        &self,
+        launch: &Launch,
+        prepared: Option<&Premapped>,
+    ) -> Result<Vec<DeviceRecord>, HostError> {
+        match prepared {
+            Some(prepared) => Ok(prepared.devices.clone()),
+            None => self.mapper.map_images(&launch.order).await,
+        }
+    }
+
+    /// Tells the planner of the launch, and waits for its bytes if that was asked for.
+    async fn prefetch(&self, launch: &Launch, prepared: bool) -> PrefetchPlan {
+        let plan = self.prefetcher.plan(&launch.order, launch.mode);
+        launch.claim.instance().update(|vm| {
+            vm.launch.mode = Some(plan.mode);
+            vm.launch.premapped = prepared;
+            vm.launch.prefetched_bytes = plan.missing_bytes();
+        });
+        self.prefetcher.request(launch.name(), &launch.order, &plan);
+        if matches!(
+            launch.mode,
+            PrefetchMode::Everything | PrefetchMode::ForecastFirst
+        ) {
+            let domain = &launch.order.domain;
+            self.prefetcher
+                .wait_resident(domain, &plan.working_set)
+                .await;
+        }
+        plan
+    }
+
+    /// Makes the VM's directory with its map image, and its kernel.
+    async fn compose(
+        &self,
+        launch: &Launch,
+        prepared: Option<Premapped>,
+        reading: Option<JoinHandle<()>>,
+    ) -> Result<Boots, HostError> {
+        let composing = Instant::now();
+        let (order, dir) = (&launch.order, launch.dir()?);
+        dir.make().map_err(HostError::failed)?;
+        let path = dir.path().join(MAP_IMAGE);
+        let boots = match prepared {
+            Some(prepared) => Boots {
+                map: prepared.move_map(&path).map_err(HostError::failed)?,
+                kernel: prepared.kernel.clone(),
+            },
+            None => {
+                if let Some(reading) = reading {
+                    // What failed there fails below, with its reason.
+                    let _ = reading.await;
+                }
+                let hostname = hostname(order, launch.name());
+                Boots {
+                    map: self.composer.compose(order, &hostname, path).await?,
+                    kernel: self.composer.kernel(&order.lock.kernel).await?,
+                }
+            }
+        };
+        launch.claim.instance().update(|vm| {
+            vm.launch.compose_s = composing.elapsed().as_secs_f64();
+            vm.launch.map_bytes = boots.map.record.image_bytes;
+        });
+        Ok(boots)
+    }
+
+    /// Starts the VMM. The record is on disk before: a daemon that dies in between is found
+    /// out by its successor.
+    async fn start(
+        &self,
+        launch: &Launch,
+        mapped: Vec<DeviceRecord>,
+        boots: Boots,
+    ) -> Result<StartedVmm, HostError> {
+        let instance = launch.claim.instance();
+        let forwards = self.starter.ports.forwards(&launch.order.manifest)?;
+        let mut devices = vec![boots.map.record];
+        devices.extend(mapped);
+        let vm = instance.vm();
+        let spec = start::spec(
+            &launch.order,
+            &vm,
+            &devices,
+            &boots.map.uuid,
+            boots.kernel,
+            &forwards,
+        );
+        instance.update_record(|record| record.devices = devices);
+        instance.save().map_err(HostError::failed)?;
+        instance.update(|vm| {
+            vm.forwards = forwards;
+            vm.launch.prepared_s = launch.asked.elapsed().as_secs_f64();
+        });
+        self.starter.start(&spec).await
+    }
+
+    /// From here on the VM is supervised, and lives whatever becomes of this daemon.
+    async fn hand_over(
+        &self,
+        launch: &Launch,
+        vmm: StartedVmm,
+        plan: PrefetchPlan,
+    ) -> Result<(), HostError> {
+        let instance = launch.claim.instance();
+        instance.update(|vm| {
+            vm.pid = Some(vmm.handle().pid());
+            vm.launch.vmm_started_s = launch.asked.elapsed().as_secs_f64();
+            vm.state = VmState::Booting;
+        });
+        if let Err(error) = instance.save() {
+            vmm.end().await;
+            return Err(HostError::failed(error));
+        }
+        self.prefetcher.started(launch.name());
+        let (instance, handle) = (Arc::clone(instance), vmm.commit());
+        self.supervisor.supervise(
+            instance,
+            handle,
+            &launch.order,
+            plan,
+            launch.repository_before,
+        );
+        Ok(())
+    }
+
+    /// Ends what is left of a launch that failed or was cancelled, and says why.
+    async fn undo(&self, launch: Launch, error: HostError) {
+        let instance = launch.claim.instance();
+        let vm = instance.vm();
+        tracing::error!(vm = vm.name, %error, "launch failed");
+        self.prefetcher.stopped(&vm.name);
+        self.supervisor.note_stopped(instance).await;
+        if let Ok(dir) = launch.dir() {
+            dir.clear();
+        }
+        let state = match error {
+            HostError::Cancelled => VmState::Stopped,
+            _ => VmState::Failed,
+        };
+        launch.claim.end(state, error.to_string());
+    }
+}
+
+impl Launch {
+    fn name(&self) -> &str {
+        self.claim.instance().name()
+    }
+
+    fn dir(&self) -> Result<VmDir, HostError> {
+        self.claim.instance().dir().map_err(HostError::invalid)
+    }
+}

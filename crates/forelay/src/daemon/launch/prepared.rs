@@ -24,10 +24,11 @@ use forelay_image::Digest;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::daemon::launch::launcher::MapImage;
+use crate::daemon::HostError;
+use crate::daemon::launch::compose::{Composer, MapImage};
+use crate::daemon::launch::map::Mapper;
 use crate::daemon::launch::resolve::Order;
-use crate::daemon::vm::registry::DeviceRecord;
-use crate::daemon::{Host, HostError};
+use crate::daemon::vm::registry::{DeviceRecord, VmRegistry};
 use crate::recipe::KernelFiles;
 
 /// Launches that are kept prepared at a time; about a megabyte each.
@@ -147,12 +148,17 @@ fn key(order: &Order) -> Key {
     (order.domain.clone(), profile)
 }
 
-impl Host {
+/// Prepares launches that are likely.
+pub(in crate::daemon) struct Preparer {
+    pub premaps: Arc<Premaps>,
+    pub mapper: Arc<Mapper>,
+    pub composer: Arc<Composer>,
+    pub registry: Arc<VmRegistry>,
+}
+
+impl Preparer {
     /// Carries out the planner's reservations, in order, for as long as it makes any.
-    pub(in crate::daemon) async fn premap_likely(
-        self: Arc<Self>,
-        mut launches: UnboundedReceiver<PreparedLaunch>,
-    ) {
+    pub async fn premap_likely(self, mut launches: UnboundedReceiver<PreparedLaunch>) {
         while let Some(launch) = launches.recv().await {
             match launch {
                 PreparedLaunch::Prepare(domain, profile) => {
@@ -182,19 +188,19 @@ impl Host {
         }
     }
 
-    async fn premap(self: &Arc<Self>, order: &Order) -> Result<Premapped, HostError> {
+    async fn premap(&self, order: &Order) -> Result<Premapped, HostError> {
         let name = match &order.manifest.name {
             Some(name) => name.clone(),
-            None => self.instances.free_name(&order.of.profile),
+            None => self.registry.free_name(&order.of.profile),
         };
         let hostname = hostname(order, &name);
-        let devices = self.map_images(order).await?;
+        let devices = self.mapper.map_images(order).await?;
         let file = Digest::of(format!("{}/{}", order.domain, order.of.profile).as_bytes());
         let path = self.premaps.dir.join(format!("{}.img", file.hex()));
         // A prepared one of this profile has the same path; it goes first.
         self.premaps.state.lock().prepared.remove(&key(order));
-        let map = self.compose(order, &hostname, path).await?;
-        let kernel = self.kernel(&order.lock.kernel).await?;
+        let map = self.composer.compose(order, &hostname, path).await?;
+        let kernel = self.composer.kernel(&order.lock.kernel).await?;
         Ok(Premapped {
             manifest: order.manifest.digest(),
             lock: order.lock.digest(),
@@ -207,14 +213,15 @@ impl Host {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::daemon) mod tests {
     use forelay_image::component::Role;
     use forelay_image::lock::{Lock, LockedComponent};
     use forelay_image::manifest::Manifest;
 
     use super::*;
 
-    fn order(profile: &str, further: &str, image: &str) -> Order {
+    /// The order of a manifest of this profile, with a base image of this name.
+    pub fn order(profile: &str, further: &str, image: &str) -> Order {
         let text = format!("base = \"debian\"\nprofile = \"{profile}\"\n{further}");
         let manifest = Manifest::parse(&text).unwrap();
         let locked = |name: &str, role| LockedComponent {

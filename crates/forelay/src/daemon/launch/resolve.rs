@@ -13,8 +13,10 @@ use forelay_image::manifest::Manifest;
 use forelay_image::solve::solve;
 use forelay_image::{Digest, NameOf};
 
+use forelay_store::Store;
+
 use crate::api::VmComponent;
-use crate::daemon::{Host, HostError};
+use crate::daemon::HostError;
 use crate::history::ProfileRef;
 
 /// Owner of manifests that name none.
@@ -141,13 +143,15 @@ fn bundle_smallest(lock: &Lock, slots: usize) -> Option<Bundle> {
     Bundle::new(&images)
 }
 
-impl Host {
+/// Finds out what a request asks for.
+pub(in crate::daemon) struct Resolver {
+    pub store: Store,
+    pub pmem_slots: usize,
+}
+
+impl Resolver {
     /// Understands a manifest and resolves it, unless a lock does.
-    pub(in crate::daemon) async fn order(
-        &self,
-        text: &str,
-        lock: Option<&str>,
-    ) -> Result<Order, HostError> {
+    pub async fn resolve(&self, text: &str, lock: Option<&str>) -> Result<Order, HostError> {
         let manifest = Manifest::parse(text).map_err(HostError::invalid)?;
         let started = Instant::now();
         let lock = match lock {
@@ -167,7 +171,7 @@ impl Host {
             }
         };
         let solve_s = started.elapsed().as_secs_f64();
-        Order::new(manifest, lock, solve_s, self.config.vmm.pmem_slots)
+        Order::new(manifest, lock, solve_s, self.pmem_slots)
     }
 }
 

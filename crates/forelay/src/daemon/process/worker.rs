@@ -1,10 +1,8 @@
 //! Processes of the daemon: the holder that stays, the pinner, the worker that may die.
 
-use std::collections::HashMap;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use forelay_cache::budget::BudgetConfig;
@@ -14,17 +12,17 @@ use forelay_cache::{DeviceImage, Domain, Planner, PlannerEvent};
 use forelay_image::bundle::Bundle;
 use forelay_image::lock::Lock;
 use forelay_memory::{holder, pinner, pressure};
-use forelay_store::{DirectoryRepository, FetchConfig, Repository, Store, StoreConfig, Throttled};
+use forelay_store::{
+    DirectoryRepository, FetchConfig, Limited, Repository, Store, StoreConfig, Throttled,
+};
 use forelay_vm::qemu::QemuDriver;
 use forelay_vm::{Accelerator, VmHandle, VmmDriver as _};
-use parking_lot::Mutex;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::api::VmState;
 use crate::config::{Config, RepositoryConfig};
-use crate::daemon::Host;
 use crate::daemon::api::server;
 use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::last_launches::LastLaunches;
@@ -38,6 +36,7 @@ use crate::daemon::process::journal::{Journal, JournalWriter, Replayed};
 use crate::daemon::process::sessions::Sessions;
 use crate::daemon::vm::directory::RECORD;
 use crate::daemon::vm::registry::{Instance, Record, load_records};
+use crate::daemon::{Host, Parts};
 use crate::history::ProfileRef;
 
 /// Share of the host's memory that an adaptive budget may take at most.
@@ -194,7 +193,8 @@ pub async fn open_store(config: &Config) -> Result<Store> {
     let path = config.repository_path();
     let directory = DirectoryRepository::open(&path)
         .with_context(|| format!("cannot open the repository {}", path.display()))?;
-    let directory: Arc<dyn Repository> = Arc::new(directory);
+    let limit = config.repository.timeout();
+    let directory: Arc<dyn Repository> = Arc::new(Limited::new(Arc::new(directory), limit));
     let RepositoryConfig {
         latency_ms,
         bandwidth_bytes_per_s,
@@ -259,27 +259,19 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
         other => bail!("vmm.accelerator is {other:?}: it can be auto, kvm or tcg"),
     };
     let premaps = Premaps::open(config.runtime_dir.join("premapped"))?;
-    let host = Arc::new(Host {
+    let (host, preparer) = Host::new(Parts {
         config,
-        started: Instant::now(),
         store,
         domains,
         memory,
         learner,
-        lessons: Default::default(),
         last_launches,
         demand,
-        instances: Default::default(),
-        handles: Default::default(),
-        observers: Default::default(),
         driver,
-        accelerator: Default::default(),
-        takeover: Mutex::new(None),
         premaps,
-        recipes: HashMap::new().into(),
-        next_port: Default::default(),
     });
-    tokio::spawn(Arc::clone(&host).premap_likely(reserved));
+    let host = Arc::new(host);
+    tokio::spawn(preparer.premap_likely(reserved));
     // So that the first launch finds the components' metadata on this host. If it cannot be
     // had now, whoever needs it says so.
     let listing = host.store.clone();
@@ -412,9 +404,8 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
             end_unknown(&vm.runtime_dir);
             let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));
-            host.note_stopped(&instance).await;
-            instance.update(|vm| {
-                vm.pid = None;
+            host.supervisor.note_stopped(&instance).await;
+            instance.end(|vm| {
                 vm.error = Some(why);
                 vm.state = VmState::Failed;
             });
@@ -426,22 +417,12 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
 /// Ends a VMM that was started in `runtime_dir` a moment before the daemon died, so that
 /// nobody knows how to talk to it.
 fn end_unknown(runtime_dir: &Path) {
-    let Ok(processes) = std::fs::read_dir("/proc") else {
-        return;
-    };
-    let own = format!("{}/", runtime_dir.display());
-    for process in processes.flatten() {
-        let name = process.file_name();
-        let pid = name.to_str().and_then(|name| name.parse::<i32>().ok());
-        let words = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words);
-        let is_vmm = words.starts_with("qemu-system") && words.contains(&own);
-        if let Some(pid) = pid
-            .and_then(rustix::process::Pid::from_raw)
-            .filter(|_| is_vmm)
-        {
-            tracing::warn!(pid = pid.as_raw_nonzero(), "ending a VMM that nobody knows");
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    match forelay_vm::stray::end_all(runtime_dir) {
+        Ok(pids) if pids.is_empty() => {}
+        Ok(pids) => tracing::warn!(?pids, "ended a VMM that nobody knows"),
+        Err(error) => {
+            let dir = runtime_dir.display();
+            tracing::error!(%error, %dir, "a VMM that nobody knows lives on");
         }
     }
 }
@@ -461,8 +442,7 @@ impl Host {
             profile: vm.profile.as_str().into(),
             devices: devices.collect(),
         }));
-        self.handles.lock().insert(vm.name, handle.clone());
         let of = ProfileRef::new(vm.profile, vm.owner);
-        self.supervise_reattached(instance, handle, of);
+        self.supervisor.supervise_reattached(instance, handle, of);
     }
 }

@@ -12,27 +12,41 @@ use std::time::Instant;
 
 use forelay_cache::{DeviceImage, Domain, PlannerEvent};
 use forelay_guest_protocol::messages::Attach;
+use forelay_image::Digest;
 use forelay_image::component::NameRange;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::relock;
-use forelay_image::{ComponentId, Digest};
-use forelay_vm::VmHandle;
+use forelay_store::Store;
+use forelay_vm::{AttachError, VmHandle};
 
 use crate::api::{AttachFigures, Vm, VmComponent};
-use crate::daemon::launch::launcher::pmem_device;
+use crate::daemon::HostError;
+use crate::daemon::forecast::learning::Learner;
+use crate::daemon::launch::map::Mapper;
 use crate::daemon::launch::resolve::{PlannedDevice, vm_component};
+use crate::daemon::launch::start::pmem_device;
+use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::vm::registry::{DeviceRecord, Instance};
-use crate::daemon::{Host, HostError};
+use crate::daemon::vm::supervise::Supervisor;
 use crate::history::{ComponentRef, ProfileRef};
 
-impl Host {
+/// Attaches components to running VMs, and detaches them.
+pub(in crate::daemon) struct AttachService {
+    pub store: Store,
+    pub mapper: Arc<Mapper>,
+    pub memory: Arc<PlannerHandle>,
+    pub learner: Arc<Learner>,
+    pub supervisor: Arc<Supervisor>,
+}
+
+impl AttachService {
     /// Attaches a component (`name` or `name@range`) and what it needs to a running VM:
     /// all of it, or nothing.
-    pub async fn attach(self: &Arc<Self>, name: &str, wanted: &str) -> Result<Vm, HostError> {
+    pub async fn attach(&self, instance: &Arc<Instance>, wanted: &str) -> Result<Vm, HostError> {
         let asked = Instant::now();
-        let instance = self.instance(name)?;
-        let handle = self.handle(name)?;
+        let name = instance.name();
+        let handle = running(instance)?;
         let range = parse_wanted(wanted)?;
         if has(&instance.vm(), &range.name) {
             return Err(HostError::Busy(format!(
@@ -40,16 +54,16 @@ impl Host {
                 range.name
             )));
         }
-        let (mut manifest, lock) = self.with_component(&instance, range).await?;
+        let (mut manifest, lock) = self.with_component(instance, range).await?;
         let plan_s = asked.elapsed().as_secs_f64();
         let vm = instance.vm();
         let present = |image| vm.components.iter().any(|one| one.image == image);
         let added = lock.components.iter().filter(|one| !present(one.image));
         let mut done: Vec<&LockedComponent> = Vec::new();
         for component in added {
-            let attached = self.attach_one(&instance, &handle, component, plan_s);
+            let attached = self.attach_one(instance, &handle, component, plan_s);
             if let Err(error) = attached.await {
-                self.take_back(&instance, &handle, &done).await;
+                self.take_back(instance, &handle, &done).await;
                 return Err(error);
             }
             done.push(component);
@@ -65,16 +79,36 @@ impl Host {
                 });
             }
         }
-        instance.update_record(|record| {
-            record.manifest = manifest.to_toml();
-            record.lock = lock.to_toml();
-        });
-        instance.save().map_err(HostError::failed)?;
+        let before = instance.order();
+        instance.set_order(manifest.to_toml(), lock.to_toml());
+        if let Err(error) = instance.save() {
+            // A later daemon would not know of them.
+            self.take_back(instance, &handle, &done).await;
+            instance.set_order(before.0, before.1);
+            return Err(HostError::Failed(format!(
+                "the record of VM {name} cannot be written: {error}; nothing was attached"
+            )));
+        }
+        self.record(instance, &done).await;
         Ok(instance.vm())
     }
 
+    /// Records what was attached in the history.
+    async fn record(&self, instance: &Instance, done: &[&LockedComponent]) {
+        let vm = instance.vm();
+        let of = ProfileRef::new(vm.profile, vm.owner);
+        for component in done {
+            let component = ComponentRef {
+                name: component.name.clone(),
+                image: component.image,
+            };
+            let launch_id = instance.launch_id();
+            self.learner.attached(&of, launch_id, component).await;
+        }
+    }
+
     async fn attach_one(
-        self: &Arc<Self>,
+        &self,
         instance: &Arc<Instance>,
         handle: &VmHandle,
         component: &LockedComponent,
@@ -83,7 +117,8 @@ impl Host {
         let started = Instant::now();
         let domain = Domain::from(instance.vm().domain.as_str());
         let record = self
-            .make_reachable(&domain, component.id, PlannedDevice::from(component))
+            .mapper
+            .map_component(&domain, component.id, PlannedDevice::from(component))
             .await?;
         let map_s = started.elapsed().as_secs_f64();
         let request = Attach {
@@ -134,13 +169,18 @@ impl Host {
             let Some(device) = record.map(pmem_device) else {
                 continue;
             };
+            // Nothing is learned of what is taken back.
+            if let Some(observed) = instance.observed() {
+                observed.lock().notes.take_attached(&component.image);
+            }
             match handle.detach(&device.id, &uuid(component)).await {
-                Ok(_) => self.note_detached(instance, component.image),
+                // Without its state file it is detached all the same.
+                Ok(_) | Err(AttachError::State(_)) => self.note_detached(instance, component.image),
                 Err(error) => tracing::error!(
                     vm = handle.name(),
                     component = component.name,
                     error = crate::daemon::chain(&error),
-                    "a dependency stays attached"
+                    "a component of a failed attach stays attached"
                 ),
             }
         }
@@ -170,25 +210,8 @@ impl Host {
         Ok((manifest, lock))
     }
 
-    /// Makes a device that may be, or is about to be, attached reachable in shared memory.
-    pub(in crate::daemon) async fn make_reachable(
-        self: &Arc<Self>,
-        domain: &Domain,
-        component: ComponentId,
-        device: PlannedDevice,
-    ) -> Result<DeviceRecord, HostError> {
-        let opened = self.store.open_component(component).await;
-        opened.map_err(HostError::failed)?;
-        let (host, domain) = (Arc::clone(self), domain.clone());
-        let mapped = tokio::task::spawn_blocking(move || {
-            let memory = host.domains.ensure(&domain)?;
-            host.map_image(&memory, &device)
-        });
-        mapped.await.map_err(HostError::failed)?
-    }
-
     async fn note_attached(
-        self: &Arc<Self>,
+        &self,
         instance: &Arc<Instance>,
         component: &LockedComponent,
         record: DeviceRecord,
@@ -200,9 +223,9 @@ impl Host {
         };
         let name = vm.name.as_str().into();
         self.memory.tell(PlannerEvent::Attached(name, device));
-        let observed = self.observers.lock().get(&vm.name).cloned();
-        if let Some(observed) = observed {
-            self.learn_attached(instance, &observed, component.image);
+        if let Some(observed) = instance.observed() {
+            self.supervisor
+                .learn_attached(instance, &observed, component.image);
             let (image, path) = (record.image, record.path.clone());
             let watching =
                 tokio::task::spawn_blocking(move || observed.lock().observer.watch(image, &path));
@@ -217,20 +240,12 @@ impl Host {
                 ..vm_component(component)
             });
         });
-        let of = ProfileRef::new(vm.profile, vm.owner);
-        let component = ComponentRef {
-            name: component.name.clone(),
-            image: component.image,
-        };
-        self.learner
-            .attached(&of, instance.launch_id(), component)
-            .await;
     }
 
     /// Detaches a component that was attached; the guest refuses while it is in use.
-    pub async fn detach(self: &Arc<Self>, name: &str, wanted: &str) -> Result<Vm, HostError> {
-        let instance = self.instance(name)?;
-        let handle = self.handle(name)?;
+    pub async fn detach(&self, instance: &Arc<Instance>, wanted: &str) -> Result<Vm, HostError> {
+        let name = instance.name();
+        let handle = running(instance)?;
         let vm = instance.vm();
         let found = vm.components.iter().find(|one| one.name == wanted);
         let component = found
@@ -245,10 +260,17 @@ impl Host {
         let record = devices.iter().find(|device| device.image == image);
         let record = record.ok_or_else(|| HostError::Failed("its device is unknown".to_owned()))?;
         let uuid = image.hex()[..32].to_owned();
-        self.scan_now(&instance).await;
+        self.supervisor.scan_now(instance).await;
         let detached = handle.detach(&pmem_device(record).id, &uuid).await;
-        detached.map_err(|error| HostError::Busy(crate::daemon::chain(&error)))?;
-        self.note_detached(&instance, image);
+        // Without its state file it is detached all the same.
+        let unsaved = match detached {
+            Err(AttachError::State(error)) => Some(error),
+            other => {
+                other.map_err(|error| HostError::Busy(crate::daemon::chain(&error)))?;
+                None
+            }
+        };
+        self.note_detached(instance, image);
         instance.update_record(|record| {
             if let Ok(mut manifest) = Manifest::parse(&record.manifest) {
                 manifest.components.retain(|one| one.name != wanted);
@@ -260,15 +282,19 @@ impl Host {
                 record.lock = lock.to_toml();
             }
         });
-        instance.save().map_err(HostError::failed)?;
-        Ok(instance.vm())
+        match instance.save().err().or(unsaved) {
+            None => Ok(instance.vm()),
+            Some(error) => Err(HostError::Failed(format!(
+                "{wanted} is detached, but what a later daemon reads of VM {name} still has it: \
+                 {error}"
+            ))),
+        }
     }
 
     fn note_detached(&self, instance: &Instance, image: Digest) {
-        let name = instance.vm().name;
-        self.memory
-            .tell(PlannerEvent::Detached(name.as_str().into(), image));
-        if let Some(observed) = self.observers.lock().get(&name) {
+        let name = instance.name().into();
+        self.memory.tell(PlannerEvent::Detached(name, image));
+        if let Some(observed) = instance.observed() {
             observed.lock().observer.unwatch(&image);
         }
         instance.update_record(|record| record.devices.retain(|device| device.image != image));
@@ -278,6 +304,14 @@ impl Host {
 
 fn uuid(component: &LockedComponent) -> String {
     component.image.hex()[..32].to_owned()
+}
+
+/// The VMM of a VM that runs.
+pub(in crate::daemon) fn running(instance: &Instance) -> Result<VmHandle, HostError> {
+    instance.handle().ok_or_else(|| {
+        let (name, state) = (instance.name(), instance.vm().state);
+        HostError::Busy(format!("VM {name} has no VMM to talk to: it is {state:?}"))
+    })
 }
 
 fn has(vm: &Vm, name: &str) -> bool {

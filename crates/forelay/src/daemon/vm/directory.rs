@@ -104,6 +104,14 @@ impl VmDir {
         removed.map_err(|error| self.failed("remove", error))
     }
 
+    /// Removes what an ended VM has no use for; its logs stay.
+    pub fn clear(&self) {
+        for file in [MAP_IMAGE, SCRATCH, RECORD] {
+            // Most ended VMs lack one or the other.
+            let _ = std::fs::remove_file(self.path().join(file));
+        }
+    }
+
     /// Names of the files in it, if a VM's directory can have all of them.
     fn own_files(&self, dir: &OwnedFd) -> Result<Vec<&'static str>, VmDirError> {
         let failed = |error| self.failed("list", error);

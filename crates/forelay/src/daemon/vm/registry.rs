@@ -13,13 +13,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forelay_image::Digest;
+use forelay_image::{Digest, NameError};
+use forelay_vm::VmHandle;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::api::Vm;
+use crate::api::{Vm, VmState};
+use crate::daemon::HostError;
 use crate::daemon::vm::directory::{RECORD, UNFINISHED_RECORD, VmDir};
+use crate::daemon::vm::supervise::Observed;
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
 const KEEP_ENDED: usize = 100;
@@ -60,17 +63,137 @@ pub struct DeviceRecord {
 /// One instance.
 #[derive(Debug)]
 pub struct Instance {
+    name: String,
     state: watch::Sender<Vm>,
     record: Mutex<Record>,
+    phase: Mutex<Phase>,
+    cancel: watch::Sender<bool>,
+}
+
+/// What there is of a VM, besides what clients see.
+#[derive(Debug)]
+enum Phase {
+    /// No VMM yet, or one that the launch has not handed over.
+    Launching,
+    /// A VMM that is supervised.
+    Running(RunningVm),
+    /// None any more.
+    Ended,
+}
+
+/// A VMM that is supervised.
+struct RunningVm {
+    handle: VmHandle,
+    /// What it has touched, once observation has begun.
+    observed: Option<Arc<Mutex<Observed>>>,
+}
+
+impl std::fmt::Debug for RunningVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RunningVm({})", self.handle.pid())
+    }
 }
 
 impl Instance {
     /// An instance that is being launched.
     pub fn new(record: Record) -> Self {
         Self {
+            name: record.vm.name.clone(),
             state: watch::Sender::new(record.vm.clone()),
             record: Mutex::new(record),
+            phase: Mutex::new(Phase::Launching),
+            cancel: watch::Sender::new(false),
         }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it keeps its files.
+    pub fn dir(&self) -> Result<VmDir, NameError> {
+        let path = self.state.borrow().runtime_dir.clone();
+        VmDir::of(path.parent().unwrap_or(&path), &self.name)
+    }
+
+    /// True while a VMM may exist.
+    pub fn is_live(&self) -> bool {
+        self.state.borrow().state.is_live()
+    }
+
+    /// Tells its launch to end, if it is not handed over yet.
+    pub fn cancel(&self) {
+        self.cancel.send_replace(true);
+    }
+
+    /// Waits until its launch is told to end.
+    pub async fn cancelled(&self) {
+        // The sender lives in this instance.
+        let _ = self.cancel.subscribe().wait_for(|cancel| *cancel).await;
+    }
+
+    /// Its VMM is supervised from now on.
+    pub fn run(&self, handle: VmHandle) {
+        *self.phase.lock() = Phase::Running(RunningVm {
+            handle,
+            observed: None,
+        });
+        self.state.send_modify(|_| {});
+    }
+
+    /// Its touches are observed from now on.
+    pub fn observe(&self, observed: Arc<Mutex<Observed>>) {
+        if let Phase::Running(running) = &mut *self.phase.lock() {
+            running.observed = Some(observed);
+        }
+    }
+
+    /// Its VMM, while that is supervised.
+    pub fn handle(&self) -> Option<VmHandle> {
+        match &*self.phase.lock() {
+            Phase::Running(running) => Some(running.handle.clone()),
+            Phase::Launching | Phase::Ended => None,
+        }
+    }
+
+    /// What its VMM has touched, while that is observed.
+    pub fn observed(&self) -> Option<Arc<Mutex<Observed>>> {
+        match &*self.phase.lock() {
+            Phase::Running(running) => running.observed.clone(),
+            Phase::Launching | Phase::Ended => None,
+        }
+    }
+
+    /// Its VMM is gone; `change` says what clients see of that.
+    pub fn end(&self, change: impl FnOnce(&mut Vm)) {
+        *self.phase.lock() = Phase::Ended;
+        self.update(|vm| {
+            vm.pid = None;
+            change(vm);
+        });
+    }
+
+    /// Waits until its VMM is supervised or it has ended.
+    pub async fn launched(&self) -> Option<VmHandle> {
+        let mut watch = self.state.subscribe();
+        loop {
+            let live = watch.borrow_and_update().state.is_live();
+            let handle = self.handle();
+            if handle.is_some() || !live || watch.changed().await.is_err() {
+                return handle;
+            }
+        }
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(&self) {
+        // The sender lives in this instance.
+        let _ = self
+            .state
+            .subscribe()
+            .wait_for(|vm| !vm.state.is_live())
+            .await;
     }
 
     /// What clients see.
@@ -110,6 +233,13 @@ impl Instance {
         (record.manifest.clone(), record.lock.clone())
     }
 
+    /// Changes what [`Instance::order`] says.
+    pub fn set_order(&self, manifest: String, lock: String) {
+        let mut record = self.record.lock();
+        record.manifest = manifest;
+        record.lock = lock;
+    }
+
     /// Row of the launch in the history.
     pub fn launch_id(&self) -> i64 {
         self.record.lock().launch_id
@@ -129,73 +259,170 @@ impl Instance {
 
 /// All instances by name.
 #[derive(Debug, Default)]
-pub struct Instances {
-    table: Mutex<BTreeMap<String, Arc<Instance>>>,
+pub struct VmRegistry {
+    table: Mutex<Table>,
 }
 
-impl Instances {
-    /// Adds an instance; refuses a name that a live one has.
-    pub fn insert(&self, instance: Arc<Instance>) -> Result<(), Arc<Instance>> {
-        let name = instance.vm().name;
-        let mut table = self.table.lock();
-        if let Some(other) = table.get(&name)
-            && other.vm().state.is_live()
-        {
-            return Err(Arc::clone(other));
+#[derive(Debug, Default)]
+struct Table {
+    instances: BTreeMap<String, Arc<Instance>>,
+    /// Nothing is launched any more.
+    closed: bool,
+}
+
+/// The name that a launch asks for.
+#[derive(Clone, Copy, Debug)]
+pub enum WantedName<'a> {
+    /// This one.
+    Given(&'a str),
+    /// Any that is free: `profile`, `profile-2`, `profile-3`...
+    OfProfile(&'a str),
+}
+
+/// A name that a launch has. Its instance ends with the claim, unless that is kept.
+#[derive(Debug)]
+pub struct Claim {
+    instance: Arc<Instance>,
+    kept: bool,
+}
+
+impl Claim {
+    /// The instance.
+    pub fn instance(&self) -> &Arc<Instance> {
+        &self.instance
+    }
+
+    /// The instance lives on without its launch.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+
+    /// Ends the instance.
+    pub fn end(mut self, state: VmState, error: String) {
+        self.kept = true;
+        self.instance.end(|vm| {
+            vm.error = Some(error);
+            vm.state = state;
+        });
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.instance.end(|vm| {
+                vm.error = Some("its launch was interrupted".to_owned());
+                vm.state = VmState::Failed;
+            });
         }
-        table.insert(name, instance);
-        forget_oldest_ended(&mut table);
-        Ok(())
+    }
+}
+
+impl VmRegistry {
+    /// Claims a name for a launch, whose record `make` makes; refuses a name that a live
+    /// instance has.
+    pub fn claim(
+        &self,
+        wanted: WantedName<'_>,
+        make: impl FnOnce(&str) -> Result<Record, HostError>,
+    ) -> Result<Claim, HostError> {
+        let mut table = self.table.lock();
+        if table.closed {
+            return Err(HostError::Busy(
+                "the daemon ends: nothing is launched".to_owned(),
+            ));
+        }
+        let name = match wanted {
+            WantedName::Given(name) => name.to_owned(),
+            WantedName::OfProfile(profile) => table.free_name(profile),
+        };
+        let instance = Arc::new(Instance::new(make(&name)?));
+        table.insert(Arc::clone(&instance))?;
+        Ok(Claim {
+            instance,
+            kept: false,
+        })
+    }
+
+    /// Adds an instance that an earlier daemon launched.
+    pub fn insert(&self, instance: Arc<Instance>) -> Result<(), HostError> {
+        self.table.lock().insert(instance)
+    }
+
+    /// Refuses launches from now on; returns the instances that live.
+    pub fn close(&self) -> Vec<Arc<Instance>> {
+        self.table.lock().closed = true;
+        self.live()
     }
 
     /// The instance of this name.
     pub fn get(&self, name: &str) -> Option<Arc<Instance>> {
-        self.table.lock().get(name).cloned()
+        self.table.lock().instances.get(name).cloned()
     }
 
     /// All instances, by name.
     pub fn all(&self) -> Vec<Arc<Instance>> {
-        self.table.lock().values().cloned().collect()
+        self.table.lock().instances.values().cloned().collect()
     }
 
     /// Those whose VMM may run.
     pub fn live(&self) -> Vec<Arc<Instance>> {
         self.all()
             .into_iter()
-            .filter(|instance| instance.vm().state.is_live())
+            .filter(|instance| instance.is_live())
             .collect()
     }
 
     /// A name that no live instance has: `profile`, `profile-2`, `profile-3`...
     pub fn free_name(&self, profile: &str) -> String {
-        let table = self.table.lock();
-        let taken = |name: &str| {
-            table
-                .get(name)
-                .is_some_and(|other| other.vm().state.is_live())
-        };
-        let numbered = (2u32..).map(|number| format!("{profile}-{number}"));
-        std::iter::once(profile.to_owned())
-            .chain(numbered)
-            .find(|name| !taken(name))
-            .unwrap_or_else(|| profile.to_owned())
+        self.table.lock().free_name(profile)
     }
 }
 
-fn forget_oldest_ended(table: &mut BTreeMap<String, Arc<Instance>>) {
-    let mut ended: Vec<_> = table
-        .values()
-        .map(|instance| instance.vm())
-        .filter(|vm| !vm.state.is_live())
-        .map(|vm| (vm.launched_ms, vm.name, vm.runtime_dir))
-        .collect();
-    ended.sort();
-    let excess = ended.len().saturating_sub(KEEP_ENDED);
-    for (_, name, path) in ended.into_iter().take(excess) {
-        table.remove(&name);
-        let dir = path.parent().and_then(|vms| VmDir::of(vms, &name).ok());
-        if let Some(Err(error)) = dir.map(|dir| dir.remove()) {
-            tracing::warn!(vm = name, %error, "what an ended VM left stays");
+impl Table {
+    fn live(&self, name: &str) -> Option<&Arc<Instance>> {
+        self.instances.get(name).filter(|other| other.is_live())
+    }
+
+    fn free_name(&self, profile: &str) -> String {
+        let numbered = (2u32..).map(|number| format!("{profile}-{number}"));
+        std::iter::once(profile.to_owned())
+            .chain(numbered)
+            .find(|name| self.live(name).is_none())
+            .unwrap_or_else(|| profile.to_owned())
+    }
+
+    fn insert(&mut self, instance: Arc<Instance>) -> Result<(), HostError> {
+        let name = instance.name();
+        if let Some(other) = self.live(name) {
+            let state = other.state.borrow().state;
+            return Err(HostError::Busy(format!(
+                "a VM called {name} is {state:?} already: stop it with `forelay stop {name}`, or \
+                 give this one another name with --name"
+            )));
+        }
+        self.instances.insert(name.to_owned(), instance);
+        self.forget_oldest_ended();
+        Ok(())
+    }
+
+    fn forget_oldest_ended(&mut self) {
+        let ended = self
+            .instances
+            .values()
+            .filter(|instance| !instance.is_live());
+        let mut ended: Vec<_> = ended
+            .map(|instance| (instance.state.borrow().launched_ms, Arc::clone(instance)))
+            .collect();
+        ended.sort_by(|(a, one), (b, other)| (a, &one.name).cmp(&(b, &other.name)));
+        let excess = ended.len().saturating_sub(KEEP_ENDED);
+        for (_, instance) in ended.into_iter().take(excess) {
+            self.instances.remove(&instance.name);
+            if let Ok(dir) = instance.dir()
+                && let Err(error) = dir.remove()
+            {
+                tracing::warn!(vm = instance.name, %error, "what an ended VM left stays");
+            }
         }
     }
 }
@@ -233,7 +460,7 @@ pub fn load_records(vms_dir: &Path) -> Vec<Record> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{LaunchFigures, VmState};
+    use crate::api::LaunchFigures;
 
     fn instance(name: &str, dir: &Path) -> Arc<Instance> {
         let vm = Vm {
@@ -265,10 +492,11 @@ mod tests {
     #[test]
     fn a_live_name_is_taken_and_an_ended_one_is_free_again() {
         let dir = tempfile::tempdir().unwrap();
-        let instances = Instances::default();
+        let instances = VmRegistry::default();
         let first = instance("web", dir.path());
         instances.insert(Arc::clone(&first)).unwrap();
-        assert!(instances.insert(instance("web", dir.path())).is_err());
+        let refused = instances.insert(instance("web", dir.path()));
+        assert!(matches!(refused, Err(HostError::Busy(_))));
         assert_eq!(instances.free_name("web"), "web-2");
         first.update(|vm| vm.state = VmState::Stopped);
         assert_eq!(instances.free_name("web"), "web");
@@ -276,10 +504,45 @@ mod tests {
         assert_eq!(first.vm().state, VmState::Stopped);
     }
 
+    #[tokio::test]
+    async fn a_claim_that_is_let_go_frees_its_name_and_a_closed_registry_claims_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = VmRegistry::default();
+        let make = |name: &str| Ok(instance(name, dir.path()).record.lock().clone());
+        let first = registry.claim(WantedName::OfProfile("web"), make).unwrap();
+        let second = registry.claim(WantedName::OfProfile("web"), make).unwrap();
+        assert_eq!(
+            (first.instance().name(), second.instance().name()),
+            ("web", "web-2")
+        );
+        let taken = registry.claim(WantedName::Given("web"), make);
+        assert!(matches!(taken, Err(HostError::Busy(_))));
+        let instance = Arc::clone(first.instance());
+        drop(first);
+        assert_eq!(instance.vm().state, VmState::Failed);
+        assert!(instance.launched().await.is_none());
+        instance.ended().await;
+        registry
+            .claim(WantedName::Given("web"), make)
+            .unwrap()
+            .keep();
+        assert!(registry.get("web").unwrap().is_live());
+        let names: Vec<_> = registry
+            .close()
+            .iter()
+            .map(|one| one.name.clone())
+            .collect();
+        assert_eq!(names, ["web", "web-2"]);
+        second.instance().cancel();
+        second.instance().cancelled().await;
+        let late = registry.claim(WantedName::Given("late"), make);
+        assert!(matches!(late, Err(HostError::Busy(_))));
+    }
+
     #[test]
     fn what_is_forgotten_takes_only_its_own_files_along() {
         let dir = tempfile::tempdir().unwrap();
-        let instances = Instances::default();
+        let instances = VmRegistry::default();
         for number in 0..=KEEP_ENDED + 1 {
             let one = instance(&format!("vm-{number}"), dir.path());
             one.update(|vm| {

@@ -12,18 +12,19 @@ use std::time::{Duration, Instant};
 use forelay_cache::PlannerEvent;
 use forelay_cache::plan::TouchReport;
 use forelay_image::{Digest, Extent, Touch};
+use forelay_store::Store;
 use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
 use crate::api::VmState;
-use crate::daemon::Host;
-use crate::daemon::forecast::learning::LaunchOutcome;
-use crate::daemon::forecast::lessons::Notebook;
+use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
+use crate::daemon::forecast::lessons::{Lessons, Notebook};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
-use crate::daemon::launch::launcher::Wanted;
+use crate::daemon::launch::prefetch::PrefetchPlan;
+use crate::daemon::launch::resolve::Order;
+use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::faults::{Plan, Waits};
-use crate::daemon::memory::planner::now_ms;
-use crate::daemon::vm::directory::{MAP_IMAGE, RECORD, SCRATCH};
+use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::vm::registry::Instance;
 use crate::history::ProfileRef;
 
@@ -59,52 +60,72 @@ struct Launch {
     ready_at: Option<Instant>,
 }
 
-impl Host {
+/// Watches over VMs.
+pub(in crate::daemon) struct Supervisor {
+    pub store: Store,
+    pub domains: Arc<Domains>,
+    pub memory: Arc<PlannerHandle>,
+    pub learner: Arc<Learner>,
+    pub lessons: Arc<Lessons>,
+    /// How long after `ready` touches still count to a launch.
+    pub window: Duration,
+}
+
+impl Supervisor {
     /// Watches over a VM that was just launched.
-    pub(in crate::daemon) fn supervise(
+    pub fn supervise(
         self: &Arc<Self>,
         instance: Arc<Instance>,
         handle: VmHandle,
-        of: ProfileRef,
-        wanted: Wanted,
+        order: &Order,
+        wanted: PrefetchPlan,
         repository_before: u64,
     ) {
         let all = wanted.working_set.iter();
         let all = all.map(|one| (one.image, one.extent));
         let plan = Plan::new(all, wanted.absent.iter().copied());
-        let waits = self.domains.attribution().add(handle.pid(), plan);
         let launch = Launch {
-            of,
-            waits,
+            of: order.of.clone(),
+            waits: self.domains.attribution().add(handle.pid(), plan),
             planned: wanted.missing,
             repository_before,
             recorded: false,
             ready_at: None,
         };
-        let watching = Arc::clone(self).watch_over(instance, handle, launch);
-        self.lessons.spawn(watching);
+        self.begin(instance, handle, launch);
     }
 
     /// Watches over a VM that an earlier daemon launched. Its launch is not recorded
     /// again.
-    pub(in crate::daemon) fn supervise_reattached(
+    pub fn supervise_reattached(
         self: &Arc<Self>,
         instance: Arc<Instance>,
         handle: VmHandle,
         of: ProfileRef,
     ) {
-        let plan = Plan::default();
-        let waits = self.domains.attribution().add(handle.pid(), plan);
         let launch = Launch {
             of,
-            waits,
+            waits: self
+                .domains
+                .attribution()
+                .add(handle.pid(), Plan::default()),
             planned: Vec::new(),
             repository_before: 0,
             recorded: true,
             ready_at: None,
         };
+        self.begin(instance, handle, launch);
+    }
+
+    fn begin(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle, launch: Launch) {
+        instance.run(handle.clone());
         let watching = Arc::clone(self).watch_over(instance, handle, launch);
         self.lessons.spawn(watching);
+    }
+
+    /// Bytes read from the repository so far.
+    pub fn repository_bytes(&self) -> u64 {
+        self.store.scheduler().counters().repository_bytes()
     }
 
     async fn watch_over(
@@ -113,16 +134,13 @@ impl Host {
         handle: VmHandle,
         mut launch: Launch,
     ) {
-        let name = instance.vm().name;
         let observed = self.observe_devices(&instance, handle.pid()).await;
         if launch.recorded {
             // What was touched before this daemon came is no lesson of its.
             observed.lock().notes = Notebook::of_reattached();
             self.scan(&instance, &observed).await;
         }
-        self.observers
-            .lock()
-            .insert(name.clone(), Arc::clone(&observed));
+        instance.observe(Arc::clone(&observed));
         let mut progress = handle.watch();
         let mut next_scan = Instant::now();
         loop {
@@ -156,8 +174,7 @@ impl Host {
                     next_scan = Instant::now();
                     self.scan(&instance, &observed).await;
                     self.note_figures(&instance, &observed, &launch);
-                    let window = Duration::from_secs_f64(self.config.forecast.window_s.max(0.0));
-                    if launch.ready_at.is_some_and(|ready| ready.elapsed() >= window) {
+                    if launch.ready_at.is_some_and(|ready| ready.elapsed() >= self.window) {
                         self.record(&instance, &observed, &mut launch).await;
                     }
                 }
@@ -210,11 +227,7 @@ impl Host {
             if vm.launch.ready_s.is_none() {
                 vm.launch.ready_s = progress.ready.map(seconds);
             }
-            vm.exit_status = progress.entrypoint.map(|status| match status {
-                forelay_guest_protocol::messages::ExitStatus::Code(code) => code,
-                forelay_guest_protocol::messages::ExitStatus::Signal(signal) => 128 + signal,
-                forelay_guest_protocol::messages::ExitStatus::TimedOut => 124,
-            });
+            vm.exit_status = progress.entrypoint.map(crate::daemon::exit_code);
         });
         let changed = instance.vm().state == state && state != VmState::Booting;
         if changed && let Err(error) = instance.save() {
@@ -233,7 +246,7 @@ impl Host {
 
     fn note_waits(&self, instance: &Instance, launch: &Launch) {
         let waits = launch.waits.figures();
-        let fetched = self.store.scheduler().counters().repository_bytes();
+        let fetched = self.repository_bytes();
         instance.update(|vm| {
             vm.launch.demand_fetches = waits.fetches;
             vm.launch.demand_bytes = waits.bytes;
@@ -244,9 +257,8 @@ impl Host {
     }
 
     /// Looks what a VM has touched just now: what it maps is about to go.
-    pub(in crate::daemon) async fn scan_now(&self, instance: &Instance) {
-        let observed = self.observers.lock().get(&instance.vm().name).cloned();
-        if let Some(observed) = observed {
+    pub async fn scan_now(&self, instance: &Instance) {
+        if let Some(observed) = instance.observed() {
             self.scan(instance, &observed).await;
         }
     }
@@ -313,33 +325,31 @@ impl Host {
 
     /// Learns what a VM touches of a component that it was just given, and of the others
     /// meanwhile, when the window after that has passed (or the VM or the daemon ends).
-    pub(in crate::daemon) fn learn_attached(
+    pub fn learn_attached(
         self: &Arc<Self>,
         instance: &Arc<Instance>,
         observed: &Arc<Mutex<Observed>>,
         image: Digest,
     ) {
-        let (host, instance) = (Arc::clone(self), Arc::clone(instance));
+        let (this, instance) = (Arc::clone(self), Arc::clone(instance));
         let observed = Arc::clone(observed);
         observed
             .lock()
             .notes
             .attached(image, since_launch_ms(&instance));
         self.lessons.spawn(async move {
-            let window = Duration::from_secs_f64(host.config.forecast.window_s.max(0.0));
-            let ended = host.wait_until_ended(&instance);
             tokio::select! {
-                () = tokio::time::sleep(window + ATTACH_PATIENCE) => {}
-                () = ended => {}
-                () = host.lessons.hurried() => {}
+                () = tokio::time::sleep(this.window + ATTACH_PATIENCE) => {}
+                () = instance.ended() => {}
+                () = this.lessons.hurried() => {}
             }
-            host.scan(&instance, &observed).await;
+            this.scan(&instance, &observed).await;
             let Some(lesson) = observed.lock().notes.take_attached(&image) else {
                 return;
             };
             let vm = instance.vm();
             let of = ProfileRef::new(vm.profile, vm.owner);
-            let learning = host
+            let learning = this
                 .learner
                 .attached_touched(&of, instance.launch_id(), image, lesson);
             learning.await;
@@ -347,7 +357,7 @@ impl Host {
     }
 
     /// Records that a VM is gone.
-    pub(in crate::daemon) async fn note_stopped(&self, instance: &Instance) {
+    pub async fn note_stopped(&self, instance: &Instance) {
         let vm = instance.vm();
         let ran_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
         let of = ProfileRef::new(vm.profile, vm.owner);
@@ -363,17 +373,14 @@ impl Host {
         self.domains.attribution().remove(handle.pid());
         instance.update(|vm| vm.waits = waits.unwrap_or_default().into());
         self.memory.tell(PlannerEvent::VmStopped(name.into()));
-        self.observers.lock().remove(name);
         self.note_stopped(instance).await;
-        for file in [MAP_IMAGE, SCRATCH, RECORD] {
-            let _ = std::fs::remove_file(vm.runtime_dir.join(file));
+        if let Ok(dir) = instance.dir() {
+            dir.clear();
         }
         let asked = ended.cause == Cause::HostQuit;
         let good = asked || (ended.cause == Cause::GuestPoweroff && vm.launch.mounted_s.is_some());
         let failure = handle.progress().failure;
-        self.handles.lock().remove(name);
-        instance.update(|vm| {
-            vm.pid = None;
+        instance.end(|vm| {
             if good && failure.is_none() {
                 vm.state = VmState::Stopped;
                 return;

@@ -1,0 +1,153 @@
+//! Admission of a launch: its name is claimed first, and only then is it history.
+//!
+//! Refuses to know how a VM is made. Invariant: a launch that is refused is in no history,
+//! no model and no profile's last launch.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::api::{LaunchFigures, LaunchRequest, Vm, VmState};
+use crate::daemon::HostError;
+use crate::daemon::forecast::last_launches::LastLaunches;
+use crate::daemon::forecast::learning::Learner;
+use crate::daemon::launch::resolve::{Order, vm_component};
+use crate::daemon::vm::directory::VmDir;
+use crate::daemon::vm::registry::{Claim, Record, VmRegistry, WantedName};
+
+/// Admits launches.
+pub(in crate::daemon) struct Admission {
+    pub registry: Arc<VmRegistry>,
+    pub learner: Arc<Learner>,
+    pub last_launches: Arc<LastLaunches>,
+    pub vms_dir: PathBuf,
+}
+
+impl Admission {
+    /// Claims the launch's name and records that it was asked for.
+    pub async fn admit(
+        &self,
+        order: &Order,
+        request: &LaunchRequest,
+        launched_ms: i64,
+    ) -> Result<Claim, HostError> {
+        let given = request.name.as_ref().or(order.manifest.name.as_ref());
+        let wanted = match given {
+            Some(name) => WantedName::Given(name),
+            None => WantedName::OfProfile(&order.of.profile),
+        };
+        let claim = self.registry.claim(wanted, |name| {
+            let dir = VmDir::of(&self.vms_dir, name).map_err(HostError::invalid)?;
+            Ok(Record {
+                vm: launching(order, name, &dir, launched_ms),
+                launch_id: 0,
+                manifest: request.manifest.clone(),
+                lock: order.lock.to_toml(),
+                devices: vec![],
+            })
+        })?;
+        let instance = claim.instance();
+        let (of, vm) = (&order.of, instance.vm());
+        let launch_id = self.learner.launched(of, &vm, order.memory_mib()).await;
+        instance.update_record(|record| record.launch_id = launch_id);
+        self.last_launches.remember(order);
+        Ok(claim)
+    }
+}
+
+/// What clients see of a VM that was just admitted.
+fn launching(order: &Order, name: &str, dir: &VmDir, launched_ms: i64) -> Vm {
+    Vm {
+        runtime_dir: dir.path(),
+        name: name.to_owned(),
+        profile: order.of.profile.clone(),
+        owner: order.of.owner.clone(),
+        domain: order.domain.as_str().to_owned(),
+        state: VmState::Launching,
+        pid: None,
+        launched_ms,
+        forwards: Default::default(),
+        components: order.lock.components.iter().map(vm_component).collect(),
+        launch: LaunchFigures {
+            solve_s: order.solve_s,
+            image_bytes: order.lock.image_bytes(),
+            ..LaunchFigures::default()
+        },
+        waits: Default::default(),
+        error: None,
+        exit_status: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::config::ForecastConfig;
+    use crate::daemon::launch::prepared::tests::order;
+
+    async fn admission(dir: &std::path::Path) -> Admission {
+        let config = ForecastConfig::default();
+        let (learner, _) = Learner::open(dir, &config, HashMap::new()).await.unwrap();
+        Admission {
+            registry: Arc::default(),
+            learner: Arc::new(learner),
+            last_launches: Arc::new(LastLaunches::open(dir, 8).unwrap()),
+            vms_dir: dir.join("vms"),
+        }
+    }
+
+    fn request(name: Option<&str>) -> LaunchRequest {
+        LaunchRequest {
+            manifest: String::new(),
+            lock: None,
+            name: name.map(str::to_owned),
+            prefetch: Default::default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_launch_that_is_refused_is_in_no_history_and_no_ones_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let admission = admission(dir.path()).await;
+        let first = order("web", "", "base");
+        let claim = admission
+            .admit(&first, &request(Some("web")), 1)
+            .await
+            .unwrap();
+        let launches = async || {
+            let entries = admission.learner.entries(None).await.unwrap();
+            entries.iter().map(|one| one.launches).sum::<u64>()
+        };
+        assert_eq!(launches().await, 1);
+        // The name is taken, and the other profile must stay unheard of.
+        let other = order("other", "", "base");
+        for name in ["web", "../web", "", "-x"] {
+            let refused = admission.admit(&other, &request(Some(name)), 2).await;
+            let error = refused.err().unwrap();
+            assert_eq!(
+                matches!(error, HostError::Busy(_)),
+                name == "web",
+                "{error}"
+            );
+        }
+        assert_eq!(launches().await, 1);
+        assert_eq!(admission.last_launches.all().len(), 1);
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("profiles"))
+                .unwrap()
+                .count(),
+            1
+        );
+        // Without a name of its own it gets a free one; a claim that is let go frees its own.
+        let second = admission.admit(&first, &request(None), 3).await.unwrap();
+        assert_eq!(second.instance().name(), "web-2");
+        drop(claim);
+        admission
+            .admit(&first, &request(Some("web")), 4)
+            .await
+            .unwrap()
+            .keep();
+        assert_eq!(launches().await, 3);
+    }
+}

@@ -1,0 +1,135 @@
+//! Composing: the map image of one VM as a file, and the kernel that it boots with.
+//!
+//! Refuses to know shared memory and VMMs. Invariant: a map image file is whole when it is
+//! handed out; no two VMs get the same file.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use forelay_image::Digest;
+use forelay_image::erofs::merge::{Composed, MapLayout};
+use forelay_image::extent::PMEM_ALIGN_BYTES;
+use forelay_image::lock::{Lock, LockedComponent};
+use forelay_store::Store;
+use parking_lot::Mutex;
+use tokio::task::JoinHandle;
+
+use crate::daemon::HostError;
+use crate::daemon::launch::resolve::Order;
+use crate::daemon::vm::registry::DeviceRecord;
+use crate::recipe::{KernelFiles, Recipe, kernel_files};
+
+/// Recipes of recent locks that are kept.
+const KEEP_RECIPES: usize = 64;
+
+/// Composes map images.
+pub(in crate::daemon) struct Composer {
+    store: Store,
+    /// Where kernels are extracted to, each in a directory of its own.
+    kernels_dir: PathBuf,
+    recipes: Mutex<HashMap<Digest, Arc<Recipe>>>,
+}
+
+/// A composed map image as a file.
+#[derive(Clone, Debug)]
+pub(in crate::daemon) struct MapImage {
+    /// The device that it becomes.
+    pub record: DeviceRecord,
+    /// UUID of its superblock, in hex.
+    pub uuid: String,
+}
+
+impl Composer {
+    /// Composes from what `store` has; kernels go below `kernels_dir`.
+    pub fn new(store: Store, kernels_dir: PathBuf) -> Self {
+        Self {
+            store,
+            kernels_dir,
+            recipes: Mutex::default(),
+        }
+    }
+
+    /// Begins to read what composing the order's map image and starting its kernel take.
+    pub fn read_ahead(self: Arc<Self>, order: &Order) -> JoinHandle<()> {
+        let (lock, full_system) = (order.lock.clone(), order.manifest.init.is_some());
+        tokio::spawn(async move {
+            let recipe = self.recipe(&lock, full_system);
+            let _ = tokio::join!(recipe, self.kernel(&lock.kernel));
+        })
+    }
+
+    async fn recipe(&self, lock: &Lock, full_system: bool) -> Result<Arc<Recipe>, HostError> {
+        let digest = lock.digest();
+        if let Some(recipe) = self.recipes.lock().get(&digest) {
+            return Ok(Arc::clone(recipe));
+        }
+        let recipe = Recipe::load(&self.store, lock, full_system)
+            .await
+            .map_err(HostError::failed)?;
+        let recipe = Arc::new(recipe);
+        let mut recipes = self.recipes.lock();
+        if recipes.len() >= KEEP_RECIPES {
+            recipes.clear();
+        }
+        recipes.insert(digest, Arc::clone(&recipe));
+        Ok(recipe)
+    }
+
+    /// Composes the map image of a VM that calls itself `hostname` into a file.
+    pub async fn compose(
+        &self,
+        order: &Order,
+        hostname: &str,
+        path: PathBuf,
+    ) -> Result<MapImage, HostError> {
+        let recipe = self
+            .recipe(&order.lock, order.manifest.init.is_some())
+            .await?;
+        let (manifest, bundle) = (order.manifest.clone(), order.bundle.clone());
+        let hostname = hostname.to_owned();
+        let composed = tokio::task::spawn_blocking(move || {
+            let composed =
+                recipe.compose(&manifest, &hostname, MapLayout::Devices, bundle.as_ref());
+            let composed = composed.map_err(HostError::failed)?;
+            write_map_image(&composed, &path)
+        });
+        composed.await.map_err(HostError::failed)?
+    }
+
+    /// Kernel and initramfs of a kernel component as host files.
+    pub async fn kernel(&self, kernel: &LockedComponent) -> Result<KernelFiles, HostError> {
+        let dir = self.kernels_dir.join(kernel.image.hex());
+        let files = kernel_files(&self.store, kernel, &dir).await;
+        files.map_err(HostError::failed)
+    }
+}
+
+fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostError> {
+    let write = || -> std::io::Result<u64> {
+        use std::io::Write as _;
+        let mut file = std::fs::File::create(path)?;
+        file.write_all(&composed.map_image)?;
+        let device_bytes = (composed.map_image.len() as u64).next_multiple_of(PMEM_ALIGN_BYTES);
+        file.set_len(device_bytes)?;
+        Ok(device_bytes)
+    };
+    let device_bytes = write().map_err(|error| {
+        HostError::Failed(format!(
+            "cannot write the map image {}: {error}",
+            path.display()
+        ))
+    })?;
+    let record = DeviceRecord {
+        image: composed.digest,
+        image_bytes: composed.map_image.len() as u64,
+        device_bytes,
+        path: path.to_path_buf(),
+        component: "map image".to_owned(),
+        members: Vec::new(),
+    };
+    Ok(MapImage {
+        record,
+        uuid: composed.digest.hex()[..32].to_owned(),
+    })
+}

@@ -1,0 +1,170 @@
+//! Prefetch for a launch: what it is expected to touch, asked of the planner.
+//!
+//! Refuses to move bytes: the planner decides and its task does.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forelay_cache::mapping_table::Absent;
+use forelay_cache::plan::{LaunchRequested, ProfileForecast};
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
+use forelay_image::{Digest, Extent, PlannedExtent};
+
+use crate::api::{LaunchMode, PrefetchMode};
+use crate::daemon::forecast::learning::Learner;
+use crate::daemon::launch::resolve::Order;
+use crate::daemon::memory::planner::{PlannerHandle, now_ms};
+
+/// How long a launch waits for what it is told to have resident first.
+const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
+
+/// What a launch wants in shared memory.
+pub(in crate::daemon) struct PrefetchPlan {
+    pub mode: LaunchMode,
+    pub working_set: Vec<PlannedExtent>,
+    /// Of it, what was neither there nor on its way.
+    pub missing: Vec<(Digest, Extent)>,
+    /// Of it, what was not there.
+    pub absent: Vec<(Digest, Extent)>,
+}
+
+impl PrefetchPlan {
+    /// Bytes that have to be loaded for it.
+    pub fn missing_bytes(&self) -> u64 {
+        self.missing.iter().map(|(_, extent)| extent.len).sum()
+    }
+}
+
+/// Asks for what launches will touch.
+pub(in crate::daemon) struct Prefetcher {
+    pub memory: Arc<PlannerHandle>,
+    pub learner: Arc<Learner>,
+    /// `forecast.prefetch` of the configuration.
+    pub enabled: bool,
+}
+
+impl Prefetcher {
+    /// Tells the planner that a launch was asked for.
+    pub fn request(&self, vm: &str, order: &Order, plan: &PrefetchPlan) {
+        let requested = LaunchRequested {
+            vm: vm.into(),
+            domain: order.domain.clone(),
+            profile: order.of.profile.as_str().into(),
+            devices: order.device_images(),
+            working_set: plan.working_set.clone(),
+        };
+        self.memory.tell(PlannerEvent::LaunchRequested(requested));
+    }
+
+    /// Tells the planner that a launch is certain, and when: now.
+    pub fn announce(&self, order: &Order, plan: &PrefetchPlan) {
+        let forecast = ProfileForecast {
+            domain: order.domain.clone(),
+            profile: order.of.profile.as_str().into(),
+            devices: order.device_images(),
+            launch_probability: 1.0,
+            next_launch_ms: Some(now_ms()),
+            working_set: plan.working_set.clone(),
+        };
+        self.memory.tell(PlannerEvent::ProfileForecast(forecast));
+    }
+
+    /// Tells the planner that a VM's VMM runs.
+    pub fn started(&self, vm: &str) {
+        self.memory.tell(PlannerEvent::VmStarted(vm.into()));
+    }
+
+    /// Tells the planner that a VM is gone.
+    pub fn stopped(&self, vm: &str) {
+        self.memory.tell(PlannerEvent::VmStopped(vm.into()));
+    }
+
+    /// What a launch of this order wants in shared memory.
+    pub fn plan(&self, order: &Order, mode: PrefetchMode) -> PrefetchPlan {
+        let images = order.images();
+        let working_set = match mode {
+            PrefetchMode::None => Vec::new(),
+            _ if !self.enabled && mode != PrefetchMode::Everything => Vec::new(),
+            PrefetchMode::Everything => order
+                .devices
+                .iter()
+                .map(|device| PlannedExtent {
+                    image: device.image,
+                    extent: Extent::new(0, device.image_bytes),
+                    probability: 1.0,
+                    first_touch_ms: 0,
+                })
+                .collect(),
+            PrefetchMode::Forecast | PrefetchMode::ForecastFirst => {
+                self.learner.plan(&order.of, &images)
+            }
+        };
+        let absent = self.absent(&order.domain, &working_set);
+        let missing = parts(&absent, |part| !part.fetching);
+        let mode = match mode {
+            _ if working_set.is_empty() => LaunchMode::Cold,
+            // What other profiles touch of the same components helps, but is no forecast.
+            PrefetchMode::Forecast if !self.learner.knows(&order.of) => LaunchMode::Cold,
+            _ if !missing.is_empty() => LaunchMode::Predicted,
+            _ if self.prefetched_ahead(order, &working_set) => LaunchMode::Predicted,
+            _ => LaunchMode::Warm,
+        };
+        PrefetchPlan {
+            mode,
+            working_set,
+            missing,
+            absent: parts(&absent, |_| true),
+        }
+    }
+
+    /// True if most of a resident plan was prefetched and waits for its first touch.
+    fn prefetched_ahead(&self, order: &Order, plan: &[PlannedExtent]) -> bool {
+        self.memory.table().read(|table| {
+            let (mut unused, mut all) = (0, 0);
+            for planned in plan {
+                let image = SharedImage::new(order.domain.clone(), planned.image);
+                unused += table.prefetched_unused_bytes(&image, planned.extent);
+                all += planned.extent.len;
+            }
+            unused * 2 > all
+        })
+    }
+
+    /// What of a plan is not in shared memory.
+    fn absent(&self, domain: &Domain, plan: &[PlannedExtent]) -> Vec<(Digest, Absent)> {
+        self.memory.table().read(|table| {
+            let mut absent = Vec::new();
+            for planned in plan {
+                let image = SharedImage::new(domain.clone(), planned.image);
+                let parts = table.absent(&image, planned.extent).into_iter();
+                absent.extend(parts.map(|part| (planned.image, part)));
+            }
+            absent
+        })
+    }
+
+    /// Waits until a plan is resident, or until the planner has given up on the rest.
+    pub async fn wait_resident(&self, domain: &Domain, plan: &[PlannedExtent]) {
+        let deadline = Instant::now() + RESIDENT_PATIENCE;
+        let mut idle = 0;
+        while Instant::now() < deadline && idle < 20 {
+            let fetching = self.memory.table().read(|table| table.fetching_bytes());
+            if fetching == 0 && self.absent(domain, plan).is_empty() {
+                return;
+            }
+            let status = self.memory.status();
+            idle = if status.queued_bytes == 0 && fetching == 0 {
+                idle + 1
+            } else {
+                0
+            };
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// The extents of those parts of a plan that are wanted.
+fn parts(absent: &[(Digest, Absent)], wanted: impl Fn(&Absent) -> bool) -> Vec<(Digest, Extent)> {
+    let wanted = absent.iter().filter(|(_, part)| wanted(part));
+    wanted.map(|(image, part)| (*image, part.extent)).collect()
+}

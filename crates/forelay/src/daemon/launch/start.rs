@@ -1,0 +1,184 @@
+//! Starting the VMM of a launch.
+//!
+//! Invariant: a VMM that was started ends with its guard, unless the launch commits it.
+
+use std::sync::Arc;
+
+use forelay_image::manifest::{Manifest, Scratch};
+use forelay_memory::command_hints::Hints;
+use forelay_vm::qemu::QemuDriver;
+use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmHandle, VmSpec, VmmDriver as _, Wrap};
+use parking_lot::Mutex;
+
+use crate::api::Vm;
+use crate::daemon::HostError;
+use crate::daemon::launch::resolve::Order;
+use crate::daemon::vm::directory::SCRATCH;
+use crate::daemon::vm::registry::DeviceRecord;
+use crate::recipe::KernelFiles;
+
+/// First host port given to a forward that names none.
+const FIRST_AUTO_PORT: u16 = 20_000;
+
+/// Starts VMMs.
+pub(in crate::daemon) struct Starter {
+    driver: Arc<QemuDriver>,
+    pub ports: Ports,
+    accelerator: Mutex<Option<String>>,
+}
+
+impl Starter {
+    /// Starts them with `driver`.
+    pub fn new(driver: Arc<QemuDriver>) -> Self {
+        Self {
+            driver,
+            ports: Ports::default(),
+            accelerator: Mutex::default(),
+        }
+    }
+
+    /// What the last VMM was started under.
+    pub fn accelerator(&self) -> Option<String> {
+        self.accelerator.lock().clone()
+    }
+
+    /// Starts the VMM; returns when it runs, not when the guest does.
+    pub async fn start(&self, spec: &VmSpec) -> Result<StartedVmm, HostError> {
+        let handle = self.driver.launch(spec).await.map_err(HostError::failed)?;
+        *self.accelerator.lock() = Some(handle.state().accelerator.clone());
+        Ok(StartedVmm(Some(handle)))
+    }
+}
+
+/// A VMM that nobody supervises yet: killed when dropped.
+pub(in crate::daemon) struct StartedVmm(Option<VmHandle>);
+
+impl StartedVmm {
+    /// Its handle.
+    pub fn handle(&self) -> &VmHandle {
+        self.0.as_ref().expect("taken by `commit` and `end` alone")
+    }
+
+    /// Lets it live.
+    pub fn commit(mut self) -> VmHandle {
+        self.0.take().expect("taken by `commit` and `end` alone")
+    }
+
+    /// Kills it and waits until it is gone.
+    pub async fn end(mut self) {
+        if let Some(handle) = self.0.take() {
+            kill(&handle);
+            handle.wait_ended().await;
+        }
+    }
+}
+
+impl Drop for StartedVmm {
+    fn drop(&mut self) {
+        if let Some(handle) = &self.0 {
+            kill(handle);
+        }
+    }
+}
+
+fn kill(handle: &VmHandle) {
+    if let Err(error) = handle.kill() {
+        let error = crate::daemon::chain(&error);
+        tracing::error!(
+            vm = handle.name(),
+            error,
+            "a VMM that nobody wants lives on"
+        );
+    }
+}
+
+/// Host ports that forwards without one get.
+#[derive(Debug, Default)]
+pub(in crate::daemon) struct Ports {
+    next: Mutex<u16>,
+}
+
+impl Ports {
+    /// The forwards of a manifest, with a free host port where it names none.
+    pub fn forwards(&self, manifest: &Manifest) -> Result<Vec<Forward>, HostError> {
+        let mut forwards = Vec::new();
+        for forward in &manifest.vm.forward {
+            let host = match forward.host {
+                0 => self.free_port(forward.udp)?,
+                port => port,
+            };
+            forwards.push(Forward {
+                host,
+                guest: forward.guest,
+                udp: forward.udp,
+            });
+        }
+        Ok(forwards)
+    }
+
+    fn free_port(&self, udp: bool) -> Result<u16, HostError> {
+        let mut next = self.next.lock();
+        for _ in 0..10_000 {
+            let port = (*next).max(FIRST_AUTO_PORT);
+            *next = port.checked_add(1).unwrap_or(FIRST_AUTO_PORT);
+            let address = ("127.0.0.1", port);
+            let free = if udp {
+                std::net::UdpSocket::bind(address).is_ok()
+            } else {
+                std::net::TcpListener::bind(address).is_ok()
+            };
+            if free {
+                return Ok(port);
+            }
+        }
+        Err(HostError::Failed("no port is free on 127.0.0.1".to_owned()))
+    }
+}
+
+/// The VM to start.
+pub(in crate::daemon) fn spec(
+    order: &Order,
+    vm: &Vm,
+    devices: &[DeviceRecord],
+    uuid: &str,
+    kernel: KernelFiles,
+    forwards: &[Forward],
+) -> VmSpec {
+    let settings = &order.manifest.vm;
+    let boot = Boot::Map {
+        uuid: uuid.to_owned(),
+    };
+    let mut spec = VmSpec::new(vm.name.clone(), kernel.kernel, kernel.initrd, boot);
+    spec.memory_mib = u32::try_from(settings.memory_mib).unwrap_or(u32::MAX);
+    spec.cpus = settings.cpus;
+    spec.console_log = vm.runtime_dir.join("console.log");
+    spec.runtime_dir.clone_from(&vm.runtime_dir);
+    spec.forwards = forwards.to_vec();
+    spec.upper = match settings.scratch {
+        Scratch::Tmpfs => Upper::Tmpfs,
+        Scratch::Disk { bytes } => Upper::Scratch {
+            path: vm.runtime_dir.join(SCRATCH),
+            bytes,
+        },
+    };
+    spec.pmem = devices.iter().map(pmem_device).collect();
+    let guest_ram_bytes = Some(settings.memory_mib << 20);
+    spec.wrap = Some(Wrap(Arc::new(move |command| {
+        Hints {
+            guest_ram_bytes,
+            ..Hints::default()
+        }
+        .apply(command);
+    })));
+    spec
+}
+
+/// A device as the VMM knows it.
+pub(in crate::daemon) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
+    let id = format!("c{}", &record.image.hex()[..24]);
+    PmemDevice {
+        id,
+        path: record.path.clone(),
+        bytes: record.device_bytes,
+    }
+}

@@ -1,0 +1,136 @@
+//! Launches that end before their VMM is supervised: cancelled, failed, or cut short by the
+//! worker's death. Nothing of them runs on.
+
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::fixture::{Host, Settings, bench, idle, signal};
+
+/// Begins `forelay run` of a manifest and waits until the VM is listed.
+fn begin(host: &Host, name: &str) -> Child {
+    let manifest = host.write(&format!("{name}.toml"), &idle(name, "[]", ""));
+    let mut run = host.command(["run", "--detach", manifest.to_str().unwrap()]);
+    let run = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    host.until("the launch is listed", |host| {
+        let listed = host.json(["ps"]);
+        let listed = listed.as_array().unwrap();
+        listed.iter().any(|vm| vm["name"] == name)
+    });
+    run.unwrap()
+}
+
+#[test]
+fn privileged_a_vmm_whose_record_cannot_be_written_is_ended() {
+    let test = "privileged_a_vmm_whose_record_cannot_be_written_is_ended";
+    let Some(bench) = bench(test) else { return };
+    // The record is written once before the VMM starts, and again when it runs.
+    let settings = Settings {
+        vmm: Some(
+            "case \"$*\" in *monitor.sock*) mkdir $DIR/run/vms/plain/instance.json.new;; esac\n\
+             exec $QEMU \"$@\"",
+        ),
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    let manifest = host.write("plain.toml", &idle("plain", "[]", ""));
+    let said = host.refused(["run", "--detach", manifest.to_str().unwrap()]);
+    assert!(said.contains("directory"), "{said}");
+    assert_eq!(host.vmms(), Vec::<u32>::new());
+    let vm = host.vm("plain");
+    assert_eq!((&vm["state"], &vm["pid"]), (&"failed".into(), &().into()));
+}
+
+#[test]
+fn privileged_a_vmm_that_nobody_knows_is_ended_whatever_its_program_is_called() {
+    let test = "privileged_a_vmm_that_nobody_knows_is_ended_whatever_its_program_is_called";
+    let Some(bench) = bench(test) else { return };
+    // It never opens its sockets, so that the worker dies before it can know the VMM.
+    let settings = Settings {
+        vmm: Some(
+            "case \"$*\" in *monitor.sock*) while :; do sleep 1; done;; esac\nexec $QEMU \"$@\"",
+        ),
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    let mut run = begin(&host, "plain");
+    host.until("the VMM runs", |host| !host.vmms().is_empty());
+    let worker = host.worker().unwrap();
+    signal("KILL", worker);
+    host.until("another worker answers", |host| {
+        host.worker().is_some_and(|next| next != worker) && host.run(["ps"]).code == Some(0)
+    });
+    host.until("the VM has failed", |host| {
+        host.vm("plain")["state"] == "failed"
+    });
+    host.until("its VMM is gone", |host| host.vmms().is_empty());
+    run.wait().unwrap();
+}
+
+/// Whoever opens a pipe without a writer waits, as for a dead file server.
+fn hang(host: &Host, repository: &Path) {
+    let shown = host.json(["component", "show", "debian"]);
+    let index = shown["image"]["chunk_index"]
+        .as_str()
+        .unwrap()
+        .replace("sha256:", "");
+    let path = repository.join(format!("chunks/{index}.idx"));
+    std::fs::remove_file(&path).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&path).status();
+    assert!(made.unwrap().success());
+}
+
+#[test]
+fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminated() {
+    let test = "privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminated";
+    let Some(bench) = bench(test) else { return };
+    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
+    let repository = bench.private_repository(scratch.path());
+    let settings = Settings {
+        repository: Some(repository.clone()),
+        timeout_s: Some(600.0),
+        ..Settings::default()
+    };
+    let mut host = Host::started(&bench, &settings);
+    hang(&host, &repository);
+    let mut first = begin(&host, "first");
+    let asked = Instant::now();
+    host.ok(["stop", "first"]);
+    assert!(
+        asked.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        asked.elapsed()
+    );
+    assert_eq!(host.vm("first")["state"], "stopped");
+    first.wait().unwrap();
+    // The name is free again, and the next one is ended by the daemon's own end.
+    let mut again = begin(&host, "first");
+    let asked = Instant::now();
+    assert_eq!(host.terminate(), Some(0));
+    assert!(
+        asked.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        asked.elapsed()
+    );
+    assert_eq!((host.vmms(), host.mounts()), (vec![], vec![]));
+    again.wait().unwrap();
+}
+
+#[test]
+fn privileged_a_repository_that_hangs_is_told_in_words() {
+    let test = "privileged_a_repository_that_hangs_is_told_in_words";
+    let Some(bench) = bench(test) else { return };
+    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
+    let repository = bench.private_repository(scratch.path());
+    let settings = Settings {
+        repository: Some(repository.clone()),
+        timeout_s: Some(1.0),
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    hang(&host, &repository);
+    let manifest = host.write("plain.toml", &idle("plain", "[]", ""));
+    let said = host.refused(["run", "--detach", manifest.to_str().unwrap()]);
+    assert!(said.contains("did not answer within 1 s"), "{said}");
+    assert!(said.contains("repository.timeout_s"), "{said}");
+}
