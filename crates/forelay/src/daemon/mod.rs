@@ -37,7 +37,7 @@ use launch::LaunchService;
 use launch::admit::Admission;
 use launch::compose::Composer;
 use launch::map::Mapper;
-use launch::prefetch::Prefetcher;
+use launch::prefetch::LaunchPrefetcher;
 use launch::prepared::{Premaps, Preparer};
 use launch::resolve::Resolver;
 use launch::start::Starter;
@@ -176,7 +176,7 @@ impl Host {
                 vms_dir: config.vms_dir(),
             },
             mapper: Arc::clone(&mapper),
-            prefetcher: Prefetcher {
+            prefetcher: LaunchPrefetcher {
                 memory: Arc::clone(&memory),
                 learner: Arc::clone(&learner),
                 enabled: config.forecast.prefetch,

@@ -43,7 +43,7 @@ use crate::recipe::KernelFiles;
 use admit::Admission;
 use compose::{Composer, MapImage};
 use map::Mapper;
-use prefetch::{PrefetchPlan, Prefetcher};
+use prefetch::{LaunchPrefetcher, PrefetchPlan};
 use prepared::{Premapped, Premaps, hostname};
 use resolve::{Order, Resolver};
 use start::{StartedVmm, Starter};
@@ -53,7 +53,7 @@ pub(in crate::daemon) struct LaunchService {
     pub resolver: Resolver,
     pub admission: Admission,
     pub mapper: Arc<Mapper>,
-    pub prefetcher: Prefetcher,
+    pub prefetcher: LaunchPrefetcher,
     pub composer: Arc<Composer>,
     pub premaps: Arc<Premaps>,
     pub starter: Starter,

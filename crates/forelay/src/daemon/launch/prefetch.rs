@@ -36,14 +36,14 @@ impl PrefetchPlan {
 }
 
 /// Asks for what launches will touch.
-pub(in crate::daemon) struct Prefetcher {
+pub(in crate::daemon) struct LaunchPrefetcher {
     pub memory: Arc<PlannerHandle>,
     pub learner: Arc<Learner>,
     /// `forecast.prefetch` of the configuration.
     pub enabled: bool,
 }
 
-impl Prefetcher {
+impl LaunchPrefetcher {
     /// Tells the planner that a launch was asked for.
     pub fn request(&self, vm: &str, order: &Order, plan: &PrefetchPlan) {
         let requested = LaunchRequested {
