@@ -26,5 +26,5 @@ pub use chunk::{Chunk, ChunkIndex};
 pub use component::{Component, ComponentId};
 pub use digest::Digest;
 pub use extent::{Extent, PAGE_BYTES};
-pub use name::{NameError, NameOf};
+pub use name::{NameError, NameOf, printable};
 pub use touch::{PlannedExtent, Touch};

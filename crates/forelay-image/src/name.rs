@@ -96,6 +96,24 @@ impl fmt::Display for NameOf {
     }
 }
 
+/// Text from outside, made fit to be shown: what would move a terminal's cursor, change its
+/// colours or turn the direction of writing is escaped, all else stays.
+pub fn printable(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    };
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if steers(c) {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
 /// The refused name, quoted and cut to what an error line can hold.
 fn shown(name: &str) -> String {
     const SHOWN_CHARS: usize = 80;
@@ -185,6 +203,14 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_would_steer_a_terminal_is_shown_escaped() {
+        assert_eq!(printable("web server \u{e9}"), "web server \u{e9}");
+        let shown = printable("\u{1b}]0;pwned\u{7}\u{1b}[31mred\r\n\u{9b}2J\u{202e}");
+        let expected = "\\u{1b}]0;pwned\\u{7}\\u{1b}[31mred\\r\\n\\u{9b}2J\\u{202e}";
+        assert_eq!(shown, expected);
     }
 
     proptest::proptest! {

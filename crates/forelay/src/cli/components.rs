@@ -131,7 +131,7 @@ pub async fn run(command: Command, config: &Config) -> Result<()> {
         Command::Remove { component } => {
             let found = find(&store, &component).await?;
             store.remove_component(found.id()).await?;
-            println!("{} {} removed", found.name, found.version);
+            say!("{} {} removed", found.name, found.version);
             Ok(())
         }
     }
@@ -172,13 +172,15 @@ async fn list(store: &Store, json: bool) -> Result<()> {
 }
 
 fn show(component: &Component) {
-    println!(
+    say!(
         "{} {}  ({:?})",
-        component.name, component.version, component.role
+        component.name,
+        component.version,
+        component.role
     );
-    println!("  {}", component.description);
-    println!("  id     {}", component.id());
-    println!(
+    say!("  {}", component.description);
+    say!("  id     {}", component.id());
+    say!(
         "  image  {} {}",
         component.image.digest,
         bytes(component.image.bytes)
@@ -191,17 +193,17 @@ fn show(component: &Component) {
         words.collect::<Vec<_>>().join(" | ")
     };
     for requirement in &component.requires {
-        println!("  requires  {}", names(requirement));
+        say!("  requires  {}", names(requirement));
     }
     for conflict in &component.conflicts {
-        println!("  conflicts {}", names(std::slice::from_ref(conflict)));
+        say!("  conflicts {}", names(std::slice::from_ref(conflict)));
     }
     if !component.entrypoint.is_empty() {
-        println!("  runs   {}", component.entrypoint.join(" "));
+        say!("  runs   {}", component.entrypoint.join(" "));
     }
-    println!("  built from {} packages", component.sbom.len());
+    say!("  built from {} packages", component.sbom.len());
     for note in &component.notes {
-        println!("  note: {note}");
+        say!("  note: {note}");
     }
 }
 
@@ -240,7 +242,7 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
     for one in built.in_order() {
         let lines = publish(store, one, &bar, began).await?;
         if !json {
-            println!("{lines}");
+            say!("{lines}");
         }
         began = Instant::now();
     }
@@ -430,7 +432,7 @@ impl Bar {
         state.0.finish_and_clear();
         if !std::io::stderr().is_terminal() {
             if state.1 != word {
-                eprintln!("{word}");
+                complain!("{word}");
             }
             state.1 = word;
             return;
@@ -460,7 +462,7 @@ pub async fn gc(config: &Config, json: bool) -> Result<()> {
     if json {
         return output::json(&report);
     }
-    println!(
+    say!(
         "{} components use {} images in {} packs; {} objects deleted ({}), {} condemned: the next \
          run after the grace period deletes them",
         report.components,
@@ -485,7 +487,7 @@ pub async fn verify(config: &Config, json: bool) -> Result<()> {
     if json {
         output::json(&report)?;
     } else {
-        println!(
+        say!(
             "{} components, {} packs, {} chunks, {} read",
             read.components,
             read.packs,
@@ -493,7 +495,7 @@ pub async fn verify(config: &Config, json: bool) -> Result<()> {
             bytes(read.bytes)
         );
         for finding in &report.findings {
-            println!("{}: {}", finding.key, finding.problem);
+            say!("{}: {}", finding.key, finding.problem);
         }
     }
     match report.findings.len() {

@@ -97,9 +97,9 @@ pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
                 Grade::Reduced => "reduced",
                 Grade::Missing => "MISSING",
             };
-            println!("{mark}  {:<16} {}", finding.what, finding.seen);
+            say!("{mark}  {:<16} {}", finding.what, finding.seen);
             if let Some(fix) = &finding.fix {
-                println!("         {:<16} fix: {fix}", "");
+                say!("         {:<16} fix: {fix}", "");
             }
         }
     }

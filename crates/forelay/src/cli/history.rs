@@ -60,9 +60,9 @@ pub async fn run(command: Command, config: &Config) -> Result<()> {
         return output::json(&report);
     }
     for bad in &report.bad {
-        eprintln!("line {}: {}", bad.line, bad.reason);
+        complain!("line {}: {}", bad.line, bad.reason);
     }
-    println!(
+    say!(
         "{} rows: {} events stored, {} were there already, {} too old; {} rows left out",
         report.rows,
         report.appended.stored,
@@ -70,7 +70,7 @@ pub async fn run(command: Command, config: &Config) -> Result<()> {
         report.appended.late,
         report.bad_rows
     );
-    println!("a daemon that runs learns from them when it is restarted");
+    say!("a daemon that runs learns from them when it is restarted");
     Ok(())
 }
 

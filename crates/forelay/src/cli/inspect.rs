@@ -16,21 +16,21 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
     if json {
         return output::json(&report);
     }
-    println!(
+    say!(
         "components take {} of {} ({} pinned, {} prefetched and not used yet)",
         bytes(report.resident_bytes),
         bytes(report.budget_bytes),
         bytes(report.pinned_bytes),
         bytes(report.prefetched_unused_bytes),
     );
-    println!(
+    say!(
         "VMs map {} of them; host has {} available, pressure {}",
         bytes(report.mapped_sum_bytes),
         bytes(report.available_bytes),
         report.pressure,
     );
     for domain in &report.domains {
-        println!("\ntrust domain {}", domain.domain);
+        say!("\ntrust domain {}", domain.domain);
         let rows = domain.components.iter().map(|component| {
             vec![
                 component.component.clone(),
@@ -56,7 +56,7 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
         output::table(&headings, rows.collect());
     }
     if !report.vms.is_empty() {
-        println!();
+        say!();
         let rows = report.vms.iter();
         let rows = rows.map(|vm| {
             vec![
@@ -103,7 +103,7 @@ pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
         .filter(|file| file.touched_bytes > 0)
         .collect();
     touched.sort_by_key(|file| std::cmp::Reverse(file.touched_bytes));
-    println!(
+    say!(
         "\n{} files, {} touched; the most touched:",
         map.files.len(),
         touched.len()
@@ -172,9 +172,9 @@ pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Res
     let mut profiles: Vec<&ForecastEntry> = entries.iter().collect();
     profiles.sort_by_key(|entry| (&entry.owner, &entry.profile));
     profiles.dedup_by_key(|entry| (&entry.owner, &entry.profile));
-    println!();
+    say!();
     for entry in profiles {
-        println!("{}: {}", entry.profile, account(&entry.control));
+        say!("{}: {}", entry.profile, account(&entry.control));
     }
     Ok(())
 }

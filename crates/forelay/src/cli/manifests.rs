@@ -107,9 +107,9 @@ pub async fn lock(arguments: LockArguments, config: &Config) -> Result<()> {
         return output::json(&lock);
     }
     for component in lock.all() {
-        println!("{} {}  {}", component.name, component.version, component.id);
+        say!("{} {}  {}", component.name, component.version, component.id);
     }
-    println!("written to {}", output.display());
+    say!("written to {}", output.display());
     Ok(())
 }
 
@@ -141,7 +141,7 @@ pub async fn compose(arguments: ComposeArguments, config: &Config) -> Result<()>
     let composed = recipe.compose(&manifest, &hostname, layout, None)?;
     let compose_s = started.elapsed().as_secs_f64();
     for conflict in &composed.conflicts {
-        eprintln!(
+        complain!(
             "note: {} is in two components; the later one's is used",
             String::from_utf8_lossy(&conflict.path)
         );
@@ -156,16 +156,16 @@ pub async fn compose(arguments: ComposeArguments, config: &Config) -> Result<()>
             "inodes": composed.inodes,
         }));
     }
-    println!(
+    say!(
         "composed {} inodes in {}",
         composed.inodes,
         output::seconds(compose_s)
     );
     if matches!(arguments.emit, Emit::Qemu) {
-        println!("{}", qemu_command(&manifest, &composed, &made));
+        say!("{}", qemu_command(&manifest, &composed, &made));
     } else {
         for path in made {
-            println!("{}", path.display());
+            say!("{}", path.display());
         }
     }
     Ok(())

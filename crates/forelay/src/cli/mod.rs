@@ -4,6 +4,9 @@
 //! traces work on their own. Exit code 0 is success, 1 a failure told on standard error,
 //! 2 wrong usage; `exec` passes on the guest command's.
 
+#[macro_use]
+mod output;
+
 mod components;
 mod doctor;
 #[cfg(test)]
@@ -11,7 +14,6 @@ mod documented;
 mod history;
 mod inspect;
 mod manifests;
-mod output;
 mod simulate;
 mod vms;
 
@@ -166,7 +168,7 @@ pub fn main() -> ExitCode {
     match run(arguments) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            complain!("error: {}", output::shown(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -175,7 +177,9 @@ pub fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<ExitCode> {
     if let Command::Completions { shell } = &arguments.command {
         let mut command = Arguments::command();
-        clap_complete::generate(*shell, &mut command, "forelay", &mut std::io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(*shell, &mut command, "forelay", &mut script);
+        output::raw(&script);
         return Ok(ExitCode::SUCCESS);
     }
     let config = Config::load(arguments.config.as_deref())?;

@@ -1,11 +1,14 @@
 //! What commands print: tables for people, JSON for programs, sizes and times in words.
 
+use std::io::Write as _;
+
 use comfy_table::{ContentArrangement, Table, presets};
+use forelay_image::printable;
 use serde::Serialize;
 
 /// Prints `value` as one JSON document.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(&serde_json::to_string_pretty(value)?);
+    raw(format!("{}\n", serde_json::to_string_pretty(value)?).as_bytes());
     Ok(())
 }
 
@@ -17,17 +20,47 @@ pub fn table(headings: &[&str], rows: Vec<Vec<String>>) {
         .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(headings.iter().map(|heading| heading.to_uppercase()));
     for row in rows {
-        table.add_row(row);
+        // Before the columns are measured; a cell is one line.
+        table.add_row(row.iter().map(|cell| printable(cell)));
     }
     for row in table.to_string().lines() {
         line(row.trim_end());
     }
 }
 
-/// Prints a line. A reader that has seen enough (`| head`) ends the program in peace.
-fn line(text: &str) {
-    use std::io::Write as _;
-    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+/// Prints a line on standard output, as `println!` does, and never panics.
+macro_rules! say {
+    () => {
+        $crate::cli::output::line("")
+    };
+    ($($text:tt)*) => { $crate::cli::output::line(&format!($($text)*)) };
+}
+
+/// Prints a line on standard error. If nobody can read it, nobody can be told that either.
+macro_rules! complain {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
+/// Prints a text of one or more lines. What it says may come from a repository or a guest:
+/// nothing of it reaches the terminal as a command.
+pub fn line(text: &str) {
+    raw(format!("{}\n", shown(text)).as_bytes());
+}
+
+/// A text whose lines are fit to be shown.
+pub fn shown(text: &str) -> String {
+    let lines: Vec<String> = text.split('\n').map(printable).collect();
+    lines.join("\n")
+}
+
+/// Writes bytes to standard output as they are. A reader that has seen enough (`| head`) ends
+/// the program in peace.
+pub fn raw(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = out.write_all(bytes).and_then(|()| out.flush()) {
         let seen_enough = error.kind() == std::io::ErrorKind::BrokenPipe;
         std::process::exit(i32::from(!seen_enough));
     }
@@ -72,6 +105,14 @@ pub fn optional<T>(value: Option<T>, show: impl Fn(T) -> String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_stay_and_what_steers_the_terminal_goes() {
+        assert_eq!(
+            shown("a: b\n  note: \u{1b}[2Jx"),
+            "a: b\n  note: \\u{1b}[2Jx"
+        );
+    }
 
     #[test]
     fn sizes_and_times_read_well() {

@@ -63,10 +63,10 @@ pub fn run(arguments: Arguments) -> Result<()> {
     if let Some(path) = &arguments.report {
         std::fs::write(path, report.to_html())
             .with_context(|| format!("cannot write the report {}", path.display()))?;
-        eprintln!("report written to {}", path.display());
+        complain!("report written to {}", path.display());
     }
     for row in &report.bad_rows {
-        eprintln!("line {}: {} (skipped)", row.line, row.reason);
+        complain!("line {}: {} (skipped)", row.line, row.reason);
     }
     if arguments.json {
         return output::json(&report.rows);
@@ -91,10 +91,12 @@ pub fn run(arguments: Arguments) -> Result<()> {
     ];
     output::table(&headings, rows.collect());
     if let Some(calibration) = &report.calibration {
-        println!(
+        say!(
             "\nreliability of \"launch within 10 minutes\": expected calibration error {:.4}, Brier \
              score {:.4} over {} forecasts",
-            calibration.expected_calibration_error, calibration.brier_score, calibration.forecasts
+            calibration.expected_calibration_error,
+            calibration.brier_score,
+            calibration.forecasts
         );
     }
     Ok(())

@@ -15,6 +15,9 @@ use crate::api::{
 };
 use crate::client::{Client, vm_path};
 
+/// A log is shown in parts of this size.
+const LOG_PART_BYTES: usize = 64 << 10;
+
 /// Arguments of `forelay run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArguments {
@@ -94,7 +97,7 @@ pub async fn prefetch(client: &Client, arguments: PrefetchArguments) -> Result<(
     if arguments.json {
         return output::json(&done);
     }
-    println!(
+    say!(
         "{}: {} devices mapped, {} planned, after {}",
         done.profile,
         done.devices.len(),
@@ -138,13 +141,13 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
 }
 
 fn print_ready(vm: &Vm) {
-    println!(
+    say!(
         "{} is {:?}, pid {}",
         vm.name,
         vm.state,
         output::optional(vm.pid, |p| p.to_string())
     );
-    println!(
+    say!(
         "  ready after {}, {} demand fetches ({} stalled), {} prefetched, {} from the repository",
         output::optional(vm.launch.ready_s, output::seconds),
         vm.launch.demand_fetches,
@@ -154,7 +157,7 @@ fn print_ready(vm: &Vm) {
     );
     for Forward { host, guest, udp } in &vm.forwards {
         let protocol = if *udp { "UDP" } else { "TCP" };
-        println!("  127.0.0.1:{host} -> guest port {guest} ({protocol})");
+        say!("  127.0.0.1:{host} -> guest port {guest} ({protocol})");
     }
 }
 
@@ -256,7 +259,7 @@ pub async fn stop(client: &Client, names: &[String], json: bool) -> Result<()> {
     for name in names {
         let vm: Vm = client.delete(&vm_path(name, "")?).await?;
         if !json {
-            println!("{name} stopped");
+            say!("{name} stopped");
         }
         stopped.push(vm);
     }
@@ -274,8 +277,8 @@ pub async fn exec(client: &Client, name: &str, command: Vec<String>, json: bool)
         output::json(&result)?;
         return Ok(0);
     }
-    std::io::stdout().write_all(result.stdout.as_bytes())?;
-    std::io::stderr().write_all(result.stderr.as_bytes())?;
+    output::raw(result.stdout.as_bytes());
+    let _ = std::io::stderr().write_all(result.stderr.as_bytes());
     Ok(result.status)
 }
 
@@ -297,7 +300,7 @@ pub async fn attach(
     if json {
         return output::json(&vm);
     }
-    println!(
+    say!(
         "{component} {verb}ed {} {name}",
         if detach { "from" } else { "to" }
     );
@@ -313,8 +316,13 @@ pub async fn logs(client: &Client, name: &str, follow_on: bool) -> Result<()> {
     let path = console_log(&vm);
     let mut file =
         std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    std::io::copy(&mut file, &mut std::io::stdout())?;
-    Ok(())
+    let mut part = vec![0; LOG_PART_BYTES];
+    loop {
+        match file.read(&mut part)? {
+            0 => return Ok(()),
+            len => output::raw(&part[..len]),
+        }
+    }
 }
 
 fn console_log(vm: &Vm) -> PathBuf {
@@ -333,8 +341,7 @@ async fn follow(client: &Client, vm: &Vm) -> Result<()> {
         file.seek(std::io::SeekFrom::Start(at))?;
         buffer.clear();
         at += file.read_to_end(&mut buffer)? as u64;
-        std::io::stdout().write_all(&buffer)?;
-        std::io::stdout().flush()?;
+        output::raw(&buffer);
         if !now.state.is_live() {
             if let (VmState::Failed, Some(error)) = (now.state, now.error) {
                 bail!("VM {} failed: {error}", vm.name);
@@ -355,7 +362,7 @@ pub async fn console(client: &Client, name: &str) -> Result<()> {
     let stream = tokio::net::UnixStream::connect(&path)
         .await
         .with_context(|| format!("cannot connect to the console {}", path.display()))?;
-    eprintln!("connected to {name}; end with Ctrl-C (the VM goes on)");
+    complain!("connected to {name}; end with Ctrl-C (the VM goes on)");
     let (mut from_vm, mut to_vm) = stream.into_split();
     let output = async { tokio::io::copy(&mut from_vm, &mut tokio::io::stdout()).await };
     let input = async { tokio::io::copy(&mut tokio::io::stdin(), &mut to_vm).await };

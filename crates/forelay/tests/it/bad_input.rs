@@ -97,6 +97,51 @@ fn privileged_senseless_requests_are_refused_in_words() {
 }
 
 #[test]
+fn privileged_whatever_the_umask_only_root_reaches_a_vm() {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::process::CommandExt as _;
+    let test = "privileged_whatever_the_umask_only_root_reaches_a_vm";
+    let Some(bench) = bench(test) else { return };
+    let mut host = Host::new(&bench, &Settings::default());
+    host.start_with_umask("000");
+    let manifest = host.write("plain.toml", &idle("plain", "[]", ""));
+    let run = host.ok(["run", "--detach", manifest.to_str().unwrap()]);
+    assert!(run.contains("plain is Ready"), "{run}");
+    let mode = |path: &str| {
+        let found = std::fs::metadata(host.dir().join(path)).unwrap();
+        found.permissions().mode() & 0o7777
+    };
+    assert_eq!(mode("run/forelay.sock"), 0o660);
+    for (dir, secret) in [
+        ("run/vms", "run/vms/plain/instance.json"),
+        ("run/vms/plain", "run/vms/plain/map.img"),
+        ("state", "run/vms/plain/monitor.sock"),
+    ] {
+        assert_eq!(mode(dir), 0o700, "{dir}");
+        assert_eq!(mode(secret) & 0o077, 0, "{secret}");
+    }
+
+    // A reader that has seen enough is no failure.
+    for words in [
+        &["ps"][..],
+        &["component", "show", "debian"],
+        &["logs", "plain"],
+    ] {
+        let mut command = host.command(words);
+        let (reader, writer) = std::io::pipe().unwrap();
+        command.stdout(writer).stderr(std::process::Stdio::piped());
+        drop(reader);
+        let _ = command.process_group(0);
+        let ended = command.output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(
+            ended.status.success() && !said.contains("panicked"),
+            "{words:?}: {said}"
+        );
+    }
+}
+
+#[test]
 fn privileged_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched() {
     let test = "privileged_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched";
     let Some(bench) = bench(test) else { return };

@@ -378,10 +378,22 @@ impl Host {
 
     /// Starts the daemon and waits until it answers.
     pub fn start(&mut self) {
+        self.start_with_umask("022");
+    }
+
+    /// Starts the daemon under another umask.
+    pub fn start_with_umask(&mut self, umask: &str) {
         let mut log = File::options();
         let log = log.create(true).append(true).open(self.dir().join("log"));
         let log = log.unwrap();
-        let mut command = self.command(["daemon"]);
+        let daemon = self.command(["daemon"]);
+        let script = format!("umask {umask}; exec \"$0\" \"$@\"");
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(script).arg(daemon.get_program());
+        command
+            .args(daemon.get_args())
+            .env("FORELAY_GUEST", &self.guest);
+        command.env_remove("FORELAY_SOCKET").stdin(Stdio::null());
         command.stdout(log.try_clone().unwrap()).stderr(log);
         self.daemon = Some(command.spawn().unwrap());
         self.until("the daemon answers", |host| {

@@ -1,6 +1,6 @@
 //! Processes of the daemon: the holder that stays, the pinner, the worker that may die.
 
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,13 +17,12 @@ use forelay_store::{
 };
 use forelay_vm::qemu::QemuDriver;
 use forelay_vm::{Accelerator, VmHandle, VmmDriver as _};
-use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::api::VmState;
 use crate::config::{Config, RepositoryConfig};
-use crate::daemon::api::server;
+use crate::daemon::api::{connections, server};
 use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
@@ -45,6 +44,7 @@ const ADAPTIVE_SHARE: f64 = 0.5;
 /// `forelay daemon`: holds the FUSE sessions and keeps a worker running.
 pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     log();
+    keep_private();
     refuse_second(&config.socket())?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut daemon = vec![program.clone().into_os_string()];
@@ -61,6 +61,18 @@ pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
+/// What this process and its children make is root's alone, whatever umask it was started
+/// with: records, logs and images hold what VMs are given, sockets lead to their VMMs.
+fn keep_private() {
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+}
+
+/// Makes a directory of ours, or takes from others what they may do in one that is there.
+fn private_dir(dir: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+}
+
 /// The pinner's process.
 pub fn run_pinner() -> Result<()> {
     let socket = holder::pinner_socket()?.context("`forelay daemon` starts this")?;
@@ -70,6 +82,7 @@ pub fn run_pinner() -> Result<()> {
 /// The worker's process.
 pub fn run_worker(config: Config) -> Result<()> {
     log();
+    keep_private();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(4)
         .enable_all()
@@ -103,24 +116,21 @@ async fn serve(config: Config) -> Result<()> {
         &config.vms_dir(),
         &config.mounts_dir(),
     ] {
-        std::fs::create_dir_all(dir)
-            .with_context(|| format!("cannot make the directory {}", dir.display()))?;
+        private_dir(dir).with_context(|| format!("cannot make the directory {}", dir.display()))?;
     }
     // From now on: a signal that comes while VMs are taken over must not end this process
     // before they can be stopped.
     let signals = StopSignals::install()?;
     let (host, journalled) = open(config).await?;
     take_over(&host, journalled).await?;
-    let listener = listen(&socket)?;
+    let listener = connections::listen(&socket)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
     host.domains.sessions().ready()?;
     tracing::info!(socket = %socket.display(), "ready");
     host.start_foresight();
     let router = server::router(Arc::clone(&host));
     let restart = tokio::select! {
-        served = axum::serve(listener, router) => {
-            served.context("the API's socket failed")?;
-            false
-        }
+        () = connections::serve(listener, router, connections::Limits::default()) => false,
         restart = signals.arrived() => restart,
     };
     let _ = std::fs::remove_file(&socket);
@@ -173,19 +183,6 @@ fn refuse_second(socket: &Path) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn listen(socket: &Path) -> Result<UnixListener> {
-    let is_socket = |path: &Path| {
-        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
-    };
-    if is_socket(socket) {
-        std::fs::remove_file(socket)?;
-    }
-    let listener = UnixListener::bind(socket)
-        .with_context(|| format!("cannot listen on {}", socket.display()))?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))?;
-    Ok(listener)
 }
 
 /// The store as configured.

@@ -1,0 +1,173 @@
+//! The API's connections: how many there may be, and how long a client may take.
+//!
+//! Refuses to know the routes. Invariant: a client that sends nothing, or too slowly, holds
+//! a connection no longer than the limits say; more than so many wait until one is free.
+
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse as _, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+/// Who may use the API: root and root's group.
+const SOCKET_MODE: u32 = 0o660;
+/// Largest body of a request: manifests with the files in them.
+const MAX_BODY_BYTES: usize = 8 << 20;
+/// Pause after the system refused a connection, for example for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time.
+    pub connections: usize,
+    /// For a request's header, from the connection or the answer before; so also the time
+    /// that a connection may idle.
+    pub header: Duration,
+    /// For a request's body.
+    pub body: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 256,
+            header: Duration::from_secs(15),
+            body: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Listens on `socket`; a socket that is there belongs to a predecessor that has ended.
+pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
+    let is_socket = |path: &Path| {
+        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+    };
+    if is_socket(socket) {
+        std::fs::remove_file(socket)?;
+    }
+    // The process's umask leaves it to root alone; from there it is only widened.
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+    Ok(listener)
+}
+
+/// Serves the API for as long as this is polled.
+pub async fn serve(listener: UnixListener, router: Router, limits: Limits) {
+    let router = router.layer(from_fn(move |request, next| {
+        read_body(limits.body, request, next)
+    }));
+    let turns = Arc::new(Semaphore::new(limits.connections));
+    loop {
+        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = router.clone();
+                tokio::spawn(async move {
+                    converse(stream, router, limits.header).await;
+                    drop(turn);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection to the API was not accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: UnixStream, router: Router, header: Duration) {
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(header);
+    let service = TowerToHyperService::new(router);
+    // A client that goes away or is too slow is no concern of anybody else's.
+    if let Err(error) = builder
+        .serve_connection(TokioIo::new(stream), service)
+        .await
+    {
+        tracing::debug!(%error, "a connection to the API ended");
+    }
+}
+
+/// Reads a request's body before anything is done about it.
+async fn read_body(limit: Duration, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let reading = axum::body::to_bytes(body, MAX_BODY_BYTES);
+    match tokio::time::timeout(limit, reading).await {
+        Ok(Ok(bytes)) => {
+            next.run(Request::from_parts(parts, Body::from(bytes)))
+                .await
+        }
+        Ok(Err(_)) => StatusCode::PAYLOAD_TOO_LARGE.into_response(),
+        Err(_) => StatusCode::REQUEST_TIMEOUT.into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::{get, post};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        connections: 2,
+        header: Duration::from_millis(200),
+        body: Duration::from_millis(200),
+    };
+
+    fn started(dir: &Path) -> std::path::PathBuf {
+        let socket = dir.join("api.sock");
+        let listener = listen(&socket).unwrap();
+        let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, SOCKET_MODE);
+        let router = Router::new()
+            .route("/", get(async || "fine"))
+            .route("/echo", post(async |body: String| body));
+        tokio::spawn(serve(listener, router, LIMITS));
+        socket
+    }
+
+    /// Sends `text` and reads until the daemon closes the connection.
+    async fn exchange(socket: &Path, text: &str) -> String {
+        let mut stream = UnixStream::connect(socket).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn clients_that_say_nothing_are_shown_out_and_others_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = started(dir.path());
+        // As many as there may be, silent or half-spoken.
+        let (silent, half) = tokio::join!(
+            exchange(&socket, ""),
+            exchange(&socket, "GET / HTTP/1.1\r\nhost: x"),
+        );
+        assert_eq!(silent, "");
+        assert!(!half.contains("200"), "{half}");
+        // One that was answered and then idles, and one that never sends what it promised.
+        let idle = exchange(&socket, "GET / HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(idle.ends_with("fine"), "{idle}");
+        let promised = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nhalf";
+        let cut = exchange(&socket, promised).await;
+        assert!(cut.starts_with("HTTP/1.1 408"), "{cut}");
+        let whole = promised.replace("half", "the whole");
+        let echoed = exchange(&socket, &whole).await;
+        assert!(echoed.ends_with("the whole"), "{echoed}");
+    }
+}
