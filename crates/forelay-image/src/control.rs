@@ -6,7 +6,17 @@
 
 use std::collections::BTreeMap;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
 use crate::component::{Capability, NameRange, Requirement, SbomPackage};
+
+/// Package URLs encode all but unreserved characters, and leave `:` alone.
+const PURL_ENCODED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~')
+    .remove(b':');
 
 /// One paragraph: fields by lower-case name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -134,7 +144,7 @@ pub fn sbom_package(paragraph: &Paragraph) -> SbomPackage {
     let name = paragraph.field("Package").to_owned();
     let version = paragraph.field("Version").to_owned();
     let architecture = paragraph.field("Architecture").to_owned();
-    let quoted = percent_encode(&version);
+    let quoted = utf8_percent_encode(&version, PURL_ENCODED);
     let purl = format!("pkg:deb/debian/{name}@{quoted}?arch={architecture}");
     SbomPackage {
         name,
@@ -142,18 +152,6 @@ pub fn sbom_package(paragraph: &Paragraph) -> SbomPackage {
         architecture,
         purl,
     }
-}
-
-/// Package URLs encode everything but unreserved characters (and leave `:` alone).
-fn percent_encode(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b':' => {
-                char::from(byte).to_string()
-            }
-            _ => format!("%{byte:02X}"),
-        })
-        .collect()
 }
 
 #[cfg(test)]

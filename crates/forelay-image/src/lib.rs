@@ -15,6 +15,7 @@ pub mod extent;
 pub mod lock;
 pub mod manifest;
 pub mod name;
+pub mod numbers;
 pub mod package_status;
 pub mod pages;
 pub mod solve;

@@ -370,7 +370,7 @@ pub fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Ve
     let limit = (name.len() / 3).clamp(1, 3);
     let mut near: Vec<(usize, &str)> = names
         .filter_map(|candidate| {
-            let distance = edit_distance(name.as_bytes(), candidate.as_bytes());
+            let distance = strsim::osa_distance(name, candidate);
             if distance <= limit {
                 return Some((distance, candidate));
             }
@@ -382,26 +382,6 @@ pub fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Ve
     near.dedup();
     near.truncate(3);
     near.into_iter().map(|(_, name)| name.to_owned()).collect()
-}
-
-/// Optimal string alignment distance: a swap of neighbours counts once.
-fn edit_distance(one: &[u8], other: &[u8]) -> usize {
-    let mut before: Vec<usize> = Vec::new();
-    let mut last: Vec<usize> = (0..=other.len()).collect();
-    for (i, a) in one.iter().enumerate() {
-        let mut row = vec![i + 1];
-        for (j, b) in other.iter().enumerate() {
-            let mut best = (last[j] + usize::from(a != b))
-                .min(last[j + 1] + 1)
-                .min(row[j] + 1);
-            if i > 0 && j > 0 && *a == other[j - 1] && one[i - 1] == *b {
-                best = best.min(before[j - 1] + 1);
-            }
-            row.push(best);
-        }
-        before = std::mem::replace(&mut last, row);
-    }
-    last[other.len()]
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! A Debian package archive (`.deb`): its control data and its files as a [`Tree`].
 //!
-//! Owns the `ar` container and the choice of members. Refuses to run maintainer scripts:
+//! Owns the `ar` container and the choice of members (the `ar` crate, 0.9, panics at an
+//! index beyond its name table and allocates what a header says, so a hostile package
+//! would end the build). Refuses to run maintainer scripts:
 //! it names them, so that a caller can say that their results are missing.
 
 use std::fs::File;

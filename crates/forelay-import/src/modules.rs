@@ -1,12 +1,15 @@
 //! Kernel modules: what a module depends on, and the order to load a set of them in.
 //!
-//! Owns the reading of a module's `.modinfo` section (64-bit little-endian ELF) and of
+//! Owns the meaning of a module's `.modinfo` section (64-bit little-endian ELF) and of
 //! `modules.builtin`; `modules.dep`, which depmod would make, is derived from those.
 //! Module names count `-` and `_` as the same character, as the kernel does.
 //!
 //! Invariant: bytes of a module are untrusted; a damaged one is an error, not a panic.
 
 use std::collections::{BTreeMap, BTreeSet};
+
+use object::read::elf::ElfFile64;
+use object::{LittleEndian, Object, ObjectSection};
 
 /// Why a set of modules cannot be put together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,13 +66,10 @@ impl Modules {
         };
         let mut needs = Vec::new();
         for (key, value) in info {
-            // A soft dependency is loaded before if there is one; crc32c is such a case.
-            let names: Vec<&str> = match key.as_str() {
-                "depends" => value.split(',').collect(),
-                _ => continue,
-            };
-            let names = names.into_iter().filter(|name| !name.is_empty());
-            needs.extend(names.map(module_name));
+            if key == "depends" {
+                let names = value.split(',').filter(|name| !name.is_empty());
+                needs.extend(names.map(module_name));
+            }
         }
         let name = module_name(path);
         self.dependencies.insert(name.clone(), needs);
@@ -148,51 +148,15 @@ impl Modules {
 
 /// The `key=value` strings of the `.modinfo` section.
 fn modinfo(elf: &[u8]) -> Option<Vec<(String, String)>> {
-    let section = section(elf, b".modinfo")?;
-    let strings = section.split(|&byte| byte == 0);
+    let elf = ElfFile64::<LittleEndian>::parse(elf).ok()?;
+    let section = elf.section_by_name(".modinfo")?;
+    let strings = section.data().ok()?.split(|&byte| byte == 0);
     let pairs = strings.filter_map(|string| {
         let text = String::from_utf8_lossy(string);
         let (key, value) = text.split_once('=')?;
         Some((key.to_owned(), value.to_owned()))
     });
     Some(pairs.collect())
-}
-
-/// A section of a 64-bit little-endian ELF file by name (ELF-64 Object File Format 1.5).
-fn section<'a>(elf: &'a [u8], wanted: &[u8]) -> Option<&'a [u8]> {
-    if !elf.starts_with(b"\x7fELF\x02\x01") {
-        return None;
-    }
-    let table = number(elf, 0x28, 8)?;
-    let entry_bytes = number(elf, 0x3a, 2)?;
-    let count = number(elf, 0x3c, 2)?;
-    let names_index = number(elf, 0x3e, 2)?;
-    let header = |index: u64| -> Option<&'a [u8]> {
-        let start = table.checked_add(index.checked_mul(entry_bytes)?)?;
-        range(elf, start, entry_bytes)
-    };
-    let content = |header: &[u8]| range(elf, number(header, 0x18, 8)?, number(header, 0x20, 8)?);
-    let names = content(header(names_index)?)?;
-    for index in 0..count {
-        let header = header(index)?;
-        let name = names.get(number(header, 0, 4)? as usize..)?;
-        if name.starts_with(wanted) && name.get(wanted.len()) == Some(&0) {
-            return content(header);
-        }
-    }
-    None
-}
-
-fn range(bytes: &[u8], start: u64, len: u64) -> Option<&[u8]> {
-    let start = usize::try_from(start).ok()?;
-    let end = start.checked_add(usize::try_from(len).ok()?)?;
-    bytes.get(start..end)
-}
-
-fn number(bytes: &[u8], offset: usize, width: usize) -> Option<u64> {
-    let field = bytes.get(offset..offset.checked_add(width)?)?;
-    let bytes = field.iter().rev();
-    Some(bytes.fold(0, |value, &byte| (value << 8) | u64::from(byte)))
 }
 
 #[cfg(test)]
@@ -206,7 +170,8 @@ pub(crate) mod tests {
         let names_at = 64 + info.len() as u64;
         let table_at = names_at + names.len() as u64;
         let mut elf = vec![0u8; 64];
-        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        elf[0x14] = 1;
         elf[0x28..0x30].copy_from_slice(&table_at.to_le_bytes());
         elf[0x3a..0x3c].copy_from_slice(&64u16.to_le_bytes());
         elf[0x3c..0x3e].copy_from_slice(&3u16.to_le_bytes());
@@ -220,6 +185,12 @@ pub(crate) mod tests {
         ] {
             let mut header = [0u8; 64];
             header[..4].copy_from_slice(&name.to_le_bytes());
+            // SHT_PROGBITS, SHT_STRTAB
+            header[4] = match name {
+                0 => 0,
+                1 => 1,
+                _ => 3,
+            };
             header[0x18..0x20].copy_from_slice(&u64::to_le_bytes(at));
             header[0x20..0x28].copy_from_slice(&u64::to_le_bytes(len));
             elf.extend_from_slice(&header);

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, UNIX_EPOCH};
 
+use forelay_host::atomic_write;
 use serde::{Deserialize, Serialize};
 
 /// How long a KVM boot may take; without a root it is about a second.
@@ -87,9 +88,7 @@ fn store(file: &Path, cached: &Cached) -> std::io::Result<()> {
     if let Some(parent) = file.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    let temporary = file.with_extension(format!("{}.new", std::process::id()));
-    std::fs::write(&temporary, serde_json::to_vec_pretty(cached)?)?;
-    std::fs::rename(temporary, file)
+    atomic_write(file, &serde_json::to_vec_pretty(cached)?).map(drop)
 }
 
 /// What the answer depends on.

@@ -5,12 +5,16 @@
 //! any other the bzImage is used as it is. The guest kernel is then not relocated at random,
 //! so this is for emulated guests only, not for KVM.
 //!
-//! Sources: the x86 boot protocol (Documentation/arch/x86/boot.rst) for the header, the LZ4
-//! block format and its legacy frame (lz4 project, doc/lz4_Block_format.md).
+//! Sources: the x86 boot protocol (Documentation/arch/x86/boot.rst) for the header, the
+//! legacy frame of the lz4 project (doc/lz4_Frame_format.md); its blocks are `lz4_flex`'s
+//! business. Its frame decoder is not used: the kernel's size stands behind the last block,
+//! which is no frame's end.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
+
+use forelay_host::atomic_write;
 
 /// Magic of the LZ4 legacy frame.
 const LZ4_LEGACY: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
@@ -47,9 +51,7 @@ pub fn uncompressed(kernel: &Path, cache_dir: &Path) -> io::Result<Option<PathBu
         return Ok(None);
     };
     std::fs::create_dir_all(cache_dir)?;
-    let temporary = target.with_extension(format!("{}.new", std::process::id()));
-    std::fs::write(&temporary, image)?;
-    std::fs::rename(temporary, &target)?;
+    atomic_write(&target, &image)?;
     Ok(Some(target))
 }
 
@@ -79,46 +81,12 @@ pub fn extract(image: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Unpacks one LZ4 block behind what is there; `None` if it is malformed or too large.
-fn unpack_block(mut block: &[u8], out: &mut Vec<u8>) -> Option<()> {
+fn unpack_block(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
     let start = out.len();
-    while let Some((&token, rest)) = block.split_first() {
-        block = rest;
-        let literals = length(usize::from(token >> 4), &mut block)?;
-        out.extend_from_slice(block.get(..literals)?);
-        block = &block[literals..];
-        if block.is_empty() {
-            break;
-        }
-        let (offset, rest) = block.split_at_checked(2)?;
-        block = rest;
-        let offset = usize::from(u16::from_le_bytes(offset.try_into().ok()?));
-        let count = length(usize::from(token & 15), &mut block)? + 4;
-        let produced = out.len() - start;
-        if offset == 0 || offset > produced || produced + count > LZ4_BLOCK_BYTES {
-            return None;
-        }
-        // A match may overlap what it produces: then it repeats.
-        let from = out.len() - offset;
-        if offset >= count {
-            out.extend_from_within(from..from + count);
-        } else {
-            (from..from + count).for_each(|at| out.push(out[at]));
-        }
-    }
-    (out.len() - start <= LZ4_BLOCK_BYTES && out.len() <= MAX_KERNEL_BYTES).then_some(())
-}
-
-/// A length of 15 goes on in the following bytes, up to the first that is not 255.
-fn length(start: usize, block: &mut &[u8]) -> Option<usize> {
-    let mut total = start;
-    let mut more = start == 15;
-    while more {
-        let (&byte, rest) = block.split_first()?;
-        *block = rest;
-        total += usize::from(byte);
-        more = byte == 255;
-    }
-    Some(total)
+    out.resize(start + LZ4_BLOCK_BYTES, 0);
+    let count = lz4_flex::block::decompress_into(block, &mut out[start..]).ok()?;
+    out.truncate(start + count);
+    (out.len() <= MAX_KERNEL_BYTES).then_some(())
 }
 
 #[cfg(test)]

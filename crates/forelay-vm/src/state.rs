@@ -6,6 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use forelay_host::atomic_write;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessId;
@@ -60,8 +61,6 @@ impl VmState {
     /// Writes it.
     pub fn write(&self, runtime_dir: &Path) -> io::Result<()> {
         let text = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
-        let temporary = runtime_dir.join(UNFINISHED_STATE_FILE);
-        std::fs::write(&temporary, text)?;
-        std::fs::rename(&temporary, runtime_dir.join(STATE_FILE))
+        atomic_write(&runtime_dir.join(STATE_FILE), &text).map(drop)
     }
 }

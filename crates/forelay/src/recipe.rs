@@ -9,7 +9,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
 use forelay_guest_protocol::accounts::{
@@ -18,6 +17,7 @@ use forelay_guest_protocol::accounts::{
 use forelay_guest_protocol::config::{
     Entrypoint, Network, ReadyProbe, Run, VM_CONFIG_PATH, VmConfig,
 };
+use forelay_host::atomic_write;
 use forelay_image::bundle::Bundle;
 use forelay_image::component::Role;
 use forelay_image::erofs::merge::{
@@ -367,9 +367,6 @@ pub async fn kernel_files(
     extracted.await.map_err(|_| RecipeError::Interrupted)?
 }
 
-/// Tells apart files that are being written.
-static UNFINISHED: AtomicU64 = AtomicU64::new(0);
-
 /// Writes kernel and initramfs; they appear when they are whole.
 fn extract_kernel(
     reader: &Reader,
@@ -392,11 +389,8 @@ fn extract_kernel(
             path,
         })?;
         // Launches at the same time each write their own, of the same bytes.
-        let number = UNFINISHED.fetch_add(1, Relaxed);
-        let unfinished = target.with_extension(format!("{}-{number}.new", std::process::id()));
         std::fs::create_dir_all(dir)
-            .and_then(|()| std::fs::write(&unfinished, bytes))
-            .and_then(|()| std::fs::rename(&unfinished, target))
+            .and_then(|()| atomic_write(target, &bytes))
             .map_err(|source| RecipeError::Write {
                 path: target.clone(),
                 source,

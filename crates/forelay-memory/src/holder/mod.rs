@@ -26,6 +26,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use forelay_host::error_chain;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -357,13 +358,7 @@ impl Holder {
 }
 
 fn with_causes(error: mount::MountError) -> io::Error {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    io::Error::other(text)
+    io::Error::other(error_chain(&error))
 }
 
 struct Ready {

@@ -4,6 +4,7 @@
 //! Invariant: buckets are sorted by index, hold positive weight, and number at most
 //! [`MAX_BUCKETS`]; a quantile is within 2% of the true value of what was added.
 
+use forelay_image::numbers::{put_number, take_number};
 use serde::{Deserialize, Serialize};
 
 /// Buckets kept; beyond it the two lowest are joined, so that upper quantiles stay exact.
@@ -120,11 +121,9 @@ impl Sketch {
         let mut out = vec![1];
         let mut last = 0;
         for (index, weight) in &self.buckets {
-            put(&mut out, u64::from(index - last));
-            put(
-                &mut out,
-                (f64::from(*weight) * 64.0).round().max(1.0) as u64,
-            );
+            put_number(&mut out, u64::from(index - last));
+            let weight = (f64::from(*weight) * 64.0).round().max(1.0);
+            put_number(&mut out, weight as u64);
             last = *index;
         }
         out
@@ -138,8 +137,8 @@ impl Sketch {
         let mut out = Self::new();
         let mut index: u64 = 0;
         while !rest.is_empty() {
-            index = index.checked_add(take(&mut rest)?)?;
-            let weight = take(&mut rest)? as f32 / 64.0;
+            index = index.checked_add(take_number(&mut rest)?)?;
+            let weight = take_number(&mut rest)? as f32 / 64.0;
             out.add_bucket(u16::try_from(index).ok()?, weight);
             out.weight += f64::from(weight);
         }
@@ -160,27 +159,6 @@ fn borders(index: u16) -> (f64, f64) {
     }
     let low = f64::from(index - 1) * LOG_GAMMA;
     (low.exp(), (low + LOG_GAMMA).exp())
-}
-
-fn put(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-fn take(bytes: &mut &[u8]) -> Option<u64> {
-    let mut value: u64 = 0;
-    for shift in (0..63).step_by(7) {
-        let (&byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte < 0x80 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 #[cfg(test)]

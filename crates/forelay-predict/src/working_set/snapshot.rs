@@ -10,6 +10,7 @@
 //! Invariant: decoding never trusts a count; what does not decode whole is refused whole.
 
 use forelay_image::PAGE_BYTES;
+use forelay_image::numbers::{put_number, take_number};
 
 use super::WorkingSet;
 use super::spans::Span;
@@ -37,17 +38,17 @@ impl WorkingSet {
         let mut out = Vec::with_capacity(16 + 8 * self.spans.len());
         out.extend_from_slice(MAGIC);
         out.push(VERSION);
-        put(&mut out, self.launches.into());
-        put(&mut out, self.inherited.into());
+        put_number(&mut out, self.launches.into());
+        put_number(&mut out, self.inherited.into());
         out.extend_from_slice(&self.weight.to_le_bytes());
-        put(&mut out, self.spans.len() as u64);
+        put_number(&mut out, self.spans.len() as u64);
         let mut last_end = 0;
         for span in &self.spans {
-            put(&mut out, (span.start - last_end).into());
-            put(&mut out, span.pages().into());
-            put(&mut out, span.hits.into());
-            put(&mut out, (span.weight * 256.0).round().max(1.0) as u64);
-            put(&mut out, span.first_ms.round().max(0.0) as u64);
+            put_number(&mut out, (span.start - last_end).into());
+            put_number(&mut out, span.pages().into());
+            put_number(&mut out, span.hits.into());
+            put_number(&mut out, (span.weight * 256.0).round().max(1.0) as u64);
+            put_number(&mut out, span.first_ms.round().max(0.0) as u64);
             last_end = span.end;
         }
         out
@@ -115,14 +116,6 @@ impl WorkingSet {
     }
 }
 
-fn put(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -130,19 +123,11 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn u32(&mut self) -> Result<u32, SnapshotError> {
-        let mut value: u64 = 0;
-        for shift in (0..35).step_by(7) {
-            let byte = *self
-                .bytes
-                .get(self.at)
-                .ok_or(SnapshotError::Damaged(self.at))?;
-            self.at += 1;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte < 0x80 {
-                return u32::try_from(value).map_err(|_| SnapshotError::Damaged(self.at));
-            }
-        }
-        Err(SnapshotError::Damaged(self.at))
+        let mut rest = self.bytes.get(self.at..).unwrap_or_default();
+        let value = take_number(&mut rest);
+        self.at = self.bytes.len() - rest.len();
+        let value = value.and_then(|value| u32::try_from(value).ok());
+        value.ok_or(SnapshotError::Damaged(self.at))
     }
 
     fn f32(&mut self) -> Result<f32, SnapshotError> {

@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use forelay_host::error_chain;
 use forelay_image::Digest;
 use tokio::time::Instant;
 
@@ -140,11 +141,11 @@ impl Scheduler {
         let trouble = demanded && attempts >= self.0.config.demand_trouble_attempts;
         let mut state = self.0.state.lock();
         state.counters.retries += 1;
-        state.counters.last_failure = Some(describe(error));
+        state.counters.last_failure = Some(error_chain(error));
         state.counters.demands_in_trouble += u64::from(trouble);
         drop(state);
         if trouble {
-            let (pack, error) = (request.pack, describe(error));
+            let (pack, error) = (request.pack, error_chain(error));
             tracing::warn!(%pack, attempts, error, "a VM waits for a chunk that cannot be fetched; trying on");
         }
         trouble
@@ -183,7 +184,7 @@ impl Scheduler {
                     .unwrap_or_default();
                 match open_frame(frame, source.chunk_bytes, source.chunk) {
                     Ok(chunk) => this.deliver(source.chunk, chunk.into()),
-                    Err(error) => bad.push((source, describe(&error))),
+                    Err(error) => bad.push((source, error_chain(&error))),
                 }
             }
             bad
@@ -252,7 +253,7 @@ impl Scheduler {
         let waiters = {
             let mut state = self.0.state.lock();
             state.counters.failures += 1;
-            state.counters.last_failure = Some(describe(&error));
+            state.counters.last_failure = Some(error_chain(&error));
             state.queue.failed(chunk)
         };
         for waiter in waiters {
@@ -264,16 +265,4 @@ impl Scheduler {
 enum Failure {
     Gone,
     Bytes(String),
-}
-
-/// An error with its causes in one line.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

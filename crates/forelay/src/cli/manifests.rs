@@ -99,9 +99,7 @@ pub async fn lock(arguments: LockArguments, config: &Config) -> Result<()> {
     };
     let store = open_store(config).await?;
     let lock = resolve(&store, &manifest, previous.as_ref()).await?;
-    let unfinished = output.with_extension("lock.new");
-    std::fs::write(&unfinished, lock.to_toml())
-        .and_then(|()| std::fs::rename(&unfinished, &output))
+    forelay_host::atomic_write(&output, lock.to_toml().as_bytes())
         .with_context(|| format!("cannot write the lock {}", output.display()))?;
     if arguments.json {
         return output::json(&lock);

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::messages::ExitStatus;
+use forelay_host::error_chain;
 use forelay_store::Store;
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
@@ -82,29 +83,13 @@ pub enum HostError {
 impl HostError {
     /// A failure with all its causes.
     pub fn failed(error: impl std::error::Error) -> Self {
-        Self::Failed(chain(&error))
+        Self::Failed(error_chain(&error))
     }
 
     /// A refusal with all its causes.
     pub fn invalid(error: impl std::error::Error) -> Self {
-        Self::Invalid(chain(&error))
+        Self::Invalid(error_chain(&error))
     }
-}
-
-/// An error and its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let words = cause.to_string();
-        // Transparent wrappers repeat their cause.
-        if !text.ends_with(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// Everything the daemon has, wired together: what does the work are the services.
@@ -385,19 +370,5 @@ fn exit_code(status: ExitStatus) -> i32 {
         ExitStatus::Code(code) => code,
         ExitStatus::Signal(signal) => 128 + signal,
         ExitStatus::TimedOut => 124,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_is_told_with_its_causes_once() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("outer")]
-        struct Outer(#[source] std::io::Error);
-        let inner = std::io::Error::other("inner");
-        assert_eq!(chain(&Outer(inner)), "outer: inner");
     }
 }

@@ -2,30 +2,8 @@
 //!
 //! Invariant: decoding never trusts a count or a length; damage gives `None`, never a panic.
 
+use forelay_image::numbers::{put_number, take_number};
 use forelay_image::{Extent, PAGE_BYTES};
-
-/// Appends a LEB128 number.
-pub(super) fn put(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-/// Takes a LEB128 number.
-pub(super) fn take(bytes: &mut &[u8]) -> Option<u64> {
-    let mut value: u64 = 0;
-    for shift in (0..64).step_by(7) {
-        let (&byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        value |= u64::from(byte & 0x7f).checked_shl(shift)?;
-        if byte < 0x80 {
-            return Some(value);
-        }
-    }
-    None
-}
 
 /// Component ids, ascending.
 pub(super) fn encode_members(ids: &[i64]) -> Vec<u8> {
@@ -35,7 +13,7 @@ pub(super) fn encode_members(ids: &[i64]) -> Vec<u8> {
     let mut out = Vec::new();
     let mut last = 0;
     for id in sorted {
-        put(&mut out, (id - last).unsigned_abs());
+        put_number(&mut out, (id - last).unsigned_abs());
         last = id;
     }
     out
@@ -46,7 +24,7 @@ pub(super) fn decode_members(mut bytes: &[u8]) -> Option<Vec<i64>> {
     let mut ids = Vec::new();
     let mut last: i64 = 0;
     while !bytes.is_empty() {
-        last = last.checked_add_unsigned(take(&mut bytes)?)?;
+        last = last.checked_add_unsigned(take_number(&mut bytes)?)?;
         ids.push(last);
     }
     Some(ids)
@@ -64,14 +42,14 @@ pub(super) fn encode_touches(images: &mut [TouchedImage]) -> Vec<u8> {
     let mut out = Vec::new();
     for image in images {
         image.extents.sort_unstable();
-        put(&mut out, image.component.unsigned_abs());
-        put(&mut out, image.extents.len() as u64);
+        put_number(&mut out, image.component.unsigned_abs());
+        put_number(&mut out, image.extents.len() as u64);
         let mut last = 0;
         for (extent, ms) in &image.extents {
             let start = extent.offset / PAGE_BYTES;
-            put(&mut out, start - last);
-            put(&mut out, extent.end().div_ceil(PAGE_BYTES) - start);
-            put(&mut out, u64::from(*ms));
+            put_number(&mut out, start - last);
+            put_number(&mut out, extent.end().div_ceil(PAGE_BYTES) - start);
+            put_number(&mut out, u64::from(*ms));
             last = start;
         }
     }
@@ -82,14 +60,14 @@ pub(super) fn encode_touches(images: &mut [TouchedImage]) -> Vec<u8> {
 pub(super) fn decode_touches(mut bytes: &[u8]) -> Option<Vec<TouchedImage>> {
     let mut images = Vec::new();
     while !bytes.is_empty() {
-        let component = i64::try_from(take(&mut bytes)?).ok()?;
-        let count = take(&mut bytes)?;
+        let component = i64::try_from(take_number(&mut bytes)?).ok()?;
+        let count = take_number(&mut bytes)?;
         let mut extents = Vec::new();
         let mut start: u64 = 0;
         for _ in 0..count {
-            start = start.checked_add(take(&mut bytes)?)?;
-            let pages = take(&mut bytes)?;
-            let ms = u32::try_from(take(&mut bytes)?).ok()?;
+            start = start.checked_add(take_number(&mut bytes)?)?;
+            let pages = take_number(&mut bytes)?;
+            let ms = u32::try_from(take_number(&mut bytes)?).ok()?;
             let offset = start.checked_mul(PAGE_BYTES)?;
             extents.push((Extent::new(offset, pages.checked_mul(PAGE_BYTES)?), ms));
         }
@@ -141,17 +119,17 @@ impl Times {
 
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        put(&mut out, self.resolution_ms.unsigned_abs());
+        put_number(&mut out, self.resolution_ms.unsigned_abs());
         let mut last = 0;
         for (ms, count) in &self.at {
             let index = ms / self.resolution_ms;
             // The low bit says whether a count other than one follows.
-            put(
+            put_number(
                 &mut out,
                 ((index - last).unsigned_abs() << 1) | u64::from(*count != 1),
             );
             if *count != 1 {
-                put(&mut out, u64::from(*count));
+                put_number(&mut out, u64::from(*count));
             }
             last = index;
         }
@@ -159,14 +137,16 @@ impl Times {
     }
 
     pub fn decode(mut bytes: &[u8]) -> Option<Self> {
-        let resolution_ms = i64::try_from(take(&mut bytes)?).ok().filter(|r| *r > 0)?;
+        let resolution_ms = i64::try_from(take_number(&mut bytes)?)
+            .ok()
+            .filter(|r| *r > 0)?;
         let mut at = Vec::new();
         let mut index: i64 = 0;
         while !bytes.is_empty() {
-            let gap = take(&mut bytes)?;
+            let gap = take_number(&mut bytes)?;
             let count = match gap & 1 {
                 0 => 1,
-                _ => u32::try_from(take(&mut bytes)?).ok()?,
+                _ => u32::try_from(take_number(&mut bytes)?).ok()?,
             };
             index = index.checked_add_unsigned(gap >> 1)?;
             at.push((index.checked_mul(resolution_ms)?, count));

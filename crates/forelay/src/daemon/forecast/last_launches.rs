@@ -63,9 +63,7 @@ impl LastLaunches {
         let name = forelay_image::Digest::of(key.as_bytes()).hex();
         let path = self.dir.join(format!("{name}.json"));
         let write = || -> std::io::Result<()> {
-            let unfinished = path.with_extension("new");
-            std::fs::write(&unfinished, serde_json::to_vec(&last)?)?;
-            std::fs::rename(unfinished, &path)
+            forelay_host::atomic_write(&path, &serde_json::to_vec(&last)?).map(drop)
         };
         if let Err(error) = write() {
             tracing::warn!(%error, path = %path.display(), "a launch was not remembered");

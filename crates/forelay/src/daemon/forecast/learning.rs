@@ -120,7 +120,7 @@ impl Learner {
             match self.history.roll_up(self.clock.now()).await {
                 Ok(done) => tracing::info!(?done, "history rolled up"),
                 Err(error) => {
-                    tracing::error!(error = %crate::daemon::chain(&error), "the history was not rolled up");
+                    tracing::error!(error = %forelay_host::error_chain(&error), "the history was not rolled up");
                 }
             }
         }
@@ -321,7 +321,7 @@ impl Learner {
     /// History is worth having, but no launch fails for want of it.
     async fn append(&self, events: &[Event]) {
         if let Err(error) = self.history.append(events).await {
-            tracing::error!(error = %crate::daemon::chain(&error), "the history was not written");
+            tracing::error!(error = %forelay_host::error_chain(&error), "the history was not written");
         }
     }
 

@@ -26,7 +26,7 @@ impl Mapper {
         let opening = order.lock.components.iter().map(|component| async move {
             let opened = self.store.open_component(component.id).await;
             opened.map(drop).map_err(|error| {
-                let cause = crate::daemon::chain(&error);
+                let cause = forelay_host::error_chain(&error);
                 HostError::Failed(format!("component {}: {cause}", label(component)))
             })
         });

@@ -83,7 +83,7 @@ impl Drop for StartedVmm {
 
 fn kill(handle: &VmHandle) {
     if let Err(error) = handle.kill() {
-        let error = crate::daemon::chain(&error);
+        let error = forelay_host::error_chain(&error);
         tracing::error!(
             vm = handle.name(),
             error,

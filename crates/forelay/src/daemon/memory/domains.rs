@@ -84,7 +84,7 @@ impl FaultHandler for Handler {
             Err(error) => tracing::error!(
                 image = %file,
                 offset = extent.offset,
-                error = %crate::daemon::chain(&error),
+                error = %forelay_host::error_chain(&error),
                 "a VM waits for bytes that cannot be fetched; trying again"
             ),
         };
@@ -211,7 +211,7 @@ impl Domains {
                     tracing::warn!(domain = %memory.domain, bytes, "the pinner ended; pinned anew")
                 }
                 Err(error) => {
-                    let error = crate::daemon::chain(&error);
+                    let error = forelay_host::error_chain(&error);
                     tracing::error!(domain = %memory.domain, error, "pins are lost");
                 }
             }

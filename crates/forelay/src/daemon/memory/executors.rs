@@ -117,7 +117,7 @@ fn change_pin(domains: &Domains, change: PinChange, planner: &PlannerSender) {
         return;
     };
     if let Err(error) = memory.set_pinned(&image.image, &extents, pinned) {
-        let error = crate::daemon::chain(&error);
+        let error = forelay_host::error_chain(&error);
         tracing::warn!(image = %image.image, error, pinned, "pins are not changed");
         return;
     }
@@ -138,7 +138,7 @@ fn evict(domains: &Domains, eviction: Eviction, planner: &PlannerSender) {
     domains.attribution().evicted(&image, &extents);
     tell_all(planner, &image, &extents, PlannerEvent::Evicted);
     if let Err(error) = memory.shared.evict(&image.image, &extents) {
-        let error = crate::daemon::chain(&error);
+        let error = forelay_host::error_chain(&error);
         tracing::warn!(image = %image.image, error, "not evicted");
         return;
     }

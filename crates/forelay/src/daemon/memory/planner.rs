@@ -218,7 +218,7 @@ fn watch_stalls(sender: &PlannerSender, shared: &Arc<Shared>) -> io::Result<()> 
     let trigger = match Trigger::arm(STALL, STALL_WINDOW) {
         Ok(trigger) => trigger,
         Err(error) => {
-            let error = crate::daemon::chain(&error);
+            let error = forelay_host::error_chain(&error);
             tracing::info!(error, "memory is sampled by time only");
             return Ok(());
         }

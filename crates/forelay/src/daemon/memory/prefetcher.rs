@@ -168,7 +168,7 @@ impl Arrivals {
                     ..
                 } => {}
                 PrefetchItem::Failed { error, .. } => {
-                    let error = crate::daemon::chain(&error);
+                    let error = forelay_host::error_chain(&error);
                     tracing::warn!(error, "prefetch failed");
                 }
                 PrefetchItem::Ended { request } => arrivals.end(arrivals.ids[request]),

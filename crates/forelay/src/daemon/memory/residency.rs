@@ -134,7 +134,7 @@ impl Host {
             .shared
             .unpin(&key.image, &[whole])
             .unwrap_or_else(|error| {
-                tracing::warn!(error = crate::daemon::chain(&error), "pins are left");
+                tracing::warn!(error = forelay_host::error_chain(&error), "pins are left");
                 0
             })
     }

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use forelay_cache::mapping_table::journal::{append, replay};
 use forelay_cache::mapping_table::{MappingTable, Phase, SharedTable};
+use forelay_host::atomic_write;
 
 /// The journal is rewritten when it has grown to this many bytes beyond twice its start.
 const SLACK_BYTES: u64 = 1 << 20;
@@ -169,11 +170,7 @@ fn snapshot(table: &MappingTable) -> Vec<u8> {
 
 /// Puts a journal that begins with `frames` in the place of the one at `path`.
 fn start_file(path: &std::path::Path, frames: &[u8]) -> io::Result<(File, u64)> {
-    let unfinished = path.with_extension("new");
-    let mut file = File::create(&unfinished)?;
-    file.write_all(frames)?;
-    std::fs::rename(unfinished, path)?;
-    Ok((file, frames.len() as u64))
+    Ok((atomic_write(path, frames)?, frames.len() as u64))
 }
 
 #[cfg(test)]

@@ -374,7 +374,7 @@ async fn know_images(host: &Host, record: &Record) {
     };
     for component in &lock.components {
         if let Err(error) = host.store.open_component(component.id).await {
-            let why = crate::daemon::chain(&error);
+            let why = forelay_host::error_chain(&error);
             tracing::error!(
                 vm = record.vm.name,
                 component = component.name,
@@ -397,7 +397,7 @@ async fn reattach(host: &Arc<Host>, record: Record) -> Option<(Arc<Instance>, Vm
             Some((instance, handle))
         }
         Err(error) => {
-            let why = crate::daemon::chain(&error);
+            let why = forelay_host::error_chain(&error);
             tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
             end_unknown(&vm.runtime_dir);
             let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));

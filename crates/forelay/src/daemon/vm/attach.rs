@@ -179,7 +179,7 @@ impl AttachService {
                 Err(error) => tracing::error!(
                     vm = handle.name(),
                     component = component.name,
-                    error = crate::daemon::chain(&error),
+                    error = forelay_host::error_chain(&error),
                     "a component of a failed attach stays attached"
                 ),
             }
@@ -266,7 +266,7 @@ impl AttachService {
         let unsaved = match detached {
             Err(AttachError::State(error)) => Some(error),
             other => {
-                other.map_err(|error| HostError::Busy(crate::daemon::chain(&error)))?;
+                other.map_err(|error| HostError::Busy(forelay_host::error_chain(&error)))?;
                 None
             }
         };

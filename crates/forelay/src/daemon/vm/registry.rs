@@ -251,9 +251,7 @@ impl Instance {
         record.vm = self.vm();
         let dir = &record.vm.runtime_dir;
         let text = serde_json::to_vec_pretty(&record)?;
-        let unfinished = dir.join(UNFINISHED_RECORD);
-        std::fs::write(&unfinished, text)?;
-        std::fs::rename(unfinished, dir.join(RECORD))
+        forelay_host::atomic_write(&dir.join(RECORD), &text).map(drop)
     }
 }
 
