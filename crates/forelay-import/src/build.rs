@@ -26,7 +26,7 @@ use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::roots::BaseRoot;
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
-use crate::tar::read_tar;
+use crate::tar::{Archive, read_tar};
 use forelay_image::control::{parse_provides, parse_relations, sbom_package};
 use forelay_image::package_status::status_path;
 
@@ -212,15 +212,17 @@ impl Builder {
             BuildSource::Directory { path, ownership } => {
                 report(Progress::Started(BuildPhase::Read));
                 let tree = read_directory(path, *ownership)?;
-                let draft = plain_files(&name_from_path(path), "0", Role::Package);
-                Ok(Imported::alone(tree, draft, Vec::new()))
+                let files = Archive {
+                    tree,
+                    notes: Vec::new(),
+                };
+                plain_component(path, files, request.role, Vec::new())
             }
             BuildSource::Tar { path, ownership } => {
                 report(Progress::Started(BuildPhase::Read));
                 let mut spool = Spool::new(&scratch, DEFAULT_LIMIT_BYTES)?;
-                let tree = read_tar(path, &mut spool, *ownership)?;
-                let draft = plain_files(&name_from_path(path), "0", Role::Package);
-                Ok(Imported::alone(tree, draft, vec![spool]))
+                let files = read_tar(path, &mut spool, *ownership)?;
+                plain_component(path, files, request.role, vec![spool])
             }
             BuildSource::DebFile { path } => {
                 import_deb_file(path, request.name.as_deref(), &scratch, report)
@@ -268,6 +270,27 @@ impl Builder {
         let apt = AptCache::open(&self.cache, suite, self.refresh_after)?;
         Ok(apt.with_mirror(self.mirror.clone()))
     }
+}
+
+/// A component of files that say nothing about themselves. What is laid over a base has
+/// its files where the base's links would lead; a base is as it is.
+fn plain_component(
+    path: &Path,
+    files: Archive,
+    role: Option<Role>,
+    spools: Vec<Spool>,
+) -> Result<Imported, ImportError> {
+    let Archive { mut tree, notes } = files;
+    let mut draft = plain_files(&name_from_path(path), "0", Role::Package);
+    draft.notes.extend(notes);
+    if role != Some(Role::Base) {
+        let moved = merge_usr(&mut tree, path)?;
+        let moved = moved
+            .iter()
+            .map(|name| format!("/{name} is placed in /usr/{name}"));
+        draft.notes.extend(moved);
+    }
+    Ok(Imported::alone(tree, draft, spools))
 }
 
 fn import_deb_file(

@@ -109,7 +109,7 @@ fn member_tree(
         .reader(first.chain(member))
         .map_err(io_error("reading", path))?;
     let (plain, _) = spool.store(&mut reader, path)?;
-    read_plain(&plain, path, spool, Ownership::Keep)
+    Ok(read_plain(&plain, path, spool, Ownership::Keep)?.tree)
 }
 
 /// Reads a file of at most 16 MiB out of a tree; missing files are errors.
@@ -130,7 +130,9 @@ pub(crate) fn read_small_file(
 
 /// Moves what is in `/bin`, `/sbin` and `/lib*` under `/usr`, as on a merged-usr system,
 /// where those are symbolic links; a directory in their place would hide the base's.
-pub fn merge_usr(tree: &mut Tree, path: &Path) -> Result<(), ImportError> {
+/// Returns the names of what was moved.
+pub fn merge_usr(tree: &mut Tree, path: &Path) -> Result<Vec<&'static str>, ImportError> {
+    let mut moved = Vec::new();
     for name in ["bin", "sbin", "lib", "lib32", "lib64", "libx32"] {
         let Some(from) = tree.lookup(name.as_bytes()) else {
             continue;
@@ -141,8 +143,9 @@ pub fn merge_usr(tree: &mut Tree, path: &Path) -> Result<(), ImportError> {
         tree.remove(ROOT, name.as_bytes());
         let usr = tree.make_directories(b"usr").map_err(tree_error(path))?;
         move_into(tree, usr, name.as_bytes(), from, path)?;
+        moved.push(name);
     }
-    Ok(())
+    Ok(moved)
 }
 
 /// Puts node `from` at `parent/name`; two directories are merged, `from` wins otherwise.

@@ -380,3 +380,58 @@ fn privileged_the_kernel_component_holds_what_a_guest_needs_to_boot() {
         built.chunks.chunks.len()
     );
 }
+
+#[test]
+fn privileged_what_scripts_print_is_apart_from_what_apt_reports() {
+    require_debian!("privileged_what_scripts_print_is_apart_from_what_apt_reports");
+    let scratch = test_cache().join("scripts");
+    let sandbox = Sandbox::new(&scratch, &[&base().directory]).unwrap();
+    let script = "read line || echo no input >&3; echo said; echo said >&2; echo status >&3; \
+                  hostname --fqdn >&3; getent hosts debian.localdomain >&3; cat /etc/hostname >&3; \
+                  for stream in stdin stdout stderr null zero full random urandom tty ptmx; do \
+                  test -e /dev/$stream || echo no $stream >&3; done; env | grep FORELAY >&3";
+    let out = sandbox
+        .host_tool("chroot", "coreutils", "testing")
+        .unwrap()
+        .env("FORELAY_STATUS", "3")
+        .arg(sandbox.root())
+        .args(["sh", "-c", &format!("{script}; exit 0")])
+        .output()
+        .unwrap();
+    let lines: Vec<Vec<&str>> = out
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let expected: [&[&str]; 5] = [
+        &["no", "input"],
+        &["status"],
+        &["debian.localdomain"],
+        &["127.0.1.1", "debian.localdomain", "debian"],
+        &["debian"],
+    ];
+    assert_eq!(lines, expected);
+}
+
+/// Scripts of these print to standard output (`cron`, `ca-certificates`) and ask for the
+/// host's full name (`postfix`).
+#[test]
+fn privileged_packages_whose_scripts_print_and_ask_for_the_host_are_built() {
+    require_debian!("privileged_packages_whose_scripts_print_and_ask_for_the_host_are_built");
+    let request = packages(&["postfix", "cron", "ca-certificates"]);
+    let built = builder().build(&request, &silent).unwrap().main;
+    let image = File::open(&built.image).unwrap();
+    let tree = Image::open(&image).unwrap().to_tree(1 << 30).unwrap();
+    let settings = tree.text_of("etc/postfix/main.cf").unwrap().unwrap();
+    assert!(
+        settings.contains("myhostname = debian.localdomain"),
+        "{settings}"
+    );
+    let certificates = tree.text_of("etc/ssl/certs/ca-certificates.crt").unwrap();
+    assert!(certificates.unwrap().contains("BEGIN CERTIFICATE"));
+    for sandbox_file in ["etc/hosts", "etc/hostname", "usr/sbin/policy-rc.d"] {
+        assert!(
+            tree.lookup(sandbox_file.as_bytes()).is_none(),
+            "{sandbox_file}"
+        );
+    }
+}

@@ -164,18 +164,20 @@ fn kind_of(path: &Path, metadata: &fs::Metadata) -> Result<Kind, ImportError> {
     })
 }
 
-/// Extended attributes that mean something in an image. overlayfs's own bookkeeping is
-/// left out, except the mark of an opaque directory; so are the labels of the host's
-/// security modules, which say nothing about another machine.
-fn kept_xattr(name: &[u8]) -> bool {
+/// Extended attributes that an image can hold and that mean something in one. overlayfs's
+/// own bookkeeping is left out, except the mark of an opaque directory; so are the labels
+/// of the host's security modules, which say nothing about another machine, and names of
+/// other systems (`com.apple.provenance`).
+pub(crate) fn kept_xattr(name: &[u8]) -> bool {
     match name {
-        b"trusted.overlay.opaque" => true,
-        _ => {
-            !name.starts_with(b"trusted.overlay.")
-                && name != b"security.selinux"
-                && name != b"security.SMACK64"
-                && name != b"system.nfs4_acl"
+        b"trusted.overlay.opaque" | b"system.posix_acl_access" | b"system.posix_acl_default" => {
+            true
         }
+        b"security.selinux" | b"security.SMACK64" => false,
+        _ if name.starts_with(b"trusted.overlay.") => false,
+        _ => [&b"user."[..], b"trusted.", b"security."]
+            .iter()
+            .any(|namespace| name.starts_with(namespace) && name.len() > namespace.len()),
     }
 }
 

@@ -244,12 +244,13 @@ fn install(
         .host_tool("apt-get", "util-linux", &doing)?
         .env("APT_CONFIG", config)
         .env("FORELAY_ARCHIVES", apt.archives())
+        .env("FORELAY_STATUS", "3")
         .arg("-o")
         .arg(format!("Dir::Cache::archives={}", archives.display()))
         .args([
             "-q",
             "-o",
-            "APT::Status-Fd=1",
+            "APT::Status-Fd=3",
             "--no-download",
             "install",
             "--",

@@ -3,8 +3,9 @@
 //!
 //! Every run happens in mount, process, host-name and network namespaces of its own:
 //! when it ends, for whatever reason, its mounts, its daemons and its names are gone.
-//! Scripts find `/proc`, a minimal `/dev`, empty `/run` and `/tmp`, and no network;
-//! services cannot be started (`policy-rc.d` answers 101).
+//! Scripts find `/proc`, a minimal `/dev`, empty `/run` and `/tmp`, a host name that
+//! resolves, and no network but the loopback; their standard input is empty, what they
+//! print is kept. Services cannot be started (`policy-rc.d` answers 101).
 //!
 //! Invariant: the upper directory holds only what the run changed in the layers; what
 //! belongs to the sandbox itself comes from a helper layer below it and from mounts.
@@ -45,12 +46,29 @@ if [ -n "${FORELAY_ARCHIVES:-}" ]; then
     mkdir -p "$root/var/cache/apt/archives"
     mount --bind "$FORELAY_ARCHIVES" "$root/var/cache/apt/archives"
 fi
+# The host's name resolves to an address that is there.
+ip link set lo up 2>/dev/null || :
+# Programs report on descriptor 3, which is what our caller reads; what scripts print goes
+# to standard error, which is open, and is kept for when something fails.
+status=${FORELAY_STATUS:-}
+unset FORELAY_STATUS FORELAY_ARCHIVES
+if [ -n "$status" ]; then
+    exec 3>&1 >&2
+fi
 exec "$@"
 "#;
+
+/// The name of the sandbox's host, with a domain, as scripts ask for one.
+const HOSTS: &str = "127.0.0.1 localhost
+127.0.1.1 debian.localdomain debian
+::1 localhost ip6-localhost ip6-loopback
+";
 
 /// Files that are in every sandbox and in no component: path, mode, content.
 const HELPERS: &[(&str, u32, &str)] = &[
     ("usr/sbin/policy-rc.d", 0o755, "#!/bin/sh\nexit 101\n"),
+    ("etc/hostname", 0o644, "debian\n"),
+    ("etc/hosts", 0o644, HOSTS),
     // A database cluster made at build time would be one identity in every VM.
     (
         "etc/postgresql-common/createcluster.d/forelay.conf",

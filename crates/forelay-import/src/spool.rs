@@ -8,6 +8,8 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
+use liblzma::read::XzDecoder;
+use liblzma::stream::Stream;
 use tempfile::TempDir;
 
 use crate::error::{ImportError, archive_error, io_error};
@@ -45,6 +47,26 @@ impl Spool {
         self.directory.path()
     }
 
+    /// A new file of `len` bytes, all of it a hole; `source` is named in errors.
+    pub(crate) fn sparse_file(&mut self, len: u64, source: &Path) -> Result<PathBuf, ImportError> {
+        if len > self.limit_bytes {
+            return Err(self.too_large(source));
+        }
+        let (path, _) = self.store(&mut io::empty(), source)?;
+        let file = File::options().write(true).open(&path);
+        file.and_then(|file| file.set_len(len))
+            .map_err(io_error("growing", &path))?;
+        Ok(path)
+    }
+
+    fn too_large(&self, source: &Path) -> ImportError {
+        ImportError::TooLarge {
+            path: source.to_owned(),
+            limit: self.limit_bytes,
+            unit: "bytes when unpacked",
+        }
+    }
+
     /// Copies `from` (named `source` in errors) into a new file; returns its path and size.
     pub fn store(
         &mut self,
@@ -65,11 +87,7 @@ impl Spool {
             };
             total += count as u64;
             if total > self.limit_bytes {
-                return Err(ImportError::TooLarge {
-                    path: source.to_owned(),
-                    limit: self.limit_bytes,
-                    unit: "bytes when unpacked",
-                });
+                return Err(self.too_large(source));
             }
             out.write_all(&buffer[..count])
                 .map_err(io_error("writing", &path))?;
@@ -89,7 +107,23 @@ pub enum Compression {
     Xz,
     /// Zstandard.
     Zstd,
+    /// bzip2.
+    Bzip2,
+    /// LZMA alone, without xz's container.
+    Lzma,
+    /// One that is not read, by its name.
+    Unread(&'static str),
 }
+
+/// What begins with these bytes is not read.
+const UNREAD: &[(&[u8], &str)] = &[
+    (b"LZIP", "lzip"),
+    (b"\x89LZO", "lzop"),
+    (b"\x1f\x9d", "compress (.Z)"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"PK\x03\x04", "zip"),
+    (b"7z\xbc\xaf", "7-Zip"),
+];
 
 impl Compression {
     /// Told from the first bytes, not from the name.
@@ -100,8 +134,15 @@ impl Compression {
             Self::Xz
         } else if first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
             Self::Zstd
+        } else if first.starts_with(b"BZh") {
+            Self::Bzip2
+        } else if let [0x5d, 0, 0, low, high, ..] = first
+            && (*low, *high) != (0, 0)
+        {
+            Self::Lzma
         } else {
-            Self::None
+            let known = UNREAD.iter().find(|(magic, _)| first.starts_with(magic));
+            known.map_or(Self::None, |(_, name)| Self::Unread(name))
         }
     }
 
@@ -110,8 +151,17 @@ impl Compression {
         Ok(match self {
             Self::None => Box::new(from),
             Self::Gzip => Box::new(MultiGzDecoder::new(from)),
-            Self::Xz => Box::new(liblzma::read::XzDecoder::new_multi_decoder(from)),
+            Self::Xz => Box::new(XzDecoder::new_multi_decoder(from)),
             Self::Zstd => Box::new(zstd::stream::read::Decoder::new(from)?),
+            Self::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(from)),
+            Self::Lzma => {
+                let stream = Stream::new_lzma_decoder(u64::MAX).map_err(io::Error::other)?;
+                Box::new(XzDecoder::new_stream(from, stream))
+            }
+            Self::Unread(name) => {
+                let problem = format!("{name} is not read: unpack it, and pack the files as a tar");
+                return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
+            }
         })
     }
 }

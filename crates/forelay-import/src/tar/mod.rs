@@ -1,43 +1,77 @@
 //! Tar archives (plain, gzip, xz, zstd) as a [`Tree`].
 //!
 //! Owns the entry loop: GNU and PAX long names, PAX attributes (owner, times, sizes,
-//! `SCHILY.xattr.*`), hard links, devices, old GNU sparse files. Header fields are
-//! decoded by the `tar` crate; its entry iterator is not used because it splits PAX
-//! records at newlines, which breaks binary attribute values. Nothing is unpacked onto
+//! `SCHILY.xattr.*`), hard links, devices, sparse files, deletions of image layers. Header
+//! fields are decoded by the `tar` crate; its entry iterator is not used because it splits
+//! PAX records at newlines, which breaks binary attribute values. Nothing is unpacked onto
 //! the host: content stays in the (decompressed) archive and is read from there.
 //!
-//! Invariants: names with `..` are refused; absolute names lose their `/`; no entry is
-//! placed through a symbolic link; content lies within the archive's size.
+//! Invariants: names with `..` are refused; absolute names lose their `/`; an entry goes
+//! through a symbolic link only if the archive made the link before and, as for GNU tar,
+//! the link neither is absolute nor has `..`; content lies within the archive's size.
 
-use std::collections::BTreeMap;
+mod layers;
+mod pax;
+mod sparse;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Seek;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree, split_path};
-use tar::{EntryType, GnuExtSparseHeader, Header};
+use tar::{EntryType, Header};
 
-use crate::dir::Ownership;
+use crate::dir::{Ownership, kept_xattr};
 use crate::error::{ImportError, archive_error, io_error, tree_error};
 use crate::spool::{Compression, Spool, read_up_to};
+use layers::{Deletions, Said, is_image_archive};
+use pax::{Extensions, parse_time};
 
 const BLOCK_BYTES: u64 = 512;
 /// Longest accepted name, link target or set of PAX records.
 const MAX_EXTENSION_BYTES: u64 = 1 << 20;
 const MAX_ENTRIES: u64 = 16 << 20;
 const MAX_DEPTH: usize = 512;
+/// Most symbolic links that lead to one entry, as for the kernel.
+const MAX_LINKS: u32 = 40;
+
+/// What an archive gave.
+#[derive(Debug)]
+pub struct Archive {
+    /// Its files.
+    pub tree: Tree,
+    /// What is not in the tree as it is in the archive, in words.
+    pub notes: Vec<String>,
+}
 
 /// Reads the archive at `path`; a compressed one is decompressed into `spool` first.
-pub fn read_tar(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<Tree, ImportError> {
+pub fn read_tar(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<Archive, ImportError> {
     let mut file = File::open(path).map_err(io_error("opening", path))?;
     let mut first = [0; 8];
     let count = read_up_to(&mut file, &mut first).map_err(io_error("reading", path))?;
     file.rewind().map_err(io_error("reading", path))?;
     let compression = Compression::detect(&first[..count]);
-    if compression == Compression::None {
-        return read_plain(path, path, spool, owner);
+    let unpacked = match compression {
+        Compression::None => read_plain(path, path, spool, owner)?,
+        _ => read_compressed(file, compression, path, spool, owner)?,
+    };
+    if is_image_archive(&unpacked.tree) {
+        let problem = "holds whole container images (as `docker save` writes them), no file tree: \
+                       make a container of one and use `docker export`";
+        return Err(archive_error(path, problem));
     }
+    Ok(unpacked)
+}
+
+fn read_compressed(
+    file: File,
+    compression: Compression,
+    path: &Path,
+    spool: &mut Spool,
+    owner: Ownership,
+) -> Result<Archive, ImportError> {
     let mut reader = compression
         .reader(file)
         .map_err(io_error("reading", path))?;
@@ -51,7 +85,7 @@ pub(crate) fn read_plain(
     shown: &Path,
     spool: &mut Spool,
     owner: Ownership,
-) -> Result<Tree, ImportError> {
+) -> Result<Archive, ImportError> {
     let file = File::open(plain).map_err(io_error("opening", plain))?;
     let archive_bytes = file.metadata().map_err(io_error("reading", plain))?.len();
     let mut reader = TarReader {
@@ -63,6 +97,8 @@ pub(crate) fn read_plain(
         spool,
         owner,
         tree: Tree::new(),
+        deletions: Deletions::default(),
+        left_out: BTreeSet::new(),
     };
     let mut entries = 0u64;
     while reader.entry()? {
@@ -78,7 +114,7 @@ pub(crate) fn read_plain(
     if entries == 0 && archive_bytes < 2 * BLOCK_BYTES {
         return Err(archive_error(shown, "not a tar archive"));
     }
-    Ok(reader.tree)
+    reader.finish()
 }
 
 struct TarReader<'a> {
@@ -90,21 +126,9 @@ struct TarReader<'a> {
     spool: &'a mut Spool,
     owner: Ownership,
     tree: Tree,
-}
-
-/// What extension headers said about the entry that follows them.
-#[derive(Default)]
-struct Extensions {
-    name: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    pax: BTreeMap<Vec<u8>, Vec<u8>>,
-}
-
-impl Extensions {
-    fn number(&self, key: &[u8]) -> Option<u64> {
-        let text = std::str::from_utf8(self.pax.get(key)?).ok()?;
-        text.parse().ok()
-    }
+    deletions: Deletions,
+    /// Names of attributes that were left out.
+    left_out: BTreeSet<String>,
 }
 
 impl TarReader<'_> {
@@ -130,8 +154,8 @@ impl TarReader<'_> {
                 }
                 EntryType::XHeader => {
                     let records = self.extension(stored)?;
-                    let parsed = parse_pax(&records);
-                    extensions.pax = parsed.ok_or_else(|| self.damaged("malformed PAX records"))?;
+                    let added = extensions.add_pax(&records);
+                    added.ok_or_else(|| self.damaged("malformed PAX records"))?;
                 }
                 EntryType::XGlobalHeader => drop(self.extension(stored)?),
                 _ => {
@@ -141,6 +165,65 @@ impl TarReader<'_> {
                 }
             }
         }
+    }
+
+    fn finish(mut self) -> Result<Archive, ImportError> {
+        let deleted = self.deletions.apply(&mut self.tree);
+        let mut notes: Vec<String> = deleted
+            .map_err(tree_error(&self.shown))?
+            .into_iter()
+            .collect();
+        if !self.left_out.is_empty() {
+            let names: Vec<String> = self.left_out.into_iter().collect();
+            notes.push(format!("attributes left out: {}", names.join(", ")));
+        }
+        Ok(Archive {
+            tree: self.tree,
+            notes,
+        })
+    }
+
+    /// `path` with the links that lead to its last part replaced by what they name, as far
+    /// as GNU tar follows them.
+    fn through_links(&self, path: Vec<u8>) -> Vec<u8> {
+        let mut pending: Vec<Vec<u8>> = split_path(&path).map(<[u8]>::to_vec).collect();
+        pending.reverse();
+        let (mut at, mut done) = (ROOT, Vec::new());
+        let mut links = 0;
+        while let Some(name) = pending.pop() {
+            let child = self
+                .tree
+                .entries(at)
+                .and_then(|all| all.get(&name))
+                .copied();
+            let target = match child.map(|child| &self.tree.node(child).kind) {
+                Some(Kind::Symlink(target)) if !pending.is_empty() => target,
+                // What is not there yet, a directory, or the last part.
+                found => {
+                    let missing = found.is_none();
+                    done.push(name);
+                    if missing {
+                        break;
+                    }
+                    at = child.unwrap_or(at);
+                    continue;
+                }
+            };
+            links += 1;
+            let leaves = split_path(target).any(|part| part == b"..");
+            if target.starts_with(b"/") || leaves || links > MAX_LINKS {
+                return path;
+            }
+            pending.extend(
+                split_path(target)
+                    .map(<[u8]>::to_vec)
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .rev(),
+            );
+        }
+        done.extend(pending.into_iter().rev());
+        done.join(&b'/')
     }
 
     fn header(&mut self) -> Result<Option<Header>, ImportError> {
@@ -197,17 +280,24 @@ impl TarReader<'_> {
         extensions: &Extensions,
         stored: u64,
     ) -> Result<(), ImportError> {
-        let path = match (extensions.pax.get(&b"path"[..]), &extensions.name) {
-            (Some(path), _) => path.clone(),
-            (None, Some(name)) => name.clone(),
-            (None, None) => header.path_bytes().into_owned(),
-        };
+        let named = |key: &[u8]| extensions.pax.get(key).cloned();
+        let path = named(b"GNU.sparse.name").or_else(|| named(b"path"));
+        let path = path.or_else(|| extensions.name.clone());
+        let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
         let depth = split_path(&path).count();
         if split_path(&path).any(|part| part == b"..") || depth > MAX_DEPTH {
             let shown = String::from_utf8_lossy(&path).into_owned();
             return Err(self.damaged(format!("the name {shown:?} leaves the archive")));
         }
-        let attributes = self.attributes(header, extensions)?;
+        match self.deletions.note(&path) {
+            Said::Nothing => {}
+            Said::Taken => return self.content(stored).map(drop),
+            Said::Malformed => return Err(self.damaged("a deletion (`.wh.`) without a name")),
+        }
+        let is_directory = path.ends_with(b"/");
+        let path = self.through_links(path);
+        let xattrs = self.xattrs(extensions);
+        let attributes = self.attributes(header, extensions, xattrs)?;
         let kind = match header.entry_type() {
             EntryType::Link => {
                 let target = self.link_target(header, extensions);
@@ -222,8 +312,8 @@ impl TarReader<'_> {
                 self.device(header, |major, minor| Kind::BlockDevice { major, minor })?
             }
             EntryType::Fifo => Kind::Fifo,
-            EntryType::GNUSparse => Kind::File(self.sparse(header, stored)?),
-            EntryType::Regular | EntryType::Continuous if path.ends_with(b"/") => {
+            EntryType::GNUSparse => Kind::File(self.old_sparse(header, stored)?),
+            EntryType::Regular | EntryType::Continuous if is_directory => {
                 return self.directory(&path, attributes);
             }
             EntryType::Regular | EntryType::Continuous => {
@@ -248,13 +338,8 @@ impl TarReader<'_> {
         extensions: &Extensions,
         stored: u64,
     ) -> Result<FileData, ImportError> {
-        if extensions
-            .pax
-            .keys()
-            .any(|key| key.starts_with(b"GNU.sparse."))
-        {
-            let problem = "sparse files in PAX form are not supported; repack with --format=gnu";
-            return Err(self.damaged(problem));
+        if let Some(data) = self.pax_sparse(extensions, stored)? {
+            return Ok(data);
         }
         let offset = self.content(stored)?;
         Ok(match stored {
@@ -276,6 +361,7 @@ impl TarReader<'_> {
     }
 
     fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<(), ImportError> {
+        let target = &self.through_links(target.to_vec())[..];
         let Some(target_id) = self.tree.lookup(target) else {
             let shown = String::from_utf8_lossy(target).into_owned();
             return Err(self.damaged(format!("hard link to {shown:?}, which is not before it")));
@@ -325,10 +411,32 @@ impl TarReader<'_> {
         Ok(make(major, minor))
     }
 
+    /// The attributes that an image keeps.
+    fn xattrs(&mut self, extensions: &Extensions) -> BTreeMap<Vec<u8>, Vec<u8>> {
+        let mut xattrs = BTreeMap::new();
+        for (key, value) in &extensions.pax {
+            match key.strip_prefix(b"SCHILY.xattr.") {
+                Some(name) if kept_xattr(name) => {
+                    xattrs.insert(name.to_vec(), value.clone());
+                }
+                Some(name) => {
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    self.left_out.insert(name);
+                }
+                None if key.starts_with(b"SCHILY.acl.") => {
+                    self.left_out.insert("POSIX ACLs".to_owned());
+                }
+                None => {}
+            }
+        }
+        xattrs
+    }
+
     fn attributes(
         &self,
         header: &Header,
         extensions: &Extensions,
+        xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     ) -> Result<Attributes, ImportError> {
         let bad = |error: std::io::Error| self.damaged(format!("bad header: {error}"));
         let old = header.as_old();
@@ -347,12 +455,6 @@ impl TarReader<'_> {
             Some(text) => parse_time(text).ok_or_else(|| self.damaged("bad modification time"))?,
             None => (or_blank(&old.mtime, header.mtime()).map_err(bad)? as i64, 0),
         };
-        let mut xattrs = BTreeMap::new();
-        for (key, value) in &extensions.pax {
-            if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                xattrs.insert(name.to_vec(), value.clone());
-            }
-        }
         Ok(Attributes {
             mode: (or_blank(&old.mode, header.mode().map(u64::from)).map_err(bad)? & 0o7777) as u16,
             uid,
@@ -361,66 +463,6 @@ impl TarReader<'_> {
             mtime_ns,
             xattrs,
         })
-    }
-
-    /// An old GNU sparse file, expanded into the spool (its holes stay holes there).
-    fn sparse(&mut self, header: &Header, stored: u64) -> Result<FileData, ImportError> {
-        let Some(gnu) = header.as_gnu() else {
-            return Err(self.damaged("a sparse file without a GNU header"));
-        };
-        let bad = |error: std::io::Error| archive_error(&self.shown, format!("sparse: {error}"));
-        let len = gnu.real_size().map_err(bad)?;
-        let mut blocks = Vec::new();
-        for block in gnu.sparse.iter().filter(|block| !block.is_empty()) {
-            blocks.push((block.offset().map_err(bad)?, block.length().map_err(bad)?));
-        }
-        let mut more = gnu.is_extended();
-        while more {
-            let mut extended = GnuExtSparseHeader::new();
-            let read = self.file.read_exact_at(extended.as_mut_bytes(), self.next);
-            read.map_err(bad)?;
-            self.next += BLOCK_BYTES;
-            for block in extended.sparse.iter().filter(|block| !block.is_empty()) {
-                blocks.push((block.offset().map_err(bad)?, block.length().map_err(bad)?));
-            }
-            more = extended.is_extended();
-        }
-        let mut from = self.content(stored)?;
-        let (path, _) = self.spool.store(&mut std::io::empty(), &self.shown)?;
-        let mut out = File::options()
-            .write(true)
-            .open(&path)
-            .map_err(io_error("opening", &path))?;
-        out.set_len(len).map_err(io_error("growing", &path))?;
-        for (offset, count) in blocks {
-            let end = offset.checked_add(count);
-            if end.is_none_or(|end| end > len) || from + count > self.next {
-                return Err(self.damaged("a sparse block outside its file"));
-            }
-            out.seek(SeekFrom::Start(offset))
-                .map_err(io_error("writing", &path))?;
-            copy_range(&self.file, from, count, &mut out).map_err(io_error("writing", &path))?;
-            from += count;
-        }
-        Ok(FileData::HostFile {
-            path,
-            offset: 0,
-            len,
-        })
-    }
-}
-
-fn copy_range(from: &File, offset: u64, len: u64, out: &mut File) -> std::io::Result<()> {
-    let mut from = from.try_clone()?;
-    from.seek(SeekFrom::Start(offset))?;
-    let mut buffer = vec![0; 64 << 10];
-    let mut limited = from.take(len);
-    loop {
-        let count = limited.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(());
-        }
-        out.write_all(&buffer[..count])?;
     }
 }
 
@@ -435,41 +477,5 @@ fn until_nul(bytes: &[u8]) -> Vec<u8> {
     bytes[..end.unwrap_or(bytes.len())].to_vec()
 }
 
-/// PAX records: `<length> <key>=<value>\n`, the length counting the whole record.
-fn parse_pax(mut records: &[u8]) -> Option<BTreeMap<Vec<u8>, Vec<u8>>> {
-    let mut parsed = BTreeMap::new();
-    while !records.is_empty() && records[0] != 0 {
-        let space = records.iter().position(|&byte| byte == b' ')?;
-        let length: usize = std::str::from_utf8(&records[..space]).ok()?.parse().ok()?;
-        let record = records.get(space + 1..length)?;
-        let record = record.strip_suffix(b"\n")?;
-        let equals = record.iter().position(|&byte| byte == b'=')?;
-        parsed.insert(record[..equals].to_vec(), record[equals + 1..].to_vec());
-        records = &records[length..];
-    }
-    Some(parsed)
-}
-
-/// `-12.5` as whole seconds (rounded down) and nanoseconds.
-fn parse_time(text: &[u8]) -> Option<(i64, u32)> {
-    let text = std::str::from_utf8(text).ok()?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let seconds: i64 = whole.parse().ok()?;
-    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let digits: String = fraction
-        .chars()
-        .chain("000000000".chars())
-        .take(9)
-        .collect();
-    let nanoseconds: u32 = digits.parse().ok()?;
-    if whole.starts_with('-') && nanoseconds > 0 {
-        return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds));
-    }
-    Some((seconds, nanoseconds))
-}
-
 #[cfg(test)]
-#[path = "tar_tests.rs"]
 mod tests;
