@@ -1,39 +1,57 @@
 //! Files that are seen whole or not at all.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-/// Tells apart the unfinished files of one process.
-static UNFINISHED: AtomicU64 = AtomicU64::new(0);
 
 /// Puts a file of `bytes` in the place of whatever is at `path`, and returns it, open for
 /// writing behind them.
 ///
-/// Whoever opens `path` sees all of the old or all of the new content, also if this process
+/// A reader of `path` sees all of the old or all of the new content, also if this process
 /// is killed meanwhile, and also if several write at once (the last one stays). A failure
-/// leaves the old file as it is. The disk is not waited for: after a power failure the
-/// content may be the old one, the new one or, on file systems that do not order a rename
-/// after the data, damaged; what needs more calls [`File::sync_all`] on what it writes.
+/// leaves the old file as it is. What a killed writer leaves behind is one file, the name
+/// with `.new` behind it, which the next writer takes over. The disk is not waited for:
+/// after a power failure the content may be the old one, the new one or, on file systems
+/// that do not order a rename after the data, damaged; where that matters, the caller
+/// uses [`File::sync_all`].
 pub fn atomic_write(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let Some(name) = path.file_name() else {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        return Err(io::ErrorKind::InvalidInput.into());
     };
-    let number = UNFINISHED.fetch_add(1, Relaxed);
-    let mut unfinished = OsString::from(name);
-    unfinished.push(format!(".{}-{number}.new", std::process::id()));
+    let mut unfinished = name.to_owned();
+    unfinished.push(".new");
     let unfinished = path.with_file_name(unfinished);
-    let written = File::create(&unfinished).and_then(|mut file| {
-        file.write_all(bytes)?;
-        fs::rename(&unfinished, path)?;
-        Ok(file)
-    });
+    let mut file = lock_unfinished(&unfinished)?;
+    let written = file
+        .set_len(0)
+        .and_then(|()| file.write_all(bytes))
+        .and_then(|()| fs::rename(&unfinished, path));
     if written.is_err() {
         let _ = fs::remove_file(&unfinished);
     }
-    written
+    file.unlock()?;
+    written.map(|()| file)
+}
+
+/// The unfinished file, locked against other writers.
+fn lock_unfinished(unfinished: &Path) -> io::Result<File> {
+    loop {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(unfinished)?;
+        file.lock()?;
+        let own = file.metadata()?;
+        match fs::symlink_metadata(unfinished) {
+            Ok(there) if (there.dev(), there.ino()) == (own.dev(), own.ino()) => return Ok(file),
+            // Another writer has put it in its place before we had the lock.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -44,6 +62,8 @@ mod tests {
     fn a_file_is_replaced_and_can_be_continued() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record.json");
+        // What a writer left that was killed.
+        fs::write(dir.path().join("record.json.new"), [b'x'; 1000]).unwrap();
         atomic_write(&path, b"a long first content").unwrap();
         let old = File::open(&path).unwrap();
         let mut new = atomic_write(&path, b"second").unwrap();

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 use crate::api::{Vm, VmState};
 use crate::daemon::HostError;
-use crate::daemon::vm::directory::{RECORD, UNFINISHED_RECORD, VmDir};
+use crate::daemon::vm::directory::{RECORD, VmDir};
 use crate::daemon::vm::supervise::Observed;
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
