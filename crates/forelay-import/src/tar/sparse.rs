@@ -25,7 +25,7 @@ use crate::error::{ImportError, archive_error, io_error};
 const MAX_PIECES: u64 = 1 << 20;
 
 /// Where a piece is in the file, and its bytes.
-type Piece = (u64, u64);
+type SparsePiece = (u64, u64);
 
 impl TarReader<'_> {
     /// An old GNU sparse file of `stored` bytes.
@@ -98,7 +98,7 @@ impl TarReader<'_> {
 
     /// The map before the content: how many pieces, then offset and bytes of each, a line
     /// for each number. Leaves `from` at the content.
-    fn leading_map(&self, from: &mut u64, end: u64) -> Result<Vec<Piece>, ImportError> {
+    fn leading_map(&self, from: &mut u64, end: u64) -> Result<Vec<SparsePiece>, ImportError> {
         let start = *from;
         let mut at = start;
         let mut block = Vec::new();
@@ -123,7 +123,7 @@ impl TarReader<'_> {
                 }
             }
         };
-        let mut map = || -> Option<Vec<Piece>> {
+        let mut map = || -> Option<Vec<SparsePiece>> {
             let count = number().filter(|&count| count <= MAX_PIECES)?;
             (0..count).map(|_| Some((number()?, number()?))).collect()
         };
@@ -137,7 +137,7 @@ impl TarReader<'_> {
     fn expand(
         &mut self,
         len: u64,
-        pieces: &[Piece],
+        pieces: &[SparsePiece],
         mut from: u64,
         end: u64,
     ) -> Result<FileData, ImportError> {
@@ -164,7 +164,7 @@ impl TarReader<'_> {
     }
 }
 
-fn pairs(numbers: &[u64]) -> Vec<Piece> {
+fn pairs(numbers: &[u64]) -> Vec<SparsePiece> {
     let pairs = numbers.chunks(2);
     pairs
         .map(|pair| (pair[0], pair.get(1).copied().unwrap_or(0)))
