@@ -10,6 +10,10 @@
 //! - bounded: state per profile has a fixed upper size, whatever the length of the history.
 #![forbid(unsafe_code)]
 
+// The data sets' reader is shared with an example, which knows this crate by its name.
+#[cfg(test)]
+extern crate self as forelay_predict;
+
 pub mod arrivals;
 pub mod calibration;
 pub mod needs;

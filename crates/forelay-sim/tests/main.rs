@@ -2,5 +2,6 @@
 //! traces are at hand, the README's reference table.
 
 mod causality;
+mod guard;
 mod recovery;
 mod reference;

@@ -30,12 +30,23 @@ fn run(file: &str, min_launches: u64, policies: &[&str]) -> Option<Report> {
     Some(simulate(&config).unwrap())
 }
 
+#[test]
+#[should_panic(expected = "left == right")]
+fn a_report_without_rows_is_not_like_the_reference() {
+    let trace = forelay_sim::synthetic::generate(&[], 1.0, 1);
+    let mut report = simulate_trace(&trace, &Config::new("none".into())).unwrap();
+    report.rows.clear();
+    compare(&report, 0, &[("fixed:10", 0.0, 0.0, 0.0, 100.0)]);
+}
+
 /// policy, cold p50, p75, total, memory %, as printed there.
 type Reference = (&'static str, f64, f64, f64, f64);
 
 fn compare(report: &Report, profiles: usize, reference: &[Reference]) {
+    let names: Vec<&str> = report.rows.iter().map(|row| row.policy.as_str()).collect();
+    let expected: Vec<&str> = reference.iter().map(|row| row.0).collect();
+    assert_eq!(names, expected);
     for (row, &(policy, p50, p75, total, memory)) in report.rows.iter().zip(reference) {
-        assert_eq!(row.policy, policy);
         assert_eq!(row.profiles, profiles);
         let near = |own: f64, told: f64| (own - told).abs() <= 0.0051 * told.max(1.0);
         assert!(near(row.cold_p50, p50), "{policy} p50 {}", row.cold_p50);

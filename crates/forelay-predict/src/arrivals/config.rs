@@ -1,7 +1,6 @@
 //! The constants of the arrival model, one set for every workload.
 //!
-//! Owns their names, units and default values. None is specific to a trace or a profile; the only
-//! knob meant to be turned in operation is the price of memory (see [`super::ColdCost`]).
+//! Owns their names, units and default values. None is specific to a trace or a profile.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Config {
-    /// False is the kill switch: every decision is then the fixed keep-alive rule.
+    /// False is the kill switch: nothing is loaded ahead of a launch that is asked for.
     pub forecasting: bool,
     /// The simpler rule fallen back to: stay loaded this long after a launch.
     pub keep_alive_min: f64,

@@ -1,31 +1,27 @@
-//! The forecaster: takes launches in, gives probabilities and decisions out.
+//! The forecaster: takes launches in, gives probabilities out.
 //!
 //! Owns the records of all profiles, the pools and the online calibration. Refuses to know clocks:
 //! every call takes the time. Invariants: events of the past (late, twice, after a clock jump) never
-//! corrupt state, they are counted and told to the caller; `probability` and `decide` change
-//! nothing; `advance` only settles what has already happened.
+//! corrupt state, the caller is told; `probability` changes nothing; `advance` only settles what has already happened.
 
 use super::config::Config;
-use super::decide::{ColdCost, Decision, Regret};
 use super::hazard_scale::HazardScale;
 use super::outlook::{Outlook, likelihoods};
 use super::pool::{OwnerPool, Pool};
 use super::record::Record;
+use super::rule::Regret;
 use super::triggers;
 use super::walk::{self, Place, Segment};
 use crate::calibration::{Judged, Recalibration, Reliability};
-use crate::time::{MINUTE_MS, Timestamp};
-use serde::{Deserialize, Serialize};
+use crate::time::Timestamp;
 use std::collections::HashMap;
 
 /// A profile's number inside one forecaster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProfileKey(pub u32);
 
 /// An owner's number inside one forecaster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OwnerKey(pub u32);
 
 /// What became of an observed launch.
@@ -47,12 +43,9 @@ pub enum Observed {
 pub(super) const CALIBRATED_HORIZON_S: f64 = 600.0;
 /// Profiles looked at in one call of `advance`.
 const ADVANCE_BATCH: usize = 1024;
-/// Longest look ahead of `decide`, in minutes and in stretches.
-const DECIDE_HORIZON_MIN: f64 = 8.0 * 1440.0;
-const DECIDE_STRETCHES: usize = 512;
 
 /// Forecasts the launches of all profiles of a host.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 pub struct Forecaster {
     pub(super) config: Config,
     pub(super) names: Names,
@@ -66,28 +59,13 @@ pub struct Forecaster {
     reliability: Reliability,
     sampled_at: Option<Timestamp>,
     sampled: (u32, u32),
-    late_events: u64,
 }
 
 /// Strings and their numbers.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(from = "Vec<String>", into = "Vec<String>")]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Names {
     list: Vec<String>,
     index: HashMap<String, u32>,
-}
-
-impl From<Vec<String>> for Names {
-    fn from(list: Vec<String>) -> Self {
-        let index = list.iter().cloned().zip(0..).collect();
-        Self { list, index }
-    }
-}
-
-impl From<Names> for Vec<String> {
-    fn from(names: Names) -> Self {
-        names.list
-    }
 }
 
 impl Names {
@@ -123,7 +101,6 @@ impl Forecaster {
             reliability: Reliability::default(),
             sampled_at: None,
             sampled: (0, 0),
-            late_events: 0,
         }
     }
 
@@ -131,11 +108,6 @@ impl Forecaster {
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
-    }
-
-    /// The kill switch: with `false`, every decision is the fixed keep-alive from now on.
-    pub fn set_forecasting(&mut self, on: bool) {
-        self.config.forecasting = on;
     }
 
     /// The number of a profile, new if it was never named before.
@@ -172,12 +144,6 @@ impl Forecaster {
     #[must_use]
     pub fn profile_count(&self) -> usize {
         self.records.len()
-    }
-
-    /// Launches refused so far because something later was known already.
-    #[must_use]
-    pub fn late_events(&self) -> u64 {
-        self.late_events
     }
 
     /// Notes a launch. `repeats` counts further launches of the profile at the same moment.
@@ -229,10 +195,7 @@ impl Forecaster {
         }
         let outcome = self.classify(index, at);
         match outcome {
-            Observed::Late => {
-                self.late_events += 1;
-                return outcome;
-            }
+            Observed::Late => return outcome,
             Observed::Repeated => {
                 let record = &mut self.records[index];
                 record.note_repeats(u32::from(record.last_burst).saturating_add(repeats));
@@ -450,70 +413,6 @@ impl Forecaster {
             .apply(self.raw_probability(profile.0 as usize, now, horizon_s))
     }
 
-    /// Expected launches per minute at `now`.
-    #[must_use]
-    pub fn hazard_per_min(&self, profile: ProfileKey, now: Timestamp) -> f64 {
-        let Some(record) = self.records.get(profile.0 as usize) else {
-            return 0.0;
-        };
-        if record.launches == 0 || record.outlook.is_empty() {
-            return 0.0;
-        }
-        let start = (now.seconds_since(record.last) / 60.0).max(0.0);
-        let here = Place::new(record, start, &self.scale);
-        walk::stretch(record, here, &self.scale, &self.config).hazard_per_min
-    }
-
-    /// Whether to be loaded now, and when that changes as things stand.
-    #[must_use]
-    pub fn decide(&self, profile: ProfileKey, now: Timestamp, cost: ColdCost) -> Decision {
-        let Some(record) = self.records.get(profile.0 as usize) else {
-            return Decision::Release;
-        };
-        if record.launches == 0 {
-            return Decision::Release;
-        }
-        if !self.config.forecasting || record.regret.harmful() {
-            let until = record.last.plus_seconds(self.config.keep_alive_min * 60.0);
-            return if now < until {
-                Decision::Keep { until }
-            } else {
-                Decision::Release
-            };
-        }
-        self.decide_by_forecast(record, now, cost.price_per_min())
-    }
-
-    fn decide_by_forecast(&self, record: &Record, now: Timestamp, price: f64) -> Decision {
-        let start = (now.seconds_since(record.last) / 60.0).max(0.0);
-        let mut here = Place::new(record, start, &self.scale);
-        let mut held_now = None;
-        let moment = |elapsed_min: f64| record.last.plus_seconds(elapsed_min * 60.0);
-        for _ in 0..DECIDE_STRETCHES {
-            let at = here.at_min;
-            let stretch = walk::stretch(record, here, &self.scale, &self.config);
-            let repeats = walk::repeats_per_min(record, at, stretch.length_min, &self.config);
-            let hold = stretch.hazard_per_min + repeats > price;
-            match held_now {
-                None => held_now = Some(hold),
-                Some(true) if !hold => return Decision::Keep { until: moment(at) },
-                Some(false) if hold => return Decision::PrewarmAt { at: moment(at) },
-                Some(_) => {}
-            }
-            here = stretch.end;
-            if here.at_min - start > DECIDE_HORIZON_MIN {
-                break;
-            }
-        }
-        if held_now == Some(true) {
-            Decision::Keep {
-                until: moment(here.at_min),
-            }
-        } else {
-            Decision::Release
-        }
-    }
-
     /// What holding on is worth, per minute, at any time within the span over which the latest
     /// launch's repeats may come: they are served only if all of it is worth the price.
     #[must_use]
@@ -564,28 +463,5 @@ impl Forecaster {
         let records: usize = self.records.iter().map(Record::bytes).sum();
         let owners: usize = self.owners.iter().map(OwnerPool::bytes).sum();
         (records + owners) as f64 / self.records.len().max(1) as f64
-    }
-
-    /// Recomputes what a snapshot leaves out; call it after deserialising.
-    pub fn rebuild(&mut self) {
-        let owners = &self.owners;
-        for record in &mut self.records {
-            if record.launches > 0
-                && let Some(owner) = owners.get(record.owner as usize)
-            {
-                record.outlook = Outlook::new(record, owner, &self.pool, &self.config);
-            }
-        }
-    }
-
-    /// Drops what a snapshot need not hold: superseded calibration, spent samples.
-    pub fn trim(&mut self) {
-        self.scale.forget_old_versions();
-    }
-
-    /// Rounds a moment down to the calibration's ten minutes; for callers' timers.
-    #[must_use]
-    pub fn advance_slot(now: Timestamp) -> Timestamp {
-        Timestamp(now.0.div_euclid(10 * MINUTE_MS) * 10 * MINUTE_MS)
     }
 }

@@ -8,7 +8,6 @@
 use super::kernel::{ln, one_minus_exp};
 use super::pool::{STAGES, stage};
 use crate::time::{MINUTE_MS, Timestamp};
-use serde::{Deserialize, Serialize};
 
 const LEVELS: usize = 40;
 const AGES: usize = 6;
@@ -60,14 +59,14 @@ impl Site {
     }
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 struct Version {
     from: Timestamp,
     factors: Vec<f32>,
 }
 
 /// The tables.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 pub(crate) struct HazardScale {
     seen: Vec<f32>,
     expected: Vec<f32>,
@@ -151,12 +150,5 @@ impl HazardScale {
         self.versions.push(Version { from: now, factors });
         let pause = (now.ms_since(began) / 20).clamp(MINUTE_MS, 60 * MINUTE_MS);
         self.next_version = now.plus_ms(pause);
-    }
-
-    /// Forgets all but the latest version (before a snapshot).
-    pub(crate) fn forget_old_versions(&mut self) {
-        if self.versions.len() > 1 {
-            self.versions.drain(..self.versions.len() - 1);
-        }
     }
 }

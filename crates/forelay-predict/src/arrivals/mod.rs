@@ -1,8 +1,7 @@
 //! When: the next launches of each profile, as a hazard over the coming horizon.
 //!
-//! Owns the statistics of launch times and the one rule that follows from them: keep a profile
-//! loaded while *hazard x what a cold start costs* exceeds *the price of its memory*; keep-alive
-//! and pre-warming are both that rule. Refuses to know components, extents, bytes and clocks.
+//! Owns the statistics of launch times, and the account of whether forecasting pays against the
+//! simple rule. Refuses to know components, extents, bytes and clocks.
 //!
 //! How a forecast is made, module by module:
 //!
@@ -15,7 +14,7 @@
 //!            atoms     its heaviest candidates, evaluated all at once
 //!  other  -> triggers  "B follows A within seconds": lead-lag pairs inside one owner
 //!  both   -> walk      hazard in segments of time, recalibrated online by hazard_scale
-//!            decide    hazard against price; regret against the simple rule; kill switch
+//!            rule      hazard against a price of memory; regret against the simple rule
 //!            forecaster / reasons    the face towards daemon and simulator
 //! ```
 //!
@@ -25,7 +24,6 @@
 mod atoms;
 mod bins;
 mod config;
-mod decide;
 mod experts;
 mod forecaster;
 mod hazard_scale;
@@ -34,6 +32,7 @@ mod outlook;
 mod pool;
 mod reasons;
 mod record;
+mod rule;
 mod triggers;
 mod walk;
 
@@ -41,7 +40,7 @@ mod walk;
 mod tests;
 
 pub use config::Config;
-pub use decide::{ColdCost, Decision, Regret, Rule};
 pub use forecaster::{Forecaster, Observed, OwnerKey, ProfileKey};
 pub use reasons::{LaunchForecast, Reason};
+pub use rule::{Regret, Rule};
 pub use walk::Segment;

@@ -12,7 +12,6 @@ use super::experts::{
 use super::kernel::densities;
 use super::record::Record;
 use crate::time::Timestamp;
-use serde::{Deserialize, Serialize};
 
 /// Stages of experience: 0, 1, 2, 3, 4-7, 8-15, 16 and more gaps.
 pub(crate) const STAGES: usize = 7;
@@ -30,7 +29,7 @@ pub(crate) fn stage(gap_count: u32) -> usize {
 }
 
 /// Knowledge shared by all profiles.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 pub(crate) struct Pool {
     histograms: Vec<Vec<f64>>,
     weights: Vec<Vec<f64>>,
@@ -183,7 +182,7 @@ fn period_densities(gap_min: f64) -> [f32; PERIODS.len()] {
 }
 
 /// Knowledge shared by the profiles of one owner.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct OwnerPool {
     profiles: u32,
     last_newcomer: Option<u32>,

@@ -8,12 +8,10 @@ use super::forecaster::{Forecaster, ProfileKey};
 use super::record::Record;
 use super::walk::{self, Place};
 use crate::time::Timestamp;
-use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Why a launch is expected.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Reason {
     /// Another launch used to come before.
     Announced {
@@ -134,7 +132,7 @@ impl fmt::Display for Reason {
 }
 
 /// A profile that may launch within the horizon.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LaunchForecast {
     /// Its number.
     pub key: ProfileKey,

@@ -10,13 +10,12 @@ use super::experts::EXPERTS;
 use super::outlook::Outlook;
 use super::triggers::Slot;
 use crate::time::Timestamp;
-use serde::{Deserialize, Serialize};
 
 /// How many gaps are remembered one by one.
 pub(crate) const REMEMBERED: usize = 20;
 
 /// State of one profile.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 pub(crate) struct Record {
     /// Owner at the latest launch.
     pub owner: u32,
@@ -35,9 +34,7 @@ pub(crate) struct Record {
     pub repeats: f32,
     /// Where the schedule expects the latest launch to have been, relative to it, in minutes.
     pub phase_offset_min: f32,
-    #[serde(with = "in_line")]
     pub histogram: [f32; BINS],
-    #[serde(with = "in_line")]
     pub weights: [f32; EXPERTS],
     /// How far (minutes since `last`) hazards have been settled.
     pub settled_min: f64,
@@ -51,11 +48,9 @@ pub(crate) struct Record {
     /// Forecast awaiting its outcome, negative if none.
     pub pending: f32,
     /// Balance of forecasting against the simple rule.
-    pub regret: super::decide::Regret,
+    pub regret: super::rule::Regret,
     /// How well "launch within ten minutes" was told of this profile.
-    #[serde(default)]
     pub judged: crate::calibration::Judged,
-    #[serde(skip)]
     pub outlook: Outlook,
 }
 
@@ -80,7 +75,7 @@ impl Record {
             announced: 0.0,
             announced_count: 0,
             pending: -1.0,
-            regret: super::decide::Regret::default(),
+            regret: super::rule::Regret::default(),
             judged: crate::calibration::Judged::default(),
             outlook: Outlook::default(),
         }
@@ -177,26 +172,5 @@ impl Record {
         size_of::<Self>()
             + self.slots.capacity() * size_of::<Slot>()
             + self.successors.capacity() * size_of::<u32>()
-    }
-}
-
-/// Arrays of any length, written as sequences.
-mod in_line {
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer, const N: usize>(
-        array: &[f32; N],
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        array.as_slice().serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>, const N: usize>(
-        deserializer: D,
-    ) -> Result<[f32; N], D::Error> {
-        let list = Vec::<f32>::deserialize(deserializer)?;
-        let message = |list: Vec<f32>| D::Error::invalid_length(list.len(), &"another length");
-        list.try_into().map_err(message)
     }
 }

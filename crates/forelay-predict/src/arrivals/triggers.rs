@@ -10,7 +10,6 @@ use super::kernel::logistic;
 use super::pool::OwnerPool;
 use super::record::Record;
 use crate::time::Timestamp;
-use serde::{Deserialize, Serialize};
 
 /// Most sources per profile.
 pub(crate) const SLOTS: usize = 6;
@@ -26,7 +25,7 @@ const PRIOR_TRIALS: f32 = 1.5;
 
 /// How far a pair seen once is to be believed: the share of such pairs that came true the next
 /// time, over all profiles.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Credence {
     came_true: f32,
     judged: f32,
@@ -57,7 +56,7 @@ impl Credence {
 }
 
 /// A source and what it announced so far.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Slot {
     pub source: u32,
     /// Share of new pairs that come true, as it was when the announcement opened.

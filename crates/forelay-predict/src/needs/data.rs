@@ -137,24 +137,3 @@ impl Rows {
         (0..self.len()).map(|i| (self.row(i), self.weights[i]))
     }
 }
-
-/// For data whose values are plain 0 and 1: which columns to flip so that 1 is the rarer value.
-pub fn commonest(rows: &[Vec<bool>], variables: usize) -> Vec<bool> {
-    (0..variables)
-        .map(|v| rows.iter().filter(|r| r.get(v) == Some(&true)).count() * 2 > rows.len())
-        .collect()
-}
-
-/// Binary rows with columns flipped as [`commonest`] said.
-pub fn binary_rows(rows: &[Vec<bool>], flip: &[bool]) -> Rows {
-    let sparse = rows.iter().map(|row| {
-        let ones = row
-            .iter()
-            .zip(flip)
-            .enumerate()
-            .filter(|(_, (value, flip))| value != flip)
-            .map(|(i, _)| i as u32);
-        (ones.collect(), 1.0)
-    });
-    Rows::new(Schema::binary(flip.len()), sparse.collect::<Vec<_>>())
-}

@@ -16,17 +16,28 @@ const LEAST_SHARE: f32 = 1e-3;
 /// Pseudo-rows in every cell of the distribution of all rows.
 const CELLS: f64 = 0.1;
 
-/// How to fit.
+/// How expectation maximisation runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Fit {
-    /// Components.
-    pub components: usize,
-    /// Pseudo-rows of the distribution of all rows in each component.
+pub struct EmSettings {
+    /// Trees.
+    pub trees: usize,
+    /// Pseudo-rows of the distribution of all rows in each tree.
     pub strength: f64,
     /// Rounds of expectation maximisation, at most.
     pub rounds: usize,
     /// Seed of the initial shares.
     pub seed: u64,
+}
+
+/// What expectation maximisation found.
+#[derive(Clone, Debug)]
+pub struct EmFit {
+    /// The mixture that made the rows kept aside likeliest.
+    pub mixture: Mixture,
+    /// Their mean log-likelihood.
+    pub valid_log_likelihood: f64,
+    /// Rounds that it took.
+    pub rounds: usize,
 }
 
 /// A mixture of trees.
@@ -59,11 +70,6 @@ impl Mixture {
     /// The variables.
     pub fn schema(&self) -> &Schema {
         &self.schema
-    }
-
-    /// Number of trees.
-    pub fn components(&self) -> usize {
-        self.trees.len()
     }
 
     /// `ln P(row)`.
@@ -126,57 +132,37 @@ impl Mixture {
         self.trees.first().map_or(0, |tree| tree.slot(variable))
     }
 
-    /// For variables of two values: `P(v is 1 | all other values of the row)` for every variable.
-    pub fn full_conditionals(&self, row: &[u32], scratch: &mut Scratch) -> Vec<f64> {
-        self.component_logs(row, scratch);
-        let total = log_sum_exp(&scratch.logs);
-        let mut values = vec![0_u8; self.schema.variables()];
-        for indicator in row {
-            let (v, value) = self.schema.value(*indicator);
-            values[v] = value as u8;
-        }
-        let mut flipped = vec![0.0_f64; values.len()];
-        let mut gains = Vec::new();
-        for (tree, log) in self.trees.iter().zip(&scratch.logs) {
-            tree.flips(&values, &mut gains);
-            let share = log - total;
-            for (sum, gain) in flipped.iter_mut().zip(&gains) {
-                *sum += (share + f64::from(*gain)).exp();
-            }
-        }
-        // Relative to the row as it is, which has 1.
-        flipped
-            .iter()
-            .zip(&values)
-            .map(|(other, value)| match value {
-                0 => other / (1.0 + other),
-                _ => 1.0 / (1.0 + other),
-            })
-            .collect()
-    }
-
     /// Fits a mixture, stopping when `valid` gets no likelier.
-    pub fn fit(rows: &Rows, valid: &Rows, counts: &PairCounts, how: Fit) -> Self {
-        let k = how.components.max(1);
+    pub fn fit(rows: &Rows, valid: &Rows, counts: &PairCounts, how: EmSettings) -> EmFit {
+        let k = how.trees.max(1);
         let mut shares = initial_shares(rows, counts, k, how.seed);
-        let mut best: Option<(f64, Self)> = None;
-        let mut worse = 0;
-        for _ in 0..how.rounds.max(1) {
+        let (mut best, mut worse, mut rounds) = (None::<(f64, Self)>, 0, 0);
+        while rounds < how.rounds.max(1) {
+            rounds += 1;
             let mixture = Self::maximise(rows, counts, &shares, k, how.strength);
             let score = mixture.mean_log_likelihood(valid);
             let improved = best
                 .as_ref()
                 .is_none_or(|(b, _)| score > b + 2e-4 * b.abs());
-            if best.as_ref().is_none_or(|(b, _)| score > *b) {
-                best = Some((score, mixture.clone()));
-            }
             worse = if improved { 0 } else { worse + 1 };
-            if worse >= 2 || k == 1 {
+            let last = worse >= 2 || k == 1;
+            if !last {
+                mixture.expect(rows, &mut shares);
+            }
+            if best.as_ref().is_none_or(|(b, _)| score > *b) {
+                best = Some((score, mixture));
+            }
+            if last {
                 break;
             }
-            mixture.expect(rows, &mut shares);
         }
-        best.map_or_else(|| Self::chow_liu(rows, 1.0), |(_, mixture)| mixture)
+        let (valid_log_likelihood, mixture) =
+            best.unwrap_or_else(|| (f64::NEG_INFINITY, Self::chow_liu(rows, 1.0)));
+        EmFit {
+            mixture,
+            valid_log_likelihood,
+            rounds,
+        }
     }
 
     /// Every row's share in each component.
@@ -219,15 +205,6 @@ impl Mixture {
             log_weights: weights.iter().map(|w| (w / total).ln()).collect(),
             trees,
         }
-    }
-
-    /// (child, parent) of every edge of the first tree.
-    pub fn edges(&self) -> impl Iterator<Item = (usize, usize)> {
-        let variables = self.schema.variables();
-        self.trees
-            .iter()
-            .take(1)
-            .flat_map(move |tree| (0..variables).filter_map(|v| Some((v, tree.parent(v)?))))
     }
 
     /// Several mixtures as one, equally weighted. They must share a schema.

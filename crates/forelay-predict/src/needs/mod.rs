@@ -1,12 +1,11 @@
-//! What a VM needs: components given its context and the components it already has, and which
-//! profile an owner launches next.
+//! What a VM needs: components given its context and the components it already has.
 //!
-//! Owns learning of discrete distributions (Chow-Liu trees, mixtures of them), exact inference, and
+//! Owns fitting of discrete distributions (Chow-Liu trees, mixtures of them), exact inference, and
 //! the online models built on both. Refuses to know what a component contains and where it is.
 //!
 //! ```text
-//! observe(context, components) -> recent launches --relearn--> mixture of Chow-Liu trees --+
-//!                             \-> decayed counts per profile ------------------------------+-> rank
+//! observe(context, components) -> recent launches --fit--> mixture of Chow-Liu trees --+
+//!                             \-> decayed counts per profile --------------------------+-> rank
 //! ```
 //!
 //! Invariants: names, rows and trees are bounded whatever is observed; no observation has
@@ -15,18 +14,16 @@
 mod attachments;
 pub mod counts;
 pub mod data;
-pub mod learn;
-mod lesson;
+pub mod fit;
 pub mod mixture;
 mod model;
-pub mod next_profile;
+mod training;
 pub mod tree;
 mod vocabulary;
 
 pub use attachments::{AttachOutlook, Attachments};
-pub use lesson::{Learned, Lesson};
 pub use model::{Config, Context, Model};
-pub use next_profile::NextProfile;
+pub use training::{FittedNeeds, NeedsTraining};
 
 #[cfg(test)]
 mod tests;

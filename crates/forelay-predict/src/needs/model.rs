@@ -1,18 +1,19 @@
 //! The online model of which components VMs have.
 //!
 //! Two forecasts compete, weighted by their own past log-loss: a mixture of Chow-Liu trees over
-//! context and components, relearned now and then from recent launches (structure and tables),
+//! context and components, fitted now and then to recent launches (structure and tables),
 //! and decayed counts per profile with a Dirichlet prior, which know a new component at once.
 //! Evidence is the context and the components present; what is absent so far is unknown, since it
 //! may yet be attached.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::data::Schema;
-use super::lesson::{Learned, Lesson, Used};
+use super::training::{FittedNeeds, NamesInUse, NeedsTraining};
 use super::tree::UNKNOWN;
 use super::vocabulary::Vocabulary;
 use crate::time::Timestamp;
@@ -47,6 +48,8 @@ impl Context {
 
 const HOURS: usize = 8;
 const CLASSES: usize = 8;
+/// Answers remembered.
+const MOST_RANKED: usize = 4096;
 /// Variables before the components: profile, owner, hour, day type, resource class.
 pub(super) const CONTEXT: usize = 5;
 
@@ -59,12 +62,12 @@ pub struct Config {
     pub max_profiles: usize,
     /// Owners told apart.
     pub max_owners: usize,
-    /// Recent launches kept for relearning.
+    /// Recent launches kept to fit to.
     pub max_rows: usize,
     /// Launches after which one counts half.
     pub half_life_launches: f64,
-    /// Launches between relearnings, once there are that many.
-    pub relearn_every: u64,
+    /// Launches between fits, once there are that many.
+    pub fit_every: u64,
     /// Pseudo-launches of the distribution of all profiles in each profile's counts.
     pub prior_launches: f64,
 }
@@ -77,14 +80,14 @@ impl Default for Config {
             max_owners: 63,
             max_rows: 2048,
             half_life_launches: 1024.0,
-            relearn_every: 128,
+            fit_every: 128,
             prior_launches: 1.0,
         }
     }
 }
 
-/// One remembered launch.
-#[derive(Clone, Debug)]
+/// One remembered launch, or what is known of one to come.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Row {
     profile: Option<u16>,
     owner: Option<u16>,
@@ -147,12 +150,18 @@ pub struct Model {
     rows: VecDeque<Row>,
     all: Tally,
     by_profile: BTreeMap<u16, Tally>,
-    learned: Option<Learned>,
+    fitted: Option<FittedNeeds>,
     observed: u64,
-    relearned_at: u64,
+    /// Launches observed when the last training set was taken.
+    training_at: u64,
     /// Decayed log-loss of (mixture, counts), in nats.
     losses: [f64; 2],
+    /// Answers of [`Self::rank`] since the last observation: forecasts ask the same every few
+    /// seconds.
+    ranked: RefCell<BTreeMap<Row, RankedNames>>,
 }
+
+type RankedNames = Vec<(Arc<str>, f64)>;
 
 impl Model {
     /// Knows nothing yet.
@@ -170,16 +179,17 @@ impl Model {
             rows: VecDeque::new(),
             all: Tally::default(),
             by_profile: BTreeMap::new(),
-            learned: None,
+            fitted: None,
             observed: 0,
-            relearned_at: 0,
+            training_at: 0,
             losses: [0.0; 2],
+            ranked: RefCell::default(),
             config,
         }
     }
 
     /// Learns that a VM had `components` in the end. Names beyond the bounds are left out until a
-    /// relearning frees room.
+    /// fitted model frees room.
     pub fn observe<'a>(
         &mut self,
         context: &Context,
@@ -203,24 +213,24 @@ impl Model {
         }
         self.rows.push_back(row);
         self.observed += 1;
+        self.ranked.get_mut().clear();
     }
 
-    /// Whether enough was observed since the last relearning to relearn.
-    pub fn relearn_due(&self) -> bool {
-        let since = self.observed - self.relearned_at;
-        since >= 8 && (since >= self.config.relearn_every || since >= self.relearned_at)
+    /// Whether enough was observed since the last training set for another.
+    pub fn fit_due(&self) -> bool {
+        let since = self.observed - self.training_at;
+        since >= 8 && (since >= self.config.fit_every || since >= self.training_at)
     }
 
-    /// Relearns structure and tables from the launches remembered, here and now.
-    pub fn relearn(&mut self) {
-        let learned = self.lesson().study();
-        self.adopt(learned);
+    /// Counts a training set as taken that nobody fits, because a later one will be.
+    pub fn skip_fit(&mut self) {
+        self.training_at = self.observed;
     }
 
-    /// What structure and tables are to be learned from: a copy, so that whoever shares this model
-    /// need not wait for [`Lesson::study`].
-    pub fn lesson(&mut self) -> Lesson {
-        self.relearned_at = self.observed;
+    /// What structure and tables are to be fitted to: a copy, so that whoever shares this model
+    /// need not wait for [`NeedsTraining::fit`].
+    pub fn training_set(&mut self) -> NeedsTraining {
+        self.training_at = self.observed;
         let used = self.used();
         let components: Vec<u16> = (0..self.components.len() as u16)
             .filter(|id| self.components.name(*id).is_some() && used.has_component(*id))
@@ -244,7 +254,7 @@ impl Model {
                 )
             })
             .collect();
-        Lesson {
+        NeedsTraining {
             taken_at: self.observed,
             schema,
             rows,
@@ -253,26 +263,40 @@ impl Model {
         }
     }
 
-    /// Forecasts by what was learned from now on, unless a later lesson was taken meanwhile. What
-    /// was observed since the lesson stays.
-    pub fn adopt(&mut self, learned: Learned) {
-        if learned.taken_at == self.relearned_at {
-            self.forget_unused(&learned.used);
-            self.learned = Some(learned);
+    /// Forecasts by a fitted model from now on, unless a later training set was taken meanwhile.
+    /// What was observed since then stays.
+    pub fn install(&mut self, fitted: FittedNeeds) {
+        if fitted.taken_at == self.training_at {
+            self.forget_unused(&fitted.used);
+            self.fitted = Some(fitted);
+            self.ranked.get_mut().clear();
         }
     }
 
     /// Components that a VM in this context will have or get, besides those present, likeliest
     /// first; those under one in a thousand are left out.
-    pub fn rank(&self, context: &Context, present: &[&str]) -> Vec<(Arc<str>, f64)> {
+    pub fn rank(&self, context: &Context, present: &[&str]) -> RankedNames {
         let profile = self.profiles.get(&context.profile);
         let owner = self.owners.get(&context.owner);
         let ids = present.iter().filter_map(|name| self.components.get(name));
         let row = Row::new(context, profile, owner, ids);
-        let by_tree = self.by_mixture(&row);
-        let by_count = self.by_counts(&row);
+        if let Some(known) = self.ranked.borrow().get(&row) {
+            return known.clone();
+        }
+        let ranked = self.rank_row(&row);
+        let mut known = self.ranked.borrow_mut();
+        if known.len() >= MOST_RANKED {
+            known.clear();
+        }
+        known.insert(row, ranked.clone());
+        ranked
+    }
+
+    fn rank_row(&self, row: &Row) -> RankedNames {
+        let by_tree = self.by_mixture(row);
+        let by_count = self.by_counts(row);
         let share = self.mixture_share();
-        let mut ranked: Vec<(Arc<str>, f64)> = (0..self.components.len() as u16)
+        let mut ranked: RankedNames = (0..self.components.len() as u16)
             .filter(|id| row.components.binary_search(id).is_err())
             .filter_map(|id| {
                 let name = self.components.name(id)?;
@@ -295,35 +319,10 @@ impl Model {
 
     /// Share of the mixture of trees in the forecast, the rest being counts.
     pub fn mixture_share(&self) -> f64 {
-        if self.learned.is_none() {
+        if self.fitted.is_none() {
             return 0.0;
         }
         1.0 / (1.0 + (self.losses[0] - self.losses[1]).clamp(-30.0, 30.0).exp())
-    }
-
-    /// What the mixture depends on: the parent of each variable in its first tree, by name, for
-    /// people who ask why.
-    pub fn structure(&self) -> Vec<(String, String)> {
-        let Some(learned) = &self.learned else {
-            return Vec::new();
-        };
-        let name = |v: usize| match v {
-            0 => "profile".to_owned(),
-            1 => "owner".to_owned(),
-            2 => "hour".to_owned(),
-            3 => "day type".to_owned(),
-            4 => "resource class".to_owned(),
-            _ => learned
-                .components
-                .get(v - CONTEXT)
-                .and_then(|id| self.components.name(*id))
-                .map_or_else(|| "?".to_owned(), ToString::to_string),
-        };
-        learned
-            .mixture
-            .edges()
-            .map(|(child, parent)| (name(child), name(parent)))
-            .collect()
     }
 
     fn schema(&self, components: usize) -> Schema {
@@ -342,8 +341,8 @@ impl Model {
     }
 
     /// Names that remembered launches use.
-    fn used(&self) -> Used {
-        let mut used = Used::default();
+    fn used(&self) -> NamesInUse {
+        let mut used = NamesInUse::default();
         for row in &self.rows {
             used.components.extend(&row.components);
             used.profiles.extend(row.profile);
@@ -352,12 +351,12 @@ impl Model {
         used
     }
 
-    /// Frees names that neither remembered launches use nor what was learned.
-    fn forget_unused(&mut self, learned: &Used) {
+    /// Frees names that neither remembered launches use nor the fitted model.
+    fn forget_unused(&mut self, fitted: &NamesInUse) {
         let mut used = self.used();
-        used.components.extend(&learned.components);
-        used.profiles.extend(&learned.profiles);
-        used.owners.extend(&learned.owners);
+        used.components.extend(&fitted.components);
+        used.profiles.extend(&fitted.profiles);
+        used.owners.extend(&fitted.owners);
         self.components.keep(|id| used.has_component(id));
         self.profiles.keep(|id| used.profiles.contains(&id));
         self.owners.keep(|id| used.owners.contains(&id));
@@ -369,7 +368,7 @@ impl Model {
 
     /// Lets both forecasts predict a launch from its context, and remembers how well they did.
     fn judge(&mut self, row: &Row) {
-        if self.learned.is_none() {
+        if self.fitted.is_none() {
             return;
         }
         let context_only = Row {
@@ -410,10 +409,10 @@ impl Model {
 
     /// Exact posterior of the mixture, by component.
     fn by_mixture(&self, row: &Row) -> BTreeMap<u16, f64> {
-        let Some(learned) = &self.learned else {
+        let Some(fitted) = &self.fitted else {
             return BTreeMap::new();
         };
-        let schema = learned.mixture.schema();
+        let schema = fitted.mixture.schema();
         let mut evidence = vec![UNKNOWN; schema.variables()];
         let mut know = |variable: usize, value: u32| {
             if (value as usize) < schema.card(variable) {
@@ -429,17 +428,17 @@ impl Model {
         know(2, row.hour);
         know(3, row.weekend);
         know(4, row.class);
-        for (i, id) in learned.components.iter().enumerate() {
+        for (i, id) in fitted.components.iter().enumerate() {
             if row.components.binary_search(id).is_ok() {
                 know(CONTEXT + i, 1);
             }
         }
-        let posterior = learned.mixture.posterior(&evidence);
-        learned
+        let posterior = fitted.mixture.posterior(&evidence);
+        fitted
             .components
             .iter()
             .enumerate()
-            .map(|(i, id)| (*id, posterior[learned.mixture.slot(CONTEXT + i) + 1]))
+            .map(|(i, id)| (*id, posterior[fitted.mixture.slot(CONTEXT + i) + 1]))
             .collect()
     }
 }

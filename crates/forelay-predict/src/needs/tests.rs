@@ -1,14 +1,18 @@
 //! Tests of the module above.
 
+#[path = "../../examples/density/sets.rs"]
+mod density_sets;
+
 use proptest::prelude::*;
 
 use super::counts::{PairCounts, Prior};
 use super::data::{Rows, Schema};
-use super::learn::{Search, learn};
-use super::mixture::{Fit, Mixture, Random, Scratch};
+use super::fit::{FitLimits, fit};
+use super::mixture::{EmSettings, Mixture, Random, Scratch};
 use super::tree::{Tree, UNKNOWN};
 use super::*;
 use crate::time::{DAY_MS, HOUR_MS, Timestamp};
+use density_sets::DensitySets;
 
 fn uniform(random: &mut Random) -> f64 {
     (random.next() >> 11) as f64 / (1_u64 << 53) as f64
@@ -90,13 +94,18 @@ fn a_mixture_recovers_two_kinds_that_no_single_tree_can_tell() {
     };
     let (train, valid, test) = (make(3000), make(1000), make(2000));
     let single = Mixture::chow_liu(&train, 1.0).mean_log_likelihood(&test);
-    let search = Search {
-        max_million_steps: 0.2,
-        ..Search::default()
-    };
-    let learned = learn(&train, &valid, search);
-    let mixed = learned.mixture.mean_log_likelihood(&test);
+    let fitted = fit(&train, &valid, FitLimits::default());
+    let mixed = fitted.mixture.mean_log_likelihood(&test);
     assert!(mixed > single + 0.3, "{mixed} against {single}");
+    // Within tighter limits the search is smaller, and what it costs stays below them.
+    for million_steps in [1.0, 4.0, 16.0] {
+        let limits = FitLimits {
+            million_steps,
+            ..FitLimits::default()
+        };
+        let fitted = fit(&train, &valid, limits);
+        assert!(fitted.million_steps <= million_steps, "{fitted:?}");
+    }
 }
 
 /// A small random mixture over variables of two and three values.
@@ -109,13 +118,13 @@ fn random_mixture(seed: u64, trees: usize) -> Mixture {
     });
     let rows = Rows::new(schema.clone(), rows.collect::<Vec<_>>());
     let counts = PairCounts::of(&rows);
-    let how = Fit {
-        components: trees,
+    let how = EmSettings {
+        trees,
         strength: 1.0,
         rounds: 3,
         seed,
     };
-    Mixture::fit(&rows, &rows, &counts, how)
+    Mixture::fit(&rows, &rows, &counts, how).mixture
 }
 
 /// Every complete assignment of the schema with its probability.
@@ -173,30 +182,6 @@ proptest! {
             }
         }
     }
-
-    /// The quick full conditionals equal those from two evaluations of the whole row.
-    #[test]
-    fn full_conditionals_are_exact(seed in 0_u64..200, row in prop::collection::vec(any::<bool>(), 6)) {
-        let parents = [None, Some(0), Some(0), Some(1), Some(3), Some(2)];
-        let rows = weighted(sample_tree(&parents, 80, seed), 6);
-        let counts = PairCounts::of(&rows);
-        let how = Fit { components: 2, strength: 2.0, rounds: 3, seed };
-        let mixture = Mixture::fit(&rows, &rows, &counts, how);
-        let mut scratch = Scratch::default();
-        let sparse = |row: &[bool]| -> Vec<u32> {
-            (0..6).filter(|v| row[*v as usize]).collect()
-        };
-        let quick = mixture.full_conditionals(&sparse(&row), &mut scratch);
-        for v in 0..6 {
-            let mut p = [0.0; 2];
-            for (value, p) in p.iter_mut().enumerate() {
-                let mut set = row.clone();
-                set[v] = value == 1;
-                *p = mixture.log_likelihood(&sparse(&set), &mut scratch).exp();
-            }
-            prop_assert!((quick[v] - p[1] / (p[0] + p[1])).abs() < 1e-4);
-        }
-    }
 }
 
 fn context(profile: &str, at: i64) -> Context {
@@ -205,6 +190,17 @@ fn context(profile: &str, at: i64) -> Context {
         owner: "ann".into(),
         at: Timestamp(at),
         memory_mib: 512,
+    }
+}
+
+fn fit_now(model: &mut Model) {
+    let fitted = model.training_set().fit();
+    model.install(fitted);
+}
+
+fn fit_if_due(model: &mut Model) {
+    if model.fit_due() {
+        fit_now(model);
     }
 }
 
@@ -232,9 +228,7 @@ fn components_follow_the_profile_the_hour_and_each_other() {
         }
         model.observe(&context("web", at), web);
         model.observe(&context("ci", at), ci);
-        if model.relearn_due() {
-            model.relearn();
-        }
+        fit_if_due(&mut model);
     }
     let day = 1000 * DAY_MS + 14 * HOUR_MS;
     let web = model.rank(&context("web", day), &["debian"]);
@@ -255,7 +249,6 @@ fn components_follow_the_profile_the_hour_and_each_other() {
     // A profile never seen gets what everyone has.
     let new = model.rank(&context("never", day), &[]);
     assert_eq!(&*new[0].0, "debian");
-    assert!(!model.structure().is_empty());
 }
 
 #[test]
@@ -263,15 +256,11 @@ fn a_change_of_habit_is_followed() {
     let mut model = Model::new(Config::default());
     for i in 0..400_i64 {
         model.observe(&context("web", i * HOUR_MS), ["debian", "apache"]);
-        if model.relearn_due() {
-            model.relearn();
-        }
+        fit_if_due(&mut model);
     }
     for i in 400..520_i64 {
         model.observe(&context("web", i * HOUR_MS), ["debian", "nginx"]);
-        if model.relearn_due() {
-            model.relearn();
-        }
+        fit_if_due(&mut model);
     }
     let ranked = model.rank(&context("web", 520 * HOUR_MS), &["debian"]);
     assert!(probability(&ranked, "nginx") > 0.6, "{ranked:?}");
@@ -284,7 +273,7 @@ fn hostile_vocabularies_are_bounded() {
         max_profiles: 20,
         max_owners: 5,
         max_rows: 64,
-        relearn_every: 32,
+        fit_every: 32,
         ..Config::default()
     };
     let mut model = Model::new(config);
@@ -295,9 +284,7 @@ fn hostile_vocabularies_are_bounded() {
         ctx.owner = format!("o{i}");
         ctx.memory_mib = random.next() as u32;
         model.observe(&ctx, names.iter().map(String::as_str));
-        if model.relearn_due() {
-            model.relearn();
-        }
+        fit_if_due(&mut model);
     }
     let ranked = model.rank(&context("p299", 0), &[]);
     assert!(ranked.len() <= 40);
@@ -307,22 +294,8 @@ fn hostile_vocabularies_are_bounded() {
 /// The reference figures that come with the data sets: a plain Chow-Liu tree, alpha 1.
 #[test]
 fn chow_liu_agrees_with_the_reference_figures() {
-    let Some(dir) = std::env::var_os("FORELAY_TRACES") else {
-        println!("SKIPPED chow_liu_agrees_with_the_reference_figures: FORELAY_TRACES is not set");
+    let Some(sets) = DensitySets::find("chow_liu_agrees_with_the_reference_figures") else {
         return;
-    };
-    let load = |set: &str, part: &str| -> Vec<Vec<bool>> {
-        use std::io::Read as _;
-        let path = std::path::Path::new(&dir).join(format!("density/{set}.{part}.data.gz"));
-        let mut text = String::new();
-        let file = std::fs::File::open(&path).unwrap();
-        flate2::read::GzDecoder::new(file)
-            .read_to_string(&mut text)
-            .unwrap();
-        text.lines()
-            .filter(|line| !line.trim().is_empty())
-            .map(|line| line.split(',').map(|cell| cell.trim() == "1").collect())
-            .collect()
     };
     for (set, expected) in [
         ("nltcs", -6.7590),
@@ -335,20 +308,31 @@ fn chow_liu_agrees_with_the_reference_figures() {
         ("dna", -87.7348),
         ("bbc", -261.8563),
     ] {
-        let train = load(set, "train");
-        let flip = data::commonest(&train, train[0].len());
-        let tree = Mixture::chow_liu(&data::binary_rows(&train, &flip), 1.0);
-        let test = data::binary_rows(&load(set, "test"), &flip);
-        let got = tree.mean_log_likelihood(&test);
+        let set = sets.load(set);
+        let got = Mixture::chow_liu(&set.train, 1.0).mean_log_likelihood(&set.test);
         assert!(
             (got - expected).abs() < 5e-4,
-            "{set}: {got} against {expected}"
+            "{}: {got} against {expected}",
+            set.name
         );
     }
 }
 
+/// What the daemon calls finds more than one tree can say, within its limits.
 #[test]
-fn what_is_observed_while_a_lesson_is_studied_is_kept_and_an_old_lesson_is_not_adopted() {
+fn the_daemons_fit_beats_one_tree_on_real_data() {
+    let Some(sets) = DensitySets::find("the_daemons_fit_beats_one_tree_on_real_data") else {
+        return;
+    };
+    let set = sets.load("nltcs");
+    let tree = Mixture::chow_liu(&set.train, 1.0).mean_log_likelihood(&set.test);
+    let fitted = fit(&set.train, &set.valid, FitLimits::default());
+    let got = fitted.mixture.mean_log_likelihood(&set.test);
+    assert!(got > tree + 0.7, "{}: {got} against {tree}", set.name);
+}
+
+#[test]
+fn what_is_observed_during_a_fit_is_kept_and_a_model_of_an_older_training_set_is_not_installed() {
     let mut model = Model::new(Config {
         max_rows: 40,
         ..Config::default()
@@ -362,36 +346,56 @@ fn what_is_observed_while_a_lesson_is_studied_is_kept_and_an_old_lesson_is_not_a
     for hour in 0..40 {
         model.observe(&context(hour), ["base", "old"]);
     }
-    let lesson = model.lesson();
-    assert!(!model.relearn_due(), "one is being studied");
-    // All of the rows that used "old" are gone before what was learned of it is adopted.
+    let training = model.training_set();
+    assert!(!model.fit_due(), "one is being fitted");
+    // All of the rows that used "old" are gone before the model fitted to them is installed.
     for hour in 40..80 {
         model.observe(&context(hour), ["base", "new"]);
     }
-    let later = model.lesson();
-    model.adopt(lesson.study());
-    assert!(model.structure().is_empty(), "a later lesson was taken");
-    model.adopt(later.study());
+    let later = model.training_set();
+    model.install(training.fit());
+    assert_eq!(model.mixture_share(), 0.0, "a later training set was taken");
+    model.install(later.fit());
+    assert!(model.mixture_share() > 0.0);
     assert_eq!(model.observed(), 80);
-    let known: Vec<String> = model.structure().into_iter().map(|edge| edge.0).collect();
-    assert!(known.iter().any(|name| name == "new"), "{known:?}");
-    assert!(known.iter().all(|name| name != "old"), "{known:?}");
     let p_of = |model: &Model, name: &str| {
         let ranked = model.rank(&context(81), &["base"]);
-        ranked
-            .iter()
-            .find(|one| &*one.0 == name)
-            .map_or(0.0, |one| one.1)
+        probability(&ranked, name)
     };
     assert!(p_of(&model, "new") > 0.5, "{}", p_of(&model, "new"));
+    assert_eq!(p_of(&model, "old"), 0.0, "nothing uses its number");
 
-    // Studied while launches went on, a lesson gives what it would have given at once, and what
-    // came meanwhile is known besides.
+    // Fitted while launches went on, a training set gives what it would have given at once, and
+    // what came meanwhile is known besides.
     let mut at_once = model.clone();
-    at_once.relearn();
-    let lesson = model.lesson();
+    fit_now(&mut at_once);
+    let training = model.training_set();
     model.observe(&context(82), ["base", "newest"]);
-    model.adopt(lesson.study());
-    assert_eq!(model.structure(), at_once.structure());
+    model.install(training.fit());
     assert!(p_of(&model, "newest") > 0.0 && p_of(&at_once, "newest") == 0.0);
+    at_once.observe(&context(82), ["base", "newest"]);
+    let ranked = |model: &Model| model.rank(&context(83), &["base"]);
+    let names = |model: &Model| -> Vec<_> { ranked(model).into_iter().map(|one| one.0).collect() };
+    assert_eq!(names(&model), names(&at_once));
+}
+
+/// Names at the bounds, compositions without any order: the longest that a fit can take.
+#[test]
+fn a_fit_to_hostile_launches_stays_within_its_limits() {
+    let mut model = Model::new(Config::default());
+    let mut random = Random(11);
+    for i in 0..2_048_i64 {
+        let names: Vec<String> = (0..20).map(|_| format!("c{}", random.below(256))).collect();
+        let mut ctx = context(&format!("p{}", random.below(127)), i * HOUR_MS);
+        ctx.owner = format!("o{}", random.below(63));
+        model.observe(&ctx, names.iter().map(String::as_str));
+    }
+    let (train, valid) = model.training_set().split();
+    let limits = FitLimits {
+        million_steps: 100.0,
+        ..FitLimits::default()
+    };
+    let fitted = fit(&train, &valid, limits);
+    assert!(fitted.million_steps <= limits.million_steps, "{fitted:?}");
+    assert!(fitted.trees > 1);
 }

@@ -21,6 +21,8 @@ pub struct Tree {
     /// Where each variable's table starts: `ln P(value | parent's value)`, parent-major.
     start: Vec<u32>,
     tables: Vec<f32>,
+    /// The same without the logarithm.
+    probabilities: Vec<f32>,
     cards: Vec<u32>,
     /// `ln P` of the row of all zeros.
     zeros: f64,
@@ -79,13 +81,6 @@ impl Tree {
         Self::with_structure(parent, order, counts, schema, prior)
     }
 
-    /// A network of unconnected variables.
-    pub fn independent(counts: &PairCounts, schema: &Schema, prior: Prior<'_>) -> Self {
-        let n = schema.variables();
-        let order = (0..n as u32).collect();
-        Self::with_structure(vec![ROOT; n], order, counts, schema, prior)
-    }
-
     fn with_structure(
         parent: Vec<u32>,
         order: Vec<u32>,
@@ -116,6 +111,7 @@ impl Tree {
             parent,
             order,
             start,
+            probabilities: tables.iter().map(|ln| ln.exp()).collect(),
             tables,
             cards,
             zeros: 0.0,
@@ -183,114 +179,134 @@ impl Tree {
         sum
     }
 
-    /// By how much `ln P` of a complete row changes if a variable of two values takes the other
-    /// value, for every variable.
-    pub fn flips(&self, values: &[u8], out: &mut Vec<f32>) {
-        out.clear();
-        out.resize(values.len(), 0.0);
-        for v in 0..values.len() {
-            let value = usize::from(values[v]);
-            let other = 1 - value.min(1);
-            let parent = self.parent[v];
-            let of_parent = match parent {
-                ROOT => 0,
-                p => usize::from(values[p as usize]),
-            };
-            out[v] += self.log_p(v, other, of_parent) - self.log_p(v, value, of_parent);
-            if parent != ROOT {
-                let p = parent as usize;
-                let turned = 1 - usize::from(values[p]).min(1);
-                out[p] += self.log_p(v, value, turned) - self.log_p(v, value, of_parent);
-            }
-        }
-    }
-
     /// Probability of the evidence (`evidence[v]` is a value or [`UNKNOWN`]), as its logarithm,
     /// and every variable's distribution given it, exactly, by two passes over the tree.
     pub fn posterior(&self, evidence: &[u32]) -> (f64, Vec<f64>) {
-        let size = self.pull.len();
-        let n = self.parent.len();
-        let mut up = vec![1.0_f64; size];
-        let mut to_parent: Vec<f64> = Vec::new();
-        let mut message_start = vec![0_usize; n];
-        let mut log_scale = 0.0;
-        let slot = |v: usize| self.pull_start[v] as usize;
-        let card = |v: usize| self.cards[v] as usize;
-        for v in 0..n {
-            if let Some(known) = evidence.get(v).filter(|e| **e != UNKNOWN) {
-                for value in 0..card(v) {
-                    if value as u32 != *known {
-                        up[slot(v) + value] = 0.0;
-                    }
-                }
-            }
-        }
-        for v in self.order.iter().rev().map(|v| *v as usize) {
-            let Some(parent) = self.parent(v) else {
-                continue;
-            };
-            message_start[v] = to_parent.len();
-            let mut largest: f64 = 0.0;
-            for a in 0..card(parent) {
-                let sum = self.expect(v, a, &up[slot(v)..slot(v) + card(v)]);
-                largest = largest.max(sum);
-                to_parent.push(sum);
-            }
-            // Evidence always has some probability (no table has a zero), so this is above zero.
-            let largest = largest.max(f64::MIN_POSITIVE);
-            log_scale += largest.ln();
-            for a in 0..card(parent) {
-                let message = &mut to_parent[message_start[v] + a];
-                *message /= largest;
-                up[slot(parent) + a] *= *message;
-            }
-        }
-        let mut belief = vec![0.0; size];
-        for v in self.order.iter().map(|v| *v as usize) {
-            let (from, to) = (slot(v), slot(v) + card(v));
-            match self.parent(v) {
-                None => {
-                    for value in 0..card(v) {
-                        belief[from + value] =
-                            f64::from(self.log_p(v, value, 0)).exp() * up[from + value];
-                    }
-                    let sum: f64 = belief[from..to].iter().sum();
-                    log_scale += sum.max(f64::MIN_POSITIVE).ln();
-                }
-                Some(parent) => {
-                    for a in 0..card(parent) {
-                        let message = to_parent[message_start[v] + a];
-                        if message <= 0.0 {
-                            continue;
-                        }
-                        let without = belief[slot(parent) + a] / message;
-                        for value in 0..card(v) {
-                            belief[from + value] += without
-                                * f64::from(self.log_p(v, value, a)).exp()
-                                * up[from + value];
-                        }
-                    }
-                }
-            }
-            let sum: f64 = belief[from..to].iter().sum();
-            if sum > 0.0 {
-                belief[from..to].iter_mut().for_each(|b| *b /= sum);
-            }
-        }
-        (log_scale, belief)
+        let mut messages = Messages::new(self, evidence);
+        messages.collect();
+        messages.distribute()
     }
 
-    fn expect(&self, v: usize, of_parent: usize, up: &[f64]) -> f64 {
-        up.iter()
-            .enumerate()
-            .filter(|(_, u)| **u > 0.0)
-            .map(|(value, u)| f64::from(self.log_p(v, value, of_parent)).exp() * u)
-            .sum()
+    /// `P(variable | parent = of_parent)`, all values.
+    fn row(&self, variable: usize, of_parent: usize) -> &[f32] {
+        let card = self.cards[variable] as usize;
+        let row = if self.parent[variable] == ROOT {
+            0
+        } else {
+            of_parent
+        };
+        let start = self.start[variable] as usize + row * card;
+        &self.probabilities[start..start + card]
+    }
+
+    /// Where a variable's values are in what has a place for each value of each variable.
+    fn slots(&self, variable: usize) -> std::ops::Range<usize> {
+        let from = self.pull_start[variable] as usize;
+        from..from + self.cards[variable] as usize
     }
 
     /// Where a variable's distribution starts in what [`Tree::posterior`] returns.
     pub fn slot(&self, variable: usize) -> usize {
         self.pull_start[variable] as usize
+    }
+}
+
+/// Belief propagation in one tree.
+struct Messages<'a> {
+    tree: &'a Tree,
+    /// How well each value of each variable explains the evidence below it; zero where the
+    /// evidence about the variable itself excludes the value.
+    up: Vec<f64>,
+    /// What each variable tells its parent, per value of the parent, scaled.
+    to_parent: Vec<f64>,
+    message_start: Vec<usize>,
+    log_scale: f64,
+}
+
+impl<'a> Messages<'a> {
+    fn new(tree: &'a Tree, evidence: &[u32]) -> Self {
+        let mut up = vec![1.0; tree.pull.len()];
+        for (v, known) in evidence.iter().enumerate().take(tree.parent.len()) {
+            if *known != UNKNOWN {
+                let values = up[tree.slots(v)].iter_mut().enumerate();
+                values
+                    .filter(|(value, _)| *value as u32 != *known)
+                    .for_each(|(_, up)| *up = 0.0);
+            }
+        }
+        Self {
+            tree,
+            up,
+            to_parent: Vec::new(),
+            message_start: vec![0; tree.parent.len()],
+            log_scale: 0.0,
+        }
+    }
+
+    /// From the leaves to the roots.
+    fn collect(&mut self) {
+        let tree = self.tree;
+        for v in tree.order.iter().rev().map(|v| *v as usize) {
+            let Some(parent) = tree.parent(v) else {
+                continue;
+            };
+            let start = self.to_parent.len();
+            self.message_start[v] = start;
+            for (a, slot) in tree.slots(parent).enumerate() {
+                // What the evidence excludes needs no sum: profiles have hundreds of values.
+                let sum = if self.up[slot] > 0.0 {
+                    let up = &self.up[tree.slots(v)];
+                    let row = tree.row(v, a).iter().zip(up);
+                    row.map(|(p, up)| f64::from(*p) * up).sum()
+                } else {
+                    0.0
+                };
+                self.to_parent.push(sum);
+            }
+            let message = &mut self.to_parent[start..];
+            // Evidence always has some probability (no table has a zero), so this is above zero.
+            let largest = message.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+            self.log_scale += largest.ln();
+            for (slot, sum) in tree.slots(parent).zip(message) {
+                *sum /= largest;
+                self.up[slot] *= *sum;
+            }
+        }
+    }
+
+    /// From the roots to the leaves: `ln P(evidence)` and all distributions.
+    fn distribute(mut self) -> (f64, Vec<f64>) {
+        let tree = self.tree;
+        let mut belief = vec![0.0; self.up.len()];
+        for v in tree.order.iter().map(|v| *v as usize) {
+            let slots = tree.slots(v);
+            match tree.parent(v) {
+                None => {
+                    for (slot, p) in slots.clone().zip(tree.row(v, 0)) {
+                        belief[slot] = f64::from(*p) * self.up[slot];
+                    }
+                    let sum: f64 = belief[slots.clone()].iter().sum();
+                    self.log_scale += sum.max(f64::MIN_POSITIVE).ln();
+                }
+                Some(parent) => {
+                    for (a, of_parent) in tree.slots(parent).enumerate() {
+                        let message = self.to_parent[self.message_start[v] + a];
+                        if message <= 0.0 || belief[of_parent] <= 0.0 {
+                            continue;
+                        }
+                        let without = belief[of_parent] / message;
+                        for (slot, p) in slots.clone().zip(tree.row(v, a)) {
+                            belief[slot] += without * f64::from(*p) * self.up[slot];
+                        }
+                    }
+                }
+            }
+            let sum: f64 = belief[slots.clone()].iter().sum();
+            if sum > 0.0 {
+                belief[slots].iter_mut().for_each(|b| *b /= sum);
+            }
+        }
+        (self.log_scale, belief)
     }
 }
 

@@ -133,7 +133,7 @@ impl fmt::Display for Why {
             Self::Touched(Basis::Own { hits, launches }) => {
                 write!(f, "touched in {hits} of {launches} launches")
             }
-            Self::Touched(Basis::Predecessor { hits, launches }) => write!(
+            Self::Touched(Basis::Predecessor { hits, launches, .. }) => write!(
                 f,
                 "same file touched in {hits} of {launches} launches before the upgrade"
             ),

@@ -116,7 +116,7 @@ fn a_vm_gets_its_components_and_extents_with_reasons() {
     let known = Knowledge {
         needs: &model,
         attachments: &attachments,
-        plan: &|profile, images| sets.plan(profile, images, None).into(),
+        plan: &|profile, images| sets.plan(profile, images).into(),
         costs: &Costs::default(),
         locate: &locate,
         tier: &|_, _| Tier::Repository,

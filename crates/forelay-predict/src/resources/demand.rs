@@ -421,14 +421,14 @@ mod tests {
     /// On 1,600 VM-days: the second half of each day against simple forecasts.
     #[test]
     fn pinball_loss_beats_simple_forecasts_on_real_vms() {
-        let Some(dir) = std::env::var_os("FORELAY_TRACES") else {
-            println!(
-                "SKIPPED pinball_loss_beats_simple_forecasts_on_real_vms: FORELAY_TRACES is not set"
-            );
+        let name = "pinball_loss_beats_simple_forecasts_on_real_vms";
+        let folder = std::env::var_os("FORELAY_TRACES").map(std::path::PathBuf::from);
+        let path = folder.map(|folder| folder.join("google2011-vm-util.tar.gz"));
+        let Some(path) = path.filter(|path| path.is_file()) else {
+            println!("SKIPPED {name}: no google2011-vm-util.tar.gz in FORELAY_TRACES");
             return;
         };
         use std::io::Read as _;
-        let path = std::path::Path::new(&dir).join("google2011-vm-util.tar.gz");
         let file = std::fs::File::open(path).unwrap();
         let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(file));
         let mut series: Vec<Vec<f64>> = Vec::new();

@@ -95,27 +95,6 @@ impl Sketch {
         self.buckets.last().map(|(index, _)| borders(*index).1)
     }
 
-    /// Mean and variance, from bucket centres.
-    pub fn mean_variance(&self) -> Option<(f64, f64)> {
-        let total: f64 = self.buckets.iter().map(|(_, w)| f64::from(*w)).sum();
-        if total <= 0.0 {
-            return None;
-        }
-        let centre = |index: u16| {
-            let (low, high) = borders(index);
-            (low + high) / 2.0
-        };
-        let sum = |f: &dyn Fn(f64) -> f64| -> f64 {
-            self.buckets
-                .iter()
-                .map(|(i, w)| f64::from(*w) * f(centre(*i)))
-                .sum::<f64>()
-                / total
-        };
-        let mean = sum(&|x| x);
-        Some((mean, sum(&|x| (x - mean) * (x - mean))))
-    }
-
     /// Stable binary form: pairs of LEB128 (index gap, weight in 1/64).
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = vec![1];

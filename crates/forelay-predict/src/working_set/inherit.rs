@@ -47,7 +47,7 @@ impl WorkingSets {
                 continue;
             }
             let scale = (self.config.inherited_launches / set.weight).min(1.0);
-            let set = carry(set, &moves, scale, self.config.max_spans);
+            let set = carry(set, *old, &moves, scale, self.config.max_spans);
             into.insert(profile.clone(), set);
             inherited += 1;
         }
@@ -120,7 +120,13 @@ fn align(old: &[Extent], new: &[Extent], moves: &mut Vec<Move>) {
 }
 
 /// The set of the new image, with evidence scaled by `scale`.
-fn carry(set: &WorkingSet, moves: &[Move], scale: f32, max_spans: usize) -> WorkingSet {
+fn carry(
+    set: &WorkingSet,
+    predecessor: Digest,
+    moves: &[Move],
+    scale: f32,
+    max_spans: usize,
+) -> WorkingSet {
     let mut spans = Vec::new();
     overlay(
         &set.spans,
@@ -155,6 +161,7 @@ fn carry(set: &WorkingSet, moves: &[Move], scale: f32, max_spans: usize) -> Work
         weight: set.weight * scale,
         launches: set.launches,
         inherited: set.launches,
+        predecessor: Some(predecessor),
         spans,
     }
 }

@@ -81,6 +81,8 @@ pub enum Basis {
     },
     /// Only launches before an upgrade of the component touched it, in the same files.
     Predecessor {
+        /// Image before the upgrade.
+        image: Digest,
         /// Launches that touched it, before the upgrade.
         hits: u32,
         /// Launches that had the predecessor.
@@ -176,6 +178,34 @@ impl WorkingSets {
         by_image
     }
 
+    /// Of `predecessors`, the first that has what a launch of `profile` with `image` lacks: the
+    /// profile's own set; or, where nobody launched `image` yet, anyone's.
+    pub fn predecessor(
+        &self,
+        profile: &str,
+        image: &Digest,
+        predecessors: impl Iterator<Item = Digest>,
+    ) -> Option<Digest> {
+        let known = self.images.get(image);
+        if known.is_some_and(|sets| sets.contains_key(profile)) {
+            return None;
+        }
+        let is_new = known.is_none_or(BTreeMap::is_empty);
+        let mut of_others = None;
+        for predecessor in predecessors.filter(|one| one != image) {
+            let Some(sets) = self.images.get(&predecessor) else {
+                continue;
+            };
+            if sets.contains_key(profile) {
+                return Some(predecessor);
+            }
+            if is_new && !sets.is_empty() {
+                of_others = of_others.or(Some(predecessor));
+            }
+        }
+        of_others
+    }
+
     /// The statistics of one pair, if it was ever observed or inherited.
     pub fn get(&self, profile: &str, image: &Digest) -> Option<&WorkingSet> {
         self.images.get(image)?.get(profile)
@@ -198,31 +228,8 @@ impl WorkingSets {
         })
     }
 
-    /// Forgets an image that no longer exists in the repository.
-    pub fn forget_image(&mut self, image: &Digest) {
-        self.revision += 1;
-        self.images.remove(image);
-    }
-
-    /// Forgets a profile.
-    pub fn forget_profile(&mut self, profile: &str) {
-        self.revision += 1;
-        for sets in self.images.values_mut() {
-            sets.remove(profile);
-        }
-        self.images.retain(|_, sets| !sets.is_empty());
-    }
-
     /// What the next launch of `profile` with `components` will touch, in order of first touch.
-    ///
-    /// With a budget, the likeliest extents (the earlier of equals first) are kept until it is
-    /// spent; the last one is cut at a page border.
-    pub fn plan(
-        &self,
-        profile: &str,
-        components: &[Digest],
-        budget_bytes: Option<u64>,
-    ) -> Vec<Expectation> {
+    pub fn plan(&self, profile: &str, components: &[Digest]) -> Vec<Expectation> {
         let mut planned = Vec::new();
         let mut images = components.to_vec();
         images.sort_unstable();
@@ -236,32 +243,11 @@ impl WorkingSets {
             let own = sets.get(profile);
             planned.extend(pool::blend(*image, own, &pooled, &self.config));
         }
-        if let Some(budget_bytes) = budget_bytes {
-            keep_likeliest(&mut planned, budget_bytes);
-        }
         planned.sort_by_key(|Expectation { planned, .. }| {
             (planned.first_touch_ms, planned.image, planned.extent)
         });
         planned
     }
-}
-
-/// Cuts `expected` to the likeliest `budget_bytes`.
-fn keep_likeliest(expected: &mut Vec<Expectation>, budget_bytes: u64) {
-    expected.sort_by(
-        |Expectation { planned: a, .. }, Expectation { planned: b, .. }| {
-            b.probability
-                .total_cmp(&a.probability)
-                .then(a.first_touch_ms.cmp(&b.first_touch_ms))
-                .then((a.image, a.extent).cmp(&(b.image, b.extent)))
-        },
-    );
-    let mut left = budget_bytes / forelay_image::PAGE_BYTES * forelay_image::PAGE_BYTES;
-    expected.retain_mut(|Expectation { planned, .. }| {
-        planned.extent.len = planned.extent.len.min(left);
-        left -= planned.extent.len;
-        planned.extent.len > 0
-    });
 }
 
 #[cfg(test)]

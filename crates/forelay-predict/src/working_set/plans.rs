@@ -18,7 +18,7 @@ pub struct Plans {
 }
 
 impl Plans {
-    /// What [`WorkingSets::plan`] says without a budget.
+    /// What [`WorkingSets::plan`] says.
     pub fn plan(
         &mut self,
         sets: &WorkingSets,
@@ -30,7 +30,7 @@ impl Plans {
             self.kept.clear();
         }
         let kept = self.kept.entry((profile.to_owned(), images.to_vec()));
-        let plan = kept.or_insert_with(|| sets.plan(profile, images, None).into());
+        let plan = kept.or_insert_with(|| sets.plan(profile, images).into());
         Arc::clone(plan)
     }
 }

@@ -224,16 +224,17 @@ pub(super) fn blend(
 }
 
 fn basis(own: &WorkingSet, mine: Option<&Span>, pooled: &Pooled) -> Basis {
-    match mine {
-        Some(span) if own.inherited >= own.launches => Basis::Predecessor {
+    match (mine, own.predecessor) {
+        (Some(span), Some(image)) if own.inherited >= own.launches => Basis::Predecessor {
+            image,
             hits: span.hits,
             launches: own.launches,
         },
-        Some(span) => Basis::Own {
+        (Some(span), _) => Basis::Own {
             hits: span.hits,
             launches: own.launches,
         },
-        None => Basis::OtherProfiles {
+        (None, _) => Basis::OtherProfiles {
             profiles: pooled.profiles,
             launches: pooled.launches,
         },

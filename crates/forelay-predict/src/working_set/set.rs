@@ -1,6 +1,6 @@
 //! The touch statistics of one (profile, component image) pair.
 
-use forelay_image::Extent;
+use forelay_image::{Digest, Extent};
 
 use super::Config;
 use super::spans::{Seen, Span, compact, overlay};
@@ -14,6 +14,8 @@ pub struct WorkingSet {
     pub(super) launches: u32,
     /// Launches of the above that had a predecessor of the image.
     pub(super) inherited: u32,
+    /// That predecessor; not kept in snapshots.
+    pub(super) predecessor: Option<Digest>,
     pub(super) spans: Vec<Span>,
 }
 

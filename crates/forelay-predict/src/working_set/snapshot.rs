@@ -102,6 +102,7 @@ impl WorkingSet {
             weight,
             launches,
             inherited,
+            predecessor: None,
             spans,
         })
     }

@@ -31,6 +31,7 @@ use parking_lot::Mutex;
 
 use crate::api::{ExecRequest, ExecResult, PrefetchRequest, Prefetched, Vm};
 use crate::config::Config;
+use forecast::inherit::Inheritance;
 use forecast::last_launches::LastLaunches;
 use forecast::learning::Learner;
 use forecast::lessons::Lessons;
@@ -101,6 +102,7 @@ pub struct Host {
     memory: Arc<PlannerHandle>,
     learner: Arc<Learner>,
     lessons: Arc<Lessons>,
+    inheritance: Arc<Inheritance>,
     last_launches: Arc<LastLaunches>,
     demand: memory::samples::ForecastDemand,
     instances: Arc<VmRegistry>,
@@ -135,6 +137,8 @@ impl Host {
         let (driver, premaps) = (Arc::new(parts.driver), Arc::new(parts.premaps));
         let (lessons, instances) = (Arc::<Lessons>::default(), Arc::<VmRegistry>::default());
         let config = parts.config;
+        let models = Arc::clone(learner.models());
+        let inheritance = Arc::new(Inheritance::new(store.clone(), models));
         let mapper = Arc::new(Mapper {
             store: store.clone(),
             domains: Arc::clone(&domains),
@@ -164,6 +168,7 @@ impl Host {
             prefetcher: LaunchPrefetcher {
                 memory: Arc::clone(&memory),
                 learner: Arc::clone(&learner),
+                inheritance: Arc::clone(&inheritance),
                 enabled: config.forecast.prefetch,
             },
             composer: Arc::clone(&composer),
@@ -192,6 +197,7 @@ impl Host {
             memory,
             learner,
             lessons,
+            inheritance,
             last_launches,
             demand: parts.demand,
             instances,

@@ -14,6 +14,7 @@ mod fixture;
 mod foresight;
 mod frames;
 mod full_disk;
+mod inherit;
 mod life_of_a_page;
 mod memory;
 mod premap;

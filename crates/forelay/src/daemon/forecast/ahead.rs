@@ -50,7 +50,10 @@ impl Host {
             interval.tick().await;
             if read_at.is_none_or(|at| at.elapsed() >= CATALOGUE_EVERY) {
                 match self.catalogue().await {
-                    Ok(fresh) => catalogue = fresh,
+                    Ok(fresh) => {
+                        self.follow_versions(&fresh).await;
+                        catalogue = fresh;
+                    }
                     Err(error) => tracing::warn!(%error, "cannot list components"),
                 }
                 read_at = Some(Instant::now());

@@ -5,28 +5,36 @@
 //! arithmetic is [`forelay_predict::rank`]'s. Also answers `forelay forecast`. Refuses to act:
 //! that is `ahead`'s, and in the end the planner's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use forelay_cache::{DeviceImage, Domain, SharedImage};
-use forelay_image::component::Role;
+use forelay_image::component::{Component, Role};
 use forelay_image::{ComponentId, Digest, Extent, PlannedExtent};
 use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::rank::{
-    self, ComponentForecast, Costs, Knowledge, Present, Subject, Tier, TierCost, VmForecast,
+    self, ComponentForecast, Costs, Knowledge, Present, Subject, Tier, TierCost, VmForecast, Why,
 };
 use forelay_predict::time::Timestamp;
+use forelay_predict::working_set::Basis;
 
 use crate::api::{ForecastEntry, SelfControl};
+use crate::daemon::forecast::inherit::ComponentVersion;
 use crate::daemon::forecast::models::model_key;
 use crate::daemon::launch::resolve::{Order, PlannedDevice};
 use crate::daemon::vm::registry::Instance;
 use crate::daemon::{Host, HostError};
 use crate::history::ProfileRef;
 
+/// How long new versions' inheritance may hold up forecasts of one profile.
+const INHERIT_AHEAD_LIMIT: Duration = Duration::from_secs(5);
+
 /// The newest version of each component that can be attached.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(in crate::daemon) struct Catalogue {
+    /// Every version of every component.
+    listed: Vec<Arc<Component>>,
     by_name: BTreeMap<String, Present>,
     ids: BTreeMap<Digest, ComponentId>,
 }
@@ -35,6 +43,23 @@ impl Catalogue {
     /// The component that has this image.
     pub fn id(&self, image: &Digest) -> Option<ComponentId> {
         self.ids.get(image).copied()
+    }
+
+    /// Name and version of the component that has this image.
+    fn label(&self, image: &Digest) -> Option<String> {
+        let one = self.listed.iter().find(|one| one.image.digest == *image)?;
+        Some(format!("{} {}", one.name, one.version))
+    }
+
+    /// What can be attached.
+    fn versions(&self) -> impl Iterator<Item = ComponentVersion> + '_ {
+        self.by_name.iter().filter_map(|(name, present)| {
+            Some(ComponentVersion {
+                name: name.clone(),
+                id: self.id(&present.image)?,
+                image: present.image,
+            })
+        })
     }
 }
 
@@ -97,7 +122,37 @@ impl Host {
             catalogue.ids.insert(present.image, one.id());
             catalogue.by_name.insert(one.name.clone(), present);
         }
+        catalogue.listed = components;
         Ok(catalogue)
+    }
+
+    /// Takes new versions of components into account: in what next launches will ask for, and in
+    /// what is known of the versions' use.
+    pub(in crate::daemon) async fn follow_versions(self: &Arc<Self>, catalogue: &Catalogue) {
+        let (host, listed) = (Arc::clone(self), catalogue.listed.clone());
+        let resolved =
+            tokio::task::spawn_blocking(move || host.last_launches.resolve_anew(&listed)).await;
+        if let Err(error) = resolved {
+            tracing::error!(%error, "next launches were not resolved anew");
+        }
+        for order in self.last_launches.all() {
+            self.inheritance
+                .prepare_order(&order, INHERIT_AHEAD_LIMIT)
+                .await;
+        }
+        let running = self.instances.live();
+        let running: BTreeSet<(String, String)> = running
+            .iter()
+            .map(|one| one.vm())
+            .map(|vm| (vm.profile, vm.owner))
+            .collect();
+        for (profile, owner) in running {
+            let of = ProfileRef::new(profile, owner);
+            let versions = catalogue.versions();
+            self.inheritance
+                .prepare(&of, versions, INHERIT_AHEAD_LIMIT)
+                .await;
+        }
     }
 
     /// How far ahead needs are foreseen, in seconds; the planner's horizon is the same.
@@ -222,14 +277,18 @@ impl Host {
     }
 
     /// What is expected to be needed next, most valuable first.
-    pub async fn forecast(&self, profile: Option<&str>) -> Result<Vec<ForecastEntry>, HostError> {
+    pub async fn forecast(
+        self: &Arc<Self>,
+        profile: Option<&str>,
+    ) -> Result<Vec<ForecastEntry>, HostError> {
         let now = self.learner.clock().now();
         let catalogue = self.catalogue().await?;
+        self.follow_versions(&catalogue).await;
         let mut entries = Vec::new();
         for foreseen in self.foresee(now, 0.0, &catalogue) {
             if profile.is_none_or(|name| name == foreseen.of.profile) {
                 let control = self.learner.self_control(&foreseen.of);
-                entries.extend(entries_of(&foreseen, &control));
+                entries.extend(entries_of(&foreseen, &control, &catalogue));
             }
         }
         entries.sort_by(|a, b| {
@@ -244,7 +303,23 @@ impl Host {
     }
 }
 
-fn entries_of(foreseen: &Foreseen, control: &SelfControl) -> Vec<ForecastEntry> {
+/// A reason in words; what is inherited names the version that it is from.
+fn reason(why: &Why, catalogue: &Catalogue) -> String {
+    match why {
+        Why::Touched(Basis::Predecessor { image, .. }) => {
+            let label = catalogue.label(image);
+            let label = label.as_deref().unwrap_or("a version that is gone");
+            format!("inherited from {label}: {why}")
+        }
+        _ => why.to_string(),
+    }
+}
+
+fn entries_of(
+    foreseen: &Foreseen,
+    control: &SelfControl,
+    catalogue: &Catalogue,
+) -> Vec<ForecastEntry> {
     let entry = |component: &ComponentForecast| {
         let extents = foreseen.forecast.extents.iter();
         let extents = extents.filter(|one| one.candidate.image == component.image);
@@ -275,7 +350,11 @@ fn entries_of(foreseen: &Foreseen, control: &SelfControl) -> Vec<ForecastEntry> 
             disk_bytes,
             seconds_saved,
             score: weighted / bytes.max(1) as f64,
-            reasons: component.reasons.iter().map(ToString::to_string).collect(),
+            reasons: component
+                .reasons
+                .iter()
+                .map(|why| reason(why, catalogue))
+                .collect(),
             control: control.clone(),
         }
     };

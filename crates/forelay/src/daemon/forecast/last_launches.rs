@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forelay_cache::plan::PastLaunch;
+use forelay_image::Digest;
+use forelay_image::component::Component;
 use forelay_image::lock::Lock;
+use forelay_image::solve::solve;
 use forelay_predict::time::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -23,12 +26,24 @@ struct LastLaunch {
     of: ProfileRef,
     manifest: String,
     lock: String,
+    /// Whether the launch came with a lock: the next one will too.
+    #[serde(default)]
+    pinned: bool,
+}
+
+/// What a profile's next launch will ask for.
+struct Expected {
+    order: Arc<Order>,
+    pinned: bool,
 }
 
 /// The last launches of all profiles.
 pub struct LastLaunches {
     dir: PathBuf,
-    orders: Mutex<BTreeMap<String, Arc<Order>>>,
+    pmem_slots: usize,
+    orders: Mutex<BTreeMap<String, Expected>>,
+    /// The components that orders were last resolved with.
+    resolved_with: Mutex<Option<Digest>>,
 }
 
 impl LastLaunches {
@@ -40,25 +55,28 @@ impl LastLaunches {
         for entry in std::fs::read_dir(&dir)?.flatten() {
             let read = std::fs::read(entry.path()).ok();
             let last: Option<LastLaunch> = read.and_then(|text| serde_json::from_slice(&text).ok());
-            if let Some(order) =
-                last.and_then(|last| Order::remembered(&last.manifest, &last.lock, pmem_slots))
-            {
-                orders.insert(model_key(&order.of), Arc::new(order));
+            let Some(last) = last else { continue };
+            if let Some(order) = Order::remembered(&last.manifest, &last.lock, pmem_slots) {
+                let (key, order, pinned) = (model_key(&order.of), Arc::new(order), last.pinned);
+                orders.insert(key, Expected { order, pinned });
             }
         }
         Ok(Self {
             dir,
+            pmem_slots,
             orders: Mutex::new(orders),
+            resolved_with: Mutex::default(),
         })
     }
 
-    /// Remembers a launch.
-    pub fn remember(&self, order: &Order) {
+    /// Remembers a launch; `pinned` if it came with its lock.
+    pub fn remember(&self, order: &Order, pinned: bool) {
         let key = model_key(&order.of);
         let last = LastLaunch {
             of: order.of.clone(),
             manifest: order.manifest.to_toml(),
             lock: order.lock.to_toml(),
+            pinned,
         };
         let name = forelay_image::Digest::of(key.as_bytes()).hex();
         let path = self.dir.join(format!("{name}.json"));
@@ -68,17 +86,68 @@ impl LastLaunches {
         if let Err(error) = write() {
             tracing::warn!(%error, path = %path.display(), "a launch was not remembered");
         }
-        self.orders.lock().insert(key, Arc::new(order.clone()));
+        let order = Arc::new(order.clone());
+        let expected = Expected { order, pinned };
+        self.orders.lock().insert(key, expected);
+    }
+
+    /// Resolves anew what next launches will ask for, where a component has another version since
+    /// the last one. Takes milliseconds for each such profile: not on async threads.
+    pub fn resolve_anew(&self, components: &[Arc<Component>]) {
+        let ids: Vec<u8> = components
+            .iter()
+            .flat_map(|one| *one.id().as_bytes())
+            .collect();
+        let listed = Some(Digest::of(&ids));
+        if std::mem::replace(&mut *self.resolved_with.lock(), listed) == listed {
+            return;
+        }
+        // Sorted by name and version: the newest stays.
+        let newest: BTreeMap<&str, Digest> = components
+            .iter()
+            .map(|one| (one.name.as_str(), one.image.digest))
+            .collect();
+        let outdated = |order: &Order| {
+            let locked = order.lock.components.iter();
+            locked
+                .clone()
+                .any(|one| newest.get(one.name.as_str()) != Some(&one.image))
+        };
+        let components: Vec<Component> = components.iter().map(|one| (**one).clone()).collect();
+        let stale: Vec<Arc<Order>> = {
+            let orders = self.orders.lock();
+            let free = orders.values().filter(|one| !one.pinned);
+            free.map(|one| &one.order)
+                .filter(|order| outdated(order))
+                .cloned()
+                .collect()
+        };
+        for old in stale {
+            let Ok(lock) = solve(&old.manifest, &components) else {
+                continue;
+            };
+            let renewed = Order::new(old.manifest.clone(), lock, 0.0, self.pmem_slots);
+            let Ok(renewed) = renewed else { continue };
+            // A launch meanwhile knows better.
+            if let Some(known) = self.orders.lock().get_mut(&model_key(&old.of))
+                && Arc::ptr_eq(&known.order, &old)
+            {
+                known.order = Arc::new(renewed);
+            }
+        }
     }
 
     /// The last order of a profile, by its model key.
     pub fn get(&self, key: &str) -> Option<Arc<Order>> {
-        self.orders.lock().get(key).cloned()
+        let orders = self.orders.lock();
+        orders.get(key).map(|one| Arc::clone(&one.order))
     }
 
     /// The last orders of all profiles, by model key.
     pub fn all(&self) -> Vec<Arc<Order>> {
-        self.orders.lock().values().cloned().collect()
+        let orders = self.orders.lock();
+        let all = orders.values();
+        all.map(|one| Arc::clone(&one.order)).collect()
     }
 
     /// Past launches as the planner knows them: each with the devices of its profile's last.
@@ -89,7 +158,7 @@ impl LastLaunches {
     ) -> Vec<PastLaunch> {
         let orders = self.orders.lock();
         let past = |(of, at): &(ProfileRef, Timestamp)| {
-            let order = orders.get(&model_key(of))?;
+            let order = &orders.get(&model_key(of))?.order;
             Some(PastLaunch {
                 at_ms: clock.wall_ms(*at),
                 domain: order.domain.clone(),
@@ -105,7 +174,7 @@ impl LastLaunches {
         let orders = self.orders.lock();
         let memory = orders.iter();
         memory
-            .map(|(key, order)| (key.clone(), order.memory_mib()))
+            .map(|(key, one)| (key.clone(), one.order.memory_mib()))
             .collect()
     }
 }

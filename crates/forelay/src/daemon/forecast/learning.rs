@@ -79,8 +79,10 @@ impl Learner {
         let history = opened.map_err(HostError::failed)?;
         let window_ms = (config.window_s.max(0.0) * 1e3) as u32 + LONGEST_LAUNCH_MS;
         let models = Models::new(window_ms, config.prefetch && config.ahead, memory_mib);
+        let models = Arc::new(models);
         let clock = ForecastClock::new(config);
         let now = clock.now();
+        models.begin_replay();
         let mut replay = Replay::new(&models, now);
         let replayed = history.replay(Timestamp(0), &mut replay).await;
         let replayed = replayed.map_err(HostError::failed)?;
@@ -92,9 +94,12 @@ impl Learner {
             "history replayed"
         );
         let recent = replay.into_recent();
+        let replayed_models = Arc::clone(&models);
+        let fitted = tokio::task::spawn_blocking(move || replayed_models.end_replay());
+        fitted.await.map_err(HostError::failed)?;
         let learner = Self {
             history: Arc::new(history),
-            models: Arc::new(models),
+            models,
             clock,
             told: AtomicU64::new(0),
         };
@@ -102,7 +107,7 @@ impl Learner {
     }
 
     /// The models.
-    pub fn models(&self) -> &Models {
+    pub fn models(&self) -> &Arc<Models> {
         &self.models
     }
 
@@ -180,12 +185,13 @@ impl Learner {
             name: component.name.clone(),
             image: component.image,
         });
+        let components: Vec<ComponentRef> = components.collect();
         self.models.note_memory(of, memory_mib);
         self.models.launches(of, at, 1);
-        let names = vm.components.iter().map(|one| one.name.as_str());
-        self.models.launched_with(of, at, id.nonce, names);
+        self.models
+            .launched_with(of, at, id.nonce, components.iter());
         let what = What::Launch {
-            components: components.collect(),
+            components,
             count: 1,
         };
         self.append(&[Event {
@@ -251,9 +257,9 @@ impl Learner {
     /// Records that a VM stopped.
     pub async fn stopped(&self, of: &ProfileRef, launch_id: i64, ran_ms: u64) {
         self.models.stopped(launch_id as u64);
-        if self.models.relearn_due() {
+        if self.models.fit_due() {
             let models = Arc::clone(&self.models);
-            tokio::task::spawn_blocking(move || models.relearn());
+            tokio::task::spawn_blocking(move || models.fit_if_due());
         }
         self.tell(of, launch_id, vec![What::Stop { ran_ms }]).await;
     }
@@ -261,7 +267,7 @@ impl Learner {
     /// Records a hot attach.
     pub async fn attached(&self, of: &ProfileRef, launch_id: i64, component: ComponentRef) {
         let at = self.clock.now();
-        self.models.attached(at, launch_id as u64, &component.name);
+        self.models.attached(at, launch_id as u64, &component);
         let what = vec![What::Attach { component }];
         self.tell_at(at, of, launch_id, what).await;
     }

@@ -3,6 +3,7 @@
 pub(in crate::daemon) mod ahead;
 pub(in crate::daemon) mod clock;
 pub(in crate::daemon) mod foresight;
+pub(in crate::daemon) mod inherit;
 pub(in crate::daemon) mod last_launches;
 pub(in crate::daemon) mod learning;
 pub(in crate::daemon) mod lessons;

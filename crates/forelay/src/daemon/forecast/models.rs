@@ -9,7 +9,7 @@
 //! Invariant: a VM's components are learned once, when it stops; until then it is open, and what
 //! is attached to it is added.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use forelay_image::{Digest, Touch};
@@ -20,10 +20,14 @@ use forelay_predict::time::Timestamp;
 use forelay_predict::working_set::{self, Expectation, Plans, WorkingSets};
 use parking_lot::Mutex;
 
+use crate::daemon::forecast::inherit::Lineage;
 use crate::history::{ComponentRef, ProfileRef, ResourceSample};
 
-/// Most times that a rolled-up composition is told to the model.
+/// Cap on replays of one rolled-up composition.
 const MOST_REPEATS: f64 = 32.0;
+/// Launches at a history's end over which the model is fitted as often as it was when they
+/// happened; fits before that are superseded, and skipped.
+const FITTED_IN_REPLAY: usize = 160;
 /// Memory of a profile whose manifest is not known, in MiB.
 const USUAL_MEMORY_MIB: u32 = 512;
 
@@ -41,8 +45,12 @@ pub struct Models {
     pub forecaster: Mutex<Forecaster>,
     /// What.
     pub needs: Mutex<Needs>,
+    /// Which versions components have had.
+    pub lineage: Mutex<Lineage>,
     /// How much memory.
     pub demand: Mutex<Demand>,
+    /// One fit at a time: a model whose training set is not the last one is not installed.
+    fitting: Mutex<()>,
 }
 
 /// Which components, and when those come that a launch does not bring.
@@ -52,6 +60,8 @@ pub struct Needs {
     /// When.
     pub attachments: Attachments,
     open: BTreeMap<u64, OpenVm>,
+    /// During a replay: the last compositions, not observed yet.
+    held_back: Option<VecDeque<OpenVm>>,
     /// Memory by profile, as their manifests say.
     memory_mib: HashMap<String, u32>,
 }
@@ -81,9 +91,12 @@ impl Models {
                 model: needs::Model::new(needs::Config::default()),
                 attachments: Attachments::new(),
                 open: BTreeMap::new(),
+                held_back: None,
                 memory_mib,
             }),
+            lineage: Mutex::default(),
             demand: Mutex::new(Demand::new()),
+            fitting: Mutex::default(),
         }
     }
 
@@ -112,11 +125,11 @@ impl Models {
         of: &ProfileRef,
         at: Timestamp,
         vm: u64,
-        components: impl Iterator<Item = &'a str>,
+        components: impl Iterator<Item = &'a ComponentRef>,
     ) {
+        let components: Vec<String> = components.map(|one| self.note_version(one)).collect();
         let mut needs = self.needs.lock();
         let context = needs.context(of, at);
-        let components: Vec<String> = components.map(str::to_owned).collect();
         for name in &components {
             needs.attachments.launched_with(&context.profile, name);
         }
@@ -135,18 +148,23 @@ impl Models {
         components: &[ComponentRef],
         launches: f64,
     ) {
+        let names: Vec<String> = components
+            .iter()
+            .map(|one| self.note_version(one))
+            .collect();
         let mut needs = self.needs.lock();
         let context = needs.context(of, at);
-        let names: Vec<String> = components.iter().map(|one| one.name.clone()).collect();
         for _ in 0..launches.clamp(1.0, MOST_REPEATS) as u32 {
-            needs.observe(&context, &names);
+            needs.observe(OpenVm {
+                context: context.clone(),
+                components: names.clone(),
+            });
         }
-        drop(needs);
-        self.relearn();
     }
 
     /// A running VM was given a component.
-    pub fn attached(&self, at: Timestamp, vm: u64, component: &str) {
+    pub fn attached(&self, at: Timestamp, vm: u64, component: &ComponentRef) {
+        let component = &self.note_version(component);
         let mut needs = self.needs.lock();
         let Some(open) = needs.open.get_mut(&vm) else {
             return;
@@ -155,6 +173,13 @@ impl Models {
         let delay_s = at.seconds_since(open.context.at);
         let profile = open.context.profile.clone();
         needs.attachments.attached(&profile, component, delay_s);
+    }
+
+    /// Notes which image a component has; returns its name.
+    fn note_version(&self, component: &ComponentRef) -> String {
+        let mut lineage = self.lineage.lock();
+        lineage.note(&component.name, component.image);
+        component.name.clone()
     }
 
     /// What a launch of a profile (by its key) touches of images, in first-touch order.
@@ -180,29 +205,47 @@ impl Models {
         self.demand.lock().observe(&model_key(of), vm, at, bytes);
     }
 
-    /// A VM is gone. Its components may make [`Self::relearn`] due.
+    /// A VM is gone. Its components may make a fit due.
     pub fn stopped(&self, vm: u64) {
         self.demand.lock().stopped(vm);
         self.needs.lock().close(vm);
     }
 
-    /// Whether there is enough that was not there at the last relearning.
-    pub fn relearn_due(&self) -> bool {
-        self.needs.lock().model.relearn_due()
+    /// Whether there is enough that was not there at the last fit.
+    pub fn fit_due(&self) -> bool {
+        self.needs.lock().model.fit_due()
     }
 
-    /// Learns anew how components depend on each other, if that is due. Takes up to tens of
-    /// milliseconds, through which forecasts are made and events learned.
-    pub fn relearn(&self) {
-        let lesson = {
+    /// Fits anew how components depend on each other, if that is due. Takes milliseconds to a
+    /// few seconds of this thread, through which forecasts are made and events learned.
+    pub fn fit_if_due(&self) {
+        let Some(_fitting) = self.fitting.try_lock() else {
+            return;
+        };
+        let training = {
             let mut needs = self.needs.lock();
-            if !needs.model.relearn_due() {
+            if !needs.model.fit_due() {
                 return;
             }
-            needs.model.lesson()
+            needs.model.training_set()
         };
-        let learned = lesson.study();
-        self.needs.lock().model.adopt(learned);
+        let fitted = training.fit();
+        self.needs.lock().model.install(fitted);
+    }
+
+    /// A history is about to be replayed: of the fits that were made while it happened only the
+    /// last few matter at its end.
+    pub fn begin_replay(&self) {
+        self.needs.lock().held_back.get_or_insert_default();
+    }
+
+    /// The history was replayed to its end. Makes its last fits: not on async threads.
+    pub fn end_replay(&self) {
+        let held_back = self.needs.lock().held_back.take();
+        for vm in held_back.into_iter().flatten() {
+            self.needs.lock().observe_now(&vm);
+            self.fit_if_due();
+        }
     }
 
     /// Closes VMs that do not run, whose end nobody saw.
@@ -214,7 +257,7 @@ impl Models {
             needs.close(vm);
         }
         drop(needs);
-        self.relearn();
+        self.fit_if_due();
     }
 }
 
@@ -232,13 +275,29 @@ impl Needs {
 
     fn close(&mut self, vm: u64) {
         if let Some(open) = self.open.remove(&vm) {
-            self.observe(&open.context, &open.components);
+            self.observe(open);
         }
     }
 
-    fn observe(&mut self, context: &Context, components: &[String]) {
-        let names = components.iter().map(String::as_str);
-        self.model.observe(context, names);
+    fn observe(&mut self, vm: OpenVm) {
+        let Some(held_back) = &mut self.held_back else {
+            self.observe_now(&vm);
+            return;
+        };
+        held_back.push_back(vm);
+        if held_back.len() > FITTED_IN_REPLAY
+            && let Some(oldest) = held_back.pop_front()
+        {
+            self.observe_now(&oldest);
+            if self.model.fit_due() {
+                self.model.skip_fit();
+            }
+        }
+    }
+
+    fn observe_now(&mut self, vm: &OpenVm) {
+        let names = vm.components.iter().map(String::as_str);
+        self.model.observe(&vm.context, names);
     }
 }
 
@@ -247,6 +306,13 @@ mod tests {
     use super::*;
 
     const HOUR_MS: i64 = 3_600_000;
+
+    fn component(name: &str) -> ComponentRef {
+        ComponentRef {
+            name: name.into(),
+            image: Digest::of(name.as_bytes()),
+        }
+    }
 
     fn models() -> Models {
         let memory = HashMap::from([("ann/web".to_owned(), 256)]);
@@ -259,12 +325,12 @@ mod tests {
         let of = ProfileRef::new("web", "ann");
         for number in 0..20_u64 {
             let at = Timestamp(number as i64 * HOUR_MS);
-            models.launched_with(&of, at, number, ["base"].into_iter());
-            models.attached(at.plus_ms(30_000), number, "tool");
-            models.attached(at, 99, "stray");
+            models.launched_with(&of, at, number, [component("base")].iter());
+            models.attached(at.plus_ms(30_000), number, &component("tool"));
+            models.attached(at, 99, &component("stray"));
             models.stopped(number);
             models.stopped(number);
-            models.relearn();
+            models.fit_if_due();
         }
         let needs = models.needs.lock();
         assert_eq!(needs.model.observed(), 20);

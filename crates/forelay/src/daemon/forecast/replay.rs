@@ -96,12 +96,11 @@ impl Sink for Replay<'_> {
         vm: u64,
         components: &[ComponentRef],
     ) {
-        let names = components.iter().map(|one| one.name.as_str());
-        self.models.launched_with(of, at, vm, names);
+        self.models.launched_with(of, at, vm, components.iter());
     }
 
     fn attached(&mut self, _of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef) {
-        self.models.attached(at, vm, &component.name);
+        self.models.attached(at, vm, component);
     }
 
     fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
@@ -126,7 +125,6 @@ impl Sink for Replay<'_> {
 
     fn stopped(&mut self, _of: &ProfileRef, _at: Timestamp, vm: u64, _ran_ms: u64) {
         self.models.stopped(vm);
-        self.models.relearn();
     }
 }
 
@@ -203,16 +201,15 @@ mod tests {
         match what {
             What::Launch { components, .. } => {
                 models.launches(of, at, 1);
-                let names = components.iter().map(|one| one.name.as_str());
-                models.launched_with(of, at, vm, names);
+                models.launched_with(of, at, vm, components.iter());
             }
             What::Touched { images, touches } => models.touched(of, images, touches),
             What::TouchedLate { touches } => models.touched_late(of, touches),
             What::Sample(sample) => models.sampled(of, at, vm, sample),
-            What::Attach { component } => models.attached(at, vm, &component.name),
+            What::Attach { component } => models.attached(at, vm, component),
             What::Stop { .. } => {
                 models.stopped(vm);
-                models.relearn();
+                models.fit_if_due();
             }
             _ => {}
         }
@@ -231,7 +228,7 @@ mod tests {
         let ranked = needs.model.rank(&context, &["base"]);
         let outlook = needs.attachments.outlook("ann/web", "tool", 60.0, 600.0);
         let images = [component("base").image];
-        let plan = models.sets.lock().plan("ann/web", &images, None);
+        let plan = models.sets.lock().plan("ann/web", &images);
         let demand = models.demand.lock();
         let host = demand.host(300_000, &[("ann/web", 0.5)]).quantile(0.9);
         format!("{launches:?} {ranked:?} {outlook:?} {plan:?} {host}")
@@ -270,9 +267,11 @@ mod tests {
         }
         ten_minutes.judge_until(now);
         let restarted = models();
+        restarted.begin_replay();
         let mut replay = Replay::new(&restarted, now);
         history.replay(Timestamp(0), &mut replay).await.unwrap();
         replay.judge_until(now);
+        restarted.end_replay();
         let before = forecasts(&online, &of, now);
         assert!(
             before.contains("tool") && before.contains("Periodic"),

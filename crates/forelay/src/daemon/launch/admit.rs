@@ -49,7 +49,7 @@ impl Admission {
         let (of, vm) = (&order.of, instance.vm());
         let launch_id = self.learner.launched(of, &vm, order.memory_mib()).await;
         instance.update_record(|record| record.launch_id = launch_id);
-        self.last_launches.remember(order);
+        self.last_launches.remember(order, request.lock.is_some());
         Ok(claim)
     }
 }

@@ -155,6 +155,7 @@ impl LaunchService {
 
     /// Tells the planner of the launch, and waits for its bytes if that was asked for.
     async fn prefetch(&self, launch: &Launch, prepared: bool) -> PrefetchPlan {
+        self.prefetcher.inherit(&launch.order).await;
         let plan = self.prefetcher.plan(&launch.order, launch.mode);
         launch.claim.instance().update(|vm| {
             vm.launch.mode = Some(plan.mode);

@@ -11,12 +11,16 @@ use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::{Digest, Extent, PlannedExtent};
 
 use crate::api::{LaunchMode, PrefetchMode};
+use crate::daemon::forecast::inherit::Inheritance;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::launch::resolve::Order;
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 
 /// How long a launch waits for what it is told to have resident first.
 const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
+
+/// How long a launch waits for what its components inherit from their predecessors.
+const INHERIT_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a launch wants in shared memory.
 pub(in crate::daemon) struct PrefetchPlan {
@@ -39,11 +43,18 @@ impl PrefetchPlan {
 pub(in crate::daemon) struct LaunchPrefetcher {
     pub memory: Arc<PlannerHandle>,
     pub learner: Arc<Learner>,
+    pub inheritance: Arc<Inheritance>,
     /// `forecast.prefetch` of the configuration.
     pub enabled: bool,
 }
 
 impl LaunchPrefetcher {
+    /// Lets components of the order that are new to its profile inherit what is known of their
+    /// predecessors, if that takes not too long.
+    pub async fn inherit(&self, order: &Order) {
+        self.inheritance.prepare_order(order, INHERIT_LIMIT).await;
+    }
+
     /// Tells the planner that a launch was asked for.
     pub fn request(&self, vm: &str, order: &Order, plan: &PrefetchPlan) {
         let requested = LaunchRequested {

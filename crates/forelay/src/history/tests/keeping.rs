@@ -146,7 +146,7 @@ async fn what_a_launch_touched_late_is_folded_as_it_is_replayed() {
     let sets = async || {
         let mut sets = Sets(WorkingSets::new(Default::default()));
         history.replay(Timestamp(0), &mut sets).await.unwrap();
-        let plan = sets.0.plan("web", &[image("base"), image("nginx")], None);
+        let plan = sets.0.plan("web", &[image("base"), image("nginx")]);
         let nginx = sets.0.get("web", &image("nginx")).unwrap().launches();
         (nginx, plan)
     };

@@ -1,4 +1,4 @@
-//! What the examples measure time by.
+//! What the example measures time by.
 
 /// Processor time of this process so far, in seconds: it does not depend on what else runs.
 pub fn seconds() -> f64 {

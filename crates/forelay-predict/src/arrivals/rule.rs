@@ -1,51 +1,11 @@
-//! The one rule: hold a profile while hazard x cold-start cost exceeds the price of its memory.
+//! The rule of the simulator: a profile stays loaded while its hazard exceeds the price of memory.
 //!
-//! Owns costs, decisions, and the account of whether forecasting pays against the simple rule
+//! Owns that rule and the account of whether forecasting pays against the simple rule
 //! (a fixed keep-alive). Invariant: both rules are charged for the same stretches and launches, so
 //! regret compares like with like even while a profile has fallen back.
 
 use super::config::Config;
 use super::walk::Segment;
-use crate::time::Timestamp;
-use serde::{Deserialize, Serialize};
-
-/// What a cold start costs against memory: the one knob.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct ColdCost {
-    /// Seconds that a launch waits if the profile is not loaded.
-    pub cold_start_s: f64,
-    /// Bytes that stay resident while it is loaded.
-    pub resident_bytes: u64,
-    /// Seconds of waiting that one GiB of memory is worth per hour (higher under pressure).
-    pub seconds_per_gib_hour: f64,
-}
-
-impl ColdCost {
-    /// Launches per minute from which holding pays.
-    #[must_use]
-    pub fn price_per_min(&self) -> f64 {
-        let gib = self.resident_bytes as f64 / (1u64 << 30) as f64;
-        gib * self.seconds_per_gib_hour / 60.0 / self.cold_start_s.max(1.0e-6)
-    }
-}
-
-/// What to do with a profile now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Decision {
-    /// Be loaded, and ask again at that time at the latest.
-    Keep {
-        /// When the rule will first release, as things stand.
-        until: Timestamp,
-    },
-    /// Be unloaded, and load again at that time.
-    PrewarmAt {
-        /// When the rule will first hold again, as things stand.
-        at: Timestamp,
-    },
-    /// Be unloaded; nothing is foreseen.
-    Release,
-}
 
 /// The rule at one price, as the simulator applies it to a stretch of time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -81,7 +41,7 @@ impl Rule {
 }
 
 /// Running cost of forecasting and of the simple rule, in cold starts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Regret {
     forecast_cost: f32,
     simple_cost: f32,
