@@ -18,6 +18,17 @@ pub struct Digest([u8; 32]);
 #[error("{0:?} is not a SHA-256 digest: give `sha256:` followed by 64 hex digits")]
 pub struct ParseDigestError(pub String);
 
+/// The UUID in an image's superblock, by which a guest finds its device. Shown as 32 hex
+/// digits without dashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ImageUuid([u8; 16]);
+
+impl fmt::Display for ImageUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
 impl Digest {
     /// Digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
@@ -48,6 +59,11 @@ impl Digest {
     /// The first 12 hex digits, for people.
     pub fn short(&self) -> String {
         self.hex()[..12].to_owned()
+    }
+
+    /// The UUID of the image with this digest, as guests name it.
+    pub fn image_uuid(&self) -> ImageUuid {
+        ImageUuid(self.uuid())
     }
 
     /// The EROFS superblock UUID derived from this digest: its first 16 bytes.
@@ -126,6 +142,12 @@ impl<'de> Deserialize<'de> for Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_images_uuid_is_the_start_of_its_digest() {
+        let digest = Digest::of(b"image");
+        assert_eq!(digest.image_uuid().to_string(), digest.hex()[..32]);
+    }
 
     #[test]
     fn text_form_round_trips_and_matches_the_standard_vector() {

@@ -25,7 +25,7 @@ pub mod version;
 
 pub use chunk::{Chunk, ChunkIndex};
 pub use component::{Component, ComponentId};
-pub use digest::Digest;
+pub use digest::{Digest, ImageUuid};
 pub use extent::{Extent, PAGE_BYTES};
 pub use name::{NameError, NameOf, printable};
 pub use touch::{PlannedExtent, Touch};

@@ -224,7 +224,7 @@ fn append_at(disk: &Path, part: &Path, offset: u64) -> Result<()> {
 
 /// A command line that boots the files with a stock QEMU.
 fn qemu_command(manifest: &Manifest, composed: &Composed, made: &[PathBuf]) -> String {
-    let uuid = &composed.digest.hex()[..32];
+    let uuid = composed.digest.image_uuid();
     let memory = manifest.vm.memory_mib;
     let (pmem, kernel) = made.split_at(made.len().saturating_sub(2));
     let total: u64 = pmem

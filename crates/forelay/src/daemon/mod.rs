@@ -31,6 +31,8 @@ use parking_lot::Mutex;
 
 use crate::api::{ExecRequest, ExecResult, PrefetchRequest, Prefetched, Vm};
 use crate::config::Config;
+use api::accounts::MemoryAccounts;
+use api::inspect::VmMaps;
 use forecast::inherit::Inheritance;
 use forecast::last_launches::LastLaunches;
 use forecast::learning::Learner;
@@ -107,12 +109,14 @@ pub struct Host {
     demand: memory::samples::ForecastDemand,
     instances: Arc<VmRegistry>,
     driver: Arc<QemuDriver>,
-    takeover: Mutex<Option<crate::api::Takeover>>,
+    takeover: Arc<Mutex<Option<crate::api::Takeover>>>,
     premaps: Arc<Premaps>,
     mapper: Arc<Mapper>,
     supervisor: Arc<Supervisor>,
     launches: Arc<LaunchService>,
     attachments: AttachService,
+    accounts: Arc<MemoryAccounts>,
+    maps: Arc<VmMaps>,
 }
 
 /// What a host is made of.
@@ -120,94 +124,136 @@ struct Parts {
     config: Config,
     store: Store,
     domains: Arc<Domains>,
-    memory: PlannerHandle,
-    learner: Learner,
-    last_launches: LastLaunches,
+    memory: Arc<PlannerHandle>,
+    learner: Arc<Learner>,
+    last_launches: Arc<LastLaunches>,
     demand: memory::samples::ForecastDemand,
-    driver: QemuDriver,
-    premaps: Premaps,
+    driver: Arc<QemuDriver>,
+    premaps: Arc<Premaps>,
+    /// Instances, none yet.
+    instances: Arc<VmRegistry>,
+    lessons: Arc<Lessons>,
+}
+
+impl Parts {
+    fn mapper(&self) -> Arc<Mapper> {
+        Arc::new(Mapper {
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+        })
+    }
+
+    fn composer(&self) -> Arc<Composer> {
+        let kernels = self.config.state_dir.join("kernels");
+        Arc::new(Composer::new(self.store.clone(), kernels))
+    }
+
+    fn supervisor(&self) -> Arc<Supervisor> {
+        Arc::new(Supervisor {
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+            memory: Arc::clone(&self.memory),
+            learner: Arc::clone(&self.learner),
+            lessons: Arc::clone(&self.lessons),
+            window: Duration::from_secs_f64(self.config.forecast.window_s.max(0.0)),
+        })
+    }
+
+    fn launches(
+        &self,
+        mapper: &Arc<Mapper>,
+        composer: &Arc<Composer>,
+        supervisor: &Arc<Supervisor>,
+        inheritance: &Arc<Inheritance>,
+    ) -> Arc<LaunchService> {
+        Arc::new(LaunchService {
+            resolver: Resolver {
+                store: self.store.clone(),
+                pmem_slots: self.config.vmm.pmem_slots,
+            },
+            admission: Admission {
+                registry: Arc::clone(&self.instances),
+                learner: Arc::clone(&self.learner),
+                last_launches: Arc::clone(&self.last_launches),
+                vms_dir: self.config.vms_dir(),
+            },
+            mapper: Arc::clone(mapper),
+            prefetcher: LaunchPrefetcher {
+                memory: Arc::clone(&self.memory),
+                learner: Arc::clone(&self.learner),
+                inheritance: Arc::clone(inheritance),
+                enabled: self.config.forecast.prefetch,
+            },
+            composer: Arc::clone(composer),
+            premaps: Arc::clone(&self.premaps),
+            starter: Starter::new(Arc::clone(&self.driver)),
+            supervisor: Arc::clone(supervisor),
+        })
+    }
+
+    fn accounts(&self, takeover: &Arc<Mutex<Option<crate::api::Takeover>>>) -> MemoryAccounts {
+        MemoryAccounts {
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+            memory: Arc::clone(&self.memory),
+            registry: Arc::clone(&self.instances),
+            premaps: Arc::clone(&self.premaps),
+            takeover: Arc::clone(takeover),
+        }
+    }
+
+    fn maps(&self) -> VmMaps {
+        VmMaps {
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+            memory: Arc::clone(&self.memory),
+            registry: Arc::clone(&self.instances),
+        }
+    }
 }
 
 impl Host {
     /// Puts the services together; also returns the one that prepares likely launches.
     fn new(parts: Parts) -> (Self, Preparer) {
-        let (store, domains) = (parts.store, parts.domains);
-        let (memory, learner) = (Arc::new(parts.memory), Arc::new(parts.learner));
-        let last_launches = Arc::new(parts.last_launches);
-        let (driver, premaps) = (Arc::new(parts.driver), Arc::new(parts.premaps));
-        let (lessons, instances) = (Arc::<Lessons>::default(), Arc::<VmRegistry>::default());
-        let config = parts.config;
-        let models = Arc::clone(learner.models());
-        let inheritance = Arc::new(Inheritance::new(store.clone(), models));
-        let mapper = Arc::new(Mapper {
-            store: store.clone(),
-            domains: Arc::clone(&domains),
-        });
-        let kernels = config.state_dir.join("kernels");
-        let composer = Arc::new(Composer::new(store.clone(), kernels));
-        let supervisor = Arc::new(Supervisor {
-            store: store.clone(),
-            domains: Arc::clone(&domains),
-            memory: Arc::clone(&memory),
-            learner: Arc::clone(&learner),
-            lessons: Arc::clone(&lessons),
-            window: Duration::from_secs_f64(config.forecast.window_s.max(0.0)),
-        });
-        let launches = LaunchService {
-            resolver: Resolver {
-                store: store.clone(),
-                pmem_slots: config.vmm.pmem_slots,
-            },
-            admission: Admission {
-                registry: Arc::clone(&instances),
-                learner: Arc::clone(&learner),
-                last_launches: Arc::clone(&last_launches),
-                vms_dir: config.vms_dir(),
-            },
-            mapper: Arc::clone(&mapper),
-            prefetcher: LaunchPrefetcher {
-                memory: Arc::clone(&memory),
-                learner: Arc::clone(&learner),
-                inheritance: Arc::clone(&inheritance),
-                enabled: config.forecast.prefetch,
-            },
-            composer: Arc::clone(&composer),
-            premaps: Arc::clone(&premaps),
-            starter: Starter::new(Arc::clone(&driver)),
-            supervisor: Arc::clone(&supervisor),
-        };
-        let attachments = AttachService {
-            store: store.clone(),
-            mapper: Arc::clone(&mapper),
-            memory: Arc::clone(&memory),
-            learner: Arc::clone(&learner),
-            supervisor: Arc::clone(&supervisor),
-        };
+        let (mapper, composer) = (parts.mapper(), parts.composer());
+        let supervisor = parts.supervisor();
+        let models = Arc::clone(parts.learner.models());
+        let inheritance = Arc::new(Inheritance::new(parts.store.clone(), models));
+        let launches = parts.launches(&mapper, &composer, &supervisor, &inheritance);
+        let takeover = Arc::default();
         let preparer = Preparer {
-            premaps: Arc::clone(&premaps),
+            premaps: Arc::clone(&parts.premaps),
             mapper: Arc::clone(&mapper),
             composer,
-            registry: Arc::clone(&instances),
+            registry: Arc::clone(&parts.instances),
         };
         let host = Self {
-            config,
             started: Instant::now(),
-            store,
-            domains,
-            memory,
-            learner,
-            lessons,
+            accounts: Arc::new(parts.accounts(&takeover)),
+            maps: Arc::new(parts.maps()),
+            attachments: AttachService {
+                store: parts.store.clone(),
+                mapper: Arc::clone(&mapper),
+                memory: Arc::clone(&parts.memory),
+                learner: Arc::clone(&parts.learner),
+                supervisor: Arc::clone(&supervisor),
+            },
+            config: parts.config,
+            store: parts.store,
+            domains: parts.domains,
+            memory: parts.memory,
+            learner: parts.learner,
+            lessons: parts.lessons,
             inheritance,
-            last_launches,
+            last_launches: parts.last_launches,
             demand: parts.demand,
-            instances,
-            driver,
-            takeover: Mutex::new(None),
-            premaps,
+            instances: parts.instances,
+            driver: parts.driver,
+            takeover,
+            premaps: parts.premaps,
             mapper,
             supervisor,
-            launches: Arc::new(launches),
-            attachments,
+            launches,
         };
         (host, preparer)
     }
@@ -351,7 +397,8 @@ impl Host {
         }
         let planned: Vec<_> = plan.working_set.iter().map(|one| one.extent).collect();
         let devices = records.iter().enumerate();
-        let devices = devices.map(|(index, one)| self.map_device(&order.domain, index + 1, one, 0));
+        let devices =
+            devices.map(|(index, one)| self.maps.map_device(&order.domain, index + 1, one, 0));
         Ok(Prefetched {
             profile: order.of.profile.clone(),
             domain: order.domain.as_str().to_owned(),

@@ -15,21 +15,36 @@ use forelay_cache::{DeviceImage, Domain, SharedImage};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
 use forelay_memory::observe::{self, FileIdentity};
 use forelay_memory::pressure::Probe;
+use forelay_store::Store;
+use parking_lot::Mutex;
 
 use crate::api;
-use crate::daemon::memory::domains::DomainMemory;
-use crate::daemon::vm::registry::Instance;
-use crate::daemon::{Host, HostError};
+use crate::daemon::HostError;
+use crate::daemon::launch::prepared::Premaps;
+use crate::daemon::memory::domains::{DomainMemory, Domains};
+use crate::daemon::memory::planner::PlannerHandle;
+use crate::daemon::vm::registry::{Instance, VmRegistry};
 
-impl Host {
+/// Tells what shared memory is used for.
+pub(in crate::daemon) struct MemoryAccounts {
+    pub store: Store,
+    pub domains: Arc<Domains>,
+    pub memory: Arc<PlannerHandle>,
+    pub registry: Arc<VmRegistry>,
+    pub premaps: Arc<Premaps>,
+    /// How this daemon took over from an earlier one.
+    pub takeover: Arc<Mutex<Option<api::Takeover>>>,
+}
+
+impl MemoryAccounts {
     /// What components take in memory, and who uses them.
-    pub async fn memory(self: &Arc<Self>) -> Result<api::MemoryReport, HostError> {
-        let host = Arc::clone(self);
-        let work = tokio::task::spawn_blocking(move || host.memory_now());
+    pub async fn report(self: &Arc<Self>) -> Result<api::MemoryReport, HostError> {
+        let this = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || this.report_now());
         work.await.map_err(HostError::failed)
     }
 
-    fn memory_now(&self) -> api::MemoryReport {
+    fn report_now(&self) -> api::MemoryReport {
         let status = self.memory.status();
         let sample = Probe::new().sample().unwrap_or_default();
         let accounting = self.accounting();
@@ -65,11 +80,11 @@ impl Host {
     /// The account of what the kernel says now.
     fn accounting(&self) -> Accounting {
         let mut table = MappingTable::new();
-        let live = self.instances.live();
+        let live = self.registry.live();
         for memory in self.domains.all() {
             add_resident(&mut table, &memory);
             for instance in &live {
-                if instance.vm().domain == memory.domain.as_str() {
+                if instance.domain() == memory.domain {
                     add_vm(&mut table, &memory.domain, instance);
                 }
             }
@@ -113,7 +128,7 @@ impl Host {
     }
 
     fn label(&self, image: &Digest) -> Option<String> {
-        let all = self.instances.all();
+        let all = self.registry.all();
         all.iter().find_map(|instance| {
             let devices = instance.devices();
             devices
@@ -182,8 +197,8 @@ fn add_resident(table: &mut MappingTable, memory: &DomainMemory) {
 
 /// Adds a VM with the pages that its VMM has in its page tables.
 fn add_vm(table: &mut MappingTable, domain: &Domain, instance: &Instance) {
-    let vm = instance.vm();
-    let (name, profile) = (vm.name.as_str().into(), vm.profile.as_str().into());
+    let (profile, pid) = instance.read(|vm| (vm.profile.as_str().into(), vm.pid));
+    let name = instance.name().into();
     let records = instance.devices();
     let devices: Vec<DeviceImage> = records
         .iter()
@@ -199,7 +214,7 @@ fn add_vm(table: &mut MappingTable, domain: &Domain, instance: &Instance) {
     {
         return;
     }
-    let Some(pid) = vm.pid else { return };
+    let Some(pid) = pid else { return };
     for (record, device) in records.iter().skip(1).zip(&devices) {
         // A VMM that ends meanwhile has no pages.
         let touched = FileIdentity::of(&record.path)

@@ -12,16 +12,27 @@ use forelay_image::erofs::read::{Image, ReadError};
 use forelay_image::extent::total_bytes;
 use forelay_image::pages::{PageRun, PageSet, Pages};
 use forelay_image::{Digest, Extent};
+use forelay_store::Store;
 
 use crate::api::{MapDevice, MapFile, Touch, VmMap};
-use crate::daemon::vm::registry::{DeviceRecord, Instance};
-use crate::daemon::{Host, HostError};
+use crate::daemon::HostError;
+use crate::daemon::memory::domains::Domains;
+use crate::daemon::memory::planner::PlannerHandle;
+use crate::daemon::vm::registry::{DeviceRecord, Instance, VmRegistry};
 use crate::recipe::Reader;
 
 /// Parts of a residency bar.
 const BAR_PARTS: u64 = 48;
 
-impl Host {
+/// Looks into the mapping tables of VMs.
+pub(in crate::daemon) struct VmMaps {
+    pub store: Store,
+    pub domains: Arc<Domains>,
+    pub memory: Arc<PlannerHandle>,
+    pub registry: Arc<VmRegistry>,
+}
+
+impl VmMaps {
     /// A device as clients see it.
     pub(in crate::daemon) fn map_device(
         &self,
@@ -52,13 +63,12 @@ impl Host {
     }
 
     /// The mapping table of one VM.
-    pub async fn map(self: &Arc<Self>, name: &str) -> Result<VmMap, HostError> {
-        let instance = self.instance(name)?;
-        let vm = instance.vm();
-        let domain = Domain::from(vm.domain.as_str());
+    pub async fn map(self: &Arc<Self>, instance: &Instance) -> Result<VmMap, HostError> {
+        let name = instance.name().to_owned();
+        let domain = instance.domain();
         let devices = instance.devices();
-        let touched = self.touched(name);
-        let touches = self.touches(name);
+        let touches = touches(instance);
+        let touched = touched(&touches);
         let mut readers = Vec::new();
         for (slot, record) in devices.iter().enumerate().skip(1) {
             let whole = [(record.image, record.image_bytes)];
@@ -74,17 +84,17 @@ impl Host {
                 base += bytes;
             }
         }
-        let host = Arc::clone(self);
+        let this = Arc::clone(self);
         let work = tokio::task::spawn_blocking(move || {
             let mut shown = Vec::new();
             let mut files = Vec::new();
             for (slot, record) in devices.iter().enumerate() {
                 let pages = touched.get(&record.image).cloned().unwrap_or_default();
-                shown.push(host.map_device(&domain, slot, record, pages.bytes()));
+                shown.push(this.map_device(&domain, slot, record, pages.bytes()));
             }
             for (slot, base, reader) in readers {
                 let record = &devices[slot];
-                let resident = host.resident(&domain, &record.image);
+                let resident = this.resident(&domain, &record.image);
                 let resident = resident.into_iter().collect();
                 let pages = touched.get(&record.image).cloned().unwrap_or_default();
                 let reader = Reader(reader);
@@ -93,7 +103,7 @@ impl Host {
             }
             files.sort_by(|a, b| (&a.path, a.slot).cmp(&(&b.path, b.slot)));
             Ok(VmMap {
-                vm: vm.name,
+                vm: name,
                 devices: shown,
                 files,
                 touches,
@@ -102,40 +112,15 @@ impl Host {
         work.await.map_err(HostError::failed)?
     }
 
-    fn touched(&self, name: &str) -> BTreeMap<Digest, PageSet> {
-        let mut by_image: BTreeMap<Digest, PageSet> = BTreeMap::new();
-        for touch in self.touches(name) {
-            let extent = Extent::new(touch.offset, touch.len);
-            by_image.entry(touch.image).or_default().extend([extent]);
-        }
-        by_image
-    }
-
-    /// What a VM has touched so far, in first-touch order.
-    fn touches(&self, name: &str) -> Vec<Touch> {
-        let instance = self.instances.get(name);
-        let Some(observed) = instance.and_then(|instance| instance.observed()) else {
-            return Vec::new();
-        };
-        let observed = observed.lock();
-        let touches = observed.touches.iter().map(|touch| Touch {
-            image: touch.image,
-            offset: touch.extent.offset,
-            len: touch.extent.len,
-            first_touch_ms: touch.first_touch_ms.into(),
-        });
-        touches.collect()
-    }
-
     /// Drops everything that no VM maps and nothing pins.
     pub async fn drop_memory(self: &Arc<Self>) -> Result<(), HostError> {
-        let host = Arc::clone(self);
-        let work = tokio::task::spawn_blocking(move || host.drop_idle());
+        let this = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || this.drop_idle());
         work.await.map_err(HostError::failed)?
     }
 
     fn drop_idle(&self) -> Result<(), HostError> {
-        let live = self.instances.live();
+        let live = self.registry.live();
         for memory in self.domains.all() {
             for (image, ..) in memory.shared.files() {
                 if live.iter().any(|one| has_image(one, &image)) {
@@ -156,6 +141,31 @@ impl Host {
         }
         Ok(())
     }
+}
+
+/// Pages of each image that were touched.
+fn touched(touches: &[Touch]) -> BTreeMap<Digest, PageSet> {
+    let mut by_image: BTreeMap<Digest, PageSet> = BTreeMap::new();
+    for touch in touches {
+        let extent = Extent::new(touch.offset, touch.len);
+        by_image.entry(touch.image).or_default().extend([extent]);
+    }
+    by_image
+}
+
+/// What a VM has touched so far, in first-touch order.
+fn touches(instance: &Instance) -> Vec<Touch> {
+    let Some(observed) = instance.observed() else {
+        return Vec::new();
+    };
+    let observed = observed.lock();
+    let touches = observed.touches.iter().map(|touch| Touch {
+        image: touch.image,
+        offset: touch.extent.offset,
+        len: touch.extent.len,
+        first_touch_ms: touch.first_touch_ms.into(),
+    });
+    touches.collect()
 }
 
 fn has_image(instance: &Instance, image: &Digest) -> bool {

@@ -145,16 +145,16 @@ async fn detach(
 }
 
 async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::VmMap> {
-    Ok(Json(host.map(&name).await?))
+    Ok(Json(host.maps.map(&*host.instance(&name)?).await?))
 }
 
 async fn memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
-    Ok(Json(host.memory().await?))
+    Ok(Json(host.accounts.report().await?))
 }
 
 async fn drop_memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
-    host.drop_memory().await?;
-    Ok(Json(host.memory().await?))
+    host.maps.drop_memory().await?;
+    Ok(Json(host.accounts.report().await?))
 }
 
 async fn prefetch(

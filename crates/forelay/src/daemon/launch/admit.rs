@@ -12,7 +12,7 @@ use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::launch::resolve::{Order, vm_component};
 use crate::daemon::vm::directory::VmDir;
-use crate::daemon::vm::registry::{Claim, Record, VmRegistry, WantedName};
+use crate::daemon::vm::registry::{Claim, RECORD_FORMAT, Record, VmRegistry, WantedName};
 
 /// Admits launches.
 pub(in crate::daemon) struct Admission {
@@ -38,6 +38,7 @@ impl Admission {
         let claim = self.registry.claim(wanted, |name| {
             let dir = VmDir::of(&self.vms_dir, name).map_err(HostError::invalid)?;
             Ok(Record {
+                format: RECORD_FORMAT,
                 vm: launching(order, name, &dir, launched_ms),
                 launch_id: 0,
                 manifest: request.manifest.clone(),

@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forelay_image::Digest;
 use forelay_image::erofs::merge::{Composed, MapLayout};
 use forelay_image::extent::PMEM_ALIGN_BYTES;
 use forelay_image::lock::{Lock, LockedComponent};
+use forelay_image::{Digest, ImageUuid};
 use forelay_store::Store;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
@@ -36,8 +36,8 @@ pub(in crate::daemon) struct Composer {
 pub(in crate::daemon) struct MapImage {
     /// The device that it becomes.
     pub record: DeviceRecord,
-    /// UUID of its superblock, in hex.
-    pub uuid: String,
+    /// UUID of its superblock.
+    pub uuid: ImageUuid,
 }
 
 impl Composer {
@@ -130,6 +130,6 @@ fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostErr
     };
     Ok(MapImage {
         record,
-        uuid: composed.digest.hex()[..32].to_owned(),
+        uuid: composed.digest.image_uuid(),
     })
 }

@@ -227,7 +227,7 @@ impl LaunchService {
             &launch.order,
             &vm,
             &devices,
-            &boots.map.uuid,
+            boots.map.uuid,
             boots.kernel,
             &forwards,
         );

@@ -264,7 +264,7 @@ pub(in crate::daemon) mod tests {
             },
             map: MapImage {
                 record,
-                uuid: String::new(),
+                uuid: Digest::of(b"map").image_uuid(),
             },
         }
     }

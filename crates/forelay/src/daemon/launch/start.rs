@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use forelay_image::ImageUuid;
 use forelay_image::manifest::{Manifest, Scratch};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::qemu::QemuDriver;
@@ -140,13 +141,13 @@ pub(in crate::daemon) fn spec(
     order: &Order,
     vm: &Vm,
     devices: &[DeviceRecord],
-    uuid: &str,
+    uuid: ImageUuid,
     kernel: KernelFiles,
     forwards: &[Forward],
 ) -> VmSpec {
     let settings = &order.manifest.vm;
     let boot = Boot::Map {
-        uuid: uuid.to_owned(),
+        uuid: uuid.to_string(),
     };
     let mut spec = VmSpec::new(vm.name.clone(), kernel.kernel, kernel.initrd, boot);
     spec.memory_mib = u32::try_from(settings.memory_mib).unwrap_or(u32::MAX);
@@ -180,5 +181,24 @@ pub(in crate::daemon) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
         id,
         path: record.path.clone(),
         bytes: record.device_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwards_keep_the_port_that_they_name_and_get_a_free_one_else() {
+        let taken = std::net::TcpListener::bind(("127.0.0.1", FIRST_AUTO_PORT));
+        let text = "base = \"debian\"\n[vm]\nforward = [\"8080:80\", \":81\", \":82/udp\"]\n";
+        let manifest = Manifest::parse(text).unwrap();
+        let forwards = Ports::default().forwards(&manifest).unwrap();
+        let [named, first, second] = forwards[..] else {
+            panic!("{forwards:?}");
+        };
+        assert_eq!((named.host, named.guest), (8080, 80));
+        assert!(first.host > FIRST_AUTO_PORT || taken.is_err(), "{first:?}");
+        assert!(second.udp && second.host > first.host, "{second:?}");
     }
 }

@@ -260,12 +260,14 @@ async fn open(config: Config) -> Result<(Arc<Host>, Replayed)> {
         config,
         store,
         domains,
-        memory,
-        learner,
-        last_launches,
+        memory: Arc::new(memory),
+        learner: Arc::new(learner),
+        last_launches: Arc::new(last_launches),
         demand,
-        driver,
-        premaps,
+        driver: Arc::new(driver),
+        premaps: Arc::new(premaps),
+        instances: Arc::default(),
+        lessons: Arc::default(),
     });
     let host = Arc::new(host);
     tokio::spawn(preparer.premap_likely(reserved));

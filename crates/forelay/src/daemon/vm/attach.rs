@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use forelay_cache::{DeviceImage, Domain, PlannerEvent};
+use forelay_cache::{DeviceImage, PlannerEvent};
 use forelay_guest_protocol::messages::Attach;
 use forelay_image::Digest;
 use forelay_image::component::NameRange;
@@ -29,7 +29,7 @@ use crate::daemon::launch::start::pmem_device;
 use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::vm::registry::{DeviceRecord, Instance};
 use crate::daemon::vm::supervise::Supervisor;
-use crate::history::{ComponentRef, ProfileRef};
+use crate::history::ComponentRef;
 
 /// Attaches components to running VMs, and detaches them.
 pub(in crate::daemon) struct AttachService {
@@ -48,7 +48,7 @@ impl AttachService {
         let name = instance.name();
         let handle = running(instance)?;
         let range = parse_wanted(wanted)?;
-        if has(&instance.vm(), &range.name) {
+        if instance.read(|vm| has(vm, &range.name)) {
             return Err(HostError::Busy(format!(
                 "{} is in VM {name} already",
                 range.name
@@ -95,8 +95,7 @@ impl AttachService {
 
     /// Records what was attached in the history.
     async fn record(&self, instance: &Instance, done: &[&LockedComponent]) {
-        let vm = instance.vm();
-        let of = ProfileRef::new(vm.profile, vm.owner);
+        let of = instance.profile();
         for component in done {
             let component = ComponentRef {
                 name: component.name.clone(),
@@ -115,7 +114,7 @@ impl AttachService {
         plan_s: f64,
     ) -> Result<(), HostError> {
         let started = Instant::now();
-        let domain = Domain::from(instance.vm().domain.as_str());
+        let domain = instance.domain();
         let record = self
             .mapper
             .map_component(&domain, component.id, PlannedDevice::from(component))
@@ -216,12 +215,11 @@ impl AttachService {
         component: &LockedComponent,
         record: DeviceRecord,
     ) {
-        let vm = instance.vm();
         let device = DeviceImage {
             image: component.image,
             image_bytes: component.image_bytes,
         };
-        let name = vm.name.as_str().into();
+        let name = instance.name().into();
         self.memory.tell(PlannerEvent::Attached(name, device));
         if let Some(observed) = instance.observed() {
             self.supervisor
@@ -230,7 +228,7 @@ impl AttachService {
             let watching =
                 tokio::task::spawn_blocking(move || observed.lock().observer.watch(image, &path));
             if !matches!(watching.await, Ok(Ok(()))) {
-                tracing::warn!(vm = vm.name, "cannot observe the attached device");
+                tracing::warn!(vm = instance.name(), "cannot observe the attached device");
             }
         }
         instance.update_record(|old| old.devices.push(record));
@@ -259,7 +257,7 @@ impl AttachService {
         let devices = instance.devices();
         let record = devices.iter().find(|device| device.image == image);
         let record = record.ok_or_else(|| HostError::Failed("its device is unknown".to_owned()))?;
-        let uuid = image.hex()[..32].to_owned();
+        let uuid = image.image_uuid().to_string();
         self.supervisor.scan_now(instance).await;
         let detached = handle.detach(&pmem_device(record).id, &uuid).await;
         // Without its state file it is detached all the same.
@@ -303,13 +301,13 @@ impl AttachService {
 }
 
 fn uuid(component: &LockedComponent) -> String {
-    component.image.hex()[..32].to_owned()
+    component.image.image_uuid().to_string()
 }
 
 /// The VMM of a VM that runs.
 pub(in crate::daemon) fn running(instance: &Instance) -> Result<VmHandle, HostError> {
     instance.handle().ok_or_else(|| {
-        let (name, state) = (instance.name(), instance.vm().state);
+        let (name, state) = (instance.name(), instance.read(|vm| vm.state));
         HostError::Busy(format!("VM {name} has no VMM to talk to: it is {state:?}"))
     })
 }

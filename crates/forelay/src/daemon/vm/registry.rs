@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use forelay_cache::Domain;
 use forelay_image::{Digest, NameError};
 use forelay_vm::VmHandle;
 use parking_lot::Mutex;
@@ -23,13 +24,20 @@ use crate::api::{Vm, VmState};
 use crate::daemon::HostError;
 use crate::daemon::vm::directory::{RECORD, VmDir};
 use crate::daemon::vm::supervise::Observed;
+use crate::history::ProfileRef;
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
 const KEEP_ENDED: usize = 100;
 
+/// Format of records that this code writes, and the newest that it reads.
+pub const RECORD_FORMAT: u32 = 1;
+
 /// What a later daemon needs to know of an instance.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
+    /// Format of the record; 0 for those of before there was a number.
+    #[serde(default)]
+    pub format: u32,
     /// What clients see.
     pub vm: Vm,
     /// Row of the launch in the history.
@@ -113,13 +121,13 @@ impl Instance {
 
     /// Where it keeps its files.
     pub fn dir(&self) -> Result<VmDir, NameError> {
-        let path = self.state.borrow().runtime_dir.clone();
+        let path = self.read(|vm| vm.runtime_dir.clone());
         VmDir::of(path.parent().unwrap_or(&path), &self.name)
     }
 
     /// True while a VMM may exist.
     pub fn is_live(&self) -> bool {
-        self.state.borrow().state.is_live()
+        self.read(|vm| vm.state.is_live())
     }
 
     /// Tells its launch to end, if it is not handed over yet.
@@ -199,6 +207,21 @@ impl Instance {
     /// What clients see.
     pub fn vm(&self) -> Vm {
         self.state.borrow().clone()
+    }
+
+    /// Looks at what clients see, without a copy. `look` must not change the instance.
+    pub fn read<T>(&self, look: impl FnOnce(&Vm) -> T) -> T {
+        look(&self.state.borrow())
+    }
+
+    /// Its profile and owner.
+    pub fn profile(&self) -> ProfileRef {
+        self.read(|vm| ProfileRef::new(vm.profile.as_str(), vm.owner.as_str()))
+    }
+
+    /// Its trust domain.
+    pub fn domain(&self) -> Domain {
+        self.read(|vm| vm.domain.as_str().into())
     }
 
     /// Follows what clients see.
@@ -393,7 +416,7 @@ impl Table {
     fn insert(&mut self, instance: Arc<Instance>) -> Result<(), HostError> {
         let name = instance.name();
         if let Some(other) = self.live(name) {
-            let state = other.state.borrow().state;
+            let state = other.read(|vm| vm.state);
             return Err(HostError::Busy(format!(
                 "a VM called {name} is {state:?} already: stop it with `forelay stop {name}`, or \
                  give this one another name with --name"
@@ -410,7 +433,7 @@ impl Table {
             .values()
             .filter(|instance| !instance.is_live());
         let mut ended: Vec<_> = ended
-            .map(|instance| (instance.state.borrow().launched_ms, Arc::clone(instance)))
+            .map(|instance| (instance.read(|vm| vm.launched_ms), Arc::clone(instance)))
             .collect();
         ended.sort_by(|(a, one), (b, other)| (a, &one.name).cmp(&(b, &other.name)));
         let excess = ended.len().saturating_sub(KEEP_ENDED);
@@ -438,6 +461,10 @@ pub fn load_records(vms_dir: &Path) -> Vec<Record> {
             continue;
         };
         match serde_json::from_slice::<Record>(&text) {
+            Ok(record) if record.format > RECORD_FORMAT => {
+                let (path, format) = (path.display(), record.format);
+                tracing::error!(%path, format, "a record of a newer forelay: its VM is left alone");
+            }
             Ok(record)
                 if VmDir::of(vms_dir, &record.vm.name).is_ok_and(|dir| {
                     dir.path() == record.vm.runtime_dir && dir.path() == entry.path()
@@ -479,6 +506,7 @@ mod tests {
         };
         std::fs::create_dir_all(&vm.runtime_dir).unwrap();
         Arc::new(Instance::new(Record {
+            format: RECORD_FORMAT,
             vm,
             launch_id: 7,
             manifest: String::new(),
@@ -571,6 +599,10 @@ mod tests {
         std::fs::create_dir(dir.path().join("other")).unwrap();
         let record = dir.path().join("web").join(RECORD);
         std::fs::copy(record, dir.path().join("other").join(RECORD)).unwrap();
+        // One that a newer version wrote is not for this one to judge.
+        let newer = instance("newer", dir.path());
+        newer.update_record(|record| record.format = RECORD_FORMAT + 1);
+        newer.save().unwrap();
         let records = load_records(dir.path());
         assert_eq!(records.len(), 1);
         assert_eq!(records[0].launch_id, 7);

@@ -16,7 +16,7 @@ use forelay_store::Store;
 use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
-use crate::api::VmState;
+use crate::api::{Vm, VmState};
 use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
 use crate::daemon::forecast::lessons::{Lessons, Notebook};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
@@ -204,13 +204,20 @@ impl Supervisor {
     }
 
     fn note_progress(&self, instance: &Instance, progress: &Progress, launch: &mut Launch) {
-        let started = instance.vm().launch.vmm_started_s;
+        let told = |vm: &Vm| {
+            (
+                vm.state,
+                vm.launch.mounted_s,
+                vm.launch.ready_s,
+                vm.exit_status,
+            )
+        };
+        let before = instance.read(told);
         let state = match progress.phase {
             // Just launched, or taken over and not heard of yet: what is known stands.
-            Phase::Starting => instance.vm().state,
+            Phase::Starting | Phase::Stopping | Phase::Ended => before.0,
             Phase::Mounted => VmState::Mounted,
             Phase::Ready => VmState::Ready,
-            Phase::Stopping | Phase::Ended => instance.vm().state,
         };
         if progress.ready.is_some() && launch.ready_at.is_none() {
             launch.ready_at = Some(Instant::now());
@@ -218,6 +225,7 @@ impl Supervisor {
                 self.note_waits(instance, launch);
             }
         }
+        let started = instance.read(|vm| vm.launch.vmm_started_s);
         let seconds = |moment: forelay_vm::Moment| started + moment.since_launch.as_secs_f64();
         instance.update(|vm| {
             vm.state = state;
@@ -229,9 +237,9 @@ impl Supervisor {
             }
             vm.exit_status = progress.entrypoint.map(crate::daemon::exit_code);
         });
-        let changed = instance.vm().state == state && state != VmState::Booting;
-        if changed && let Err(error) = instance.save() {
-            tracing::warn!(%error, "cannot save an instance's record");
+        let changed = instance.read(told) != before;
+        if changed {
+            save(instance);
         }
     }
 
@@ -265,10 +273,9 @@ impl Supervisor {
 
     /// Scans once and tells the planner what is new.
     async fn scan(&self, instance: &Instance, observed: &Arc<Mutex<Observed>>) {
-        let vm = instance.vm();
         let since_launch_ms = since_launch_ms(instance);
         let observed = Arc::clone(observed);
-        let domain = self.domains.get(&vm.domain.as_str().into());
+        let domain = self.domains.get(&instance.domain());
         let scanned = tokio::task::spawn_blocking(move || {
             let mut observed = observed.lock();
             let found = observed.observer.scan();
@@ -289,7 +296,7 @@ impl Supervisor {
         });
         for NewTouches { image, extents } in scanned.await.unwrap_or_default() {
             self.memory.tell(PlannerEvent::Touched(TouchReport {
-                vm: vm.name.as_str().into(),
+                vm: instance.name().into(),
                 image,
                 extents,
             }));
@@ -307,7 +314,7 @@ impl Supervisor {
             return;
         }
         self.note_waits(instance, launch);
-        let vm = instance.vm();
+        let figures = instance.read(|vm| vm.launch.clone());
         let millis = |seconds: f64| (seconds * 1e3) as u64;
         let images = launched_images(instance);
         let outcome = LaunchOutcome {
@@ -317,9 +324,11 @@ impl Supervisor {
             images,
             waits: launch.waits.figures(),
             planned: std::mem::take(&mut launch.planned),
-            mounted_ms: vm.launch.mounted_s.map(millis),
-            ready_ms: vm.launch.ready_s.map(millis),
+            mounted_ms: figures.mounted_s.map(millis),
+            ready_ms: figures.ready_s.map(millis),
         };
+        // With the launch's figures, which stay as they are from now on.
+        save(instance);
         self.learner.observed(outcome).await;
     }
 
@@ -347,8 +356,7 @@ impl Supervisor {
             let Some(lesson) = observed.lock().notes.take_attached(&image) else {
                 return;
             };
-            let vm = instance.vm();
-            let of = ProfileRef::new(vm.profile, vm.owner);
+            let of = instance.profile();
             let learning = this
                 .learner
                 .attached_touched(&of, instance.launch_id(), image, lesson);
@@ -358,27 +366,27 @@ impl Supervisor {
 
     /// Records that a VM is gone.
     pub async fn note_stopped(&self, instance: &Instance) {
-        let vm = instance.vm();
-        let ran_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
-        let of = ProfileRef::new(vm.profile, vm.owner);
+        let launched_ms = instance.read(|vm| vm.launched_ms);
+        let ran_ms = u64::try_from(now_ms() - launched_ms).unwrap_or(0);
+        let of = instance.profile();
         let stopped = self.learner.stopped(&of, instance.launch_id(), ran_ms);
         stopped.await;
     }
 
     /// Cleans up after a VM and says how it ended.
     async fn ended(&self, instance: &Instance, handle: &VmHandle, ended: &Ended) {
-        let vm = instance.vm();
-        let name = vm.name.as_str();
         let waits = self.domains.attribution().figures(handle.pid());
         self.domains.attribution().remove(handle.pid());
         instance.update(|vm| vm.waits = waits.unwrap_or_default().into());
-        self.memory.tell(PlannerEvent::VmStopped(name.into()));
+        self.memory
+            .tell(PlannerEvent::VmStopped(instance.name().into()));
         self.note_stopped(instance).await;
         if let Ok(dir) = instance.dir() {
             dir.clear();
         }
         let asked = ended.cause == Cause::HostQuit;
-        let good = asked || (ended.cause == Cause::GuestPoweroff && vm.launch.mounted_s.is_some());
+        let mounted = instance.read(|vm| vm.launch.mounted_s.is_some());
+        let good = asked || (ended.cause == Cause::GuestPoweroff && mounted);
         let failure = handle.progress().failure;
         instance.end(|vm| {
             if good && failure.is_none() {
@@ -393,18 +401,24 @@ impl Supervisor {
     }
 }
 
+/// Writes a running VM's record again; the one before serves a later daemon as well.
+fn save(instance: &Instance) {
+    if let Err(error) = instance.save() {
+        tracing::warn!(vm = instance.name(), %error, "cannot save an instance's record");
+    }
+}
+
 fn since_launch_ms(instance: &Instance) -> u32 {
-    u32::try_from(now_ms() - instance.vm().launched_ms).unwrap_or(u32::MAX)
+    u32::try_from(now_ms() - instance.read(|vm| vm.launched_ms)).unwrap_or(u32::MAX)
 }
 
 /// Images that the VM was launched with; what was attached is learned by itself.
 fn launched_images(instance: &Instance) -> Vec<Digest> {
-    let vm = instance.vm();
-    let attached = |image: &Digest| {
-        let mut components = vm.components.iter();
-        components.any(|one| one.attached && one.image == *image)
-    };
+    let attached: Vec<Digest> = instance.read(|vm| {
+        let attached = vm.components.iter().filter(|one| one.attached);
+        attached.map(|one| one.image).collect()
+    });
     let devices = instance.devices();
     let images = devices.iter().skip(1).map(|device| device.image);
-    images.filter(|image| !attached(image)).collect()
+    images.filter(|image| !attached.contains(image)).collect()
 }
