@@ -61,7 +61,7 @@ fn median(mut samples: Vec<u64>) -> u64 {
 
 fn touch(mapping: &FileMapping, offset: u64) -> u64 {
     let start = Instant::now();
-    std::hint::black_box(mapping.bytes()[offset as usize]);
+    std::hint::black_box(mapping.byte_at(offset));
     start.elapsed().as_nanos() as u64
 }
 
@@ -152,18 +152,17 @@ fn pushed_pages(dir: &Path) -> Outcome {
 /// Dependent loads at random places: what a TLB miss costs.
 fn random_loads(what: &str, mapping: &FileMapping) {
     const LOADS: u64 = 400_000;
-    let bytes = mapping.bytes();
     for offset in (0..IMAGE_BYTES).step_by(PAGE as usize) {
-        std::hint::black_box(bytes[offset as usize]);
+        std::hint::black_box(mapping.byte_at(offset));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let offsets: Vec<usize> = (0..LOADS)
-        .map(|_| rng.random_range(0..IMAGE_BYTES as usize - 256))
+    let offsets: Vec<u64> = (0..LOADS)
+        .map(|_| rng.random_range(0..IMAGE_BYTES - 256))
         .collect();
     let start = Instant::now();
-    let mut last = 0usize;
+    let mut last = 0u64;
     for offset in offsets {
-        last = usize::from(bytes[offset + (last & 1)]);
+        last = u64::from(mapping.byte_at(offset + (last & 1)));
     }
     std::hint::black_box(last);
     let ns = start.elapsed().as_nanos() as f64 / LOADS as f64;

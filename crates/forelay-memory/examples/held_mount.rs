@@ -3,11 +3,16 @@
 //! the takeover tests run it.
 //!
 //! ```text
-//! held_mount holder MOUNTPOINT IMAGES MIB    start everything; SIGTERM ends it
+//! held_mount holder MOUNTPOINT IMAGES MIB    start everything; SIGTERM ends it, SIGHUP restarts
 //! held_mount solo MOUNTPOINT IMAGES MIB      no holder: does as standard input says, for image 0:
 //!                                            `push|pin OFFSET LEN`, `resident`
-//! held_mount map MOUNTPOINT IMAGES MIB S SEED    touch pages for S seconds, check bytes
+//! held_mount map MOUNTPOINT IMAGES MIB SEED  touch pages and check bytes until standard input
+//!                                            ends; a line `checked N` now and then
 //! ```
+//! Files beside MOUNTPOINT make things go wrong: while `MOUNTPOINT.hang` is there, a daemon
+//! asks its mount before it serves it; with `MOUNTPOINT.refuse` no restart is allowed, and
+//! `MOUNTPOINT.checked` shows that one was asked for.
+//! `HELD_MOUNT_LIMIT_MS` is how long the holder waits for anything.
 
 #[allow(dead_code)]
 #[path = "../tests/it/support.rs"]
@@ -15,11 +20,11 @@ mod support;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
 
 use forelay_image::extent::Extent;
-use forelay_memory::holder::{self, Farewell, HolderConfig};
+use forelay_memory::holder::{self, HolderConfig, HolderLimits, Shutdown};
 use forelay_memory::{Config, Fault, FaultHandler, Session, SharedMemory, pinner};
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -35,12 +40,15 @@ fn main() -> Outcome {
         "holder" => hold(&args),
         "pinner" => Ok(pinner::run(holder::pinner_socket()?.ok_or("no holder")?)?),
         "daemon" => serve(arg(2)?.into(), &images(number(3)?, number(4)?)),
-        "map" => map(
-            arg(2)?.into(),
-            &images(number(3)?, number(4)?),
-            number(5)?,
-            number(6)?,
-        ),
+        "map" => map(arg(2)?.into(), &images(number(3)?, number(4)?), number(5)?),
+        "check" => {
+            let refused = beside(&arg(2)?, "refuse").exists();
+            std::fs::write(beside(&arg(2)?, "checked"), "")?;
+            if refused {
+                return Err("refused, as the test wants".into());
+            }
+            Ok(())
+        }
         "solo" => obey(arg(2)?.into(), &images(number(3)?, number(4)?)),
         other => Err(format!("no role {other}").into()),
     }
@@ -52,18 +60,33 @@ fn images(count: u64, mib: u64) -> Vec<TestImage> {
         .collect()
 }
 
+fn beside(mountpoint: &str, what: &str) -> PathBuf {
+    PathBuf::from(format!("{mountpoint}.{what}"))
+}
+
 fn hold(args: &[String]) -> Outcome {
-    let me = std::env::current_exe()?;
     let role = |role: &str| {
         let rest = args[2..].iter().map(Into::into);
-        [me.clone().into(), role.into()]
-            .into_iter()
-            .chain(rest)
-            .collect()
+        std::iter::once(role.into()).chain(rest).collect()
     };
+    let mut limits = HolderLimits::default();
+    if let Ok(limit_ms) = std::env::var("HELD_MOUNT_LIMIT_MS") {
+        let limit = Duration::from_millis(limit_ms.parse()?);
+        limits = HolderLimits {
+            ready: limit,
+            silence: limit,
+            restart: limit,
+            stop: limit * 3,
+        };
+    }
     let code = holder::run(HolderConfig {
-        daemon: role("daemon"),
+        program: std::env::current_exe()?,
+        worker: role("daemon"),
         pinner: role("pinner"),
+        check: Some(role("check")),
+        handed_over: Vec::new(),
+        last_resort: Box::new(|| println!("last resort")),
+        limits,
     })?;
     std::process::exit(code)
 }
@@ -84,6 +107,11 @@ fn serve(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
         Some(held) => held,
         None => client.create_domain("test", &mountpoint)?,
     };
+    if beside(&mountpoint.display().to_string(), "hang").exists() {
+        // Nobody answers: the one who could is waiting here.
+        println!("hanging {}", std::process::id());
+        std::fs::read_dir(&mountpoint)?;
+    }
     let (sender, faults) = std::sync::mpsc::channel::<Fault>();
     let answers = Images::new(images);
     std::thread::spawn(move || {
@@ -99,12 +127,22 @@ fn serve(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
     for image in images {
         memory.add_file(image.key(), image.spec())?;
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    terminate_on_signal(Arc::clone(&stop))?;
+    let stop = Arc::new(AtomicI32::new(0));
+    note_signals(Arc::clone(&stop))?;
     client.ready()?;
+    let client = Arc::new(client);
+    let beating = Arc::clone(&client);
+    std::thread::spawn(move || {
+        while beating.alive().is_ok() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    });
     println!("serving {}", std::process::id());
-    churn(&memory, images, &stop)?;
-    client.farewell(Farewell::Stop)?;
+    let signal = churn(&memory, images, &stop)?;
+    client.shutdown(match signal {
+        signal_hook::consts::SIGHUP => Shutdown::Restart,
+        _ => Shutdown::Stop,
+    })?;
     Ok(())
 }
 
@@ -145,10 +183,19 @@ fn obey(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
     Ok(())
 }
 
-/// Pushes, pins and evicts at random, as a cache under pressure would.
-fn churn(memory: &SharedMemory, images: &[TestImage], stop: &AtomicBool) -> Outcome {
+/// Pushes, pins and evicts at random, as a cache under pressure would, until a signal
+/// comes; returns it.
+fn churn(
+    memory: &SharedMemory,
+    images: &[TestImage],
+    stop: &AtomicI32,
+) -> Result<i32, Box<dyn std::error::Error>> {
     let mut rng = ChaCha8Rng::seed_from_u64(u64::from(std::process::id()));
-    while !stop.load(Ordering::Relaxed) {
+    loop {
+        match stop.load(Ordering::Relaxed) {
+            0 => {}
+            signal => return Ok(signal),
+        }
         let image = images[rng.random_range(0..images.len())];
         let pages = image.bytes / PAGE;
         let start = rng.random_range(0..pages) * PAGE;
@@ -167,15 +214,15 @@ fn churn(memory: &SharedMemory, images: &[TestImage], stop: &AtomicBool) -> Outc
         }
         std::thread::sleep(Duration::from_micros(300));
     }
-    Ok(())
 }
 
-/// SIGTERM becomes a flag by way of a thread that waits for it.
-fn terminate_on_signal(stop: Arc<AtomicBool>) -> Outcome {
-    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM])?;
+/// SIGTERM and SIGHUP become a flag by way of a thread that waits for them.
+fn note_signals(stop: Arc<AtomicI32>) -> Outcome {
+    use signal_hook::consts::{SIGHUP, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGHUP])?;
     std::thread::spawn(move || {
-        if signals.forever().next().is_some() {
-            stop.store(true, Ordering::Relaxed);
+        if let Some(signal) = signals.forever().next() {
+            stop.store(signal, Ordering::Relaxed);
         }
     });
     Ok(())
@@ -183,9 +230,8 @@ fn terminate_on_signal(stop: Arc<AtomicBool>) -> Outcome {
 
 /// Touches random pages of mappings and compares; wrong bytes end it with an error, and
 /// an unanswerable fault with SIGBUS.
-fn map(mountpoint: PathBuf, images: &[TestImage], seconds: u64, seed: u64) -> Outcome {
+fn map(mountpoint: PathBuf, images: &[TestImage], seed: u64) -> Outcome {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let until = Instant::now() + Duration::from_secs(seconds);
     let mut mappings = Vec::new();
     for image in images {
         let name = format!("{}.img", image.key().hex());
@@ -193,18 +239,24 @@ fn map(mountpoint: PathBuf, images: &[TestImage], seconds: u64, seed: u64) -> Ou
         let mapping = forelay_memory::mapping::FileMapping::new(file, image.spec().device_bytes)?;
         mappings.push((*image, mapping));
     }
-    let (mut pages, mut longest) = (0u64, Duration::ZERO);
-    while Instant::now() < until {
+    let input_ended = Arc::new(AtomicI32::new(0));
+    let ended = Arc::clone(&input_ended);
+    std::thread::spawn(move || {
+        // Nothing is said to it: its end is what is waited for.
+        std::io::stdin().lines().for_each(drop);
+        ended.store(1, Ordering::Relaxed);
+    });
+    let mut pages = 0u64;
+    while input_ended.load(Ordering::Relaxed) == 0 {
         let (image, mapping) = &mappings[rng.random_range(0..mappings.len())];
         let offset = rng.random_range(0..mapping.len() / PAGE) * PAGE;
-        let before = Instant::now();
-        let right = image.page_is_right(mapping, offset);
-        longest = longest.max(before.elapsed());
-        if !right {
+        if !image.page_is_right(mapping, offset) {
             return Err(format!("wrong bytes in image {} at {offset}", image.seed).into());
         }
         pages += 1;
+        if pages.is_multiple_of(100) {
+            println!("checked {pages}");
+        }
     }
-    println!("pages {pages} longest_ms {}", longest.as_millis());
     Ok(())
 }

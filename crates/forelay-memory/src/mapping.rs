@@ -1,7 +1,7 @@
 //! A read-only mapping of a whole file, for asking about it rather than reading it.
 //!
-//! Invariant: nobody dereferences the mapping except through [`FileMapping::bytes`],
-//! which only tests, replays and the pinner's process may use on files of our own mount:
+//! Invariant: nobody reads the mapping except through [`FileMapping::byte_at`] and
+//! [`FileMapping::read_at`], which only tests and replays may use on files of our own mount:
 //! a daemon that faults on what it serves waits for itself.
 
 use std::fs::File;
@@ -72,11 +72,27 @@ impl FileMapping {
         self.len == 0
     }
 
-    /// The content; reading it faults.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the mapping is `len` readable bytes that live as long as `self`. Files
-        // of the mount are immutable (pages come and go, their bytes never change).
-        unsafe { std::slice::from_raw_parts(self.address.as_ptr().cast(), self.len) }
+    /// One byte of the content; reading it faults. Panics behind the end. There is no slice
+    /// of it all: the kernel may replace pages under it, and the file's owner its bytes.
+    pub fn byte_at(&self, offset: u64) -> u8 {
+        assert!(
+            offset < self.len(),
+            "{offset} lies behind the mapping's end"
+        );
+        // SAFETY: the byte lies inside the mapping, which lives as long as `self`; a volatile
+        // read assumes nothing of what others do to the file. One that shrank meanwhile ends
+        // this process by a signal, and no wrong byte is read.
+        unsafe {
+            let address = self.address.as_ptr().byte_add(offset as usize);
+            address.cast::<u8>().read_volatile()
+        }
+    }
+
+    /// Fills `buf` with content from `offset` on, as [`FileMapping::byte_at`] reads it.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) {
+        for (byte, at) in buf.iter_mut().zip(offset..) {
+            *byte = self.byte_at(at);
+        }
     }
 
     /// Locks the pages of `extent` in memory, faulting in those that are absent.
@@ -214,7 +230,7 @@ mod tests {
         file.set_len(16 * PAGE_BYTES).unwrap();
         let mapping = FileMapping::new(file, 16 * PAGE_BYTES).unwrap();
         let whole = Extent::new(0, mapping.len());
-        assert_eq!(mapping.bytes()[5], 7);
+        assert_eq!(mapping.byte_at(5), 7);
         let resident = mapping.resident(whole).unwrap();
         assert_eq!(resident[0].offset, 0);
         assert!(resident[0].len >= 3 * PAGE_BYTES);

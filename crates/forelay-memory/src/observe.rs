@@ -332,7 +332,7 @@ Pss:                 100 kB
         let mapping = crate::mapping::FileMapping::new(opened, 64 * PAGE_BYTES).unwrap();
         let pid = std::process::id();
         assert_eq!(touched(pid, identity).unwrap(), []);
-        assert_eq!(mapping.bytes()[40 * PAGE_BYTES as usize], 1);
+        assert_eq!(mapping.byte_at(40 * PAGE_BYTES), 1);
         let seen = touched(pid, identity).unwrap();
         let page = Extent::new(40 * PAGE_BYTES, PAGE_BYTES);
         assert!(

@@ -21,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::files::FileKey;
 use crate::mapping::FileMapping;
-use crate::packet::{self, Malformed, Packet};
+use crate::packet::{self, Malformed, Packet, Word};
 
 /// Extents in one packet: what fits at two 20-digit numbers each.
 const EXTENTS_PER_PACKET: usize = 1000;
@@ -72,7 +72,7 @@ pub fn run(root: OwnedFd) -> io::Result<()> {
 
 fn serve(connection: &OwnedFd, table: &Arc<Table>) -> io::Result<()> {
     while let Some(mut request) = Packet::receive(connection)? {
-        if request.text(0).is_ok_and(|word| word == "connect") {
+        if request.word() == Word::Connect {
             let fd = request.take_fd()?;
             let table = Arc::clone(table);
             std::thread::Builder::new()
@@ -86,10 +86,10 @@ fn serve(connection: &OwnedFd, table: &Arc<Table>) -> io::Result<()> {
         }
         let answer = handle(connection, &mut request, table);
         let reply = match answer {
-            Ok(bytes) => Packet::new("ok").word(bytes),
-            Err((bytes, error)) => Packet::new("error")
-                .word(bytes)
-                .word(error.raw_os_error().unwrap_or(libc::EIO)),
+            Ok(bytes) => Packet::new(Word::Ok).field(bytes),
+            Err((bytes, error)) => Packet::new(Word::Error)
+                .field(bytes)
+                .field(error.raw_os_error().unwrap_or(libc::EIO)),
         };
         reply.send(connection, &[])?;
     }
@@ -103,29 +103,28 @@ fn handle(
     table: &Table,
 ) -> Result<u64, (u64, io::Error)> {
     let early = |error: Malformed| (0, error.into());
-    let word = request.text(0).map_err(early)?.to_owned();
-    if word == "table" {
+    if request.word() == Word::Table {
         return send_table(connection, table).map_err(|error| (0, error));
     }
-    let domain = request.text(1).map_err(early)?.to_owned();
-    let key: FileKey = request.parse(2).map_err(early)?;
+    let domain = request.text(0).map_err(early)?.to_owned();
+    let key: FileKey = request.parse(1).map_err(early)?;
     let id = (domain, key);
-    match word.as_str() {
-        "add" => {
-            let device_bytes = request.parse(3).map_err(early)?;
+    match request.word() {
+        Word::Add => {
+            let device_bytes = request.parse(2).map_err(early)?;
             let file = File::from(request.take_fd().map_err(early)?);
             add(&mut table.lock(), id, file, device_bytes).map_err(|error| (0, error))?;
             Ok(0)
         }
-        "forget" => {
+        Word::Forget => {
             table.lock().remove(&id);
             Ok(0)
         }
-        "pin" | "unpin" => {
+        word @ (Word::Pin | Word::Unpin) => {
             let file = table.lock().get(&id).cloned();
             let file = file.ok_or((0, io::ErrorKind::NotFound.into()))?;
-            let extents = parse_extents(request, 3).map_err(early)?;
-            file.change(&extents, word == "pin")
+            let extents = parse_extents(request, 2).map_err(early)?;
+            file.change(&extents, word == Word::Pin)
         }
         _ => Err(early(Malformed)),
     }
@@ -193,7 +192,7 @@ fn send_table(connection: &OwnedFd, table: &Table) -> io::Result<u64> {
     for (domain, key, extents) in rows {
         // A file without locks has a row, too: the pinner holds its mapping.
         for piece in pieces(&extents) {
-            let row = Packet::new("row").word(&domain).word(key.hex());
+            let row = Packet::new(Word::Row).field(&domain).field(key.hex());
             with_extents(row, piece).send(connection, &[])?;
         }
     }
@@ -209,7 +208,7 @@ fn pieces(extents: &[Extent]) -> Vec<&[Extent]> {
 
 fn with_extents(packet: Packet, extents: &[Extent]) -> Packet {
     extents.iter().fold(packet, |packet, extent| {
-        packet.word(extent.offset).word(extent.len)
+        packet.field(extent.offset).field(extent.len)
     })
 }
 
@@ -234,6 +233,12 @@ impl Client {
             root: Mutex::new(root),
             idle: Mutex::default(),
         }
+    }
+
+    /// A way to no pinner: every request fails until [`Client::renew`].
+    pub fn unconnected() -> io::Result<Self> {
+        let (ours, _) = packet::pair()?;
+        Ok(Self::new(ours))
     }
 
     /// Talks to `other`'s pinner from now on: this one's is gone, and its locks with it.
@@ -274,27 +279,27 @@ impl Client {
         file: &File,
         device_bytes: u64,
     ) -> Result<(), PinError> {
-        let request = Packet::new("add")
-            .word(domain)
-            .word(key.hex())
-            .word(device_bytes);
+        let request = Packet::new(Word::Add)
+            .field(domain)
+            .field(key.hex())
+            .field(device_bytes);
         self.exchange(key, &request, Some(file)).map(drop)
     }
 
     /// Lets go of a file and all its locks.
     pub fn forget(&self, domain: &str, key: FileKey) -> Result<(), PinError> {
-        let request = Packet::new("forget").word(domain).word(key.hex());
+        let request = Packet::new(Word::Forget).field(domain).field(key.hex());
         self.exchange(key, &request, None).map(drop)
     }
 
     /// Locks extents; returns bytes newly locked.
     pub fn pin(&self, domain: &str, key: FileKey, extents: &[Extent]) -> Result<u64, PinError> {
-        self.change("pin", domain, key, extents)
+        self.change(Word::Pin, domain, key, extents)
     }
 
     /// Unlocks extents; returns bytes that were locked.
     pub fn unpin(&self, domain: &str, key: FileKey, extents: &[Extent]) -> Result<u64, PinError> {
-        self.change("unpin", domain, key, extents)
+        self.change(Word::Unpin, domain, key, extents)
     }
 
     /// What is locked now.
@@ -307,14 +312,14 @@ impl Client {
 
     fn change(
         &self,
-        word: &str,
+        word: Word,
         domain: &str,
         key: FileKey,
         extents: &[Extent],
     ) -> Result<u64, PinError> {
         let mut changed_bytes = 0;
         for piece in extents.chunks(EXTENTS_PER_PACKET) {
-            let request = Packet::new(word).word(domain).word(key.hex());
+            let request = Packet::new(word).field(domain).field(key.hex());
             match self.exchange(key, &with_extents(request, piece), None) {
                 Ok(bytes) => changed_bytes += bytes,
                 Err(PinError::Lock {
@@ -340,7 +345,7 @@ impl Client {
             return Ok(idle);
         }
         let (ours, theirs) = packet::pair()?;
-        Packet::new("connect").send(&*self.root.lock(), &[theirs.as_fd()])?;
+        Packet::new(Word::Connect).send(&*self.root.lock(), &[theirs.as_fd()])?;
         Ok(ours)
     }
 
@@ -356,11 +361,11 @@ impl Client {
             request.send(&connection, &fds)?;
             let reply = Packet::receive(&connection)?.ok_or(io::ErrorKind::UnexpectedEof)?;
             self.idle.lock().push(connection);
-            let errno = match reply.text(0)? {
-                "ok" => None,
-                _ => Some(reply.parse::<i32>(2)?),
+            let errno = match reply.word() {
+                Word::Ok => None,
+                _ => Some(reply.parse::<i32>(1)?),
             };
-            Ok((reply.parse::<u64>(1)?, errno))
+            Ok((reply.parse::<u64>(0)?, errno))
         };
         match exchange().map_err(PinError::Gone)? {
             (bytes, None) => Ok(bytes),
@@ -374,15 +379,15 @@ impl Client {
 }
 
 fn receive_table(connection: &OwnedFd) -> io::Result<Vec<Pinned>> {
-    Packet::new("table").send(connection, &[])?;
+    Packet::new(Word::Table).send(connection, &[])?;
     let mut rows: Vec<Pinned> = Vec::new();
     loop {
         let packet = Packet::receive(connection)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        if packet.text(0)? != "row" {
+        if packet.word() != Word::Row {
             return Ok(rows);
         }
-        let (domain, key) = (packet.text(1)?.to_owned(), packet.parse(2)?);
-        let extents = parse_extents(&packet, 3)?;
+        let (domain, key) = (packet.text(0)?.to_owned(), packet.parse(1)?);
+        let extents = parse_extents(&packet, 2)?;
         match rows.last_mut() {
             Some(last) if last.domain == domain && last.key == key => last.extents.extend(extents),
             _ => rows.push(Pinned {

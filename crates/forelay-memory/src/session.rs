@@ -6,16 +6,16 @@
 //!      │                      │  ▲  ╲─push covers it─▶ answered
 //!      │ unknown file         │  │ retry
 //!      ▼                      ▼  │
-//!    parked ──file added──▶  abandoned (its Reply was dropped)
+//!   deferred ──file added──▶ abandoned (its Reply was dropped)
 //! ```
 //! Invariants: a READ is answered in full or not at all (a short answer truncates the
-//! file, an error is a SIGBUS in the VMM), by whoever takes it out of the waiting table.
+//! file, an error is a SIGBUS in the VMM), by the one who takes it out of the waiting table.
 //! Reader threads receive, reply and call the handler; they never notify.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use forelay_image::extent::Extent;
@@ -103,9 +103,15 @@ impl Reply {
             return Ok(());
         };
         self.answered = true;
-        self.core
-            .answer(&waiting, parts)
-            .map_err(|error| ReplyError::Kernel(error.into()))
+        self.core.answer(&waiting, parts).map_err(|error| {
+            // The kernel may have it still: a retry finds out.
+            let abandoned = Waiting {
+                abandoned: true,
+                ..waiting
+            };
+            self.core.waiting.lock().insert(self.unique, abandoned);
+            ReplyError::Kernel(error.into())
+        })
     }
 }
 
@@ -141,29 +147,38 @@ impl Waiting {
 }
 
 #[derive(Debug)]
-struct Parked {
+struct Deferred {
     request: Vec<u8>,
     /// When to give up; READs are never given up.
     deadline: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
-struct Chores {
-    parked: Vec<Parked>,
+struct Timers {
+    deferred: Vec<Deferred>,
     resend_at: VecDeque<Instant>,
     stop: bool,
+}
+
+/// What one reader thread is at.
+#[derive(Debug, Default)]
+pub(crate) struct ReaderThread {
+    /// Since when it serves the request that it has.
+    pub busy_since: Mutex<Option<Instant>>,
+    pub ended: AtomicBool,
 }
 
 /// What reader threads, replies and the public handle share.
 pub(crate) struct Core {
     pub connection: Connection,
+    pub readers: Mutex<Vec<Arc<ReaderThread>>>,
     pub files: RwLock<Files>,
     pub total: Tally,
     pub settings: Settings,
     handler: Arc<dyn FaultHandler>,
     waiting: Mutex<HashMap<u64, Waiting>>,
-    chores: Mutex<Chores>,
-    chores_changed: Condvar,
+    timers: Mutex<Timers>,
+    timers_changed: Condvar,
 }
 
 impl std::fmt::Debug for Core {
@@ -194,22 +209,34 @@ impl Core {
     pub fn new(connection: Connection, settings: Settings, handler: Arc<dyn FaultHandler>) -> Self {
         Self {
             connection,
+            readers: Mutex::default(),
             files: RwLock::default(),
             total: Tally::default(),
             settings,
             handler,
             waiting: Mutex::default(),
-            chores: Mutex::default(),
-            chores_changed: Condvar::new(),
+            timers: Mutex::default(),
+            timers_changed: Condvar::new(),
         }
     }
 
+    /// A further reader thread's state.
+    pub fn new_reader(&self) -> Arc<ReaderThread> {
+        let reader = Arc::<ReaderThread>::default();
+        self.readers.lock().push(Arc::clone(&reader));
+        reader
+    }
+
     /// Body of a reader thread: until told to stop or unmounted.
-    pub fn read_requests(self: &Arc<Self>, waiter: &Waiter) {
+    pub fn read_requests(self: &Arc<Self>, waiter: &Waiter, reader: &ReaderThread) {
         let mut buffer = vec![0; REQUEST_BYTES];
         loop {
             match self.connection.receive(&mut buffer) {
-                Ok(Received::Request(len)) => self.handle(&buffer[..len]),
+                Ok(Received::Request(len)) => {
+                    *reader.busy_since.lock() = Some(Instant::now());
+                    self.handle(&buffer[..len]);
+                    *reader.busy_since.lock() = None;
+                }
                 Ok(Received::Unmounted) => return,
                 Ok(Received::Empty) => match waiter.wait() {
                     Ok(true) => {}
@@ -245,8 +272,9 @@ impl Core {
                 Some(answer) => answer,
                 None => return,
             },
-            opcode::GETATTR => match self.getattr(header, request) {
-                Some(answer) => answer,
+            opcode::GETATTR | opcode::STATX => match self.attributes_of(header, request) {
+                Some(Ok(found)) if header.opcode == opcode::STATX => Ok(found.statx_reply()),
+                Some(found) => found.map(|found| found.attr_reply()),
                 None => return,
             },
             opcode::OPENDIR => Ok(abi::opendir_reply().to_vec()),
@@ -311,7 +339,7 @@ impl Core {
         }
     }
 
-    /// `None` if the request was parked.
+    /// `None` if the request was deferred.
     fn lookup(
         &self,
         header: RequestHeader,
@@ -322,19 +350,24 @@ impl Core {
         let files = self.files.read();
         match name.map(|name| files.by_name(name)) {
             Some(Ok(Some(file))) => Some(Ok(self.attributes(file).entry_reply())),
-            Some(Ok(None)) if self.park(request, true) => None,
+            Some(Ok(None)) if self.defer(request, true) => None,
             _ => Some(Err(Errno::NOENT)),
         }
     }
 
-    fn getattr(&self, header: RequestHeader, request: &[u8]) -> Option<Result<Vec<u8>, Errno>> {
+    /// `None` if the request was deferred.
+    fn attributes_of(
+        &self,
+        header: RequestHeader,
+        request: &[u8],
+    ) -> Option<Result<Attributes, Errno>> {
         if header.node == abi::ROOT_NODE {
-            return Some(Ok(self.root().attr_reply()));
+            return Some(Ok(self.root()));
         }
         let files = self.files.read();
         match files.by_node(header.node) {
-            Some(file) => Some(Ok(self.attributes(file).attr_reply())),
-            None if self.park(request, true) => None,
+            Some(file) => Some(Ok(self.attributes(file))),
+            None if self.defer(request, true) => None,
             None => Some(Err(Errno::NOENT)),
         }
     }
@@ -344,10 +377,10 @@ impl Core {
             tracing::error!("a READ that is cut short");
             return;
         };
-        // Parked under the lock of `files`, so that `add` cannot slip in between.
+        // Deferred under the lock of `files`, so that `add` cannot slip in between.
         let files = self.files.read();
         let Some(file) = files.by_node(header.node).cloned() else {
-            self.park(request, false);
+            self.defer(request, false);
             return;
         };
         drop(files);
@@ -412,7 +445,7 @@ impl Core {
     fn answer(&self, waiting: &Waiting, parts: &[&[u8]]) -> rustix::io::Result<()> {
         let stall = waiting.arrived.elapsed();
         let padding = waiting.extent.len as usize - waiting.content_len();
-        // Counted first: whoever waits may look at the counters right after.
+        // Counted first: the one who waits may look at the counters right after.
         self.total.answered(stall);
         waiting.file.tally.answered(stall);
         if padding == 0 {
@@ -438,7 +471,7 @@ impl Core {
         sent
     }
 
-    /// Calls the handler anew for each READ whose Reply was dropped; returns how many.
+    /// Calls the handler again for each READ whose Reply was dropped; returns how many.
     pub fn retry_abandoned(self: &Arc<Self>) -> usize {
         let mut again = Vec::new();
         for (&unique, waiting) in self.waiting.lock().iter_mut() {
@@ -514,7 +547,7 @@ impl Core {
     }
 
     /// Keeps a request for a file not added yet; `false` if the grace period is over.
-    fn park(&self, request: &[u8], may_expire: bool) -> bool {
+    fn defer(&self, request: &[u8], may_expire: bool) -> bool {
         let deadline = self.settings.grace_until;
         if may_expire && deadline.is_none_or(|deadline| deadline <= Instant::now()) {
             return false;
@@ -522,19 +555,19 @@ impl Core {
         if !may_expire {
             tracing::warn!("a READ of an unknown file waits for the file to be added");
         }
-        self.chores.lock().parked.push(Parked {
+        self.timers.lock().deferred.push(Deferred {
             request: request.to_vec(),
             deadline: deadline.filter(|_| may_expire),
         });
-        self.chores_changed.notify_all();
+        self.timers_changed.notify_all();
         true
     }
 
-    /// Serves all parked requests again, now that a file was added.
-    pub fn unpark(self: &Arc<Self>) {
-        let parked = std::mem::take(&mut self.chores.lock().parked);
-        for parked in parked {
-            self.handle(&parked.request);
+    /// Serves all deferred requests again, now that a file was added.
+    pub fn serve_deferred(self: &Arc<Self>) {
+        let deferred = std::mem::take(&mut self.timers.lock().deferred);
+        for deferred in deferred {
+            self.handle(&deferred.request);
         }
     }
 
@@ -542,44 +575,47 @@ impl Core {
     /// dying predecessor may still take requests off the queue for a moment.
     pub fn resend(&self, delays: &[Duration]) {
         let now = Instant::now();
-        self.chores.lock().resend_at = delays.iter().map(|delay| now + *delay).collect();
-        self.chores_changed.notify_all();
+        self.timers.lock().resend_at = delays.iter().map(|delay| now + *delay).collect();
+        self.timers_changed.notify_all();
     }
 
-    /// Body of the chores thread: grace periods and resends.
-    pub fn do_chores(self: &Arc<Self>) {
-        let mut chores = self.chores.lock();
-        while !chores.stop {
+    /// Body of the timers thread: grace periods and resends.
+    pub fn run_timers(self: &Arc<Self>) {
+        let mut timers = self.timers.lock();
+        while !timers.stop {
             let now = Instant::now();
-            let resend = chores.resend_at.front().is_some_and(|&at| at <= now);
+            let resend = timers.resend_at.front().is_some_and(|&at| at <= now);
             if resend {
-                chores.resend_at.pop_front();
+                timers.resend_at.pop_front();
             }
-            let due = |parked: &mut Parked| parked.deadline.is_some_and(|at| at <= now);
-            let expired: Vec<Parked> = chores.parked.extract_if(.., due).collect();
-            let next = chores.parked.iter().filter_map(|parked| parked.deadline);
-            let next = next.chain(chores.resend_at.front().copied()).min();
+            let due = |deferred: &mut Deferred| deferred.deadline.is_some_and(|at| at <= now);
+            let expired: Vec<Deferred> = timers.deferred.extract_if(.., due).collect();
+            let next = timers
+                .deferred
+                .iter()
+                .filter_map(|deferred| deferred.deadline);
+            let next = next.chain(timers.resend_at.front().copied()).min();
             if !resend && expired.is_empty() {
                 match next {
-                    Some(at) => drop(self.chores_changed.wait_until(&mut chores, at)),
-                    None => self.chores_changed.wait(&mut chores),
+                    Some(at) => drop(self.timers_changed.wait_until(&mut timers, at)),
+                    None => self.timers_changed.wait(&mut timers),
                 }
                 continue;
             }
-            drop(chores);
-            for parked in expired {
-                self.handle(&parked.request);
+            drop(timers);
+            for deferred in expired {
+                self.handle(&deferred.request);
             }
             if resend && let Err(error) = self.connection.notify(notify::RESEND, &[]) {
                 // Before Linux 6.9; or nothing was ever mounted.
                 tracing::warn!(%error, "the kernel does not deliver requests again");
             }
-            chores = self.chores.lock();
+            timers = self.timers.lock();
         }
     }
 
-    pub fn stop_chores(&self) {
-        self.chores.lock().stop = true;
-        self.chores_changed.notify_all();
+    pub fn stop_timers(&self) {
+        self.timers.lock().stop = true;
+        self.timers_changed.notify_all();
     }
 }

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -210,12 +210,14 @@ impl SharedMemory {
         for n in 0..config.read_threads.max(1) {
             let waiter = Waiter::new(&memory.core.connection, &memory.stop)?;
             let core = Arc::clone(&memory.core);
+            let reader = core.new_reader();
             memory.spawn(format!("fuse-read-{n}"), move || {
-                core.read_requests(&waiter)
+                core.read_requests(&waiter, &reader);
+                reader.ended.store(true, Relaxed);
             })?;
         }
         let core = Arc::clone(&memory.core);
-        memory.spawn("fuse-chores".to_owned(), move || core.do_chores())?;
+        memory.spawn("fuse-timers".to_owned(), move || core.run_timers())?;
         Ok(memory)
     }
 
@@ -230,6 +232,19 @@ impl SharedMemory {
     fn tune(&self, readahead_kib: u32) -> std::io::Result<()> {
         rustix::fs::statvfs(&self.mountpoint)?;
         mount::set_readahead(&self.mountpoint, readahead_kib)
+    }
+
+    /// The session, for the process that serves the mount next.
+    pub fn session(&self) -> BorrowedFd<'_> {
+        self.core.connection.fd()
+    }
+
+    /// True while all reader threads run and none has been at one request for `limit`.
+    pub fn is_served(&self, limit: Duration) -> bool {
+        self.core.readers.lock().iter().all(|reader| {
+            let since = *reader.busy_since.lock();
+            !reader.ended.load(Relaxed) && since.is_none_or(|since| since.elapsed() < limit)
+        })
     }
 
     /// The directory that shows the files.
@@ -248,16 +263,6 @@ impl SharedMemory {
         self.add(key, spec, None)
     }
 
-    /// Adds a file under the id that an earlier daemon gave it.
-    pub fn add_file_as(
-        &self,
-        key: FileKey,
-        spec: FileSpec,
-        id: FileId,
-    ) -> Result<FileId, AddFileError> {
-        self.add(key, spec, Some(id))
-    }
-
     fn add(
         &self,
         key: FileKey,
@@ -268,7 +273,7 @@ impl SharedMemory {
         if let Some(extents) = self.inherited_pins.lock().remove(&key) {
             file.pinned.lock().extend(extents);
         }
-        self.core.unpark();
+        self.core.serve_deferred();
         if file.mapping.lock().is_none() {
             let mapping = self
                 .open(&key)
@@ -443,7 +448,7 @@ impl SharedMemory {
         Ok(unpinned_bytes)
     }
 
-    /// Pins anew what a pinner that is gone had pinned, as far as it is in memory still.
+    /// Pins again what a pinner that is gone had pinned, as far as it is in memory still.
     /// Returns the bytes pinned.
     pub fn pin_again(&self) -> Result<u64, MemoryError> {
         let files: Vec<_> = self.core.files.read().iter().cloned().collect();
@@ -579,7 +584,7 @@ impl Drop for SharedMemory {
         {
             tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
         }
-        self.core.stop_chores();
+        self.core.stop_timers();
         if let Err(error) = rustix::io::write(&self.stop, &1u64.to_ne_bytes()) {
             tracing::error!(%error, "cannot stop the reader threads");
             return;

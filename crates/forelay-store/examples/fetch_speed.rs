@@ -97,7 +97,7 @@ async fn main() {
     let (component, index) =
         component(&bytes, &[4096, 12288, 40960, 8192, 262_144, 20480, 1 << 20]);
     let inner: Arc<dyn Repository> =
-        Arc::new(DirectoryRepository::open(dir.path().join("repository")).expect("a repository"));
+        Arc::new(DirectoryRepository::create(dir.path().join("repository")).expect("a repository"));
     let open = |name: &str, repository: Arc<dyn Repository>| {
         Store::open(StoreConfig {
             repository,
@@ -107,6 +107,7 @@ async fn main() {
         })
     };
     let publisher = open("publisher", inner.clone()).await.expect("a store");
+    publisher.initialise().await.expect("a new repository");
     let start = Instant::now();
     publisher
         .publish(&component, &path, &index, &|_| {})

@@ -17,6 +17,14 @@ pub enum StoreError {
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+    /// Nothing there is a repository.
+    #[error(
+        "there is no repository at {location}: mount it, set repository.path in the configuration, or make one with `forelay component build`"
+    )]
+    NoRepository {
+        /// Where it was looked for.
+        location: String,
+    },
     /// The repository's descriptor was refused.
     #[error("the repository at {location} cannot be used")]
     Descriptor {

@@ -69,7 +69,7 @@ type Objects = BTreeMap<Digest, Vec<Object>>;
 impl Store {
     /// Collects garbage. The first run condemns, a run after the grace period deletes.
     pub async fn gc(&self, options: &GcOptions) -> Result<GcReport, StoreError> {
-        self.check_writable()?;
+        self.check_writable().await?;
         let mut report = GcReport::default();
         // Listed before the roots: what is published meanwhile is not in these lists.
         let mut images = self.objects(layout::CHUNKS, &[".idx"]).await?;

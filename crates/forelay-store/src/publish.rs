@@ -73,7 +73,7 @@ impl Store {
         chunks: &ChunkIndex,
         progress: &(dyn Fn(PublishProgress) + Send + Sync),
     ) -> Result<Published, StoreError> {
-        self.check_writable()?;
+        self.check_writable().await?;
         check_consistency(component, chunks)?;
         let id = component.id();
         for _ in 0..2 {

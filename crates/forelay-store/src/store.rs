@@ -17,6 +17,7 @@ use forelay_image::component::ImageRef;
 use forelay_image::{Component, ComponentId, Digest, Extent};
 use futures_util::StreamExt as _;
 use parking_lot::Mutex;
+use tokio::sync::OnceCell;
 
 use crate::disk_cache::DiskCache;
 use crate::error::StoreError;
@@ -46,7 +47,7 @@ pub(crate) struct Inner {
     pub(crate) repository: Arc<dyn Repository>,
     pub(crate) images: Arc<Images>,
     pub(crate) scratch: PathBuf,
-    access: Access,
+    access: OnceCell<Access>,
     cache: Arc<DiskCache>,
     scheduler: Scheduler,
     components: Mutex<BTreeMap<ComponentId, Arc<Component>>>,
@@ -57,7 +58,8 @@ pub(crate) struct Inner {
 pub struct Store(pub(crate) Arc<Inner>);
 
 impl Store {
-    /// Opens a store on the current tokio runtime. An empty repository is initialised.
+    /// Opens a store on the current tokio runtime. The repository is not asked, so that what
+    /// the disk cache has is served while the repository is away.
     pub async fn open(config: StoreConfig) -> Result<Self, StoreError> {
         let StoreConfig {
             repository,
@@ -65,7 +67,6 @@ impl Store {
             cache_cap_bytes,
             fetch,
         } = config;
-        let access = open_descriptor(&*repository).await?;
         let scratch = cache_dir.join("publishing");
         std::fs::create_dir_all(&scratch).map_err(|source| StoreError::CacheDirectory {
             path: scratch.clone(),
@@ -79,7 +80,7 @@ impl Store {
             repository,
             images,
             scratch,
-            access,
+            access: OnceCell::new(),
             cache,
             scheduler,
             components,
@@ -101,8 +102,30 @@ impl Store {
         &self.0.repository
     }
 
-    pub(crate) fn check_writable(&self) -> Result<(), StoreError> {
-        match &self.0.access {
+    /// Makes the repository one, if it is not yet.
+    pub async fn initialise(&self) -> Result<(), StoreError> {
+        let new = Descriptor::current().to_json();
+        let repository = &self.0.repository;
+        // Another process may have been first: what counts is what is there.
+        repository
+            .put_if_absent(layout::DESCRIPTOR, new.into())
+            .await?;
+        self.access().await.map(drop)
+    }
+
+    /// Asks whether the repository is there and understood.
+    pub async fn probe(&self) -> Result<(), StoreError> {
+        read_descriptor(&*self.0.repository).await.map(drop)
+    }
+
+    /// What the repository permits, asked once.
+    async fn access(&self) -> Result<&Access, StoreError> {
+        let read = || read_descriptor(&*self.0.repository);
+        self.0.access.get_or_try_init(read).await
+    }
+
+    pub(crate) async fn check_writable(&self) -> Result<(), StoreError> {
+        match self.access().await? {
             Access::ReadWrite => Ok(()),
             Access::ReadOnly(features) => Err(StoreError::ReadOnly {
                 features: features.clone(),
@@ -114,6 +137,7 @@ impl Store {
     /// vanishes meanwhile is left out with a warning, so that one bad object does not
     /// hide the others.
     pub async fn components(&self) -> Result<Vec<Arc<Component>>, StoreError> {
+        self.access().await?;
         let listed = self.0.repository.list(layout::COMPONENTS).await?;
         let ids = listed
             .iter()
@@ -149,6 +173,7 @@ impl Store {
 
     /// One component. Asks the repository, so one that was removed is reported missing.
     pub async fn component(&self, id: ComponentId) -> Result<Arc<Component>, StoreError> {
+        self.access().await?;
         let key = layout::component(id);
         let bytes = self
             .0
@@ -183,7 +208,7 @@ impl Store {
 
     /// Makes a component invisible. `gc` later deletes what nothing else refers to.
     pub async fn remove_component(&self, id: ComponentId) -> Result<(), StoreError> {
-        self.check_writable()?;
+        self.check_writable().await?;
         self.component(id).await?;
         self.0.repository.delete(&layout::component(id)).await?;
         self.0.components.lock().remove(&id);
@@ -348,20 +373,19 @@ pub(crate) fn decode_component(id: ComponentId, bytes: &[u8]) -> Result<Componen
     Ok(component)
 }
 
-async fn open_descriptor(repository: &dyn Repository) -> Result<Access, StoreError> {
-    let bytes = match repository.get(layout::DESCRIPTOR).await {
-        Err(error) if error.is_not_found() => {
-            let new = Descriptor::current().to_json();
-            repository
-                .put_if_absent(layout::DESCRIPTOR, new.into())
-                .await?;
-            // Another process may have been first: what counts is what is there.
-            repository.get(layout::DESCRIPTOR).await?
-        }
-        other => other?,
-    };
-    let location = repository.describe().location;
+async fn read_descriptor(repository: &dyn Repository) -> Result<Access, StoreError> {
+    let location = || repository.describe().location;
+    let bytes = repository.get(layout::DESCRIPTOR).await;
+    let bytes = bytes.map_err(|error| match error.is_not_found() {
+        true => StoreError::NoRepository {
+            location: location(),
+        },
+        false => error.into(),
+    })?;
     let parsed = Descriptor::parse(&bytes);
-    let (_, access) = parsed.map_err(|source| StoreError::Descriptor { location, source })?;
+    let (_, access) = parsed.map_err(|source| StoreError::Descriptor {
+        location: location(),
+        source,
+    })?;
     Ok(access)
 }

@@ -12,6 +12,33 @@ use serde::{Deserialize, Serialize};
 /// Version of the API, the first part of every path.
 pub const VERSION: &str = "v1";
 
+/// The daemon's state of health.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Health {
+    /// Version of the daemon.
+    pub version: String,
+    /// Process that answers.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: f64,
+    /// What VMs run under, once one was launched.
+    pub accelerator: String,
+    /// What the daemon does without; empty if all is well.
+    #[serde(default)]
+    pub degraded: Vec<Degraded>,
+}
+
+/// Something that the daemon does without.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Degraded {
+    /// What is missing.
+    pub what: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// Since when, milliseconds since the epoch.
+    pub since_ms: i64,
+}
+
 /// A request to launch a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LaunchRequest {
@@ -86,6 +113,8 @@ pub enum VmState {
     Mounted,
     /// The guest says that its work is ready.
     Ready,
+    /// The VMM lives and does not answer; `error` says how. It is tried again.
+    Unreachable,
     /// Stopped as asked, or ended by itself with success.
     Stopped,
     /// Ended by an error; `error` says which.
@@ -97,7 +126,7 @@ impl VmState {
     pub const fn is_live(self) -> bool {
         matches!(
             self,
-            Self::Launching | Self::Booting | Self::Mounted | Self::Ready
+            Self::Launching | Self::Booting | Self::Mounted | Self::Ready | Self::Unreachable
         )
     }
 }

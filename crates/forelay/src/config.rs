@@ -221,10 +221,34 @@ impl Config {
             }
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
-        toml::from_str(&text).map_err(|error| ConfigError::Parse {
-            path,
-            message: error.to_string(),
-        })
+        let parsed: Result<Self, _> = toml::from_str(&text);
+        let checked = parsed
+            .map_err(|error| error.to_string())
+            .and_then(|config| {
+                config.check()?;
+                Ok(config)
+            });
+        checked.map_err(|message| ConfigError::Parse { path, message })
+    }
+
+    /// What the types do not say.
+    fn check(&self) -> Result<(), String> {
+        match self.vmm.accelerator.as_str() {
+            "auto" | "kvm" | "tcg" => Ok(()),
+            other => Err(format!(
+                "vmm.accelerator is {other:?}: it can be auto, kvm or tcg"
+            )),
+        }
+    }
+
+    /// Where the configuration is kept that a worker was last ready with.
+    pub fn last_good_path(runtime_dir: &Path) -> PathBuf {
+        runtime_dir.join("last-good.toml")
+    }
+
+    /// Where a worker whose holder has ended waits for another.
+    pub fn handover_socket(&self) -> PathBuf {
+        self.runtime_dir.join("handover.sock")
     }
 
     /// The API's Unix socket.
@@ -284,6 +308,9 @@ mod tests {
         std::fs::write(&path, "[memory]\nbuget_bytes = 1\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("buget_bytes"), "{error}");
+        std::fs::write(&path, "[vmm]\naccelerator = \"xen\"\n").unwrap();
+        let error = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("auto, kvm or tcg"), "{error}");
         assert!(Config::load(Some(&dir.path().join("absent.toml"))).is_err());
     }
 }

@@ -51,6 +51,7 @@ pub mod opcode {
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
     pub const RENAME2: u32 = 45;
+    pub const STATX: u32 = 52;
 }
 
 /// Codes of notifications, which a daemon writes of its own accord.
@@ -253,6 +254,21 @@ impl Attributes {
         self.encode(&mut out);
         out.0
     }
+
+    /// Reply to STATX: what GETATTR would say. Images have no birth time.
+    pub fn statx_reply(&self) -> Vec<u8> {
+        const BASIC_STATS: u32 = 0x7ff;
+        let mut out = Encoder::with_capacity(288);
+        out.u64(VALID_S).u32(0).u32(0).zeros(16);
+        out.u32(BASIC_STATS).u32(4096).u64(0);
+        out.u32(1).u32(self.uid).u32(self.gid);
+        out.u16(self.mode as u16).u16(0);
+        out.u64(self.node).u64(self.size_bytes);
+        out.u64(self.size_bytes.div_ceil(512)).u64(0);
+        out.zeros(4 * 16); // times
+        out.zeros(4 * 4 + 14 * 8); // devices, spare
+        out.0
+    }
 }
 
 /// Reply to OPENDIR: no handle, nothing cached.
@@ -364,6 +380,7 @@ mod tests {
         };
         assert_eq!(attributes.entry_reply().len(), 128);
         assert_eq!(attributes.attr_reply().len(), 104);
+        assert_eq!(attributes.statx_reply().len(), 288);
         assert_eq!(statfs_reply(3).len(), 80);
         let init = InitIn {
             major: 7,

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -49,12 +50,7 @@ pub struct MountInfo {
 
 /// Opens `/dev/fuse` and mounts it; the session still has to answer INIT.
 pub fn mount(mountpoint: &Path) -> Result<OwnedFd, MountError> {
-    std::fs::create_dir_all(mountpoint)
-        .or_else(|error| match error.raw_os_error() {
-            // A dead mount cannot even be asked whether it is a directory.
-            Some(libc::ENOTCONN | libc::EEXIST) => Ok(()),
-            _ => Err(error),
-        })
+    make_mountpoint(mountpoint)
         .map_err(|error| MountError::Mountpoint(mountpoint.to_owned(), error))?;
     clear_stale(mountpoint)?;
     let fd = std::fs::File::options()
@@ -73,6 +69,18 @@ pub fn mount(mountpoint: &Path) -> Result<OwnedFd, MountError> {
     rustix::mount::mount(SOURCE, mountpoint, "fuse.forelay", flags, data.as_c_str())
         .map_err(|error| MountError::Mount(mountpoint.to_owned(), error.into()))?;
     Ok(fd.into())
+}
+
+/// Makes the directory. What is there already is not looked at: a mount that nobody serves
+/// at the moment would never answer, and a dead one not even say that it is a directory.
+fn make_mountpoint(mountpoint: &Path) -> io::Result<()> {
+    if let Some(parent) = mountpoint.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match rustix::fs::mkdir(mountpoint, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Takes the mount out of the tree; open files and mappings keep it alive until closed.

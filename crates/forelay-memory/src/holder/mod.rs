@@ -1,66 +1,114 @@
-//! The holder: the process that owns what must outlive a daemon.
+//! The holder: the process that owns what must outlive a worker.
 //!
 //! It holds the `/dev/fuse` descriptor of each trust domain's mount and the pinner, and
-//! keeps a daemon running: requests that VMs make while none runs simply wait. It knows
+//! keeps a worker running: requests that VMs make while none runs simply wait. It knows
 //! nothing of images, answers no requests, and does so little that it has no reason to
 //! crash.
 //!
 //! ```text
-//!     are passed on                      goodbye(stop), exit after SIGTERM, exit code 0,
-//!                   ▼                    or exit before ready with no mount held
-//!   start ──▶ daemon running ───────────────────────────────────▶ unmount, end
-//!               ▲       │ killed, crashed, goodbye(restart), canary died
-//!               └───────┘ at once, then with growing delays
+//!              ready within its limit           SIGTERM passed on, exit code 0
+//!   starting ------------------------> serving --------------------------------> unmount, end
+//!      ^  |                               |
+//!      |  | ended, killed for its limit   | ended, killed, canary died, silent for too long,
+//!      |  v                               v or asked to make room (SIGHUP)
+//!      +-------- at once, then with growing delays
 //! ```
-//! The canary is a thread of the daemon that does nothing. When a daemon is killed, that
+//! The canary is a thread of the worker that does nothing. When a worker is killed, that
 //! thread is gone at once, while the process may hang: a thread inside a notification can
 //! wait for a page that only an answer unlocks, and only the successor's answer comes.
+//!
+//! Invariants: while a mount is held, nothing but an orderly stop or its last resort ends the
+//! holder, so a failed fork, exec or poll is tried again; no call here waits for another
+//! process.
 
 mod client;
+mod handover;
 mod process;
+mod worker;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use forelay_host::error_chain;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::Signal;
 
-pub use client::{Client, ClientError, Domain, Farewell, pinner_socket};
-use process::{Process, StopSignals};
+pub use client::{Client, ClientError, Domain, Shutdown, pinner_socket};
+pub use handover::{Handover, take_mounts};
+use process::{Preferred, Process, Program, StopSignals};
+use worker::{Worker, delay_after};
 
 use crate::fuse::mount;
-use crate::packet::{self, Packet};
+use crate::packet;
 
-/// Environment variable that names the daemon's descriptor to the holder.
+/// Environment variable that names the worker's descriptor to the holder.
 pub const HOLDER_FD: &str = "FORELAY_HOLDER_FD";
 /// Environment variable that names the pinner's descriptor.
 pub const PINNER_FD: &str = "FORELAY_PINNER_FD";
+/// Environment variable that names the descriptor of the process that checks; unused by it.
+const CHECK_FD: &str = "FORELAY_CHECK_FD";
 
-/// A daemon that was ready and lived this long did not die of its start.
-const STEADY: Duration = Duration::from_millis(500);
-const MAX_DELAY: Duration = Duration::from_secs(5);
-/// Daemons that are started to stop the VMs and die before they can.
+/// Version of what holder, pinner and worker say to each other: a program of another version
+/// cannot be this holder's next worker.
+pub const PROTOCOL_VERSION: u32 = packet::VERSION;
+
+/// Workers that are started to stop the VMs and die before they can.
 const STOP_ATTEMPTS: u32 = 5;
+/// Between two looks at what the kernel gives no event for.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the holder waits.
+#[derive(Clone, Copy, Debug)]
+pub struct HolderLimits {
+    /// For a worker to serve its mounts, after the first failures longer.
+    pub ready: Duration,
+    /// For a sign of life.
+    pub silence: Duration,
+    /// For a worker that was asked to make room for the next one.
+    pub restart: Duration,
+    /// For an orderly stop.
+    pub stop: Duration,
+}
+
+impl Default for HolderLimits {
+    fn default() -> Self {
+        Self {
+            ready: Duration::from_secs(30),
+            silence: Duration::from_secs(10),
+            restart: Duration::from_secs(20),
+            stop: Duration::from_secs(50),
+        }
+    }
+}
 
 /// What the holder starts.
-#[derive(Clone, Debug)]
 pub struct HolderConfig {
-    /// The daemon's command line.
-    pub daemon: Vec<OsString>,
-    /// The pinner's command line.
+    /// The program of all processes.
+    pub program: PathBuf,
+    /// Arguments of the worker.
+    pub worker: Vec<OsString>,
+    /// Arguments of the pinner.
     pub pinner: Vec<OsString>,
+    /// Arguments of a run that says, by its exit code, whether a next worker could start.
+    /// SIGHUP is passed on only if it could; without arguments, always.
+    pub check: Option<Vec<OsString>>,
+    /// Mounts of a worker whose holder has ended: see [`take_mounts`].
+    pub handed_over: Vec<Domain>,
+    /// Ends the VMs when no worker could.
+    pub last_resort: Box<dyn Fn()>,
+    /// How long to wait.
+    pub limits: HolderLimits,
 }
 
 /// Why the holder ended badly.
 #[derive(Debug, thiserror::Error)]
 pub enum HolderError {
-    /// A process could not be started.
+    /// A process could not be started, and no mount was held yet.
     #[error("cannot start the {what}")]
     Start {
         /// Which.
@@ -68,31 +116,45 @@ pub enum HolderError {
         /// Why.
         source: io::Error,
     },
-    /// The holder's own system calls failed.
-    #[error("the holder cannot wait for its processes")]
-    Wait(#[source] io::Error),
+    /// The signals that end it cannot be had.
+    #[error("the holder cannot wait for signals")]
+    Signals(#[source] io::Error),
 }
 
-/// Holds mounts and keeps a daemon running until told to stop. Returns the daemon's last
+/// Holds mounts and keeps a worker running until told to stop. Returns the worker's last
 /// exit code. Call it with no other threads running: it blocks signals.
 pub fn run(config: HolderConfig) -> Result<i32, HolderError> {
-    let signals = StopSignals::take().map_err(HolderError::Wait)?;
+    let start_error = |what| move |source| HolderError::Start { what, source };
+    let signals = StopSignals::take().map_err(HolderError::Signals)?;
+    let program = Program::open(&config.program).map_err(start_error("worker"))?;
     let mut holder = Holder {
-        pinner: Process::start("pinner", &config.pinner, PINNER_FD)?,
-        daemon: Process::start("daemon", &config.daemon, HOLDER_FD)?,
-        config,
-        signals,
         domains: BTreeMap::new(),
+        pinner: None,
+        pinner_failures: 0,
+        next_pinner: Some(Instant::now()),
+        worker: None,
+        worker_failures: 0,
+        next_worker: Some(Instant::now()),
         dying: Vec::new(),
-        canary: None,
-        farewell: None,
-        failures: 0,
-        stop_failures: 0,
-        restart_at: None,
+        check: None,
+        stop: None,
+        program,
+        signals,
+        config,
     };
+    for domain in std::mem::take(&mut holder.config.handed_over) {
+        let (mountpoint, fuse) = (domain.mountpoint, domain.fuse);
+        holder
+            .domains
+            .insert(domain.name, Held { mountpoint, fuse });
+    }
+    if holder.domains.is_empty() {
+        holder.start_pinner().map_err(start_error("pinner"))?;
+        holder.start_worker().map_err(start_error("worker"))?;
+    }
     let code = holder.hold();
     holder.end();
-    code.map_err(HolderError::Wait)
+    Ok(code)
 }
 
 struct Held {
@@ -100,271 +162,260 @@ struct Held {
     fuse: OwnedFd,
 }
 
+/// An orderly stop under way.
+struct Stop {
+    by: Instant,
+    failures: u32,
+}
+
 struct Holder {
     config: HolderConfig,
+    program: Program,
     signals: StopSignals,
     domains: BTreeMap<String, Held>,
-    pinner: Process,
-    daemon: Process,
-    /// Killed daemons that still hang in the kernel.
+    pinner: Option<Process>,
+    pinner_failures: u32,
+    /// When to start the next pinner, while there is none.
+    next_pinner: Option<Instant>,
+    worker: Option<Worker>,
+    /// Workers in a row that did not live.
+    worker_failures: u32,
+    /// When to start the next worker, while there is none.
+    next_worker: Option<Instant>,
+    /// Killed processes that still hang in the kernel.
     dying: Vec<Process>,
-    /// Shows that the daemon is ready, and when it dies.
-    canary: Option<OwnedFd>,
-    farewell: Option<Farewell>,
-    failures: u32,
-    stop_failures: u32,
-    restart_at: Option<Instant>,
+    /// Finds out whether a next worker could start.
+    check: Option<Process>,
+    stop: Option<Stop>,
+}
+
+/// What the holder waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Signals,
+    Check,
+    Pinner,
+    Control,
+    Worker,
+    Canary,
 }
 
 impl Holder {
-    /// Until the daemon has ended for good; its exit code.
-    fn hold(&mut self) -> io::Result<i32> {
+    /// Until the worker has ended for good; its exit code.
+    fn hold(&mut self) -> i32 {
         loop {
-            let ready = self.wait()?;
-            if ready.signal {
-                let arrived = self.signals.take_arrived();
-                if arrived.stop && self.restart_at.take().is_some() {
-                    if self.domains.is_empty() {
-                        return Ok(0);
-                    }
-                    // Only a daemon can stop the VMs that map what is held here.
-                    self.start_next()?;
-                    self.farewell = Some(Farewell::Stop);
-                } else if arrived.stop {
-                    self.stop_daemon();
-                } else if arrived.restart && self.restart_at.is_none() {
-                    self.pass_on(Signal::HUP);
-                }
-            }
-            if ready.pinner {
-                tracing::error!("the pinner ended; its locks are lost");
-                self.pinner = Process::start("pinner", &self.config.pinner, PINNER_FD)
-                    .map_err(io::Error::other)?;
-            }
-            // What the daemon said last counts before its end does.
-            if ready.control {
-                self.hear();
-            }
-            if (ready.daemon || ready.canary)
-                && let Some(code) = self.bury(ready.daemon)?
+            let ready = self.wait();
+            if ready.contains(&Watched::Signals)
+                && let Some(code) = self.on_signals()
             {
-                return Ok(code);
+                return code;
             }
-            if self.restart_at.is_some_and(|at| at <= Instant::now()) {
-                self.restart_at = None;
-                self.start_next()?;
+            if ready.contains(&Watched::Check) {
+                self.on_checked();
             }
+            if ready.contains(&Watched::Pinner) {
+                self.on_pinner_exit();
+            }
+            // What the worker said last counts before its end does.
+            if ready.contains(&Watched::Control) {
+                self.read_control();
+            }
+            let ended = ready.contains(&Watched::Worker) || ready.contains(&Watched::Canary);
+            if ended && let Some(code) = self.on_worker_exit() {
+                return code;
+            }
+            if let Some(code) = self.enforce_limits() {
+                return code;
+            }
+            self.start_what_is_due();
             self.dying
                 .retain_mut(|process| process.try_reap().is_none());
         }
     }
 
-    /// Passes a stop on: at once to a daemon that is ready, or one that was told before;
-    /// to one that is still taking over as soon as it can stop the VMs.
-    fn stop_daemon(&mut self) {
-        let told_before = self.farewell.replace(Farewell::Stop) == Some(Farewell::Stop);
-        if self.canary.is_some() || told_before || self.domains.is_empty() {
-            self.pass_on(Signal::TERM);
-        }
-    }
-
-    fn pass_on(&self, signal: Signal) {
-        if let Err(error) = pidfd_send_signal(&self.daemon.pidfd, signal) {
-            tracing::warn!(%error, ?signal, "the daemon cannot be signalled");
-        }
-    }
-
-    fn wait(&self) -> io::Result<Ready> {
-        let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let alive = self.restart_at.is_none();
-        let mut fds = vec![
-            input(self.signals.as_fd()),
-            input(self.pinner.pidfd.as_fd()),
+    fn watched(&self) -> Vec<(Watched, BorrowedFd<'_>)> {
+        let mut watched = vec![(Watched::Signals, self.signals.as_fd())];
+        let processes = [
+            (Watched::Check, &self.check),
+            (Watched::Pinner, &self.pinner),
         ];
-        if alive {
-            fds.push(input(self.daemon.pidfd.as_fd()));
-            fds.push(input(self.daemon.control.as_fd()));
-            fds.extend(self.canary.iter().map(|canary| input(canary.as_fd())));
+        for (source, process) in processes {
+            watched.extend(process.iter().map(|one| (source, one.pidfd.as_fd())));
         }
-        // Processes that hang in their death are looked at now and then.
-        let mut timeout = (!self.dying.is_empty()).then_some(Duration::from_secs(1));
-        if let Some(at) = self.restart_at {
-            let left = at.saturating_duration_since(Instant::now());
-            timeout = Some(timeout.unwrap_or(left).min(left));
+        if let Some(worker) = &self.worker {
+            watched.push((Watched::Control, worker.process.control.as_fd()));
+            watched.push((Watched::Worker, worker.process.pidfd.as_fd()));
+            let canary = worker.canary.iter();
+            watched.extend(canary.map(|canary| (Watched::Canary, canary.as_fd())));
         }
+        watched
+    }
+
+    /// What has happened, after waiting for it or for the next moment that is due.
+    fn wait(&self) -> Vec<Watched> {
+        let watched = self.watched();
+        let mut fds: Vec<_> = watched
+            .iter()
+            .map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
+            .collect();
+        let now = Instant::now();
+        let moments = [self.next_pinner, self.next_worker]
+            .into_iter()
+            .chain([self.worker.as_ref().map(|worker| worker.due)])
+            .chain([self.stop.as_ref().map(|stop| stop.by)])
+            // Processes that hang in their death are looked at now and then.
+            .chain([(!self.dying.is_empty()).then(|| now + LOOK_EVERY)]);
+        let next = moments.flatten().min();
+        let timeout = next.map(|at| at.saturating_duration_since(now));
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                // The kernel is short of memory: nothing to give up mounts for.
+                tracing::error!(%error, "the holder cannot wait for its processes; trying again");
+                std::thread::sleep(Duration::from_millis(100));
+                return Vec::new();
+            }
         }
-        let is_ready = |n: usize| fds.get(n).is_some_and(|fd| !fd.revents().is_empty());
-        Ok(Ready {
-            signal: is_ready(0),
-            pinner: is_ready(1),
-            daemon: is_ready(2),
-            control: is_ready(3),
-            canary: is_ready(4),
-        })
+        let ready = fds.iter().map(|fd| !fd.revents().is_empty());
+        let ready: Vec<bool> = ready.collect();
+        let ready = watched.iter().zip(ready).filter(|(_, ready)| *ready);
+        ready.map(|((source, _), _)| *source).collect()
     }
 
-    /// The daemon died (or its canary did): its exit code if that was for good, else the
-    /// next one is started.
-    fn bury(&mut self, ended: bool) -> io::Result<Option<i32>> {
-        let was_ready = self.canary.take().is_some();
-        let lived = self.daemon.started.elapsed();
-        let farewell = self.farewell.take();
-        let exit_code = if ended || matches!(farewell, Some(Farewell::Stop)) {
-            self.daemon.reap()?
-        } else {
-            self.daemon.try_reap().flatten()
-        };
-        let for_good = match (farewell, exit_code) {
-            (Some(Farewell::Stop) | None, Some(0)) => true,
-            // One that was never ready has not stopped the VMs that map what is held.
-            (Some(Farewell::Stop), _) => was_ready || self.stop_again(),
-            (Some(Farewell::Restart), _) | (None, None) => false,
-            // Bad configuration, a socket that is taken: repeating it helps nobody. But with
-            // mounts to serve, giving up would kill the VMs that map them.
-            (None, Some(_)) => !was_ready && self.domains.is_empty(),
-        };
-        if for_good {
-            return Ok(Some(exit_code.unwrap_or(1)));
+    /// Passes a stop on, or looks whether a restart can be. The exit code, if it is all over.
+    fn on_signals(&mut self) -> Option<i32> {
+        let arrived = self.signals.take_arrived();
+        if arrived.stop {
+            if self.worker.is_none() && self.domains.is_empty() {
+                return Some(0);
+            }
+            let told_before = self.stop.is_some();
+            self.expect_stop();
+            match &mut self.worker {
+                // One that is still taking over is told as soon as it can stop the VMs.
+                Some(worker) => {
+                    if worker.ready || told_before || self.domains.is_empty() {
+                        worker.process.signal(Signal::TERM);
+                    }
+                }
+                // Only a worker can stop the VMs in order.
+                None => self.next_worker = Some(Instant::now()),
+            }
+        } else if arrived.restart && self.stop.is_none() && self.worker.is_some() {
+            self.check_restart();
         }
-        if self.farewell.is_some() {
-            self.start_next()?;
-            return Ok(None);
-        }
-        let steady = was_ready && lived > STEADY;
-        self.failures = if steady { 0 } else { self.failures + 1 };
-        let delay = match self.failures {
-            0 | 1 => Duration::ZERO,
-            n => (Duration::from_millis(50) * (1 << n.min(10))).min(MAX_DELAY),
-        };
-        tracing::warn!(
-            ?exit_code,
-            ?lived,
-            ?delay,
-            "the daemon died; starting the next one"
-        );
-        if delay.is_zero() {
-            self.start_next()?;
-        } else {
-            self.restart_at = Some(Instant::now() + delay);
-        }
-        Ok(None)
+        None
     }
 
-    /// Whether to give up on daemons that are to stop the VMs; else the next one is to.
-    fn stop_again(&mut self) -> bool {
-        self.stop_failures += 1;
-        if self.domains.is_empty() || self.stop_failures > STOP_ATTEMPTS {
-            return true;
-        }
-        self.farewell = Some(Farewell::Stop);
-        false
+    fn expect_stop(&mut self) {
+        let by = Instant::now() + self.config.limits.stop;
+        self.stop.get_or_insert(Stop { by, failures: 0 });
     }
 
-    fn start_next(&mut self) -> io::Result<()> {
-        let next = Process::start("daemon", &self.config.daemon, HOLDER_FD);
-        let dead = std::mem::replace(&mut self.daemon, next.map_err(io::Error::other)?);
-        self.dying.push(dead);
+    /// Starts the look whether a next worker could start; without one, restarts.
+    fn check_restart(&mut self) {
+        let Some(args) = &self.config.check else {
+            self.restart_worker();
+            return;
+        };
+        if let Some(earlier) = self.check.take() {
+            earlier.signal(Signal::KILL);
+            self.dying.push(earlier);
+        }
+        match Process::start(&self.program, Preferred::Path, args, CHECK_FD) {
+            Ok(check) => self.check = Some(check),
+            Err(error) => {
+                tracing::error!(%error, "not restarted: the next worker's start cannot be checked");
+            }
+        }
+    }
+
+    fn on_checked(&mut self) {
+        let Some(code) = self.check.as_mut().and_then(Process::try_reap) else {
+            return;
+        };
+        self.check = None;
+        match code {
+            Some(0) if self.stop.is_none() => self.restart_worker(),
+            _ => tracing::error!(
+                ?code,
+                "not restarted: the configuration or the program would not serve (see above); \
+                 the worker goes on as it is"
+            ),
+        }
+    }
+
+    fn restart_worker(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.process.signal(Signal::HUP);
+            worker.leave_by = Some(Instant::now() + self.config.limits.restart);
+            worker.due = worker.due.min(Instant::now() + self.config.limits.restart);
+        }
+    }
+
+    fn on_pinner_exit(&mut self) {
+        let Some(mut pinner) = self.pinner.take() else {
+            return;
+        };
+        let code = pinner.try_reap();
+        tracing::error!(?code, "the pinner ended; its locks are lost");
+        self.pinner_failures = match pinner.started.elapsed() > worker::STEADY {
+            true => 0,
+            false => self.pinner_failures + 1,
+        };
+        self.dying.push(pinner);
+        self.next_pinner = Some(Instant::now() + delay_after(self.pinner_failures));
+    }
+
+    fn start_what_is_due(&mut self) {
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+        if is_due(self.next_pinner)
+            && let Err(error) = self.start_pinner()
+        {
+            tracing::error!(%error, "the pinner cannot be started; trying again");
+            self.pinner_failures += 1;
+            self.next_pinner = Some(Instant::now() + delay_after(self.pinner_failures + 1));
+        }
+        if is_due(self.next_worker)
+            && let Err(error) = self.start_worker()
+        {
+            tracing::error!(%error, "the worker cannot be started; trying again");
+            self.worker_failures += 1;
+            self.next_worker = Some(Instant::now() + delay_after(self.worker_failures + 1));
+        }
+    }
+
+    fn start_pinner(&mut self) -> io::Result<()> {
+        let args = &self.config.pinner;
+        let pinner = Process::start(&self.program, Preferred::Path, args, PINNER_FD)?;
+        self.pinner = Some(pinner);
+        self.next_pinner = None;
         Ok(())
     }
 
-    /// Serves one packet of the daemon.
-    fn hear(&mut self) {
-        let request = match Packet::receive(&self.daemon.control) {
-            Ok(Some(request)) => request,
-            // Its end shows by its pidfd; until then there is nothing more to hear.
-            Ok(None) => {
-                self.daemon.hang_up();
-                return;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the daemon cannot be understood");
-                return;
-            }
-        };
-        if let Err(error) = self.serve(request) {
-            let reply = Packet::new("error").word(error.to_string().replace('\0', " "));
-            if let Err(error) = reply.send(&self.daemon.control, &[]) {
-                tracing::warn!(%error, "the daemon does not listen");
-            }
-        }
-    }
-
-    fn serve(&mut self, mut request: Packet) -> io::Result<()> {
-        let control = &self.daemon.control;
-        let ok = Packet::new("ok");
-        match request.text(0)? {
-            "domains" => {
-                for (name, held) in &self.domains {
-                    let row = Packet::new("domain").word(name).path(&held.mountpoint);
-                    row.send(control, &[held.fuse.as_fd()])?;
-                }
-                ok.send(control, &[])
-            }
-            "create" => {
-                let (name, mountpoint) = (request.text(1)?.to_owned(), request.path_at(2)?);
-                if let Some(held) = self.domains.get(&name) {
-                    let message = format!("{name} is mounted on {}", held.mountpoint.display());
-                    return Err(io::Error::other(message));
-                }
-                let fuse = mount::mount(&mountpoint).map_err(with_causes)?;
-                let sent = ok.send(control, &[fuse.as_fd()]);
-                self.domains.insert(name, Held { mountpoint, fuse });
-                sent
-            }
-            "remove" => {
-                let held = self.domains.remove(request.text(1)?);
-                let held = held.ok_or(io::ErrorKind::NotFound)?;
-                mount::unmount_lazily(&held.mountpoint)?;
-                ok.send(control, &[])
-            }
-            "pinner" => {
-                let (ours, theirs) = packet::pair()?;
-                Packet::new("connect").send(&self.pinner.control, &[theirs.as_fd()])?;
-                ok.send(control, &[ours.as_fd()])
-            }
-            "canary" => {
-                self.canary = Some(request.take_fd()?);
-                ok.send(control, &[])?;
-                if matches!(self.farewell, Some(Farewell::Stop)) {
-                    self.pass_on(Signal::TERM);
-                }
-                Ok(())
-            }
-            "farewell" => {
-                self.farewell = Some(request.parse(1)?);
-                ok.send(control, &[])
-            }
-            _ => Err(io::ErrorKind::InvalidInput.into()),
-        }
-    }
-
-    /// The end: unmounts lazily. Mappings that are left fault no more, so a daemon stops
-    /// its VMs, or waits for them, before it says farewell.
-    fn end(&mut self) {
+    fn unmount_all(&mut self) {
+        // Detaching never waits for the process that serves the mount.
         for (name, held) in std::mem::take(&mut self.domains) {
             if let Err(error) = mount::unmount_lazily(&held.mountpoint) {
                 tracing::warn!(%error, domain = name, "cannot unmount");
             }
         }
-        self.pinner.hang_up();
-        if let Err(error) = self.pinner.reap() {
-            tracing::warn!(%error, "the pinner does not end");
+    }
+
+    /// The end: unmounts lazily. Mappings that are left fault no more, so the VMs were
+    /// stopped before, by the worker or as the last resort.
+    fn end(&mut self) {
+        self.unmount_all();
+        for process in self.pinner.iter_mut().chain(&mut self.check) {
+            process.hang_up();
+            if process.reap_within(LOOK_EVERY).is_none() {
+                process.signal(Signal::KILL);
+            }
         }
     }
 }
 
 fn with_causes(error: mount::MountError) -> io::Error {
     io::Error::other(error_chain(&error))
-}
-
-struct Ready {
-    signal: bool,
-    pinner: bool,
-    daemon: bool,
-    control: bool,
-    canary: bool,
 }

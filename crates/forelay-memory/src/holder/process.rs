@@ -1,20 +1,70 @@
 //! Child processes of the holder, and the signals that end it.
 //!
 //! Each child gets one end of a socket pair, its number in an environment variable, and
-//! no other descriptor of the holder's.
+//! no other descriptor of the holder's. Nothing here waits: the holder's end of the pair
+//! is non-blocking, and a process that does not end is left to itself.
 
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::FdFlags;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::HolderError;
 use crate::packet;
+
+/// The program that the holder starts: what its path leads to, which is another file after
+/// an upgrade, and the file that it led to at first, which stays when the path does not.
+#[derive(Debug)]
+pub(super) struct Program {
+    path: PathBuf,
+    first: OwnedFd,
+}
+
+/// Which file of a [`Program`] to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Preferred {
+    /// The one at the path; the first one if that cannot be started.
+    Path,
+    /// The first one.
+    First,
+}
+
+impl Program {
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let first = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Self {
+            path: path.to_owned(),
+            first,
+        })
+    }
+
+    fn command(&self, preferred: Preferred) -> Command {
+        match preferred {
+            Preferred::Path => Command::new(&self.path),
+            Preferred::First => {
+                // Looked up by the child, which has the descriptor until it has called exec.
+                let mut command = Command::new(format!("/proc/self/fd/{}", self.first.as_raw_fd()));
+                command.arg0(&self.path);
+                command
+            }
+        }
+    }
+}
+
+/// True for a failure of the file rather than of the host.
+fn is_of_the_file(error: &io::Error) -> bool {
+    let host = [libc::EAGAIN, libc::ENOMEM, libc::EMFILE, libc::ENFILE];
+    !error
+        .raw_os_error()
+        .is_some_and(|errno| host.contains(&errno))
+}
 
 /// A child with a socket to talk over.
 pub(super) struct Process {
@@ -25,28 +75,43 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts `argv` with the number of its socket in `fd_variable`.
+    /// Starts the program with the number of its socket in `fd_variable`.
     pub fn start(
-        what: &'static str,
-        argv: &[OsString],
+        program: &Program,
+        preferred: Preferred,
+        args: &[OsString],
         fd_variable: &str,
-    ) -> Result<Self, HolderError> {
-        Self::spawn(argv, fd_variable).map_err(|source| HolderError::Start { what, source })
+    ) -> io::Result<Self> {
+        match Self::spawn(program.command(preferred), args, fd_variable) {
+            Err(error) if preferred == Preferred::Path && is_of_the_file(&error) => {
+                let path = program.path.display();
+                tracing::warn!(%error, %path, "not startable; starting the file that was there");
+                Self::spawn(program.command(Preferred::First), args, fd_variable)
+            }
+            started => started,
+        }
     }
 
-    fn spawn(argv: &[OsString], fd_variable: &str) -> io::Result<Self> {
-        let (program, args) = argv.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    fn spawn(mut command: Command, args: &[OsString], fd_variable: &str) -> io::Result<Self> {
         let (ours, theirs) = packet::pair()?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
         let inherited = theirs.as_raw_fd();
-        let mut command = Command::new(program);
         command.args(args).env(fd_variable, inherited.to_string());
         // SAFETY: between fork and exec only two system calls are made, on a descriptor
         // that is open until `spawn` returns and on the child's own signal mask.
         unsafe { command.pre_exec(move || prepare(inherited)) };
-        let child = command.spawn()?;
-        let pid = Pid::from_child(&child);
+        let mut child = command.spawn()?;
+        let pidfd = match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                // Not watchable, so it may not stay. It has not done anything yet.
+                child.kill()?;
+                child.wait()?;
+                return Err(error.into());
+            }
+        };
         Ok(Self {
-            pidfd: pidfd_open(pid, PidfdFlags::empty())?,
+            pidfd,
             control: ours,
             started: Instant::now(),
             child,
@@ -62,9 +127,28 @@ impl Process {
         }
     }
 
-    /// Waits for the end.
-    pub fn reap(&mut self) -> io::Result<Option<i32>> {
-        Ok(self.child.wait()?.code())
+    /// As [`Process::try_reap`], after waiting for the end for at most `limit`.
+    pub fn reap_within(&mut self, limit: Duration) -> Option<Option<i32>> {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let limit = Timespec::try_from(limit).ok();
+        // Whatever comes of it, the next line tells.
+        let _ = poll(&mut fds, limit.as_ref());
+        self.try_reap()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal. One that has ended hears nothing, which is no error.
+    pub fn signal(&self, signal: Signal) {
+        match pidfd_send_signal(&self.pidfd, signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => {
+                let pid = self.child.id();
+                tracing::warn!(%error, ?signal, pid, "a process cannot be signalled");
+            }
+        }
     }
 
     /// Closes our end of its socket.

@@ -66,7 +66,8 @@ impl TestImage {
 
     /// Whether the page of `mapping` at `offset` holds the right bytes.
     pub fn page_is_right(&self, mapping: &FileMapping, offset: u64) -> bool {
-        let got = &mapping.bytes()[offset as usize..(offset + PAGE) as usize];
+        let mut got = vec![0; PAGE as usize];
+        mapping.read_at(&mut got, offset);
         got == self.content(offset, PAGE as usize)
     }
 }

@@ -19,62 +19,135 @@ pub const FIRST_IMAGE: TestImage = TestImage {
     bytes: 12 << 20,
 };
 
+/// How long the holder of a test waits for anything that its worker ought to do.
+const LIMIT_MS: &str = "1000";
+
 pub struct Holder {
     pub process: Child,
-    daemons: Receiver<u32>,
+    lines: Receiver<String>,
     dir: tempfile::TempDir,
 }
 
 impl Holder {
     pub fn start() -> Self {
+        Self::with_program(tempfile::tempdir().unwrap(), &example("held_mount"), None)
+    }
+
+    /// With limits that a test can wait for, of a program that it may move away.
+    fn impatient() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut process = Command::new(example("held_mount"))
+        let program = dir.path().join("program");
+        std::fs::copy(example("held_mount"), &program).unwrap();
+        Self::with_program(dir, &program, Some(LIMIT_MS))
+    }
+
+    fn with_program(dir: tempfile::TempDir, program: &Path, limit_ms: Option<&str>) -> Self {
+        let mut process = Command::new(program)
             .arg("holder")
             .arg(dir.path().join("mount"))
             .args([IMAGES, IMAGE_MIB])
+            .envs(limit_ms.map(|limit_ms| ("HELD_MOUNT_LIMIT_MS", limit_ms)))
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let output = BufReader::new(process.stdout.take().unwrap());
-        let (sender, daemons) = channel();
-        std::thread::spawn(move || {
-            for line in output.lines().map_while(Result::ok) {
-                if let Some(pid) = line.strip_prefix("serving ") {
-                    // The test may be over.
-                    let _ = sender.send(pid.parse().unwrap());
-                }
-            }
-        });
+        let lines = lines(process.stdout.take().unwrap());
         Self {
             process,
-            daemons,
+            lines,
             dir,
+        }
+    }
+
+    fn program(&self) -> PathBuf {
+        self.dir.path().join("program")
+    }
+
+    /// Makes something go wrong, or right again: see the example's head.
+    fn set(&self, what: &str, on: bool) {
+        let file = self.dir.path().join(format!("mount.{what}"));
+        match on {
+            true => std::fs::write(file, "").unwrap(),
+            false => std::fs::remove_file(file).unwrap(),
         }
     }
 
     /// The pid of the next daemon that is ready.
     pub fn next_daemon(&self) -> u32 {
-        self.daemons.recv_timeout(Duration::from_secs(20)).unwrap()
+        let line = self.lines.recv_timeout(PATIENCE).unwrap();
+        line.strip_prefix("serving ").unwrap().parse().unwrap()
     }
 
     pub fn mountpoint(&self) -> PathBuf {
         self.dir.path().join("mount")
     }
 
-    fn mapper(&self, seconds: u64, seed: u64) -> Child {
-        Command::new(example("held_mount"))
+    fn mapper(&self, seed: u64) -> Mapper {
+        let mut process = Command::new(example("held_mount"))
             .arg("map")
             .arg(self.mountpoint())
-            .args([IMAGES, IMAGE_MIB, &seconds.to_string(), &seed.to_string()])
-            .stdout(Stdio::null())
+            .args([IMAGES, IMAGE_MIB, &seed.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
-            .unwrap()
+            .unwrap();
+        let lines = lines(process.stdout.take().unwrap());
+        Mapper { process, lines }
     }
 
     fn is_mounted(&self) -> bool {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         mounts.contains(self.mountpoint().to_str().unwrap())
     }
+
+    /// Its children with this role.
+    fn children(&self, role: &str) -> Vec<u32> {
+        let pid = self.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
+        pids.filter(|pid| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|&byte| byte == 0).nth(1) == Some(role.as_bytes())
+        })
+        .collect()
+    }
+}
+
+/// A process that maps all images, as a VMM would, and checks what it reads.
+struct Mapper {
+    process: Child,
+    lines: Receiver<String>,
+}
+
+impl Mapper {
+    /// Waits until it has read a good many pages from now on.
+    fn progress(&self) {
+        while self.lines.try_recv().is_ok() {}
+        for _ in 0..3 {
+            self.lines.recv_timeout(PATIENCE).unwrap();
+        }
+    }
+
+    /// Ends it; it has read no wrong byte.
+    fn finish(mut self) {
+        drop(self.process.stdin.take());
+        let status = self.process.wait().unwrap();
+        assert!(status.success(), "wrong bytes, or SIGBUS: {status}");
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn lines(output: std::process::ChildStdout) -> Receiver<String> {
+    let output = BufReader::new(output);
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        for line in output.lines().map_while(Result::ok) {
+            // The test may be over.
+            let _ = sender.send(line);
+        }
+    });
+    lines
 }
 
 impl Drop for Holder {
@@ -96,6 +169,13 @@ pub fn signal(pid: u32, name: &str) {
         .arg(format!("-{name}"))
         .arg(pid.to_string())
         .status();
+}
+
+/// True once a stopped process stands still.
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| rest.starts_with('T'))
 }
 
 fn locked_kib(mountpoint: &Path) -> u64 {
@@ -127,16 +207,13 @@ fn privileged_killed_daemons_are_followed_without_a_wrong_byte() {
     }
     let holder = Holder::start();
     let mut daemon = holder.next_daemon();
-    let mut mappers: Vec<Child> = (0..3).map(|seed| holder.mapper(7, seed)).collect();
+    let mappers: Vec<Mapper> = (0..3).map(|seed| holder.mapper(seed)).collect();
     for _ in 0..6 {
-        std::thread::sleep(Duration::from_millis(700));
+        mappers.iter().for_each(Mapper::progress);
         signal(daemon, "KILL");
         daemon = holder.next_daemon();
     }
-    for mapper in &mut mappers {
-        let status = mapper.wait().unwrap();
-        assert!(status.success(), "wrong bytes, or SIGBUS: {status}");
-    }
+    mappers.into_iter().for_each(Mapper::finish);
     assert!(holder.is_mounted());
 }
 
@@ -151,7 +228,7 @@ fn privileged_pins_outlive_the_daemon_and_orderly_ends_unmount() {
     eventually("the daemon pins something", || locked_kib(&mountpoint) > 0);
     // Stopped, so that it lets go of nothing between the look and the kill.
     signal(daemon, "STOP");
-    std::thread::sleep(Duration::from_millis(50));
+    eventually("the daemon stands still", || is_stopped(daemon));
     let before = locked_kib(&mountpoint);
     signal(daemon, "KILL");
     // The next daemon pins and evicts at random, too: look before it can.
@@ -185,10 +262,9 @@ fn privileged_a_second_holder_on_the_same_mountpoint_is_refused() {
     assert_eq!(second.status.code(), Some(1));
     let said = String::from_utf8_lossy(&second.stderr);
     assert!(said.contains("served already"), "{said}");
-    assert!(
-        holder.mapper(1, 9).wait().unwrap().success(),
-        "the first is unharmed"
-    );
+    let mapper = holder.mapper(9);
+    mapper.progress();
+    mapper.finish();
 }
 
 #[test]
@@ -214,4 +290,128 @@ fn privileged_a_mount_whose_holder_was_killed_is_cleared_and_used_again() {
     assert_eq!(bytes[..PAGE as usize], image.content(0, PAGE as usize));
     drop(memory);
     assert!(!holder.is_mounted());
+}
+
+#[test]
+fn privileged_a_program_that_is_away_for_a_moment_ends_no_mount() {
+    if skipped("privileged_a_program_that_is_away_for_a_moment_ends_no_mount") {
+        return;
+    }
+    let holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    let mapper = holder.mapper(1);
+    mapper.progress();
+    let away = holder.dir.path().join("away");
+    std::fs::rename(holder.program(), &away).unwrap();
+    signal(daemon, "KILL");
+    // It runs from the file that was there, which needs no path.
+    holder.next_daemon();
+    mapper.progress();
+    for pinner in holder.children("pinner") {
+        signal(pinner, "KILL");
+    }
+    // This daemon cannot do without; the next one has the next pinner.
+    let daemon = holder.next_daemon();
+    assert!(!holder.children("pinner").is_empty());
+
+    // An upgrade: another file at the path is what is started from then on.
+    std::fs::copy(&away, holder.program()).unwrap();
+    signal(daemon, "KILL");
+    let daemon = holder.next_daemon();
+    let started = std::fs::read_link(format!("/proc/{daemon}/exe")).unwrap();
+    assert_eq!(started, holder.program());
+    mapper.progress();
+    mapper.finish();
+    assert!(holder.is_mounted());
+}
+
+#[test]
+fn privileged_a_holder_without_descriptors_tries_again_until_it_has_some() {
+    if skipped("privileged_a_holder_without_descriptors_tries_again_until_it_has_some") {
+        return;
+    }
+    let holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    let mapper = holder.mapper(1);
+    mapper.progress();
+    let limit = |descriptors: &str| {
+        let status = Command::new("prlimit")
+            .args(["--pid", &holder.process.id().to_string()])
+            .arg(format!("--nofile={descriptors}"))
+            .status();
+        assert!(status.unwrap().success());
+    };
+    // Enough to wait for what it has, too few for a new process.
+    limit("7:4096");
+    for process in [daemon].into_iter().chain(holder.children("pinner")) {
+        signal(process, "KILL");
+    }
+    eventually("neither runs", || {
+        holder.children("daemon").is_empty() && holder.children("pinner").is_empty()
+    });
+    assert!(holder.is_mounted());
+    limit("1024:4096");
+    holder.next_daemon();
+    mapper.progress();
+    mapper.finish();
+}
+
+#[test]
+fn privileged_a_daemon_that_hangs_is_replaced() {
+    if skipped("privileged_a_daemon_that_hangs_is_replaced") {
+        return;
+    }
+    let holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    let mapper = holder.mapper(1);
+    mapper.progress();
+    // After it was ready: it gives no sign of life.
+    signal(daemon, "STOP");
+    let next = holder.next_daemon();
+    assert_ne!(next, daemon);
+    mapper.progress();
+    // In its start, waiting for itself.
+    holder.set("hang", true);
+    signal(next, "KILL");
+    let line = holder.lines.recv_timeout(PATIENCE).unwrap();
+    let hung: u32 = line.strip_prefix("hanging ").unwrap().parse().unwrap();
+    holder.set("hang", false);
+    assert_ne!(holder.next_daemon(), hung);
+    mapper.progress();
+    mapper.finish();
+}
+
+#[test]
+fn privileged_a_stop_that_no_daemon_carries_out_ends_all_the_same() {
+    if skipped("privileged_a_stop_that_no_daemon_carries_out_ends_all_the_same") {
+        return;
+    }
+    let mut holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    holder.set("hang", true);
+    signal(daemon, "KILL");
+    signal(holder.process.id(), "TERM");
+    let status = holder.process.wait().unwrap();
+    assert_eq!(status.code(), Some(1));
+    let said: Vec<String> = holder.lines.iter().collect();
+    assert_eq!(said.last().unwrap(), "last resort");
+    assert!(!holder.is_mounted());
+    assert!(holder.children("daemon").is_empty());
+}
+
+#[test]
+fn privileged_a_restart_that_could_not_serve_is_refused() {
+    if skipped("privileged_a_restart_that_could_not_serve_is_refused") {
+        return;
+    }
+    let holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    holder.set("refuse", true);
+    signal(holder.process.id(), "HUP");
+    let checked = holder.mountpoint().with_extension("checked");
+    eventually("it is refused", || checked.exists());
+    holder.set("refuse", false);
+    signal(holder.process.id(), "HUP");
+    assert_ne!(holder.next_daemon(), daemon);
+    assert!(holder.lines.try_recv().is_err(), "replaced once");
 }

@@ -3,7 +3,7 @@
 //! Publication is atomic: bytes go to `.tmp/<unique>` in the same file system, are
 //! synced, then *linked* to their key, which fails if the key is taken; last the
 //! directory is synced. A crash leaves at most a file in `.tmp`, which nothing reads and
-//! [`DirectoryRepository::open`] removes when it is older than a day. Any number of
+//! [`DirectoryRepository::create`] removes when it is older than a day. Any number of
 //! processes may publish into one directory.
 //!
 //! Refuses to know what the objects contain.
@@ -41,8 +41,17 @@ pub struct DirectoryRepository {
 }
 
 impl DirectoryRepository {
-    /// Opens the repository in `root`, creating the directory if it does not exist.
-    pub fn open(root: impl Into<PathBuf>) -> Result<Self, RepositoryError> {
+    /// The repository in `root`. Nothing is looked at or made: a directory that is not there
+    /// may be a file system that is not mounted yet.
+    pub fn open(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
+        }
+    }
+
+    /// As [`DirectoryRepository::open`], after making the directory if it does not exist.
+    pub fn create(root: impl Into<PathBuf>) -> Result<Self, RepositoryError> {
         let root = root.into();
         let temporary = root.join(TEMPORARY);
         fs::create_dir_all(&temporary).map_err(|source| RepositoryError::Permanent {
@@ -51,10 +60,7 @@ impl DirectoryRepository {
             source: source.into(),
         })?;
         remove_stale(&temporary);
-        Ok(Self {
-            root,
-            turns: Arc::new(Semaphore::new(AT_ONCE)),
-        })
+        Ok(Self::open(root))
     }
 
     /// The directory.
@@ -125,6 +131,8 @@ impl DirectoryRepository {
         };
         let failed = |source| classify("writing", key, &path, bytes, source);
         let folder = path.parent().unwrap_or(&self.root);
+        // Never the root itself: see `open`.
+        fs::metadata(&self.root).map_err(failed)?;
         fs::create_dir_all(folder).map_err(failed)?;
         let (temporary, mut file) = self.temporary().map_err(failed)?;
         let result = fill(&mut file, body)
@@ -146,6 +154,10 @@ impl DirectoryRepository {
     }
 
     fn temporary(&self) -> io::Result<(PathBuf, File)> {
+        match fs::create_dir(self.root.join(TEMPORARY)) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         loop {
             let count = COUNTER.fetch_add(1, Ordering::Relaxed);

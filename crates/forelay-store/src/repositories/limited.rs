@@ -108,7 +108,7 @@ mod tests {
     #[tokio::test]
     async fn a_repository_that_hangs_fails_for_now_and_serves_the_rest() {
         let dir = tempfile::tempdir().unwrap();
-        let directory = DirectoryRepository::open(dir.path()).unwrap();
+        let directory = DirectoryRepository::create(dir.path()).unwrap();
         let limit = Duration::from_millis(50);
         let limited = Limited::new(Arc::new(directory), limit);
         limited

@@ -234,12 +234,50 @@ async fn unknown_features_are_respected() {
         cache_cap_bytes: 1 << 20,
         fetch: Default::default(),
     };
-    let Err(error) = forelay_store::Store::open(config).await else {
-        panic!("it must be refused")
-    };
+    let store = forelay_store::Store::open(config).await.unwrap();
+    let error = store.components().await.expect_err("it must be refused");
+    assert!(store.probe().await.is_err());
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert!(
         cause.contains("blake9") && cause.contains("update forelay"),
         "{cause}"
     );
+}
+
+#[tokio::test]
+async fn a_repository_that_is_away_is_told_and_nothing_is_made_in_its_place() {
+    let bench = Bench::new();
+    let sample = bench.sample("a", &[(1, 100_000)]);
+    let store = bench.store().await;
+    sample.publish_to(&store).await;
+    let (here, away) = (bench.repository_path(), bench.dir.path().join("away"));
+    std::fs::rename(&here, &away).unwrap();
+    let other = bench.dir.path().join("other-cache");
+    let config = forelay_store::StoreConfig {
+        repository: bench.faults.clone(),
+        cache_dir: other,
+        cache_cap_bytes: 1 << 20,
+        fetch: Default::default(),
+    };
+    let store = forelay_store::Store::open(config).await.unwrap();
+    let refused = [
+        store.components().await.map(drop),
+        store.component(sample.component.id()).await.map(drop),
+        store.gc(&Default::default()).await.map(drop),
+        store
+            .publish(&sample.component, &sample.path, &sample.index, &|_| {})
+            .await
+            .map(drop),
+        store.probe().await,
+    ];
+    for refused in refused {
+        assert!(
+            matches!(refused, Err(StoreError::NoRepository { .. })),
+            "{refused:?}"
+        );
+    }
+    assert!(!here.exists(), "nothing is made");
+    assert!(store.initialise().await.is_err() && !here.exists());
+    std::fs::rename(&away, &here).unwrap();
+    assert_eq!(store.components().await.unwrap().len(), 1);
 }

@@ -51,10 +51,11 @@ async fn privileged_a_full_repository_disk_publishes_nothing() {
         );
         return;
     };
-    let repository = Arc::new(DirectoryRepository::open(disk.0.join("repository")).unwrap());
+    let repository = Arc::new(DirectoryRepository::create(disk.0.join("repository")).unwrap());
     let store = Store::open(config(repository, dir.path().join("cache")))
         .await
         .unwrap();
+    store.initialise().await.unwrap();
     let small = sample(dir.path(), "small", &[(1, 4096), (2, 100_000)]);
     small.publish_to(&store).await;
     let big = sample(

@@ -118,7 +118,7 @@ pub struct Bench {
 impl Bench {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let inner = DirectoryRepository::open(dir.path().join("repository")).unwrap();
+        let inner = DirectoryRepository::create(dir.path().join("repository")).unwrap();
         let faults = Arc::new(Faulty::new(Arc::new(inner)));
         Self {
             dir,
@@ -159,6 +159,7 @@ impl Bench {
             fetch,
         };
         let store = Store::open(config).await.unwrap();
+        store.initialise().await.unwrap();
         for image in self.images.lock().iter() {
             store.add_image(*image).unwrap();
         }

@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 
 use super::output::{self, bytes};
 use crate::config::Config;
-use crate::daemon::open_store;
+use crate::daemon::{create_store, open_store};
 use crate::recipe::Reader;
 
 /// `forelay component ...`.
@@ -116,7 +116,10 @@ fn parse_role(text: &str) -> Result<Role, String> {
 
 /// Runs a `component` command.
 pub async fn run(command: Command, config: &Config) -> Result<()> {
-    let store = open_store(config).await?;
+    let store = match &command {
+        Command::Build(_) => create_store(config).await?,
+        _ => open_store(config).await?,
+    };
     match command {
         Command::Build(arguments) => build(*arguments, &store, config).await,
         Command::List { json } => list(&store, json).await,

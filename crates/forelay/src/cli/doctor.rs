@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::output;
-use crate::api::{MemoryReport, Takeover};
+use crate::api::{Degraded, Health, MemoryReport, Takeover};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -85,6 +85,9 @@ pub fn examine(config: &Config) -> Vec<Finding> {
 pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
     let mut findings = examine(config);
     // Only a daemon that runs can tell.
+    if let Ok(health) = client.get::<Health>("/v1/health").await {
+        findings.extend(health.degraded.iter().map(degraded));
+    }
     if let Ok(memory) = client.get::<MemoryReport>("/v1/memory").await {
         findings.extend(memory.takeover.as_ref().map(takeover));
     }
@@ -111,6 +114,19 @@ pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
         bail!("{missing} thing(s) are missing that Forelay cannot work without");
     }
     Ok(())
+}
+
+/// What the running daemon does without.
+fn degraded(degraded: &Degraded) -> Finding {
+    let fix = match degraded.what.as_str() {
+        "configuration" => "mend the configuration, then SIGHUP to `forelay daemon`",
+        "history" => "make room, or move the damaged file away: a new history is begun",
+        "repository" => "mount it, or set repository.path; `forelay component build` makes one",
+        "holder" => "forelay daemon (takes over; VMs go on)",
+        _ => "look at the daemon's log",
+    };
+    let seen = format!("{}: {}", degraded.what, degraded.problem);
+    Finding::reduced("daemon", seen, fix)
 }
 
 /// How the mapping table that the daemon took over compared with the kernel.

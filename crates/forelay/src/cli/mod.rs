@@ -156,7 +156,18 @@ enum Command {
     Completions { shell: clap_complete::Shell },
     /// The daemon's worker, started by `forelay daemon`.
     #[command(hide = true)]
-    InternalWorker,
+    InternalWorker {
+        #[arg(long)]
+        runtime_dir: PathBuf,
+    },
+    /// Whether a worker could start, asked by `forelay daemon` before it replaces one.
+    #[command(hide = true)]
+    InternalCheck {
+        #[arg(long)]
+        runtime_dir: PathBuf,
+        #[arg(long)]
+        protocol: u32,
+    },
     /// The pinner, started by `forelay daemon`.
     #[command(hide = true)]
     InternalPinner,
@@ -182,7 +193,27 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         output::raw(&script);
         return Ok(ExitCode::SUCCESS);
     }
-    let config = Config::load(arguments.config.as_deref())?;
+    let path = arguments.config.as_deref();
+    match &arguments.command {
+        // These have their own ways with a configuration that is not valid.
+        Command::InternalWorker { runtime_dir } => {
+            daemon::run_worker(path, runtime_dir)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::InternalCheck {
+            runtime_dir,
+            protocol,
+        } => {
+            daemon::run_check(path, runtime_dir, *protocol)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::InternalPinner => {
+            daemon::run_pinner()?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let config = Config::load(path)?;
     match arguments.command {
         Command::Daemon { history_reset } => {
             if history_reset {
@@ -190,8 +221,6 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             }
             daemon::run_holder(config, arguments.config.as_deref())?;
         }
-        Command::InternalWorker => daemon::run_worker(config)?,
-        Command::InternalPinner => daemon::run_pinner()?,
         Command::Simulate(arguments) => simulate::run(arguments)?,
         command => {
             let client = Client::new(arguments.socket.unwrap_or_else(|| config.socket()));
@@ -259,7 +288,8 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Gc { json } => components::gc(config, json).await?,
         Command::Verify { json } => components::verify(config, json).await?,
         Command::Daemon { .. }
-        | Command::InternalWorker
+        | Command::InternalWorker { .. }
+        | Command::InternalCheck { .. }
         | Command::InternalPinner
         | Command::Simulate(_)
         | Command::Completions { .. } => unreachable!("handled by `run`"),

@@ -10,8 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::output;
 use crate::api::{
-    AttachRequest, ExecRequest, ExecResult, LaunchRequest, PrefetchMode, PrefetchRequest,
-    Prefetched, Vm, VmState,
+    AttachRequest, Degraded, ExecRequest, ExecResult, Health, LaunchRequest, PrefetchMode,
+    PrefetchRequest, Prefetched, Vm, VmState,
 };
 use crate::client::{Client, vm_path};
 
@@ -188,7 +188,7 @@ async fn wait_ready(
                 let why = vm.error.unwrap_or_else(|| "no reason given".into());
                 bail!("VM {name} failed: {why}\nits console is in `forelay logs {name}`");
             }
-            VmState::Launching | VmState::Booting | VmState::Mounted => {
+            VmState::Launching | VmState::Booting | VmState::Mounted | VmState::Unreachable => {
                 spinner.set_message(format!(
                     "{name}: {:?}, {} prefetched, {} demand fetches",
                     vm.state,
@@ -238,6 +238,10 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
         "name", "profile", "state", "pid", "ready", "demand", "stall", "ports",
     ];
     output::table(&headings, rows);
+    let health: Health = client.get("/v1/health").await?;
+    for Degraded { what, problem, .. } in health.degraded {
+        eprintln!("degraded: {what}: {problem}");
+    }
     Ok(())
 }
 

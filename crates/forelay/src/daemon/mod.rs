@@ -28,8 +28,9 @@ use forelay_host::error_chain;
 use forelay_store::Store;
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
-use crate::api::{ExecRequest, ExecResult, PrefetchRequest, Prefetched, Vm};
+use crate::api::{ExecRequest, ExecResult, PrefetchRequest, Prefetched, Vm, VmState};
 use crate::config::Config;
 use api::accounts::MemoryAccounts;
 use api::inspect::VmMaps;
@@ -47,12 +48,15 @@ use launch::resolve::Resolver;
 use launch::start::Starter;
 use memory::domains::Domains;
 use memory::planner::PlannerHandle;
+use process::health::Health;
 use vm::attach::{AttachService, running};
 use vm::registry::{Instance, VmRegistry};
 use vm::supervise::Supervisor;
 
 pub use forecast::learning::HISTORY_FILE;
-pub use process::worker::{open_store, run_holder, run_pinner, run_worker};
+pub use process::holder::{run_check, run_holder, run_pinner};
+pub use process::startup::{create_store, open_store};
+pub use process::worker::run_worker;
 
 /// How long a guest may take to power itself off.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -99,6 +103,9 @@ impl HostError {
 pub struct Host {
     config: Config,
     started: Instant,
+    health: Health,
+    /// VMs of before were looked for, and the history was read or found missing.
+    settled: watch::Sender<bool>,
     store: Store,
     domains: Arc<Domains>,
     memory: Arc<PlannerHandle>,
@@ -122,6 +129,7 @@ pub struct Host {
 /// What a host is made of.
 struct Parts {
     config: Config,
+    health: Health,
     store: Store,
     domains: Arc<Domains>,
     memory: Arc<PlannerHandle>,
@@ -217,8 +225,8 @@ impl Host {
     fn new(parts: Parts) -> (Self, Preparer) {
         let (mapper, composer) = (parts.mapper(), parts.composer());
         let supervisor = parts.supervisor();
-        let models = Arc::clone(parts.learner.models());
-        let inheritance = Arc::new(Inheritance::new(parts.store.clone(), models));
+        let inheritance = Inheritance::new(parts.store.clone(), Arc::clone(&parts.learner));
+        let inheritance = Arc::new(inheritance);
         let launches = parts.launches(&mapper, &composer, &supervisor, &inheritance);
         let takeover = Arc::default();
         let preparer = Preparer {
@@ -229,6 +237,7 @@ impl Host {
         };
         let host = Self {
             started: Instant::now(),
+            settled: watch::Sender::new(false),
             accounts: Arc::new(parts.accounts(&takeover)),
             maps: Arc::new(parts.maps()),
             attachments: AttachService {
@@ -239,6 +248,7 @@ impl Host {
                 supervisor: Arc::clone(&supervisor),
             },
             config: parts.config,
+            health: parts.health,
             store: parts.store,
             domains: parts.domains,
             memory: parts.memory,
@@ -267,6 +277,17 @@ impl Host {
     pub fn accelerator(&self) -> String {
         let known = self.launches.starter.accelerator();
         known.unwrap_or_else(|| "not probed yet".to_owned())
+    }
+
+    /// What this daemon does without.
+    pub fn degraded(&self) -> Vec<crate::api::Degraded> {
+        self.health.missing()
+    }
+
+    /// Waits until the VMs of before were looked for and the history was read, if it could be.
+    pub async fn settled(&self) {
+        // The sender lives as long as this.
+        let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
     }
 
     /// All instances.
@@ -320,6 +341,13 @@ impl Host {
 
     async fn stop_instance(&self, instance: &Instance) -> Result<(), HostError> {
         instance.cancel();
+        let vm = instance.vm();
+        if vm.state == VmState::Unreachable {
+            // It cannot be asked.
+            process::takeover::kill_recorded(&vm.runtime_dir);
+            instance.ended().await;
+            return Ok(());
+        }
         // A launch that was handed over a moment ago cannot be cancelled any more.
         if let Some(handle) = instance.launched().await {
             self.supervisor.scan_now(instance).await;

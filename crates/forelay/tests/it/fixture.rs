@@ -120,6 +120,9 @@ impl Bench {
     fn build(&self, cache: &Path) {
         let host = Host::new(self, &Settings::default());
         let list = || -> Vec<String> {
+            if !self.repository.exists() {
+                return Vec::new();
+            }
             let all = host.json(["component", "list"]);
             let all = all.as_array().unwrap().iter();
             all.map(|one| one["name"].as_str().unwrap().to_owned())
@@ -423,6 +426,13 @@ impl Host {
     /// Process id of the daemon's holder.
     pub fn holder(&self) -> u32 {
         self.daemon.as_ref().unwrap().id()
+    }
+
+    /// Kills the holder alone.
+    pub fn kill_holder(&mut self) {
+        let mut child = self.daemon.take().unwrap();
+        signal("KILL", child.id());
+        child.wait().unwrap();
     }
 
     /// Process id of the daemon's worker, if one runs.

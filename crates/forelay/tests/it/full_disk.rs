@@ -6,10 +6,10 @@ use std::process::Command;
 use crate::fixture::{Host, Settings, bench, idle};
 
 /// A small file system of the test's own.
-struct Disk(PathBuf);
+pub struct Disk(pub PathBuf);
 
 impl Disk {
-    fn new(path: PathBuf, size: &str) -> Self {
+    pub fn new(path: PathBuf, size: &str) -> Self {
         std::fs::create_dir_all(&path).unwrap();
         let options = format!("size={size}");
         mount(&[

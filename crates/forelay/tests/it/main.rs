@@ -20,3 +20,4 @@ mod memory;
 mod premap;
 mod self_control;
 mod systemd;
+mod worker_serves;

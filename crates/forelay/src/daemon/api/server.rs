@@ -4,22 +4,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Json, Path, Query, State};
+use axum::extract::{Json, Path, Query, Request, State};
 use axum::http::StatusCode;
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use crate::api::{ApiError, AttachRequest, ExecRequest, LaunchRequest, PrefetchRequest};
+use crate::api::{ApiError, AttachRequest, ExecRequest, Health, LaunchRequest, PrefetchRequest};
 use crate::daemon::{Host, HostError};
 
 type Shared = State<Arc<Host>>;
 
+/// How long a request waits for a worker that has just started.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+
 /// All routes.
 pub fn router(host: Arc<Host>) -> Router {
-    Router::new()
-        .route("/v1/health", get(health))
-        .route("/v1/vms", get(list).post(launch))
+    let waiting = Router::new()
+        .route("/v1/vms", post(launch))
         .route("/v1/vms/{name}", get(show).delete(stop))
         .route("/v1/vms/{name}/exec", post(exec))
         .route("/v1/vms/{name}/attach", post(attach))
@@ -30,6 +33,11 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/prefetch", post(prefetch))
         .route("/v1/forecast", get(forecast))
         .route("/v1/history", get(history))
+        .layer(middleware::from_fn_with_state(Arc::clone(&host), settled));
+    Router::new()
+        .route("/v1/health", get(health))
+        .route("/v1/vms", get(list))
+        .merge(waiting)
         .fallback(unknown)
         .with_state(host)
 }
@@ -63,22 +71,20 @@ impl IntoResponse for Failure {
 
 type Answer<T> = Result<Json<T>, Failure>;
 
-/// The daemon's state of health.
-#[derive(Debug, Serialize)]
-struct Health {
-    version: &'static str,
-    pid: u32,
-    uptime_s: f64,
-    accelerator: String,
-}
-
 async fn health(State(host): Shared) -> Json<Health> {
     Json(Health {
-        version: env!("CARGO_PKG_VERSION"),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         uptime_s: host.uptime().as_secs_f64(),
         accelerator: host.accelerator(),
+        degraded: host.degraded(),
     })
+}
+
+/// Has a request wait until the worker knows what there is: see [`Host::settled`].
+async fn settled(State(host): Shared, request: Request, next: Next) -> Response {
+    let _ = tokio::time::timeout(SETTLE_LIMIT, host.settled()).await;
+    next.run(request).await
 }
 
 async fn unknown() -> Response {

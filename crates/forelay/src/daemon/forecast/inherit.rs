@@ -28,7 +28,8 @@ use forelay_store::Store;
 use parking_lot::Mutex;
 
 use crate::daemon::HostError;
-use crate::daemon::forecast::models::{Models, model_key};
+use crate::daemon::forecast::learning::Learner;
+use crate::daemon::forecast::models::model_key;
 use crate::daemon::launch::resolve::Order;
 use crate::history::ProfileRef;
 
@@ -80,16 +81,16 @@ pub struct ComponentVersion {
 /// Carries working sets over to new versions. See the module's header.
 pub struct Inheritance {
     store: Store,
-    models: Arc<Models>,
+    learner: Arc<Learner>,
     unreadable: Mutex<BTreeMap<(Digest, Digest), Instant>>,
 }
 
 impl Inheritance {
     /// Nothing was inherited yet.
-    pub fn new(store: Store, models: Arc<Models>) -> Self {
+    pub fn new(store: Store, learner: Arc<Learner>) -> Self {
         Self {
             store,
-            models,
+            learner,
             unreadable: Mutex::default(),
         }
     }
@@ -102,7 +103,8 @@ impl Inheritance {
         versions: impl Iterator<Item = ComponentVersion>,
     ) -> Vec<(ComponentVersion, Digest)> {
         let profile = model_key(of);
-        let (lineage, sets) = (self.models.lineage.lock(), self.models.sets.lock());
+        let models = self.learner.models();
+        let (lineage, sets) = (models.lineage.lock(), models.sets.lock());
         let mut unreadable = self.unreadable.lock();
         unreadable.retain(|_, since| since.elapsed() < RETRY_AFTER);
         versions
@@ -188,7 +190,7 @@ impl Inheritance {
             MetadataRegion::read(store, old_id),
             MetadataRegion::read(store, version.id),
         )?;
-        let (models, image) = (Arc::clone(&self.models), version.image);
+        let (models, image) = (self.learner.models(), version.image);
         let work = tokio::task::spawn_blocking(move || {
             let (old, new) = (old.files()?, new.files()?);
             let mut sets = models.sets.lock();

@@ -48,11 +48,14 @@ pub struct LastLaunches {
 
 impl LastLaunches {
     /// Reads what earlier daemons kept in `state_dir`. What cannot be read is skipped.
-    pub fn open(state_dir: &Path, pmem_slots: usize) -> std::io::Result<Self> {
+    pub fn open(state_dir: &Path, pmem_slots: usize) -> Self {
         let dir = state_dir.join("profiles");
-        std::fs::create_dir_all(&dir)?;
+        let entries = std::fs::create_dir_all(&dir).and_then(|()| std::fs::read_dir(&dir));
+        let entries = entries.inspect_err(|error| {
+            tracing::error!(%error, path = %dir.display(), "earlier launches are not known");
+        });
         let mut orders = BTreeMap::new();
-        for entry in std::fs::read_dir(&dir)?.flatten() {
+        for entry in entries.into_iter().flatten().flatten() {
             let read = std::fs::read(entry.path()).ok();
             let last: Option<LastLaunch> = read.and_then(|text| serde_json::from_slice(&text).ok());
             let Some(last) = last else { continue };
@@ -61,12 +64,12 @@ impl LastLaunches {
                 orders.insert(key, Expected { order, pinned });
             }
         }
-        Ok(Self {
+        Self {
             dir,
             pmem_slots,
             orders: Mutex::new(orders),
             resolved_with: Mutex::default(),
-        })
+        }
     }
 
     /// Remembers a launch; `pinned` if it came with its lock.

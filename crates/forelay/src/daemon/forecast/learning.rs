@@ -1,11 +1,12 @@
 //! What the daemon learns from launches, and what it expects of the next one.
 //!
 //! Owns the history database and the models in memory; both hold the same facts, the models
-//! are rebuilt from the history when the daemon starts.
+//! are rebuilt from the history once that could be opened. Until then models begin at nothing,
+//! and what is to be recorded is kept in memory: a history that is away stops no launch.
 //! Refuses to decide what is prefetched: it hands plans to the planner.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -13,6 +14,8 @@ use std::time::Duration;
 use forelay_image::{Digest, Extent, PlannedExtent, Touch};
 use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::time::Timestamp;
+use parking_lot::RwLock;
+use tokio::sync::Mutex;
 
 use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
@@ -33,13 +36,20 @@ pub const HISTORY_FILE: &str = "history.db";
 const ROLL_UP_EVERY: Duration = Duration::from_secs(86_400);
 /// Touches so long after a launch's request may still count to its working set.
 const LONGEST_LAUNCH_MS: u32 = 600_000;
+/// Events kept for a history that cannot be written now; the oldest go first.
+const MOST_UNWRITTEN: usize = 20_000;
 /// Launches looked at for a profile's figures.
 const RECENT_LAUNCHES: u32 = 100;
 
 /// Learns from launches.
 pub struct Learner {
-    history: Arc<SqliteHistory>,
-    models: Arc<Models>,
+    path: PathBuf,
+    /// None until it could be opened.
+    history: RwLock<Option<Arc<SqliteHistory>>>,
+    /// What the history does not have yet, in order.
+    unwritten: Mutex<VecDeque<Event>>,
+    models: RwLock<Arc<Models>>,
+    new_models: Box<dyn Fn() -> Models + Send + Sync>,
     clock: ForecastClock,
     /// Events told so far.
     told: AtomicU64,
@@ -67,22 +77,39 @@ pub struct LaunchOutcome {
 }
 
 impl Learner {
-    /// Opens the history in `state_dir` and rebuilds the models from it. Also returns the
-    /// last launches, oldest first.
-    pub async fn open(
+    /// Knows nothing yet: see [`Learner::open_history`].
+    pub fn new(
         state_dir: &Path,
         config: &ForecastConfig,
         memory_mib: HashMap<String, u32>,
-    ) -> Result<(Self, VecDeque<(ProfileRef, Timestamp)>), HostError> {
-        let path = state_dir.join(HISTORY_FILE);
-        let opened = SqliteHistory::open(&path, OpenOptions::default()).await;
-        let history = opened.map_err(HostError::failed)?;
+    ) -> Self {
         let window_ms = (config.window_s.max(0.0) * 1e3) as u32 + LONGEST_LAUNCH_MS;
-        let models = Models::new(window_ms, config.prefetch && config.ahead, memory_mib);
-        let models = Arc::new(models);
-        let clock = ForecastClock::new(config);
-        let now = clock.now();
+        let ahead = config.prefetch && config.ahead;
+        let new_models = move || Models::new(window_ms, ahead, memory_mib.clone());
+        Self {
+            path: state_dir.join(HISTORY_FILE),
+            history: RwLock::default(),
+            unwritten: Mutex::default(),
+            models: RwLock::new(Arc::new(new_models())),
+            new_models: Box::new(new_models),
+            clock: ForecastClock::new(config),
+            told: AtomicU64::new(0),
+        }
+    }
+
+    /// Opens the history and rebuilds the models from it. Returns the last launches, oldest
+    /// first.
+    pub async fn open_history(&self) -> Result<VecDeque<(ProfileRef, Timestamp)>, HostError> {
+        let opened = SqliteHistory::open(&self.path, OpenOptions::default()).await;
+        let history = Arc::new(opened.map_err(HostError::failed)?);
+        // Held until the new models are in place: what is told meanwhile waits.
+        let mut unwritten = self.unwritten.lock().await;
+        let written = history.append(unwritten.make_contiguous()).await;
+        written.map_err(HostError::failed)?;
+        unwritten.clear();
+        let models = Arc::new((self.new_models)());
         models.begin_replay();
+        let now = self.clock.now();
         let mut replay = Replay::new(&models, now);
         let replayed = history.replay(Timestamp(0), &mut replay).await;
         let replayed = replayed.map_err(HostError::failed)?;
@@ -97,18 +124,18 @@ impl Learner {
         let replayed_models = Arc::clone(&models);
         let fitted = tokio::task::spawn_blocking(move || replayed_models.end_replay());
         fitted.await.map_err(HostError::failed)?;
-        let learner = Self {
-            history: Arc::new(history),
-            models,
-            clock,
-            told: AtomicU64::new(0),
-        };
-        Ok((learner, recent))
+        *self.models.write() = models;
+        *self.history.write() = Some(history);
+        Ok(recent)
+    }
+
+    fn history(&self) -> Option<Arc<SqliteHistory>> {
+        self.history.read().clone()
     }
 
     /// The models.
-    pub fn models(&self) -> &Arc<Models> {
-        &self.models
+    pub fn models(&self) -> Arc<Models> {
+        Arc::clone(&self.models.read())
     }
 
     /// The forecaster's clock.
@@ -122,7 +149,10 @@ impl Learner {
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            match self.history.roll_up(self.clock.now()).await {
+            let Some(history) = self.history() else {
+                continue;
+            };
+            match history.roll_up(self.clock.now()).await {
                 Ok(done) => tracing::info!(?done, "history rolled up"),
                 Err(error) => {
                     tracing::error!(error = %forelay_host::error_chain(&error), "the history was not rolled up");
@@ -134,14 +164,15 @@ impl Learner {
     /// What the next launch of `of` with `images` is expected to touch, in first-touch
     /// order.
     pub fn plan(&self, of: &ProfileRef, images: &[Digest]) -> Vec<PlannedExtent> {
-        let expected = self.models.plan(&model_key(of), images);
+        let expected = self.models().plan(&model_key(of), images);
         expected.iter().map(|one| one.planned).collect()
     }
 
     /// True if launches of this very profile have been observed.
     pub fn knows(&self, of: &ProfileRef) -> bool {
         let key = model_key(of);
-        let sets = self.models.sets.lock();
+        let models = self.models();
+        let sets = models.sets.lock();
         sets.pairs().any(|(profile, ..)| profile == key)
     }
 
@@ -152,14 +183,16 @@ impl Learner {
         horizon_s: f64,
         least_probability: f64,
     ) -> Vec<LaunchForecast> {
-        let mut forecaster = self.models.forecaster.lock();
+        let models = self.models();
+        let mut forecaster = models.forecaster.lock();
         forecaster.advance(now, |_, _| {});
         forecaster.next_launches(now, horizon_s, least_probability)
     }
 
     /// How forecasting does for a profile, by its own account.
     pub fn self_control(&self, of: &ProfileRef) -> SelfControl {
-        let forecaster = self.models.forecaster.lock();
+        let models = self.models();
+        let forecaster = models.forecaster.lock();
         let Some(key) = forecaster.find_profile(&model_key(of)) else {
             return SelfControl::default();
         };
@@ -186,10 +219,10 @@ impl Learner {
             image: component.image,
         });
         let components: Vec<ComponentRef> = components.collect();
-        self.models.note_memory(of, memory_mib);
-        self.models.launches(of, at, 1);
-        self.models
-            .launched_with(of, at, id.nonce, components.iter());
+        let models = self.models();
+        models.note_memory(of, memory_mib);
+        models.launches(of, at, 1);
+        models.launched_with(of, at, id.nonce, components.iter());
         let what = What::Launch {
             components,
             count: 1,
@@ -215,7 +248,7 @@ impl Learner {
             ..
         } = &outcome;
         if outcome.mounted_ms.is_some() {
-            self.models.touched(of, images, touches);
+            self.models().touched(of, images, touches);
         }
         let mut whats = Vec::new();
         if let (Some(mounted_ms), Some(ready_ms)) = (outcome.mounted_ms, outcome.ready_ms) {
@@ -256,9 +289,9 @@ impl Learner {
 
     /// Records that a VM stopped.
     pub async fn stopped(&self, of: &ProfileRef, launch_id: i64, ran_ms: u64) {
-        self.models.stopped(launch_id as u64);
-        if self.models.fit_due() {
-            let models = Arc::clone(&self.models);
+        let models = self.models();
+        models.stopped(launch_id as u64);
+        if models.fit_due() {
             tokio::task::spawn_blocking(move || models.fit_if_due());
         }
         self.tell(of, launch_id, vec![What::Stop { ran_ms }]).await;
@@ -267,7 +300,7 @@ impl Learner {
     /// Records a hot attach.
     pub async fn attached(&self, of: &ProfileRef, launch_id: i64, component: ComponentRef) {
         let at = self.clock.now();
-        self.models.attached(at, launch_id as u64, &component);
+        self.models().attached(at, launch_id as u64, &component);
         let what = vec![What::Attach { component }];
         self.tell_at(at, of, launch_id, what).await;
     }
@@ -282,8 +315,9 @@ impl Learner {
         lesson: AttachLesson,
     ) {
         let images = vec![image];
-        self.models.touched(of, &images, &lesson.own);
-        self.models.touched_late(of, &lesson.others);
+        let models = self.models();
+        models.touched(of, &images, &lesson.own);
+        models.touched_late(of, &lesson.others);
         let mut whats = vec![What::Touched {
             images,
             touches: lesson.own,
@@ -299,7 +333,7 @@ impl Learner {
     /// Records what a VM uses.
     pub async fn sampled(&self, of: &ProfileRef, launch_id: i64, sample: ResourceSample) {
         let at = self.clock.now();
-        self.models.sampled(of, at, launch_id as u64, &sample);
+        self.models().sampled(of, at, launch_id as u64, &sample);
         self.tell_at(at, of, launch_id, vec![What::Sample(sample)])
             .await;
     }
@@ -324,23 +358,38 @@ impl Learner {
         self.append(&events.collect::<Vec<_>>()).await;
     }
 
-    /// History is worth having, but no launch fails for want of it.
+    /// History is worth having, but no launch fails for want of it: what cannot be written
+    /// now is kept for later.
     async fn append(&self, events: &[Event]) {
-        if let Err(error) = self.history.append(events).await {
-            tracing::error!(error = %forelay_host::error_chain(&error), "the history was not written");
+        let mut unwritten = self.unwritten.lock().await;
+        unwritten.extend(events.iter().cloned());
+        let excess = unwritten.len().saturating_sub(MOST_UNWRITTEN);
+        unwritten.drain(..excess);
+        let Some(history) = self.history() else {
+            return;
+        };
+        match history.append(unwritten.make_contiguous()).await {
+            Ok(_) => unwritten.clear(),
+            Err(error) => {
+                tracing::error!(error = %forelay_host::error_chain(&error), "the history was not written");
+            }
         }
     }
 
     /// What is known of profiles' past.
     pub async fn entries(&self, profile: Option<&str>) -> Result<Vec<HistoryEntry>, HostError> {
+        let history = self.history().ok_or_else(|| {
+            let path = self.path.display();
+            HostError::Failed(format!(
+                "the history {path} is not open: see `forelay doctor`"
+            ))
+        })?;
         let mut entries = Vec::new();
-        for summary in self.history.profiles().await.map_err(HostError::failed)? {
+        for summary in history.profiles().await.map_err(HostError::failed)? {
             if profile.is_some_and(|name| name != summary.of.profile) {
                 continue;
             }
-            let launches = self
-                .history
-                .launches(Some(&summary.of.profile), RECENT_LAUNCHES);
+            let launches = history.launches(Some(&summary.of.profile), RECENT_LAUNCHES);
             let mut launches = launches.await.map_err(HostError::failed)?;
             launches.retain(|launch| launch.of == summary.of);
             let mut ready: Vec<u64> = launches.iter().filter_map(|one| one.ready_ms).collect();
@@ -366,7 +415,8 @@ impl Learner {
 
     fn working_set_bytes(&self, of: &ProfileRef) -> u64 {
         let key = model_key(of);
-        let sets = self.models.sets.lock();
+        let models = self.models();
+        let sets = models.sets.lock();
         let own = sets.pairs().filter(|(profile, ..)| *profile == key);
         own.map(|(_, _, set)| set.likely_bytes()).sum()
     }

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forelay_cache::PlannerEvent;
 use forelay_guest_protocol::messages::Traffic;
 use forelay_predict::resources::HORIZONS_MS;
 
@@ -162,16 +163,14 @@ impl Host {
             .iter()
             .map(|launch| (launch.profile.as_str(), launch.probability))
             .collect();
-        let demand = self.learner.models().demand.lock();
+        let models = self.learner.models();
+        let demand = models.demand.lock();
         let high = demand.host(HORIZONS_MS[0], &coming).quantile(QUANTILE);
         (high - demand.in_use()).max(0.0) as u64
     }
 
     /// Starts what looks ahead and what keeps the history.
     pub(in crate::daemon) fn start_foresight(self: &Arc<Self>) {
-        let live = self.instances.live();
-        let live: Vec<u64> = live.iter().map(|one| one.launch_id() as u64).collect();
-        self.learner.models().keep_running(|vm| live.contains(&vm));
         let config = &self.config.forecast;
         if config.prefetch && config.ahead {
             tokio::spawn(Arc::clone(self).look_ahead());
@@ -179,6 +178,17 @@ impl Host {
         tokio::spawn(Arc::clone(self).sample_vms());
         let host = Arc::clone(self);
         tokio::spawn(async move { host.learner.keep_history().await });
+    }
+
+    /// Opens the history, and tells the planner of past launches.
+    pub(in crate::daemon) async fn open_history(&self) -> Result<(), crate::daemon::HostError> {
+        let recent = self.learner.open_history().await?;
+        let live = self.instances.live();
+        let live: Vec<u64> = live.iter().map(|one| one.launch_id() as u64).collect();
+        self.learner.models().keep_running(|vm| live.contains(&vm));
+        let launches = self.last_launches.past(&recent, self.learner.clock());
+        self.memory.tell(PlannerEvent::LaunchesRemembered(launches));
+        Ok(())
     }
 }
 

@@ -89,11 +89,12 @@ mod tests {
 
     async fn admission(dir: &std::path::Path) -> Admission {
         let config = ForecastConfig::default();
-        let (learner, _) = Learner::open(dir, &config, HashMap::new()).await.unwrap();
+        let learner = Learner::new(dir, &config, HashMap::new());
+        learner.open_history().await.unwrap();
         Admission {
             registry: Arc::default(),
             learner: Arc::new(learner),
-            last_launches: Arc::new(LastLaunches::open(dir, 8).unwrap()),
+            last_launches: Arc::new(LastLaunches::open(dir, 8)),
             vms_dir: dir.join("vms"),
         }
     }

@@ -89,18 +89,25 @@ struct State {
 
 impl Premaps {
     /// Nothing is prepared; what an earlier daemon prepared in `dir` is removed.
-    pub fn open(dir: PathBuf) -> std::io::Result<Self> {
-        std::fs::create_dir_all(&dir)?;
-        for entry in std::fs::read_dir(&dir)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|ending| ending == "img") {
-                std::fs::remove_file(path)?;
+    pub fn open(dir: PathBuf) -> Self {
+        let clear = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&dir)?;
+            for entry in std::fs::read_dir(&dir)? {
+                let path = entry?.path();
+                if path.extension().is_some_and(|ending| ending == "img") {
+                    std::fs::remove_file(path)?;
+                }
             }
+            Ok(())
+        };
+        if let Err(error) = clear() {
+            // Preparing may fail, launches will not.
+            tracing::error!(%error, path = %dir.display(), "prepared launches of before are left");
         }
-        Ok(Self {
+        Self {
             dir,
             state: Mutex::default(),
-        })
+        }
     }
 
     /// Tells what a launch of a profile would be, before the planner is told of it.
@@ -272,7 +279,7 @@ pub(in crate::daemon) mod tests {
     #[test]
     fn only_the_very_launch_that_was_prepared_gets_it_and_only_once() {
         let dir = tempfile::tempdir().unwrap();
-        let premaps = Premaps::open(dir.path().join("premapped")).unwrap();
+        let premaps = Premaps::open(dir.path().join("premapped"));
         let web = order("web", "", "base");
         let keep = |name| premaps.keep(&web, premapped(dir.path(), &web, name));
         keep("web");
@@ -303,7 +310,7 @@ pub(in crate::daemon) mod tests {
     fn the_oldest_go_when_there_are_too_many_and_all_go_with_the_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("premapped");
-        let premaps = Premaps::open(own.clone()).unwrap();
+        let premaps = Premaps::open(own.clone());
         for number in 0..=KEEP {
             let order = order(&format!("p{number}"), "", "base");
             premaps.keep(&order, premapped(&own, &order, &format!("p{number}")));
@@ -311,7 +318,7 @@ pub(in crate::daemon) mod tests {
         assert_eq!(premaps.len(), KEEP);
         assert!(!own.join("p0.img").exists() && own.join("p1.img").exists());
         std::mem::forget(premaps);
-        Premaps::open(own.clone()).unwrap();
+        Premaps::open(own.clone());
         assert_eq!(std::fs::read_dir(own).unwrap().count(), 0);
     }
 }

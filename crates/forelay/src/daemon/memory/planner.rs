@@ -136,8 +136,8 @@ pub struct PlannerParts {
     pub sampler: Sampler,
     /// Who carries decisions out.
     pub executors: Executors,
-    /// Where the table's rows are written down.
-    pub journal: JournalWriter,
+    /// Where the table's rows are written down, if they can be.
+    pub journal: Option<JournalWriter>,
 }
 
 impl PlannerHandle {
@@ -194,7 +194,6 @@ impl PlannerHandle {
 
     /// Time since the planner last ended a step: it makes one at least every quarter of a
     /// second.
-    #[expect(dead_code, reason = "for the worker's heartbeat")]
     pub fn last_step_age(&self) -> Duration {
         let last = Duration::from_millis(self.shared.last_step_ms.load(Ordering::Relaxed));
         self.shared.started.elapsed().saturating_sub(last)
@@ -398,7 +397,9 @@ impl PlannerThread {
         let decisions = self.parts.planner.step(event, now_ms());
         self.parts.executors.carry_out(decisions);
         self.note_freed();
-        self.parts.journal.wake();
+        if let Some(journal) = &self.parts.journal {
+            journal.wake();
+        }
         let planner = &self.parts.planner;
         *self.shared.status.lock() = PlanStatus {
             budget_bytes: planner.budget_bytes(),

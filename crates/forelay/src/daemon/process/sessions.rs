@@ -4,8 +4,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use forelay_memory::holder::{self, Farewell};
+use forelay_memory::holder::{self, Shutdown};
 use forelay_memory::{Session, pinner};
 
 use crate::daemon::HostError;
@@ -21,9 +22,14 @@ impl Sessions {
     pub fn connect() -> Result<Self, HostError> {
         let holder = holder::Client::from_env().map_err(HostError::failed)?;
         let pinner = match &holder {
-            Some(holder) => holder.pinner().map_err(HostError::failed)?,
-            None => pinner::Client::in_process().map_err(HostError::failed)?,
+            // One that is being started again is asked for later: see `renew_pinner`.
+            Some(holder) => holder.pinner().or_else(|error| {
+                tracing::warn!(%error, "nothing can be pinned for now");
+                pinner::Client::unconnected()
+            }),
+            None => pinner::Client::in_process(),
         };
+        let pinner = pinner.map_err(HostError::failed)?;
         Ok(Self {
             holder,
             pinner: Arc::new(pinner),
@@ -35,9 +41,7 @@ impl Sessions {
         let Some(holder) = &self.holder else {
             return Ok(Session::New);
         };
-        std::fs::create_dir_all(mountpoint).map_err(HostError::failed)?;
-        let held = holder.domains().map_err(HostError::failed)?;
-        let held = held.into_iter().find(|held| held.name == domain);
+        let held = holder.domain(domain).map_err(HostError::failed)?;
         let held = match held {
             Some(held) => held,
             None => holder
@@ -63,13 +67,31 @@ impl Sessions {
             .map_or(Ok(()), |holder| holder.ready().map_err(HostError::failed))
     }
 
+    /// A sign of life to the holder; an error if it has ended.
+    pub fn alive(&self) -> Result<(), HostError> {
+        self.holder
+            .as_ref()
+            .map_or(Ok(()), |holder| holder.alive().map_err(HostError::failed))
+    }
+
+    /// Waits for the holder's end for at most `limit`; true if it has ended.
+    pub fn wait_for_holders_end(&self, limit: Duration) -> bool {
+        match &self.holder {
+            Some(holder) => holder.wait_for_end(limit),
+            None => {
+                std::thread::sleep(limit);
+                false
+            }
+        }
+    }
+
     /// Says that the holder is to start another daemon when this one ends.
     pub fn restart(&self) -> Result<(), HostError> {
         let Some(holder) = &self.holder else {
             return Ok(());
         };
         holder
-            .farewell(Farewell::Restart)
+            .shutdown(Shutdown::Restart)
             .map_err(HostError::failed)
     }
 

@@ -1,0 +1,273 @@
+//! A worker's start up to the point at which it can answer faults: configuration, store,
+//! planner, host. Nothing here waits for the repository, the history or a VMM.
+//!
+//! Invariant: what is missing makes the worker degraded (see [`super::health`]), not end: VMs
+//! that run wait for it.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use forelay_cache::Planner;
+use forelay_cache::budget::BudgetConfig;
+use forelay_cache::mapping_table::{MappingTable, SharedTable};
+use forelay_cache::plan::PlanConfig;
+use forelay_memory::pressure;
+use forelay_store::{
+    DirectoryRepository, FetchConfig, Limited, Repository, Store, StoreConfig, Throttled,
+};
+use forelay_vm::Accelerator;
+use forelay_vm::qemu::QemuDriver;
+use tokio::sync::mpsc;
+
+use super::health::{Dependency, Health};
+use super::journal::{Journal, JournalWriter, Replayed};
+use super::sessions::Sessions;
+use crate::config::{Config, RepositoryConfig};
+use crate::daemon::forecast::clock::ForecastClock;
+use crate::daemon::forecast::last_launches::LastLaunches;
+use crate::daemon::forecast::learning::Learner;
+use crate::daemon::launch::prepared::Premaps;
+use crate::daemon::memory::domains::Domains;
+use crate::daemon::memory::executors::Executors;
+use crate::daemon::memory::planner::{PlannerHandle, PlannerParts, planner_channel};
+use crate::daemon::memory::samples::{Sampler, total_bytes};
+use crate::daemon::{Host, Parts};
+
+/// Share of the host's memory that an adaptive budget may take at most.
+const ADAPTIVE_SHARE: f64 = 0.5;
+/// Cap of a disk cache that had to be put into the runtime directory, which is memory.
+const MAKESHIFT_CACHE_BYTES: u64 = 256 << 20;
+
+/// The configuration of a worker below a holder that has `runtime_dir`.
+pub fn load_config(path: Option<&Path>, runtime_dir: &Path) -> Result<Config> {
+    let config = Config::load(path)?;
+    if config.runtime_dir != runtime_dir {
+        bail!(
+            "runtime_dir is {} now, and the daemon runs in {}: stop it before you change that",
+            config.runtime_dir.display(),
+            runtime_dir.display()
+        );
+    }
+    Ok(config)
+}
+
+/// The configuration, or the one that a worker was last ready with if it is not valid.
+pub fn config_or_last_good(
+    path: Option<&Path>,
+    runtime_dir: &Path,
+    health: &Health,
+) -> Result<Config> {
+    let error = match load_config(path, runtime_dir) {
+        Ok(config) => return Ok(config),
+        Err(error) => error,
+    };
+    let last_good = Config::last_good_path(runtime_dir);
+    let Ok(config) = Config::load(Some(&last_good)) else {
+        return Err(error);
+    };
+    health.lack(
+        Dependency::Configuration,
+        format!("{error:#}; the one of before is in use"),
+    );
+    Ok(config)
+}
+
+/// Keeps the configuration for a worker that finds an invalid one.
+pub fn keep_config(config: &Config) {
+    let path = Config::last_good_path(&config.runtime_dir);
+    let keep = || -> Result<()> {
+        let unfinished = path.with_extension("new");
+        std::fs::write(&unfinished, toml::to_string(config)?)?;
+        Ok(std::fs::rename(&unfinished, &path)?)
+    };
+    if let Err(error) = keep() {
+        tracing::warn!(%error, "the configuration is not kept for a worker that needs it");
+    }
+}
+
+/// The store as configured. Never makes a repository.
+pub async fn open_store(config: &Config) -> Result<Store> {
+    let directory = DirectoryRepository::open(config.repository_path());
+    let cache = (config.cache_path(), config.cache.cap_bytes);
+    store(config, directory, cache).await
+}
+
+/// As [`open_store`], with a repository made if there is none.
+pub async fn create_store(config: &Config) -> Result<Store> {
+    let path = config.repository_path();
+    let directory = DirectoryRepository::create(&path)
+        .with_context(|| format!("cannot make the repository {}", path.display()))?;
+    let cache = (config.cache_path(), config.cache.cap_bytes);
+    let store = store(config, directory, cache).await?;
+    store.initialise().await?;
+    Ok(store)
+}
+
+async fn store(
+    config: &Config,
+    directory: DirectoryRepository,
+    (cache_dir, cache_cap_bytes): (std::path::PathBuf, u64),
+) -> Result<Store> {
+    let limit = config.repository.timeout();
+    let directory: Arc<dyn Repository> = Arc::new(Limited::new(Arc::new(directory), limit));
+    let RepositoryConfig {
+        latency_ms,
+        bandwidth_bytes_per_s,
+        ..
+    } = &config.repository;
+    let repository: Arc<dyn Repository> = if *latency_ms > 0 || *bandwidth_bytes_per_s > 0 {
+        let latency = Duration::from_millis(*latency_ms);
+        let bandwidth = (*bandwidth_bytes_per_s > 0).then_some(*bandwidth_bytes_per_s);
+        Arc::new(Throttled::new(directory, latency, bandwidth))
+    } else {
+        directory
+    };
+    Ok(Store::open(StoreConfig {
+        repository,
+        cache_dir,
+        cache_cap_bytes,
+        fetch: FetchConfig::default(),
+    })
+    .await?)
+}
+
+/// The store with its disk cache as configured, or else where there is room for a small one.
+async fn store_or_makeshift(config: &Config, health: &Health) -> Result<Store> {
+    let error = match open_store(config).await {
+        Ok(store) => return Ok(store),
+        Err(error) => error,
+    };
+    let makeshift = config.runtime_dir.join("cache");
+    health.lack(
+        Dependency::DiskCache,
+        format!("{error:#}; in {} until a restart", makeshift.display()),
+    );
+    let directory = DirectoryRepository::open(config.repository_path());
+    store(config, directory, (makeshift, MAKESHIFT_CACHE_BYTES)).await
+}
+
+/// Makes the daemon's directories as far as it can.
+pub fn make_directories(config: &Config, health: &Health) {
+    for dir in [
+        &config.state_dir,
+        &config.runtime_dir,
+        &config.vms_dir(),
+        &config.mounts_dir(),
+    ] {
+        if let Err(error) = private_dir(dir) {
+            health.lack(Dependency::Directory, format!("{}: {error}", dir.display()));
+        }
+    }
+}
+
+/// Makes a directory of ours, or takes from others what they may do in one that is there.
+fn private_dir(dir: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+}
+
+/// Everything but what serving VMs can do without; that is opened later.
+pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Replayed)> {
+    let store = store_or_makeshift(&config, &health).await?;
+    let scheduler = store.scheduler().clone();
+    let (sender, inbox) = planner_channel();
+    let domains = Arc::new(Domains::new(
+        &config.mounts_dir(),
+        scheduler.clone(),
+        sender.clone(),
+        Sessions::connect()?,
+    ));
+    let (plan, budget) = memory_settings(&config);
+    let journal = Journal::open(config.runtime_dir.join("mapping-table.journal"));
+    let (journal, table, journalled) = match health.note(Dependency::Journal, journal) {
+        Some((journal, table, journalled)) => (Some(journal), table, journalled),
+        None => (None, MappingTable::new(), Replayed::default()),
+    };
+    let table = Arc::new(SharedTable::new(table));
+    let journal = journal.map(|journal| JournalWriter::start(journal, Arc::clone(&table)));
+    let planner = Planner::new(plan, budget, table);
+    let (reserve, reserved) = mpsc::unbounded_channel();
+    let sampler = Sampler::new();
+    let demand = sampler.demand();
+    let executors = Executors::start(&domains, scheduler.clone(), &sender, reserve)?;
+    let parts = PlannerParts {
+        planner,
+        domains: Arc::clone(&domains),
+        scheduler,
+        sampler,
+        executors,
+        journal: journal.transpose()?,
+    };
+    let memory = PlannerHandle::start(parts, sender, inbox)?;
+    let last_launches = LastLaunches::open(&config.state_dir, config.vmm.pmem_slots);
+    let learner = Learner::new(
+        &config.state_dir,
+        &config.forecast,
+        last_launches.memory_mib(),
+    );
+    let premaps = Premaps::open(config.runtime_dir.join("premapped"));
+    let (host, preparer) = Host::new(Parts {
+        driver: Arc::new(driver(&config)),
+        premaps: Arc::new(premaps),
+        config,
+        health,
+        store,
+        domains,
+        memory: Arc::new(memory),
+        learner: Arc::new(learner),
+        last_launches: Arc::new(last_launches),
+        demand,
+        instances: Arc::default(),
+        lessons: Arc::default(),
+    });
+    tokio::spawn(preparer.premap_likely(reserved));
+    Ok((Arc::new(host), journalled))
+}
+
+fn driver(config: &Config) -> QemuDriver {
+    let mut driver = QemuDriver::new(&config.state_dir);
+    driver.binary.clone_from(&config.vmm.qemu);
+    // The configuration was checked when it was loaded.
+    driver.accelerator = match config.vmm.accelerator.as_str() {
+        "kvm" => Some(Accelerator::Kvm),
+        "tcg" => Some(Accelerator::Tcg),
+        _ => None,
+    };
+    driver
+}
+
+/// How far ahead the planner looks, and how much memory it may take.
+pub fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
+    let total = pressure::Probe::new()
+        .sample()
+        .map_or(1 << 30, |sample| total_bytes(&sample));
+    let cap_bytes = match config.memory.budget_bytes {
+        0 => (total as f64 * ADAPTIVE_SHARE) as u64,
+        bytes => bytes,
+    };
+    let mut budget = BudgetConfig {
+        cap_bytes,
+        ..BudgetConfig::default()
+    };
+    if config.memory.critical_bytes > 0 && total > 0 {
+        let critical = config.memory.critical_bytes as f64 / total as f64;
+        budget.headroom_share = critical / budget.critical_share;
+    }
+    // The planner lives on the wall clock; how far it looks ahead and how long it remembers
+    // belong to the forecaster's.
+    let clock = ForecastClock::new(&config.forecast);
+    let usual = PlanConfig::default();
+    let wall_ms =
+        |stretch: Duration| i64::try_from(clock.wall(stretch).as_millis()).unwrap_or(i64::MAX);
+    let half_life = Duration::from_millis(usual.half_life_ms.unsigned_abs());
+    let plan = PlanConfig {
+        budget_bytes: cap_bytes,
+        horizon_ms: wall_ms(config.forecast.horizon()),
+        half_life_ms: wall_ms(half_life),
+        ..usual
+    };
+    (plan, budget)
+}

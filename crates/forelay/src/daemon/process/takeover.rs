@@ -1,0 +1,329 @@
+//! What an earlier worker left: mounts whose faults wait, files that VMs map, VMs.
+//!
+//! ```text
+//! mounts: readers run -> images known, files added: faults are answered -> API, ready
+//!   -> VMs, side by side: reattached | ended | unreachable (tried again)
+//! ```
+//! Invariants: no path below a mount is touched before its readers run; a VM whose process
+//! lives is never given up because it does not answer.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use forelay_cache::plan::RunningVm;
+use forelay_cache::{DeviceImage, Domain, PlannerEvent};
+use forelay_image::bundle::Bundle;
+use forelay_image::lock::Lock;
+use forelay_vm::process::Process;
+use forelay_vm::state::VmState as VmmState;
+use forelay_vm::{ReattachError, VmHandle, VmmDriver as _};
+use futures_util::future::join_all;
+
+use super::health::Dependency;
+use super::journal::Replayed;
+use super::startup::memory_settings;
+use crate::api::VmState;
+use crate::daemon::vm::directory::RECORD;
+use crate::daemon::vm::registry::{Instance, Record, load_records};
+use crate::daemon::{Host, HostError};
+use crate::history::ProfileRef;
+
+/// How long opening a VM's components may keep its files waiting.
+const OPEN_LIMIT: Duration = Duration::from_secs(2);
+/// How long a VMM may take to answer before its VM counts as unreachable.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// How long one of the later attempts may take, and the pause between two.
+const LATER_LIMIT: Duration = Duration::from_secs(60);
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// Between attempts at components that could not be opened.
+const REOPEN_EVERY: Duration = Duration::from_secs(5);
+
+/// What is there to take over.
+pub struct Inherited {
+    records: Vec<Record>,
+    /// Domains whose mounts were held; other mounts are gone.
+    held: BTreeSet<String>,
+    journalled: Replayed,
+}
+
+/// Serves the mounts that the holder holds. When this returns, faults of what earlier VMs
+/// map are answered, as far as the disk cache or the repository has the bytes.
+pub async fn serve_mounts(host: &Arc<Host>, journalled: Replayed) -> Result<Inherited> {
+    let held: BTreeSet<String> = host.domains.sessions().held()?.into_iter().collect();
+    let (serving, names) = (Arc::clone(host), held.clone());
+    tokio::task::spawn_blocking(move || {
+        for name in names {
+            if let Err(error) = serving.domains.ensure(&Domain::from(name.as_str())) {
+                let problem = format!("domain {name}: {error}");
+                serving.health.lack(Dependency::Mounts, problem);
+            }
+        }
+    })
+    .await?;
+    let records = load_records(&host.config.vms_dir());
+    let inherited = Inherited {
+        records,
+        held,
+        journalled,
+    };
+    let with_memory = inherited.records.iter();
+    let with_memory = with_memory.filter(|record| inherited.held.contains(&record.vm.domain));
+    let opened = join_all(with_memory.map(|record| open_files(host, record))).await;
+    let unopened: Vec<Record> = opened.into_iter().flatten().collect();
+    if !unopened.is_empty() {
+        tokio::spawn(reopen(Arc::clone(host), unopened));
+    }
+    Ok(inherited)
+}
+
+/// Makes images and files of a VM known; the record, if it has to be tried again.
+async fn open_files(host: &Arc<Host>, record: &Record) -> Option<Record> {
+    let know = tokio::time::timeout(OPEN_LIMIT, know_images(host, record));
+    let known = matches!(know.await, Ok(true));
+    let (serving, record) = (Arc::clone(host), record.clone());
+    let added = tokio::task::spawn_blocking(move || {
+        let added = add_files(&serving, &record);
+        if let Err(error) = &added {
+            let problem = format!("VM {}: {error}", record.vm.name);
+            serving.health.lack(Dependency::Mounts, problem);
+        }
+        (!known || added.is_err()).then_some(record)
+    });
+    added.await.ok().flatten()
+}
+
+async fn reopen(host: Arc<Host>, mut records: Vec<Record>) {
+    while !records.is_empty() {
+        let names: Vec<&str> = records.iter().map(|one| one.vm.name.as_str()).collect();
+        let problem = format!("of {}; see the log", names.join(", "));
+        host.health.lack(Dependency::Components, problem);
+        tokio::time::sleep(REOPEN_EVERY).await;
+        let again = join_all(records.iter().map(|record| open_files(&host, record))).await;
+        records = again.into_iter().flatten().collect();
+    }
+    host.health.has(Dependency::Components);
+}
+
+/// Makes the images of a VM's lock known again, before anything can fault on them. False if
+/// that has to be tried again.
+async fn know_images(host: &Host, record: &Record) -> bool {
+    let lock = match Lock::parse(&record.lock) {
+        Ok(lock) => lock,
+        Err(error) => {
+            tracing::error!(vm = record.vm.name, %error, "the lock of a running VM is lost");
+            return true;
+        }
+    };
+    let mut all = true;
+    for component in &lock.components {
+        if let Err(error) = host.store.open_component(component.id).await {
+            let why = forelay_host::error_chain(&error);
+            tracing::error!(
+                vm = record.vm.name,
+                component = component.name,
+                error = why,
+                "a running VM's component cannot be opened"
+            );
+            all = false;
+        }
+    }
+    all
+}
+
+fn add_files(host: &Host, record: &Record) -> Result<(), HostError> {
+    let domain = Domain::from(record.vm.domain.as_str());
+    let memory = host.domains.ensure(&domain)?;
+    for device in record.devices.iter().skip(1) {
+        if let Some(bundle) = Bundle::new(&device.members) {
+            host.store.add_bundle(bundle);
+        }
+        host.domains
+            .add_image(&memory, device.image, device.image_bytes)?;
+    }
+    Ok(())
+}
+
+/// What an attempt to talk to a VMM again came to.
+enum Attempt {
+    Reattached(VmHandle),
+    /// Its process has ended.
+    Ended(String),
+    /// Its process lives and does not answer.
+    Unreachable(String),
+}
+
+async fn attempt(host: &Host, runtime_dir: &Path, limit: Duration) -> Attempt {
+    let why = match tokio::time::timeout(limit, host.driver.reattach(runtime_dir)).await {
+        Ok(Ok(handle)) => return Attempt::Reattached(handle),
+        Ok(Err(error @ ReattachError::Ended { .. })) => {
+            return Attempt::Ended(forelay_host::error_chain(&error));
+        }
+        Ok(Err(error)) => forelay_host::error_chain(&error),
+        Err(_) => format!("its monitor did not answer within {limit:?}"),
+    };
+    match VmmState::read(runtime_dir) {
+        Ok(state) if state.process.is_running() => Attempt::Unreachable(why),
+        Ok(_) => Attempt::Ended(why),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // Started a moment before the worker died, so that nobody knows how to talk to it.
+            end_unknown(runtime_dir);
+            Attempt::Ended(why)
+        }
+        Err(_) => Attempt::Unreachable(why),
+    }
+}
+
+/// Lists the VMs that were left, so that names are taken and clients see them at once.
+pub fn list_vms(host: &Host, inherited: &Inherited) -> Vec<Arc<Instance>> {
+    let mut listed = Vec::new();
+    for record in &inherited.records {
+        let pid = VmmState::read(&record.vm.runtime_dir).map(|state| state.process.pid);
+        let instance = Arc::new(Instance::new(record.clone()));
+        instance.update(|vm| vm.pid = pid.ok());
+        if host.instances.insert(Arc::clone(&instance)).is_ok() {
+            listed.push(instance);
+        }
+    }
+    listed
+}
+
+/// Finds the VMMs again, all side by side, and brings the mapping table in line with the
+/// kernel. Those that do not answer are tried again for as long as they live.
+pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<Instance>>) {
+    let taken_over = !inherited.records.is_empty() || inherited.journalled != Replayed::default();
+    let held = &inherited.held;
+    let first = join_all(instances.iter().map(|instance| async {
+        let vm = instance.vm();
+        let runs = VmmState::read(&vm.runtime_dir).is_ok_and(|vmm| vmm.process.is_running());
+        if runs && !held.contains(&vm.domain) {
+            kill_recorded(&vm.runtime_dir);
+            return Attempt::Ended(
+                "its memory is gone: the daemon's holder ended while it ran, and with it the \
+                 mount that it maps"
+                    .to_owned(),
+            );
+        }
+        attempt(&host, &vm.runtime_dir, ANSWER_LIMIT).await
+    }));
+    let mut reattached = Vec::new();
+    for (instance, attempt) in instances.iter().zip(first.await) {
+        match attempt {
+            Attempt::Reattached(handle) => {
+                note_reattached(instance, &handle);
+                reattached.push((Arc::clone(instance), handle));
+            }
+            Attempt::Ended(why) => note_ended(&host, instance, why).await,
+            Attempt::Unreachable(why) => {
+                let trying = keep_trying(Arc::clone(&host), Arc::clone(instance), why);
+                tokio::spawn(trying);
+            }
+        }
+    }
+    if taken_over {
+        let (reconciling, journalled) = (Arc::clone(&host), inherited.journalled);
+        let reconcile = move || reconciling.reconcile(journalled);
+        if let Ok(takeover) = tokio::task::spawn_blocking(reconcile).await {
+            tracing::info!(?takeover, "the mapping table is the kernel's again");
+            *host.takeover.lock() = Some(takeover);
+        }
+    }
+    for (instance, handle) in reattached {
+        host.resume(instance, handle);
+    }
+    if taken_over {
+        // What the predecessor could not do any more.
+        let budget_bytes = memory_settings(&host.config).0.budget_bytes;
+        host.memory.tell(PlannerEvent::BudgetChanged(budget_bytes));
+    }
+}
+
+fn note_reattached(instance: &Instance, handle: &VmHandle) {
+    tracing::info!(vm = instance.vm().name, pid = handle.pid(), "reattached");
+    instance.update(|vm| vm.pid = Some(handle.pid()));
+}
+
+async fn note_ended(host: &Host, instance: &Instance, why: String) {
+    let vm = instance.vm();
+    tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
+    let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));
+    host.supervisor.note_stopped(instance).await;
+    instance.end(|vm| {
+        vm.error = Some(why);
+        vm.state = VmState::Failed;
+    });
+}
+
+/// Goes on trying to reach a VMM that lives.
+async fn keep_trying(host: Arc<Host>, instance: Arc<Instance>, mut why: String) {
+    let before = instance.vm();
+    loop {
+        tracing::warn!(
+            vm = before.name,
+            error = why,
+            "a VM is unreachable; trying again"
+        );
+        instance.update(|vm| {
+            vm.state = VmState::Unreachable;
+            vm.error = Some(format!("its VMM lives and does not answer: {why}"));
+        });
+        tokio::time::sleep(RETRY_EVERY).await;
+        match attempt(&host, &before.runtime_dir, LATER_LIMIT).await {
+            Attempt::Reattached(handle) => {
+                instance.update(|vm| {
+                    vm.state = before.state;
+                    vm.error = None;
+                });
+                note_reattached(&instance, &handle);
+                return host.resume(instance, handle);
+            }
+            Attempt::Ended(why) => return note_ended(&host, &instance, why).await,
+            Attempt::Unreachable(again) => why = again,
+        }
+    }
+}
+
+/// Kills the VMM that a VM's state file names; no error if it is gone.
+pub fn kill_recorded(runtime_dir: &Path) {
+    let killed = VmmState::read(runtime_dir)
+        .and_then(|state| Process::hold(state.process))
+        .and_then(|process| process.map_or(Ok(()), |process| process.kill()));
+    if let Err(error) = killed {
+        tracing::error!(%error, dir = %runtime_dir.display(), "a VMM cannot be killed");
+    }
+}
+
+/// Ends a VMM that was started in `runtime_dir` a moment before the daemon died, so that
+/// nobody knows how to talk to it.
+fn end_unknown(runtime_dir: &Path) {
+    match forelay_vm::stray::end_all(runtime_dir) {
+        Ok(pids) if pids.is_empty() => {}
+        Ok(pids) => tracing::warn!(?pids, "ended a VMM that nobody knows"),
+        Err(error) => {
+            let dir = runtime_dir.display();
+            tracing::error!(%error, %dir, "a VMM that nobody knows lives on");
+        }
+    }
+}
+
+impl Host {
+    /// Goes on with a VM that an earlier daemon launched.
+    fn resume(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle) {
+        let vm = instance.vm();
+        let devices = instance.devices();
+        let devices = devices.iter().skip(1).map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        });
+        self.memory.tell(PlannerEvent::VmFound(RunningVm {
+            vm: vm.name.as_str().into(),
+            domain: vm.domain.as_str().into(),
+            profile: vm.profile.as_str().into(),
+            devices: devices.collect(),
+        }));
+        let of = ProfileRef::new(vm.profile, vm.owner);
+        self.supervisor.supervise_reattached(instance, handle, of);
+    }
+}
