@@ -504,5 +504,5 @@ impl Drop for Guard {
 pub async fn sh(vm: &VmHandle, script: &str) -> String {
     let result = vm.exec(&["sh", "-c", script], LIMIT).await.unwrap();
     assert!(result.status.success(), "{script}: {result:?}");
-    result.stdout.to_text()
+    String::from_utf8(result.stdout.0).unwrap()
 }
