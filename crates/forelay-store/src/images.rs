@@ -121,6 +121,11 @@ impl Images {
         self.open.read().get(&image).cloned()
     }
 
+    /// The images that were opened before.
+    pub(crate) fn opened(&self) -> Vec<Digest> {
+        self.open.read().keys().copied().collect()
+    }
+
     /// The map of an image, from memory, the cache directory or the repository.
     pub(crate) async fn open(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
         if let Some(map) = self.get(image) {

@@ -15,7 +15,7 @@ pub struct PlanConfig {
     /// Extents less likely to be needed than this are not prefetched.
     pub prefetch_probability: f64,
     /// A launch more likely than this is mapped ahead; released below half of it.
-    pub reserve_probability: f64,
+    pub prepare_probability: f64,
     /// Extents of a requested launch at least this likely are pinned until it has started.
     pub pin_probability: f64,
     /// Share of the budget that the planner itself may pin.
@@ -37,6 +37,10 @@ pub struct PlanConfig {
     pub latency_ms: f64,
     /// Repository bandwidth until measured, in bytes per second.
     pub bandwidth_bytes_per_s: f64,
+    /// Time to the first byte from the disk cache, in milliseconds.
+    pub disk_latency_ms: f64,
+    /// Bandwidth of the disk cache, in bytes per second.
+    pub disk_bandwidth_bytes_per_s: f64,
 }
 
 impl Default for PlanConfig {
@@ -46,7 +50,7 @@ impl Default for PlanConfig {
             inflight_bytes: 16 << 20,
             piece_bytes: 1 << 20,
             prefetch_probability: 0.1,
-            reserve_probability: 0.5,
+            prepare_probability: 0.5,
             pin_probability: 0.5,
             pin_share: 0.25,
             pin_hold_ms: 30_000,
@@ -57,6 +61,8 @@ impl Default for PlanConfig {
             calm_ms: 5_000,
             latency_ms: 20.0,
             bandwidth_bytes_per_s: 100e6,
+            disk_latency_ms: 0.2,
+            disk_bandwidth_bytes_per_s: 500e6,
         }
     }
 }

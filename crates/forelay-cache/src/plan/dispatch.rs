@@ -74,6 +74,12 @@ impl Planner {
             self.start(step, &request, &missing);
             return true;
         }
+        let forecast = request.urgency.class == PrefetchClass::Forecast;
+        if forecast && !self.may_displace(ranking, step.now_ms) {
+            // Nothing waits behind them.
+            self.queue.unpop(request);
+            return false;
+        }
         if self.make_room(step, ranking, &request, lacking) {
             self.queue.unpop(request);
             return false;

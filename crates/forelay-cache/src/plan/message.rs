@@ -57,7 +57,7 @@ pub struct ProfileForecast {
     pub working_set: Vec<PlannedExtent>,
 }
 
-/// What a running VM is expected to be given next. Nothing is mapped ahead for it; when the
+/// All that a running VM is expected to be given. Nothing is mapped ahead for it; when the
 /// VM stops, it is forgotten.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttachForecast {
@@ -65,13 +65,20 @@ pub struct AttachForecast {
     pub vm: VmName,
     /// Its trust domain.
     pub domain: Domain,
-    /// The devices that may be attached.
-    pub devices: Vec<DeviceImage>,
-    /// Probability that any of them is attached within the forecast's horizon.
+    /// What may be attached.
+    pub attachments: Vec<Attachment>,
+}
+
+/// One component that a VM may be given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attachment {
+    /// The device.
+    pub device: DeviceImage,
+    /// Probability that it is attached within the forecast's horizon.
     pub probability: f64,
     /// When that is expected.
     pub expected_ms: Option<i64>,
-    /// What is expected to be touched of them then.
+    /// What is expected to be touched of it then.
     pub working_set: Vec<PlannedExtent>,
 }
 
@@ -125,6 +132,15 @@ pub struct Pressure {
     pub level: PressureLevel,
     /// Bytes to give back to be safe again.
     pub deficit_bytes: u64,
+}
+
+/// What the host's disk cache lacks of an image; all else of it is there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiskContent {
+    /// The image.
+    pub image: Digest,
+    /// What would have to come from the repository.
+    pub absent: Vec<Extent>,
 }
 
 /// The repository's speed.
@@ -182,6 +198,8 @@ pub enum PlannerEvent {
     MemorySampled(MemorySample),
     /// The repository's speed was measured.
     FetchCostMeasured(FetchCost),
+    /// The disk cache has other parts of an image than before.
+    DiskCacheChanged(DiskContent),
     /// Time has passed.
     Tick,
 }

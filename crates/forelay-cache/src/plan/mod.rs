@@ -18,21 +18,22 @@
 //! `inflight_bytes` (but one request may always go); nothing is evicted while all of it fits
 //! and no pressure is critical; pinned bytes never.
 
+mod appraisal;
+mod benefit;
 mod config;
 mod decisions;
 mod dispatch;
-mod expected;
-mod guard;
 mod message;
 mod pressure;
 mod queue;
 mod ranking;
+mod recent_use;
+mod requests;
 mod reuse;
 mod rule;
 #[cfg(test)]
 mod tests;
 mod victims;
-mod worth;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -45,17 +46,18 @@ use crate::budget::{BudgetConfig, BudgetController, PressureLevel};
 use crate::mapping_table::{Arrival, MappingTable, Phase, SharedTable, TableError};
 use crate::names::{SharedImage, VmName};
 
+pub use appraisal::{Appraisal, Prospect};
+use benefit::BenefitModel;
 pub use config::PlanConfig;
 pub use decisions::{Decisions, Eviction, Fetch, FetchId, PinChange, PreparedLaunch};
-use guard::Guard;
 pub use message::{
-    AttachForecast, FetchCost, FetchEnded, LaunchRequested, PastLaunch, PlannerEvent, Pressure,
-    ProfileForecast, RunningVm, SharedExtent, TouchReport,
+    AttachForecast, Attachment, DiskContent, FetchCost, FetchEnded, LaunchRequested, PastLaunch,
+    PlannerEvent, Pressure, ProfileForecast, RunningVm, SharedExtent, TouchReport,
 };
 use queue::{PrefetchQueue, Requester};
+use recent_use::RecentUse;
 pub use reuse::{ReuseFit, ReuseSamples};
 pub use rule::ByWorth;
-use worth::Worth;
 
 /// Pins that the planner has asked for on behalf of one launch.
 #[derive(Clone, Debug, Default)]
@@ -90,22 +92,24 @@ pub struct PlanCounters {
 pub struct Planner {
     config: PlanConfig,
     table: Arc<SharedTable>,
-    worth: Worth,
+    benefit: BenefitModel,
     queue: PrefetchQueue,
     budget: BudgetController,
     budget_bytes: u64,
     launches: BTreeMap<VmName, Launch>,
     pinned_by_plan_bytes: u64,
     /// Asked to be evicted, and not ended yet.
-    leaving: BTreeMap<SharedImage, PageSet>,
+    evicting: BTreeMap<SharedImage, PageSet>,
     /// Evicted not long ago; what returns from here was evicted too early.
     ghosts: BTreeMap<SharedImage, PageSet>,
-    guard: Guard,
+    recently_used: RecentUse,
     /// What launches asked for lately are about to touch.
-    awaited: Guard,
+    soon_used: RecentUse,
     level: PressureLevel,
     paused: bool,
     calm_since_ms: Option<i64>,
+    /// When forecasts were last weighed against what is resident.
+    displaced_ms: i64,
     /// When bytes were last asked to leave.
     evicting_ms: i64,
     tidied_ms: i64,
@@ -118,7 +122,7 @@ impl Planner {
         let mut budget = BudgetController::new(budget);
         budget.set_cap(config.budget_bytes);
         Self {
-            worth: Worth::new(&config),
+            benefit: BenefitModel::new(&config),
             budget_bytes: config.budget_bytes,
             config,
             table,
@@ -126,13 +130,14 @@ impl Planner {
             budget,
             launches: BTreeMap::new(),
             pinned_by_plan_bytes: 0,
-            leaving: BTreeMap::new(),
+            evicting: BTreeMap::new(),
             ghosts: BTreeMap::new(),
-            guard: Guard::default(),
-            awaited: Guard::default(),
+            recently_used: RecentUse::default(),
+            soon_used: RecentUse::default(),
             level: PressureLevel::Plenty,
             paused: false,
             calm_since_ms: None,
+            displaced_ms: i64::MIN,
             evicting_ms: i64::MIN,
             tidied_ms: i64::MIN,
             counters: PlanCounters::default(),
@@ -195,19 +200,19 @@ impl Planner {
         match event {
             PlannerEvent::LaunchRequested(launch) => {
                 let (domain, profile) = (&launch.domain, &launch.profile);
-                self.worth
+                self.benefit
                     .launched(domain, profile, &launch.devices, now_ms);
             }
             PlannerEvent::LaunchesRemembered(launches) => {
                 for past in launches.iter().filter(|past| past.at_ms <= now_ms) {
-                    self.worth
+                    self.benefit
                         .launched(&past.domain, &past.profile, &past.devices, past.at_ms);
                 }
             }
-            PlannerEvent::ReuseFitted(fit) => self.worth.install(fit.as_ref().clone()),
+            PlannerEvent::ReuseFitted(fit) => self.benefit.install(fit.as_ref().clone()),
             _ => return None,
         }
-        self.worth.samples().map(Box::new)
+        self.benefit.samples().map(Box::new)
     }
 
     fn take(&mut self, step: &mut Step<'_>, event: PlannerEvent) -> Result<(), TableError> {
@@ -246,7 +251,8 @@ impl Planner {
                     },
                 );
             }
-            Event::FetchCostMeasured(cost) => self.worth.set_fetch_cost(cost),
+            Event::FetchCostMeasured(cost) => self.benefit.set_fetch_cost(cost),
+            Event::DiskCacheChanged(content) => self.benefit.set_disk_content(content),
             Event::Tick => self.tick(step),
         }
         Ok(())
@@ -282,7 +288,7 @@ impl Planner {
     fn vm_stopped(&mut self, step: &mut Step<'_>, vm: &VmName) -> Result<(), TableError> {
         self.withdraw(step, &Requester::Launch(vm.clone()));
         self.unpin_launch(step, vm);
-        self.forget_attachments(step, vm);
+        self.forget_attachments(step, vm, |_| true);
         step.table.unmap(vm)
     }
 
@@ -295,8 +301,8 @@ impl Planner {
             if let (true, Some(domain)) = (touch.first_touch_bytes > 0, &domain) {
                 let image = SharedImage::new(domain.clone(), *image);
                 let run = PageRun::covering(extent);
-                self.worth.used(&image, run, false, step.now_ms);
-                self.guard.used(&image, run);
+                self.benefit.used(&image, run, false, step.now_ms);
+                self.recently_used.used(&image, run);
             }
         }
         Ok(())
@@ -309,8 +315,8 @@ impl Planner {
         let needless = self.queue.cancel_within(image, *extent);
         step.out.cancels.extend(needless);
         let run = PageRun::covering(*extent);
-        self.worth.used(image, run, false, step.now_ms);
-        self.guard.used(image, run);
+        self.benefit.used(image, run, false, step.now_ms);
+        self.recently_used.used(image, run);
         if let Some(ghost) = self.ghosts.get_mut(image) {
             self.counters.refetched_bytes += ghost.remove(run).bytes();
         }
@@ -322,8 +328,8 @@ impl Planner {
     fn evicted(&mut self, step: &mut Step<'_>, evicted: &SharedExtent) -> Result<(), TableError> {
         let SharedExtent { image, extent } = evicted;
         let run = PageRun::covering(*extent);
-        let leaving = self.leaving.get(image);
-        let asked = leaving.map_or(Pages::NONE, |leaving| leaving.count_within(run));
+        let evicting = self.evicting.get(image);
+        let asked = evicting.map_or(Pages::NONE, |evicting| evicting.count_within(run));
         step.table.evict(image, *extent)?;
         self.counters.reclaimed_bytes += (run.pages() - asked).bytes();
         self.ghosts.entry(image.clone()).or_default().insert(run);
@@ -331,10 +337,10 @@ impl Planner {
     }
 
     fn eviction_ended(&mut self, evicted: &SharedExtent) {
-        if let Some(leaving) = self.leaving.get_mut(&evicted.image) {
-            leaving.remove(PageRun::covering(evicted.extent));
-            if leaving.is_empty() {
-                self.leaving.remove(&evicted.image);
+        if let Some(evicting) = self.evicting.get_mut(&evicted.image) {
+            evicting.remove(PageRun::covering(evicted.extent));
+            if evicting.is_empty() {
+                self.evicting.remove(&evicted.image);
             }
         }
     }

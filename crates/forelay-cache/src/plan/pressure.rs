@@ -16,30 +16,50 @@ use super::decisions::{Eviction, PinChange, PreparedLaunch};
 use super::message::Pressure;
 use super::queue::{PrefetchRequest, Requester};
 use super::ranking::Ranking;
-use super::victims::{Choice, Reach, Victims};
+use super::victims::{EvictionContext, VictimClass, Victims};
 use super::{Planner, Step};
 
 /// How often stale history is dropped, in milliseconds.
 const TIDY_EVERY_MS: i64 = 60_000;
+
+/// How often forecasts are weighed against what is resident, in milliseconds: it takes a look
+/// at all forecasts and all that is here.
+const WEIGH_FORECASTS_EVERY_MS: i64 = 5_000;
 
 /// After this long without an answer an eviction counts as failed, in milliseconds.
 const EVICTION_PATIENCE_MS: i64 = 10_000;
 
 impl Planner {
     /// Bytes that were asked to leave and have not yet.
-    pub fn leaving_bytes(&self) -> u64 {
-        self.leaving.values().map(|set| set.bytes()).sum()
+    pub fn evicting_bytes(&self) -> u64 {
+        self.evicting.values().map(|set| set.bytes()).sum()
     }
 
-    pub(super) fn choice<'a>(&'a self, table: &'a MappingTable, now_ms: i64) -> Choice<'a> {
-        Choice {
+    pub(super) fn context<'a>(
+        &'a self,
+        table: &'a MappingTable,
+        now_ms: i64,
+    ) -> EvictionContext<'a> {
+        EvictionContext {
             table,
-            worth: &self.worth,
-            leaving: &self.leaving,
-            guard: &self.guard,
-            awaited: &self.awaited,
+            benefit: &self.benefit,
+            evicting: &self.evicting,
+            recently_used: &self.recently_used,
+            soon_used: &self.soon_used,
             now_ms,
         }
+    }
+
+    /// Whether forecasts may displace others in this step.
+    pub(super) fn may_displace(&mut self, ranking: &Ranking, now_ms: i64) -> bool {
+        if ranking.is_used() {
+            return true;
+        }
+        let due = now_ms.saturating_sub(self.displaced_ms) >= WEIGH_FORECASTS_EVERY_MS;
+        if due {
+            self.displaced_ms = now_ms;
+        }
+        due
     }
 
     /// Evicts what is worth less than `request`, so that `lacking_bytes` become free.
@@ -52,25 +72,37 @@ impl Planner {
         lacking_bytes: u64,
     ) -> bool {
         let Some(needed) = lacking_bytes
-            .checked_sub(self.leaving_bytes())
+            .checked_sub(self.evicting_bytes())
             .filter(|&n| n > 0)
         else {
             return true;
         };
-        let choice = self.choice(step.table, step.now_ms);
-        let below = request.seconds_per_byte / self.config.displace_factor.max(1.0);
+        let context = self.context(step.table, step.now_ms);
+        let below = request.displaces_below;
         // A little more than needed, so that not every request searches anew.
-        let slack = (self.budget_bytes / 128).max(needed);
+        let slack = match request.requester {
+            Requester::Launch(_) => self.budget_bytes / 128,
+            // They are weighed seldom, so that those worth as much are weighed with it.
+            Requester::Forecast(_) => {
+                let most = self.config.inflight_bytes.max(self.budget_bytes / 16);
+                needed + self.queue.waiting_bytes_above(below, most)
+            }
+        };
+        let slack = slack.max(needed);
         // On a busy host nearly all is mapped by some VM, or ahead of a launch. What VMs have
         // touched goes for a launch alone: its demand would take it anyway.
-        let reaches = match request.requester {
-            Requester::Launch(_) => &[Reach::Unmapped, Reach::Untouched, Reach::Idle][..],
-            Requester::Forecast(_) => &[Reach::Unmapped, Reach::Untouched],
+        let classes = match request.requester {
+            Requester::Launch(_) => &[
+                VictimClass::Unmapped,
+                VictimClass::Untouched,
+                VictimClass::Idle,
+            ][..],
+            Requester::Forecast(_) => &[VictimClass::Unmapped, VictimClass::Untouched],
         };
-        let enough = |reach: &&Reach| ranking.bytes_below(&choice, **reach, below) >= needed;
-        let nearest = reaches.iter().find(enough);
-        let victims = nearest.map_or_else(Vec::new, |reach| {
-            ranking.take(&choice, *reach, slack, below)
+        let enough = |class: &&VictimClass| ranking.bytes_below(&context, **class, below) >= needed;
+        let nearest = classes.iter().find(enough);
+        let victims = nearest.map_or_else(Vec::new, |class| {
+            ranking.take(&context, *class, slack, below)
         });
         let found = bytes_of(&victims);
         if found < needed {
@@ -88,31 +120,31 @@ impl Planner {
             .table
             .resident_bytes()
             .saturating_sub(self.config.budget_bytes);
-        let needed = excess.saturating_sub(self.leaving_bytes());
+        let needed = excess.saturating_sub(self.evicting_bytes());
         if needed > 0 {
-            let evicted = self.evict_worst(step, needed, Reach::All);
+            let evicted = self.evict_worst(step, needed, VictimClass::All);
             self.counters.budget_evicted_bytes += evicted;
         }
     }
 
     /// Evicts what is worth least, unmapped components first and nothing beyond
     /// `furthest`; returns the bytes asked for.
-    fn evict_worst(&mut self, step: &mut Step<'_>, needed: u64, furthest: Reach) -> u64 {
+    fn evict_worst(&mut self, step: &mut Step<'_>, needed: u64, furthest: VictimClass) -> u64 {
         let mut ranking = Ranking::default();
         let mut found = 0;
         let nearest_first = [
-            Reach::Unmapped,
-            Reach::Untouched,
-            Reach::Idle,
-            Reach::Unused,
-            Reach::All,
+            VictimClass::Unmapped,
+            VictimClass::Untouched,
+            VictimClass::Idle,
+            VictimClass::Unused,
+            VictimClass::All,
         ];
-        for reach in nearest_first {
-            if found >= needed || reach > furthest {
+        for class in nearest_first {
+            if found >= needed || class > furthest {
                 break;
             }
-            let choice = self.choice(step.table, step.now_ms);
-            let victims = ranking.take(&choice, reach, needed - found, f64::INFINITY);
+            let context = self.context(step.table, step.now_ms);
+            let victims = ranking.take(&context, class, needed - found, f64::INFINITY);
             found += bytes_of(&victims);
             self.evict(step, victims);
         }
@@ -122,8 +154,8 @@ impl Planner {
     fn evict(&mut self, step: &mut Step<'_>, victims: Victims) {
         self.evicting_ms = step.now_ms;
         for (image, extents) in victims {
-            let leaving = self.leaving.entry(image.clone()).or_default();
-            leaving.extend(extents.iter().copied());
+            let evicting = self.evicting.entry(image.clone()).or_default();
+            evicting.extend(extents.iter().copied());
             step.out.evictions.push(Eviction { image, extents });
         }
     }
@@ -136,7 +168,7 @@ impl Planner {
         here: Vec<Extent>,
     ) {
         let taken = step.table.resident_bytes() + step.table.fetching_bytes();
-        if taken <= self.budget_bytes + self.leaving_bytes() || here.is_empty() {
+        if taken <= self.budget_bytes + self.evicting_bytes() || here.is_empty() {
             return;
         }
         let evictable = here
@@ -157,11 +189,11 @@ impl Planner {
                     self.pause(step);
                 }
                 self.unpin_all(step);
-                let needed = pressure.deficit_bytes.saturating_sub(self.leaving_bytes());
+                let needed = pressure.deficit_bytes.saturating_sub(self.evicting_bytes());
                 if needed > 0 {
                     // Not what VMs use right now: they would have it back before anybody
                     // gained from it, and the kernel can take it without us.
-                    let evicted = self.evict_worst(step, needed, Reach::Unused);
+                    let evicted = self.evict_worst(step, needed, VictimClass::Unused);
                     self.counters.pressure_evicted_bytes += evicted;
                 }
             }
@@ -226,8 +258,8 @@ impl Planner {
         if let (PressureLevel::Plenty, Some(since_ms)) = (self.level, self.calm_since_ms) {
             self.resume_when_calm(since_ms, now_ms);
         }
-        self.guard.turn(self.config.use_hold_ms, now_ms);
-        self.awaited.turn(self.config.use_hold_ms, now_ms);
+        self.recently_used.turn(self.config.use_hold_ms, now_ms);
+        self.soon_used.turn(self.config.use_hold_ms, now_ms);
         let hold_ms = self.config.pin_hold_ms;
         let held = |started_ms: i64| now_ms.saturating_sub(started_ms) < hold_ms;
         let mut over = Vec::new();
@@ -241,11 +273,11 @@ impl Planner {
         }
         self.unpin(step, over);
         if now_ms.saturating_sub(self.evicting_ms) >= EVICTION_PATIENCE_MS {
-            self.leaving.clear();
+            self.evicting.clear();
         }
         if now_ms.saturating_sub(self.tidied_ms) >= TIDY_EVERY_MS {
             self.tidied_ms = now_ms;
-            self.worth.forget_stale(now_ms);
+            self.benefit.forget_stale(now_ms);
             if self.ghosts.values().map(|set| set.bytes()).sum::<u64>() > self.budget_bytes {
                 self.ghosts.clear();
             }

@@ -17,7 +17,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use forelay_image::Extent;
+use forelay_image::{Digest, Extent};
 
 use crate::names::{Domain, ProfileName, SharedImage, VmName};
 
@@ -28,8 +28,8 @@ use super::decisions::FetchId;
 pub(super) enum ForecastKey {
     /// The next launch of a profile.
     Launch(Domain, ProfileName),
-    /// What a running VM will be given.
-    Attach(VmName),
+    /// That a running VM will be given an image.
+    Attach(VmName, Digest),
 }
 
 /// On whose behalf bytes are fetched.
@@ -66,8 +66,8 @@ pub(super) struct PrefetchRequest {
     pub(super) extent: Extent,
     pub(super) urgency: Urgency,
     pub(super) requester: Requester,
-    /// Expected seconds saved per byte.
-    pub(super) seconds_per_byte: f64,
+    /// What is worth less than this, in seconds per byte, may go for it.
+    pub(super) displaces_below: f64,
     pub(super) pin: bool,
 }
 
@@ -253,6 +253,20 @@ impl PrefetchQueue {
         self.under_way_bytes
     }
 
+    /// Bytes of the first requests that may displace whatever is worth less than `below`, but
+    /// no more than `most`.
+    pub(super) fn waiting_bytes_above(&self, below: f64, most: u64) -> u64 {
+        let first = self.waiting.values();
+        let mut bytes = 0;
+        for request in first.take_while(|request| request.displaces_below >= below) {
+            bytes += request.extent.len;
+            if bytes >= most {
+                return most;
+            }
+        }
+        bytes
+    }
+
     pub(super) const fn waiting_bytes(&self) -> u64 {
         self.waiting_bytes
     }
@@ -260,7 +274,6 @@ impl PrefetchQueue {
 
 #[cfg(test)]
 mod tests {
-    use forelay_image::Digest;
     use proptest::prelude::*;
 
     use super::*;
@@ -279,7 +292,7 @@ mod tests {
             extent: Extent::new(order * 4096, 4096 * (1 + order)),
             urgency: Urgency { class, order },
             requester,
-            seconds_per_byte: 1.0,
+            displaces_below: 1.0,
             pin: false,
         }
     }

@@ -1,9 +1,9 @@
 //! Candidates for eviction by what they are worth, for all that one message asks.
 //!
 //! A prefetch that finds memory full asks how much could go that is worth less than it, at
-//! one [`Reach`] after another, and the next prefetch of the same message asks again. What
+//! one [`VictimClass`] after another, and the next prefetch of the same message asks again. What
 //! can go and what it is worth do not depend on who asks: each image is looked at once, a
-//! reach is valued at its first use, and runs that are candidates at two reaches are valued
+//! class is valued at its first use, and runs that are candidates at two classes are valued
 //! for the first alone.
 //!
 //! Refuses to know when to evict. Invariant: holds as long as nothing arrives, leaves, is
@@ -17,17 +17,17 @@ use forelay_image::pages::{PageRun, PageSet, Pages};
 
 use crate::names::SharedImage;
 
-use super::victims::{Choice, Reach, Victims};
-use super::worth::{Foreseen, Outlook, ValuedRun};
+use super::benefit::{ForecastSteps, ImageOutlook, ValuedRun};
+use super::victims::{EvictionContext, VictimClass, Victims};
 
 /// See the module's header.
 #[derive(Default)]
 pub(super) struct Ranking {
     /// The known images in order.
     rows: Option<Vec<Row>>,
-    foreseen: Option<Foreseen>,
-    /// The candidates of each reach asked for so far, with the number of their row.
-    pools: BTreeMap<Reach, Vec<(ValuedRun, usize)>>,
+    foreseen: Option<ForecastSteps>,
+    /// The candidates of each class asked for so far, with the number of their row.
+    pools: BTreeMap<VictimClass, Vec<(ValuedRun, usize)>>,
 }
 
 struct Row {
@@ -35,16 +35,26 @@ struct Row {
     mapped: bool,
     /// What is unpinned and not on its way out already.
     free: Option<Vec<PageRun>>,
-    outlook: Option<Outlook>,
+    outlook: Option<ImageOutlook>,
     /// What was valued last.
     runs: Vec<PageRun>,
     valued: Vec<ValuedRun>,
 }
 
 impl Ranking {
+    /// Whether anybody has asked in this message.
+    pub(super) const fn is_used(&self) -> bool {
+        self.rows.is_some()
+    }
+
     /// How many bytes could go that are worth less than `below` seconds per byte.
-    pub(super) fn bytes_below(&mut self, choice: &Choice<'_>, reach: Reach, below: f64) -> u64 {
-        let pool = self.pool(choice, reach).iter();
+    pub(super) fn bytes_below(
+        &mut self,
+        context: &EvictionContext<'_>,
+        class: VictimClass,
+        below: f64,
+    ) -> u64 {
+        let pool = self.pool(context, class).iter();
         let less = pool.filter(|(valued, _)| valued.seconds_per_byte < below);
         less.map(|(valued, _)| valued.run.extent().len).sum()
     }
@@ -53,12 +63,12 @@ impl Ranking {
     /// `needed_bytes` are covered or there are no more.
     pub(super) fn take(
         &mut self,
-        choice: &Choice<'_>,
-        reach: Reach,
+        context: &EvictionContext<'_>,
+        class: VictimClass,
         needed_bytes: u64,
         below: f64,
     ) -> Victims {
-        let mut pool = self.pool(choice, reach).to_vec();
+        let mut pool = self.pool(context, class).to_vec();
         pool.retain(|(valued, _)| valued.seconds_per_byte < below);
         pool.sort_unstable_by(|(a, row_a), (b, row_b)| {
             let by_worth = a.seconds_per_byte.total_cmp(&b.seconds_per_byte);
@@ -86,26 +96,26 @@ impl Ranking {
         victims.collect()
     }
 
-    fn pool(&mut self, choice: &Choice<'_>, reach: Reach) -> &[(ValuedRun, usize)] {
+    fn pool(&mut self, context: &EvictionContext<'_>, class: VictimClass) -> &[(ValuedRun, usize)] {
         let rows = self.rows.get_or_insert_with(|| {
-            let images = choice.table.known_images();
-            images.map(|image| Row::new(choice, image)).collect()
+            let images = context.table.known_images();
+            images.map(|image| Row::new(context, image)).collect()
         });
         let foreseen = self
             .foreseen
-            .get_or_insert_with(|| choice.worth.foreseen(choice.now_ms));
-        self.pools.entry(reach).or_insert_with(|| {
-            let touched = match reach {
-                Reach::Untouched => choice.table.touched_by_running(),
+            .get_or_insert_with(|| context.benefit.foreseen(context.now_ms));
+        self.pools.entry(class).or_insert_with(|| {
+            let touched = match class {
+                VictimClass::Untouched => context.table.touched_by_running(),
                 _ => BTreeMap::new(),
             };
             let mut pool = Vec::new();
             for (at, row) in rows.iter_mut().enumerate() {
-                if reach == Reach::Unmapped && row.mapped {
+                if class == VictimClass::Unmapped && row.mapped {
                     continue;
                 }
                 let touched = touched.get(&row.image);
-                let valued = row.value(choice, reach, touched, foreseen);
+                let valued = row.value(context, class, touched, foreseen);
                 pool.extend(valued.iter().map(|valued| (*valued, at)));
             }
             pool
@@ -114,10 +124,10 @@ impl Ranking {
 }
 
 impl Row {
-    fn new(choice: &Choice<'_>, image: &SharedImage) -> Self {
+    fn new(context: &EvictionContext<'_>, image: &SharedImage) -> Self {
         Self {
             image: image.clone(),
-            mapped: choice.table.mapped_by(image) > 0,
+            mapped: context.table.mapped_by(image) > 0,
             free: None,
             outlook: None,
             runs: Vec::new(),
@@ -125,24 +135,24 @@ impl Row {
         }
     }
 
-    /// The image's candidates at `reach`, valued.
+    /// The image's candidates at `class`, valued.
     fn value(
         &mut self,
-        choice: &Choice<'_>,
-        reach: Reach,
+        context: &EvictionContext<'_>,
+        class: VictimClass,
         touched: Option<&PageSet>,
-        foreseen: &mut Foreseen,
+        foreseen: &mut ForecastSteps,
     ) -> &[ValuedRun] {
-        let free = self.free.get_or_insert_with(|| choice.free(&self.image));
-        let runs = choice.within_reach(&self.image, free, reach, touched);
+        let free = self.free.get_or_insert_with(|| context.free(&self.image));
+        let runs = context.of_class(&self.image, free, class, touched);
         if runs != self.runs {
             let outlook = self.outlook.get_or_insert_with(|| {
                 let steps = foreseen.take(&self.image);
-                Outlook::of(choice.worth, &self.image, steps, choice.now_ms)
+                ImageOutlook::of(context.benefit, &self.image, steps, context.now_ms)
             });
-            self.valued = choice
-                .worth
-                .value(&self.image, outlook, &runs, choice.now_ms);
+            self.valued = context
+                .benefit
+                .value(&self.image, outlook, &runs, context.now_ms);
             self.runs = runs;
         }
         &self.valued

@@ -12,8 +12,8 @@ use forelay_image::pages::PageRun;
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::policy::{Kind, Policy, Request};
 
+use super::benefit::BenefitModel;
 use super::config::PlanConfig;
-use super::worth::Worth;
 
 /// One object in memory.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ struct Held {
 /// See the module's header.
 #[derive(Clone, Debug)]
 pub struct ByWorth {
-    worth: Worth,
+    benefit: BenefitModel,
     domain: Domain,
     capacity_bytes: u64,
     used_bytes: u64,
@@ -41,7 +41,7 @@ impl ByWorth {
             ..PlanConfig::default()
         };
         Self {
-            worth: Worth::new(&config),
+            benefit: BenefitModel::new(&config),
             domain: "all".into(),
             capacity_bytes,
             used_bytes: 0,
@@ -55,7 +55,7 @@ impl ByWorth {
             return;
         }
         let worth = |held: &Held| {
-            let need = self.worth.needs(&held.image, now_ms).of_segment(0);
+            let need = self.benefit.needs(&held.image, now_ms).of_segment(0);
             need * held.load_s.max(0.0) / held.bytes.max(1) as f64
         };
         let valued = self
@@ -89,12 +89,12 @@ impl Policy for ByWorth {
         };
         let profile = ProfileName::from(request.owner.to_string());
         let domain = self.domain.clone();
-        self.worth
+        self.benefit
             .launched(&domain, &profile, &[device], request.now_ms);
-        if let Some(samples) = self.worth.samples() {
-            self.worth.install(samples.fit());
+        if let Some(samples) = self.benefit.samples() {
+            self.benefit.install(samples.fit());
         }
-        self.worth
+        self.benefit
             .used(&image, PageRun::from(0..1), false, request.now_ms);
         if self.held.contains_key(&request.object) {
             return true;

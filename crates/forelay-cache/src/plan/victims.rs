@@ -1,7 +1,7 @@
 //! Who may leave memory; what is worth least is found by [`super::ranking`].
 //!
-//! Refuses to evict anything pinned. Components that a VM can reach are victims only
-//! when the caller's [`Reach`] says so.
+//! Refuses to evict anything pinned. Components that a VM can class are victims only
+//! when the caller's [`VictimClass`] says so.
 
 use std::collections::BTreeMap;
 
@@ -11,31 +11,31 @@ use forelay_image::pages::{PageRun, PageSet};
 use crate::mapping_table::MappingTable;
 use crate::names::SharedImage;
 
-use super::guard::Guard;
-use super::worth::Worth;
+use super::benefit::BenefitModel;
+use super::recent_use::RecentUse;
 
 /// Extents of one image to be given back.
 pub(super) type Victims = Vec<(SharedImage, Vec<Extent>)>;
 
-/// What the choice depends on.
-pub(super) struct Choice<'a> {
+/// What the context depends on.
+pub(super) struct EvictionContext<'a> {
     pub(super) table: &'a MappingTable,
-    pub(super) worth: &'a Worth,
+    pub(super) benefit: &'a BenefitModel,
     /// Already on their way out.
-    pub(super) leaving: &'a BTreeMap<SharedImage, PageSet>,
+    pub(super) evicting: &'a BTreeMap<SharedImage, PageSet>,
     /// In use.
-    pub(super) guard: &'a Guard,
+    pub(super) recently_used: &'a RecentUse,
     /// About to be touched by a VM that is being launched.
-    pub(super) awaited: &'a Guard,
+    pub(super) soon_used: &'a RecentUse,
     pub(super) now_ms: i64,
 }
 
-/// How far a choice of victims goes; each includes those before it.
+/// How far a context of victims goes; each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Reach {
-    /// Components that no VM can reach.
+pub(super) enum VictimClass {
+    /// Components that no VM can class.
     Unmapped,
-    /// And what VMs can reach but none that runs has touched or fetched lately, nor will at
+    /// And what VMs can class but none that runs has touched or fetched lately, nor will at
     /// once because it is being launched.
     Untouched,
     /// And what they have touched but did not use lately.
@@ -46,31 +46,33 @@ pub(super) enum Reach {
     All,
 }
 
-impl Choice<'_> {
+impl EvictionContext<'_> {
     /// The parts of an image that are neither pinned nor on their way out.
     pub(super) fn free(&self, image: &SharedImage) -> Vec<PageRun> {
         let bytes = self.table.image_bytes(image).unwrap_or(0);
         let extents = self.table.evictable(image, Extent::new(0, bytes));
         let runs = extents.into_iter().map(PageRun::covering);
-        match self.leaving.get(image) {
+        match self.evicting.get(image) {
             None => runs.collect(),
-            Some(leaving) => runs.flat_map(|run| leaving.gaps_within(run)).collect(),
+            Some(evicting) => runs.flat_map(|run| evicting.gaps_within(run)).collect(),
         }
     }
 
-    /// The parts of what is free of an image that a choice of this reach may take. `touched`
+    /// The parts of what is free of an image that a context of this class may take. `touched`
     /// is what running VMs have touched of it.
-    pub(super) fn within_reach(
+    pub(super) fn of_class(
         &self,
         image: &SharedImage,
         free: &[PageRun],
-        reach: Reach,
+        class: VictimClass,
         touched: Option<&PageSet>,
     ) -> Vec<PageRun> {
         let runs = free.to_vec();
-        match reach {
-            Reach::Untouched => {
-                let runs = self.awaited.without(image, self.guard.without(image, runs));
+        match class {
+            VictimClass::Untouched => {
+                let runs = self
+                    .soon_used
+                    .without(image, self.recently_used.without(image, runs));
                 match touched {
                     None => runs,
                     Some(touched) => runs
@@ -79,9 +81,11 @@ impl Choice<'_> {
                         .collect(),
                 }
             }
-            Reach::Idle => self.awaited.without(image, self.guard.without(image, runs)),
-            Reach::Unused => self.guard.without(image, runs),
-            Reach::Unmapped | Reach::All => runs,
+            VictimClass::Idle => self
+                .soon_used
+                .without(image, self.recently_used.without(image, runs)),
+            VictimClass::Unused => self.recently_used.without(image, runs),
+            VictimClass::Unmapped | VictimClass::All => runs,
         }
     }
 }

@@ -1,12 +1,12 @@
-//! Arrivals, needs and working sets combined: per VM the components it will want, and of each the
-//! extents, ranked.
+//! Arrivals, needs and working sets combined: per VM the components that it will want, and
+//! of each the extents.
 
 use std::sync::Arc;
 
-use forelay_image::{Digest, Extent};
+use forelay_image::{Digest, PlannedExtent};
 use serde::{Deserialize, Serialize};
 
-use super::{Candidate, Costs, Ranked, Tier, Why, rank};
+use super::Why;
 use crate::arrivals::LaunchForecast;
 use crate::needs;
 use crate::time::Timestamp;
@@ -93,12 +93,10 @@ pub struct Knowledge<'a> {
     pub attachments: &'a needs::Attachments,
     /// Which parts: what a launch of a profile touches of images, in first-touch order.
     pub plan: &'a PlanOf<'a>,
-    /// What loading costs.
-    pub costs: &'a Costs,
+    /// How far ahead attachments count, in seconds.
+    pub horizon_s: f64,
     /// A component's present version by name.
     pub locate: &'a dyn Fn(&str) -> Option<Present>,
-    /// Where an extent's bytes are.
-    pub tier: &'a dyn Fn(&Digest, &Extent) -> Tier,
 }
 
 /// A component that a VM will want.
@@ -112,12 +110,12 @@ pub struct ComponentForecast {
     pub image_bytes: u64,
     /// True if it is expected to be attached, not launched with.
     pub attached: bool,
-    /// Probability that it is needed within the horizon.
+    /// Probability that it is needed within the horizon, given that the VM launches or runs.
     pub probability: f64,
     /// Seconds until it is needed.
     pub until_s: f64,
-    /// Bytes of it likely to be touched (each extent weighted by its probability).
-    pub expected_bytes: u64,
+    /// What will be touched of it, given that it is needed.
+    pub extents: Vec<PlannedExtent>,
     /// Why.
     pub reasons: Vec<Why>,
 }
@@ -137,20 +135,10 @@ pub struct VmForecast {
     pub until_s: f64,
     /// Components, the likeliest first.
     pub components: Vec<ComponentForecast>,
-    /// Extents of all of them, by worth.
-    pub extents: Vec<Ranked>,
-}
-
-/// Forecasts what each subject will need. Subjects keep their order.
-pub fn forecast(subjects: &[Subject], known: &Knowledge) -> Vec<VmForecast> {
-    let forecasts = subjects.iter();
-    forecasts
-        .map(|subject| forecast_one(subject, known))
-        .collect()
 }
 
 /// A component that a subject may want, before extents are looked at.
-struct Wanted {
+struct WantedComponent {
     what: Present,
     attached: bool,
     /// Given the launch.
@@ -159,47 +147,36 @@ struct Wanted {
     why: Vec<Why>,
 }
 
-fn forecast_one(subject: &Subject, known: &Knowledge) -> VmForecast {
+/// Forecasts what a subject will need.
+pub fn forecast(subject: &Subject, known: &Knowledge) -> VmForecast {
     let wanted = wanted(subject, known);
     let images: Vec<Digest> = wanted.iter().map(|one| one.what.image).collect();
     let plan = (known.plan)(&subject.context.profile, &images);
-    let mut components = Vec::with_capacity(wanted.len());
-    let mut candidates = Vec::new();
-    for one in wanted {
+    let forecasts = wanted.into_iter().map(|one| {
         let image = one.what.image;
-        let probability = subject.probability * one.probability;
+        let of_image = plan.iter().filter(|one| one.planned.image == image);
+        let likeliest = of_image.clone().reduce(|best, one| {
+            if one.planned.probability > best.planned.probability {
+                one
+            } else {
+                best
+            }
+        });
         let mut reasons = subject.reasons.clone();
         reasons.extend(one.why);
-        let mut expected_bytes = 0.0;
-        let mut seen: Option<(f64, Why)> = None;
-        let of_image = plan.iter().filter(|one| one.planned.image == image);
-        for Expectation { planned, basis } in of_image {
-            let touched = planned.probability;
-            expected_bytes += touched * planned.extent.len as f64;
-            let basis = Why::Touched(*basis);
-            if seen.as_ref().is_none_or(|(best, _)| touched > *best) {
-                seen = Some((touched, basis));
-            }
-            candidates.push(Candidate {
-                image,
-                extent: planned.extent,
-                probability: probability * touched,
-                until_need_s: one.until_s + f64::from(planned.first_touch_ms) / 1000.0,
-                tier: (known.tier)(&image, &planned.extent),
-            });
-        }
-        reasons.push(seen.map_or(Why::Untouched, |(_, basis)| basis));
-        components.push(ComponentForecast {
+        reasons.push(likeliest.map_or(Why::Untouched, |one| Why::Touched(one.basis)));
+        ComponentForecast {
             component: one.what.label,
             image,
             image_bytes: one.what.image_bytes,
             attached: one.attached,
-            probability,
+            probability: one.probability,
             until_s: one.until_s,
-            expected_bytes: (expected_bytes as u64).min(one.what.image_bytes),
+            extents: of_image.map(|one| one.planned).collect(),
             reasons,
-        });
-    }
+        }
+    });
+    let mut components: Vec<ComponentForecast> = forecasts.collect();
     components.sort_by(|a, b| {
         b.probability
             .total_cmp(&a.probability)
@@ -212,15 +189,14 @@ fn forecast_one(subject: &Subject, known: &Knowledge) -> VmForecast {
         probability: subject.probability,
         until_s: subject.until_s,
         components,
-        extents: rank(candidates, known.costs),
     }
 }
 
 /// What a subject's launch brings, and what is likely to be attached.
-fn wanted(subject: &Subject, known: &Knowledge) -> Vec<Wanted> {
-    let mut wanted: Vec<Wanted> = Vec::new();
+fn wanted(subject: &Subject, known: &Knowledge) -> Vec<WantedComponent> {
+    let mut wanted: Vec<WantedComponent> = Vec::new();
     if subject.age_s.is_none() {
-        wanted.extend(subject.present.iter().map(|one| Wanted {
+        wanted.extend(subject.present.iter().map(|one| WantedComponent {
             what: one.clone(),
             attached: false,
             probability: 1.0,
@@ -242,7 +218,7 @@ fn wanted(subject: &Subject, known: &Knowledge) -> Vec<Wanted> {
         }
         let mut why = vec![Why::Needed { probability: ever }];
         let profile = &subject.context.profile;
-        let horizon_s = known.costs.horizon_s;
+        let horizon_s = known.horizon_s;
         let outlook = known.attachments.outlook(profile, &name, age_s, horizon_s);
         let (probability, until_s) = match outlook {
             // Nothing is known of what launches bring: all that VMs like it have counts.
@@ -258,7 +234,7 @@ fn wanted(subject: &Subject, known: &Knowledge) -> Vec<Wanted> {
             _ => continue,
         };
         if probability >= LEAST_PROBABILITY {
-            wanted.push(Wanted {
+            wanted.push(WantedComponent {
                 what,
                 attached: !subject.present.is_empty(),
                 probability,

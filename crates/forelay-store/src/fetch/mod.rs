@@ -280,13 +280,21 @@ impl Scheduler {
         Some(assemble(pieces, extent.len as usize))
     }
 
-    /// True if the whole range is in the disk cache (its bytes may still turn out corrupt).
-    /// Cheap to ask again and again while the cache does not change.
-    pub fn is_cached(&self, image: Digest, extent: Extent) -> bool {
-        self.0
-            .images
-            .get(image)
-            .is_some_and(|map| self.0.presence.has(&self.0.cache, &map, extent))
+    /// What the disk cache lacks of an image that is open, disjoint and sorted (what it has
+    /// may still turn out corrupt). Cheap to ask again while the cache does not change.
+    pub fn absent_on_disk(&self, image: Digest) -> Option<Arc<[Extent]>> {
+        let map = self.0.images.get(image)?;
+        Some(self.0.presence.absent(&self.0.cache, &map))
+    }
+
+    /// A number that differs whenever the disk cache has other chunks.
+    pub fn disk_generation(&self) -> u64 {
+        self.0.cache.generation()
+    }
+
+    /// The images that are open on this host.
+    pub fn open_images(&self) -> Vec<Digest> {
+        self.0.images.opened()
     }
 
     /// Brings a plan's extents as a stream: all of them start, in the plan's order, and come

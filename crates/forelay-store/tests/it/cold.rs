@@ -7,7 +7,7 @@ use forelay_image::Extent;
 use forelay_store::{Limits, PrefetchItem, Priority};
 use tokio::sync::Semaphore;
 
-use crate::support::{Bench, Sample};
+use crate::support::{Bench, Sample, is_on_disk};
 
 /// What arrives of a plan, by request and place.
 async fn drain(mut stream: forelay_store::Prefetch, sample: &Sample) -> Vec<(usize, Extent)> {
@@ -73,7 +73,7 @@ async fn each_request_gets_exactly_its_parts_and_ends_once() {
     );
     // Bytes are handed out before they are on the disk: wait until they are.
     for (image, extent) in &plan {
-        while !host.scheduler().is_cached(*image, *extent) {
+        while !is_on_disk(&host, *image, *extent) {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
     }

@@ -3,7 +3,7 @@
 use forelay_image::Extent;
 use forelay_store::{Priority, StoreError};
 
-use crate::support::Bench;
+use crate::support::{Bench, is_on_disk};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_published_reads_back_from_another_host() {
@@ -48,7 +48,7 @@ async fn what_is_published_reads_back_from_another_host() {
             .unwrap();
         assert_eq!(read, sample.part(extent));
         // Bytes are handed out first and kept on disk right after.
-        while !host.scheduler().is_cached(sample.image(), extent) {
+        while !is_on_disk(&host, sample.image(), extent) {
             tokio::task::yield_now().await;
         }
         assert_eq!(

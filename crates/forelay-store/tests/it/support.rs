@@ -299,3 +299,9 @@ impl Repository for Faulty {
         self.inner.delete(key).await
     }
 }
+
+/// Whether all of an extent is in a host's disk cache.
+pub fn is_on_disk(host: &forelay_store::Store, image: Digest, extent: Extent) -> bool {
+    let absent = host.scheduler().absent_on_disk(image);
+    absent.is_some_and(|absent| absent.iter().all(|one| one.intersection(&extent).is_none()))
+}

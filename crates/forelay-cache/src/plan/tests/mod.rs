@@ -13,6 +13,8 @@ mod cancelling;
 mod random;
 mod ranking;
 mod room;
+mod small_pool;
+mod tiers;
 
 const MIB: u64 = 1 << 20;
 
@@ -275,10 +277,12 @@ fn what_a_running_vm_will_be_given_is_prefetched_maps_nothing_and_ends_with_the_
         PlannerEvent::AttachForecast(AttachForecast {
             vm: "v1".into(),
             domain: "d".into(),
-            devices: vec![device(2, 4 * MIB)],
-            probability,
-            expected_ms: None,
-            working_set: vec![planned(2, 0, 2 * MIB, 1.0, 0)],
+            attachments: vec![Attachment {
+                device: device(2, 4 * MIB),
+                probability,
+                expected_ms: None,
+                working_set: vec![planned(2, 0, 2 * MIB, 1.0, 0)],
+            }],
         })
     };
     host.tell(attach(0.9));
@@ -291,7 +295,7 @@ fn what_a_running_vm_will_be_given_is_prefetched_maps_nothing_and_ends_with_the_
         !host.push_one(),
         "what was under way is not wanted any more"
     );
-    let forecasts = &host.planner.worth.forecasts;
+    let forecasts = &host.planner.benefit.forecasts;
     assert!(forecasts.is_empty(), "{forecasts:?}");
     let before = host.prefetched;
     host.tell(attach(0.01));
@@ -400,7 +404,7 @@ fn what_launches_teach_is_asked_for_once_and_counts_when_it_is_told() {
     let event = PlannerEvent::LaunchesRemembered(launches);
     let decisions = host.planner.step(event, host.now_ms);
     let samples = decisions.fit.expect("samples of the launches");
-    let needs = |host: &Host| host.planner.worth.needs(&image, host.now_ms).is_learned();
+    let needs = |host: &Host| host.planner.benefit.needs(&image, host.now_ms).is_learned();
     assert!(!needs(&host), "nobody has studied");
     let fit = Box::new(samples.fit());
     host.tell(PlannerEvent::ReuseFitted(fit));
@@ -425,7 +429,7 @@ fn what_an_earlier_daemon_saw_counts_as_uses_but_the_future_does_not() {
     ];
     host.tell(PlannerEvent::LaunchesRemembered(launches));
     assert!(host.fetches.is_empty(), "{:?}", host.fetches);
-    let uses = |number| host.planner.worth.component_uses(&shared(number), now_ms);
+    let uses = |number| host.planner.benefit.component_uses(&shared(number), now_ms);
     assert!((uses(1) - 2.0).abs() < 1e-3, "{}", uses(1));
     assert_eq!(uses(2), 0.0);
     assert_eq!(

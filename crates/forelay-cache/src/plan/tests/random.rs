@@ -113,7 +113,7 @@ proptest! {
                 host.tell(event);
             }
         }
-        let kept: BTreeMap<_, _> = host.planner.leaving.iter().filter(|(_, set)| !set.is_empty()).collect();
+        let kept: BTreeMap<_, _> = host.planner.evicting.iter().filter(|(_, set)| !set.is_empty()).collect();
         prop_assert!(kept.is_empty(), "evictions carried out but not forgotten");
     }
 }

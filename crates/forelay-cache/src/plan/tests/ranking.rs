@@ -1,28 +1,28 @@
 //! One pass over the candidates against the plain rule: look at each image anew for each
-//! prefetch and each reach.
+//! prefetch and each class.
 
 use forelay_image::pages::{PageNo, PageRun, PageSet, Pages};
 use proptest::prelude::*;
 
 use super::random::{event_of, step};
 use super::*;
+use crate::plan::benefit::{ImageOutlook, ValuedRun};
 use crate::plan::ranking::Ranking;
-use crate::plan::victims::Reach;
-use crate::plan::worth::{Outlook, ValuedRun};
+use crate::plan::victims::VictimClass;
 
-const REACHES: [Reach; 5] = [
-    Reach::Unmapped,
-    Reach::Untouched,
-    Reach::Idle,
-    Reach::Unused,
-    Reach::All,
+const CLASSES: [VictimClass; 5] = [
+    VictimClass::Unmapped,
+    VictimClass::Untouched,
+    VictimClass::Idle,
+    VictimClass::Unused,
+    VictimClass::All,
 ];
 
 /// What forecasts say of one image, looked up in each of them.
-fn steps(worth: &Worth, image: &SharedImage, now_ms: i64) -> Vec<(PageNo, f64)> {
+fn steps(benefit: &BenefitModel, image: &SharedImage, now_ms: i64) -> Vec<(PageNo, f64)> {
     let mut changes: Vec<(PageNo, f64)> = Vec::new();
-    for forecast in worth.forecasts.values() {
-        let launch = worth.probability_now(forecast, now_ms);
+    for forecast in benefit.forecasts.values() {
+        let launch = benefit.probability_now(forecast, now_ms);
         let of = |planned: &&PlannedExtent| {
             forecast.domain == image.domain && planned.image == image.image
         };
@@ -46,9 +46,9 @@ fn candidates(
     planner: &Planner,
     table: &MappingTable,
     image: &SharedImage,
-    reach: Reach,
+    class: VictimClass,
 ) -> Vec<PageRun> {
-    if reach == Reach::Unmapped && table.mapped_by(image) > 0 {
+    if class == VictimClass::Unmapped && table.mapped_by(image) > 0 {
         return Vec::new();
     }
     let bytes = table.image_bytes(image).unwrap();
@@ -61,15 +61,18 @@ fn candidates(
             gaps.collect()
         }
     };
-    let mut runs = without(runs, planner.leaving.get(image));
-    if matches!(reach, Reach::Untouched | Reach::Idle | Reach::Unused) {
-        runs = planner.guard.without(image, runs);
+    let mut runs = without(runs, planner.evicting.get(image));
+    if matches!(
+        class,
+        VictimClass::Untouched | VictimClass::Idle | VictimClass::Unused
+    ) {
+        runs = planner.recently_used.without(image, runs);
     }
-    if matches!(reach, Reach::Untouched | Reach::Idle) {
-        runs = planner.awaited.without(image, runs);
+    if matches!(class, VictimClass::Untouched | VictimClass::Idle) {
+        runs = planner.soon_used.without(image, runs);
     }
-    match reach {
-        Reach::Untouched => without(runs, table.touched_by_running().get(image)),
+    match class {
+        VictimClass::Untouched => without(runs, table.touched_by_running().get(image)),
         _ => runs,
     }
 }
@@ -79,16 +82,16 @@ fn plain(
     planner: &Planner,
     table: &MappingTable,
     now_ms: i64,
-    reach: Reach,
+    class: VictimClass,
     needed_bytes: u64,
     below: f64,
 ) -> Vec<(SharedImage, Vec<Extent>)> {
     let mut valued: Vec<(ValuedRun, SharedImage)> = Vec::new();
     for image in table.known_images() {
-        let steps = steps(&planner.worth, image, now_ms);
-        let outlook = Outlook::of(&planner.worth, image, steps, now_ms);
-        let runs = candidates(planner, table, image, reach);
-        let runs = planner.worth.value(image, &outlook, &runs, now_ms);
+        let steps = steps(&planner.benefit, image, now_ms);
+        let outlook = ImageOutlook::of(&planner.benefit, image, steps, now_ms);
+        let runs = candidates(planner, table, image, class);
+        let runs = planner.benefit.value(image, &outlook, &runs, now_ms);
         valued.extend(runs.into_iter().map(|run| (run, image.clone())));
     }
     valued.retain(|(valued, _)| valued.seconds_per_byte < below);
@@ -134,23 +137,23 @@ proptest! {
         table.read(|table| -> Result<(), TestCaseError> {
             // As the prefetches of one message ask, none of which finds room.
             let mut ranking = Ranking::default();
-            for &(reach, _, exponent) in &questions {
-                let (reach, below) = (REACHES[reach], 10f64.powi(exponent));
-                let all = plain(planner, table, now_ms, reach, 1 << 40, below);
-                let found = ranking.bytes_below(&planner.choice(table, now_ms), reach, below);
-                prop_assert_eq!(found, bytes_of(&all), "{:?}", reach);
+            for &(class, _, exponent) in &questions {
+                let (class, below) = (CLASSES[class], 10f64.powi(exponent));
+                let all = plain(planner, table, now_ms, class, 1 << 40, below);
+                let found = ranking.bytes_below(&planner.context(table, now_ms), class, below);
+                prop_assert_eq!(found, bytes_of(&all), "{:?}", class);
             }
             // And as the one that does, and a shortage, after which more is on its way out.
-            for (reach, needed, exponent) in questions {
-                let (reach, below) = (REACHES[reach], 10f64.powi(exponent));
-                let expected = plain(planner, table, now_ms, reach, needed, below);
-                let choice = planner.choice(table, now_ms);
-                let taken = ranking.take(&choice, reach, needed, below);
-                prop_assert_eq!(&taken, &expected, "{:?}", reach);
+            for (class, needed, exponent) in questions {
+                let (class, below) = (CLASSES[class], 10f64.powi(exponent));
+                let expected = plain(planner, table, now_ms, class, needed, below);
+                let context = planner.context(table, now_ms);
+                let taken = ranking.take(&context, class, needed, below);
+                prop_assert_eq!(&taken, &expected, "{:?}", class);
                 for (image, extents) in taken {
-                    let leaving = planner.leaving.entry(image).or_default();
+                    let evicting = planner.evicting.entry(image).or_default();
                     for extent in extents {
-                        leaving.insert(PageRun::covering(extent));
+                        evicting.insert(PageRun::covering(extent));
                     }
                 }
             }

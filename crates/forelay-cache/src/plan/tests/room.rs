@@ -37,6 +37,7 @@ fn a_forecast_displaces_only_what_is_worth_clearly_less() {
         [1, 2, 3, 4, 5].map(|number| host.resident(number) / MIB),
         [2, 2, 2, 2, 0]
     );
+    host.now_ms += 5_000;
     host.tell(forecast("clearly likelier", 6, 0.3));
     host.push_all();
     let residents = [1, 2, 6].map(|number| host.resident(number) / MIB);
@@ -79,7 +80,7 @@ fn critical_pressure_pauses_evicts_just_enough_and_resumes_only_after_calm() {
     );
     assert!(
         host.resident(2) > 0,
-        "what a VM can reach stays while others suffice"
+        "what a VM can class stays while others suffice"
     );
     let mapped = host.resident(2);
     host.tell(pressure(PressureLevel::Critical, 2 * MIB));

@@ -1,18 +1,19 @@
 //! Ahead of need: what is likely to be wanted next is told to the planner in time.
 //!
-//! At intervals of the forecaster's clock asks for what is foreseen and hands probability,
-//! devices and extents to the planner, which decides: for profiles' next launches, and for
+//! At intervals of the forecaster's clock asks for forecasts and announces those that have
+//! changed to the planner, which decides: for profiles' next launches, and for
 //! components that running VMs will be given.
 //!
 //! Invariants: nothing here loads or evicts by itself; a profile for which forecasting did harm
 //! is not told, so that the simpler rule (load at the launch's request) is in force.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_cache::PlannerEvent;
-use forelay_cache::plan::{AttachForecast, ProfileForecast};
+use forelay_cache::plan::{AttachForecast, Attachment, ProfileForecast};
+use forelay_cache::{DeviceImage, PlannerEvent};
+use forelay_predict::arrivals::LaunchForecast;
 
 use crate::daemon::forecast::foresight::{Catalogue, Foreseen};
 use crate::daemon::forecast::models::model_key;
@@ -30,17 +31,39 @@ const LEAST_PROBABILITY: f64 = 0.01;
 /// Attachments less likely than this are not.
 const LEAST_ATTACH_PROBABILITY: f64 = 0.1;
 
-/// What the planner was told of, and not told off again.
+/// An announced forecast that still holds is announced anew this long after: what was loaded
+/// for it may have been evicted or reclaimed since.
+const RENEW_EVERY: Duration = Duration::from_secs(20);
+/// A probability that differs by less than this share is the same to the planner, which
+/// displaces only for a quarter more.
+const SAME_SHARE: f64 = 0.1;
+/// And so is a time that differs by less than this, in milliseconds.
+const SAME_MS: i64 = 15_000;
+
+/// Forecasts announced and not yet withdrawn.
 #[derive(Default)]
-struct Told {
-    launches: BTreeSet<String>,
+struct Announced {
+    launches: BTreeMap<String, (ProfileForecast, Instant)>,
     vms: BTreeSet<String>,
+}
+
+/// Whether the planner would do the same for both.
+fn is_same(a: &ProfileForecast, b: &ProfileForecast) -> bool {
+    let (p, q) = (a.launch_probability, b.launch_probability);
+    let same_time = match (a.next_launch_ms, b.next_launch_ms) {
+        (Some(a), Some(b)) => a.abs_diff(b) < SAME_MS.unsigned_abs(),
+        (a, b) => a == b,
+    };
+    (p - q).abs() <= p.max(q) * SAME_SHARE
+        && same_time
+        && a.devices == b.devices
+        && a.working_set == b.working_set
 }
 
 impl Host {
     /// Looks ahead for as long as the daemon lives.
     pub(in crate::daemon) async fn look_ahead(self: Arc<Self>) {
-        let mut told = Told::default();
+        let mut announced = Announced::default();
         let every = self.learner.clock().wall(EVERY).max(EVERY_AT_MOST);
         let mut interval = tokio::time::interval(every);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -58,25 +81,29 @@ impl Host {
                 }
                 read_at = Some(Instant::now());
             }
-            self.look_ahead_once(&catalogue, &mut told).await;
+            self.look_ahead_once(&catalogue, &mut announced).await;
         }
     }
 
-    async fn look_ahead_once(self: &Arc<Self>, catalogue: &Catalogue, told: &mut Told) {
+    async fn look_ahead_once(self: &Arc<Self>, catalogue: &Catalogue, announced: &mut Announced) {
         let now = self.learner.clock().now();
-        let mut next = Told::default();
+        let mut next = Announced::default();
+        let renew_after = self.learner.clock().wall(RENEW_EVERY);
         for foreseen in self.foresee(now, LEAST_PROBABILITY, catalogue) {
             let done = match (&foreseen.vm, &foreseen.launch) {
                 (Some(vm), _) => {
-                    let done = self.tell_attachments(&foreseen, vm, catalogue).await;
+                    let done = self.announce_attachments(&foreseen, vm, catalogue).await;
                     if matches!(done, Ok(true)) {
                         next.vms.insert(vm.clone());
                     }
                     done.map(drop)
                 }
                 (None, Some(launch)) if !launch.fallen_back => {
-                    next.launches.insert(model_key(&foreseen.of));
-                    self.tell_launch(&foreseen, launch.probability).await
+                    let key = model_key(&foreseen.of);
+                    let before = announced.launches.remove(&key);
+                    let before = before.filter(|(_, at)| at.elapsed() < renew_after);
+                    let told = self.announce_launch(&foreseen, launch, before).await;
+                    told.map(|told| next.launches.extend(told.map(|told| (key, told))))
                 }
                 _ => Ok(()),
             };
@@ -86,41 +113,47 @@ impl Host {
             }
         }
         // What became unlikely is told once more, so that the planner lets go of it.
-        for key in told.launches.difference(&next.launches) {
-            self.tell_off_launch(key);
+        for key in announced.launches.keys() {
+            if !next.launches.contains_key(key) {
+                self.withdraw_launch(key);
+            }
         }
-        for vm in told.vms.difference(&next.vms) {
-            self.tell_off_attachments(vm);
+        for vm in announced.vms.difference(&next.vms) {
+            self.withdraw_attachments(vm);
         }
-        *told = next;
+        *announced = next;
     }
 
-    async fn tell_launch(
+    /// Announces the next launch of a profile, unless what was announced `before` still holds.
+    /// Returns what counts as announced now.
+    async fn announce_launch(
         self: &Arc<Self>,
         foreseen: &Foreseen,
-        probability: f64,
-    ) -> Result<(), HostError> {
+        launch: &LaunchForecast,
+        before: Option<(ProfileForecast, Instant)>,
+    ) -> Result<Option<(ProfileForecast, Instant)>, HostError> {
         let Some(order) = &foreseen.order else {
-            return Ok(());
+            return Ok(None);
         };
-        self.mapper.map_images(order).await?;
+        let forecast = ProfileForecast {
+            domain: foreseen.domain.clone(),
+            profile: foreseen.of.profile.as_str().into(),
+            working_set: foreseen.working_set(),
+            devices: order.device_images(),
+            launch_probability: launch.probability,
+            next_launch_ms: Some(self.learner.clock().wall_ms(launch.expected_at)),
+        };
         self.premaps.offer(order);
-        let clock = self.learner.clock();
-        let expected = foreseen.launch.as_ref().map(|one| one.expected_at);
-        let devices = order.device_images();
-        self.memory
-            .tell(PlannerEvent::ProfileForecast(ProfileForecast {
-                domain: foreseen.domain.clone(),
-                profile: foreseen.of.profile.as_str().into(),
-                working_set: foreseen.extents(&devices, probability),
-                devices,
-                launch_probability: probability,
-                next_launch_ms: expected.map(|at| clock.wall_ms(at)),
-            }));
-        Ok(())
+        if let Some(before) = before.filter(|(before, _)| is_same(before, &forecast)) {
+            return Ok(Some(before));
+        }
+        self.mapper.map_images(order).await?;
+        let told = PlannerEvent::ProfileForecast(forecast.clone());
+        self.memory.tell(told);
+        Ok(Some((forecast, Instant::now())))
     }
 
-    fn tell_off_launch(&self, key: &str) {
+    fn withdraw_launch(&self, key: &str) {
         if let Some(order) = self.last_launches.get(key) {
             self.memory
                 .tell(PlannerEvent::ProfileForecast(ProfileForecast {
@@ -134,8 +167,8 @@ impl Host {
         }
     }
 
-    /// Tells what a running VM is likely to be given; whether there was anything to tell.
-    async fn tell_attachments(
+    /// Announces what a running VM is likely to be given; whether there was anything to announce.
+    async fn announce_attachments(
         self: &Arc<Self>,
         foreseen: &Foreseen,
         vm: &str,
@@ -147,9 +180,9 @@ impl Host {
             .iter()
             .filter(|one| one.attached && one.probability >= LEAST_ATTACH_PROBABILITY)
             .collect();
-        let Some(likeliest) = likely.first() else {
+        if likely.is_empty() {
             return Ok(false);
-        };
+        }
         for one in &likely {
             let Some(id) = catalogue.id(&one.image) else {
                 continue;
@@ -165,22 +198,25 @@ impl Host {
                 .await?;
         }
         let clock = self.learner.clock();
-        let expected = clock.now().plus_seconds(likeliest.until_s);
-        let probability = likeliest.probability;
-        let devices = foreseen.devices(|one| likely.iter().any(|two| two.image == one.image));
+        let attachments = likely.into_iter().map(|one| Attachment {
+            device: DeviceImage {
+                image: one.image,
+                image_bytes: one.image_bytes,
+            },
+            probability: one.probability,
+            expected_ms: Some(clock.wall_ms(clock.now().plus_seconds(one.until_s))),
+            working_set: one.extents.clone(),
+        });
         self.memory
             .tell(PlannerEvent::AttachForecast(AttachForecast {
                 vm: vm.into(),
                 domain: foreseen.domain.clone(),
-                working_set: foreseen.extents(&devices, probability),
-                devices,
-                probability,
-                expected_ms: Some(clock.wall_ms(expected)),
+                attachments: attachments.collect(),
             }));
         Ok(true)
     }
 
-    fn tell_off_attachments(&self, vm: &str) {
+    fn withdraw_attachments(&self, vm: &str) {
         let Ok(instance) = self.instance(vm) else {
             return;
         };
@@ -190,11 +226,40 @@ impl Host {
                 .tell(PlannerEvent::AttachForecast(AttachForecast {
                     vm: vm.into(),
                     domain: instance.vm().domain.as_str().into(),
-                    devices: Vec::new(),
-                    probability: 0.0,
-                    expected_ms: None,
-                    working_set: Vec::new(),
+                    attachments: Vec::new(),
                 }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forecast_is_announced_anew_only_if_the_planner_would_act_otherwise() {
+        let forecast = |launch_probability, next_launch_ms| ProfileForecast {
+            domain: "d".into(),
+            profile: "p".into(),
+            devices: Vec::new(),
+            launch_probability,
+            next_launch_ms,
+            working_set: Vec::new(),
+        };
+        let before = forecast(0.5, Some(60_000));
+        assert!(is_same(&before, &forecast(0.52, Some(61_000))));
+        assert!(!is_same(&before, &forecast(0.7, Some(60_000))));
+        assert!(!is_same(&before, &forecast(0.0, Some(60_000))));
+        assert!(!is_same(&before, &forecast(0.5, Some(600_000))));
+        assert!(!is_same(&before, &forecast(0.5, None)));
+        let image = forelay_image::Digest::of(b"image");
+        let touched = ProfileForecast {
+            devices: vec![DeviceImage {
+                image,
+                image_bytes: 4096,
+            }],
+            ..before.clone()
+        };
+        assert!(!is_same(&before, &touched));
     }
 }

@@ -1,20 +1,21 @@
-//! What is foreseen, put together: for each profile's next launch and each running VM, the
-//! components it will want and of each the extents, ranked by what loading them ahead saves.
+//! Forecasts put together: for each profile's next launch and each running VM, the components
+//! it will want and of each the extents, with conditional probabilities.
 //!
-//! Owns the questions to the models and where bytes are (memory, disk cache, repository). The
-//! arithmetic is [`forelay_predict::rank`]'s. Also answers `forelay forecast`. Refuses to act:
-//! that is `ahead`'s, and in the end the planner's.
+//! Owns the questions to the models; the combination is [`forelay_predict::rank`]'s. Also
+//! answers `forelay forecast`, for which the planner says where bytes are and what they are
+//! worth. Refuses to act: that is `ahead`'s, and in the end the planner's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use forelay_cache::{DeviceImage, Domain, SharedImage};
+use forelay_cache::plan::{Appraisal, Prospect};
+use forelay_cache::{DeviceImage, Domain};
 use forelay_image::component::{Component, Role};
-use forelay_image::{ComponentId, Digest, Extent, PlannedExtent};
+use forelay_image::{ComponentId, Digest, PlannedExtent};
 use forelay_predict::arrivals::LaunchForecast;
 use forelay_predict::rank::{
-    self, ComponentForecast, Costs, Knowledge, Present, Subject, Tier, TierCost, VmForecast, Why,
+    self, ComponentForecast, Knowledge, Present, Subject, VmForecast, Why,
 };
 use forelay_predict::time::Timestamp;
 use forelay_predict::working_set::Basis;
@@ -77,29 +78,32 @@ pub(in crate::daemon) struct Foreseen {
 }
 
 impl Foreseen {
-    /// The devices of those components that `keep` keeps.
-    pub fn devices(&self, keep: impl Fn(&ComponentForecast) -> bool) -> Vec<DeviceImage> {
-        let kept = self.forecast.components.iter().filter(|one| keep(one));
-        kept.map(|one| DeviceImage {
-            image: one.image,
-            image_bytes: one.image_bytes,
-        })
-        .collect()
+    /// What the launch itself would touch of its devices.
+    pub fn working_set(&self) -> Vec<PlannedExtent> {
+        let components = self.forecast.components.iter();
+        let launched = components.filter(|one| !one.attached);
+        launched
+            .flat_map(|one| one.extents.iter().copied())
+            .collect()
     }
 
-    /// Extents of `devices`, by worth, with probabilities given an event of `probability`.
-    pub fn extents(&self, devices: &[DeviceImage], probability: f64) -> Vec<PlannedExtent> {
-        let ranked = self.forecast.extents.iter().map(|one| &one.candidate);
-        let wanted = ranked.filter(|one| devices.iter().any(|device| device.image == one.image));
-        let from_s = self.forecast.until_s;
-        wanted
-            .map(|one| PlannedExtent {
-                image: one.image,
-                extent: one.extent,
-                probability: (one.probability / probability.max(1e-9)).min(1.0),
-                first_touch_ms: ((one.until_need_s - from_s).max(0.0) * 1e3) as u32,
-            })
-            .collect()
+    /// Probability that a component is needed within the horizon.
+    fn probability(&self, component: &ComponentForecast) -> f64 {
+        self.forecast.probability * component.probability
+    }
+
+    /// What is asked of the planner for `forelay forecast`.
+    fn prospect(&self, component: &ComponentForecast, now_ms: i64) -> Prospect {
+        Prospect {
+            domain: self.domain.clone(),
+            device: DeviceImage {
+                image: component.image,
+                image_bytes: component.image_bytes,
+            },
+            probability: self.probability(component),
+            expected_ms: Some(now_ms.saturating_add((component.until_s * 1e3) as i64)),
+            working_set: component.extents.clone(),
+        }
     }
 }
 
@@ -160,46 +164,6 @@ impl Host {
         self.config.forecast.horizon().as_secs_f64()
     }
 
-    /// What loading costs on this host, as measured so far.
-    fn costs(&self) -> Costs {
-        let counters = self.store.scheduler().counters();
-        let usual = Costs::default();
-        let repository = TierCost {
-            latency_s: counters
-                .latency_ns
-                .map_or(usual.repository.latency_s, |ns| ns as f64 / 1e9),
-            bytes_per_s: counters
-                .bandwidth_bytes_per_s
-                .map_or(usual.repository.bytes_per_s, |rate| rate as f64),
-        };
-        Costs {
-            repository,
-            horizon_s: self.horizon_s(),
-            ..usual
-        }
-    }
-
-    /// Where an extent's bytes are: the farthest tier that any of it is in.
-    fn tier(&self, domain: &Domain, image: &Digest, extent: &Extent) -> Tier {
-        let shared = SharedImage::new(domain.clone(), *image);
-        let missing = self
-            .memory
-            .table()
-            .read(|table| table.missing(&shared, *extent));
-        if missing.is_empty() {
-            return Tier::Memory;
-        }
-        let scheduler = self.store.scheduler();
-        if missing
-            .iter()
-            .all(|part| scheduler.is_cached(*image, *part))
-        {
-            Tier::Disk
-        } else {
-            Tier::Repository
-        }
-    }
-
     /// What the next launches of profiles will want, those at least so likely, and running VMs.
     pub(in crate::daemon) fn foresee(
         &self,
@@ -225,7 +189,6 @@ impl Host {
             let domain = Domain::from(vm.domain.as_str());
             subjects.push((of, domain, None, Some(instance), None));
         }
-        let costs = self.costs();
         let foreseen = subjects.into_iter();
         foreseen
             .map(|(of, domain, order, instance, launch)| {
@@ -241,7 +204,7 @@ impl Host {
                     }
                     _ => Subject::running(context, Vec::new(), 0.0),
                 };
-                let forecast = self.foresee_one(&subject, &domain, &costs, catalogue);
+                let forecast = self.foresee_one(&subject, catalogue);
                 Foreseen {
                     of,
                     domain,
@@ -254,26 +217,17 @@ impl Host {
             .collect()
     }
 
-    fn foresee_one(
-        &self,
-        subject: &Subject,
-        domain: &Domain,
-        costs: &Costs,
-        catalogue: &Catalogue,
-    ) -> VmForecast {
+    fn foresee_one(&self, subject: &Subject, catalogue: &Catalogue) -> VmForecast {
         let models = self.learner.models();
         let needs = models.needs.lock();
         let known = Knowledge {
             needs: &needs.model,
             attachments: &needs.attachments,
             plan: &|profile, images| models.plan(profile, images),
-            costs,
+            horizon_s: self.horizon_s(),
             locate: &|name| catalogue.by_name.get(name).cloned(),
-            tier: &|image, extent| self.tier(domain, image, extent),
         };
-        let mut forecasts = rank::forecast(std::slice::from_ref(subject), &known);
-        // One subject, one forecast.
-        forecasts.swap_remove(0)
+        rank::forecast(subject, &known)
     }
 
     /// What is expected to be needed next, most valuable first.
@@ -284,11 +238,22 @@ impl Host {
         let now = self.learner.clock().now();
         let catalogue = self.catalogue().await?;
         self.follow_versions(&catalogue).await;
+        let mut foreseen = self.foresee(now, 0.0, &catalogue);
+        foreseen.retain(|one| profile.is_none_or(|name| name == one.of.profile));
+        let wall_ms = self.learner.clock().wall_ms(now);
+        let mut prospects = Vec::new();
+        for one in &foreseen {
+            let components = one.forecast.components.iter();
+            prospects.extend(components.map(|component| one.prospect(component, wall_ms)));
+        }
+        let worth = self.memory.appraise(prospects).await;
+        let worth = worth.ok_or_else(|| HostError::Failed("there is no planner".to_owned()))?;
+        let mut worth = worth.iter();
         let mut entries = Vec::new();
-        for foreseen in self.foresee(now, 0.0, &catalogue) {
-            if profile.is_none_or(|name| name == foreseen.of.profile) {
-                let control = self.learner.self_control(&foreseen.of);
-                entries.extend(entries_of(&foreseen, &control, &catalogue));
+        for one in &foreseen {
+            let control = self.learner.self_control(&one.of);
+            for (component, worth) in one.forecast.components.iter().zip(&mut worth) {
+                entries.push(entry_of(one, component, worth, control.clone(), &catalogue));
             }
         }
         entries.sort_by(|a, b| {
@@ -315,50 +280,34 @@ fn reason(why: &Why, catalogue: &Catalogue) -> String {
     }
 }
 
-fn entries_of(
+fn entry_of(
     foreseen: &Foreseen,
-    control: &SelfControl,
+    component: &ComponentForecast,
+    worth: &Appraisal,
+    control: SelfControl,
     catalogue: &Catalogue,
-) -> Vec<ForecastEntry> {
-    let entry = |component: &ComponentForecast| {
-        let extents = foreseen.forecast.extents.iter();
-        let extents = extents.filter(|one| one.candidate.image == component.image);
-        let (mut bytes, mut resident_bytes, mut disk_bytes) = (0, 0, 0);
-        let (mut seconds_saved, mut weighted) = (0.0, 0.0);
-        for one in extents {
-            let len = one.candidate.extent.len;
-            bytes += len;
-            match one.candidate.tier {
-                Tier::Memory => resident_bytes += len,
-                Tier::Disk => disk_bytes += len,
-                Tier::Repository => {}
-            }
-            seconds_saved += one.seconds_saved;
-            weighted += one.score * len as f64;
-        }
-        ForecastEntry {
-            profile: foreseen.of.profile.clone(),
-            owner: foreseen.of.owner.clone(),
-            vm: foreseen.vm.clone(),
-            component: component.component.clone(),
-            image: component.image,
-            attached: component.attached,
-            probability: component.probability,
-            expected_in_s: Some(component.until_s),
-            bytes,
-            resident_bytes,
-            disk_bytes,
-            seconds_saved,
-            score: weighted / bytes.max(1) as f64,
-            reasons: component
-                .reasons
-                .iter()
-                .map(|why| reason(why, catalogue))
-                .collect(),
-            control: control.clone(),
-        }
-    };
-    foreseen.forecast.components.iter().map(entry).collect()
+) -> ForecastEntry {
+    ForecastEntry {
+        profile: foreseen.of.profile.clone(),
+        owner: foreseen.of.owner.clone(),
+        vm: foreseen.vm.clone(),
+        component: component.component.clone(),
+        image: component.image,
+        attached: component.attached,
+        probability: foreseen.probability(component),
+        expected_in_s: Some(component.until_s),
+        bytes: worth.bytes,
+        resident_bytes: worth.resident_bytes,
+        disk_bytes: worth.disk_bytes,
+        seconds_saved: worth.seconds_saved,
+        score: worth.seconds_per_mib(),
+        reasons: component
+            .reasons
+            .iter()
+            .map(|why| reason(why, catalogue))
+            .collect(),
+        control,
+    }
 }
 
 impl Order {

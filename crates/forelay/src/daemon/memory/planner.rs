@@ -7,7 +7,7 @@
 //!
 //! Invariant: events are taken in the order in which they were told.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -16,12 +16,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use forelay_cache::budget::PressureLevel;
 use forelay_cache::mapping_table::SharedTable;
-use forelay_cache::plan::{FetchCost, PlanCounters, Planner};
+use forelay_cache::plan::{Appraisal, DiskContent, FetchCost, PlanCounters, Planner, Prospect};
 use forelay_cache::{PlannerEvent, SharedImage};
+use forelay_image::{Digest, Extent};
 use forelay_memory::pressure::Trigger;
 use forelay_store::Scheduler;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 use crate::api::Shortage;
 use crate::daemon::memory::domains::Domains;
@@ -42,6 +44,8 @@ const STALL: Duration = Duration::from_millis(100);
 const STALL_WINDOW: Duration = Duration::from_secs(1);
 /// How often the planner and pending faults are given a chance.
 const TICK_EVERY: Duration = Duration::from_secs(1);
+/// How often the planner is told what the disk cache has.
+const DISK_EVERY: Duration = Duration::from_secs(5);
 /// How often the disk cache's own page cache is given back while memory is plentiful.
 const TRIM_EVERY: Duration = Duration::from_secs(5);
 /// Shortages that are remembered.
@@ -76,6 +80,10 @@ enum Message {
     Residency(Look),
     /// Tasks wait for memory.
     Stalled,
+    /// What prospects are worth; asked by a person.
+    Appraise(Vec<Prospect>, oneshot::Sender<Vec<Appraisal>>),
+    /// Tells who sends it whether anybody listens.
+    Nothing,
     Stop,
 }
 
@@ -156,6 +164,7 @@ impl PlannerHandle {
         });
         watch_stalls(&sender, &shared)?;
         watch_residency(&table, &parts.domains, &sender)?;
+        watch_disk_cache(parts.scheduler.clone(), &sender)?;
         let thread = PlannerThread {
             parts,
             shared: Arc::clone(&shared),
@@ -175,6 +184,15 @@ impl PlannerHandle {
     /// Tells the planner something. Never blocks.
     pub fn tell(&self, event: PlannerEvent) {
         self.sender.tell(event);
+    }
+
+    /// What the planner thinks of prospects: what of them is here and what the rest is worth.
+    /// `None` if the planner's thread is gone.
+    pub async fn appraise(&self, prospects: Vec<Prospect>) -> Option<Vec<Appraisal>> {
+        let (answer, answered) = oneshot::channel();
+        let question = Message::Appraise(prospects, answer);
+        self.sender.0.send(question).ok()?;
+        answered.await.ok()
     }
 
     /// The mapping table.
@@ -251,6 +269,40 @@ fn watch_residency(
     })
 }
 
+/// Tells what the disk cache lacks of each image whenever that has changed.
+fn watch_disk_cache(scheduler: Scheduler, sender: &PlannerSender) -> io::Result<()> {
+    let sender = sender.0.clone();
+    let mut told: HashMap<Digest, Arc<[Extent]>> = HashMap::new();
+    let mut seen = None;
+    spawn("forelay-disk-cache", move || {
+        while sender.send(Message::Nothing).is_ok() {
+            let images = scheduler.open_images();
+            // Nothing is looked at while nothing comes or goes.
+            let now = Some((scheduler.disk_generation(), images.len()));
+            let changed = if std::mem::replace(&mut seen, now) == now {
+                Vec::new()
+            } else {
+                images
+            };
+            for image in changed {
+                let Some(absent) = scheduler.absent_on_disk(image) else {
+                    continue;
+                };
+                if told.get(&image) != Some(&absent) {
+                    let content = DiskContent {
+                        image,
+                        absent: absent.to_vec(),
+                    };
+                    told.insert(image, absent);
+                    let event = PlannerEvent::DiskCacheChanged(content);
+                    let _ = sender.send(Message::Event(event));
+                }
+            }
+            std::thread::sleep(DISK_EVERY);
+        }
+    })
+}
+
 struct PlannerThread {
     parts: PlannerParts,
     shared: Arc<Shared>,
@@ -284,7 +336,14 @@ impl PlannerThread {
                 Ok(Message::Event(event)) => self.step(event),
                 Ok(Message::Residency(look)) => self.compare(look),
                 Ok(Message::Stalled) => sample_at = Instant::now(),
-                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Message::Appraise(prospects, answer)) => {
+                    let (planner, now_ms) = (&self.parts.planner, now_ms());
+                    let prospects = prospects.iter();
+                    let worth = prospects.map(|one| planner.appraise(one, now_ms));
+                    // Nobody listens any more if the client is gone.
+                    let _ = answer.send(worth.collect());
+                }
+                Ok(Message::Nothing) | Err(RecvTimeoutError::Timeout) => {}
                 Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             }
             self.shared.note_step();
@@ -322,7 +381,7 @@ impl PlannerThread {
     }
 
     fn note_freed(&mut self) {
-        if self.parts.planner.leaving_bytes() > 0 {
+        if self.parts.planner.evicting_bytes() > 0 {
             return;
         }
         if let Some((since, evicted_bytes)) = self.freeing.take() {

@@ -1,5 +1,7 @@
 //! What an extent is worth: expected seconds that a VM would wait if it were not
-//! resident, per byte, within the horizon.
+//! resident, per byte, within the horizon. The only such figure: the queue's order, the context
+//! of victims and `forelay forecast` all use it. How long a wait is depends on where the bytes
+//! would come from, the disk cache or the repository.
 //!
 //! Two sources, both ageing: forecasts (profiles with a launch probability and a working
 //! set) and observed uses, so that bytes no forecast speaks of still have a history: when
@@ -11,13 +13,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use forelay_image::pages::{PageNo, PageRun, Pages};
+use forelay_image::pages::{PageNo, PageRun, PageSet, Pages};
 use forelay_image::{Digest, Extent, PAGE_BYTES, PlannedExtent};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 
 use super::config::PlanConfig;
-use super::message::FetchCost;
+use super::message::{DiskContent, FetchCost};
 use super::queue::ForecastKey;
 use super::reuse::{Reuse, ReuseFit, ReuseSamples};
 
@@ -104,44 +106,81 @@ impl Needs<'_> {
 
 /// Forecasts and uses of everything. See the module's header.
 #[derive(Clone, Debug)]
-pub(super) struct Worth {
+pub(super) struct BenefitModel {
     pub(super) forecasts: BTreeMap<ForecastKey, Forecast>,
     uses: BTreeMap<SharedImage, Uses>,
     reuse: Reuse,
-    latency_s: f64,
-    seconds_per_byte: f64,
+    repository: TierCost,
+    disk: TierCost,
+    /// What the disk cache lacks, of images of which anything is known.
+    off_disk: HashMap<Digest, PageSet>,
     half_life_ms: i64,
     horizon_ms: i64,
 }
 
+/// What a demand fetch from a tier takes.
+#[derive(Clone, Copy, Debug)]
+struct TierCost {
+    /// Until the first byte.
+    latency_s: f64,
+    seconds_per_byte: f64,
+}
+
+impl TierCost {
+    /// Of a latency in milliseconds and bytes a second.
+    fn new(latency_ms: f64, bytes_per_s: f64) -> Self {
+        let valid = |value: f64| value.is_finite() && value > 0.0;
+        let latency_s = if valid(latency_ms) {
+            latency_ms / 1e3
+        } else {
+            0.0
+        };
+        let bytes_per_s = if valid(bytes_per_s) {
+            bytes_per_s
+        } else {
+            100e6
+        };
+        Self {
+            latency_s,
+            seconds_per_byte: 1.0 / bytes_per_s,
+        }
+    }
+
+    /// Seconds that one demand fetch of `bytes` takes, per byte.
+    fn wait_per_byte(self, bytes: u64) -> f64 {
+        let piece = bytes.clamp(PAGE_BYTES, LARGEST_PIECE.bytes()) as f64;
+        self.latency_s / piece + self.seconds_per_byte
+    }
+}
+
 /// Step functions over the pages of images: from page `.0` on, a forecast launch needs them
 /// with probability `.1`.
-pub(super) struct Foreseen(HashMap<SharedImage, Vec<(PageNo, f64)>>);
+pub(super) struct ForecastSteps(HashMap<SharedImage, Vec<(PageNo, f64)>>);
 
 /// What is expected of one image.
-pub(super) struct Outlook {
-    /// As in [`Foreseen`].
+pub(super) struct ImageOutlook {
+    /// As in [`ForecastSteps`].
     steps: Vec<(PageNo, f64)>,
     /// As in [`Needs`].
     component: Option<f64>,
 }
 
-impl Foreseen {
+impl ForecastSteps {
     /// Takes out what is foreseen of one image.
     pub(super) fn take(&mut self, image: &SharedImage) -> Vec<(PageNo, f64)> {
         self.0.remove(image).unwrap_or_default()
     }
 }
 
-impl Outlook {
+impl ImageOutlook {
     /// For an image of which forecasts say `steps`.
     pub(super) fn of(
-        worth: &Worth,
+        benefit: &BenefitModel,
         image: &SharedImage,
         steps: Vec<(PageNo, f64)>,
         now_ms: i64,
     ) -> Self {
-        let component = worth.needs(image, now_ms).component;
+        let component = benefit.needs(image, now_ms).component;
         Self { steps, component }
     }
 }
@@ -171,43 +210,52 @@ fn probability(value: f64) -> f64 {
     }
 }
 
-impl Worth {
+impl BenefitModel {
     pub(super) fn new(config: &PlanConfig) -> Self {
-        let mut worth = Self {
+        Self {
             forecasts: BTreeMap::new(),
             uses: BTreeMap::new(),
             reuse: Reuse::new(config.budget_bytes),
-            latency_s: 0.0,
-            seconds_per_byte: 0.0,
+            repository: TierCost::new(config.latency_ms, config.bandwidth_bytes_per_s),
+            disk: TierCost::new(config.disk_latency_ms, config.disk_bandwidth_bytes_per_s),
+            off_disk: HashMap::new(),
             half_life_ms: config.half_life_ms,
             horizon_ms: config.horizon_ms,
-        };
-        worth.set_fetch_cost(FetchCost {
-            latency_ms: config.latency_ms,
-            bandwidth_bytes_per_s: config.bandwidth_bytes_per_s,
-        });
-        worth
+        }
     }
 
     pub(super) fn set_fetch_cost(&mut self, cost: FetchCost) {
-        let valid = |value: f64| value.is_finite() && value > 0.0;
-        self.latency_s = if valid(cost.latency_ms) {
-            cost.latency_ms / 1e3
-        } else {
-            0.0
-        };
-        let bandwidth = if valid(cost.bandwidth_bytes_per_s) {
-            cost.bandwidth_bytes_per_s
-        } else {
-            100e6
-        };
-        self.seconds_per_byte = 1.0 / bandwidth;
+        self.repository = TierCost::new(cost.latency_ms, cost.bandwidth_bytes_per_s);
     }
 
-    /// Seconds that one demand fetch of `bytes` takes, per byte.
-    pub(super) fn wait_per_byte(&self, bytes: u64) -> f64 {
-        let piece = bytes.clamp(PAGE_BYTES, LARGEST_PIECE.bytes()) as f64;
-        self.latency_s / piece + self.seconds_per_byte
+    pub(super) fn set_disk_content(&mut self, content: DiskContent) {
+        let absent = content.absent.into_iter().collect();
+        self.off_disk.insert(content.image, absent);
+    }
+
+    /// Whether all of an extent is in the disk cache, as far as is known.
+    pub(super) fn is_on_disk(&self, image: &Digest, extent: Extent) -> bool {
+        let absent = self.off_disk.get(image);
+        absent.is_some_and(|absent| !absent.intersects(PageRun::covering(extent)))
+    }
+
+    /// Where a demand fetch would go.
+    fn tier(&self, image: &Digest, extent: Extent) -> TierCost {
+        match self.is_on_disk(image, extent) {
+            true => self.disk,
+            false => self.repository,
+        }
+    }
+
+    /// Seconds that a demand fetch of `extent` takes, per byte.
+    pub(super) fn wait_per_byte(&self, image: &Digest, extent: Extent) -> f64 {
+        self.tier(image, extent).wait_per_byte(extent.len)
+    }
+
+    /// The same if it is fetched together with its neighbours.
+    pub(super) fn least_wait_per_byte(&self, image: &Digest, extent: Extent) -> f64 {
+        let tier = self.tier(image, extent);
+        tier.wait_per_byte(LARGEST_PIECE.bytes())
     }
 
     /// Probability, now, that `forecast` comes true within the horizon.
@@ -268,7 +316,11 @@ impl Worth {
         devices: &[DeviceImage],
         now_ms: i64,
     ) {
-        let cost = (self.latency_s, self.seconds_per_byte);
+        let TierCost {
+            latency_s,
+            seconds_per_byte,
+        } = self.repository;
+        let cost = (latency_s, seconds_per_byte);
         self.reuse.launched(domain, profile, devices, cost, now_ms);
         for device in devices {
             let image = SharedImage::new(domain.clone(), device.image);
@@ -306,7 +358,7 @@ impl Worth {
     pub(super) fn value(
         &self,
         image: &SharedImage,
-        outlook: &Outlook,
+        outlook: &ImageOutlook,
         runs: &[PageRun],
         now_ms: i64,
     ) -> Vec<ValuedRun> {
@@ -343,13 +395,13 @@ impl Worth {
         }
         let value = |(run, need): (PageRun, f64)| ValuedRun {
             run,
-            seconds_per_byte: need * self.wait_per_byte(run.extent().len),
+            seconds_per_byte: need * self.wait_per_byte(&image.image, run.extent()),
         };
         parts.into_iter().map(value).collect()
     }
 
     /// What forecasts say of every image that they name, in one pass.
-    pub(super) fn foreseen(&self, now_ms: i64) -> Foreseen {
+    pub(super) fn foreseen(&self, now_ms: i64) -> ForecastSteps {
         let mut foreseen: HashMap<(&Domain, &Digest), Vec<(PageNo, f64)>> = HashMap::new();
         for forecast in self.forecasts.values() {
             let domain = &forecast.domain;
@@ -367,7 +419,7 @@ impl Worth {
             let image = SharedImage::new(domain.clone(), *image);
             (image, steps_of(changes))
         });
-        Foreseen(steps.collect())
+        ForecastSteps(steps.collect())
     }
 
     /// Forgets images without uses worth keeping; called now and then.
@@ -412,7 +464,7 @@ pub(super) fn pieces(
     let piece_bytes = (piece_bytes / PAGE_BYTES).max(1) * PAGE_BYTES;
     let mut pieces = Vec::with_capacity(working_set.len());
     for planned in working_set {
-        let Some(image_bytes) = Worth::image_bytes(devices, &planned.image) else {
+        let Some(image_bytes) = BenefitModel::image_bytes(devices, &planned.image) else {
             continue;
         };
         let whole = Extent::new(0, image_bytes).page_aligned();

@@ -18,13 +18,13 @@ use crate::names::SharedImage;
 
 /// Pages used lately, in two generations.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Guard {
+pub(super) struct RecentUse {
     young: BTreeMap<SharedImage, PageSet>,
     old: BTreeMap<SharedImage, PageSet>,
     turned_ms: i64,
 }
 
-impl Guard {
+impl RecentUse {
     /// Notes a use.
     pub(super) fn used(&mut self, image: &SharedImage, run: PageRun) {
         if !run.is_empty() {
@@ -64,19 +64,23 @@ mod tests {
     #[test]
     fn a_use_is_held_for_one_hold_time_and_gone_after_two() {
         let image = SharedImage::new(Domain::from("d"), Digest::of(b"image"));
-        let mut guard = Guard::default();
-        guard.turn(1000, 10_000);
-        guard.used(&image, PageRun::from(2..4));
+        let mut recently_used = RecentUse::default();
+        recently_used.turn(1000, 10_000);
+        recently_used.used(&image, PageRun::from(2..4));
         let all = || vec![PageRun::from(0..8)];
         let parts = vec![PageRun::from(0..2), PageRun::from(4..8)];
-        assert_eq!(guard.without(&image, all()), parts);
-        guard.turn(1000, 10_500);
-        guard.turn(1000, 11_000);
-        assert_eq!(guard.without(&image, all()), parts, "held in the old half");
-        guard.used(&image, PageRun::from(0..1));
-        guard.turn(1000, 12_000);
-        assert_eq!(guard.without(&image, all()), [PageRun::from(1..8)]);
-        guard.turn(1000, 13_000);
-        assert_eq!(guard.without(&image, all()), all());
+        assert_eq!(recently_used.without(&image, all()), parts);
+        recently_used.turn(1000, 10_500);
+        recently_used.turn(1000, 11_000);
+        assert_eq!(
+            recently_used.without(&image, all()),
+            parts,
+            "held in the old half"
+        );
+        recently_used.used(&image, PageRun::from(0..1));
+        recently_used.turn(1000, 12_000);
+        assert_eq!(recently_used.without(&image, all()), [PageRun::from(1..8)]);
+        recently_used.turn(1000, 13_000);
+        assert_eq!(recently_used.without(&image, all()), all());
     }
 }

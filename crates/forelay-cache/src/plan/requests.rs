@@ -6,15 +6,16 @@
 
 use std::collections::BTreeMap;
 
+use forelay_image::Digest;
 use forelay_image::pages::{PageRun, PageSet};
 
 use crate::mapping_table::{Phase, TableError};
 use crate::names::{DeviceImage, SharedImage, VmName};
 
+use super::benefit::{BenefitModel, Forecast, pieces};
 use super::decisions::PreparedLaunch;
 use super::message::{AttachForecast, LaunchRequested, ProfileForecast};
 use super::queue::{ForecastKey, PrefetchClass, PrefetchRequest, Requester, Urgency};
-use super::worth::{Forecast, Worth, pieces};
 use super::{Launch, Planner, Step};
 
 type PageSetByImage = BTreeMap<SharedImage, PageSet>;
@@ -41,20 +42,21 @@ impl Planner {
             }
             let image = SharedImage::new(domain.clone(), planned.image);
             // What is resident already should not go just before its touch.
-            self.awaited.used(&image, PageRun::covering(planned.extent));
-            let wait = self.worth.wait_per_byte(planned.extent.len);
+            self.soon_used
+                .used(&image, PageRun::covering(planned.extent));
+            let wait = self.benefit.wait_per_byte(&planned.image, planned.extent);
             // Later launches do not overtake the tail of earlier ones for free.
             let asked_ms = step.now_ms.max(0) as u64;
             self.queue.push(PrefetchRequest {
                 image,
-                image_bytes: Worth::image_bytes(&devices, &planned.image).unwrap_or(0),
+                image_bytes: BenefitModel::image_bytes(&devices, &planned.image).unwrap_or(0),
                 extent: planned.extent,
                 urgency: Urgency {
                     class: PrefetchClass::Launch,
                     order: asked_ms.saturating_add(planned.first_touch_ms.into()),
                 },
                 requester: Requester::Launch(vm.clone()),
-                seconds_per_byte: planned.probability * wait,
+                displaces_below: planned.probability * wait / self.config.displace_factor.max(1.0),
                 pin: planned.probability >= self.config.pin_probability,
             });
         }
@@ -71,7 +73,7 @@ impl Planner {
         let (domain, profile) = (&launch.domain, &launch.profile);
         let ahead = VmName::prepared(domain, profile);
         let key = ForecastKey::Launch(domain.clone(), profile.clone());
-        let forecast = self.worth.forecasts.get_mut(&key);
+        let forecast = self.benefit.forecasts.get_mut(&key);
         let prepared = forecast.is_some_and(|forecast| std::mem::take(&mut forecast.prepared));
         let devices = launch.devices.iter().copied();
         if prepared && step.table.devices(ahead.as_str()).eq(devices) {
@@ -102,34 +104,43 @@ impl Planner {
             prepared: false,
         };
         self.request_forecast(step, &key, &forecast);
-        let before = self.worth.forecasts.get(&key);
+        let before = self.benefit.forecasts.get(&key);
         forecast.prepared = before.is_some_and(|before| before.prepared);
         let result = self.prepare(step, &key, &mut forecast);
-        self.worth.forecasts.insert(key, forecast);
+        self.benefit.forecasts.insert(key, forecast);
         result
     }
 
-    /// Takes what is forecast of a running VM's next attachments.
+    /// Takes what is forecast of a running VM's next attachments, instead of what was.
     pub(super) fn attach_forecast(&mut self, step: &mut Step<'_>, forecast: AttachForecast) {
-        let key = ForecastKey::Attach(forecast.vm);
-        let forecast = Forecast {
-            domain: forecast.domain,
-            devices: forecast.devices,
-            probability: forecast.probability,
-            expected_ms: forecast.expected_ms,
-            working_set: forecast.working_set,
-            updated_ms: step.now_ms,
-            prepared: false,
-        };
-        self.request_forecast(step, &key, &forecast);
-        self.worth.forecasts.insert(key, forecast);
+        let AttachForecast {
+            vm,
+            domain,
+            attachments,
+        } = forecast;
+        let stays = |image: &Digest| attachments.iter().any(|one| one.device.image == *image);
+        self.forget_attachments(step, &vm, |image| !stays(image));
+        for attachment in attachments {
+            let key = ForecastKey::Attach(vm.clone(), attachment.device.image);
+            let forecast = Forecast {
+                domain: domain.clone(),
+                devices: vec![attachment.device],
+                probability: attachment.probability,
+                expected_ms: attachment.expected_ms,
+                working_set: attachment.working_set,
+                updated_ms: step.now_ms,
+                prepared: false,
+            };
+            self.request_forecast(step, &key, &forecast);
+            self.benefit.forecasts.insert(key, forecast);
+        }
     }
 
     /// Queues what a forecast wants, and cancels what it wants no more.
     fn request_forecast(&mut self, step: &mut Step<'_>, key: &ForecastKey, forecast: &Forecast) {
         let requester = Requester::Forecast(key.clone());
         self.queue.drop_requester(&requester);
-        let probability = self.worth.probability_now(forecast, step.now_ms);
+        let probability = self.benefit.probability_now(forecast, step.now_ms);
         let devices = &forecast.devices;
         let mut wanted = PageSetByImage::new();
         for planned in pieces(devices, &forecast.working_set, self.config.piece_bytes) {
@@ -137,20 +148,25 @@ impl Planner {
             if need < self.config.prefetch_probability {
                 continue;
             }
-            let seconds_per_byte = need * self.worth.wait_per_byte(planned.extent.len);
+            let wait = self.benefit.wait_per_byte(&planned.image, planned.extent);
+            // By what it is worth beside its neighbours once it is here, so that of two that
+            // cannot both stay neither displaces the other again and again.
+            let least_wait = self
+                .benefit
+                .least_wait_per_byte(&planned.image, planned.extent);
             let image = SharedImage::new(forecast.domain.clone(), planned.image);
             let pages = wanted.entry(image.clone()).or_default();
             pages.insert(PageRun::covering(planned.extent));
             self.queue.push(PrefetchRequest {
                 image,
-                image_bytes: Worth::image_bytes(devices, &planned.image).unwrap_or(0),
+                image_bytes: BenefitModel::image_bytes(devices, &planned.image).unwrap_or(0),
                 extent: planned.extent,
                 urgency: Urgency {
                     class: PrefetchClass::Forecast,
-                    order: descending(seconds_per_byte),
+                    order: descending(need * wait),
                 },
                 requester: requester.clone(),
-                seconds_per_byte,
+                displaces_below: need * least_wait / self.config.displace_factor.max(1.0),
                 pin: false,
             });
         }
@@ -180,10 +196,21 @@ impl Planner {
         self.cancel_unwanted(step, requester, &PageSetByImage::new());
     }
 
-    /// Drops a stopped VM's attach forecast.
-    pub(super) fn forget_attachments(&mut self, step: &mut Step<'_>, vm: &VmName) {
-        let key = ForecastKey::Attach(vm.clone());
-        if self.worth.forecasts.remove(&key).is_some() {
+    /// Drops those attach forecasts of a VM that are of `unwanted` images.
+    pub(super) fn forget_attachments(
+        &mut self,
+        step: &mut Step<'_>,
+        vm: &VmName,
+        unwanted: impl Fn(&Digest) -> bool,
+    ) {
+        let is_unwanted = |key: &ForecastKey| match key {
+            ForecastKey::Attach(of, image) => of == vm && unwanted(image),
+            ForecastKey::Launch(..) => false,
+        };
+        let forecasts = &mut self.benefit.forecasts;
+        let gone = forecasts.extract_if(.., |key, _| is_unwanted(key));
+        let gone: Vec<ForecastKey> = gone.map(|(key, _)| key).collect();
+        for key in gone {
             self.withdraw(step, &Requester::Forecast(key));
         }
     }
@@ -198,11 +225,11 @@ impl Planner {
         let ForecastKey::Launch(domain, profile) = key else {
             return Ok(());
         };
-        let probability = self.worth.probability_now(forecast, step.now_ms);
+        let probability = self.benefit.probability_now(forecast, step.now_ms);
         let ahead = VmName::prepared(domain, profile);
         let devices = || forecast.devices.iter().copied();
         let stale = forecast.prepared && !step.table.devices(ahead.as_str()).eq(devices());
-        let least = self.config.reserve_probability;
+        let least = self.config.prepare_probability;
         if forecast.prepared && (stale || probability < least / 2.0) {
             forecast.prepared = false;
             step.table.unmap(&ahead)?;
