@@ -24,5 +24,5 @@ mod shared;
 pub use counters::Counters;
 pub use files::{AddFileError, FileId, FileKey, FileSpec};
 pub use fuse::mount::MountError;
-pub use session::{Fault, FaultHandler, Reply, ReplyError};
+pub use session::{AnswerFailure, Fault, FaultHandler, Reply, ReplyError, WaitingRead};
 pub use shared::{Config, MemoryError, Session, SharedMemory, StartError};

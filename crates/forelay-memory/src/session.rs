@@ -72,6 +72,26 @@ pub enum ReplyError {
     Kernel(#[source] std::io::Error),
 }
 
+/// Why an attempt to answer failed.
+pub type AnswerFailure = Arc<dyn std::error::Error + Send + Sync>;
+
+/// A READ that waits for an answer.
+#[derive(Clone, Debug)]
+pub struct WaitingRead {
+    /// The image.
+    pub file: FileKey,
+    /// Which bytes of the image's content.
+    pub extent: Extent,
+    /// Thread that waits (or whose fault made the kernel read ahead).
+    pub thread: u32,
+    /// When the kernel delivered it to this process.
+    pub since: Instant,
+    /// Whether the handler has returned, and the work lies with whom it was handed on to.
+    pub handed_on: bool,
+    /// Why the last attempt failed, if one did.
+    pub failure: Option<AnswerFailure>,
+}
+
 /// The duty to answer one READ. Dropped unanswered, the READ stays pending: for
 /// [`retry_pending`](crate::SharedMemory::retry_pending), for a push that covers it, or
 /// for the next daemon.
@@ -113,6 +133,13 @@ impl Reply {
             ReplyError::Kernel(error.into())
         })
     }
+
+    /// Leaves the READ pending, and says why.
+    pub fn postpone(self, why: AnswerFailure) {
+        if let Some(waiting) = self.core.waiting.lock().get_mut(&self.unique) {
+            waiting.failure = Some(why);
+        }
+    }
 }
 
 impl Drop for Reply {
@@ -136,6 +163,9 @@ struct Waiting {
     extent: Extent,
     arrived: Instant,
     abandoned: bool,
+    /// As in [`WaitingRead`].
+    handed_on: bool,
+    failure: Option<AnswerFailure>,
 }
 
 impl Waiting {
@@ -390,6 +420,8 @@ impl Core {
             thread: header.thread,
             arrived: Instant::now(),
             abandoned: false,
+            handed_on: false,
+            failure: None,
             file,
         };
         let content_len = waiting.content_len();
@@ -439,6 +471,9 @@ impl Core {
         let called = std::panic::catch_unwind(AssertUnwindSafe(|| self.handler.fault(fault)));
         if called.is_err() {
             tracing::error!(%file, offset, "the fault handler panicked; the READ stays pending");
+        }
+        if let Some(waiting) = self.waiting.lock().get_mut(&unique) {
+            waiting.handed_on = true;
         }
     }
 
@@ -529,21 +564,20 @@ impl Core {
         reads.map(|waiting| waiting.extent).collect()
     }
 
-    /// READs that wait: (file, extent of image content).
-    pub fn waiting_reads(&self) -> Vec<(FileKey, Extent)> {
+    /// READs that wait, oldest first.
+    pub fn waiting_reads(&self) -> Vec<WaitingRead> {
         let table = self.waiting.lock();
-        let mut reads: Vec<_> = table
-            .values()
-            .map(|waiting| {
-                let content = Extent::new(waiting.extent.offset, waiting.content_len() as u64);
-                (waiting.arrived, waiting.file.key, content)
-            })
-            .collect();
-        reads.sort_unstable();
+        let reads = table.values().map(|waiting| WaitingRead {
+            file: waiting.file.key,
+            extent: Extent::new(waiting.extent.offset, waiting.content_len() as u64),
+            thread: waiting.thread,
+            since: waiting.arrived,
+            handed_on: waiting.handed_on,
+            failure: waiting.failure.clone(),
+        });
+        let mut reads: Vec<WaitingRead> = reads.collect();
+        reads.sort_unstable_by_key(|read| (read.since, read.file, read.extent));
         reads
-            .into_iter()
-            .map(|(_, key, extent)| (key, extent))
-            .collect()
     }
 
     /// Keeps a request for a file not added yet; `false` if the grace period is over.

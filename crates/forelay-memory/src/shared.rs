@@ -29,7 +29,7 @@ use crate::fuse::connection::{Connection, Waiter};
 use crate::fuse::mount::{self, MountError};
 use crate::mapping::FileMapping;
 use crate::pinner::{self, PinError};
-use crate::session::{Core, FaultHandler, Settings, zero_parts};
+use crate::session::{Core, FaultHandler, Settings, WaitingRead, zero_parts};
 
 /// Largest piece of one STORE.
 const STORE_BYTES: usize = 1 << 20;
@@ -557,7 +557,7 @@ impl SharedMemory {
     }
 
     /// READs that wait for an answer now, oldest first.
-    pub fn waiting_reads(&self) -> Vec<(FileKey, Extent)> {
+    pub fn waiting_reads(&self) -> Vec<WaitingRead> {
         self.core.waiting_reads()
     }
 

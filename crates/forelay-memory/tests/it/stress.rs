@@ -2,7 +2,7 @@
 //! that come late, out of order, or at first not at all.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use forelay_image::extent::Extent;
@@ -214,4 +214,68 @@ fn privileged_two_processes_share_frames_and_observation_is_exact() {
     let mut mappers = vec![std::process::id(), first.pid(), second.pid()];
     mappers.sort_unstable();
     assert_eq!(observe::mappers(identity).unwrap(), mappers);
+}
+
+#[test]
+fn privileged_a_read_that_waits_tells_since_when_who_holds_it_and_why() {
+    let name = "privileged_a_read_that_waits_tells_since_when_who_holds_it_and_why";
+    if skipped(name) {
+        return;
+    }
+    let image = TestImage::new(6, 2 * MIB);
+    let stage = Arc::new((Mutex::new(Stage::Hold), Condvar::new()));
+    let enter = |next: Stage| {
+        *stage.0.lock().unwrap() = next;
+        stage.1.notify_all();
+    };
+    let seen = Arc::clone(&stage);
+    let handler = move |fault: Fault| {
+        let held = seen.0.lock().unwrap();
+        let is_held = |stage: &mut Stage| *stage == Stage::Hold;
+        let now = *seen.1.wait_while(held, is_held).unwrap();
+        if now == Stage::Fail {
+            let why = std::io::Error::other("the line is cut");
+            return fault.reply.postpone(Arc::new(why));
+        }
+        let bytes = image.content(fault.offset, fault.len as usize);
+        fault.reply.data(&bytes).unwrap();
+    };
+    let mount = TestMount::with_handler(&[image], Arc::new(handler));
+    let before = Instant::now();
+    std::thread::scope(|scope| {
+        let mapping = mount.map(&image);
+        let toucher = scope.spawn(move || {
+            let thread = rustix::thread::gettid().as_raw_nonzero().get();
+            (thread, image.page_is_right(&mapping, 40 * PAGE))
+        });
+        let oldest = || mount.memory.waiting_reads().into_iter().next();
+        eventually("the READ arrives", || oldest().is_some());
+        let held = oldest().unwrap();
+        assert!(held.since >= before && held.file == image.key());
+        assert!(!held.handed_on && held.failure.is_none(), "{held:?}");
+        enter(Stage::Fail);
+        eventually("the handler has failed", || {
+            oldest().is_some_and(|read| read.handed_on && read.failure.is_some())
+        });
+        let failed = oldest().unwrap();
+        let why = failed.failure.as_ref().unwrap().to_string();
+        assert_eq!((&*why, failed.since), ("the line is cut", held.since));
+        enter(Stage::Answer);
+        assert!(mount.memory.retry_pending() >= 1);
+        let (thread, is_right) = toucher.join().unwrap();
+        assert!(is_right);
+        assert_eq!(failed.thread, thread as u32);
+    });
+    eventually("nothing waits", || {
+        mount.memory.retry_pending();
+        mount.memory.waiting_reads().is_empty()
+    });
+}
+
+/// What a handler does with faults.
+#[derive(Clone, Copy, PartialEq)]
+enum Stage {
+    Hold,
+    Fail,
+    Answer,
 }

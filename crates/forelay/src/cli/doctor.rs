@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::output;
-use crate::api::{Degraded, Health, MemoryReport, Takeover};
+use crate::api::{Degraded, Health, MemoryReport, Takeover, Vm, WaitCulprit};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -91,6 +91,9 @@ pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
     if let Ok(memory) = client.get::<MemoryReport>("/v1/memory").await {
         findings.extend(memory.takeover.as_ref().map(takeover));
     }
+    if let Ok(vms) = client.get::<Vec<Vm>>("/v1/vms").await {
+        findings.extend(vms.iter().filter_map(waiting));
+    }
     if json {
         output::json(&findings)?;
     } else {
@@ -151,6 +154,22 @@ fn takeover(takeover: &Takeover) -> Finding {
         ),
         "look at `takeover` in `forelay memory --json` and at the daemon's log",
     )
+}
+
+/// A VM that waits for bytes.
+fn waiting(vm: &Vm) -> Option<Finding> {
+    let wait = vm.waiting.as_ref()?;
+    let fix = match wait.culprit {
+        WaitCulprit::Repository => "make the repository reachable again; the VM then goes on",
+        WaitCulprit::Content => "forelay verify, then build the component again",
+        WaitCulprit::DiskCache => "look at the disk below `state_dir`",
+        WaitCulprit::Other => "look at the daemon's log",
+    };
+    Some(Finding::reduced(
+        "waiting VM",
+        format!("{} {wait}", vm.name),
+        fix,
+    ))
 }
 
 fn root() -> Finding {

@@ -188,6 +188,10 @@ async fn wait_ready(
                 let why = vm.error.unwrap_or_else(|| "no reason given".into());
                 bail!("VM {name} failed: {why}\nits console is in `forelay logs {name}`");
             }
+            _ if vm.waiting.is_some() => {
+                let wait = output::optional(vm.waiting, |wait| wait.to_string());
+                spinner.set_message(format!("{name} {wait}"));
+            }
             VmState::Launching | VmState::Booting | VmState::Mounted | VmState::Unreachable => {
                 spinner.set_message(format!(
                     "{name}: {:?}, {} prefetched, {} demand fetches",
@@ -225,7 +229,7 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
             vec![
                 vm.name.clone(),
                 vm.profile.clone(),
-                format!("{:?}", vm.state).to_lowercase(),
+                state(vm),
                 output::optional(vm.pid, |pid| pid.to_string()),
                 output::optional(vm.launch.ready_s, output::seconds),
                 vm.launch.demand_fetches.to_string(),
@@ -238,11 +242,23 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
         "name", "profile", "state", "pid", "ready", "demand", "stall", "ports",
     ];
     output::table(&headings, rows);
+    for vm in &vms {
+        if let Some(wait) = &vm.waiting {
+            println!("{} {wait}", vm.name);
+        }
+    }
     let health: Health = client.get("/v1/health").await?;
     for Degraded { what, problem, .. } in health.degraded {
         eprintln!("degraded: {what}: {problem}");
     }
     Ok(())
+}
+
+fn state(vm: &Vm) -> String {
+    match vm.waiting {
+        Some(_) => "waiting".to_owned(),
+        None => format!("{:?}", vm.state).to_lowercase(),
+    }
 }
 
 fn forwards(vm: &Vm) -> String {

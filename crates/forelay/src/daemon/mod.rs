@@ -20,6 +20,7 @@ mod memory;
 mod process;
 mod vm;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,7 @@ use launch::resolve::Resolver;
 use launch::start::Starter;
 use memory::domains::Domains;
 use memory::planner::PlannerHandle;
+use memory::waiting::{PendingWait, longest_waits};
 use process::health::Health;
 use vm::attach::{AttachService, running};
 use vm::registry::{Instance, VmRegistry};
@@ -293,18 +295,25 @@ impl Host {
     /// All instances.
     pub fn vms(&self) -> Vec<Vm> {
         let all = self.instances.all();
-        let mut vms: Vec<Vm> = all.iter().map(|one| self.with_waits(one.vm())).collect();
+        let waiting = longest_waits(&self.domains);
+        let shown = all.iter().map(|one| self.with_waits(one, &waiting));
+        let mut vms: Vec<Vm> = shown.collect();
         vms.sort_by(|a, b| (a.launched_ms, &a.name).cmp(&(b.launched_ms, &b.name)));
         vms
     }
 
-    /// A VM with what it waited for until now.
-    fn with_waits(&self, mut vm: Vm) -> Vm {
-        let running = vm
-            .pid
-            .and_then(|pid| self.domains.attribution().figures(pid));
-        if let Some(waits) = running {
-            vm.waits = waits.into();
+    /// A VM with what it waited for until now, and what it waits for.
+    fn with_waits(&self, instance: &Instance, waiting: &BTreeMap<u32, PendingWait>) -> Vm {
+        let mut vm = instance.vm();
+        if let Some(pid) = vm.pid {
+            if let Some(waits) = self.domains.attribution().figures(pid) {
+                vm.waits = waits.into();
+            }
+            vm.waiting = waiting.get(&pid).map(|wait| {
+                let mut devices = instance.devices().into_iter();
+                let device = devices.find(|device| device.image == wait.image());
+                wait.view(device.map(|device| device.component))
+            });
         }
         vm
     }
@@ -328,7 +337,7 @@ impl Host {
             }
         };
         let _ = tokio::time::timeout(patience, changed).await;
-        Ok(instance.vm())
+        Ok(self.with_waits(&instance, &longest_waits(&self.domains)))
     }
 
     /// Stops an instance; one that has ended already is left as it is, and one that is

@@ -20,4 +20,5 @@ mod memory;
 mod premap;
 mod self_control;
 mod systemd;
+mod waiting;
 mod worker_serves;

@@ -11,7 +11,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
 
-use crate::api::{ApiError, AttachRequest, ExecRequest, Health, LaunchRequest, PrefetchRequest};
+use crate::api::{
+    ApiError, AttachRequest, ExecRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm,
+};
 use crate::daemon::{Host, HostError};
 
 type Shared = State<Arc<Host>>;
@@ -72,8 +74,13 @@ impl IntoResponse for Failure {
 type Answer<T> = Result<Json<T>, Failure>;
 
 async fn health(State(host): Shared) -> Json<Health> {
+    let waiting = host.vms().into_iter().filter_map(|vm| {
+        let wait = vm.waiting?;
+        Some(WaitingVm { vm: vm.name, wait })
+    });
     Json(Health {
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        waiting: waiting.collect(),
         pid: std::process::id(),
         uptime_s: host.uptime().as_secs_f64(),
         accelerator: host.accelerator(),

@@ -74,6 +74,7 @@ fn launching(order: &Order, name: &str, dir: &VmDir, launched_ms: i64) -> Vm {
             ..LaunchFigures::default()
         },
         waits: Default::default(),
+        waiting: None,
         error: None,
         exit_status: None,
     }

@@ -17,11 +17,12 @@ use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::{Digest, Extent};
 use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory};
 use forelay_store::Scheduler;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::daemon::HostError;
 use crate::daemon::memory::faults::Attribution;
 use crate::daemon::memory::planner::PlannerSender;
+use crate::daemon::memory::waiting::{WaitLog, longest_waits};
 use crate::daemon::process::sessions::Sessions;
 
 /// Shared memory of one trust domain.
@@ -80,13 +81,8 @@ impl FaultHandler for Handler {
                 attribution.answered(vm.as_deref(), &image, extent, stall);
                 planner.tell(fetched);
             }
-            // Dropping the reply leaves the fault pending; it is retried on a timer.
-            Err(error) => tracing::error!(
-                image = %file,
-                offset = extent.offset,
-                error = %forelay_host::error_chain(&error),
-                "a VM waits for bytes that cannot be fetched; trying again"
-            ),
+            // It stays pending and is retried on a timer; a wait that lasts is logged.
+            Err(error) => fault.reply.postpone(Arc::new(error)),
         };
         self.scheduler.demand(file, extent, Box::new(answered));
     }
@@ -106,6 +102,7 @@ pub struct Domains {
     planner: PlannerSender,
     sessions: Sessions,
     attribution: Arc<Attribution>,
+    wait_log: Mutex<WaitLog>,
     table: RwLock<BTreeMap<Domain, Arc<DomainMemory>>>,
 }
 
@@ -125,6 +122,7 @@ impl Domains {
             planner,
             sessions,
             attribution,
+            wait_log: Mutex::default(),
             table: RwLock::default(),
         }
     }
@@ -218,10 +216,19 @@ impl Domains {
         }
     }
 
-    /// Tries again what could not be answered.
+    /// Tries again what could not be answered, and logs who has to wait.
     pub fn retry_pending(&self) {
         for memory in self.all() {
             memory.shared.retry_pending();
         }
+        self.wait_log.lock().note(longest_waits(self));
+    }
+
+    /// What the repository says, while demands for its bytes fail again and again.
+    pub fn last_repository_failure(&self) -> Option<String> {
+        let counters = self.scheduler.counters();
+        counters
+            .last_failure
+            .filter(|_| counters.demands_in_trouble > 0)
     }
 }

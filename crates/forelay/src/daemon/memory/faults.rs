@@ -57,6 +57,10 @@ fn any_of(pages: Option<&PageSet>, extent: Extent) -> bool {
 /// What one VM waited for.
 #[derive(Debug, Default)]
 pub struct Waits {
+    /// Name of the VM.
+    pub vm: String,
+    /// Process id of its VMM.
+    pub pid: u32,
     fetches: AtomicU64,
     bytes: AtomicU64,
     stall_ns: AtomicU64,
@@ -142,9 +146,11 @@ struct Table {
 }
 
 impl Attribution {
-    /// Counts for the VMM `pid` from now on, whose VM was expected to touch `plan`.
-    pub fn add(&self, pid: u32, plan: Plan) -> Arc<Waits> {
+    /// Counts for the VMM `pid` from now on, whose VM `vm` was expected to touch `plan`.
+    pub fn add(&self, pid: u32, vm: &str, plan: Plan) -> Arc<Waits> {
         let waits = Arc::new(Waits {
+            vm: vm.to_owned(),
+            pid,
             plan,
             ..Waits::default()
         });
@@ -241,7 +247,7 @@ mod tests {
     fn faults_of_a_thread_count_for_its_process_and_strangers_for_nobody() {
         let attribution = Attribution::default();
         let own = std::process::id();
-        let waits = attribution.add(own, Plan::default());
+        let waits = attribution.add(own, "web", Plan::default());
         let image = SharedImage::new("d".into(), Digest::of(b"image"));
         let answered = |thread| {
             let vm = attribution.vm_of(thread);
@@ -271,7 +277,7 @@ mod tests {
         let page = |number: u64| Extent::new(number * 4096, 4096);
         let of_image = |number| (image.image, page(number));
         let plan = Plan::new([0, 1, 2].map(of_image), [0].map(of_image));
-        let waits = attribution.add(std::process::id(), plan);
+        let waits = attribution.add(std::process::id(), "web", plan);
         let others = SharedImage::new("d".into(), Digest::of(b"other"));
         attribution.evicted(&others, &[page(1)]);
         attribution.evicted(&image, &[page(1), page(2), page(3)]);

@@ -7,3 +7,4 @@ pub(in crate::daemon) mod planner;
 pub(in crate::daemon) mod prefetcher;
 pub(in crate::daemon) mod residency;
 pub(in crate::daemon) mod samples;
+pub(in crate::daemon) mod waiting;

@@ -501,6 +501,7 @@ mod tests {
             launch: LaunchFigures::default(),
             runtime_dir: dir.join(name),
             waits: Default::default(),
+            waiting: None,
             error: None,
             exit_status: None,
         };

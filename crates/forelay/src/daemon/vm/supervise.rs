@@ -86,13 +86,18 @@ impl Supervisor {
         let plan = Plan::new(all, wanted.absent.iter().copied());
         let launch = Launch {
             of: order.of.clone(),
-            waits: self.domains.attribution().add(handle.pid(), plan),
+            waits: self.attribute(&instance, &handle, plan),
             planned: wanted.missing,
             repository_before,
             recorded: false,
             ready_at: None,
         };
         self.begin(instance, handle, launch);
+    }
+
+    fn attribute(&self, instance: &Instance, handle: &VmHandle, plan: Plan) -> Arc<Waits> {
+        let attribution = self.domains.attribution();
+        attribution.add(handle.pid(), &instance.vm().name, plan)
     }
 
     /// Watches over a VM that an earlier daemon launched. Its launch is not recorded
@@ -105,10 +110,7 @@ impl Supervisor {
     ) {
         let launch = Launch {
             of,
-            waits: self
-                .domains
-                .attribution()
-                .add(handle.pid(), Plan::default()),
+            waits: self.attribute(&instance, &handle, Plan::default()),
             planned: Vec::new(),
             repository_before: 0,
             recorded: true,

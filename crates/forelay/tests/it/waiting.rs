@@ -1,0 +1,77 @@
+//! A VM that waits for bytes is seen waiting, and goes on when they can be had again.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::fixture::{Host, Settings, bench, idle};
+
+#[test]
+fn privileged_a_vm_that_waits_for_the_repository_is_seen_waiting() {
+    let test = "privileged_a_vm_that_waits_for_the_repository_is_seen_waiting";
+    let Some(bench) = bench(test) else { return };
+    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
+    let repository = bench.private_repository(scratch.path());
+    let settings = Settings {
+        repository: Some(repository.clone()),
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    let manifest = host.write("good.toml", &idle("good", "[]", ""));
+    let vm = host.launch(&manifest, "good", &["--prefetch", "none"]);
+    assert_eq!(vm["waiting"], Value::Null);
+    assert_eq!(health(&host)["waiting"], Value::Array(vec![]));
+
+    let away = scratch.path().join("away");
+    std::fs::rename(&repository, &away).unwrap();
+    let check = "cd /; md5sum -c --quiet --ignore-missing \
+                 /var/lib/dpkg/info/perl-base.md5sums && echo fine";
+    let mut reader = host.command(["exec", "good", "--", "sh", "-c", check]);
+    let reader = reader.stdout(Stdio::piped()).spawn().unwrap();
+    let waiting = |host: &Host| host.vm("good")["waiting"].clone();
+    host.until("the wait is seen", |host| waiting(host).is_object());
+    // Longer than the daemon tries again.
+    host.until("it has lasted", |host| {
+        waiting(host)["waited_s"].as_f64() > Some(3.0)
+    });
+    let wait = waiting(&host);
+    assert_eq!(wait["culprit"], "repository", "{wait}");
+    assert!(wait["error"].is_string(), "{wait}");
+    let component = wait["component"].as_str().unwrap();
+    assert!(component.starts_with("debian"), "{wait}");
+    let now_ms = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis() as i64;
+    let since_ms = wait["since_ms"].as_i64().unwrap();
+    assert!((3_000..60_000).contains(&(now_ms - since_ms)), "{wait}");
+    assert_eq!(host.vm("good")["state"], "ready");
+    let listed = host.ok(["ps"]);
+    assert!(
+        listed.contains("waiting") && listed.contains("the repository"),
+        "{listed}"
+    );
+    let health = health(&host);
+    assert_eq!(health["waiting"][0]["vm"], "good", "{health}");
+    let doctor = host.run(["doctor", "--json"]).stdout;
+    assert!(doctor.contains("waiting VM"), "{doctor}");
+    let told = host.log().matches("a VM waits for bytes").count();
+    assert_eq!(told, 1, "{}", host.log());
+
+    std::fs::rename(&away, &repository).unwrap();
+    let read = reader.wait_with_output().unwrap();
+    assert_eq!(read.stdout, b"fine\n", "{}", host.log());
+    host.until("nobody waits", |host| waiting(host).is_null());
+    host.until("the end is told", |host| {
+        host.log().contains("a VM waits no longer")
+    });
+}
+
+/// What `/v1/health` says.
+fn health(host: &Host) -> Value {
+    let mut stream = UnixStream::connect(host.dir().join("run/forelay.sock")).unwrap();
+    write!(stream, "GET /v1/health HTTP/1.0\r\nHost: forelay\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    serde_json::from_str(body).unwrap()
+}
