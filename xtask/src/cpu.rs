@@ -1,47 +1,44 @@
-//! CPU time of processes, from the kernel's own `/proc/PID/stat`.
+//! CPU time of processes, as the kernel counts it.
 
-use std::path::Path;
+use procfs::process::{Process, Stat, all_processes};
 
-/// Clock ticks a second, as the kernel tells them to programs on every architecture in use.
-const TICKS_PER_S: f64 = 100.0;
+/// CPU seconds (user and system, all threads) of a process.
+fn cpu_s(stat: &Stat) -> f64 {
+    (stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64
+}
 
-/// Parent and CPU seconds (user and system, all threads) of a process.
-fn stat(pid: u64) -> Option<(u64, f64)> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name, in brackets, may hold anything.
-    let rest = text.get(text.rfind(')')? + 2..)?;
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    // Numbers in proc(5): state 3, ppid 4, utime 14, stime 15.
-    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    Some((field(4)?, (field(14)? + field(15)?) as f64 / TICKS_PER_S))
+fn process(pid: u64) -> Option<Process> {
+    Process::new(i32::try_from(pid).ok()?).ok()
 }
 
 /// CPU seconds that a process has used.
 pub fn of_process(pid: u64) -> Option<f64> {
-    stat(pid).map(|(_, cpu_s)| cpu_s)
+    Some(cpu_s(&process(pid)?.stat().ok()?))
 }
 
 /// CPU seconds of a process and of its descendants that run the same program.
 pub fn of_family(root: u64) -> f64 {
-    let program = |pid: u64| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
-    let Some(own) = program(root) else {
+    let Some((root, own)) = process(root).and_then(|root| Some((root.pid(), root.exe().ok()?)))
+    else {
         return 0.0;
     };
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok());
-    let alive: Vec<(u64, u64, f64)> = pids
-        .filter_map(|pid| stat(pid).map(|(parent, cpu_s)| (pid, parent, cpu_s)))
-        .collect();
+    let alive = all_processes().into_iter().flatten().flatten();
+    let alive = alive.filter_map(|process| {
+        let stat = process.stat().ok()?;
+        let same_program = process.exe().is_ok_and(|program| program == own);
+        Some((stat, same_program))
+    });
+    let alive: Vec<(Stat, bool)> = alive.collect();
     let mut family = vec![root];
     let mut at = 0;
     while let Some(&member) = family.get(at) {
         at += 1;
-        let children = alive.iter().filter(|(_, parent, _)| *parent == member);
-        let same = children.filter(|(pid, ..)| program(*pid).as_deref() == Some(Path::new(&own)));
-        family.extend(same.map(|(pid, ..)| *pid));
+        let children = alive.iter().filter(|(stat, _)| stat.ppid == member);
+        let same = children.filter(|(_, same_program)| *same_program);
+        family.extend(same.map(|(stat, _)| stat.pid));
     }
-    let of_family = alive.iter().filter(|(pid, ..)| family.contains(pid));
-    of_family.map(|(.., cpu_s)| cpu_s).sum()
+    let of_family = alive.iter().filter(|(stat, _)| family.contains(&stat.pid));
+    of_family.map(|(stat, _)| cpu_s(stat)).sum()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use procfs::{FromRead, Meminfo, MemoryPressure, MountEntry, ProcessCGroups};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -89,19 +90,18 @@ impl Probe {
 
     /// Looks once; a few small reads.
     pub fn sample(&self) -> io::Result<Sample> {
-        let meminfo = std::fs::read_to_string(self.proc.join("meminfo"))?;
-        let kib = |name: &str| {
-            let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-            line.split_ascii_whitespace().next()?.parse::<u64>().ok()
-        };
+        let meminfo = Meminfo::from_file(self.proc.join("meminfo")).map_err(io::Error::other)?;
         let missing = || io::Error::new(io::ErrorKind::InvalidData, "meminfo without MemAvailable");
+        let stall = MemoryPressure::from_file(self.proc.join("pressure/memory"));
         Ok(Sample {
-            mem_total_bytes: kib("MemTotal:").ok_or_else(missing)? * 1024,
-            mem_available_bytes: kib("MemAvailable:").ok_or_else(missing)? * 1024,
+            mem_total_bytes: meminfo.mem_total,
+            mem_available_bytes: meminfo.mem_available.ok_or_else(missing)?,
             cgroup: self.cgroup.as_ref().and_then(Cgroup::read),
-            stall: std::fs::read_to_string(self.proc.join("pressure/memory"))
-                .ok()
-                .and_then(|text| parse_stall(&text)),
+            stall: stall.ok().map(|stall| Stall {
+                some_avg10: stall.some.avg10.into(),
+                full_avg10: stall.full.avg10.into(),
+                some_total_us: stall.some.total,
+            }),
         })
     }
 
@@ -123,26 +123,23 @@ impl Default for Probe {
 /// The cgroup of this process that accounts memory, its directory first, then its
 /// ancestors'.
 fn find_cgroup(proc: &Path, root: &Path) -> Option<Cgroup> {
-    let membership = std::fs::read_to_string(proc.join("self/cgroup")).ok()?;
-    let mounts = std::fs::read_to_string(proc.join("self/mounts")).ok()?;
+    let membership = ProcessCGroups::from_file(proc.join("self/cgroup")).ok()?;
+    let mounts: Vec<MountEntry> = FromRead::from_file(proc.join("self/mounts")).ok()?;
+    let mounted = |wanted: &dyn Fn(&MountEntry) -> bool| {
+        let mount = mounts.iter().find(|mount| wanted(mount))?;
+        Some(root.join(mount.fs_file.trim_start_matches('/')))
+    };
     let mut v2 = None;
-    for line in membership.lines() {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?);
-        let is_memory = |options: &str| options.split(',').any(|option| option == "memory");
-        let mounted = |fs_type: &str, wanted: &dyn Fn(&str) -> bool| {
-            mounts.lines().find_map(|mount| {
-                let fields: Vec<&str> = mount.split(' ').collect();
-                let matches = *fields.get(2)? == fs_type && wanted(fields.get(3)?);
-                matches.then(|| root.join(fields[1].trim_start_matches('/')))
-            })
-        };
-        if is_memory(controllers) {
-            let mount = mounted("cgroup", &|options| is_memory(options))?;
+    for group in membership {
+        let path = &group.pathname;
+        if group.controllers.iter().any(|one| one == "memory") {
+            let mount = mounted(&|mount| {
+                mount.fs_vfstype == "cgroup" && mount.fs_mntops.contains_key("memory")
+            })?;
             return Some(Cgroup::V1(ancestry(&mount, path, "memory.usage_in_bytes")));
         }
-        if controllers.is_empty()
-            && let Some(mount) = mounted("cgroup2", &|_| true)
+        if group.controllers.is_empty()
+            && let Some(mount) = mounted(&|mount| mount.fs_vfstype == "cgroup2")
         {
             let dirs = ancestry(&mount, path, "memory.current");
             v2 = (!dirs.is_empty()).then_some(Cgroup::V2(dirs));
@@ -215,20 +212,6 @@ const UNLIMITED_BYTES: u64 = 1 << 60;
 
 fn number(path: &Path) -> Option<u64> {
     std::fs::read_to_string(path).ok()?.trim().parse().ok()
-}
-
-fn parse_stall(text: &str) -> Option<Stall> {
-    let field = |line: &str, name: &str| {
-        let mut words = line.split_ascii_whitespace();
-        words.find_map(|word| word.strip_prefix(name)?.parse::<f64>().ok())
-    };
-    let some = text.lines().find(|line| line.starts_with("some "))?;
-    let full = text.lines().find(|line| line.starts_with("full "));
-    Some(Stall {
-        some_avg10: field(some, "avg10=")?,
-        full_avg10: full.and_then(|line| field(line, "avg10=")).unwrap_or(0.0),
-        some_total_us: field(some, "total=")? as u64,
-    })
 }
 
 /// Why the kernel sends no pressure events.
@@ -311,7 +294,10 @@ mod tests {
 
     const MEMINFO: (&str, &str) = (
         "proc/meminfo",
-        "MemTotal:       1000 kB\nMemFree: 10 kB\nMemAvailable:    600 kB\n",
+        "MemTotal:       1000 kB\nMemFree: 10 kB\nMemAvailable:    600 kB\nBuffers: 0 kB\n\
+         Cached: 0 kB\nSwapCached: 0 kB\nActive: 0 kB\nInactive: 0 kB\nSwapTotal: 0 kB\n\
+         SwapFree: 0 kB\nDirty: 0 kB\nWriteback: 0 kB\nMapped: 0 kB\nSlab: 0 kB\n\
+         Committed_AS: 0 kB\nVmallocTotal: 0 kB\nVmallocUsed: 0 kB\nVmallocChunk: 0 kB\n",
     );
 
     #[test]

@@ -5,9 +5,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
+use procfs::FromRead as _;
+use procfs::process::Stat;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -24,34 +25,23 @@ pub struct ProcessId {
 impl ProcessId {
     /// Identifies a running process.
     pub fn of(pid: u32) -> io::Result<Self> {
-        let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"))?;
-        start_ticks(&stat)
-            .map(|start_ticks| Self { pid, start_ticks })
-            .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+        let start_ticks = stat(pid)?.starttime;
+        Ok(Self { pid, start_ticks })
     }
-}
 
-impl ProcessId {
     /// True if it still runs; false for a zombie that nobody has reaped.
     pub fn is_running(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
-        stat.is_ok_and(|stat| {
-            let state = stat
-                .rsplit_once(')')
-                .and_then(|(_, rest)| rest.trim_start().chars().next());
-            start_ticks(&stat) == Some(self.start_ticks) && !matches!(state, Some('Z' | 'X'))
+        stat(self.pid).is_ok_and(|stat| {
+            stat.starttime == self.start_ticks && !matches!(stat.state, 'Z' | 'X')
         })
     }
 }
 
-/// Field 22; the name in field 2 may hold spaces and parentheses.
-fn start_ticks(stat: &str) -> Option<u64> {
-    stat.rsplit_once(')')?
-        .1
-        .split_ascii_whitespace()
-        .nth(19)?
-        .parse()
-        .ok()
+fn stat(pid: u32) -> io::Result<Stat> {
+    Stat::from_file(format!("/proc/{pid}/stat")).map_err(|error| match error {
+        procfs::ProcError::NotFound(_) => io::ErrorKind::NotFound.into(),
+        error => io::Error::other(error),
+    })
 }
 
 /// A held process.
@@ -137,13 +127,6 @@ fn await_exit(descriptor: &OwnedFd) -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn start_time_is_found_behind_hostile_names() {
-        let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 4242 1 2";
-        assert_eq!(start_ticks(stat), Some(4242));
-        assert_eq!(start_ticks("7 a"), None);
-    }
 
     #[tokio::test]
     #[expect(clippy::zombie_processes, reason = "`Process` reaps it")]

@@ -10,4 +10,5 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod history;
+pub mod host_stats;
 pub mod recipe;

@@ -9,7 +9,6 @@
 //! Component pages are shared files and no VM's own: they are not part of a VM's memory here.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +22,7 @@ use crate::daemon::forecast::vmm_cgroup::{Charged, Groups};
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::vm::registry::Instance;
 use crate::history::{ProfileRef, ResourceSample};
+use crate::host_stats::{HostStats, ProcessUsage};
 
 /// How often VMs are sampled, on the wall clock.
 const EVERY: Duration = Duration::from_secs(15);
@@ -36,10 +36,7 @@ const LEAST_PROBABILITY: f64 = 0.05;
 /// Counters of a process as the kernel gives them, since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Usage {
-    cpu_ms: u64,
-    memory_bytes: u64,
-    read_bytes: u64,
-    written_bytes: u64,
+    process: ProcessUsage,
     /// As the guest says, so a wrong figure costs its own forecast at most.
     network: Traffic,
 }
@@ -47,65 +44,38 @@ struct Usage {
 impl Usage {
     /// Of the process `pid`; `None` if it is gone.
     fn of(pid: u32) -> Option<Self> {
-        let dir = Path::new("/proc").join(pid.to_string());
-        let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
-        let mut usage = Self {
-            cpu_ms: cpu_ms(&read("stat")?)?,
-            memory_bytes: own_memory(&read("status")?),
+        let process = HostStats::default().usage(pid)?;
+        Some(Self {
+            process,
             ..Self::default()
-        };
-        // Only its owner and root may read this.
-        let io = read("io").unwrap_or_default();
-        usage.read_bytes = field(&io, "read_bytes:");
-        usage.written_bytes = field(&io, "write_bytes:");
-        Some(usage)
+        })
     }
 
     /// With what the VMM's control group was charged, where that is more.
     fn with(mut self, charged: &Charged) -> Self {
         let (read, written) = charged.io_bytes.unwrap_or_default();
-        self.cpu_ms = self.cpu_ms.max(charged.cpu_ms.unwrap_or(0));
-        self.memory_bytes = self.memory_bytes.max(charged.memory_bytes.unwrap_or(0));
-        self.read_bytes = self.read_bytes.max(read);
-        self.written_bytes = self.written_bytes.max(written);
+        let own = &mut self.process;
+        own.cpu_ms = own.cpu_ms.max(charged.cpu_ms.unwrap_or(0));
+        own.memory_bytes = own.memory_bytes.max(charged.memory_bytes.unwrap_or(0));
+        own.read_bytes = own.read_bytes.max(read);
+        own.written_bytes = own.written_bytes.max(written);
         self
     }
 
     /// What was used between an earlier look and this one.
     fn since(&self, earlier: &Self, since_launch_ms: u64) -> ResourceSample {
+        let (now, before) = (&self.process, &earlier.process);
         ResourceSample {
             since_launch_ms,
-            cpu_ms: self.cpu_ms.saturating_sub(earlier.cpu_ms),
-            memory_bytes: self.memory_bytes,
-            read_bytes: self.read_bytes.saturating_sub(earlier.read_bytes),
-            written_bytes: self.written_bytes.saturating_sub(earlier.written_bytes),
+            cpu_ms: now.cpu_ms.saturating_sub(before.cpu_ms),
+            memory_bytes: now.memory_bytes,
+            read_bytes: now.read_bytes.saturating_sub(before.read_bytes),
+            written_bytes: now.written_bytes.saturating_sub(before.written_bytes),
             received_bytes: (self.network.received_bytes)
                 .saturating_sub(earlier.network.received_bytes),
             sent_bytes: (self.network.sent_bytes).saturating_sub(earlier.network.sent_bytes),
         }
     }
-}
-
-/// A `name value` field, zero if it is missing.
-fn field(text: &str, name: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let value = line.and_then(|rest| rest.split_whitespace().next());
-    value.and_then(|value| value.parse().ok()).unwrap_or(0)
-}
-
-/// Anonymous memory and shared memory that is no file's: a guest's RAM either way.
-fn own_memory(status: &str) -> u64 {
-    (field(status, "RssAnon:") + field(status, "RssShmem:") + field(status, "VmSwap:")) << 10
-}
-
-/// User and system time of `/proc/PID/stat`. The program's name may hold anything.
-fn cpu_ms(stat: &str) -> Option<u64> {
-    let rest = &stat[stat.rfind(')')? + 1..];
-    let mut fields = rest.split_whitespace().skip(11);
-    let mut ticks = || fields.next().and_then(|field| field.parse::<u64>().ok());
-    let (user, system) = (ticks()?, ticks()?);
-    // USER_HZ is 100 on every Linux that there is.
-    Some((user + system) * 10)
 }
 
 impl Host {
@@ -197,24 +167,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_read_whatever_its_name() {
-        let stat = "42 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 150 50 0 0 20 0";
-        assert_eq!(cpu_ms(stat), Some(2_000));
-        assert_eq!(cpu_ms("42 nonsense"), None);
-        let status = "Name:\tx\nRssAnon:\t    100 kB\nRssFile:\t 999 kB\nRssShmem:\t 28 kB\n";
-        assert_eq!(own_memory(status), 128 << 10);
-        let usage = Usage::of(std::process::id()).unwrap();
-        assert!(usage.memory_bytes > 0);
-        assert!(Usage::of(u32::MAX).is_none());
-    }
-
-    #[test]
     fn a_control_group_counts_where_it_says_more() {
-        let usage = Usage {
+        let process = ProcessUsage {
             cpu_ms: 100,
             memory_bytes: 5000,
             read_bytes: 7,
             written_bytes: 9,
+        };
+        let usage = Usage {
+            process,
             ..Usage::default()
         };
         assert_eq!(usage.with(&Charged::default()), usage);
@@ -223,12 +184,12 @@ mod tests {
             memory_bytes: Some(4000),
             io_bytes: Some((8, 3)),
         };
-        let both = Usage {
+        let both = ProcessUsage {
             cpu_ms: 120,
             read_bytes: 8,
-            ..usage
+            ..process
         };
-        assert_eq!(usage.with(&charged), both);
+        assert_eq!(usage.with(&charged).process, both);
     }
 
     #[test]
@@ -237,17 +198,16 @@ mod tests {
             received_bytes,
             sent_bytes,
         };
-        let earlier = Usage {
-            cpu_ms: 100,
-            network: network(10, 0),
-            ..Usage::default()
+        let used = |cpu_ms, memory_bytes, network| Usage {
+            process: ProcessUsage {
+                cpu_ms,
+                memory_bytes,
+                ..ProcessUsage::default()
+            },
+            network,
         };
-        let now = Usage {
-            cpu_ms: 250,
-            memory_bytes: 4096,
-            network: network(30, 5),
-            ..Usage::default()
-        };
+        let earlier = used(100, 0, network(10, 0));
+        let now = used(250, 4096, network(30, 5));
         let sample = now.since(&earlier, 9);
         assert_eq!((sample.cpu_ms, sample.memory_bytes), (150, 4096));
         assert_eq!((sample.received_bytes, sample.sent_bytes), (20, 5));

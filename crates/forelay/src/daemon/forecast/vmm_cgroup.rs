@@ -11,6 +11,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::host_stats::HostStats;
+
 /// What a group was charged since it was made; `None` for what its controllers do not tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::daemon) struct Charged {
@@ -25,7 +27,7 @@ pub(in crate::daemon) struct Charged {
 /// Where groups are mounted.
 #[derive(Clone, Debug, Default)]
 pub(in crate::daemon) struct Groups {
-    proc: PathBuf,
+    host: HostStats,
     /// Mount points of v1 hierarchies with their controllers; v2's has none.
     mounts: Vec<(Vec<String>, PathBuf)>,
 }
@@ -38,46 +40,40 @@ impl Groups {
 
     /// Those of the `proc` and `sys` trees below `root`.
     fn at(root: &Path) -> Self {
-        let proc = root.join("proc");
-        let text = std::fs::read_to_string(proc.join("self/mounts")).unwrap_or_default();
-        let mounts = text.lines().filter_map(|line| {
-            let mut fields = line.split(' ').skip(1);
-            let (dir, kind, options) = (fields.next()?, fields.next()?, fields.next()?);
-            let controllers = match kind {
-                "cgroup" => options.split(',').map(str::to_owned).collect(),
+        let host = HostStats::at(root);
+        let mounts = host.mounts().into_iter().filter_map(|mount| {
+            let controllers = match mount.fs_vfstype.as_str() {
+                "cgroup" => mount.fs_mntops.into_keys().collect(),
                 "cgroup2" => Vec::new(),
                 _ => return None,
             };
-            Some((controllers, root.join(dir.trim_start_matches('/'))))
+            Some((
+                controllers,
+                root.join(mount.fs_file.trim_start_matches('/')),
+            ))
         });
         Self {
             mounts: mounts.collect(),
-            proc,
+            host,
         }
     }
 
     /// What the groups that the process `vmm` has to itself were charged.
     pub fn charged(&self, vmm: u32) -> Charged {
         let mut charged = Charged::default();
-        let membership = self.proc.join(vmm.to_string()).join("cgroup");
-        let membership = std::fs::read_to_string(membership).unwrap_or_default();
-        for line in membership.lines() {
-            let mut fields = line.splitn(3, ':').skip(1);
-            let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
-                continue;
-            };
-            let controllers: Vec<&str> = controllers.split(',').filter(|c| !c.is_empty()).collect();
+        for (controllers, path) in self.host.control_groups(vmm) {
             let mounted = self.mounts.iter().find(|(mounted, _)| {
                 mounted.is_empty() == controllers.is_empty()
                     && controllers
                         .iter()
                         .all(|one| mounted.iter().any(|two| one == two))
             });
-            let Some(dir) = mounted.and_then(|(_, mount)| self.own(mount, path, vmm)) else {
+            let Some(dir) = mounted.and_then(|(_, mount)| self.own(mount, &path, vmm)) else {
                 continue;
             };
             let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
-            let has = |name: &str| controllers.is_empty() || controllers.contains(&name);
+            let has =
+                |name: &str| controllers.is_empty() || controllers.iter().any(|one| one == name);
             if has("memory") {
                 charged.memory_bytes = charged.memory_bytes.or_else(|| memory_bytes(&read));
             }
@@ -135,12 +131,11 @@ impl Groups {
 
     /// Whether a process is the VMM, one of its descendants, a kernel thread, or has ended.
     fn belongs(&self, mut pid: u32, vmm: u32) -> bool {
-        let status = |pid: u32| {
-            let path = self.proc.join(pid.to_string()).join("status");
-            std::fs::read_to_string(path).unwrap_or_default()
-        };
-        // What has no memory of its own runs no program.
-        if !status(pid).contains("VmSize:") {
+        let has_memory = self
+            .host
+            .parent(pid)
+            .is_some_and(|(_, has_memory)| has_memory);
+        if !has_memory {
             return true;
         }
         // Parents may change while we look: no chain is this long.
@@ -148,10 +143,8 @@ impl Groups {
             if pid == vmm {
                 return true;
             }
-            let status = status(pid);
-            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-            match parent.and_then(|parent| parent.trim().parse().ok()) {
-                Some(parent) if parent > 1 => pid = parent,
+            match self.host.parent(pid) {
+                Some((parent, _)) if parent > 1 => pid = parent,
                 _ => return false,
             }
         }
@@ -216,12 +209,22 @@ fn io_bytes(read: &impl Fn(&str) -> Option<String>) -> Option<(u64, u64)> {
 mod tests {
     use super::*;
 
-    /// A tree of files as `/proc` and `/sys/fs/cgroup` are.
+    /// A tree of files as `/proc` and `/sys/fs/cgroup` are; of a `stat` just the parent and
+    /// the size of the address space are given.
     fn host(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (path, text) in files {
             let path = root.path().join(path);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let text = match text.split_once(' ') {
+                Some((parent, size)) if path.ends_with("stat") => {
+                    let zeros = "0 ".repeat(29);
+                    format!(
+                        "9 (a) b) S {parent} 0 0 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 7 {size} {zeros}"
+                    )
+                }
+                _ => (*text).to_owned(),
+            };
             std::fs::write(path, text).unwrap();
         }
         root
@@ -232,13 +235,11 @@ mod tests {
             "proc/self/mounts",
             "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n",
         ),
-        ("proc/40/status", "Name:\tqemu\nPPid:\t1\nVmSize:\t9 kB\n"),
-        (
-            "proc/41/status",
-            "Name:\thelper\nPPid:\t40\nVmSize:\t9 kB\n",
-        ),
-        ("proc/42/status", "Name:\tvhost-40\nPPid:\t2\n"),
-        ("proc/50/status", "Name:\tbash\nPPid:\t1\nVmSize:\t9 kB\n"),
+        // The VMM, its helper, a kernel thread and a shell.
+        ("proc/40/stat", "1 9216"),
+        ("proc/41/stat", "40 9216"),
+        ("proc/42/stat", "2 0"),
+        ("proc/50/stat", "1 9216"),
         // As libvirt lays it out: threaded groups below one that has the process.
         (
             "proc/40/cgroup",

@@ -20,6 +20,7 @@ use forelay_image::{Digest, Extent};
 use parking_lot::{Mutex, RwLock};
 
 use crate::api::WaitCauses;
+use crate::host_stats::HostStats;
 
 /// Pages of several images.
 type PagesByImage = BTreeMap<Digest, PageSet>;
@@ -207,7 +208,7 @@ impl Attribution {
             return table.vms.get(process).cloned();
         }
         drop(table);
-        let process = process_of(thread);
+        let process = HostStats::default().process_of(thread);
         let mut table = self.table.write();
         let process = process.filter(|pid| table.vms.contains_key(pid));
         table.threads.insert(thread, process.unwrap_or(0));
@@ -230,13 +231,6 @@ impl Attribution {
             });
         }
     }
-}
-
-/// The process that a thread belongs to.
-fn process_of(thread: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?;
-    line.trim().parse().ok()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 //! Invariant: a page is reported lost only if the kernel did not have it after the table
 //! had said it was there; found only if two looks in a row saw it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use forelay_cache::mapping_table::{Disagreement, KernelTruth, PageState, SharedTable};
 use forelay_cache::plan::SharedExtent;
@@ -19,6 +19,7 @@ use crate::api::Takeover;
 use crate::daemon::Host;
 use crate::daemon::memory::domains::{DomainMemory, Domains};
 use crate::daemon::process::journal::Replayed;
+use crate::host_stats::HostStats;
 
 /// What one look at the kernel found.
 #[derive(Debug, Default)]
@@ -141,20 +142,13 @@ impl Host {
 
     /// Images of a domain that a process maps, by its open mappings.
     fn mapped_images(&self, domain: &Domain, pid: u32) -> Vec<Digest> {
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-        let mapped: BTreeSet<&str> = maps
-            .lines()
-            .filter_map(|line| line.split_whitespace().nth(5))
-            .collect();
+        let mapped = HostStats::default().mapped_files(pid);
         let Some(memory) = self.domains.get(domain) else {
             return Vec::new();
         };
         let files = memory.shared.files().into_iter().map(|(image, ..)| image);
         files
-            .filter(|image| {
-                let path = memory.shared.path(image);
-                path.to_str().is_some_and(|path| mapped.contains(path))
-            })
+            .filter(|image| mapped.contains(&memory.shared.path(image)))
             .collect()
     }
 }
