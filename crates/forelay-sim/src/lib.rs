@@ -6,6 +6,7 @@
 //! it has decided; the same trace and settings give the same report, byte for byte.
 #![forbid(unsafe_code)]
 
+pub mod launch_rows;
 pub mod synthetic;
 pub mod trace;
 
@@ -24,8 +25,8 @@ pub use sides::{Shared, Sides, SidesError};
 pub use tally::{Half, Row};
 
 use forelay_predict::arrivals::Config as ForecastConfig;
+use launch_rows::OnBadRow;
 use std::path::PathBuf;
-use trace::OnBadRow;
 
 /// What to simulate.
 #[derive(Debug, Clone)]

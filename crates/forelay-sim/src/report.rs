@@ -2,11 +2,12 @@
 //!
 //! Owns the running of policies and the stable JSON and table forms. The HTML form is `html`'s.
 
+use crate::launch_rows::BadRow;
 use crate::policy::Policy;
 use crate::sides::{Sides, SidesError};
 use crate::sweep::{self, Sweep};
 use crate::tally::{Frame, Row, Tally};
-use crate::trace::{BadRow, Trace, TraceError};
+use crate::trace::{Trace, TraceError};
 use crate::windows::WindowPolicy;
 use crate::{Config, bounded, html};
 use forelay_predict::calibration::ReliabilityBin;

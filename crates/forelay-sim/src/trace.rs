@@ -1,17 +1,18 @@
 //! Launch traces: what was launched when.
 //!
-//! Owns the in-memory trace and its readers: the CSV of Forelay's traces (`time_s, profile, owner`
-//! and optionally `count`, `duration_s`) and Azure Functions' published per-minute counts
-//! (`invocations_per_function_md.anon.d*.csv`: four key columns, then one column a minute), plain
-//! or gzipped. Refuses to know policies. Invariants: launches are ordered by time; rows that cannot
-//! be read are reported with their line number and never guessed.
+//! Owns the in-memory trace, read from rows of launches ([`crate::launch_rows`]) or from Azure
+//! Functions' published per-minute counts (`invocations_per_function_md.anon.d*.csv`: four key
+//! columns, then one column a minute). Refuses to know policies. Invariants: launches are
+//! ordered by time; rows that cannot be read are reported with their line number and never
+//! guessed.
 
-use flate2::read::MultiGzDecoder;
-use forelay_predict::time::{MINUTE_MS, Timestamp};
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
+
+use forelay_predict::time::{MINUTE_MS, Timestamp};
+
+use crate::launch_rows::{self, BadRow, CsvLines, Fields, LaunchColumns, OnBadRow};
 
 /// A launch, or several of one profile at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,25 +25,6 @@ pub struct Launch {
     pub owner: u32,
     /// How many at this moment, at least one.
     pub count: u32,
-}
-
-/// What to do with a row that cannot be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum OnBadRow {
-    /// Leave it out and report it.
-    Skip,
-    /// Refuse the trace.
-    #[default]
-    Stop,
-}
-
-/// A row that could not be read.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct BadRow {
-    /// Line in the file, the header is line 1.
-    pub line: u64,
-    /// What is wrong with it.
-    pub reason: String,
 }
 
 /// A whole trace.
@@ -118,13 +100,6 @@ impl Interner {
     }
 }
 
-struct Columns {
-    time: usize,
-    profile: usize,
-    owner: usize,
-    count: Option<usize>,
-}
-
 impl Trace {
     /// Reads a trace; the format is told by the header, compression by the content.
     ///
@@ -135,20 +110,7 @@ impl Trace {
             path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(read_error)?;
-        let mut reader = BufReader::new(file);
-        let magic = {
-            use std::io::BufRead as _;
-            reader
-                .fill_buf()
-                .map_err(read_error)?
-                .starts_with(&[0x1f, 0x8b])
-        };
-        let input: Box<dyn Read> = if magic {
-            Box::new(MultiGzDecoder::new(reader))
-        } else {
-            Box::new(reader)
-        };
+        let input = launch_rows::open(path).map_err(read_error)?;
         let mut trace = Self::parse(input, path, on_bad_row)?;
         if trace.launches.is_empty() {
             return Err(TraceError::Empty {
@@ -159,67 +121,39 @@ impl Trace {
         Ok(trace)
     }
 
-    fn parse(input: impl Read, path: &Path, on_bad_row: OnBadRow) -> Result<Self, TraceError> {
-        let mut rows = csv::ReaderBuilder::new()
-            .has_headers(false)
-            .flexible(true)
-            .trim(csv::Trim::All)
-            .from_reader(input);
-        let mut row = csv::StringRecord::new();
-        let header_error = || TraceError::Header {
+    fn parse(input: impl BufRead, path: &Path, on_bad_row: OnBadRow) -> Result<Self, TraceError> {
+        let read_error = |source| TraceError::Read {
             path: path.to_owned(),
+            source,
         };
-        if !rows.read_record(&mut row).map_err(|_| header_error())? {
-            return Err(TraceError::Empty {
-                path: path.to_owned(),
-            });
-        }
-        let find = |name: &str| {
-            row.iter()
-                .position(|column| column.eq_ignore_ascii_case(name))
+        let mut lines = CsvLines::new(input);
+        let layout = match lines.next_line().map_err(read_error)? {
+            Some(header) => header.ok().as_ref().and_then(Layout::of),
+            None => {
+                return Err(TraceError::Empty {
+                    path: path.to_owned(),
+                });
+            }
         };
-        let wide = find("HashFunction").zip(find("HashOwner"));
-        let columns = match (find("time_s"), find("profile"), find("owner")) {
-            (Some(time), Some(profile), Some(owner)) => Some(Columns {
-                time,
-                profile,
-                owner,
-                count: find("count"),
-            }),
-            _ => None,
-        };
-        let minutes: Vec<(usize, i64)> = row
-            .iter()
-            .enumerate()
-            .filter_map(|(at, name)| name.parse::<i64>().ok().map(|minute| (at, minute - 1)))
-            .collect();
+        let layout = layout.ok_or_else(|| TraceError::Header {
+            path: path.to_owned(),
+        })?;
         let mut builder = Builder::default();
-        loop {
-            match rows.read_record(&mut row) {
-                Ok(false) => break,
-                Ok(true) => {
-                    let outcome = match (&columns, wide) {
-                        (Some(columns), _) => builder.launch_row(&row, columns),
-                        (None, Some((function, owner))) if !minutes.is_empty() => {
-                            builder.minutes_row(&row, function, owner, &minutes)
-                        }
-                        _ => return Err(header_error()),
-                    };
-                    if let Err(reason) = outcome {
-                        let line = row.position().map_or(0, csv::Position::line);
-                        builder.bad_row(line, reason, path, on_bad_row)?;
-                    }
-                }
-                Err(error) => {
-                    if let csv::ErrorKind::Io(_) = error.kind() {
-                        let source = std::io::Error::other(error.to_string());
-                        return Err(TraceError::Read {
-                            path: path.to_owned(),
-                            source,
-                        });
-                    }
-                    let line = error.position().map_or(0, csv::Position::line);
-                    builder.bad_row(line, error.to_string(), path, on_bad_row)?;
+        while let Some(row) = lines.next_line().map_err(read_error)? {
+            let outcome = row.and_then(|row| {
+                let line = row.line;
+                let outcome = builder.row(&row, &layout);
+                outcome.map_err(|reason| BadRow { line, reason })
+            });
+            match outcome {
+                Ok(()) => {}
+                Err(bad) if on_bad_row == OnBadRow::Skip => builder.bad_rows.push(bad),
+                Err(BadRow { line, reason }) => {
+                    return Err(TraceError::Row {
+                        path: path.to_owned(),
+                        line,
+                        reason,
+                    });
                 }
             }
         }
@@ -272,75 +206,68 @@ struct Builder {
     bad_rows: Vec<BadRow>,
 }
 
+/// What the rows below a header are.
+enum Layout {
+    /// One launch each, or several at one moment.
+    Launches(LaunchColumns),
+    /// Azure's: all launches of one function, counted by minute.
+    Minutes {
+        function: usize,
+        owner: usize,
+        /// Columns and the minutes that they count, from 0.
+        minutes: Vec<(usize, i64)>,
+    },
+}
+
+impl Layout {
+    fn of(header: &Fields<'_>) -> Option<Self> {
+        if let Some(columns) = LaunchColumns::of(header) {
+            return Some(Self::Launches(columns));
+        }
+        let minute = |(at, name): (usize, &str)| Some((at, name.parse::<i64>().ok()? - 1));
+        let minutes: Vec<(usize, i64)> = header.iter().enumerate().filter_map(minute).collect();
+        let (function, owner) = header
+            .column("HashFunction")
+            .zip(header.column("HashOwner"))?;
+        (!minutes.is_empty()).then_some(Self::Minutes {
+            function,
+            owner,
+            minutes,
+        })
+    }
+}
+
 impl Builder {
-    fn bad_row(
-        &mut self,
-        line: u64,
-        reason: String,
-        path: &Path,
-        on_bad_row: OnBadRow,
-    ) -> Result<(), TraceError> {
-        match on_bad_row {
-            OnBadRow::Stop => Err(TraceError::Row {
-                path: path.to_owned(),
-                line,
-                reason,
-            }),
-            OnBadRow::Skip => {
-                self.bad_rows.push(BadRow { line, reason });
+    fn row(&mut self, row: &Fields<'_>, layout: &Layout) -> Result<(), String> {
+        match layout {
+            Layout::Launches(columns) => {
+                let launch = columns.launch(row)?;
+                self.launches.push(Launch {
+                    at: launch.at,
+                    profile: self.profiles.key(&launch.profile),
+                    owner: self.owners.key(&launch.owner),
+                    count: launch.count,
+                });
                 Ok(())
             }
+            Layout::Minutes {
+                function,
+                owner,
+                minutes,
+            } => self.minutes_row(row, *function, *owner, minutes),
         }
-    }
-
-    fn launch_row(&mut self, row: &csv::StringRecord, columns: &Columns) -> Result<(), String> {
-        let field = |index: usize, name: &str| {
-            row.get(index)
-                .filter(|value| !value.is_empty())
-                .ok_or_else(|| format!("no value in column {name}"))
-        };
-        let time = field(columns.time, "time_s")?;
-        let seconds: f64 = time
-            .parse()
-            .map_err(|_| format!("time_s is not a number: {time:?}"))?;
-        // Half of what milliseconds can hold, so that no difference overflows.
-        if !seconds.is_finite() || seconds.abs() > 4.0e15 {
-            return Err(format!("time_s is out of range: {time:?}"));
-        }
-        let profile = field(columns.profile, "profile")?;
-        let owner = field(columns.owner, "owner")?;
-        let count = match columns.count.and_then(|index| row.get(index)) {
-            None | Some("") => 1,
-            Some(text) => text
-                .parse::<u32>()
-                .ok()
-                .filter(|&count| count > 0)
-                .ok_or_else(|| format!("count is not a positive number: {text:?}"))?,
-        };
-        self.launches.push(Launch {
-            at: Timestamp::from_seconds(seconds),
-            profile: self.profiles.key(profile),
-            owner: self.owners.key(owner),
-            count,
-        });
-        Ok(())
     }
 
     fn minutes_row(
         &mut self,
-        row: &csv::StringRecord,
+        row: &Fields<'_>,
         function: usize,
         owner: usize,
         minutes: &[(usize, i64)],
     ) -> Result<(), String> {
-        let profile = row
-            .get(function)
-            .filter(|v| !v.is_empty())
-            .ok_or("no HashFunction")?;
-        let owner = row
-            .get(owner)
-            .filter(|v| !v.is_empty())
-            .ok_or("no HashOwner")?;
+        let present = |at: usize| row.get(at).filter(|text| !text.is_empty());
+        let profile = present(function).ok_or("no HashFunction")?;
+        let owner = present(owner).ok_or("no HashOwner")?;
         let mut launches = Vec::new();
         for &(column, minute) in minutes {
             let text = row.get(column).unwrap_or("");

@@ -1,6 +1,7 @@
 //! The reference figures of `traces/README.md`, and Forelay's own on the small trace.
 
-use forelay_sim::trace::{OnBadRow, Trace};
+use forelay_sim::launch_rows::OnBadRow;
+use forelay_sim::trace::Trace;
 use forelay_sim::{Config, Policy, Report, simulate, simulate_trace};
 use std::path::{Path, PathBuf};
 

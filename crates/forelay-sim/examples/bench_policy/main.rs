@@ -19,7 +19,8 @@ use std::time::Instant;
 
 use forelay_cache::policy::min::cold_bound;
 use forelay_cache::policy::{Kind, Policy, Request};
-use forelay_sim::trace::{OnBadRow, Trace};
+use forelay_sim::launch_rows::OnBadRow;
+use forelay_sim::trace::Trace;
 use serde_json::{Value, json};
 
 /// Memory sizes in GiB; the third is "the middle one".

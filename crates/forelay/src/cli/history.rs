@@ -2,22 +2,22 @@
 //!
 //! Works on the database without the daemon; a daemon that runs learns at its next start.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use forelay_predict::time::Timestamp;
+use forelay_sim::launch_rows::{self, OnBadRow};
 
 use super::output;
 use crate::config::Config;
 use crate::daemon::HISTORY_FILE;
-use crate::history::{ImportOptions, OnBadRow, OnCorrupt, OpenOptions, SqliteHistory, import_csv};
+use crate::history::{ImportOptions, OnCorrupt, OpenOptions, SqliteHistory, import_csv};
 
 /// What may be done with the history.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Import launches from CSV: time_s, profile, owner, and duration_s or count.
+    /// Import launches from CSV (gzip accepted): time_s or time_ms, profile, owner, and
+    /// duration_s or count.
     Import {
         trace: PathBuf,
         /// What the trace's time zero is, in milliseconds since the epoch.
@@ -39,7 +39,8 @@ pub async fn run(command: Command, config: &Config) -> Result<()> {
         skip_bad_rows,
         json,
     } = command;
-    let input = File::open(&trace).with_context(|| format!("cannot open {}", trace.display()))?;
+    let input =
+        launch_rows::open(&trace).with_context(|| format!("cannot open {}", trace.display()))?;
     std::fs::create_dir_all(&config.state_dir)
         .with_context(|| format!("cannot make {}", config.state_dir.display()))?;
     let path = config.state_dir.join(HISTORY_FILE);
@@ -52,7 +53,7 @@ pub async fn run(command: Command, config: &Config) -> Result<()> {
             OnBadRow::Stop
         },
     };
-    let report = import_csv(&history, BufReader::new(input), options)
+    let report = import_csv(&history, input, options)
         .await
         .with_context(|| format!("cannot import {}", trace.display()))?;
     history.close().await;

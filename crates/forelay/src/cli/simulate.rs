@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use forelay_sim::trace::OnBadRow;
+use forelay_sim::launch_rows::OnBadRow;
 use forelay_sim::{Config, Policy, simulate};
 
 use super::output;

@@ -35,7 +35,7 @@ use forelay_predict::time::Timestamp;
 use forelay_predict::working_set::WorkingSet;
 use serde::{Deserialize, Serialize};
 
-pub use csv::{BadRow, ImportOptions, ImportReport, OnBadRow, import_csv};
+pub use csv::{ImportOptions, ImportReport, import_csv};
 pub use query::{LaunchRecord, ProfileSummary};
 pub use sqlite::{OnCorrupt, OpenOptions, SqliteHistory};
 

@@ -1,5 +1,7 @@
 //! Traces from CSV, small and large.
 
+use forelay_sim::launch_rows::OnBadRow;
+
 use super::*;
 
 #[tokio::test]
@@ -43,7 +45,7 @@ async fn csv_imports_once_and_reports_bad_rows_by_line() {
         matches!(stopped, HistoryError::BadRow { line: 5, .. }),
         "{stopped}"
     );
-    let counts = "profile,owner,time_s,count\nf,o,60,3\n";
+    let counts = "Profile,OWNER,Time_S,count\ng,o,1,\nf,o,60,3\n";
     import(counts, OnBadRow::Stop).await.unwrap();
     let latest = history.launches(Some("f"), 1).await.unwrap();
     assert_eq!(
@@ -106,8 +108,12 @@ async fn many_events_of_ten_thousand_profiles_are_imported_in_few_bytes_each() {
     let rows = asked.map_or(LARGE_IMPORT, |rows| rows.parse().unwrap());
     let scratch = Scratch::new();
     let history = scratch.open().await;
+    let options = ImportOptions {
+        origin: Timestamp(0),
+        on_bad_row: OnBadRow::Stop,
+    };
     let started = std::time::Instant::now();
-    let report = import_csv(&history, Lines::new(rows), ImportOptions::default())
+    let report = import_csv(&history, Lines::new(rows), options)
         .await
         .unwrap();
     let peak = std::fs::read_to_string("/proc/self/status").unwrap();
