@@ -15,22 +15,13 @@ use forelay_cache::accounting::account;
 use forelay_cache::mapping_table::{Arrival, MappingTable, Phase};
 use forelay_cache::{DeviceImage, Domain, SharedImage, VmName};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 const VMS: usize = 1_000;
 const COMPONENTS: usize = 50;
 const OPERATIONS: usize = 20_000;
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
 
 fn pages_of(component: usize) -> u64 {
     // 10 to 30 MiB, 20 MiB on average.
@@ -113,12 +104,12 @@ fn main() {
     let heap_bytes = table.heap_bytes();
     println!("table {:.1} MiB", heap_bytes as f64 / (1 << 20) as f64);
 
-    let mut random = Random(0x9e37_79b9);
+    let mut random = ChaCha8Rng::seed_from_u64(1);
     let mut draw = move || {
-        let component = random.below(COMPONENTS as u64) as usize;
-        let page = random.below(pages_of(component) - 8);
-        let extent = Extent::new(page * PAGE_BYTES, (1 + random.below(8)) * PAGE_BYTES);
-        (random.below(VMS as u64) as usize, component, extent)
+        let component = random.random_range(0..COMPONENTS);
+        let page = random.random_range(0..pages_of(component) - 8);
+        let extent = Extent::new(page * PAGE_BYTES, random.random_range(1..=8) * PAGE_BYTES);
+        (random.random_range(0..VMS), component, extent)
     };
     let picks: Vec<_> = (0..OPERATIONS).map(|_| draw()).collect();
     let mut worst_us = 0.0f64;

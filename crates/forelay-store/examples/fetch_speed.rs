@@ -12,21 +12,16 @@ use forelay_store::{
     DirectoryRepository, Prefetch, PrefetchItem, Priority, Repository, Store, StoreConfig,
     Throttled,
 };
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 
 const LATENCY: Duration = Duration::from_millis(20);
 const BANDWIDTH_BYTES_PER_S: u64 = 100_000_000;
 
 /// Bytes that do not compress, so that stored bytes are image bytes.
 fn noise(bytes: usize) -> Vec<u8> {
-    let mut state = 1u64;
-    let mut out = Vec::with_capacity(bytes + 8);
-    while out.len() < bytes {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        out.extend_from_slice(&state.to_le_bytes());
-    }
-    out.truncate(bytes);
+    let mut out = vec![0; bytes];
+    ChaCha8Rng::seed_from_u64(1).fill_bytes(&mut out);
     out
 }
 

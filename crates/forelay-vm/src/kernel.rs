@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use forelay_host::atomic_write;
+use twox_hash::XxHash3_64;
 
 /// Magic of the LZ4 legacy frame.
 const LZ4_LEGACY: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
@@ -31,13 +32,7 @@ pub fn uncompressed(kernel: &Path, cache_dir: &Path) -> io::Result<Option<PathBu
         .modified()?
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let path: u64 = kernel
-        .as_os_str()
-        .as_encoded_bytes()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+    let path = XxHash3_64::oneshot(kernel.as_os_str().as_encoded_bytes());
     let name = format!(
         "{path:016x}-{}-{:x}.vmlinux",
         found.len(),

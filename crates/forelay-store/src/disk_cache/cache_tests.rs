@@ -1,20 +1,15 @@
 //! Tests of the disk cache: against a model, after crashes, with corrupted files.
 
 use proptest::prelude::*;
+use rand::SeedableRng as _;
+use rand_chacha::ChaCha8Rng;
 
 use super::*;
 
 /// Distinct, reproducible bytes.
 fn content(seed: u32, len: usize) -> Vec<u8> {
-    let mut state = u64::from(seed) | 1 << 40;
-    let mut out = Vec::with_capacity(len + 8);
-    while out.len() < len {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        out.extend_from_slice(&state.to_be_bytes());
-    }
-    out.truncate(len);
+    let mut out = vec![0; len];
+    ChaCha8Rng::seed_from_u64(seed.into()).fill_bytes(&mut out);
     out
 }
 

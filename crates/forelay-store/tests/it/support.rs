@@ -17,16 +17,15 @@ use forelay_store::{
     StoreConfig,
 };
 use parking_lot::Mutex;
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 
 /// Reproducible bytes, half of them compressible.
 pub fn content(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut out = Vec::with_capacity(len + 16);
     while out.len() < len {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        out.extend_from_slice(&(state >> 11).to_le_bytes());
+        out.extend_from_slice(&random.next_u64().to_le_bytes());
         out.extend_from_slice(b"the same");
     }
     out.truncate(len);

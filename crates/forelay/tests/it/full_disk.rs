@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
 use crate::fixture::{Host, Settings, bench, idle};
 
 /// A small file system of the test's own.
@@ -42,14 +45,9 @@ fn mount(arguments: &[&str]) {
 
 /// Bytes that do not compress.
 fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    std::iter::repeat_with(&mut next).take(len).collect()
+    let mut out = vec![0; len];
+    ChaCha8Rng::seed_from_u64(1).fill_bytes(&mut out);
+    out
 }
 
 #[test]
