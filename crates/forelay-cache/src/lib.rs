@@ -1,5 +1,5 @@
 //! Memory decisions of Forelay: the mapping table, the plan (admission, prefetch,
-//! eviction), eviction policies, accounting and the adaptive budget.
+//! eviction), expected reuse, accounting and the adaptive budget.
 //!
 //! Owns what shall be in shared memory and what is. Refuses to know the clock, files,
 //! sockets and threads: events and times come in, actions go out, so the daemon and
@@ -11,7 +11,7 @@ pub mod budget;
 pub mod mapping_table;
 pub mod names;
 pub mod plan;
-pub mod policy;
+pub mod reuse;
 
 pub use mapping_table::MappingTable;
 pub use names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};

@@ -1,18 +1,19 @@
 //! Memories of a fixed number of profiles, one unit each: drives the eviction policies of
-//! `forelay_cache::policy` over a trace.
+//! [`crate::eviction`] over a trace.
 //!
 //! Owns no policy. Misses include the compulsory ones. Memory is charged for every occupied slot.
 
+use crate::eviction::EvictionKind;
 use crate::tally::{Frame, Tally};
 use crate::trace::Trace;
-use forelay_cache::policy::{Kind, Request};
+use forelay_cache::reuse::ObjectRequest;
 
 /// Launches as requests for unit slots.
-fn unit_requests(trace: &Trace) -> Vec<Request> {
+fn unit_requests(trace: &Trace) -> Vec<ObjectRequest> {
     trace
         .launches
         .iter()
-        .map(|launch| Request {
+        .map(|launch| ObjectRequest {
             object: launch.profile,
             owner: launch.owner,
             bytes: 1,
@@ -23,7 +24,7 @@ fn unit_requests(trace: &Trace) -> Vec<Request> {
 }
 
 /// Runs a policy with that many slots over a trace.
-pub(crate) fn run(kind: Kind, slots: u64, trace: &Trace, frame: &Frame) -> Tally {
+pub(crate) fn run(kind: EvictionKind, slots: u64, trace: &Trace, frame: &Frame) -> Tally {
     let requests = unit_requests(trace);
     let mut policy = kind.build(slots, &requests);
     let mut tally = Tally::new(frame);
@@ -44,7 +45,7 @@ mod tests {
     use crate::trace::Launch;
     use forelay_predict::time::Timestamp;
 
-    fn misses(kind: Kind, slots: u64, profiles: &[u32]) -> u32 {
+    fn misses(kind: EvictionKind, slots: u64, profiles: &[u32]) -> u32 {
         let mut trace = Trace {
             launches: profiles
                 .iter()
@@ -67,9 +68,9 @@ mod tests {
 
     #[test]
     fn small_cases_by_hand() {
-        assert_eq!(misses(Kind::Lru, 2, &[0, 1, 2, 0, 1, 2]), 6);
-        assert_eq!(misses(Kind::Min, 2, &[0, 1, 2, 0, 1, 2]), 4);
-        assert_eq!(misses(Kind::Lfu, 2, &[0, 0, 1, 2, 0]), 3);
-        assert_eq!(misses(Kind::Lru, 2, &[0, 0, 1, 2, 0]), 4);
+        assert_eq!(misses(EvictionKind::Lru, 2, &[0, 1, 2, 0, 1, 2]), 6);
+        assert_eq!(misses(EvictionKind::Min, 2, &[0, 1, 2, 0, 1, 2]), 4);
+        assert_eq!(misses(EvictionKind::Lfu, 2, &[0, 0, 1, 2, 0]), 3);
+        assert_eq!(misses(EvictionKind::Lru, 2, &[0, 0, 1, 2, 0]), 4);
     }
 }

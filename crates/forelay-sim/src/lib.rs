@@ -6,6 +6,7 @@
 //! it has decided; the same trace and settings give the same report, byte for byte.
 #![forbid(unsafe_code)]
 
+pub mod eviction;
 pub mod launch_rows;
 pub mod synthetic;
 pub mod trace;

@@ -4,8 +4,8 @@
 //! `forelay[:PRICE[,PRICE...]]`, and `NAME:SLOTS` with the name of an eviction policy. Invariant: `name` parses back to
 //! the same policy.
 
+use crate::eviction::EvictionKind;
 use crate::windows::WindowPolicy;
-use forelay_cache::policy::Kind;
 use std::fmt;
 use std::str::FromStr;
 
@@ -26,7 +26,7 @@ pub enum Policy {
     /// pays); empty for the whole curve.
     Forelay(Vec<f64>),
     /// A cache of so many profiles.
-    Bounded(Kind, u64),
+    Bounded(EvictionKind, u64),
 }
 
 /// Why a policy's name is not understood.
@@ -116,7 +116,7 @@ impl FromStr for Policy {
                 .collect::<Result<_, _>>()
                 .map(Self::Forelay),
             (name, Some(slots)) => {
-                let kind = Kind::from_name(name).ok_or_else(error)?;
+                let kind = EvictionKind::from_name(name).ok_or_else(error)?;
                 let slots = slots
                     .parse()
                     .ok()

@@ -1,20 +1,19 @@
 //! When a component will be used again, learned from the launches so far: the estimate of
-//! [`crate::policy::forecast`], for what no launch is foreseen to need.
+//! [`crate::reuse`], for what no launch is foreseen to need.
 //!
 //! Each launch is a request for its components; the policy's own memory is a shadow of the
 //! planner's budget, of which only the estimates are used. A model is fitted by whoever fits
 //! it to [`ReuseSamples`], beside all else.
 //!
 //! Invariants: bounded memory (a learner that has met [`MOST_OBJECTS`] images begins anew);
-//! time as told here never goes back; what a lesson taught counts unless a later one was adopted
-//! or all that it was taken from is forgotten.
+//! time is monotonic here; a model is installed unless a newer one is, or its samples were
+//! forgotten.
 
 use std::collections::HashMap;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
-use crate::policy::forecast::lesson;
-use crate::policy::forecast::{Forecast, ForecastConfig};
-use crate::policy::{Policy as _, Request};
+use crate::reuse::training::{FittedReuse, ReuseTraining};
+use crate::reuse::{ObjectRequest, ReuseMemory, ReuseSettings};
 
 /// Images after which all is forgotten: each has a past of some hundred bytes.
 const MOST_OBJECTS: usize = 1 << 16;
@@ -27,14 +26,14 @@ const SET_BACK_MS: i64 = 3_600_000;
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReuseSamples {
     number: u64,
-    lesson: lesson::Lesson,
+    training: ReuseTraining,
 }
 
 /// A model fitted to [`ReuseSamples`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReuseFit {
     number: u64,
-    learned: lesson::Learned,
+    fitted: FittedReuse,
 }
 
 impl ReuseSamples {
@@ -42,7 +41,7 @@ impl ReuseSamples {
     pub fn fit(&self) -> ReuseFit {
         ReuseFit {
             number: self.number,
-            learned: self.lesson.study(),
+            fitted: self.training.fit(),
         }
     }
 }
@@ -50,29 +49,29 @@ impl ReuseSamples {
 /// See the module's header.
 #[derive(Clone, Debug)]
 pub(super) struct Reuse {
-    learner: Forecast,
+    learner: ReuseMemory,
     objects: HashMap<SharedImage, u32>,
     owners: HashMap<(Domain, ProfileName), u32>,
     now_ms: i64,
-    /// Lessons taken, and the last one that was adopted or came to nothing.
+    /// Samples taken, and the last ones whose model was installed or came to nothing.
     taken: u64,
-    adopted: u64,
+    installed: u64,
 }
 
 impl Reuse {
     /// A learner for a memory of `capacity_bytes`.
     pub(super) fn new(capacity_bytes: u64) -> Self {
-        let config = ForecastConfig {
+        let config = ReuseSettings {
             most_samples: MOST_SAMPLES,
-            ..ForecastConfig::default()
+            ..ReuseSettings::default()
         };
         Self {
-            learner: Forecast::new(capacity_bytes, config),
+            learner: ReuseMemory::new(capacity_bytes, config),
             objects: HashMap::new(),
             owners: HashMap::new(),
             now_ms: i64::MIN,
             taken: 0,
-            adopted: 0,
+            installed: 0,
         }
     }
 
@@ -90,7 +89,7 @@ impl Reuse {
         if set_back || self.objects.len() >= MOST_OBJECTS || self.owners.len() >= MOST_OBJECTS {
             *self = Self {
                 taken: self.taken,
-                adopted: self.taken,
+                installed: self.taken,
                 ..Self::new(self.learner.capacity_bytes())
             };
         }
@@ -102,7 +101,7 @@ impl Reuse {
             let objects = self.objects.len() as u32;
             let image = SharedImage::new(domain.clone(), device.image);
             let object = *self.objects.entry(image).or_insert(objects);
-            self.learner.observe(&Request {
+            self.learner.observe(&ObjectRequest {
                 object,
                 owner,
                 bytes: device.image_bytes,
@@ -112,19 +111,19 @@ impl Reuse {
         }
     }
 
-    /// What is to be learned of the launches so far, if enough is new.
+    /// Samples of the launches so far, if enough is new.
     pub(super) fn samples(&mut self) -> Option<ReuseSamples> {
-        let lesson = self.learner.lesson(self.now_ms)?;
+        let training = self.learner.training_set(self.now_ms)?;
         self.taken += 1;
         let number = self.taken;
-        Some(ReuseSamples { number, lesson })
+        Some(ReuseSamples { number, training })
     }
 
-    /// Estimates by what a lesson taught from now on.
-    pub(super) fn install(&mut self, ReuseFit { number, learned }: ReuseFit) {
-        if number > self.adopted {
-            self.adopted = number;
-            self.learner.adopt(learned, self.now_ms);
+    /// Estimates by a fitted model from now on.
+    pub(super) fn install(&mut self, ReuseFit { number, fitted }: ReuseFit) {
+        if number > self.installed {
+            self.installed = number;
+            self.learner.install(fitted, self.now_ms);
         }
     }
 
@@ -170,8 +169,8 @@ mod tests {
     }
 
     fn study(reuse: &mut Reuse) {
-        if let Some(lesson) = reuse.samples() {
-            reuse.install(lesson.fit());
+        if let Some(samples) = reuse.samples() {
+            reuse.install(samples.fit());
         }
     }
 
@@ -203,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lesson_is_taken_once_and_counts_for_the_past_that_it_is_of() {
+    fn samples_are_taken_once_and_their_model_counts_for_the_past_that_they_are_of() {
         let domain = Domain::from("ci");
         let image = SharedImage::new(domain.clone(), device(7).image);
         let mut reuse = Reuse::new(64 << 20);
@@ -212,8 +211,8 @@ mod tests {
             loop {
                 launch(reuse, &domain, next);
                 next += 1;
-                if let Some(lesson) = reuse.samples() {
-                    return lesson;
+                if let Some(samples) = reuse.samples() {
+                    return samples;
                 }
             }
         };
@@ -233,7 +232,7 @@ mod tests {
         overtaken.install(second.clone());
         overtaken.install(first);
         assert_eq!(overtaken.probability(&image, 600_000), late);
-        // The clock is set back while the lesson is studied.
+        // The clock is set back while the model is fitted.
         launch(&mut reuse, &domain, 0);
         reuse.install(second);
         assert_eq!(reuse.probability(&image, 600_000), None);

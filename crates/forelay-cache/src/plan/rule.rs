@@ -1,5 +1,5 @@
-//! The planner's rule by worth as a [`Policy`], so that it is held to the same contract and
-//! compared on the same traces as the others.
+//! The planner's rule by worth as an eviction policy, so that the simulator holds it to the same
+//! contract as others and compares it on the same traces.
 //!
 //! Objects are components, each one extent; only observed uses count, since a trace of
 //! requests carries no forecasts of launches.
@@ -10,7 +10,7 @@ use forelay_image::Digest;
 use forelay_image::pages::PageRun;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
-use crate::policy::{Kind, Policy, Request};
+use crate::reuse::ObjectRequest;
 
 use super::benefit::BenefitModel;
 use super::config::PlanConfig;
@@ -75,12 +75,9 @@ impl ByWorth {
     }
 }
 
-impl Policy for ByWorth {
-    fn name(&self) -> &'static str {
-        Kind::Planner.name()
-    }
-
-    fn request(&mut self, request: &Request) -> bool {
+impl ByWorth {
+    /// Serves a request; true if the object was held already.
+    pub fn request(&mut self, request: &ObjectRequest) -> bool {
         let digest = Digest::of(&request.object.to_le_bytes());
         let image = SharedImage::new(self.domain.clone(), digest);
         let device = DeviceImage {
@@ -112,15 +109,18 @@ impl Policy for ByWorth {
         false
     }
 
-    fn contains(&self, object: u32) -> bool {
+    /// Whether an object is held.
+    pub fn contains(&self, object: u32) -> bool {
         self.held.contains_key(&object)
     }
 
-    fn used_bytes(&self) -> u64 {
+    /// Bytes held.
+    pub fn used_bytes(&self) -> u64 {
         self.used_bytes
     }
 
-    fn capacity_bytes(&self) -> u64 {
+    /// Most bytes that may be held.
+    pub fn capacity_bytes(&self) -> u64 {
         self.capacity_bytes
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use forelay_cache::policy::Request;
+use forelay_cache::reuse::ObjectRequest;
 use forelay_image::component::{Component as Built, Role};
 use forelay_sim::trace::Trace;
 
@@ -113,14 +113,14 @@ fn consists_of(components: &[Component], profile: u32) -> Vec<(u32, u64)> {
 }
 
 /// What the launches ask for, component by component.
-pub fn requests(components: &[Component], trace: &Trace) -> Vec<Request> {
+pub fn requests(components: &[Component], trace: &Trace) -> Vec<ObjectRequest> {
     let mut profiles: BTreeMap<u32, Vec<(u32, u64)>> = BTreeMap::new();
     let mut requests = Vec::new();
     for launch in &trace.launches {
         let parts = profiles
             .entry(launch.profile)
             .or_insert_with(|| consists_of(components, launch.profile));
-        requests.extend(parts.iter().map(|&(object, bytes)| Request {
+        requests.extend(parts.iter().map(|&(object, bytes)| ObjectRequest {
             object,
             owner: launch.owner,
             bytes,

@@ -17,8 +17,9 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use forelay_cache::policy::min::cold_bound;
-use forelay_cache::policy::{Kind, Policy, Request};
+use forelay_cache::reuse::ObjectRequest;
+use forelay_sim::eviction::min::cold_bound;
+use forelay_sim::eviction::{EvictionKind, EvictionPolicy};
 use forelay_sim::launch_rows::OnBadRow;
 use forelay_sim::trace::Trace;
 use serde_json::{Value, json};
@@ -26,14 +27,14 @@ use serde_json::{Value, json};
 /// Memory sizes in GiB; the third is "the middle one".
 const MEMORY_GIB: [u64; 5] = [4, 8, 16, 32, 64];
 
-const POLICIES: [Kind; 7] = [
-    Kind::LeastUsed,
-    Kind::Lru,
-    Kind::S3Fifo,
-    Kind::Gdsf,
-    Kind::Forecast,
-    Kind::ForecastPrefetch,
-    Kind::Planner,
+const POLICIES: [EvictionKind; 7] = [
+    EvictionKind::LeastUsed,
+    EvictionKind::Lru,
+    EvictionKind::S3Fifo,
+    EvictionKind::Gdsf,
+    EvictionKind::Forecast,
+    EvictionKind::ForecastPrefetch,
+    EvictionKind::Planner,
 ];
 
 const DAY_MS: i64 = 86_400_000;
@@ -41,7 +42,7 @@ const DAY_MS: i64 = 86_400_000;
 /// What a policy did.
 #[derive(Clone)]
 struct Tally {
-    kind: Kind,
+    kind: EvictionKind,
     cold_s: f64,
     cold_later_half_s: f64,
     miss_ratio: f64,
@@ -49,9 +50,9 @@ struct Tally {
     took_s: f64,
 }
 
-fn tally(kind: Kind, memory_bytes: u64, requests: &[Request]) -> Tally {
+fn tally(kind: EvictionKind, memory_bytes: u64, requests: &[ObjectRequest]) -> Tally {
     let begun = Instant::now();
-    let mut policy: Box<dyn Policy> = kind.build(memory_bytes, requests);
+    let mut policy: Box<dyn EvictionPolicy> = kind.build(memory_bytes, requests);
     let half_ms = requests.last().map_or(0, |last| last.now_ms / 2);
     let (mut cold_s, mut cold_later_half_s, mut misses) = (0.0, 0.0, 0u64);
     for request in requests {
@@ -74,8 +75,8 @@ fn tally(kind: Kind, memory_bytes: u64, requests: &[Request]) -> Tally {
 }
 
 /// All policies at all sizes, on every processor; `[size][policy]`.
-fn tallies(requests: &[Request]) -> Vec<Vec<Tally>> {
-    let jobs: Vec<(u64, Kind)> = MEMORY_GIB
+fn tallies(requests: &[ObjectRequest]) -> Vec<Vec<Tally>> {
+    let jobs: Vec<(u64, EvictionKind)> = MEMORY_GIB
         .iter()
         .flat_map(|&gib| POLICIES.map(|kind| (gib << 30, kind)))
         .collect();
@@ -141,14 +142,18 @@ fn report_size(memory_bytes: u64, tallies: &[Tally], bound_s: f64, compulsory_s:
     })
 }
 
-fn cold(tallies: &[Tally], kind: Kind) -> f64 {
+fn cold(tallies: &[Tally], kind: EvictionKind) -> f64 {
     let tally = tallies.iter().find(|tally| tally.kind == kind);
     tally.map_or(f64::NAN, |tally| tally.cold_s)
 }
 
 /// Whether `ours` has the least cold time of all but the other forecast variant.
-fn best(tallies: &[Tally], ours: Kind) -> bool {
-    let own = [Kind::Forecast, Kind::ForecastPrefetch, Kind::Planner];
+fn best(tallies: &[Tally], ours: EvictionKind) -> bool {
+    let own = [
+        EvictionKind::Forecast,
+        EvictionKind::ForecastPrefetch,
+        EvictionKind::Planner,
+    ];
     let mut others = tallies.iter().filter(|tally| !own.contains(&tally.kind));
     others.all(|tally| cold(tallies, ours) < tally.cold_s)
 }
@@ -156,8 +161,8 @@ fn best(tallies: &[Tally], ours: Kind) -> bool {
 fn report(trace: &Trace, components: &[fleet::Component]) -> Value {
     let requests = fleet::requests(components, trace);
     let mut seen = BTreeSet::new();
-    let first = |request: &&Request| seen.insert(request.object);
-    let compulsory: Vec<Request> = requests.iter().filter(first).copied().collect();
+    let first = |request: &&ObjectRequest| seen.insert(request.object);
+    let compulsory: Vec<ObjectRequest> = requests.iter().filter(first).copied().collect();
     let compulsory_s: f64 = compulsory.iter().map(|request| request.load_s).sum();
     let distinct_bytes: u64 = compulsory.iter().map(|request| request.bytes).sum();
     let mean_bytes =
@@ -182,7 +187,7 @@ fn report(trace: &Trace, components: &[fleet::Component]) -> Value {
         .collect();
     let best_at_all = |ours| tallies.iter().all(|tallies| best(tallies, ours));
     let middle = &tallies[MEMORY_GIB.len() / 2];
-    let saved = |ours| 1.0 - cold(middle, ours) / cold(middle, Kind::Gdsf);
+    let saved = |ours| 1.0 - cold(middle, ours) / cold(middle, EvictionKind::Gdsf);
     json!({
         "launches": trace.launches.len(),
         "requests": requests.len(),
@@ -193,10 +198,10 @@ fn report(trace: &Trace, components: &[fleet::Component]) -> Value {
         "load_latency_s": fleet::LATENCY_S,
         "load_bandwidth_bytes_per_s": fleet::BANDWIDTH_BYTES_PER_S,
         "sizes": sizes,
-        "best_at_all_sizes": best_at_all(Kind::ForecastPrefetch),
-        "best_at_all_sizes_without_prefetch": best_at_all(Kind::Forecast),
-        "cold_time_saved_vs_gdsf_mid": saved(Kind::ForecastPrefetch),
-        "cold_time_saved_vs_gdsf_mid_without_prefetch": saved(Kind::Forecast),
+        "best_at_all_sizes": best_at_all(EvictionKind::ForecastPrefetch),
+        "best_at_all_sizes_without_prefetch": best_at_all(EvictionKind::Forecast),
+        "cold_time_saved_vs_gdsf_mid": saved(EvictionKind::ForecastPrefetch),
+        "cold_time_saved_vs_gdsf_mid_without_prefetch": saved(EvictionKind::Forecast),
     })
 }
 

@@ -38,7 +38,7 @@ use api::inspect::VmMaps;
 use forecast::inherit::Inheritance;
 use forecast::last_launches::LastLaunches;
 use forecast::learning::Learner;
-use forecast::lessons::Lessons;
+use forecast::observation::LearningTasks;
 use launch::LaunchService;
 use launch::admit::Admission;
 use launch::compose::Composer;
@@ -112,7 +112,7 @@ pub struct Host {
     domains: Arc<Domains>,
     memory: Arc<PlannerHandle>,
     learner: Arc<Learner>,
-    lessons: Arc<Lessons>,
+    learning_tasks: Arc<LearningTasks>,
     inheritance: Arc<Inheritance>,
     last_launches: Arc<LastLaunches>,
     demand: memory::samples::ForecastDemand,
@@ -142,7 +142,7 @@ struct Parts {
     premaps: Arc<Premaps>,
     /// Instances, none yet.
     instances: Arc<VmRegistry>,
-    lessons: Arc<Lessons>,
+    learning_tasks: Arc<LearningTasks>,
 }
 
 impl Parts {
@@ -164,7 +164,7 @@ impl Parts {
             domains: Arc::clone(&self.domains),
             memory: Arc::clone(&self.memory),
             learner: Arc::clone(&self.learner),
-            lessons: Arc::clone(&self.lessons),
+            learning_tasks: Arc::clone(&self.learning_tasks),
             window: Duration::from_secs_f64(self.config.forecast.window_s.max(0.0)),
         })
     }
@@ -255,7 +255,7 @@ impl Host {
             domains: parts.domains,
             memory: parts.memory,
             learner: parts.learner,
-            lessons: parts.lessons,
+            learning_tasks: parts.learning_tasks,
             inheritance,
             last_launches: parts.last_launches,
             demand: parts.demand,
@@ -388,7 +388,7 @@ impl Host {
 
     /// Finishes what is being learned; this daemon ends.
     pub async fn finish_learning(&self) {
-        if !self.lessons.finish(LEARN_GRACE).await {
+        if !self.learning_tasks.finish(LEARN_GRACE).await {
             tracing::error!("some of what was touched lately is not learned: it took too long");
         }
     }

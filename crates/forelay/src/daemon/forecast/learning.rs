@@ -21,8 +21,8 @@ use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
 use crate::daemon::HostError;
 use crate::daemon::forecast::clock::ForecastClock;
-use crate::daemon::forecast::lessons::AttachLesson;
 use crate::daemon::forecast::models::{Models, model_key};
+use crate::daemon::forecast::observation::AttachTouches;
 use crate::daemon::forecast::replay::Replay;
 use crate::daemon::memory::faults::WaitFigures;
 use crate::history::{
@@ -312,19 +312,19 @@ impl Learner {
         of: &ProfileRef,
         launch_id: i64,
         image: Digest,
-        lesson: AttachLesson,
+        touched: AttachTouches,
     ) {
         let images = vec![image];
         let models = self.models();
-        models.touched(of, &images, &lesson.own);
-        models.touched_late(of, &lesson.others);
+        models.touched(of, &images, &touched.own);
+        models.touched_late(of, &touched.others);
         let mut whats = vec![What::Touched {
             images,
-            touches: lesson.own,
+            touches: touched.own,
         }];
-        if !lesson.others.is_empty() {
+        if !touched.others.is_empty() {
             whats.push(What::TouchedLate {
-                touches: lesson.others,
+                touches: touched.others,
             });
         }
         self.tell(of, launch_id, whats).await;

@@ -221,7 +221,7 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
         last_launches: Arc::new(last_launches),
         demand,
         instances: Arc::default(),
-        lessons: Arc::default(),
+        learning_tasks: Arc::default(),
     });
     tokio::spawn(preparer.premap_likely(reserved));
     Ok((Arc::new(host), journalled))

@@ -170,7 +170,7 @@ impl AttachService {
             };
             // Nothing is learned of what is taken back.
             if let Some(observed) = instance.observed() {
-                observed.lock().notes.take_attached(&component.image);
+                observed.lock().buffer.take_attached(&component.image);
             }
             match handle.detach(&device.id, &uuid(component)).await {
                 // Without its state file it is detached all the same.

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 
 use crate::api::{Vm, VmState};
 use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
-use crate::daemon::forecast::lessons::{Lessons, Notebook};
+use crate::daemon::forecast::observation::{LearningTasks, TouchBuffer};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
 use crate::daemon::launch::prefetch::PrefetchPlan;
 use crate::daemon::launch::resolve::Order;
@@ -45,7 +45,7 @@ pub struct Observed {
     /// Touches since the launch, in first-touch order.
     pub touches: Vec<Touch>,
     /// Of them, what is to be learned.
-    pub notes: Notebook,
+    pub buffer: TouchBuffer,
 }
 
 /// A launch under observation.
@@ -66,7 +66,7 @@ pub(in crate::daemon) struct Supervisor {
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,
     pub learner: Arc<Learner>,
-    pub lessons: Arc<Lessons>,
+    pub learning_tasks: Arc<LearningTasks>,
     /// How long after `ready` touches still count to a launch.
     pub window: Duration,
 }
@@ -122,7 +122,7 @@ impl Supervisor {
     fn begin(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle, launch: Launch) {
         instance.run(handle.clone());
         let watching = Arc::clone(self).watch_over(instance, handle, launch);
-        self.lessons.spawn(watching);
+        self.learning_tasks.spawn(watching);
     }
 
     /// Bytes read from the repository so far.
@@ -138,8 +138,8 @@ impl Supervisor {
     ) {
         let observed = self.observe_devices(&instance, handle.pid()).await;
         if launch.recorded {
-            // What was touched before this daemon came is no lesson of its.
-            observed.lock().notes = Notebook::of_reattached();
+            // What was touched before this daemon came is another daemon's to learn.
+            observed.lock().buffer = TouchBuffer::of_reattached();
             self.scan(&instance, &observed).await;
         }
         instance.observe(Arc::clone(&observed));
@@ -165,7 +165,7 @@ impl Supervisor {
                         handle.wait_ended().await;
                     }
                 }
-                () = self.lessons.hurried() => {
+                () = self.learning_tasks.shutdown() => {
                     if launch.ready_at.is_some() {
                         self.scan(&instance, &observed).await;
                         self.record(&instance, &observed, &mut launch).await;
@@ -201,7 +201,7 @@ impl Supervisor {
         Arc::new(Mutex::new(Observed {
             observer,
             touches: Vec::new(),
-            notes: Notebook::default(),
+            buffer: TouchBuffer::default(),
         }))
     }
 
@@ -291,7 +291,7 @@ impl Supervisor {
                     extent,
                     first_touch_ms: since_launch_ms,
                 });
-                observed.notes.note(touches.clone());
+                observed.buffer.note(touches.clone());
                 observed.touches.extend(touches);
             }
             found
@@ -322,7 +322,7 @@ impl Supervisor {
         let outcome = LaunchOutcome {
             launch_id: instance.launch_id(),
             of: launch.of.clone(),
-            touches: observed.lock().notes.take_launch(&images),
+            touches: observed.lock().buffer.take_launch(&images),
             images,
             waits: launch.waits.figures(),
             planned: std::mem::take(&mut launch.planned),
@@ -346,22 +346,22 @@ impl Supervisor {
         let observed = Arc::clone(observed);
         observed
             .lock()
-            .notes
+            .buffer
             .attached(image, since_launch_ms(&instance));
-        self.lessons.spawn(async move {
+        self.learning_tasks.spawn(async move {
             tokio::select! {
                 () = tokio::time::sleep(this.window + ATTACH_PATIENCE) => {}
                 () = instance.ended() => {}
-                () = this.lessons.hurried() => {}
+                () = this.learning_tasks.shutdown() => {}
             }
             this.scan(&instance, &observed).await;
-            let Some(lesson) = observed.lock().notes.take_attached(&image) else {
+            let Some(touches) = observed.lock().buffer.take_attached(&image) else {
                 return;
             };
             let of = instance.profile();
             let learning = this
                 .learner
-                .attached_touched(&of, instance.launch_id(), image, lesson);
+                .attached_touched(&of, instance.launch_id(), image, touches);
             learning.await;
         });
     }

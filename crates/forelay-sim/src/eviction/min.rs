@@ -7,8 +7,10 @@
 
 use std::collections::HashMap;
 
-use super::ranked::Ranked;
-use super::{Policy, Request};
+use forelay_cache::reuse::ObjectRequest;
+use forelay_cache::reuse::ranked::Ranked;
+
+use super::EvictionPolicy;
 
 /// Belady's rule.
 #[derive(Clone, Debug)]
@@ -20,7 +22,7 @@ pub struct Min {
 }
 
 /// For each request the position of the next one for the same object, or `u64::MAX`.
-fn next_requests(requests: &[Request]) -> Vec<u64> {
+fn next_requests(requests: &[ObjectRequest]) -> Vec<u64> {
     let mut next = vec![u64::MAX; requests.len()];
     let mut seen = HashMap::new();
     for (at, request) in requests.iter().enumerate().rev() {
@@ -33,7 +35,7 @@ fn next_requests(requests: &[Request]) -> Vec<u64> {
 
 impl Min {
     /// An empty memory of `capacity_bytes` that will see exactly `requests`.
-    pub fn new(capacity_bytes: u64, requests: &[Request]) -> Self {
+    pub fn new(capacity_bytes: u64, requests: &[ObjectRequest]) -> Self {
         Self {
             objects: Ranked::new(capacity_bytes),
             next: next_requests(requests),
@@ -42,12 +44,12 @@ impl Min {
     }
 }
 
-impl Policy for Min {
+impl EvictionPolicy for Min {
     fn name(&self) -> &'static str {
         "min"
     }
 
-    fn request(&mut self, request: &Request) -> bool {
+    fn request(&mut self, request: &ObjectRequest) -> bool {
         let next = self.next.get(self.at).copied().unwrap_or(u64::MAX);
         self.at += 1;
         let rank = u64::MAX - next;
@@ -81,7 +83,7 @@ impl Policy for Min {
 
 /// Least cold time, in seconds, that any policy without prefetch could reach on
 /// `requests` with `capacity_bytes`. Time is counted in requests.
-pub fn cold_bound(capacity_bytes: u64, requests: &[Request]) -> f64 {
+pub fn cold_bound(capacity_bytes: u64, requests: &[ObjectRequest]) -> f64 {
     let next = next_requests(requests);
     let mut room = capacity_bytes as f64 * requests.len() as f64;
     let mut cold_s: f64 = requests.iter().map(|request| request.load_s).sum();

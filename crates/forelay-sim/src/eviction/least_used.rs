@@ -1,28 +1,28 @@
-//! The literal baseline rule: evict the least-used unpinned component until the new one
-//! fits, looping until it does; never for a component larger than the budget.
-//!
-//! Invariant: what is chosen covers the need, or nothing is chosen.
+//! The literal baseline rule over whole components: the least-used one leaves until the new one
+//! fits, never for a component larger than the memory.
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::{Policy, Request};
+use forelay_cache::reuse::ObjectRequest;
+
+use super::EvictionPolicy;
 
 /// A component that may be evicted.
 #[derive(Clone, Copy, Debug)]
-pub struct Candidate<K> {
+struct Evictable<K> {
     /// Which one.
-    pub key: K,
+    key: K,
     /// What evicting it frees, in bytes.
-    pub bytes: u64,
+    bytes: u64,
     /// How often it was used.
-    pub uses: u64,
+    uses: u64,
     /// When it was used last, in milliseconds; breaks ties, the older one leaves first.
-    pub last_use_ms: i64,
+    last_use_ms: i64,
 }
 
 /// The components to evict, in order, so that at least `needed_bytes` become free. Empty
 /// when all of them together would not suffice.
-pub fn choose<K: Ord + Copy>(mut candidates: Vec<Candidate<K>>, needed_bytes: u64) -> Vec<K> {
+fn choose<K: Ord + Copy>(mut candidates: Vec<Evictable<K>>, needed_bytes: u64) -> Vec<K> {
     candidates.retain(|candidate| candidate.bytes > 0);
     let all: u64 = candidates.iter().map(|candidate| candidate.bytes).sum();
     if all < needed_bytes {
@@ -30,7 +30,7 @@ pub fn choose<K: Ord + Copy>(mut candidates: Vec<Candidate<K>>, needed_bytes: u6
     }
     candidates.sort_by_key(|candidate| (candidate.uses, candidate.last_use_ms, candidate.key));
     let mut freed = 0;
-    let enough = |candidate: &Candidate<K>| {
+    let enough = |candidate: &Evictable<K>| {
         let wanted = freed < needed_bytes;
         freed += candidate.bytes;
         wanted
@@ -47,7 +47,7 @@ pub fn choose<K: Ord + Copy>(mut candidates: Vec<Candidate<K>>, needed_bytes: u6
 pub struct LeastUsed {
     capacity_bytes: u64,
     used_bytes: u64,
-    held: BTreeMap<u32, Candidate<u32>>,
+    held: BTreeMap<u32, Evictable<u32>>,
     /// Uses of every component ever seen: they survive its eviction.
     uses: HashMap<u32, u64>,
 }
@@ -64,15 +64,15 @@ impl LeastUsed {
     }
 }
 
-impl Policy for LeastUsed {
+impl EvictionPolicy for LeastUsed {
     fn name(&self) -> &'static str {
         "least-used"
     }
 
-    fn request(&mut self, request: &Request) -> bool {
+    fn request(&mut self, request: &ObjectRequest) -> bool {
         let uses = self.uses.entry(request.object).or_insert(0);
         *uses += 1;
-        let candidate = Candidate {
+        let candidate = Evictable {
             key: request.object,
             bytes: request.bytes,
             uses: *uses,
@@ -115,8 +115,8 @@ impl Policy for LeastUsed {
 mod tests {
     use super::*;
 
-    fn candidate(key: u32, bytes: u64, uses: u64, last_use_ms: i64) -> Candidate<u32> {
-        Candidate {
+    fn candidate(key: u32, bytes: u64, uses: u64, last_use_ms: i64) -> Evictable<u32> {
+        Evictable {
             key,
             bytes,
             uses,

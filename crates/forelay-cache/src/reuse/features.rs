@@ -1,10 +1,10 @@
-//! What is known about objects and owners from past requests, as features for the
-//! forecast policy: gaps, rates at several time scales, the owner's habits.
+//! What is known about objects and owners from past requests, as features of
+//! expected reuse: gaps, rates at several time scales, the owner's habits.
 //!
 //! Everything is causal: a feature at time t depends on requests up to t alone. Time
 //! features are log2 of seconds, so that one model serves seconds and days.
 
-use super::Request;
+use super::ObjectRequest;
 
 /// Number of features.
 pub const FEATURES: usize = 43;
@@ -74,7 +74,7 @@ struct OwnerPast {
 
 /// All objects' and owners' past.
 #[derive(Clone, Debug, Default)]
-pub struct History {
+pub struct RequestHistory {
     objects: Vec<Option<ObjectPast>>,
     owners: Vec<OwnerPast>,
     requests: u64,
@@ -109,7 +109,7 @@ impl OwnerPast {
     }
 }
 
-impl History {
+impl RequestHistory {
     /// Seconds since the object's last request, if there was one.
     pub fn age_s(&self, object: u32, now_ms: i64) -> Option<f64> {
         let past = self.objects.get(object as usize)?.as_ref()?;
@@ -117,7 +117,7 @@ impl History {
     }
 
     /// Takes a request into account.
-    pub fn observe(&mut self, request: &Request) {
+    pub fn observe(&mut self, request: &ObjectRequest) {
         let now_s = request.now_ms as f64 / 1e3;
         let (object, owner) = (request.object as usize, request.owner as usize);
         if self.objects.len() <= object {

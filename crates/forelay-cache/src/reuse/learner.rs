@@ -9,11 +9,10 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::super::Request;
-use super::super::history::{FEATURES, History};
-use super::super::trees::Trees;
-use super::lesson::{How, Learned, Lesson, Outcome, Samples, Waiting};
-use super::{ForecastConfig, HOUR_MS};
+use super::features::{FEATURES, RequestHistory};
+use super::training::{FitInput, FittedReuse, Outcome, ReuseTraining, Samples, Waiting};
+use super::trees::Trees;
+use super::{HOUR_MS, ObjectRequest, ReuseSettings};
 
 /// Misses older than this count half where the half-life is measured, in milliseconds.
 const TURNOVER_MEMORY_MS: f64 = 8.0 * HOUR_MS;
@@ -24,7 +23,7 @@ const LEAST_WAIT_HALF_LIVES: f64 = 0.25;
 /// Least and most that is expected.
 const NEED: (f64, f64) = (1e-4, 1.0);
 
-/// How fast the memory turns over: bytes missed and the time in which they were, both decayed.
+/// FitInput fast the memory turns over: bytes missed and the time in which they were, both decayed.
 #[derive(Clone, Copy, Debug, Default)]
 struct Turnover {
     missed_bytes: f64,
@@ -58,8 +57,8 @@ struct Open {
 /// See the module's header.
 #[derive(Clone, Debug)]
 pub(super) struct Learner {
-    config: ForecastConfig,
-    history: History,
+    config: ReuseSettings,
+    history: RequestHistory,
     model: Option<Trees>,
     half_life_ms: f64,
     turnover: Turnover,
@@ -74,10 +73,10 @@ pub(super) struct Learner {
 }
 
 impl Learner {
-    pub(super) fn new(config: ForecastConfig) -> Self {
+    pub(super) fn new(config: ReuseSettings) -> Self {
         Self {
             config,
-            history: History::default(),
+            history: RequestHistory::default(),
             model: None,
             half_life_ms: config.first_half_life_ms,
             turnover: Turnover::default(),
@@ -107,7 +106,7 @@ impl Learner {
         (self.history.age_s(object, now_ms).unwrap_or(0.0) * 1e3) as i64
     }
 
-    /// How needed an object is. Nothing before the first fit, and for an object that was
+    /// FitInput needed an object is. Nothing before the first fit, and for an object that was
     /// never requested.
     pub(super) fn need(&self, object: u32, now_ms: i64) -> Option<f64> {
         let need = self.score(object, now_ms)?;
@@ -120,7 +119,7 @@ impl Learner {
     }
 
     /// Takes a request into account that missed so many bytes.
-    pub(super) fn observe(&mut self, request: &Request, missed_bytes: u64) {
+    pub(super) fn observe(&mut self, request: &ObjectRequest, missed_bytes: u64) {
         let now_ms = request.now_ms;
         for id in self
             .open_by_object
@@ -183,31 +182,31 @@ impl Learner {
         self.open_order.push_back((now_ms, id));
     }
 
-    /// What is to be learned while so much is held, once there is enough that was not there
-    /// the last time.
-    pub(super) fn lesson(&mut self, held_bytes: u64, now_ms: i64) -> Option<Lesson> {
-        let how = self.how_if_due(held_bytes, now_ms)?;
+    /// What a model is to be fitted to while so much is held, once there is enough that was not
+    /// there the last time.
+    pub(super) fn training_set(&mut self, held_bytes: u64, now_ms: i64) -> Option<ReuseTraining> {
+        let input = self.input_if_due(held_bytes, now_ms)?;
         let samples = self.samples.clone();
-        Some(Lesson { samples, how })
+        Some(ReuseTraining { samples, input })
     }
 
-    /// Learns it at once; true if something was.
-    pub(super) fn learn(&mut self, held_bytes: u64, now_ms: i64) -> bool {
-        let Some(how) = self.how_if_due(held_bytes, now_ms) else {
+    /// Fits at once, if that is due; true if a model was fitted.
+    pub(super) fn fit_if_due(&mut self, held_bytes: u64, now_ms: i64) -> bool {
+        let Some(input) = self.input_if_due(held_bytes, now_ms) else {
             return false;
         };
-        let learned = how.study(&self.samples);
-        self.adopt(learned);
+        let fitted = input.fit(&self.samples);
+        self.install(fitted);
         true
     }
 
-    /// Expects what a lesson taught from now on.
-    pub(super) fn adopt(&mut self, learned: Learned) {
-        self.half_life_ms = learned.half_life_ms;
-        self.model = learned.model;
+    /// Expects what a fitted model says from now on.
+    pub(super) fn install(&mut self, fitted: FittedReuse) {
+        self.half_life_ms = fitted.half_life_ms;
+        self.model = fitted.model;
     }
 
-    fn how_if_due(&mut self, held_bytes: u64, now_ms: i64) -> Option<How> {
+    fn input_if_due(&mut self, held_bytes: u64, now_ms: i64) -> Option<FitInput> {
         if self.complete < self.next_fit {
             return None;
         }
@@ -223,11 +222,11 @@ impl Learner {
         let (least_ms, most_ms) = self.config.half_life_range_ms;
         let fills_in_ms = self.turnover.fills_in_ms(held_bytes);
         let half_life_ms = fills_in_ms.map_or(self.half_life_ms, |ms| ms.clamp(least_ms, most_ms));
-        enough.then(|| How {
+        enough.then(|| FitInput {
             waiting,
             before: self.model.clone(),
             half_life_ms,
-            fit: self.config.fit,
+            settings: self.config.fit,
         })
     }
 

@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 
-use super::Request;
+use forelay_cache::reuse::ObjectRequest;
+
 use super::ranked::{RankedPolicy, Ranking};
 
 /// The policy of the module's header.
@@ -23,7 +24,7 @@ impl Ranking for Value {
 
     const NAME: &'static str = "gdsf";
 
-    fn used(&mut self, request: &Request, _: Option<(u64, u64)>) -> (u64, u64) {
+    fn used(&mut self, request: &ObjectRequest, _: Option<(u64, u64)>) -> (u64, u64) {
         self.requests += 1;
         let uses = self.uses.entry(request.object).or_insert(0);
         *uses += 1;

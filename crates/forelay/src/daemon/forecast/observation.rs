@@ -1,15 +1,16 @@
-//! What is to be learned of running VMs: which touches belong to which lesson, and the tasks
-//! that wait until a lesson can be learned.
+//! Observation of running VMs: a buffer of the touches that no model has learned yet, and the
+//! background tasks that wait for the windows after which they are learned.
 //!
 //! ```text
-//! launch --- window ---> its touches are learned
-//!   attach --- window ---> touches of what was attached are learned, and with them, counted to
-//!                          the launch, those that the VM's other images had meanwhile
+//! launch --- window ---> the launch's touches are learned
+//!   attach --- window ---> touches of the attached component are learned, and with them, counted
+//!                          to the launch, those of the VM's other images meanwhile
 //! ```
-//! Owns the division; refuses to know how touches are found and where they are learned.
+//! Owns the division of touches between launch and attachments; refuses to know how touches are
+//! found and where they are learned.
 //!
-//! Invariants: a touch is learned once, or, if it falls into no window, not at all; when the
-//! daemon ends in order, what waits is learned first ([`Lessons::finish`]).
+//! Invariants: a touch is learned once, or, if it falls into no window, not at all; an orderly
+//! shutdown flushes the buffers first ([`LearningTasks::finish`]).
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -27,25 +28,25 @@ struct Attached {
     learned: bool,
 }
 
-/// Touches of one VM that are not learned yet.
+/// Touches of one VM that no model has learned yet.
 #[derive(Debug, Default)]
-pub struct Notebook {
+pub struct TouchBuffer {
     touches: Vec<Touch>,
     launch_learned: bool,
     attached: BTreeMap<Digest, Attached>,
 }
 
-/// What an attach taught.
+/// The touches that belong to an attachment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AttachLesson {
-    /// Touches of what was attached, with the time since it was.
+pub struct AttachTouches {
+    /// Touches of the attached component, with the time since the attach.
     pub own: Vec<Touch>,
     /// Touches of the VM's other images since then, with the time since each image was there.
     pub others: Vec<Touch>,
 }
 
-impl Notebook {
-    /// For a VM whose launch somebody else has learned.
+impl TouchBuffer {
+    /// For a VM whose launch an earlier daemon has learned.
     pub fn of_reattached() -> Self {
         Self {
             launch_learned: true,
@@ -53,14 +54,14 @@ impl Notebook {
         }
     }
 
-    /// Notes what was touched, with the time since the launch.
+    /// Adds touches, with the time since the launch.
     pub fn note(&mut self, touches: impl Iterator<Item = Touch>) {
         if self.is_waited_for() {
             self.touches.extend(touches);
         }
     }
 
-    /// Whether any lesson is still to be learned.
+    /// Whether any window is still open.
     fn is_waited_for(&self) -> bool {
         !self.launch_learned || self.attached.values().any(|one| !one.learned)
     }
@@ -74,7 +75,7 @@ impl Notebook {
         self.attached.insert(image, attached);
     }
 
-    /// What the launch taught of `images`, in first-touch order.
+    /// The launch's touches of `images`, in first-touch order.
     pub fn take_launch(&mut self, images: &[Digest]) -> Vec<Touch> {
         self.launch_learned = true;
         let taken = self.take(|touch| images.contains(&touch.image));
@@ -82,8 +83,9 @@ impl Notebook {
         taken
     }
 
-    /// What attaching `image` taught, in first-touch order; `None` if that was taken before.
-    pub fn take_attached(&mut self, image: &Digest) -> Option<AttachLesson> {
+    /// The touches of the attachment of `image`, in first-touch order; `None` if they were taken
+    /// before.
+    pub fn take_attached(&mut self, image: &Digest) -> Option<AttachTouches> {
         let attached = self.attached.get_mut(image).filter(|one| !one.learned)?;
         attached.learned = true;
         let from_ms = attached.since_launch_ms;
@@ -106,13 +108,13 @@ impl Notebook {
                 ..touch
             }
         };
-        Some(AttachLesson {
+        Some(AttachTouches {
             own: own.into_iter().map(since).collect(),
             others: others.into_iter().map(since).collect(),
         })
     }
 
-    /// Lets go of what no lesson will take.
+    /// Drops touches that belong to no open window.
     fn forget(&mut self) {
         if !self.is_waited_for() {
             self.touches = Vec::new();
@@ -127,30 +129,34 @@ impl Notebook {
     }
 }
 
-/// The tasks that wait until something can be learned.
+/// Background tasks, each of which learns when its window has passed or at shutdown.
 #[derive(Debug, Default)]
-pub struct Lessons {
+pub struct LearningTasks {
     tasks: Mutex<JoinSet<()>>,
-    hurry: watch::Sender<bool>,
+    shutting_down: watch::Sender<bool>,
 }
 
-impl Lessons {
-    /// Runs a task that learns, and that makes haste when [`Lessons::hurried`] says so.
-    pub fn spawn(&self, lesson: impl Future<Output = ()> + Send + 'static) {
+impl LearningTasks {
+    /// Runs a task that learns, at the latest when [`LearningTasks::shutdown`] returns.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock();
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(lesson);
+        tasks.spawn(task);
     }
 
-    /// Returns when the daemon is about to end: what waits is to be learned now.
-    pub async fn hurried(&self) {
+    /// Returns when the daemon is about to end.
+    pub async fn shutdown(&self) {
         // The sender is ours: it is there as long as we are.
-        let _ = self.hurry.subscribe().wait_for(|hurry| *hurry).await;
+        let _ = self
+            .shutting_down
+            .subscribe()
+            .wait_for(|begun| *begun)
+            .await;
     }
 
-    /// Has everything learned now; whether all of it was within `bound`.
+    /// Flushes pending observations; false on timeout.
     pub async fn finish(&self, bound: Duration) -> bool {
-        self.hurry.send_replace(true);
+        self.shutting_down.send_replace(true);
         let mut tasks = std::mem::take(&mut *self.tasks.lock());
         let all = async { while tasks.join_next().await.is_some() {} };
         tokio::time::timeout(bound, all).await.is_ok()
@@ -178,76 +184,79 @@ mod tests {
     }
 
     #[test]
-    fn each_touch_belongs_to_one_lesson() {
-        let mut notes = Notebook::default();
-        notes.note([touch("base", 1, 10)].into_iter());
+    fn each_touch_belongs_to_one_window() {
+        let mut buffer = TouchBuffer::default();
+        buffer.note([touch("base", 1, 10)].into_iter());
         // Attached before the launch's window has passed: the launch has the base's pages.
-        notes.attached(image("tool"), 100);
-        notes.note([touch("tool", 1, 120), touch("base", 2, 130)].into_iter());
+        buffer.attached(image("tool"), 100);
+        buffer.note([touch("tool", 1, 120), touch("base", 2, 130)].into_iter());
         assert_eq!(
-            notes.take_launch(&[image("base")]),
+            buffer.take_launch(&[image("base")]),
             [touch("base", 1, 10), touch("base", 2, 130)]
         );
-        notes.note([touch("base", 3, 140), touch("tool", 2, 150)].into_iter());
-        notes.attached(image("other"), 200);
-        notes.note([touch("base", 4, 210), touch("other", 1, 220)].into_iter());
-        let tool = AttachLesson {
+        buffer.note([touch("base", 3, 140), touch("tool", 2, 150)].into_iter());
+        buffer.attached(image("other"), 200);
+        buffer.note([touch("base", 4, 210), touch("other", 1, 220)].into_iter());
+        let tool = AttachTouches {
             own: vec![touch("tool", 1, 20), touch("tool", 2, 50)],
             others: vec![touch("base", 3, 140), touch("base", 4, 210)],
         };
-        assert_eq!(notes.take_attached(&image("tool")), Some(tool));
-        assert_eq!(notes.take_attached(&image("tool")), None, "once");
-        notes.note([touch("tool", 3, 230)].into_iter());
-        let other = AttachLesson {
+        assert_eq!(buffer.take_attached(&image("tool")), Some(tool));
+        assert_eq!(buffer.take_attached(&image("tool")), None, "once");
+        buffer.note([touch("tool", 3, 230)].into_iter());
+        let other = AttachTouches {
             own: vec![touch("other", 1, 20)],
             others: vec![touch("tool", 3, 130)],
         };
-        assert_eq!(notes.take_attached(&image("other")), Some(other));
+        assert_eq!(buffer.take_attached(&image("other")), Some(other));
         // Nobody waits: nothing is kept.
-        notes.note([touch("base", 5, 300)].into_iter());
-        assert!(notes.touches.is_empty());
-        notes.attached(image("late"), 400);
-        let late = notes.take_attached(&image("late")).unwrap();
+        buffer.note([touch("base", 5, 300)].into_iter());
+        assert!(buffer.touches.is_empty());
+        buffer.attached(image("late"), 400);
+        let late = buffer.take_attached(&image("late")).unwrap();
         assert!(late.own.is_empty() && late.others.is_empty());
     }
 
     #[test]
     fn what_lies_between_the_windows_is_not_learned() {
-        let mut notes = Notebook::of_reattached();
-        notes.note([touch("base", 1, 10)].into_iter());
-        notes.attached(image("tool"), 100);
-        notes.note([touch("base", 2, 90), touch("base", 3, 100)].into_iter());
-        let lesson = notes.take_attached(&image("tool")).unwrap();
-        assert_eq!(lesson.others, [touch("base", 3, 100)]);
+        let mut buffer = TouchBuffer::of_reattached();
+        buffer.note([touch("base", 1, 10)].into_iter());
+        buffer.attached(image("tool"), 100);
+        buffer.note([touch("base", 2, 90), touch("base", 3, 100)].into_iter());
+        let touches = buffer.take_attached(&image("tool")).unwrap();
+        assert_eq!(touches.others, [touch("base", 3, 100)]);
     }
 
     #[test]
     fn until_the_launch_is_learned_its_images_are_the_launchs() {
-        let mut notes = Notebook::default();
-        notes.attached(image("tool"), 100);
-        notes.note([touch("base", 1, 110), touch("tool", 1, 120)].into_iter());
-        let lesson = notes.take_attached(&image("tool")).unwrap();
-        assert_eq!((lesson.own.len(), lesson.others.len()), (1, 0));
-        assert_eq!(notes.take_launch(&[image("base")]), [touch("base", 1, 110)]);
+        let mut buffer = TouchBuffer::default();
+        buffer.attached(image("tool"), 100);
+        buffer.note([touch("base", 1, 110), touch("tool", 1, 120)].into_iter());
+        let touches = buffer.take_attached(&image("tool")).unwrap();
+        assert_eq!((touches.own.len(), touches.others.len()), (1, 0));
+        assert_eq!(
+            buffer.take_launch(&[image("base")]),
+            [touch("base", 1, 110)]
+        );
     }
 
     #[tokio::test]
     async fn what_waits_is_learned_at_the_end_and_what_hangs_is_left() {
-        let lessons = Arc::new(Lessons::default());
+        let tasks = Arc::new(LearningTasks::default());
         let learned = Arc::new(Mutex::new(0));
         for _ in 0..3 {
-            let (waiting, count) = (Arc::clone(&lessons), Arc::clone(&learned));
-            lessons.spawn(async move {
-                waiting.hurried().await;
+            let (waiting, count) = (Arc::clone(&tasks), Arc::clone(&learned));
+            tasks.spawn(async move {
+                waiting.shutdown().await;
                 tokio::task::yield_now().await;
                 *count.lock() += 1;
             });
         }
         tokio::task::yield_now().await;
         assert_eq!(*learned.lock(), 0);
-        assert!(lessons.finish(Duration::from_secs(60)).await);
+        assert!(tasks.finish(Duration::from_secs(60)).await);
         assert_eq!(*learned.lock(), 3);
-        lessons.spawn(std::future::pending());
-        assert!(!lessons.finish(Duration::from_millis(10)).await);
+        tasks.spawn(std::future::pending());
+        assert!(!tasks.finish(Duration::from_millis(10)).await);
     }
 }

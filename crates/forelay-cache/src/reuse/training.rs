@@ -1,19 +1,18 @@
-//! Fitting of the forecast policy's model, apart from the policy that it is for.
+//! The training set of expected reuse and the fit to it, apart from the memory that it is for.
 //!
 //! The outcome of a sample is discounted: 2^(-wait / half-life) for one that was requested
 //! again. One that still waits counts as what is expected of its object now, discounted by
 //! how long it has waited: what to expect is learned from what is expected later, as in
-//! temporal-difference learning (Sutton, 1988), so that nothing has to be waited for. Where
-//! there is no model to say what to expect, one is fitted first for which who waits long is
-//! not needed.
+//! temporal-difference learning (Sutton, 1988), so that nothing has to be waited for. Without
+//! a model, the fit bootstraps with one that treats long waiters as not needed.
 //!
-//! Refuses to know objects: a lesson holds features and how long was waited. Takes tenths of a
-//! second, needs nothing but itself and may run on any thread.
+//! Refuses to know objects: a training set holds features and how long was waited. A fit takes
+//! tenths of a second, needs nothing but its training set and may run on any thread.
 
 use std::fmt;
 
-use super::super::history::FEATURES;
-use super::super::trees::{self, FitSettings, Trees};
+use super::features::FEATURES;
+use super::trees::{self, FitSettings, Trees};
 
 /// What became of a sample.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,55 +69,55 @@ impl Waiting {
     }
 }
 
-/// What there is to learn from, as [`super::Forecast::lesson`] gives it.
+/// A training set, as [`super::ReuseMemory::training_set`] gives it.
 #[derive(Clone, PartialEq)]
-pub struct Lesson {
+pub struct ReuseTraining {
     pub(super) samples: Samples,
-    pub(super) how: How,
+    pub(super) input: FitInput,
 }
 
 /// What there is to know about a fit beside the samples that are complete.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct How {
+pub(super) struct FitInput {
     pub(super) waiting: Waiting,
     /// The model so far.
     pub(super) before: Option<Trees>,
     pub(super) half_life_ms: f64,
-    pub(super) fit: FitSettings,
+    pub(super) settings: FitSettings,
 }
 
-/// What a lesson taught.
+/// A fitted model of expected reuse.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Learned {
+pub struct FittedReuse {
     pub(super) model: Option<Trees>,
     pub(super) half_life_ms: f64,
 }
 
-impl Lesson {
+impl ReuseTraining {
     /// Fits a model.
-    pub fn study(&self) -> Learned {
-        self.how.study(&self.samples)
+    pub fn fit(&self) -> FittedReuse {
+        self.input.fit(&self.samples)
     }
 }
 
-impl fmt::Debug for Lesson {
+impl fmt::Debug for ReuseTraining {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Lesson of {} samples", self.samples.len())
+        write!(f, "training set of {} samples", self.samples.len())
     }
 }
 
-impl How {
+impl FitInput {
     /// Fits a model to the complete samples and to those that wait.
-    pub(super) fn study(&self, samples: &Samples) -> Learned {
+    pub(super) fn fit(&self, samples: &Samples) -> FittedReuse {
         let half_life_ms = self.half_life_ms as f32;
         let discounted = |outcome: Outcome| outcome.then * (-outcome.wait_ms / half_life_ms).exp2();
-        let fit = |waiting: &Samples| Trees::fit(&[samples, waiting], discounted, &self.fit);
+        let fit = |waiting: &Samples| Trees::fit(&[samples, waiting], discounted, &self.settings);
         let first = match self.before {
             Some(_) => None,
             None => fit(&self.waiting.not_needed(self.half_life_ms)),
         };
         let before = self.before.as_ref().or(first.as_ref());
-        Learned {
+        FittedReuse {
             model: before.and_then(|before| fit(&self.waiting.expected(before))),
             half_life_ms: self.half_life_ms,
         }
@@ -140,7 +139,7 @@ mod tests {
     /// Objects of kind 1 were requested after a half-life; those of kind 2 still wait, for
     /// half a one, and are of kind 1 now; those of kind 3 have waited for three and are as
     /// they were.
-    fn how(before: Option<Trees>) -> (Samples, How) {
+    fn how(before: Option<Trees>) -> (Samples, FitInput) {
         let mut samples = Samples::default();
         let mut waiting = Waiting {
             samples: Vec::new(),
@@ -166,11 +165,11 @@ mod tests {
             feature_share: 1.0,
         };
         let half_life_ms = HALF_LIFE_MS;
-        let how = How {
+        let how = FitInput {
             waiting,
             before,
             half_life_ms,
-            fit,
+            settings: fit,
         };
         (samples, how)
     }
@@ -178,7 +177,7 @@ mod tests {
     #[test]
     fn who_waits_counts_as_what_is_expected_now() {
         let (samples, first) = how(None);
-        let learned = first.study(&samples);
+        let learned = first.fit(&samples);
         let model = learned.model.unwrap();
         let need = |model: &Trees, kind| model.score(&features(kind));
         assert!((need(&model, 1.0) - 0.5).abs() < 0.02);
@@ -192,8 +191,8 @@ mod tests {
         };
         let mut all = Samples::default();
         all.add(features(1.0), sure, 1);
-        let before = Trees::fit(&[&all], |outcome| outcome.then, &first.fit);
-        let model = how(before).1.study(&samples).model.unwrap();
+        let before = Trees::fit(&[&all], |outcome| outcome.then, &first.settings);
+        let model = how(before).1.fit(&samples).model.unwrap();
         let waits = need(&model, 2.0);
         assert!((waits - 0.5f32.sqrt()).abs() < 0.03, "{waits}");
     }

@@ -1,4 +1,4 @@
-//! Eviction policies, one a file, behind one trait, for the simulator and comparisons.
+//! Eviction policies behind one trait: baselines, bounds, and the two that Forelay has.
 //!
 //! A policy sees requests for objects (components, or whole profiles in unit slots) in
 //! order and decides what stays. It refuses to know the future ([`min`] excepted, which
@@ -11,22 +11,22 @@
 
 #[cfg(test)]
 mod contract_test;
-pub mod forecast;
 pub mod gdsf;
-pub mod history;
 pub mod least_used;
 pub mod lfu;
 pub mod lru;
 pub mod min;
 pub mod ranked;
-pub mod s3_fifo;
-pub mod trees;
 
 use std::fmt;
 
+use forelay_cache::plan::ByWorth;
+use forelay_cache::reuse::s3_fifo::S3Fifo;
+use forelay_cache::reuse::{ObjectRequest, ReuseMemory, ReuseSettings};
+
 /// The policies by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum EvictionKind {
     /// [`least_used`]
     LeastUsed,
     /// [`lru`]
@@ -35,19 +35,19 @@ pub enum Kind {
     Lfu,
     /// [`gdsf`]
     Gdsf,
-    /// [`s3_fifo`]
+    /// [`S3Fifo`]
     S3Fifo,
-    /// [`forecast`], without prefetch
+    /// [`ReuseMemory`], without prefetch
     Forecast,
-    /// [`forecast`], with prefetch
+    /// [`ReuseMemory`], with prefetch
     ForecastPrefetch,
-    /// [`crate::plan::ByWorth`], the rule by which the planner evicts
+    /// [`ByWorth`], the rule by which the planner evicts
     Planner,
     /// [`min`], which knows the future
     Min,
 }
 
-impl Kind {
+impl EvictionKind {
     /// All of them, the bound last.
     pub const ALL: [Self; 9] = [
         Self::LeastUsed,
@@ -83,55 +83,40 @@ impl Kind {
 
     /// An empty memory of `capacity_bytes` under this policy. `requests` is what it will be
     /// asked for; only the bound looks at them.
-    pub fn build(self, capacity_bytes: u64, requests: &[Request]) -> Box<dyn Policy> {
+    pub fn build(self, capacity_bytes: u64, requests: &[ObjectRequest]) -> Box<dyn EvictionPolicy> {
         let forecast = |prefetch| {
-            let config = forecast::ForecastConfig {
+            let config = ReuseSettings {
                 prefetch,
                 ..Default::default()
             };
-            Box::new(forecast::Forecast::new(capacity_bytes, config))
+            Box::new(ReuseMemory::new(capacity_bytes, config))
         };
         match self {
             Self::LeastUsed => Box::new(least_used::LeastUsed::new(capacity_bytes)),
             Self::Lru => Box::new(lru::Lru::new(capacity_bytes)),
             Self::Lfu => Box::new(lfu::Lfu::new(capacity_bytes)),
             Self::Gdsf => Box::new(gdsf::Gdsf::new(capacity_bytes)),
-            Self::S3Fifo => Box::new(s3_fifo::S3Fifo::new(capacity_bytes)),
+            Self::S3Fifo => Box::new(S3Fifo::new(capacity_bytes)),
             Self::Forecast => forecast(false),
             Self::ForecastPrefetch => forecast(true),
-            Self::Planner => Box::new(crate::plan::ByWorth::new(capacity_bytes)),
+            Self::Planner => Box::new(ByWorth::new(capacity_bytes)),
             Self::Min => Box::new(min::Min::new(capacity_bytes, requests)),
         }
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for EvictionKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-/// One request for an object.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Request {
-    /// The object, as a small dense number.
-    pub object: u32,
-    /// Who asks, as a small dense number.
-    pub owner: u32,
-    /// Size of the object in bytes; 1 for unit slots.
-    pub bytes: u64,
-    /// What a miss costs, in seconds; 1 for unit slots.
-    pub load_s: f64,
-    /// When, in milliseconds since the epoch.
-    pub now_ms: i64,
-}
-
 /// Decides which objects stay in a bounded memory. See the module's header.
-pub trait Policy {
+pub trait EvictionPolicy {
     /// The policy's name, as tables and `--policy` show it.
     fn name(&self) -> &'static str;
     /// Serves a request; true if the object was held already.
-    fn request(&mut self, request: &Request) -> bool;
+    fn request(&mut self, request: &ObjectRequest) -> bool;
     /// Whether an object is held.
     fn contains(&self, object: u32) -> bool;
     /// Bytes held.
@@ -143,3 +128,46 @@ pub trait Policy {
         0
     }
 }
+
+/// The three that live in [`forelay_cache`].
+macro_rules! delegate {
+    ($memory:ty, $name:expr $(, $prefetched:ident)?) => {
+        impl EvictionPolicy for $memory {
+            fn name(&self) -> &'static str {
+                let name: fn(&Self) -> EvictionKind = $name;
+                name(self).name()
+            }
+
+            fn request(&mut self, request: &ObjectRequest) -> bool {
+                <$memory>::request(self, request)
+            }
+
+            fn contains(&self, object: u32) -> bool {
+                <$memory>::contains(self, object)
+            }
+
+            fn used_bytes(&self) -> u64 {
+                <$memory>::used_bytes(self)
+            }
+
+            fn capacity_bytes(&self) -> u64 {
+                <$memory>::capacity_bytes(self)
+            }
+
+            $(fn prefetched_bytes(&self) -> u64 {
+                <$memory>::$prefetched(self)
+            })?
+        }
+    };
+}
+
+delegate!(S3Fifo, |_| EvictionKind::S3Fifo);
+delegate!(ByWorth, |_| EvictionKind::Planner);
+delegate!(
+    ReuseMemory,
+    |memory| match memory.prefetches() {
+        true => EvictionKind::ForecastPrefetch,
+        false => EvictionKind::Forecast,
+    },
+    prefetched_bytes
+);

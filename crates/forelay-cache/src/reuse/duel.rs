@@ -11,9 +11,9 @@
 
 use std::collections::BTreeSet;
 
-use super::super::Request;
-use super::super::ranked::Ranked;
-use super::super::s3_fifo::S3Fifo;
+use super::ObjectRequest;
+use super::ranked::Ranked;
+use super::s3_fifo::S3Fifo;
 
 /// Misses older than this count half, in milliseconds.
 const MEMORY_MS: f64 = 2.0 * 3_600_000.0;
@@ -54,7 +54,7 @@ impl Duel {
     }
 
     /// Both serve a request for an object of that rank, before the true memory does.
-    pub(super) fn request(&mut self, request: &Request, rank: u64, held: &Ranked<u64>) {
+    pub(super) fn request(&mut self, request: &ObjectRequest, rank: u64, held: &Ranked<u64>) {
         self.left.clear();
         let s3_hit = self.s3_fifo.request_telling(request, &mut self.left);
         let left = self.left.iter().filter(|object| held.contains(**object));
@@ -125,8 +125,8 @@ mod tests {
 
     const SLOTS: u64 = 10;
 
-    fn request(object: u32, at: u32) -> Request {
-        Request {
+    fn request(object: u32, at: u32) -> ObjectRequest {
+        ObjectRequest {
             object,
             owner: 0,
             bytes: 1,
@@ -159,7 +159,7 @@ mod tests {
             }
             let dropped: BTreeSet<u32> = held
                 .objects()
-                .filter(|object| !crate::policy::Policy::contains(&duel.s3_fifo, *object))
+                .filter(|object| !duel.s3_fifo.contains(*object))
                 .collect();
             assert_eq!(duel.dropped, dropped);
         }

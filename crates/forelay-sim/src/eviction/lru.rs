@@ -1,6 +1,7 @@
 //! Least recently used leaves first.
 
-use super::Request;
+use forelay_cache::reuse::ObjectRequest;
+
 use super::ranked::{RankedPolicy, Ranking};
 
 /// The policy of the module's header.
@@ -17,7 +18,7 @@ impl Ranking for Recency {
 
     const NAME: &'static str = "lru";
 
-    fn used(&mut self, _: &Request, _: Option<u64>) -> u64 {
+    fn used(&mut self, _: &ObjectRequest, _: Option<u64>) -> u64 {
         self.requests += 1;
         self.requests
     }

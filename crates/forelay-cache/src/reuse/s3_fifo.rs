@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::{Policy, Request};
+use super::ObjectRequest;
 
 /// Uses in the small queue from which an object moves on to the main queue.
 const PROMOTE_USES: u8 = 2;
@@ -143,8 +143,8 @@ impl S3Fifo {
         None
     }
 
-    /// As [`Policy::request`]; says what leaves.
-    pub(super) fn request_telling(&mut self, request: &Request, left: &mut Vec<u32>) -> bool {
+    /// As [`Self::request`]; says what leaves.
+    pub(super) fn request_telling(&mut self, request: &ObjectRequest, left: &mut Vec<u32>) -> bool {
         if let Some(entry) = self.objects.get_mut(&request.object)
             && entry.place != Place::Ghost
         {
@@ -170,25 +170,25 @@ impl S3Fifo {
     }
 }
 
-impl Policy for S3Fifo {
-    fn name(&self) -> &'static str {
-        "s3-fifo"
-    }
-
-    fn request(&mut self, request: &Request) -> bool {
+impl S3Fifo {
+    /// Serves a request; true if the object was held already.
+    pub fn request(&mut self, request: &ObjectRequest) -> bool {
         self.request_telling(request, &mut Vec::new())
     }
 
-    fn contains(&self, object: u32) -> bool {
+    /// Whether an object is held.
+    pub fn contains(&self, object: u32) -> bool {
         let entry = self.objects.get(&object);
         entry.is_some_and(|entry| entry.place != Place::Ghost)
     }
 
-    fn used_bytes(&self) -> u64 {
+    /// Bytes held.
+    pub fn used_bytes(&self) -> u64 {
         self.small.bytes + self.main.bytes
     }
 
-    fn capacity_bytes(&self) -> u64 {
+    /// Most bytes that may be held.
+    pub fn capacity_bytes(&self) -> u64 {
         self.capacity_bytes
     }
 }

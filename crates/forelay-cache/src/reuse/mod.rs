@@ -1,40 +1,61 @@
-//! The forecast policy: what is least likely to be needed soon, per second of load time
-//! and byte, leaves first; and, if asked to, what is likelier comes back before it is
-//! requested.
+//! Expected reuse: how soon an object is needed again, learned from the requests so far, and a
+//! memory managed by it. What is least likely to be needed soon, per second of load time and
+//! byte, leaves first; and, if asked to, what is likelier comes back before it is requested.
+//!
+//! The planner asks for the estimates alone: its memory here is a shadow of the budget, by which
+//! samples are taken and the half-life is measured. The simulator judges the whole as a policy.
 //!
 //! Value of an object = E[2^(-time to next use / half-life)] x load time / size. The
 //! expectation is learned online ([`learner`]): features of known objects are sampled now, how
 //! long they waited is known when the object is requested, and boosted trees
-//! ([`super::trees`]) are refitted now and then on the samples so far ([`lesson`]). This is
+//! ([`trees`]) are fitted now and then to the samples so far ([`training`]). This is
 //! relaxed Belady learning (Song et al., NSDI 2020) with a discounted outcome instead of a log
 //! distance.
 //!
 //! Since what counts is who leaves, samples are taken of what is worth least too, and of what
 //! has left: a model that never saw an object grow old overrates what does not return. Until
-//! the first fit, and while values do worse, [`super::s3_fifo`] decides ([`duel`]).
+//! the first fit, and while values do worse, [`s3_fifo`] decides ([`duel`]).
 //!
 //! Invariants: decisions depend on past requests alone; scores are refreshed at the
 //! latest when an object's age has grown by an eighth; a prefetch only ever replaces what
 //! is worth clearly less, within the same memory.
 
 mod duel;
+mod features;
 mod learner;
-pub mod lesson;
+pub mod ranked;
+pub mod s3_fifo;
+pub mod training;
+pub mod trees;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use self::duel::Duel;
 use self::learner::Learner;
-use self::lesson::{Learned, Lesson};
-use super::ranked::Ranked;
-use super::trees::FitSettings;
-use super::{Kind, Policy, Request};
+use self::ranked::Ranked;
+use self::training::{FittedReuse, ReuseTraining};
+use self::trees::FitSettings;
 
 const HOUR_MS: f64 = 3_600_000.0;
 
-/// Settings of the forecast policy; one set serves all traces and sizes.
+/// One request for an object.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ObjectRequest {
+    /// The object, as a small dense number.
+    pub object: u32,
+    /// Who asks, as a small dense number.
+    pub owner: u32,
+    /// Size of the object in bytes; 1 for unit slots.
+    pub bytes: u64,
+    /// What a miss costs, in seconds; 1 for unit slots.
+    pub load_s: f64,
+    /// When, in milliseconds since the epoch.
+    pub now_ms: i64,
+}
+
+/// Settings; one set serves all traces and sizes.
 #[derive(Clone, Copy, Debug)]
-pub struct ForecastConfig {
+pub struct ReuseSettings {
     /// The half-life before misses have been counted, in milliseconds.
     pub first_half_life_ms: f64,
     /// Shortest and longest half-life, in milliseconds.
@@ -65,7 +86,7 @@ pub struct ForecastConfig {
     pub forget_ms: i64,
 }
 
-impl Default for ForecastConfig {
+impl Default for ReuseSettings {
     fn default() -> Self {
         Self {
             first_half_life_ms: 2.0 * HOUR_MS,
@@ -117,8 +138,8 @@ impl Known {
 
 /// The policy of the module's header.
 #[derive(Clone, Debug)]
-pub struct Forecast {
-    config: ForecastConfig,
+pub struct ReuseMemory {
+    config: ReuseSettings,
     learner: Learner,
     held: Ranked<u64>,
     known: HashMap<u32, Known>,
@@ -135,9 +156,9 @@ pub struct Forecast {
     prefetched_bytes: u64,
 }
 
-impl Forecast {
+impl ReuseMemory {
     /// An empty memory of `capacity_bytes`.
-    pub fn new(capacity_bytes: u64, config: ForecastConfig) -> Self {
+    pub fn new(capacity_bytes: u64, config: ReuseSettings) -> Self {
         Self {
             config,
             learner: Learner::new(config),
@@ -169,8 +190,8 @@ impl Forecast {
         Some((need, self.learner.half_life_ms()))
     }
 
-    /// As [`Policy::request`], but learns nothing from it until a [`Self::lesson`] is studied.
-    pub fn observe(&mut self, request: &Request) -> bool {
+    /// As [`Self::request`], but fits nothing to it: see [`Self::training_set`].
+    pub fn observe(&mut self, request: &ObjectRequest) -> bool {
         let (object, now_ms) = (request.object, request.now_ms);
         self.refresh(now_ms);
         let hit = self.held.contains(object);
@@ -196,15 +217,15 @@ impl Forecast {
         hit
     }
 
-    /// What is to be learned, once there is enough that was not there the last time. What it
-    /// teaches is for [`Self::adopt`].
-    pub fn lesson(&mut self, now_ms: i64) -> Option<Lesson> {
-        self.learner.lesson(self.held.used_bytes(), now_ms)
+    /// What a model is to be fitted to, once there is enough that was not there the last time.
+    /// The fitted model is for [`Self::install`].
+    pub fn training_set(&mut self, now_ms: i64) -> Option<ReuseTraining> {
+        self.learner.training_set(self.held.used_bytes(), now_ms)
     }
 
-    /// Scores by what a lesson taught from now on.
-    pub fn adopt(&mut self, learned: Learned, now_ms: i64) {
-        self.learner.adopt(learned);
+    /// Scores by a fitted model from now on.
+    pub fn install(&mut self, fitted: FittedReuse, now_ms: i64) {
+        self.learner.install(fitted);
         self.score_all(now_ms);
     }
 
@@ -366,36 +387,41 @@ impl Forecast {
     }
 }
 
-impl Policy for Forecast {
-    fn name(&self) -> &'static str {
-        if self.config.prefetch {
-            Kind::ForecastPrefetch.name()
-        } else {
-            Kind::Forecast.name()
-        }
-    }
-
-    fn request(&mut self, request: &Request) -> bool {
+impl ReuseMemory {
+    /// Serves a request; true if the object was held already.
+    pub fn request(&mut self, request: &ObjectRequest) -> bool {
         let hit = self.observe(request);
-        if self.learner.learn(self.held.used_bytes(), request.now_ms) {
+        if self
+            .learner
+            .fit_if_due(self.held.used_bytes(), request.now_ms)
+        {
             self.score_all(request.now_ms);
         }
         hit
     }
 
-    fn contains(&self, object: u32) -> bool {
+    /// Whether objects come back before they are requested.
+    pub const fn prefetches(&self) -> bool {
+        self.config.prefetch
+    }
+
+    /// Whether an object is held.
+    pub fn contains(&self, object: u32) -> bool {
         self.held.contains(object)
     }
 
-    fn used_bytes(&self) -> u64 {
+    /// Bytes held.
+    pub const fn used_bytes(&self) -> u64 {
         self.held.used_bytes()
     }
 
-    fn capacity_bytes(&self) -> u64 {
+    /// Most bytes that may be held.
+    pub const fn capacity_bytes(&self) -> u64 {
         self.held.capacity_bytes()
     }
 
-    fn prefetched_bytes(&self) -> u64 {
+    /// Bytes brought in before they were requested.
+    pub const fn prefetched_bytes(&self) -> u64 {
         self.prefetched_bytes
     }
 }
@@ -403,16 +429,15 @@ impl Policy for Forecast {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::lru::Lru;
 
     /// 60 objects requested every 10 minutes in turn, and as many one-off objects.
-    fn periodic_with_noise() -> Vec<Request> {
+    fn periodic_with_noise() -> Vec<ObjectRequest> {
         let mut requests = Vec::new();
         for at in 0..12_000u32 {
             let object = if at % 2 == 0 { at / 2 % 60 } else { 60 + at };
             let owner = u32::from(at % 2 == 0);
             let now_ms = i64::from(at) * 5_000;
-            requests.push(Request {
+            requests.push(ObjectRequest {
                 object,
                 owner,
                 bytes: 1,
@@ -423,17 +448,18 @@ mod tests {
         requests
     }
 
-    fn late_misses(policy: &mut dyn Policy, requests: &[Request]) -> u32 {
+    /// Of the later half's 3,000 requests for the 60; LRU would miss every one.
+    fn late_misses(memory: &mut ReuseMemory, requests: &[ObjectRequest]) -> u32 {
         let half = requests.len() / 2;
-        let miss = |(at, request): (usize, &Request)| {
-            u32::from(!policy.request(request) && at >= half && request.object < 60)
+        let miss = |(at, request): (usize, &ObjectRequest)| {
+            u32::from(!memory.request(request) && at >= half && request.object < 60)
         };
         requests.iter().enumerate().map(miss).sum()
     }
 
-    fn config() -> ForecastConfig {
-        let config = ForecastConfig::default();
-        ForecastConfig {
+    fn config() -> ReuseSettings {
+        let config = ReuseSettings::default();
+        ReuseSettings {
             fit: FitSettings {
                 trees: 20,
                 ..config.fit
@@ -447,20 +473,19 @@ mod tests {
     #[test]
     fn it_learns_what_returns_and_what_does_not() {
         let requests = periodic_with_noise();
-        let ours = late_misses(&mut Forecast::new(64, config()), &requests);
-        let lru = late_misses(&mut Lru::new(64), &requests);
-        assert!(lru == 3_000 && ours < 300, "ours {ours}, LRU {lru}");
+        let misses = late_misses(&mut ReuseMemory::new(64, config()), &requests);
+        assert!(misses < 300, "{misses}");
     }
 
     #[test]
     fn prefetch_brings_periodic_objects_back_before_they_are_requested() {
         let requests = periodic_with_noise();
-        let with = ForecastConfig {
+        let with = ReuseSettings {
             prefetch: true,
             ..config()
         };
-        let mut prefetching = Forecast::new(30, with);
-        let without = late_misses(&mut Forecast::new(30, config()), &requests);
+        let mut prefetching = ReuseMemory::new(30, with);
+        let without = late_misses(&mut ReuseMemory::new(30, config()), &requests);
         let with = late_misses(&mut prefetching, &requests);
         assert!(with < without, "with {with}, without {without}");
         assert!(prefetching.prefetched_bytes() > 0);

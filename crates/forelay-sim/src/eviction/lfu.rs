@@ -1,7 +1,8 @@
 //! Least frequently used leaves first; counts start anew when an object returns, ties go
 //! to the one used longest ago.
 
-use super::Request;
+use forelay_cache::reuse::ObjectRequest;
+
 use super::ranked::{RankedPolicy, Ranking};
 
 /// The policy of the module's header.
@@ -18,7 +19,7 @@ impl Ranking for Frequency {
 
     const NAME: &'static str = "lfu";
 
-    fn used(&mut self, _: &Request, held: Option<(u64, u64)>) -> (u64, u64) {
+    fn used(&mut self, _: &ObjectRequest, held: Option<(u64, u64)>) -> (u64, u64) {
         self.requests += 1;
         (held.map_or(0, |(uses, _)| uses) + 1, self.requests)
     }

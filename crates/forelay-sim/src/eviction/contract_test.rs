@@ -1,26 +1,27 @@
-//! The contract of [`Policy`], run on every policy.
+//! The contract of [`EvictionPolicy`], run on every policy.
 
 use proptest::prelude::*;
 
-use super::forecast::{Forecast, ForecastConfig};
+use forelay_cache::reuse::s3_fifo::S3Fifo;
+use forelay_cache::reuse::trees::FitSettings;
+use forelay_cache::reuse::{ObjectRequest, ReuseMemory, ReuseSettings};
+
 use super::lru::Lru;
 use super::min::{Min, cold_bound};
-use super::s3_fifo::S3Fifo;
-use super::trees::FitSettings;
-use super::{Kind, Policy, Request};
+use super::{EvictionKind, EvictionPolicy};
 
-fn all(capacity_bytes: u64, requests: &[Request]) -> Vec<Box<dyn Policy>> {
-    let quick = Forecast::new(capacity_bytes, quick());
-    let usual = Kind::ALL.map(|kind| kind.build(capacity_bytes, requests));
-    let mut all: Vec<Box<dyn Policy>> = vec![Box::new(quick)];
+fn all(capacity_bytes: u64, requests: &[ObjectRequest]) -> Vec<Box<dyn EvictionPolicy>> {
+    let quick = ReuseMemory::new(capacity_bytes, quick());
+    let usual = EvictionKind::ALL.map(|kind| kind.build(capacity_bytes, requests));
+    let mut all: Vec<Box<dyn EvictionPolicy>> = vec![Box::new(quick)];
     all.extend(usual);
     all
 }
 
 /// Learns within the few requests of a test.
-fn quick() -> ForecastConfig {
-    let config = ForecastConfig::default();
-    ForecastConfig {
+fn quick() -> ReuseSettings {
+    let config = ReuseSettings::default();
+    ReuseSettings {
         fit: FitSettings {
             trees: 6,
             depth: 3,
@@ -35,8 +36,8 @@ fn quick() -> ForecastConfig {
 }
 
 /// Objects 0..40 with sizes and load times that depend on the object only.
-fn requests_of(objects: &[u8], unit: bool) -> Vec<Request> {
-    let request = |(at, &object): (usize, &u8)| Request {
+fn requests_of(objects: &[u8], unit: bool) -> Vec<ObjectRequest> {
+    let request = |(at, &object): (usize, &u8)| ObjectRequest {
         object: u32::from(object),
         owner: u32::from(object) % 5,
         bytes: if unit {
@@ -54,9 +55,9 @@ fn requests_of(objects: &[u8], unit: bool) -> Vec<Request> {
     objects.iter().enumerate().map(request).collect()
 }
 
-fn run(policy: &mut dyn Policy, requests: &[Request]) -> (Vec<bool>, f64) {
+fn run(policy: &mut dyn EvictionPolicy, requests: &[ObjectRequest]) -> (Vec<bool>, f64) {
     let mut cold_s = 0.0;
-    let hit = |request: &Request| {
+    let hit = |request: &ObjectRequest| {
         let hit = policy.request(request);
         cold_s += if hit { 0.0 } else { request.load_s };
         hit
@@ -130,9 +131,9 @@ fn a_memory_that_holds_everything_misses_each_object_once() {
 
 #[test]
 fn names_are_those_of_the_policies() {
-    for kind in Kind::ALL {
+    for kind in EvictionKind::ALL {
         assert_eq!(kind.build(1, &[]).name(), kind.name());
-        assert_eq!(Kind::from_name(kind.name()), Some(kind));
+        assert_eq!(EvictionKind::from_name(kind.name()), Some(kind));
     }
 }
 
@@ -144,6 +145,6 @@ fn a_scan_does_not_wash_frequent_objects_out_of_s3_fifo() {
         objects.extend((0..8).map(|i| 3 + (round * 8 + i) % 37));
     }
     let requests = requests_of(&objects, true);
-    let cold = |policy: &mut dyn Policy| run(policy, &requests).1;
+    let cold = |policy: &mut dyn EvictionPolicy| run(policy, &requests).1;
     assert!(cold(&mut S3Fifo::new(10)) < cold(&mut Lru::new(10)));
 }
