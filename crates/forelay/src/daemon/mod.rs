@@ -18,6 +18,8 @@ mod forecast;
 mod launch;
 mod memory;
 mod process;
+#[cfg(test)]
+mod spine_tests;
 mod vm;
 
 use std::collections::BTreeMap;
