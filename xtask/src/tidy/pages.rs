@@ -67,14 +67,14 @@ pub fn steps(text: &str, sources: &[SourceFile]) -> Vec<Violation> {
         .collect()
 }
 
-struct Step<'a> {
+struct NumberedStep<'a> {
     name: String,
     line: usize,
     text: Vec<&'a str>,
 }
 
-fn numbered_steps(text: &str) -> Vec<Step<'_>> {
-    let mut steps: Vec<Step<'_>> = Vec::new();
+fn numbered_steps(text: &str) -> Vec<NumberedStep<'_>> {
+    let mut steps: Vec<NumberedStep<'_>> = Vec::new();
     let mut below = false;
     for (number, line) in text.lines().enumerate() {
         if let Some(heading) = line.strip_prefix("## ") {
@@ -87,7 +87,7 @@ fn numbered_steps(text: &str) -> Vec<Step<'_>> {
                 .nth(1)
                 .unwrap_or(line)
                 .trim_end_matches('.');
-            steps.push(Step {
+            steps.push(NumberedStep {
                 name: name.to_owned(),
                 line: number + 1,
                 text: vec![line],
