@@ -205,6 +205,7 @@ impl Spine {
             launch: LaunchFigures::default(),
             runtime_dir: self.dir.path().to_owned(),
             waits: Default::default(),
+            waiting: None,
             error: None,
             exit_status: None,
         }
@@ -407,10 +408,11 @@ async fn page_walk() {
 
     // Touched: seen in the page tables, and nobody waited.
     let planned = [(image.image, data)];
-    let waits = spine
-        .domains
-        .attribution()
-        .add(std::process::id(), Plan::new(planned, planned));
+    let waits =
+        spine
+            .domains
+            .attribution()
+            .add(std::process::id(), "web-1", Plan::new(planned, planned));
     spine.memory.tell(PlannerEvent::VmStarted(vm_name()));
     let mut mapper = Mapper::start(&spine, &path, device_bytes);
     assert_eq!(mapper.new_touches(), []);
