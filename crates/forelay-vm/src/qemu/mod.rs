@@ -27,7 +27,7 @@ use crate::accelerator::{Accelerator, Probe, probe_accelerator};
 use crate::driver::{LaunchError, ReattachError, VmmDriver};
 use crate::handle::{Parts, VmHandle, file_tail};
 use crate::lifecycle::{Cause, Ended};
-use crate::process::{Process, ProcessId};
+use crate::process::{Exit, Process, ProcessId};
 use crate::spec::{Boot, Upper, VmSpec};
 use crate::state::{STATE_FILE, VmState};
 use crate::{kernel, lines, scratch, stray};
@@ -357,15 +357,19 @@ async fn connect(
         }
         exit = process.wait() => exit,
     };
+    Err(died(spec, exit))
+}
+
+/// A QEMU that ended before it could be talked to, with its own words.
+fn died(spec: &VmSpec, exit: Exit) -> LaunchError {
     let ended = Ended {
         cause: Cause::VmmDied,
         exit_code: exit.code,
         signal: exit.signal,
     };
-    let output = file_tail(&socket(LOG_FILE));
-    Err(LaunchError::Died {
-        name: name(),
+    LaunchError::Died {
+        name: spec.name.clone(),
         ended,
-        output,
-    })
+        output: file_tail(&spec.runtime_dir.join(LOG_FILE)),
+    }
 }

@@ -28,7 +28,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a client may take.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct ClientLimits {
     /// Connections at a time.
     pub connections: usize,
     /// For a request's header, from the connection or the answer before; so also the time
@@ -38,7 +38,7 @@ pub struct Limits {
     pub body: Duration,
 }
 
-impl Default for Limits {
+impl Default for ClientLimits {
     fn default() -> Self {
         Self {
             connections: 256,
@@ -63,7 +63,7 @@ pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
 }
 
 /// Serves the API for as long as this is polled.
-pub async fn serve(listener: UnixListener, router: Router, limits: Limits) {
+pub async fn serve(listener: UnixListener, router: Router, limits: ClientLimits) {
     let router = router.layer(from_fn(move |request, next| {
         read_body(limits.body, request, next)
     }));
@@ -122,7 +122,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits {
+    const LIMITS: ClientLimits = ClientLimits {
         connections: 2,
         header: Duration::from_millis(200),
         body: Duration::from_millis(200),

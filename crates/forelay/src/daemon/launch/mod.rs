@@ -38,7 +38,7 @@ use crate::daemon::HostError;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir};
 use crate::daemon::vm::registry::{Claim, DeviceRecord};
-use crate::daemon::vm::supervise::Supervisor;
+use crate::daemon::vm::supervise::{ExpectedLaunch, Supervisor};
 use crate::recipe::KernelFiles;
 use admit::Admission;
 use compose::{Composer, MapImage};
@@ -258,14 +258,13 @@ impl LaunchService {
             return Err(HostError::failed(error));
         }
         self.prefetcher.started(launch.name());
+        let expected = ExpectedLaunch {
+            plan: plan.expected(),
+            missing: plan.missing,
+            repository_before: launch.repository_before,
+        };
         let (instance, handle) = (Arc::clone(instance), vmm.commit());
-        self.supervisor.supervise(
-            instance,
-            handle,
-            &launch.order,
-            plan,
-            launch.repository_before,
-        );
+        self.supervisor.supervise(instance, handle, expected);
         Ok(())
     }
 

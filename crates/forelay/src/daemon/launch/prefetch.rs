@@ -14,6 +14,7 @@ use crate::api::{LaunchMode, PrefetchMode};
 use crate::daemon::forecast::inherit::Inheritance;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::launch::resolve::Order;
+use crate::daemon::memory::faults::Plan;
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 
 /// How long a launch waits for what it is told to have resident first.
@@ -33,6 +34,12 @@ pub(in crate::daemon) struct PrefetchPlan {
 }
 
 impl PrefetchPlan {
+    /// The plan as faults are told apart by it.
+    pub fn expected(&self) -> Plan {
+        let all = self.working_set.iter().map(|one| (one.image, one.extent));
+        Plan::new(all, self.absent.iter().copied())
+    }
+
     /// Bytes that have to be loaded for it.
     pub fn missing_bytes(&self) -> u64 {
         self.missing.iter().map(|(_, extent)| extent.len).sum()

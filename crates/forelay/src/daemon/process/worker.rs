@@ -94,7 +94,7 @@ async fn serve(config: Config, path: Option<&Path>, health: Health) -> Result<()
     tokio::spawn(heal(Arc::clone(&host), path.map(Path::to_path_buf)));
     let router = server::router(Arc::clone(&host));
     let end = tokio::select! {
-        () = connections::serve(listener, router, connections::Limits::default()) => End::Stop,
+        () = connections::serve(listener, router, connections::ClientLimits::default()) => End::Stop,
         end = signals.arrived() => end,
         Ok(()) = handed_over => End::HandedOver,
     };

@@ -74,13 +74,13 @@ pub struct Instance {
     name: String,
     state: watch::Sender<Vm>,
     record: Mutex<Record>,
-    phase: Mutex<Phase>,
+    phase: Mutex<VmPhase>,
     cancel: watch::Sender<bool>,
 }
 
 /// What there is of a VM, besides what clients see.
 #[derive(Debug)]
-enum Phase {
+enum VmPhase {
     /// No VMM yet, or one that the launch has not handed over.
     Launching,
     /// A VMM that is supervised.
@@ -109,7 +109,7 @@ impl Instance {
             name: record.vm.name.clone(),
             state: watch::Sender::new(record.vm.clone()),
             record: Mutex::new(record),
-            phase: Mutex::new(Phase::Launching),
+            phase: Mutex::new(VmPhase::Launching),
             cancel: watch::Sender::new(false),
         }
     }
@@ -143,7 +143,7 @@ impl Instance {
 
     /// Its VMM is supervised from now on.
     pub fn run(&self, handle: VmHandle) {
-        *self.phase.lock() = Phase::Running(RunningVm {
+        *self.phase.lock() = VmPhase::Running(RunningVm {
             handle,
             observed: None,
         });
@@ -152,7 +152,7 @@ impl Instance {
 
     /// Its touches are observed from now on.
     pub fn observe(&self, observed: Arc<Mutex<Observed>>) {
-        if let Phase::Running(running) = &mut *self.phase.lock() {
+        if let VmPhase::Running(running) = &mut *self.phase.lock() {
             running.observed = Some(observed);
         }
     }
@@ -160,22 +160,22 @@ impl Instance {
     /// Its VMM, while that is supervised.
     pub fn handle(&self) -> Option<VmHandle> {
         match &*self.phase.lock() {
-            Phase::Running(running) => Some(running.handle.clone()),
-            Phase::Launching | Phase::Ended => None,
+            VmPhase::Running(running) => Some(running.handle.clone()),
+            VmPhase::Launching | VmPhase::Ended => None,
         }
     }
 
     /// What its VMM has touched, while that is observed.
     pub fn observed(&self) -> Option<Arc<Mutex<Observed>>> {
         match &*self.phase.lock() {
-            Phase::Running(running) => running.observed.clone(),
-            Phase::Launching | Phase::Ended => None,
+            VmPhase::Running(running) => running.observed.clone(),
+            VmPhase::Launching | VmPhase::Ended => None,
         }
     }
 
     /// Its VMM is gone; `change` says what clients see of that.
     pub fn end(&self, change: impl FnOnce(&mut Vm)) {
-        *self.phase.lock() = Phase::Ended;
+        *self.phase.lock() = VmPhase::Ended;
         self.update(|vm| {
             vm.pid = None;
             change(vm);
@@ -281,11 +281,11 @@ impl Instance {
 /// All instances by name.
 #[derive(Debug, Default)]
 pub struct VmRegistry {
-    table: Mutex<Table>,
+    table: Mutex<InstanceTable>,
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct InstanceTable {
     instances: BTreeMap<String, Arc<Instance>>,
     /// Nothing is launched any more.
     closed: bool,
@@ -400,7 +400,7 @@ impl VmRegistry {
     }
 }
 
-impl Table {
+impl InstanceTable {
     fn live(&self, name: &str) -> Option<&Arc<Instance>> {
         self.instances.get(name).filter(|other| other.is_live())
     }

@@ -20,8 +20,6 @@ use crate::api::{Vm, VmState};
 use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
 use crate::daemon::forecast::observation::{LearningTasks, TouchBuffer};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
-use crate::daemon::launch::prefetch::PrefetchPlan;
-use crate::daemon::launch::resolve::Order;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::faults::{Plan, Waits};
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
@@ -48,8 +46,18 @@ pub struct Observed {
     pub buffer: TouchBuffer,
 }
 
+/// What was expected of a launch.
+pub(in crate::daemon) struct ExpectedLaunch {
+    /// What it was expected to touch.
+    pub plan: Plan,
+    /// Of it, what has to be prefetched.
+    pub missing: Vec<(Digest, Extent)>,
+    /// Repository bytes before it.
+    pub repository_before: u64,
+}
+
 /// A launch under observation.
-struct Launch {
+struct WatchedLaunch {
     of: ProfileRef,
     waits: Arc<Waits>,
     /// What was prefetched for it.
@@ -77,18 +85,13 @@ impl Supervisor {
         self: &Arc<Self>,
         instance: Arc<Instance>,
         handle: VmHandle,
-        order: &Order,
-        wanted: PrefetchPlan,
-        repository_before: u64,
+        expected: ExpectedLaunch,
     ) {
-        let all = wanted.working_set.iter();
-        let all = all.map(|one| (one.image, one.extent));
-        let plan = Plan::new(all, wanted.absent.iter().copied());
-        let launch = Launch {
-            of: order.of.clone(),
-            waits: self.attribute(&instance, &handle, plan),
-            planned: wanted.missing,
-            repository_before,
+        let launch = WatchedLaunch {
+            of: instance.profile(),
+            waits: self.attribute(&instance, &handle, expected.plan),
+            planned: expected.missing,
+            repository_before: expected.repository_before,
             recorded: false,
             ready_at: None,
         };
@@ -108,7 +111,7 @@ impl Supervisor {
         handle: VmHandle,
         of: ProfileRef,
     ) {
-        let launch = Launch {
+        let launch = WatchedLaunch {
             of,
             waits: self.attribute(&instance, &handle, Plan::default()),
             planned: Vec::new(),
@@ -119,7 +122,7 @@ impl Supervisor {
         self.begin(instance, handle, launch);
     }
 
-    fn begin(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle, launch: Launch) {
+    fn begin(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle, launch: WatchedLaunch) {
         instance.run(handle.clone());
         let watching = Arc::clone(self).watch_over(instance, handle, launch);
         self.learning_tasks.spawn(watching);
@@ -134,7 +137,7 @@ impl Supervisor {
         self: Arc<Self>,
         instance: Arc<Instance>,
         handle: VmHandle,
-        mut launch: Launch,
+        mut launch: WatchedLaunch,
     ) {
         let observed = self.observe_devices(&instance, handle.pid()).await;
         if launch.recorded {
@@ -205,7 +208,7 @@ impl Supervisor {
         }))
     }
 
-    fn note_progress(&self, instance: &Instance, progress: &Progress, launch: &mut Launch) {
+    fn note_progress(&self, instance: &Instance, progress: &Progress, launch: &mut WatchedLaunch) {
         let told = |vm: &Vm| {
             (
                 vm.state,
@@ -246,7 +249,12 @@ impl Supervisor {
     }
 
     /// Figures of the launch, until it is recorded.
-    fn note_figures(&self, instance: &Instance, observed: &Mutex<Observed>, launch: &Launch) {
+    fn note_figures(
+        &self,
+        instance: &Instance,
+        observed: &Mutex<Observed>,
+        launch: &WatchedLaunch,
+    ) {
         let touched_bytes = observed.lock().observer.touched_bytes();
         instance.update(|vm| vm.launch.touched_bytes = touched_bytes);
         if !launch.recorded {
@@ -254,7 +262,7 @@ impl Supervisor {
         }
     }
 
-    fn note_waits(&self, instance: &Instance, launch: &Launch) {
+    fn note_waits(&self, instance: &Instance, launch: &WatchedLaunch) {
         let waits = launch.waits.figures();
         let fetched = self.repository_bytes();
         instance.update(|vm| {
@@ -310,7 +318,7 @@ impl Supervisor {
         &self,
         instance: &Instance,
         observed: &Arc<Mutex<Observed>>,
-        launch: &mut Launch,
+        launch: &mut WatchedLaunch,
     ) {
         if std::mem::replace(&mut launch.recorded, true) {
             return;
