@@ -311,15 +311,24 @@ fn privileged_a_program_that_is_away_for_a_moment_ends_no_mount() {
         signal(pinner, "KILL");
     }
     // This daemon cannot do without; the next one has the next pinner.
-    let daemon = holder.next_daemon();
+    holder.next_daemon();
     assert!(!holder.children("pinner").is_empty());
 
-    // An upgrade: another file at the path is what is started from then on.
-    std::fs::copy(&away, holder.program()).unwrap();
-    signal(daemon, "KILL");
-    let daemon = holder.next_daemon();
-    let started = std::fs::read_link(format!("/proc/{daemon}/exe")).unwrap();
-    assert_eq!(started, holder.program());
+    // An upgrade: another file at the path, whole from its first moment there, is what is
+    // started from then on. What was started before that may still be on its way up.
+    let upgrade = holder.dir.path().join("upgrade");
+    std::fs::copy(&away, &upgrade).unwrap();
+    std::fs::rename(&upgrade, holder.program()).unwrap();
+    let program = |pid: u32| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    eventually("the new file runs", || {
+        let daemons = holder.children("daemon");
+        let outdated = daemons
+            .iter()
+            .filter(|pid| program(**pid).as_deref() == Some(&away));
+        outdated.for_each(|pid| signal(*pid, "KILL"));
+        let mut started = daemons.into_iter().filter_map(program);
+        started.any(|path| path == holder.program())
+    });
     mapper.progress();
     mapper.finish();
     assert!(holder.is_mounted());

@@ -66,6 +66,19 @@ struct Spine {
     _prepared: UnboundedReceiver<PreparedLaunch>,
 }
 
+/// The mount goes with the test, however it ends: threads of the daemon's services hold its
+/// memory for as long as this process lives.
+impl Drop for Spine {
+    fn drop(&mut self) {
+        let mounts = self.dir.path().join("run").join("memory");
+        let unmounted = std::process::Command::new("umount")
+            .arg("--lazy")
+            .arg(mounts.join(domain().as_str()))
+            .status();
+        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
 impl Spine {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -269,11 +282,8 @@ async fn publish(dir: &Path, store: &Store) -> (Component, Vec<u8>, Extent) {
     published.await.unwrap();
     let bytes = std::fs::read(&built.image).unwrap();
     let of_data = |extent: &Extent| bytes[extent.offset as usize..].starts_with(&content[..4096]);
-    let chunks = built.chunks.chunks.iter().map(|chunk| chunk.extent());
-    let data = chunks
-        .filter(of_data)
-        .next()
-        .expect("the file's data is one chunk");
+    let mut chunks = built.chunks.chunks.iter().map(|chunk| chunk.extent());
+    let data = chunks.find(of_data).expect("the file's data is one chunk");
     (built.component, bytes, data)
 }
 

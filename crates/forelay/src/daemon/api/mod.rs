@@ -1,6 +1,6 @@
 //! What clients see: the HTTP routes and the views behind them.
 
-pub(in crate::daemon) mod accounts;
-pub(in crate::daemon) mod connections;
-pub(in crate::daemon) mod inspect;
-pub(in crate::daemon) mod server;
+pub(super) mod accounts;
+pub(super) mod connections;
+pub(super) mod inspect;
+pub(super) mod server;

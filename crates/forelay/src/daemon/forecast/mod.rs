@@ -1,14 +1,14 @@
 //! What is learned and forecast: observation, models, announcements.
 
-pub(in crate::daemon) mod ahead;
-pub(in crate::daemon) mod clock;
-pub(in crate::daemon) mod foresight;
-pub(in crate::daemon) mod inherit;
-pub(in crate::daemon) mod last_launches;
-pub(in crate::daemon) mod learning;
-pub(in crate::daemon) mod models;
-pub(in crate::daemon) mod observation;
-pub(in crate::daemon) mod observer;
-pub(in crate::daemon) mod replay;
-pub(in crate::daemon) mod resources;
-pub(in crate::daemon) mod vmm_cgroup;
+pub(super) mod ahead;
+pub(super) mod clock;
+pub(super) mod foresight;
+pub(super) mod inherit;
+pub(super) mod last_launches;
+pub(super) mod learning;
+pub(super) mod models;
+pub(super) mod observation;
+pub(super) mod observer;
+pub(super) mod replay;
+pub(super) mod resources;
+pub(super) mod vmm_cgroup;

@@ -19,13 +19,13 @@
 //! the launch is cancelled, its VMM is ended, the planner hears that the VM is gone, and
 //! the instance ends with the reason.
 
-pub(in crate::daemon) mod admit;
-pub(in crate::daemon) mod compose;
-pub(in crate::daemon) mod map;
-pub(in crate::daemon) mod prefetch;
-pub(in crate::daemon) mod prepared;
-pub(in crate::daemon) mod resolve;
-pub(in crate::daemon) mod start;
+pub(super) mod admit;
+pub(super) mod compose;
+pub(super) mod map;
+pub(super) mod prefetch;
+pub(super) mod prepared;
+pub(super) mod resolve;
+pub(super) mod start;
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,14 +1,14 @@
 //! The daemon's processes: the holder that stays, the pinner, the worker that may die; what a
 //! worker takes over from the one before, and what it does without.
 
-pub(in crate::daemon) mod health;
-pub(in crate::daemon) mod heartbeat;
-pub(in crate::daemon) mod holder;
-pub(in crate::daemon) mod journal;
-pub(in crate::daemon) mod sessions;
-pub(in crate::daemon) mod startup;
-pub(in crate::daemon) mod takeover;
-pub(in crate::daemon) mod worker;
+pub(super) mod health;
+pub(super) mod heartbeat;
+pub(super) mod holder;
+pub(super) mod journal;
+pub(super) mod sessions;
+pub(super) mod startup;
+pub(super) mod takeover;
+pub(super) mod worker;
 
 /// Log lines on standard error, filtered by `FORELAY_LOG`.
 fn log() {
