@@ -195,6 +195,7 @@ struct Timers {
 pub(crate) struct ReaderThread {
     /// Since when it serves the request that it has.
     pub busy_since: Mutex<Option<Instant>>,
+    /// It ended although requests may come.
     pub ended: AtomicBool,
 }
 
@@ -257,8 +258,9 @@ impl Core {
         reader
     }
 
-    /// Body of a reader thread: until told to stop or unmounted.
-    pub fn read_requests(self: &Arc<Self>, waiter: &Waiter, reader: &ReaderThread) {
+    /// Body of a reader thread: until told to stop or unmounted. False if it ends although
+    /// requests may come.
+    pub fn read_requests(self: &Arc<Self>, waiter: &Waiter, reader: &ReaderThread) -> bool {
         let mut buffer = vec![0; REQUEST_BYTES];
         loop {
             match self.connection.receive(&mut buffer) {
@@ -267,13 +269,13 @@ impl Core {
                     self.handle(&buffer[..len]);
                     *reader.busy_since.lock() = None;
                 }
-                Ok(Received::Unmounted) => return,
+                Ok(Received::Unmounted) => return true,
                 Ok(Received::Empty) => match waiter.wait() {
                     Ok(true) => {}
-                    Ok(false) => return,
+                    Ok(false) => return true,
                     Err(error) => {
                         tracing::error!(%error, "cannot wait for FUSE requests");
-                        return;
+                        return false;
                     }
                 },
                 Err(error) => {

@@ -203,7 +203,7 @@ impl SharedMemory {
             closed_once: AtomicBool::new(false),
             domain: config.domain.clone(),
             pinner: config.pinner.clone(),
-            inherited_pins: Mutex::new(inherited_pins(config, is_new)),
+            inherited_pins: Mutex::default(),
             threads: Vec::new(),
             core,
         };
@@ -212,12 +212,15 @@ impl SharedMemory {
             let core = Arc::clone(&memory.core);
             let reader = core.new_reader();
             memory.spawn(format!("fuse-read-{n}"), move || {
-                core.read_requests(&waiter, &reader);
-                reader.ended.store(true, Relaxed);
+                // A mount that is gone asks for nothing: another daemon could not do better.
+                let ended_well = core.read_requests(&waiter, &reader);
+                reader.ended.store(!ended_well, Relaxed);
             })?;
         }
         let core = Arc::clone(&memory.core);
         memory.spawn("fuse-timers".to_owned(), move || core.run_timers())?;
+        // Only now: what the pinner is at may itself wait for a page that is served here.
+        memory.inherited_pins = Mutex::new(inherited_pins(config, is_new));
         Ok(memory)
     }
 

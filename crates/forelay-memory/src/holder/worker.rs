@@ -100,7 +100,9 @@ impl Holder {
                 return None;
             }
             (Some(Shutdown::Stop), code) => return Some(code.unwrap_or(1)),
-            (_, Some(0)) => return Some(0),
+            // One that makes room for the next one has stopped no VM: a stop that comes
+            // meanwhile is the next one's to carry out.
+            (said, Some(0)) if said != Some(Shutdown::Restart) => return Some(0),
             // Bad configuration, a socket that is taken: repeating it helps nobody. But with
             // mounts to serve, giving up would kill the VMs that map them.
             (_, code) if self.domains.is_empty() && (!was_ready || self.stop.is_some()) => {
@@ -175,7 +177,9 @@ impl Holder {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
+                // Of another version, say: it waits for an answer that it would not get.
                 tracing::error!(%error, "the worker cannot be understood");
+                worker.process.hang_up();
                 return;
             }
         };

@@ -467,5 +467,7 @@ impl PlannerThread {
             paused: planner.is_paused(),
             counters: planner.counters(),
         };
+        // One message may bring very many events.
+        self.shared.note_step();
     }
 }
