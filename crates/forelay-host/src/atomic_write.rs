@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 /// Puts a file of `bytes` in the place of whatever is at `path`, and returns it, open for
 /// writing behind them.
@@ -41,6 +43,8 @@ fn lock_unfinished(unfinished: &Path) -> io::Result<File> {
             .write(true)
             .create(true)
             .truncate(false)
+            // In a directory of somebody else's: no link is followed, no pipe waited for.
+            .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
             .open(unfinished)?;
         file.lock()?;
         let own = file.metadata()?;
@@ -109,5 +113,18 @@ mod tests {
             }
         });
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_somebody_else_put_at_the_unfinished_name_is_neither_followed_nor_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, victim) = (dir.path().join("x.lock"), dir.path().join("victim"));
+        std::os::unix::fs::symlink(&victim, dir.path().join("x.lock.new")).unwrap();
+        assert!(atomic_write(&path, b"new").is_err());
+        assert!(!victim.exists() && !path.exists());
+        let pipe = dir.path().join("y.lock.new");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        assert!(atomic_write(&dir.path().join("y.lock"), b"new").is_err());
     }
 }

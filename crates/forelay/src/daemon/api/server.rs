@@ -143,8 +143,13 @@ async fn attach(
     Json(request): Json<AttachRequest>,
 ) -> Answer<crate::api::Vm> {
     let instance = host.instance(&name)?;
-    let attached = host.attachments.attach(&instance, &request.component);
-    Ok(Json(attached.await?))
+    // A client that goes away must not leave it half done.
+    let attached = tokio::spawn(async move {
+        let _turn = instance.device_turn().await;
+        let attached = host.attachments.attach(&instance, &request.component);
+        attached.await
+    });
+    Ok(Json(attached.await.map_err(HostError::failed)??))
 }
 
 async fn detach(
@@ -153,8 +158,12 @@ async fn detach(
     Json(request): Json<AttachRequest>,
 ) -> Answer<crate::api::Vm> {
     let instance = host.instance(&name)?;
-    let detached = host.attachments.detach(&instance, &request.component);
-    Ok(Json(detached.await?))
+    let detached = tokio::spawn(async move {
+        let _turn = instance.device_turn().await;
+        let detached = host.attachments.detach(&instance, &request.component);
+        detached.await
+    });
+    Ok(Json(detached.await.map_err(HostError::failed)??))
 }
 
 async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::VmMap> {

@@ -88,11 +88,14 @@ impl Composer {
             .await?;
         let (manifest, bundle) = (order.manifest.clone(), order.bundle.clone());
         let hostname = hostname.to_owned();
+        // Opened before the task, which outlives a launch that is cancelled: it must not
+        // write into the file that the next launch of this name has at this path.
+        let file = std::fs::File::create(&path).map_err(|error| unwritten(&path, &error))?;
         let composed = tokio::task::spawn_blocking(move || {
             let composed =
                 recipe.compose(&manifest, &hostname, MapLayout::Devices, bundle.as_ref());
             let composed = composed.map_err(HostError::failed)?;
-            write_map_image(&composed, &path)
+            write_map_image(&composed, file, &path)
         });
         composed.await.map_err(HostError::failed)?
     }
@@ -105,21 +108,27 @@ impl Composer {
     }
 }
 
-fn write_map_image(composed: &Composed, path: &Path) -> Result<MapImage, HostError> {
-    let write = || -> std::io::Result<u64> {
+fn unwritten(path: &Path, error: &std::io::Error) -> HostError {
+    HostError::Failed(format!(
+        "cannot write the map image {}: {error}",
+        path.display()
+    ))
+}
+
+/// Writes a map image into `file`, which was made at `path`.
+fn write_map_image(
+    composed: &Composed,
+    mut file: std::fs::File,
+    path: &Path,
+) -> Result<MapImage, HostError> {
+    let mut write = || -> std::io::Result<u64> {
         use std::io::Write as _;
-        let mut file = std::fs::File::create(path)?;
         file.write_all(&composed.map_image)?;
         let device_bytes = (composed.map_image.len() as u64).next_multiple_of(PMEM_ALIGN_BYTES);
         file.set_len(device_bytes)?;
         Ok(device_bytes)
     };
-    let device_bytes = write().map_err(|error| {
-        HostError::Failed(format!(
-            "cannot write the map image {}: {error}",
-            path.display()
-        ))
-    })?;
+    let device_bytes = write().map_err(|error| unwritten(path, &error))?;
     let record = DeviceRecord {
         image: composed.digest,
         image_bytes: composed.map_image.len() as u64,

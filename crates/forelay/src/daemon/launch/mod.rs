@@ -28,6 +28,7 @@ pub(super) mod resolve;
 pub(super) mod start;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use forelay_image::NameOf;
@@ -68,6 +69,8 @@ struct Launch {
     asked: Instant,
     /// Repository bytes before it.
     repository_before: u64,
+    /// Whether the VM's directory is this launch's.
+    made_dir: AtomicBool,
 }
 
 /// What a VM boots from.
@@ -101,6 +104,7 @@ impl LaunchService {
                 mode: request.prefetch,
                 asked,
                 repository_before: service.supervisor.repository_bytes(),
+                made_dir: AtomicBool::new(false),
             };
             tokio::spawn(service.conduct(launch));
             Ok(vm)
@@ -185,6 +189,7 @@ impl LaunchService {
         let composing = Instant::now();
         let (order, dir) = (&launch.order, launch.dir()?);
         dir.make().map_err(HostError::failed)?;
+        launch.made_dir.store(true, Ordering::Relaxed);
         let path = dir.path().join(MAP_IMAGE);
         let boots = match prepared {
             Some(prepared) => Boots {
@@ -275,7 +280,9 @@ impl LaunchService {
         tracing::error!(vm = vm.name, %error, "launch failed");
         self.prefetcher.stopped(&vm.name);
         self.supervisor.note_stopped(instance).await;
-        if let Ok(dir) = launch.dir() {
+        if launch.made_dir.load(Ordering::Relaxed)
+            && let Ok(dir) = launch.dir()
+        {
             dir.clear();
         }
         let state = match error {

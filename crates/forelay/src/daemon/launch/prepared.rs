@@ -135,6 +135,14 @@ impl Premaps {
         self.state.lock().prepared.len()
     }
 
+    /// Drops what is prepared for the order's profile; a number that nothing prepared has had.
+    fn replace(&self, order: &Order) -> u64 {
+        let mut state = self.state.lock();
+        state.prepared.remove(&key(order));
+        state.next += 1;
+        state.next
+    }
+
     fn keep(&self, order: &Order, premapped: Premapped) {
         let mut state = self.state.lock();
         state.next += 1;
@@ -203,9 +211,12 @@ impl Preparer {
         let hostname = hostname(order, &name);
         let devices = self.mapper.map_images(order).await?;
         let file = Digest::of(format!("{}/{}", order.domain, order.of.profile).as_bytes());
-        let path = self.premaps.dir.join(format!("{}.img", file.hex()));
-        // A prepared one of this profile has the same path; it goes first.
-        self.premaps.state.lock().prepared.remove(&key(order));
+        // A path of its own: the one before may be taken already and not be moved yet.
+        let number = self.premaps.replace(order);
+        let path = self
+            .premaps
+            .dir
+            .join(format!("{}-{number}.img", file.hex()));
         let map = self.composer.compose(order, &hostname, path).await?;
         let kernel = self.composer.kernel(&order.lock.kernel).await?;
         Ok(Premapped {

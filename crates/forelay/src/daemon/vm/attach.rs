@@ -83,8 +83,8 @@ impl AttachService {
         instance.set_order(manifest.to_toml(), lock.to_toml());
         if let Err(error) = instance.save() {
             // A later daemon would not know of them.
-            self.take_back(instance, &handle, &done).await;
             instance.set_order(before.0, before.1);
+            self.take_back(instance, &handle, &done).await;
             return Err(HostError::Failed(format!(
                 "the record of VM {name} cannot be written: {error}; nothing was attached"
             )));
@@ -182,6 +182,10 @@ impl AttachService {
                     "a component of a failed attach stays attached"
                 ),
             }
+        }
+        // Supervision may have written the record meanwhile.
+        if let Err(error) = instance.save() {
+            tracing::warn!(vm = handle.name(), %error, "cannot save an instance's record");
         }
     }
 

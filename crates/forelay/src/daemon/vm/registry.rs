@@ -76,6 +76,8 @@ pub struct Instance {
     record: Mutex<Record>,
     phase: Mutex<VmPhase>,
     cancel: watch::Sender<bool>,
+    /// Held by the attach or detach under way.
+    devices_change: tokio::sync::Mutex<()>,
 }
 
 /// What there is of a VM, besides what clients see.
@@ -111,7 +113,14 @@ impl Instance {
             record: Mutex::new(record),
             phase: Mutex::new(VmPhase::Launching),
             cancel: watch::Sender::new(false),
+            devices_change: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// Waits until nobody else changes the VM's devices: an attach reads what there is,
+    /// changes it and writes the record.
+    pub async fn device_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.devices_change.lock().await
     }
 
     /// Its name.
