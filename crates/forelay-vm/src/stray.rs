@@ -1,8 +1,8 @@
 //! VMMs that nobody knows: started in a VM's runtime directory, by a process that died
 //! before it could write down which process that was.
 //!
-//! The mark is put into the VMM's environment before it is executed, so that there is no
-//! moment at which a VMM runs and cannot be found, whatever its program is called.
+//! The mark is put into the VMM's environment before it is executed, so that a VMM
+//! that runs can be found from its first instruction on, whatever its program is called.
 //!
 //! Refuses to end anything without that very mark.
 
@@ -57,6 +57,7 @@ fn is_marked(pid: u32, runtime_dir: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use std::process::{Child, Command};
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -72,7 +73,13 @@ mod tests {
         let (own, other) = (dirs.path().join("vm"), dirs.path().join("vm-2"));
         let (mut stray, mut neighbour) = (sleeper(&own), sleeper(&other));
         let marked = |child: &Child, dir: &Path| find(dir).iter().any(|id| id.pid == child.id());
-        assert!(marked(&stray, &own) && marked(&neighbour, &other));
+        // The kernel shows an environment only at the end of the exec, which spawning does
+        // not wait for.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !(marked(&stray, &own) && marked(&neighbour, &other)) {
+            assert!(Instant::now() < deadline, "a mark is not seen");
+            std::thread::yield_now();
+        }
         assert_eq!(end_all(&own).unwrap(), [stray.id()]);
         // Reaped here or by the thread that holds it; gone either way.
         let _ = stray.wait();
