@@ -13,7 +13,8 @@ use rustix::fs::OFlags;
 /// A reader of `path` sees all of the old or all of the new content, also if this process
 /// is killed meanwhile, and also if several write at once (the last one stays). A failure
 /// leaves the old file as it is. What a killed writer leaves behind is one file, the name
-/// with `.new` behind it, which the next writer takes over. The disk is not waited for:
+/// with `.new` behind it, which the next writer takes over; if somebody
+/// else put a link or a pipe at that name, the write is refused. The disk is not waited for:
 /// after a power failure the content may be the old one, the new one or, on file systems
 /// that do not order a rename after the data, damaged; where that matters, the caller
 /// uses [`File::sync_all`].

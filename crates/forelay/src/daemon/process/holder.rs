@@ -27,8 +27,10 @@ const KILL_LIMIT: Duration = Duration::from_secs(5);
 pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     super::log();
     super::keep_private();
-    let handed_over = take_place(&config)?;
+    // What can fail comes before the mounts are taken: with them lost, so are the VMs.
     let path = path.map(Path::canonicalize).transpose()?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let handed_over = take_place(&config)?;
     let words = |role: &str| -> Vec<OsString> {
         let mut words = Vec::new();
         if let Some(path) = &path {
@@ -45,7 +47,7 @@ pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     check.extend(["--protocol".into(), PROTOCOL_VERSION.to_string().into()]);
     let vms_dir = config.vms_dir();
     let code = holder::run(HolderConfig {
-        program: std::env::current_exe().context("cannot find this program")?,
+        program,
         worker,
         pinner: vec!["internal-pinner".into()],
         check: Some(check),
