@@ -10,9 +10,11 @@
 //!                                            ends; a line `checked N` now and then
 //! ```
 //! Files beside MOUNTPOINT make things go wrong: while `MOUNTPOINT.hang` is there, a daemon
-//! asks its mount before it serves it; with `MOUNTPOINT.refuse` no restart is allowed, and
+//! asks its mount before it serves it; while `MOUNTPOINT.linger` is there, one that makes room
+//! for the next one does not end; with `MOUNTPOINT.refuse` no restart is allowed, and
 //! `MOUNTPOINT.checked` shows that one was asked for.
-//! `HELD_MOUNT_LIMIT_MS` is how long the holder waits for anything.
+//! `HELD_MOUNT_LIMIT_MS` is how long the holder waits for anything; with
+//! `HELD_MOUNT_CRASH_MS` a daemon dies that long after it was ready.
 
 #[allow(dead_code)]
 #[path = "../tests/it/support.rs"]
@@ -24,7 +26,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use forelay_image::extent::Extent;
-use forelay_memory::holder::{self, HolderConfig, HolderLimits, Shutdown};
+use forelay_memory::holder::{self, Holder, HolderConfig, HolderLimits, Shutdown};
 use forelay_memory::{Config, Fault, FaultHandler, Session, SharedMemory, pinner};
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -79,16 +81,15 @@ fn hold(args: &[String]) -> Outcome {
             stop: limit * 3,
         };
     }
-    let code = holder::run(HolderConfig {
+    let holder = Holder::new(HolderConfig {
         program: std::env::current_exe()?,
         worker: role("daemon"),
         pinner: role("pinner"),
         check: Some(role("check")),
-        handed_over: Vec::new(),
         last_resort: Box::new(|| println!("last resort")),
         limits,
     })?;
-    std::process::exit(code)
+    std::process::exit(holder.run(Vec::new())?)
 }
 
 /// Answers after a moment, on another thread: so that a kill finds READs in flight.
@@ -138,11 +139,31 @@ fn serve(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
         }
     });
     println!("serving {}", std::process::id());
+    if let Ok(crash_ms) = std::env::var("HELD_MOUNT_CRASH_MS") {
+        let served = Duration::from_millis(crash_ms.parse()?);
+        std::thread::spawn(move || {
+            std::thread::sleep(served);
+            println!("crashing {}", std::process::id());
+            std::process::abort();
+        });
+    }
     let signal = churn(&memory, images, &stop)?;
-    client.shutdown(match signal {
+    let reason = match signal {
         signal_hook::consts::SIGHUP => Shutdown::Restart,
         _ => Shutdown::Stop,
-    })?;
+    };
+    client.shutdown(reason)?;
+    if reason == Shutdown::Stop {
+        println!("stopped {}", std::process::id());
+        return Ok(());
+    }
+    let linger = beside(&memory.mountpoint().display().to_string(), "linger");
+    if linger.exists() {
+        println!("lingering {}", std::process::id());
+        while linger.exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
     Ok(())
 }
 

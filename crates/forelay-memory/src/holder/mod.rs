@@ -41,7 +41,7 @@ use rustix::process::Signal;
 pub use client::{Client, ClientError, Domain, Shutdown, pinner_socket};
 pub use handover::{Handover, take_mounts};
 use process::{Preferred, Process, Program, StopSignals};
-use worker::{Worker, delay_after};
+use worker::{SERVED, Worker, delay_after};
 
 use crate::fuse::mount;
 use crate::packet;
@@ -61,6 +61,8 @@ pub const PROTOCOL_VERSION: u32 = packet::VERSION;
 const STOP_ATTEMPTS: u32 = 5;
 /// Between two looks at what the kernel gives no event for.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A holder that runs so much later than it meant to is one of many that did not run.
+const STALL: Duration = Duration::from_millis(500);
 
 /// How long the holder waits.
 #[derive(Clone, Copy, Debug)]
@@ -97,8 +99,6 @@ pub struct HolderConfig {
     /// Arguments of a run that says, by its exit code, whether a next worker could start.
     /// SIGHUP is passed on only if it could; without arguments, always.
     pub check: Option<Vec<OsString>>,
-    /// Mounts of a worker whose holder has ended: see [`take_mounts`].
-    pub handed_over: Vec<Domain>,
     /// Ends the VMs when no worker could.
     pub last_resort: Box<dyn Fn()>,
     /// How long to wait.
@@ -121,42 +121,6 @@ pub enum HolderError {
     Signals(#[source] io::Error),
 }
 
-/// Holds mounts and keeps a worker running until told to stop. Returns the worker's last
-/// exit code. Call it with no other threads running: it blocks signals.
-pub fn run(config: HolderConfig) -> Result<i32, HolderError> {
-    let start_error = |what| move |source| HolderError::Start { what, source };
-    let signals = StopSignals::take().map_err(HolderError::Signals)?;
-    let program = Program::open(&config.program).map_err(start_error("worker"))?;
-    let mut holder = Holder {
-        domains: BTreeMap::new(),
-        pinner: None,
-        pinner_failures: 0,
-        next_pinner: Some(Instant::now()),
-        worker: None,
-        worker_failures: 0,
-        next_worker: Some(Instant::now()),
-        dying: Vec::new(),
-        check: None,
-        stop: None,
-        program,
-        signals,
-        config,
-    };
-    for domain in std::mem::take(&mut holder.config.handed_over) {
-        let (mountpoint, fuse) = (domain.mountpoint, domain.fuse);
-        holder
-            .domains
-            .insert(domain.name, Held { mountpoint, fuse });
-    }
-    if holder.domains.is_empty() {
-        holder.start_pinner().map_err(start_error("pinner"))?;
-        holder.start_worker().map_err(start_error("worker"))?;
-    }
-    let code = holder.hold();
-    holder.end();
-    Ok(code)
-}
-
 struct Held {
     mountpoint: PathBuf,
     fuse: OwnedFd,
@@ -168,7 +132,8 @@ struct Stop {
     failures: u32,
 }
 
-struct Holder {
+/// Holds mounts and keeps a worker running.
+pub struct Holder {
     config: HolderConfig,
     program: Program,
     signals: StopSignals,
@@ -178,8 +143,10 @@ struct Holder {
     /// When to start the next pinner, while there is none.
     next_pinner: Option<Instant>,
     worker: Option<Worker>,
-    /// Workers in a row that did not live.
+    /// Workers in a row that hardly served.
     worker_failures: u32,
+    /// Workers in a row that were not steady: see [`worker::STEADY`].
+    unsteady_workers: u32,
     /// When to start the next worker, while there is none.
     next_worker: Option<Instant>,
     /// Killed processes that still hang in the kernel.
@@ -201,10 +168,53 @@ enum Watched {
 }
 
 impl Holder {
+    /// Does all that can fail: what is handed over is lost if this process ends. Call it with
+    /// no other threads running: it blocks signals.
+    pub fn new(config: HolderConfig) -> Result<Self, HolderError> {
+        let what = "worker";
+        let program = Program::open(&config.program);
+        Ok(Self {
+            domains: BTreeMap::new(),
+            pinner: None,
+            pinner_failures: 0,
+            next_pinner: Some(Instant::now()),
+            worker: None,
+            worker_failures: 0,
+            unsteady_workers: 0,
+            next_worker: Some(Instant::now()),
+            dying: Vec::new(),
+            check: None,
+            stop: None,
+            program: program.map_err(|source| HolderError::Start { what, source })?,
+            signals: StopSignals::take().map_err(HolderError::Signals)?,
+            config,
+        })
+    }
+
+    /// Holds until told to stop, beginning with the mounts of a worker whose holder has ended
+    /// (see [`take_mounts`]). Returns the worker's last exit code.
+    pub fn run(mut self, handed_over: Vec<Domain>) -> Result<i32, HolderError> {
+        for domain in handed_over {
+            let (mountpoint, fuse) = (domain.mountpoint, domain.fuse);
+            self.domains.insert(domain.name, Held { mountpoint, fuse });
+        }
+        if self.domains.is_empty() {
+            let start_error = |what| move |source| HolderError::Start { what, source };
+            self.start_pinner().map_err(start_error("pinner"))?;
+            self.start_worker().map_err(start_error("worker"))?;
+        }
+        let code = self.hold();
+        self.end();
+        Ok(code)
+    }
+
     /// Until the worker has ended for good; its exit code.
     fn hold(&mut self) -> i32 {
         loop {
-            let ready = self.wait();
+            let (ready, overslept) = self.wait();
+            if overslept > STALL {
+                self.look_again(overslept);
+            }
             if ready.contains(&Watched::Signals)
                 && let Some(code) = self.on_signals()
             {
@@ -251,8 +261,9 @@ impl Holder {
         watched
     }
 
-    /// What has happened, after waiting for it or for the next moment that is due.
-    fn wait(&self) -> Vec<Watched> {
+    /// What has happened, after waiting for it or for the next moment that is due; and by how
+    /// much that moment was missed.
+    fn wait(&self) -> (Vec<Watched>, Duration) {
         let watched = self.watched();
         let mut fds: Vec<_> = watched
             .iter()
@@ -274,13 +285,14 @@ impl Holder {
                 // The kernel is short of memory: nothing to give up mounts for.
                 tracing::error!(%error, "the holder cannot wait for its processes; trying again");
                 std::thread::sleep(Duration::from_millis(100));
-                return Vec::new();
+                return (Vec::new(), Duration::ZERO);
             }
         }
+        let overslept = next.map_or(Duration::ZERO, |at| at.max(now).elapsed());
         let ready = fds.iter().map(|fd| !fd.revents().is_empty());
         let ready: Vec<bool> = ready.collect();
         let ready = watched.iter().zip(ready).filter(|(_, ready)| *ready);
-        ready.map(|((source, _), _)| *source).collect()
+        (ready.map(|((source, _), _)| *source).collect(), overslept)
     }
 
     /// Passes a stop on, or looks whether a restart can be. The exit code, if it is all over.
@@ -295,7 +307,7 @@ impl Holder {
             match &mut self.worker {
                 // One that is still taking over is told as soon as it can stop the VMs.
                 Some(worker) => {
-                    if worker.ready || told_before || self.domains.is_empty() {
+                    if worker.ready.is_some() || told_before || self.domains.is_empty() {
                         worker.process.signal(Signal::TERM);
                     }
                 }
@@ -360,7 +372,7 @@ impl Holder {
         };
         let code = pinner.try_reap();
         tracing::error!(?code, "the pinner ended; its locks are lost");
-        self.pinner_failures = match pinner.started.elapsed() > worker::STEADY {
+        self.pinner_failures = match pinner.started.elapsed() > SERVED {
             true => 0,
             false => self.pinner_failures + 1,
         };

@@ -1,5 +1,6 @@
 //! One worker of the holder's: from its start to its end, and what it asks for meanwhile.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Bound;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -9,12 +10,17 @@ use rustix::process::Signal;
 
 use super::client::Shutdown;
 use super::process::{Preferred, Process};
-use super::{HOLDER_FD, Held, Holder, HolderLimits, STOP_ATTEMPTS, with_causes};
+use super::{HOLDER_FD, Held, Holder, HolderLimits, LOOK_EVERY, STOP_ATTEMPTS, with_causes};
 use crate::fuse::mount;
 use crate::packet::{self, Packet, Word};
 
-/// A worker that was ready and lived this long did not die of its start.
-pub(super) const STEADY: Duration = Duration::from_millis(500);
+/// A process that lived this long did not die of its start: the next one need not be delayed.
+pub(super) const SERVED: Duration = Duration::from_millis(500);
+/// A worker that was ready for this long is not given up in favour of an earlier program.
+pub(super) const STEADY: Duration = Duration::from_secs(30);
+/// So many killed processes may hang in the kernel before no more workers are killed: what
+/// they wait for, a disk say, is what the next worker would wait for, too.
+const MAX_DYING: usize = 3;
 const MAX_DELAY: Duration = Duration::from_secs(5);
 /// How long a process is waited for whose canary is dead.
 const EXIT_GRACE: Duration = Duration::from_millis(100);
@@ -30,8 +36,8 @@ pub(super) fn delay_after(failures: u32) -> Duration {
 /// A worker that runs.
 pub(super) struct Worker {
     pub process: Process,
-    /// It serves its mounts.
-    pub ready: bool,
+    /// Since when it serves its mounts.
+    pub ready: Option<Instant>,
     /// Shows when it dies, once it is ready.
     pub canary: Option<OwnedFd>,
     /// By when its next sign of life has to come: ready, alive, or its end.
@@ -40,6 +46,8 @@ pub(super) struct Worker {
     pub leave_by: Option<Instant>,
     /// What it said is to happen when it ends.
     pub shutdown: Option<Shutdown>,
+    /// Overdue, and not killed: see [`MAX_DYING`].
+    spared: bool,
 }
 
 impl Worker {
@@ -56,9 +64,9 @@ fn ready_limit(limits: &HolderLimits, failures: u32) -> Duration {
 
 impl Holder {
     pub(super) fn start_worker(&mut self) -> io::Result<()> {
-        // A new program that never gets ready is given up in favour of the one before, now and
-        // then: what it lacks may come.
-        let preferred = match self.worker_failures {
+        // A new program that does not get ready, or does not stay so, is given up in favour of
+        // the one before, now and then: what it lacks may come.
+        let preferred = match self.unsteady_workers {
             n if n >= 2 && n.is_multiple_of(2) => Preferred::First,
             _ => Preferred::Path,
         };
@@ -66,10 +74,11 @@ impl Holder {
         self.worker = Some(Worker {
             due: Instant::now() + ready_limit(&self.config.limits, self.worker_failures),
             process,
-            ready: false,
+            ready: None,
             canary: None,
             leave_by: None,
             shutdown: None,
+            spared: false,
         });
         self.next_worker = None;
         Ok(())
@@ -90,12 +99,13 @@ impl Holder {
     /// Decides what follows a worker: an exit code, if nothing does.
     fn after_worker(&mut self, code: Option<i32>) -> Option<i32> {
         let worker = self.worker.take()?;
-        let (was_ready, shutdown) = (worker.ready, worker.shutdown);
+        let (was_ready, shutdown) = (worker.ready.is_some(), worker.shutdown);
         let lived = worker.process.started.elapsed();
+        let served = worker.ready.map_or(Duration::ZERO, |since| since.elapsed());
         self.dying.push(worker.process);
         match (shutdown, code) {
             (Some(Shutdown::Restart), _) if self.stop.is_none() => {
-                self.worker_failures = 0;
+                (self.worker_failures, self.unsteady_workers) = (0, 0);
                 self.next_worker = Some(Instant::now());
                 return None;
             }
@@ -116,8 +126,9 @@ impl Holder {
                 return Some(self.stop_without_worker());
             }
         }
-        let steady = was_ready && lived > STEADY;
-        self.worker_failures = if steady { 0 } else { self.worker_failures + 1 };
+        let count = |failed: bool, before: u32| if failed { before + 1 } else { 0 };
+        self.worker_failures = count(served <= SERVED, self.worker_failures);
+        self.unsteady_workers = count(served <= STEADY, self.unsteady_workers);
         let delay = delay_after(self.worker_failures);
         tracing::warn!(
             ?code,
@@ -135,14 +146,27 @@ impl Holder {
         if self.stop.as_ref().is_some_and(|stop| stop.by <= now) {
             return Some(self.stop_without_worker());
         }
-        let worker = self.worker.as_ref().filter(|worker| worker.due <= now)?;
+        let worker = self.worker.as_mut().filter(|worker| worker.due <= now)?;
         let pid = worker.process.pid();
+        if self.dying.len() >= MAX_DYING {
+            worker.due = now + LOOK_EVERY;
+            if !std::mem::replace(&mut worker.spared, true) {
+                let hanging: Vec<u32> = self.dying.iter().map(Process::pid).collect();
+                tracing::error!(
+                    pid,
+                    ?hanging,
+                    "the worker is overdue, and workers that were killed before it hang in the \
+                     kernel (a disk that does not answer?): leaving it alone until one of them ends"
+                );
+            }
+            return None;
+        }
         if worker.leave_by.is_some_and(|leave_by| leave_by <= now) {
             tracing::error!(
                 pid,
                 "the worker does not make room for the next one: killing it"
             );
-        } else if worker.ready {
+        } else if worker.ready.is_some() {
             tracing::error!(pid, "no sign of life of the worker: killing it");
         } else {
             tracing::error!(pid, "the worker does not get ready: killing it");
@@ -150,6 +174,22 @@ impl Holder {
         worker.process.signal(Signal::KILL);
         // It may hang in the kernel until its successor answers: not waited for.
         self.after_worker(None)
+    }
+
+    /// Gives everybody some time: the holder did not run, so others may not have either, and
+    /// what they had to say by now is still to come.
+    pub(super) fn look_again(&mut self, overslept: Duration) {
+        tracing::warn!(
+            ?overslept,
+            "the host did not run; looking again before anything ends"
+        );
+        let soon = Instant::now() + self.config.limits.silence;
+        let later = |by: &mut Instant| *by = soon.max(*by);
+        if let Some(worker) = &mut self.worker {
+            later(&mut worker.due);
+            worker.leave_by.iter_mut().for_each(later);
+        }
+        self.stop.iter_mut().for_each(|stop| later(&mut stop.by));
     }
 
     /// The last resort of a stop: no worker has stopped the VMs.
@@ -203,13 +243,7 @@ impl Holder {
         match request.word() {
             Word::After | Word::Domain => {
                 let name = request.text(0)?.to_owned();
-                let first = match request.word() {
-                    Word::After => Bound::Excluded(name.clone()),
-                    _ => Bound::Included(name.clone()),
-                };
-                let found = self.domains.range((first, Bound::Unbounded)).next();
-                let is_asked = |found: &str| request.word() == Word::After || found == name;
-                match found.filter(|(found, _)| is_asked(found)) {
+                match find_domain(&self.domains, &name, request.word()) {
                     Some((name, held)) => Packet::new(Word::Domain)
                         .field(name)
                         .path(&held.mountpoint)
@@ -239,7 +273,7 @@ impl Holder {
                 let canary = request.take_fd()?;
                 ok.send(control, &[])?;
                 worker.canary = Some(canary);
-                worker.ready = true;
+                worker.ready = Some(Instant::now());
                 worker.give_until(silence);
                 if self.stop.is_some() {
                     worker.process.signal(Signal::TERM);
@@ -247,7 +281,7 @@ impl Holder {
                 Ok(())
             }
             Word::Alive => {
-                if worker.ready {
+                if worker.ready.is_some() {
                     worker.give_until(silence);
                 }
                 Ok(())
@@ -266,9 +300,78 @@ impl Holder {
     }
 }
 
+/// The mount of this name, or for [`Word::After`] the first one after it.
+fn find_domain<'a>(
+    domains: &'a BTreeMap<String, Held>,
+    name: &str,
+    asked: Word,
+) -> Option<(&'a String, &'a Held)> {
+    match asked {
+        Word::After => {
+            let after = (Bound::Excluded(name), Bound::Unbounded);
+            domains.range::<str, _>(after).next()
+        }
+        _ => domains.get_key_value(name),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::{HolderConfig, HolderError};
     use super::*;
+
+    fn holder_of_sleepers() -> Holder {
+        let holder = Holder::new(HolderConfig {
+            program: "/bin/sleep".into(),
+            worker: vec!["60".into()],
+            pinner: vec!["60".into()],
+            check: None,
+            last_resort: Box::new(|| {}),
+            limits: HolderLimits::default(),
+        });
+        holder.unwrap()
+    }
+
+    #[test]
+    fn no_more_workers_are_killed_while_too_many_hang_in_their_death() {
+        let mut holder = holder_of_sleepers();
+        for _ in 0..MAX_DYING {
+            holder.start_worker().unwrap();
+            let hanging = holder.worker.take().unwrap();
+            holder.dying.push(hanging.process);
+        }
+        holder.start_worker().unwrap();
+        let worker = holder.worker.as_mut().unwrap();
+        let pid = worker.process.pid();
+        (worker.ready, worker.due) = (Some(Instant::now()), Instant::now());
+        assert_eq!(holder.enforce_limits(), None);
+        let worker = holder.worker.as_mut().unwrap();
+        assert!(worker.process.pid() == pid && worker.process.try_reap().is_none());
+        assert!(worker.due > Instant::now(), "it is looked at again");
+        // One of them comes back from its disk and dies.
+        let mut ended = holder.dying.pop().unwrap();
+        ended.signal(Signal::KILL);
+        ended.reap_within(Duration::from_secs(60)).unwrap();
+        worker.due = Instant::now();
+        assert_eq!(holder.enforce_limits(), None);
+        assert!(holder.worker.is_none() && holder.next_worker.is_some());
+        let mut killed = holder.dying.pop().unwrap();
+        assert_eq!(killed.pid(), pid);
+        killed.reap_within(Duration::from_secs(60)).unwrap();
+        for process in &holder.dying {
+            process.signal(Signal::KILL);
+        }
+    }
+
+    #[test]
+    fn a_holder_that_can_not_hold_says_so_before_it_is_given_anything() {
+        let config = HolderConfig {
+            program: "/nowhere/forelay".into(),
+            ..holder_of_sleepers().config
+        };
+        let refused = Holder::new(config).err().unwrap();
+        assert!(matches!(refused, HolderError::Start { what: "worker", .. }));
+    }
 
     #[test]
     fn delays_and_limits_grow_and_end() {

@@ -2,6 +2,7 @@
 //! processes (`examples/held_mount.rs`).
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -20,7 +21,7 @@ pub const FIRST_IMAGE: TestImage = TestImage {
 };
 
 /// How long the holder of a test waits for anything that its worker ought to do.
-const LIMIT_MS: &str = "1000";
+const LIMIT: Duration = Duration::from_secs(1);
 
 pub struct Holder {
     pub process: Child,
@@ -38,15 +39,15 @@ impl Holder {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("program");
         std::fs::copy(example("held_mount"), &program).unwrap();
-        Self::with_program(dir, &program, Some(LIMIT_MS))
+        Self::with_program(dir, &program, Some(LIMIT))
     }
 
-    fn with_program(dir: tempfile::TempDir, program: &Path, limit_ms: Option<&str>) -> Self {
+    fn with_program(dir: tempfile::TempDir, program: &Path, limit: Option<Duration>) -> Self {
         let mut process = Command::new(program)
             .arg("holder")
             .arg(dir.path().join("mount"))
             .args([IMAGES, IMAGE_MIB])
-            .envs(limit_ms.map(|limit_ms| ("HELD_MOUNT_LIMIT_MS", limit_ms)))
+            .envs(limit.map(|limit| ("HELD_MOUNT_LIMIT_MS", limit.as_millis().to_string())))
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -171,11 +172,11 @@ pub fn signal(pid: u32, name: &str) {
         .status();
 }
 
-/// True once a stopped process stands still.
-fn is_stopped(pid: u32) -> bool {
+/// True if the process is in this state: `T` once it is stopped, `S` while it waits.
+fn is_in_state(pid: u32, state: char) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
-        .is_some_and(|(_, rest)| rest.starts_with('T'))
+        .is_some_and(|(_, rest)| rest.starts_with(state))
 }
 
 fn locked_kib(mountpoint: &Path) -> u64 {
@@ -228,7 +229,7 @@ fn privileged_pins_outlive_the_daemon_and_orderly_ends_unmount() {
     eventually("the daemon pins something", || locked_kib(&mountpoint) > 0);
     // Stopped, so that it lets go of nothing between the look and the kill.
     signal(daemon, "STOP");
-    eventually("the daemon stands still", || is_stopped(daemon));
+    eventually("the daemon stands still", || is_in_state(daemon, 'T'));
     let before = locked_kib(&mountpoint);
     signal(daemon, "KILL");
     // The next daemon pins and evicts at random, too: look before it can.
@@ -423,4 +424,96 @@ fn privileged_a_restart_that_could_not_serve_is_refused() {
     signal(holder.process.id(), "HUP");
     assert_ne!(holder.next_daemon(), daemon);
     assert!(holder.lines.try_recv().is_err(), "replaced once");
+}
+
+#[test]
+fn privileged_a_new_program_that_dies_soon_after_it_was_ready_is_given_up() {
+    if skipped("privileged_a_new_program_that_dies_soon_after_it_was_ready_is_given_up") {
+        return;
+    }
+    let holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    let mapper = holder.mapper(1);
+    mapper.progress();
+    // An upgrade that serves for a moment longer than it takes to start.
+    let upgrade = holder.dir.path().join("upgrade");
+    let program = example("held_mount");
+    let text = format!(
+        "#!/bin/sh\nHELD_MOUNT_CRASH_MS=700 exec {} \"$@\"\n",
+        program.display()
+    );
+    std::fs::write(&upgrade, text).unwrap();
+    std::fs::set_permissions(&upgrade, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::rename(&upgrade, holder.program()).unwrap();
+    signal(holder.process.id(), "HUP");
+    let said: Vec<String> = std::iter::repeat_with(|| holder.lines.recv_timeout(PATIENCE).unwrap())
+        .take(5)
+        .collect();
+    let words: Vec<&str> = said
+        .iter()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    assert_eq!(
+        words,
+        ["serving", "crashing", "serving", "crashing", "serving"]
+    );
+    // The program of before, whose path leads elsewhere by now.
+    let last: u32 = said[4].strip_prefix("serving ").unwrap().parse().unwrap();
+    assert_ne!(last, daemon);
+    let runs = std::fs::read_link(format!("/proc/{last}/exe")).unwrap();
+    assert!(runs.to_string_lossy().ends_with(" (deleted)"), "{runs:?}");
+    mapper.progress();
+    mapper.finish();
+}
+
+#[test]
+fn privileged_a_host_that_stood_still_costs_no_daemon_its_life() {
+    if skipped("privileged_a_host_that_stood_still_costs_no_daemon_its_life") {
+        return;
+    }
+    let holder = Holder::impatient();
+    let daemon = holder.next_daemon();
+    let mapper = holder.mapper(1);
+    mapper.progress();
+    let pid = holder.process.id();
+    for process in [daemon, pid] {
+        signal(process, "STOP");
+        eventually("it stands still", || is_in_state(process, 'T'));
+    }
+    // Time passes, and nobody sees it pass.
+    let stopped = std::time::Instant::now();
+    eventually("the limit is over", || stopped.elapsed() > LIMIT * 2);
+    // The holder sees that the daemon is overdue before that can say a word.
+    signal(pid, "CONT");
+    eventually("the holder has looked", || is_in_state(pid, 'S'));
+    signal(daemon, "CONT");
+    mapper.progress();
+    assert_eq!(holder.children("daemon"), [daemon]);
+    mapper.finish();
+}
+
+#[test]
+fn privileged_a_stop_during_a_restart_is_carried_out_by_the_next_daemon() {
+    if skipped("privileged_a_stop_during_a_restart_is_carried_out_by_the_next_daemon") {
+        return;
+    }
+    let mut holder = Holder::impatient();
+    let first = holder.next_daemon();
+    holder.set("linger", true);
+    signal(holder.process.id(), "HUP");
+    let lingering = holder.lines.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(lingering, format!("lingering {first}"));
+    signal(holder.process.id(), "TERM");
+    holder.set("linger", false);
+    let status = holder.process.wait().unwrap();
+    assert!(status.success(), "{status}");
+    // The one that made room has stopped nothing.
+    let said: Vec<String> = holder.lines.iter().collect();
+    let [serving, stopped] = &said[..] else {
+        panic!("{said:?}");
+    };
+    let next = serving.strip_prefix("serving ").unwrap();
+    assert_eq!(stopped, &format!("stopped {next}"));
+    assert_ne!(next, first.to_string());
+    assert!(!holder.is_mounted());
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use forelay_memory::holder::{self, HolderConfig, HolderLimits, PROTOCOL_VERSION};
+use forelay_memory::holder::{self, Holder, HolderConfig, HolderLimits, PROTOCOL_VERSION};
 use forelay_memory::pinner;
 use forelay_vm::process::Process;
 
@@ -27,10 +27,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(5);
 pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     super::log();
     super::keep_private();
-    // What can fail comes before the mounts are taken: with them lost, so are the VMs.
     let path = path.map(Path::canonicalize).transpose()?;
-    let program = std::env::current_exe().context("cannot find this program")?;
-    let handed_over = take_place(&config)?;
     let words = |role: &str| -> Vec<OsString> {
         let mut words = Vec::new();
         if let Some(path) = &path {
@@ -46,15 +43,16 @@ pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     check.extend(["--runtime-dir".into(), config.runtime_dir.clone().into()]);
     check.extend(["--protocol".into(), PROTOCOL_VERSION.to_string().into()]);
     let vms_dir = config.vms_dir();
-    let code = holder::run(HolderConfig {
-        program,
+    let holder = Holder::new(HolderConfig {
+        program: std::env::current_exe().context("cannot find this program")?,
         worker,
         pinner: vec!["internal-pinner".into()],
         check: Some(check),
-        handed_over,
         last_resort: Box::new(move || end_recorded(&vms_dir)),
         limits: HolderLimits::default(),
     })?;
+    // Last of what can fail: with the mounts lost, so are the VMs.
+    let code = holder.run(take_place(&config)?)?;
     if code != 0 {
         bail!("the daemon ended with exit code {code}");
     }
