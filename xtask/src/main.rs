@@ -7,6 +7,7 @@ mod bench;
 mod cgroup;
 mod cpu;
 mod demo;
+mod frames;
 mod guest;
 mod hog;
 mod host;

@@ -9,10 +9,9 @@
 //!
 //! Knows nothing about VMMs' command lines. A hint that the kernel refuses is no error.
 
-use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 #[cfg(target_arch = "x86_64")]
 const AUDIT_ARCH: u32 = 0xc000_003e;
@@ -27,17 +26,6 @@ pub struct Hints {
     pub guest_ram_bytes: Option<u64>,
     /// Descriptors (above 2) that the VMM is to inherit; all others are closed.
     pub keep_fds: Vec<RawFd>,
-}
-
-/// [`Hints::apply`] with no exceptions.
-pub fn apply(command: &mut Command) {
-    Hints::default().apply(command);
-}
-
-/// Starts `command` with [`apply`] and no standard input: it survives its parent.
-pub fn spawn_detached(command: &mut Command) -> io::Result<Child> {
-    apply(command);
-    command.stdin(Stdio::null()).spawn()
 }
 
 impl Hints {

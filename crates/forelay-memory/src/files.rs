@@ -13,7 +13,6 @@ use forelay_image::extent::{Extent, PAGE_BYTES, PMEM_ALIGN_BYTES};
 use forelay_image::pages::PageSet;
 use parking_lot::Mutex;
 
-use crate::counters::Tally;
 use crate::fuse::abi;
 use crate::mapping::FileMapping;
 
@@ -90,7 +89,6 @@ pub(crate) struct SharedFile {
     pub key: FileKey,
     pub id: FileId,
     pub spec: FileSpec,
-    pub tally: Tally,
     /// What was pushed and not evicted since.
     pub pushed: Mutex<PageSet>,
     /// What of it was seen touched.
@@ -177,7 +175,6 @@ impl Files {
             key,
             id: FileId(node),
             spec,
-            tally: Tally::default(),
             pushed: Mutex::default(),
             used: Mutex::default(),
             pinned: Mutex::default(),

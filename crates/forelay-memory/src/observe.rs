@@ -6,8 +6,7 @@
 //! (fault-around), so observation is exact where exact sets were pushed and blurs up to
 //! 16 pages where more is resident.
 //!
-//! Reads other processes' maps only; changes nothing. Needs CAP_SYS_PTRACE on them, and
-//! CAP_SYS_ADMIN for page frame numbers.
+//! Reads other processes' maps only; changes nothing. Needs CAP_SYS_PTRACE on them.
 
 use std::fs::File;
 use std::io;
@@ -97,27 +96,13 @@ pub fn touched(pid: u32, file: FileIdentity) -> Result<Vec<Extent>, ObserveError
             Ok(()) => {}
             // Before Linux 6.7.
             Err(error) if is_unknown(&error) => {
-                let frames = entries(&pagemap, range).map_err(fail(pid, "reading pagemap"))?;
-                pages.extend(frames.map(|(offset, _)| Extent::new(offset, PAGE_BYTES)));
+                let found = entries(&pagemap, range).map_err(fail(pid, "reading pagemap"))?;
+                pages.extend(found);
             }
             Err(error) => return Err(fail(pid, "scanning its page tables")(error)),
         }
     }
     Ok(normalise(pages))
-}
-
-/// The file's pages that `pid` maps, each with its page frame number, by file offset. Two
-/// processes that share a page show the same number.
-pub fn page_frames(pid: u32, file: FileIdentity) -> Result<Vec<(u64, u64)>, ObserveError> {
-    let ranges = mappings(pid, file)?;
-    let pagemap = open_pagemap(pid)?;
-    let mut frames = Vec::new();
-    for range in ranges {
-        let found = entries(&pagemap, range).map_err(fail(pid, "reading pagemap"))?;
-        frames.extend(found);
-    }
-    frames.sort_unstable();
-    Ok(frames)
 }
 
 /// What `pid`'s mappings of the file weigh, by smaps.
@@ -273,10 +258,9 @@ pub(crate) fn scan_works() -> bool {
         .is_ok()
 }
 
-/// (file offset, page frame number) of each mapped page of `range`.
-fn entries(pagemap: &File, range: MappedRange) -> io::Result<impl Iterator<Item = (u64, u64)>> {
+/// The mapped pages of `range`, from one entry for each.
+fn entries(pagemap: &File, range: MappedRange) -> io::Result<Vec<Extent>> {
     const PRESENT: u64 = 1 << 63;
-    const FRAME: u64 = (1 << 55) - 1;
     let mut bytes = vec![0; (range.extent.len / PAGE_BYTES * 8) as usize];
     pagemap.read_exact_at(&mut bytes, range.address / PAGE_BYTES * 8)?;
     let mut offset = range.extent.offset;
@@ -284,11 +268,11 @@ fn entries(pagemap: &File, range: MappedRange) -> io::Result<impl Iterator<Item 
     for entry in bytes.as_chunks::<8>().0 {
         let entry = u64::from_ne_bytes(*entry);
         if entry & PRESENT != 0 {
-            found.push((offset, entry & FRAME));
+            found.push(Extent::new(offset, PAGE_BYTES));
         }
         offset += PAGE_BYTES;
     }
-    Ok(found.into_iter())
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -341,10 +325,11 @@ Pss:                 100 kB
             "{seen:?}"
         );
         assert_eq!(mappers(identity).unwrap(), [pid]);
-        let by_entry = page_frames(pid, identity).unwrap();
-        assert_eq!(
-            by_entry.len() as u64 * PAGE_BYTES,
-            forelay_image::extent::total_bytes(&seen)
+        // As kernels without the scan are asked.
+        let (pagemap, range) = (
+            open_pagemap(pid).unwrap(),
+            mappings(pid, identity).unwrap()[0],
         );
+        assert_eq!(normalise(entries(&pagemap, range).unwrap()), seen);
     }
 }

@@ -429,7 +429,6 @@ impl Core {
         let content_len = waiting.content_len();
         if content_len == 0 {
             self.total.padding_reads.fetch_add(1, Relaxed);
-            waiting.file.tally.padding_reads.fetch_add(1, Relaxed);
             // A refusal was logged, and the kernel keeps no READ that it refused.
             let _ = self.send_full(&waiting, &[], 0);
             return;
@@ -443,7 +442,6 @@ impl Core {
                 return;
             }
             self.total.fault(content_len as u64);
-            waiting.file.tally.fault(content_len as u64);
             table.insert(unique, waiting);
         }
         self.call_handler(key, read.offset, content_len, header.thread, unique);
@@ -484,7 +482,6 @@ impl Core {
         let padding = waiting.extent.len as usize - waiting.content_len();
         // Counted first: the one who waits may look at the counters right after.
         self.total.answered(stall);
-        waiting.file.tally.answered(stall);
         if padding == 0 {
             self.connection.reply(waiting.wire_unique, parts)
         } else {
@@ -553,7 +550,6 @@ impl Core {
             let start = (waiting.extent.offset - offset) as usize;
             let content = &data[start..start + waiting.content_len()];
             self.total.answered_by_push.fetch_add(1, Relaxed);
-            file.tally.answered_by_push.fetch_add(1, Relaxed);
             // A refusal was logged, and the kernel keeps no READ that it refused.
             let _ = self.answer(&waiting, &[content]);
         }

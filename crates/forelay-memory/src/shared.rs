@@ -368,7 +368,6 @@ impl SharedMemory {
         }
         file.pushed.lock().insert(PageRun::covering(extent));
         self.core.total.pushed_bytes.fetch_add(extent.len, Relaxed);
-        file.tally.pushed_bytes.fetch_add(extent.len, Relaxed);
         Ok(())
     }
 
@@ -496,7 +495,6 @@ impl SharedMemory {
             .total
             .evicted_bytes
             .fetch_add(freed_bytes, Relaxed);
-        file.tally.evicted_bytes.fetch_add(freed_bytes, Relaxed);
         Ok(freed_bytes)
     }
 
@@ -550,7 +548,6 @@ impl SharedMemory {
             .total
             .pushed_used_bytes
             .fetch_add(used_bytes, Relaxed);
-        file.tally.pushed_used_bytes.fetch_add(used_bytes, Relaxed);
         Ok(())
     }
 
@@ -567,11 +564,6 @@ impl SharedMemory {
     /// Counters of the whole mount.
     pub fn counters(&self) -> Counters {
         self.core.total.snapshot()
-    }
-
-    /// Counters of one file.
-    pub fn file_counters(&self, key: &FileKey) -> Result<Counters, MemoryError> {
-        Ok(self.file(key)?.tally.snapshot())
     }
 }
 

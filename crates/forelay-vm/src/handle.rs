@@ -192,23 +192,11 @@ impl VmHandle {
         self.inner.progress.subscribe()
     }
 
-    /// Waits until the guest's root is mounted.
-    pub async fn wait_mounted(&self, limit: Duration) -> Result<Progress, VmError> {
-        self.wait("mounted", limit, |progress| progress.mounted.is_some())
-            .await
-    }
-
     /// Waits until the guest is ready. (After a reattachment that event may come before what
     /// was missed of the mount; both are awaited.)
     pub async fn wait_ready(&self, limit: Duration) -> Result<Progress, VmError> {
         let reached = |progress: &Progress| progress.ready.is_some() && progress.mounted.is_some();
         self.wait("ready", limit, reached).await
-    }
-
-    /// Waits until the entrypoint has ended.
-    pub async fn wait_entrypoint(&self, limit: Duration) -> Result<Progress, VmError> {
-        self.wait("done", limit, |progress| progress.entrypoint.is_some())
-            .await
     }
 
     /// Waits until the VMM's process is gone.

@@ -23,7 +23,6 @@ pub mod kernel;
 pub mod lifecycle;
 mod lines;
 pub mod process;
-pub mod qcow2;
 pub mod qemu;
 pub mod scratch;
 pub mod spec;

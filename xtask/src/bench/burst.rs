@@ -6,7 +6,6 @@
 //! once: as it does by itself, which is with the forecast of each profile prefetched from
 //! the moment of the launches on, and on demand alone.
 
-use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,16 +15,16 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::images;
+use super::launch::touch_list;
 use super::statistics::{median, quantile};
 use crate::host::{Host, Programs, Settings};
 
-const PAGE_BYTES: u64 = 4096;
 const LAUNCHES: usize = 100;
 const PROFILES: usize = 10;
 const MEMORY_MIB: u64 = 192;
 
-/// Pages of one component image, by digest.
-type Touches = Vec<(String, u64)>;
+/// What a launch touched, as `forelay map` tells it.
+type Touches = Vec<Value>;
 
 struct Bench {
     programs: Programs,
@@ -52,9 +51,9 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let recorded = bench.record()?;
     let mut unique_bytes = 0;
     let mut alone_s = Vec::new();
-    bench.with_host(|host, files| {
+    bench.with_host(|host, devices| {
         for touches in &recorded {
-            alone_s.extend(bench.launch(files, &[touches], None)?);
+            alone_s.extend(bench.launch(devices, &[touches], None)?);
         }
         unique_bytes = fetched(host)?;
         Ok(())
@@ -62,8 +61,8 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let all: Vec<&Touches> = (0..LAUNCHES).map(|n| &recorded[n % PROFILES]).collect();
     let burst = |forecast: bool| -> Result<Value> {
         let (mut times, mut bytes) = (Vec::new(), 0);
-        bench.with_host(|host, files| {
-            times = bench.launch(files, &all, forecast.then_some(host))?;
+        bench.with_host(|host, devices| {
+            times = bench.launch(devices, &all, forecast.then_some(host))?;
             bytes = fetched(host)?;
             Ok(())
         })?;
@@ -90,7 +89,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let on_demand = burst(false)?;
     let touched = recorded
         .iter()
-        .map(|touches| touches.len() as u64 * PAGE_BYTES);
+        .map(|touches| touches.iter().filter_map(|one| one["len"].as_u64()).sum());
     let fields = json!({
         "launches": LAUNCHES,
         "profiles": PROFILES,
@@ -122,14 +121,7 @@ impl Bench {
             let name = format!("image{number}");
             host.launch(manifest, &name, &[])?;
             let map = host.json(["map", name.as_str()])?;
-            let mut touches = Vec::new();
-            for touch in map["touches"].as_array().into_iter().flatten() {
-                let image = touch["image"].as_str().context("a touch has an image")?;
-                let offset = touch["offset"].as_u64().context("a touch has an offset")?;
-                let len = touch["len"].as_u64().context("a touch has a length")?;
-                let pages = offset / PAGE_BYTES..(offset + len).div_ceil(PAGE_BYTES);
-                touches.extend(pages.map(|page| (image.to_owned(), page)));
-            }
+            let touches = map["touches"].as_array().cloned().unwrap_or_default();
             ensure!(!touches.is_empty(), "{name} touched nothing");
             recorded.push(touches);
             host.stop(&[name.as_str()])?;
@@ -138,24 +130,16 @@ impl Bench {
         Ok(recorded)
     }
 
-    /// A daemon with nothing cached, and the files of all components by image.
-    fn with_host(
-        &self,
-        work: impl FnOnce(&Host, &BTreeMap<String, PathBuf>) -> Result<()>,
-    ) -> Result<()> {
+    /// A daemon with nothing cached, and the devices of all components.
+    fn with_host(&self, work: impl FnOnce(&Host, &[Value]) -> Result<()>) -> Result<()> {
         let _ = std::fs::remove_dir_all(self.settings.state.join("cache"));
         let mut host = Host::new(&self.programs, &self.settings)?;
         host.start_daemon()?;
-        let mut files = BTreeMap::new();
         // The first image has all of the runtimes.
         let arguments = ["prefetch", "--mode", "none"].map(AsRef::as_ref);
         let answer = host.json(arguments.into_iter().chain([self.manifests[0].as_os_str()]))?;
-        for device in answer["devices"].as_array().into_iter().flatten() {
-            let image = device["image"].as_str().context("a device has an image")?;
-            let path = device["path"].as_str().context("a device has a path")?;
-            files.insert(image.to_owned(), path.into());
-        }
-        work(&host, &files)?;
+        let devices = answer["devices"].as_array();
+        work(&host, devices.context("a prefetch names its devices")?)?;
         host.stop_daemon()
     }
 
@@ -163,7 +147,7 @@ impl Bench {
     /// itself would; returns the seconds that each took.
     fn launch(
         &self,
-        files: &BTreeMap<String, PathBuf>,
+        devices: &[Value],
         launches: &[&Touches],
         forecast: Option<&Host>,
     ) -> Result<Vec<f64>> {
@@ -173,7 +157,7 @@ impl Bench {
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()?;
-            let text = touch_list(files, touches)?;
+            let text = touch_list(touches, devices)?;
             let mut input = child.stdin.take().context("a replay has an input")?;
             input.write_all(text.as_bytes())?;
             children.push((child, input));
@@ -215,22 +199,4 @@ fn finish(mut child: Child, start: Instant) -> Result<f64> {
     let seconds = start.elapsed().as_secs_f64();
     ensure!(child.wait()?.success(), "a replay failed: {text}");
     Ok(seconds)
-}
-
-/// What a replay is told: the files, then what to touch.
-fn touch_list(files: &BTreeMap<String, PathBuf>, touches: &Touches) -> Result<String> {
-    let mut text = String::new();
-    let mut numbers = BTreeMap::new();
-    for (number, (image, path)) in files.iter().enumerate() {
-        let bytes = std::fs::metadata(path)?.len();
-        text.push_str(&format!("file {bytes} {}\n", path.display()));
-        numbers.insert(image.as_str(), number);
-    }
-    for (image, page) in touches {
-        // The map image is each VM's own.
-        if let Some(number) = numbers.get(image.as_str()) {
-            text.push_str(&format!("touch {number} {page}\n"));
-        }
-    }
-    Ok(text)
 }

@@ -19,8 +19,8 @@ use super::images;
 use super::launch::touch_list;
 use super::statistics::median;
 use crate::cgroup::MemoryCgroup;
+use crate::frames::frames;
 use crate::host::{Host, Settings};
-use crate::pages;
 use crate::process::{output, run, target_dir};
 
 const IMAGES: usize = 20;
@@ -144,11 +144,11 @@ fn cached_bytes(files: &[PathBuf]) -> Result<u64> {
 
 /// Distinct pages of component images behind some VMs, and their map images.
 fn content_bytes(host: &Host, vms: &[Vm]) -> Result<u64> {
-    let mut frames = BTreeSet::new();
+    let mut distinct = BTreeSet::new();
     for vm in vms {
-        frames.extend(pages::frames(vm.pid, &host.scratch().join("run/memory"))?.into_values());
+        distinct.extend(frames(vm.pid, &host.scratch().join("run/memory"))?.into_values());
     }
-    Ok(frames.len() as u64 * 4096 + vms.iter().map(|vm| vm.map_bytes).sum::<u64>())
+    Ok(distinct.len() as u64 * 4096 + vms.iter().map(|vm| vm.map_bytes).sum::<u64>())
 }
 
 impl Bench {
@@ -177,7 +177,7 @@ impl Bench {
                 known: images::runtimes(number)
                     .iter()
                     .all(|one| seen.contains(one)),
-                touched_bytes: pages::frames(pid, &run)?.len() as u64 * 4096,
+                touched_bytes: frames(pid, &run)?.len() as u64 * 4096,
                 added_bytes: resident(&self.host)?.saturating_sub(before) + map_bytes,
                 map_bytes,
                 name,

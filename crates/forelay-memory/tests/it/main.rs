@@ -3,6 +3,8 @@
 
 mod charges;
 mod content;
+#[path = "../../../../xtask/src/frames.rs"]
+mod frames;
 mod stress;
 mod support;
 mod takeover;

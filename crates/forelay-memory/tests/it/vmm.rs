@@ -2,9 +2,11 @@
 //! The guest never runs; its monitor reads guest-physical memory, which faults in the same
 //! mapping at the same place as a guest would.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use forelay_memory::command_hints::Hints;
 use forelay_memory::observe::{self, FileIdentity};
@@ -48,24 +50,26 @@ impl Qemu {
         Self { process }
     }
 
-    /// Reads 8 bytes of pmem at each offset, as the monitor prints them, then quits.
-    fn read_words(mut self, offsets: &[u64]) -> Vec<u64> {
+    /// Reads 8 bytes of pmem at each offset, as the monitor prints them, then quits; counts
+    /// meanwhile what was read.
+    fn read_words(mut self, offsets: &[u64], read: &AtomicUsize) -> Vec<u64> {
         let mut stdin = self.process.stdin.take().unwrap();
         for offset in offsets {
             writeln!(stdin, "xp /1xg {:#x}", PMEM_ADDRESS + offset).unwrap();
         }
         writeln!(stdin, "quit").unwrap();
-        let mut text = String::new();
-        let mut stdout = self.process.stdout.take().unwrap();
-        stdout.read_to_string(&mut text).unwrap();
-        text.lines()
+        let stdout = BufReader::new(self.process.stdout.take().unwrap());
+        let lines = stdout.lines().map_while(Result::ok);
+        lines
             .filter_map(|line| {
                 let (address, value) = line.trim().split_once(": 0x")?;
                 address
                     .bytes()
                     .all(|byte| byte.is_ascii_hexdigit())
                     .then_some(())?;
-                u64::from_str_radix(value, 16).ok()
+                let word = u64::from_str_radix(value, 16).ok()?;
+                read.fetch_add(1, Ordering::Relaxed);
+                Some(word)
             })
             .collect()
     }
@@ -125,7 +129,7 @@ fn privileged_a_hinted_vmm_faults_in_small_pieces() {
             eventually("guest RAM keeps its huge pages", || qemu.ram_is_huge());
         }
         let before = mount.memory.counters().demand_bytes;
-        assert_eq!(qemu.read_words(&offsets), wanted);
+        assert_eq!(qemu.read_words(&offsets, &AtomicUsize::new(0)), wanted);
         mount.memory.counters().demand_bytes - before
     };
     let hinted = demand_bytes(Some(Hints {
@@ -161,16 +165,18 @@ fn privileged_a_vmm_reads_right_bytes_while_daemons_are_killed() {
     // Every page, in an order that jumps about.
     let pages = FIRST_IMAGE.bytes / 4096;
     let offsets: Vec<u64> = (0..pages).map(|n| n * 1021 % pages * 4096).collect();
+    let read = Arc::new(AtomicUsize::new(0));
     let reader = std::thread::spawn({
-        let offsets = offsets.clone();
-        move || qemu.read_words(&offsets)
+        let (offsets, read) = (offsets.clone(), Arc::clone(&read));
+        move || qemu.read_words(&offsets, &read)
     });
-    let mut kills = 0;
-    while !reader.is_finished() && kills < 4 {
-        std::thread::sleep(std::time::Duration::from_millis(300));
+    for kills in 1..=4 {
+        // Each daemon serves some of it.
+        eventually("QEMU has read on", || {
+            read.load(Ordering::Relaxed) > offsets.len() * kills / 8 || reader.is_finished()
+        });
         signal(daemon, "KILL");
         daemon = holder.next_daemon();
-        kills += 1;
     }
     let words = reader.join().unwrap();
     assert_eq!(words.len(), offsets.len(), "QEMU {pid} ended early");
@@ -178,5 +184,4 @@ fn privileged_a_vmm_reads_right_bytes_while_daemons_are_killed() {
         let wanted = FIRST_IMAGE.content(offset, 8);
         assert_eq!(word.to_ne_bytes(), wanted[..], "at {offset}");
     }
-    assert!(kills > 0);
 }

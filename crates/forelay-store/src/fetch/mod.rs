@@ -211,15 +211,6 @@ impl Scheduler {
         self.fetch_source(source, priority, NO_GROUP).await
     }
 
-    /// One chunk of an image for a thread that must not block; `callback` is called on
-    /// another thread, once.
-    pub fn fetch_demand(&self, image: Digest, chunk_no: u32, callback: Callback) {
-        let this = self.clone();
-        self.0.handle.spawn(async move {
-            callback(this.fetch(image, chunk_no, Priority::Demand).await);
-        });
-    }
-
     /// A range of an image for a thread that must not block, such as one that serves
     /// faults; `callback` is called on another thread, once, with exactly the range.
     /// The part of `extent` beyond the image's end reads as zeros (device padding).
@@ -306,11 +297,6 @@ impl Scheduler {
     /// Lets the kernel have the page cache of the disk cache's files.
     pub fn give_back_pages(&self) {
         self.0.cache.give_back_pages();
-    }
-
-    /// Chunks that were asked for and whose request has not started.
-    pub fn queued_chunks(&self) -> usize {
-        self.0.state.lock().queue.queued()
     }
 
     /// Counters since the scheduler started.

@@ -405,6 +405,7 @@ impl<W> Queue<W> {
     }
 
     /// Chunks that have not started.
+    #[cfg(test)]
     pub fn queued(&self) -> usize {
         self.flights
             .values()

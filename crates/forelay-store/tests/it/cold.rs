@@ -74,7 +74,7 @@ async fn each_request_gets_exactly_its_parts_and_ends_once() {
     // Bytes are handed out before they are on the disk: wait until they are.
     for (image, extent) in &plan {
         while !is_on_disk(&host, *image, *extent) {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::task::yield_now().await;
         }
     }
     // Warm: the same from the disk cache.
@@ -126,13 +126,16 @@ async fn neighbours_are_fetched_together() {
     let (host, gate) = narrow_host(&bench).await;
     host.open_image(sample.image()).await.unwrap();
     let whole = Extent::new(0, sample.bytes.len() as u64);
-    // The line is held until the whole plan is queued behind its first chunk.
+    // The line is held until the whole plan is queued behind its first chunk, which shows by
+    // another plan that joins all of it.
     let stream = host.scheduler().prefetch(vec![(sample.image(), whole)]);
-    while host.scheduler().queued_chunks() < 199 {
+    let other = host.scheduler().prefetch(vec![(sample.image(), whole)]);
+    while host.scheduler().counters().joined < 200 {
         tokio::task::yield_now().await;
     }
     gate.add_permits(1000);
     assert_eq!(drain(stream, &sample).await.len(), 200);
+    assert_eq!(drain(other, &sample).await.len(), 200);
     let counters = host.scheduler().counters();
     assert_eq!(counters.prefetch_chunks, 200);
     assert!(
@@ -157,13 +160,14 @@ async fn one_chunk_is_fetched_once_and_demand_joins_prefetch() {
     while bench.faults.ranges.lock().is_empty() {
         tokio::task::yield_now().await;
     }
+    let wanted = sample.extent(2);
     let demands: Vec<_> = (0..5)
         .map(|_| {
             let (sender, receiver) = tokio::sync::oneshot::channel();
             let scheduler = host.scheduler().clone();
             // As a fault handler does it: from a thread that is not the runtime's.
             let thread = std::thread::spawn(move || {
-                scheduler.fetch_demand(image, 2, Box::new(|result| drop(sender.send(result))));
+                scheduler.demand(image, wanted, Box::new(|result| drop(sender.send(result))));
             });
             thread.join().unwrap();
             receiver
@@ -241,7 +245,6 @@ async fn a_dropped_stream_stops() {
         tokio::task::yield_now().await;
     }
     drop(stream);
-    assert_eq!(host.scheduler().queued_chunks(), 0);
     gate.add_permits(1000);
     let held = bench.faults.ranges.lock()[1].1;
     while host.scheduler().counters().prefetch_requests < 2 {

@@ -9,7 +9,7 @@ use forelay_vm::channel::ChannelError;
 use forelay_vm::state::VmState;
 use forelay_vm::{AttachError, Phase, ReattachError, VmmDriver};
 
-use crate::fixture::{Bench, Guard, Image, LIMIT, assets, base_tree, file, sh};
+use crate::fixture::{Bench, Guard, Image, LIMIT, assets, base_tree, file, reached, sh};
 
 /// Set for the process that launches a VM and dies.
 const OWNER_DIR: &str = "FORELAY_TEST_OWNER_DIR";
@@ -158,7 +158,7 @@ async fn privileged_owner_process() {
     let mut spec = bench.spec(assets, &[&base], &VmConfig::default());
     spec.runtime_dir = dir.into();
     let vm = bench.driver.launch(&spec).await.unwrap();
-    vm.wait_mounted(LIMIT).await.unwrap();
+    reached(&vm, |progress| progress.mounted.is_some()).await;
     // The files live as long as the VM maps them.
     drop(bench);
     std::process::abort();

@@ -7,7 +7,7 @@ use forelay_guest_protocol::config::{Entrypoint, Network, ReadyProbe, Run, VmCon
 use forelay_guest_protocol::messages::ExitStatus;
 use forelay_vm::{Cause, Forward, Upper};
 
-use crate::fixture::{Bench, LIMIT, assets, base_tree, sh};
+use crate::fixture::{Bench, LIMIT, assets, base_tree, reached, sh};
 
 fn shell(script: &str) -> Run {
     Run::Entrypoint(Entrypoint {
@@ -86,7 +86,7 @@ async fn privileged_serves_a_forwarded_port_from_a_scratch_disk() {
     );
 
     sh(&vm, "touch /stop").await;
-    let progress = vm.wait_entrypoint(LIMIT).await.unwrap();
+    let progress = reached(&vm, |progress| progress.entrypoint.is_some()).await;
     assert_eq!(progress.entrypoint, Some(ExitStatus::Code(5)));
     assert_eq!(vm.wait_ended().await.cause, Cause::GuestPoweroff);
 }

@@ -6,7 +6,7 @@ use forelay_guest_protocol::config::{Entrypoint, Run, VmConfig};
 use forelay_guest_protocol::messages::ExitStatus;
 use forelay_vm::{Boot, Cause, LaunchError, Phase, VmError, VmSpec, VmmDriver, Wrap};
 
-use crate::fixture::{Bench, Guard, LIMIT, assets, base_tree};
+use crate::fixture::{Bench, Guard, LIMIT, assets, base_tree, reached};
 
 #[tokio::test]
 async fn privileged_a_vmm_that_dies_during_boot_is_a_clear_error() {
@@ -78,7 +78,7 @@ async fn privileged_a_boot_that_fails_tells_why() {
         },
     );
     let vm = Guard(bench.driver.launch(&spec).await.unwrap());
-    let progress = vm.wait_entrypoint(LIMIT).await.unwrap();
+    let progress = reached(&vm, |progress| progress.entrypoint.is_some()).await;
     assert_eq!(progress.entrypoint, Some(ExitStatus::Code(127)));
     vm.wait_ended().await;
     assert!(vm.console_tail().contains("/no/such/program"));

@@ -14,7 +14,7 @@ use forelay_image::erofs::merge::{ComposeOptions, Composed, Layer, MapLayout, co
 use forelay_image::erofs::write::write_image;
 use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree};
 use forelay_vm::qemu::QemuDriver;
-use forelay_vm::{Boot, Disk, DiskFormat, PmemDevice, VmHandle, VmSpec, VmmDriver};
+use forelay_vm::{Boot, Disk, DiskFormat, PmemDevice, Progress, VmHandle, VmSpec, VmmDriver};
 
 /// Time for anything a guest does; only hangs take that long.
 pub const LIMIT: Duration = Duration::from_secs(240);
@@ -456,7 +456,10 @@ impl Bench {
             .arg(directory)
             .arg(&disk))
         .unwrap();
-        forelay_vm::qcow2::create_overlay(&overlay, &disk).unwrap();
+        run(Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .args([&disk, &overlay]))
+        .unwrap();
         let boot = Boot::Root(Disk {
             path: overlay,
             format: DiskFormat::Qcow2,
@@ -481,6 +484,17 @@ impl Bench {
             .unwrap_or_else(|error| panic!("{error}"));
         vm
     }
+}
+
+/// Waits until the VM has come so far.
+pub async fn reached(vm: &VmHandle, so_far: impl Fn(&Progress) -> bool) -> Progress {
+    let mut progress = vm.watch();
+    let found = tokio::time::timeout(LIMIT, progress.wait_for(so_far)).await;
+    let console = || format!("in {LIMIT:?}; console:\n{}", vm.console_tail());
+    found
+        .unwrap_or_else(|_| panic!("{}", console()))
+        .unwrap()
+        .clone()
 }
 
 /// Kills the VM when a test ends or fails.

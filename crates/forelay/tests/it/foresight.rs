@@ -81,18 +81,12 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
         let tool = components.find(|one| one["image"] == entry["image"]);
         tool.map_or(0, |one| one["resident_bytes"].as_u64().unwrap())
     };
-    let (mut before, mut same) = (0, 0);
-    host.until("the tool is in memory, and no more of it comes", |host| {
-        let now = resident(host);
-        same = if now > 0 && now == before {
-            same + 1
-        } else {
-            0
-        };
-        before = now;
-        same == 10
+    host.until("all of the tool that is foreseen is in memory", |host| {
+        let foreseen = tool(&host.json(["forecast"]), "second").unwrap();
+        foreseen["resident_bytes"] == foreseen["bytes"]
     });
     let loaded = resident(&host);
+    assert!(loaded > 0);
     let vm = host.vm("second");
     let components = vm["components"].as_array().unwrap().iter();
     assert!(components.clone().all(|one| one["name"] != "forelay-tool"));

@@ -95,7 +95,7 @@ fn privileged_a_page_lives_from_the_manifest_into_the_next_launch() {
 
     // Mapping -> page frame, and the same frames in every VM that has the component.
     let mounts = host.dir().join("run/memory");
-    let of_web = frames(vm["pid"].as_u64().unwrap(), &mounts);
+    let of_web = frames(vm["pid"].as_u64().unwrap(), &mounts).unwrap();
     let page = (path, offset / 4096 * 4096);
     assert!(
         of_web.get(&page).is_some_and(|frame| *frame != 0),
@@ -106,8 +106,8 @@ fn privileged_a_page_lives_from_the_manifest_into_the_next_launch() {
     host.sh("other", "cat /usr/sbin/nginx > /dev/null");
     // Both looked at now: the kernel may have reclaimed what was idle and read it again since.
     host.sh("web", "cat /usr/sbin/nginx > /dev/null");
-    let of_web = frames(vm["pid"].as_u64().unwrap(), &mounts);
-    let of_other = frames(other["pid"].as_u64().unwrap(), &mounts);
+    let of_web = frames(vm["pid"].as_u64().unwrap(), &mounts).unwrap();
+    let of_other = frames(other["pid"].as_u64().unwrap(), &mounts).unwrap();
     let both = of_web
         .iter()
         .filter_map(|(page, frame)| Some((frame, of_other.get(page)?)));

@@ -12,6 +12,7 @@ mod daemon_dies;
 mod failed_launch;
 mod fixture;
 mod foresight;
+#[path = "../../../../xtask/src/frames.rs"]
 mod frames;
 mod full_disk;
 mod inherit;
