@@ -7,11 +7,12 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, UNIX_EPOCH};
 
 use forelay_host::atomic_write;
 use serde::{Deserialize, Serialize};
+
+use crate::process::output_within;
 
 /// How long a KVM boot may take; without a root it is about a second.
 const LIMIT: Duration = Duration::from_secs(8);
@@ -122,7 +123,8 @@ async fn boot(qemu: &Path, kernel: &Path) -> Probe {
         accelerator: Accelerator::Tcg,
         reason,
     };
-    let child = tokio::process::Command::new(qemu)
+    let mut command = tokio::process::Command::new(qemu);
+    command
         .args([
             "-nodefaults",
             "-no-user-config",
@@ -138,22 +140,13 @@ async fn boot(qemu: &Path, kernel: &Path) -> Probe {
             "console=ttyS0 panic=-1 root=/dev/none",
             "-kernel",
         ])
-        .arg(kernel)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn();
-    let child = match child {
-        Ok(child) => child,
-        Err(error) => return tcg(format!("{}: {error}", qemu.display())),
-    };
-    match tokio::time::timeout(LIMIT, child.wait_with_output()).await {
-        Err(_) => tcg(format!(
+        .arg(kernel);
+    match output_within(&mut command, LIMIT).await {
+        Err(error) if error.kind() == std::io::ErrorKind::TimedOut => tcg(format!(
             "a stock kernel did not boot under KVM within {LIMIT:?}"
         )),
-        Ok(Err(error)) => tcg(format!("KVM probe: {error}")),
-        Ok(Ok(output)) => judge(&output.stdout, &output.stderr).map_or_else(tcg, |reason| Probe {
+        Err(error) => tcg(format!("{}: {error}", qemu.display())),
+        Ok(output) => judge(&output.stdout, &output.stderr).map_or_else(tcg, |reason| Probe {
             accelerator: Accelerator::Kvm,
             reason,
         }),

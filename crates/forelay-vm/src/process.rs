@@ -5,7 +5,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Output, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use procfs::FromRead as _;
 use procfs::process::Stat;
@@ -108,6 +110,22 @@ impl Process {
     }
 }
 
+/// Runs a tool and returns what it said. It is killed when `limit` has passed (the error is of
+/// the kind `TimedOut`) or this future is dropped.
+pub(crate) async fn output_within(
+    command: &mut tokio::process::Command,
+    limit: Duration,
+) -> io::Result<Output> {
+    let running = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    match tokio::time::timeout(limit, running).await {
+        Ok(output) => output,
+        Err(_) => {
+            let late = format!("it did not end within {limit:?}");
+            Err(io::Error::new(io::ErrorKind::TimedOut, late))
+        }
+    }
+}
+
 /// Blocks until the process has ended. A thread of its own for each process: tokio's way to
 /// await a descriptor needs unsafe code, and these threads only sleep.
 fn await_exit(descriptor: &OwnedFd) -> Exit {
@@ -147,5 +165,32 @@ mod tests {
         let exit = process.wait().await;
         assert_eq!((exit.code, exit.signal), (None, Some(9)));
         process.kill().unwrap();
+    }
+    #[tokio::test]
+    async fn a_tool_that_takes_too_long_or_is_given_up_does_not_go_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid_file = dir.path().join("pid");
+        let script = format!("echo $$ >{} && exec sleep 60", pid_file.display());
+        let mut command = tokio::process::Command::new("sh");
+        command.args(["-c", &script]);
+        let started = async || loop {
+            let pid = std::fs::read_to_string(&pid_file).unwrap_or_default();
+            if let Ok(pid) = pid.trim().parse() {
+                std::fs::remove_file(&pid_file).unwrap();
+                break Process::hold(ProcessId::of(pid).unwrap()).unwrap().unwrap();
+            }
+            tokio::task::yield_now().await;
+        };
+        let long = Duration::from_secs(3600);
+        let given_up = tokio::select! {
+            ended = output_within(&mut command, long) => panic!("{ended:?}"),
+            tool = started() => tool,
+        };
+        given_up.wait().await;
+        let late = output_within(&mut command, Duration::ZERO).await;
+        assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let mut quick = tokio::process::Command::new("echo");
+        let said = output_within(quick.arg("said"), long).await.unwrap();
+        assert_eq!(said.stdout, b"said\n");
     }
 }

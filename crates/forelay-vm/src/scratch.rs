@@ -5,10 +5,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::time::Duration;
+
+use crate::process::output_within;
 
 /// Smallest useful size.
 const MIN_BYTES: u64 = 16 << 20;
+/// A sparse file takes a moment; a disk that takes longer does not answer.
+const FORMAT_LIMIT: Duration = Duration::from_secs(120);
 
 /// Why a scratch disk could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -70,18 +74,17 @@ async fn format(path: &Path) -> Result<(), ScratchError> {
         path: path.to_owned(),
         output,
     };
-    let output = tokio::process::Command::new("mkfs.ext4")
+    let mut command = tokio::process::Command::new("mkfs.ext4");
+    command
         .args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E"])
         .arg("lazy_itable_init=1,nodiscard")
         .arg(path)
         .env(
             "PATH",
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        )
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .map_err(|error| failed(error.to_string()))?;
+        );
+    let output = output_within(&mut command, FORMAT_LIMIT).await;
+    let output = output.map_err(|error| failed(error.to_string()))?;
     if output.status.success() {
         Ok(())
     } else {

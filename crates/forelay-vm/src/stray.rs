@@ -27,8 +27,8 @@ pub fn find(runtime_dir: &Path) -> Vec<ProcessId> {
         .collect()
 }
 
-/// Kills the VMMs of `runtime_dir`; returns the pids of those that there were.
-pub fn end_all(runtime_dir: &Path) -> std::io::Result<Vec<u32>> {
+/// Kills the VMMs of `runtime_dir`; returns those that there were, which take a moment to end.
+pub fn end_all(runtime_dir: &Path) -> std::io::Result<Vec<Process>> {
     let mut ended = Vec::new();
     for id in find(runtime_dir) {
         // Held first and looked at again: the pid may be another's by now.
@@ -37,7 +37,7 @@ pub fn end_all(runtime_dir: &Path) -> std::io::Result<Vec<u32>> {
         };
         if is_marked(id.pid, runtime_dir) {
             process.kill()?;
-            ended.push(id.pid);
+            ended.push(process);
         }
     }
     Ok(ended)
@@ -80,7 +80,9 @@ mod tests {
             assert!(Instant::now() < deadline, "a mark is not seen");
             std::thread::yield_now();
         }
-        assert_eq!(end_all(&own).unwrap(), [stray.id()]);
+        let ended = end_all(&own).unwrap();
+        let pids: Vec<u32> = ended.iter().map(|process| process.id().pid).collect();
+        assert_eq!(pids, [stray.id()]);
         // Reaped here or by the thread that holds it; gone either way.
         let _ = stray.wait();
         assert_eq!(find(&own), []);
