@@ -191,9 +191,7 @@ pub fn overlay(
     for directory in ["data", "work"] {
         fs::create_dir_all(format!("{UPPER}/{directory}"))?;
     }
-    // Without redirect_dir, a directory of the image cannot be renamed.
-    let options =
-        format!("lowerdir={lower},upperdir={UPPER}/data,workdir={UPPER}/work,redirect_dir=on");
+    let options = format!("lowerdir={lower},upperdir={UPPER}/data,workdir={UPPER}/work");
     sys::mount("overlay", ROOT, "overlay", 0, &options).map_err(context("mount overlay root"))
 }
 

@@ -64,6 +64,8 @@ pub use process::worker::run_worker;
 
 /// How long a guest may take to power itself off.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long a VMM that was killed may take to be seen gone.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
 /// How long all VMs may take to stop when the daemon ends.
 const STOP_ALL: Duration = Duration::from_secs(30);
 /// How long learning may take that the daemon's end cuts short.
@@ -355,9 +357,9 @@ impl Host {
         let vm = instance.vm();
         if vm.state == VmState::Unreachable {
             // It cannot be asked.
-            process::takeover::kill_recorded(&vm.runtime_dir);
-            instance.ended().await;
-            return Ok(());
+            let killed = process::takeover::kill_recorded(&vm.runtime_dir);
+            let ended = tokio::time::timeout(KILL_LIMIT, instance.ended()).await;
+            return ended.map_err(|_| not_ended(&vm, killed.err()));
         }
         // A launch that was handed over a moment ago cannot be cancelled any more.
         if let Some(handle) = instance.launched().await {
@@ -454,6 +456,21 @@ impl Host {
     ) -> Result<Vec<crate::api::HistoryEntry>, HostError> {
         self.learner.entries(profile).await
     }
+}
+
+/// Why a VM lives on that was to be killed, and what is left to do.
+fn not_ended(vm: &Vm, error: Option<std::io::Error>) -> HostError {
+    let why = error.map_or_else(
+        || format!("was killed and has not ended in {KILL_LIMIT:?}, so it hangs in the kernel"),
+        |error| format!("cannot be killed: {error}"),
+    );
+    let pid = vm.pid.map_or("PID".to_owned(), |pid| pid.to_string());
+    HostError::Failed(format!(
+        "the VMM of {} {why}: `cat /proc/{pid}/stack` tells what it waits for, and `grep -l {} \
+         /proc/*/environ` which process it is",
+        vm.name,
+        vm.runtime_dir.display()
+    ))
 }
 
 /// What a shell would call the end of a guest's command.

@@ -1,6 +1,13 @@
 //! Components come and go while a VM runs; what cannot be is refused in words.
 
-use crate::fixture::{Host, Settings, bench, idle};
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+
+use serde_json::Value;
+
+use crate::fixture::{Host, Settings, bench, idle, signal};
 
 #[test]
 fn privileged_a_component_is_attached_used_and_detached() {
@@ -116,4 +123,106 @@ fn privileged_an_attach_that_fails_half_way_leaves_nothing() {
     let figures = attached["attach"].as_object().unwrap();
     let sum: f64 = figures.values().map(|part| part.as_f64().unwrap()).sum();
     assert!(figures.len() >= 7 && sum > 0.0, "{figures:?}");
+}
+
+/// A host whose VM `held` stands still, so that an attach to it lasts as long as the test wants.
+struct HeldVm {
+    host: Host,
+    vmm: u32,
+}
+
+impl HeldVm {
+    fn new(host: Host) -> Self {
+        let manifest = host.write("held.toml", &idle("held", "[]", ""));
+        let vm = host.launch(&manifest, "held", &[]);
+        let vmm = u32::try_from(vm["pid"].as_u64().unwrap()).unwrap();
+        signal("STOP", vmm);
+        Self { host, vmm }
+    }
+
+    /// The file that attaching a component maps, before anything is asked of the VMM.
+    fn file(&self, component: &str) -> PathBuf {
+        let shown = self.host.json(["component", "show", component]);
+        let image = shown["image"]["digest"].as_str().unwrap();
+        let name = format!("{}.img", image.replace("sha256:", ""));
+        self.host.dir().join("run/memory/tests").join(name)
+    }
+
+    fn attach(&self, component: &str) -> Child {
+        let mut attach = self.host.command(["attach", "held", component]);
+        let attach = attach.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        attach.unwrap()
+    }
+
+    fn has(&self, component: &str) -> bool {
+        let vm = self.host.vm("held");
+        let components = vm["components"].as_array().unwrap();
+        components.iter().any(|one| one["name"] == component)
+    }
+}
+
+#[test]
+fn privileged_an_attach_is_finished_though_its_client_goes_away() {
+    let test = "privileged_an_attach_is_finished_though_its_client_goes_away";
+    let Some(bench) = bench(test) else { return };
+    let held = HeldVm::new(Host::started(&bench, &Settings::default()));
+    let mut client = UnixStream::connect(held.host.dir().join("run/forelay.sock")).unwrap();
+    let body = "{\"component\": \"forelay-tool\"}";
+    write!(
+        client,
+        "POST /v1/vms/held/attach HTTP/1.1\r\nHost: forelay\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let file = held.file("forelay-tool");
+    held.host.until("the attach has begun", |_| file.exists());
+    drop(client);
+    // Answered after the daemon has seen the client's end.
+    assert!(!held.has("forelay-tool"));
+    signal("CONT", held.vmm);
+    held.host
+        .until("it is attached", |_| held.has("forelay-tool"));
+    assert_eq!(
+        held.host.sh("held", "forelay-tool"),
+        "hello from the tool\n"
+    );
+    let record = std::fs::read(held.host.dir().join("run/vms/held/instance.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    assert!(
+        record["manifest"]
+            .as_str()
+            .unwrap()
+            .contains("forelay-tool")
+    );
+}
+
+#[test]
+fn privileged_two_attaches_at_once_both_count() {
+    let test = "privileged_two_attaches_at_once_both_count";
+    let Some(bench) = bench(test) else { return };
+    let held = HeldVm::new(Host::started(&bench, &Settings::default()));
+    let names = ["forelay-tool", "forelay-part"];
+    let files = names.map(|name| held.file(name));
+    let attaches = names.map(|name| held.attach(name));
+    held.host
+        .until("one has begun", |_| files.iter().any(|file| file.exists()));
+    signal("CONT", held.vmm);
+    for mut attach in attaches {
+        assert!(attach.wait().unwrap().success(), "{}", held.host.log());
+    }
+    // Both are in what the next daemon reads, and in what the next attach is solved with.
+    let record = std::fs::read(held.host.dir().join("run/vms/held/instance.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    for name in names {
+        assert!(held.has(name));
+        for text in ["manifest", "lock"] {
+            assert!(
+                record[text].as_str().unwrap().contains(name),
+                "{name}: {record}"
+            );
+        }
+    }
+    let refused = held.host.refused(["attach", "held", "forelay-rival"]);
+    assert!(refused.contains("excludes forelay-tool"), "{refused}");
 }

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::fixture::{Host, Settings, bench, idle, lives, signal};
+use crate::fixture::{Host, RepositoryOf, Settings, bench, idle, lives, signal};
 
 /// Replaces a file of a private repository, which may be a hard link into the shared one.
 fn replace(path: &Path, content: &[u8]) {
@@ -209,10 +209,8 @@ fn privileged_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched(
 fn privileged_what_breaks_one_vm_leaves_another_unharmed() {
     let test = "privileged_what_breaks_one_vm_leaves_another_unharmed";
     let Some(bench) = bench(test) else { return };
-    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
-    let repository = bench.private_repository(scratch.path());
     let settings = Settings {
-        repository: Some(repository.clone()),
+        repository: RepositoryOf::Test,
         ..Settings::default()
     };
     let host = Host::started(&bench, &settings);
@@ -235,9 +233,9 @@ fn privileged_what_breaks_one_vm_leaves_another_unharmed() {
 
     writes_to_pmem_go_nowhere(&host);
     unharmed();
-    vanished(&host, &repository, &launch);
+    vanished(&host, &launch);
     unharmed();
-    corrupt(&host, &repository, &launch);
+    corrupt(&host, &launch);
     unharmed();
     vmm_dies_during_boot(&host, &good);
     unharmed();
@@ -261,7 +259,8 @@ fn writes_to_pmem_go_nowhere(host: &Host) {
 }
 
 /// A component that a lock pins is gone, or a part of it.
-fn vanished(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
+fn vanished(host: &Host, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
+    let repository = host.repository();
     let manifest = host.write("next.toml", &idle("gone", "[\"nginx\"]", ""));
     host.ok(["lock", manifest.to_str().unwrap()]);
     let lock = host.dir().join("next.lock");
@@ -283,7 +282,8 @@ fn vanished(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str])
 }
 
 /// A pack whose bytes are not what its name says, and one that is cut short.
-fn corrupt(host: &Host, repository: &Path, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
+fn corrupt(host: &Host, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
+    let repository = host.repository();
     for (name, cut) in [("flipped", false), ("cut", true)] {
         let tree = host.dir().join(name);
         std::fs::create_dir(&tree).unwrap();

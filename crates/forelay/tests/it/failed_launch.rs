@@ -1,11 +1,10 @@
 //! Launches that end before their VMM is supervised: cancelled, failed, or cut short by the
 //! worker's death. Nothing of them runs on.
 
-use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::fixture::{Host, Settings, bench, idle, signal};
+use crate::fixture::{Host, RepositoryOf, Settings, bench, idle, signal};
 
 /// Begins `forelay run` of a manifest and waits until the VM is listed.
 fn begin(host: &Host, name: &str) -> Child {
@@ -68,13 +67,13 @@ fn privileged_a_vmm_that_nobody_knows_is_ended_whatever_its_program_is_called() 
 }
 
 /// Whoever opens a pipe without a writer waits, as for a dead file server.
-fn hang(host: &Host, repository: &Path) {
+fn hang(host: &Host) {
     let shown = host.json(["component", "show", "debian"]);
     let index = shown["image"]["chunk_index"]
         .as_str()
         .unwrap()
         .replace("sha256:", "");
-    let path = repository.join(format!("chunks/{index}.idx"));
+    let path = host.repository().join(format!("chunks/{index}.idx"));
     std::fs::remove_file(&path).unwrap();
     let made = std::process::Command::new("mkfifo").arg(&path).status();
     assert!(made.unwrap().success());
@@ -84,15 +83,13 @@ fn hang(host: &Host, repository: &Path) {
 fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminated() {
     let test = "privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminated";
     let Some(bench) = bench(test) else { return };
-    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
-    let repository = bench.private_repository(scratch.path());
     let settings = Settings {
-        repository: Some(repository.clone()),
+        repository: RepositoryOf::Test,
         timeout_s: Some(600.0),
         ..Settings::default()
     };
     let mut host = Host::started(&bench, &settings);
-    hang(&host, &repository);
+    hang(&host);
     let mut first = begin(&host, "first");
     let asked = Instant::now();
     host.ok(["stop", "first"]);
@@ -120,15 +117,13 @@ fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminat
 fn privileged_a_repository_that_hangs_is_told_in_words() {
     let test = "privileged_a_repository_that_hangs_is_told_in_words";
     let Some(bench) = bench(test) else { return };
-    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
-    let repository = bench.private_repository(scratch.path());
     let settings = Settings {
-        repository: Some(repository.clone()),
+        repository: RepositoryOf::Test,
         timeout_s: Some(1.0),
         ..Settings::default()
     };
     let host = Host::started(&bench, &settings);
-    hang(&host, &repository);
+    hang(&host);
     let manifest = host.write("plain.toml", &idle("plain", "[]", ""));
     let said = host.refused(["run", "--detach", manifest.to_str().unwrap()]);
     assert!(said.contains("did not answer within 1 s"), "{said}");

@@ -6,12 +6,13 @@
 //! ends the daemon and the VMs by their ids and unmounts below its directory.
 //!
 //! Invariant: nobody writes to the shared repository after it is built; a test that
-//! wants a broken one takes a [`Bench::private_repository`].
+//! wants a broken one has a copy ([`RepositoryOf::Test`]).
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -164,9 +165,8 @@ impl Bench {
         }
     }
 
-    /// A copy of the repository that may be broken. Files are hard links: remove and
-    /// replace them, never write into them.
-    pub fn private_repository(&self, to: &Path) -> PathBuf {
+    /// A copy of the repository.
+    fn private_repository(&self, to: &Path) -> PathBuf {
         let copy = to.join("repository");
         let mut command = Command::new("cp");
         command.arg("-al").arg(&self.repository).arg(&copy);
@@ -209,11 +209,24 @@ fn package(dir: &Path, deb: &Deb) -> PathBuf {
     file
 }
 
-/// What a host is configured with, besides the shared repository.
+/// Whose repository a host has.
+#[derive(Clone, Debug, Default)]
+pub enum RepositoryOf {
+    /// The one that all tests share.
+    #[default]
+    All,
+    /// A copy that the test may break: [`Host::repository`]. Files are hard links: remove and
+    /// replace them, never write into them.
+    Test,
+    /// What is there, if anything.
+    Path(PathBuf),
+}
+
+/// What a host is configured with.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// Another repository.
-    pub repository: Option<PathBuf>,
+    /// Its repository.
+    pub repository: RepositoryOf,
     /// Another place for durable state.
     pub state: Option<PathBuf>,
     /// Stands in for a remote repository.
@@ -245,6 +258,7 @@ pub struct Ran {
 /// A daemon, its configuration and its command line.
 pub struct Host {
     dir: tempfile::TempDir,
+    repository: PathBuf,
     guest: PathBuf,
     daemon: Option<Child>,
 }
@@ -255,6 +269,11 @@ impl Host {
         // Sockets need short paths.
         let dir = tempfile::Builder::new().prefix("fl-").tempdir_in("/tmp");
         let dir = dir.unwrap();
+        let repository = match &settings.repository {
+            RepositoryOf::All => bench.repository.clone(),
+            RepositoryOf::Test => bench.private_repository(dir.path()),
+            RepositoryOf::Path(path) => path.clone(),
+        };
         let state = settings.state.clone();
         let slots = settings
             .pmem_slots
@@ -286,7 +305,7 @@ impl Host {
              [vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
-            settings.repository.as_ref().unwrap_or(&bench.repository),
+            repository,
             settings.latency_ms,
             timeout.unwrap_or_default(),
             settings.budget_bytes,
@@ -297,6 +316,7 @@ impl Host {
         std::fs::write(dir.path().join("forelay.toml"), text).unwrap();
         Self {
             dir,
+            repository,
             guest: bench.guest.clone(),
             daemon: None,
         }
@@ -312,6 +332,23 @@ impl Host {
     /// Where the test may write; the daemon's runtime directory is `run` in it.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Its repository.
+    pub fn repository(&self) -> PathBuf {
+        self.repository.clone()
+    }
+
+    /// What the API answers to a GET, if anybody does.
+    pub fn get(&self, path: &str) -> Option<Value> {
+        let mut socket = UnixStream::connect(self.dir().join("run/forelay.sock")).ok()?;
+        socket.set_read_timeout(Some(PATIENCE)).ok()?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: forelay\r\nConnection: close\r\n\r\n");
+        socket.write_all(request.as_bytes()).ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).ok()?;
+        let (_, body) = answer.split_once("\r\n\r\n")?;
+        serde_json::from_str(body).ok()
     }
 
     /// Writes a file of the test, such as a manifest.

@@ -6,7 +6,7 @@ use std::process::Command;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
-use crate::fixture::{Host, Settings, bench, idle};
+use crate::fixture::{Host, RepositoryOf, Settings, bench, idle};
 
 /// A small file system of the test's own.
 pub struct Disk(pub PathBuf);
@@ -57,7 +57,7 @@ fn privileged_a_full_repository_publishes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path().join("disk"), "2m");
     let settings = Settings {
-        repository: Some(disk.0.join("repository")),
+        repository: RepositoryOf::Path(disk.0.join("repository")),
         ..Settings::default()
     };
     let host = Host::new(&bench, &settings);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::fixture::{Host, Settings, bench};
+use crate::fixture::{Host, RepositoryOf, Settings, bench};
 
 /// Files of the component; of every second one all is read at a launch.
 const FILES: usize = 120;
@@ -43,9 +43,8 @@ fn reasons(forecast: &Value, component: &str) -> String {
 fn privileged_a_rebuilt_component_is_loaded_as_its_predecessor_was_used() {
     let test = "privileged_a_rebuilt_component_is_loaded_as_its_predecessor_was_used";
     let Some(bench) = bench(test) else { return };
-    let private = tempfile::tempdir().unwrap();
     let settings = Settings {
-        repository: Some(bench.private_repository(private.path())),
+        repository: RepositoryOf::Test,
         latency_ms: 5,
         ..Settings::default()
     };

@@ -1,30 +1,29 @@
 //! A VM that waits for bytes is seen waiting, and goes on when they can be had again.
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::fixture::{Host, Settings, bench, idle};
+use crate::fixture::{Host, RepositoryOf, Settings, bench, idle};
 
 #[test]
 fn privileged_a_vm_that_waits_for_the_repository_is_seen_waiting() {
     let test = "privileged_a_vm_that_waits_for_the_repository_is_seen_waiting";
     let Some(bench) = bench(test) else { return };
-    let scratch = tempfile::tempdir_in(std::env::temp_dir()).unwrap();
-    let repository = bench.private_repository(scratch.path());
     let settings = Settings {
-        repository: Some(repository.clone()),
+        repository: RepositoryOf::Test,
         ..Settings::default()
     };
     let host = Host::started(&bench, &settings);
     let manifest = host.write("good.toml", &idle("good", "[]", ""));
     let vm = host.launch(&manifest, "good", &["--prefetch", "none"]);
     assert_eq!(vm["waiting"], Value::Null);
-    assert_eq!(health(&host)["waiting"], Value::Array(vec![]));
+    assert_eq!(
+        host.get("/v1/health").unwrap()["waiting"],
+        Value::Array(vec![])
+    );
 
-    let away = scratch.path().join("away");
+    let (repository, away) = (host.repository(), host.dir().join("away"));
     std::fs::rename(&repository, &away).unwrap();
     let check = "cd /; md5sum -c --quiet --ignore-missing \
                  /var/lib/dpkg/info/perl-base.md5sums && echo fine";
@@ -50,7 +49,7 @@ fn privileged_a_vm_that_waits_for_the_repository_is_seen_waiting() {
         listed.contains("waiting") && listed.contains("the repository"),
         "{listed}"
     );
-    let health = health(&host);
+    let health = host.get("/v1/health").unwrap();
     assert_eq!(health["waiting"][0]["vm"], "good", "{health}");
     let doctor = host.run(["doctor", "--json"]).stdout;
     assert!(doctor.contains("waiting VM"), "{doctor}");
@@ -64,14 +63,4 @@ fn privileged_a_vm_that_waits_for_the_repository_is_seen_waiting() {
     host.until("the end is told", |host| {
         host.log().contains("a VM waits no longer")
     });
-}
-
-/// What `/v1/health` says.
-fn health(host: &Host) -> Value {
-    let mut stream = UnixStream::connect(host.dir().join("run/forelay.sock")).unwrap();
-    write!(stream, "GET /v1/health HTTP/1.0\r\nHost: forelay\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
-    serde_json::from_str(body).unwrap()
 }

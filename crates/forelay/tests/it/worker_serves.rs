@@ -1,14 +1,13 @@
 //! A worker serves running VMs whatever else is missing, wrong or gone, and says what it does
 //! without.
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::fixture::{Bench, FORELAY, Host, Settings, bench, idle, lives, signal};
+use crate::fixture::{FORELAY, Host, RepositoryOf, Settings, bench, idle, lives, signal};
 use crate::full_disk::Disk;
 
 /// A file of the base that nothing uses by itself, its first chunk several windows long.
@@ -41,7 +40,7 @@ impl ReadingVm {
     fn read_fresh_page(&mut self) {
         let fetches = |host: &Host| {
             // Answered once the VMs are known.
-            assert!(get(host, "/v1/memory").is_some(), "{}", host.log());
+            assert!(host.get("/v1/memory").is_some(), "{}", host.log());
             let vm = vms(host).into_iter().find(|vm| vm["name"] == "reader");
             vm.unwrap()["waits"]["demand_fetches"].as_u64().unwrap()
         };
@@ -100,31 +99,17 @@ impl ReadingVm {
 /// Waits until another worker than `worker` answers.
 fn next_worker(host: &Host, worker: u32) {
     host.until("another worker answers", |host| {
-        let answers = get(host, "/v1/health").is_some();
+        let answers = host.get("/v1/health").is_some();
         host.worker().is_some_and(|next| next != worker) && answers
     });
 }
 
-/// What the API answers, if anybody does.
-fn get(host: &Host, path: &str) -> Option<Value> {
-    let mut socket = UnixStream::connect(host.dir().join("run/forelay.sock")).ok()?;
-    socket
-        .set_read_timeout(Some(Duration::from_secs(60)))
-        .ok()?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: forelay\r\nConnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).ok()?;
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).ok()?;
-    let (_, body) = answer.split_once("\r\n\r\n")?;
-    serde_json::from_str(body).ok()
-}
-
 fn health(host: &Host) -> Value {
-    get(host, "/v1/health").unwrap_or_default()
+    host.get("/v1/health").unwrap_or_default()
 }
 
 fn vms(host: &Host) -> Vec<Value> {
-    let vms = get(host, "/v1/vms").unwrap_or_default();
+    let vms = host.get("/v1/vms").unwrap_or_default();
     vms.as_array().cloned().unwrap_or_default()
 }
 
@@ -139,32 +124,27 @@ fn lacks(host: &Host, part: &str) -> Option<String> {
 #[track_caller]
 fn until_lacks(host: &Host, part: &str, lacking: bool) {
     host.until(&format!("{part} is missing: {lacking}"), |host| {
-        get(host, "/v1/health").is_some() && lacks(host, part).is_some() == lacking
+        host.get("/v1/health").is_some() && lacks(host, part).is_some() == lacking
     });
-}
-
-fn own_state(bench: &Bench) -> (tempfile::TempDir, Settings) {
-    let dir = tempfile::tempdir().unwrap();
-    let settings = Settings {
-        repository: Some(bench.private_repository(dir.path())),
-        ..Settings::default()
-    };
-    (dir, settings)
 }
 
 #[test]
 fn privileged_faults_are_answered_whatever_else_is_missing() {
     let test = "privileged_faults_are_answered_whatever_else_is_missing";
     let Some(bench) = bench(test) else { return };
-    let (dir, mut settings) = own_state(&bench);
+    let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path().join("disk"), "600m");
-    settings.state = Some(disk.0.join("state"));
+    let settings = Settings {
+        repository: RepositoryOf::Test,
+        state: Some(disk.0.join("state")),
+        ..Settings::default()
+    };
     let mut reader = ReadingVm::new(Host::started(&bench, &settings));
 
     invalid_configuration(&mut reader);
     damaged_history(&mut reader, &disk.0.join("state/history.db"));
     full_disk(&mut reader, &disk);
-    missing_repository(&mut reader, settings.repository.as_ref().unwrap());
+    missing_repository(&mut reader);
     reader.check_vm();
     assert_eq!(health(&reader.host)["degraded"], serde_json::json!([]));
     assert_eq!(reader.host.terminate(), Some(0));
@@ -247,9 +227,10 @@ fn full_disk(reader: &mut ReadingVm, disk: &Disk) {
     until_lacks(&reader.host, "history", false);
 }
 
-fn missing_repository(reader: &mut ReadingVm, repository: &Path) {
+fn missing_repository(reader: &mut ReadingVm) {
+    let repository = reader.host.repository();
     let away = repository.with_extension("away");
-    std::fs::rename(repository, &away).unwrap();
+    std::fs::rename(&repository, &away).unwrap();
     reader.kill_worker();
     reader.read_fresh_page();
     until_lacks(&reader.host, "repository", true);
@@ -264,7 +245,7 @@ fn missing_repository(reader: &mut ReadingVm, repository: &Path) {
     ]);
     assert!(told.contains("no repository"), "{told}");
     assert!(!repository.exists(), "nothing is made in its place");
-    std::fs::rename(&away, repository).unwrap();
+    std::fs::rename(&away, &repository).unwrap();
     until_lacks(&reader.host, "repository", false);
 }
 
@@ -306,8 +287,11 @@ fn privileged_a_worker_that_hangs_or_panics_is_replaced_and_a_vmm_that_hangs_is_
     reader.read_fresh_page();
     reader.check_vm();
 
-    // One that never answers can be stopped all the same.
+    // One that never answers can be stopped all the same, also if nothing says which process
+    // it is.
     signal("STOP", vmm);
+    let state_file = reader.host.dir().join("run/vms/reader/vm-state.json");
+    std::fs::write(state_file, "{").unwrap();
     reader.kill_worker();
     reader
         .host
@@ -355,6 +339,22 @@ fn privileged_a_prefetched_neighbour_keeps_no_vm_waiting() {
     reader.check_vm();
 }
 
+/// Starts a daemon that fails before it holds anything: its program is gone when it looks.
+fn refuse_to_hold(host: &Host) {
+    let program = host.dir().join("gone");
+    std::fs::copy(FORELAY, &program).unwrap();
+    let script = "exec 9<\"$0\"; rm \"$0\"; exec /proc/self/fd/9 \"$@\"";
+    let daemon = host.command(["daemon"]);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", script]).arg(&program);
+    let ended = command.args(daemon.get_args()).output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        !ended.status.success() && said.contains("cannot start the worker"),
+        "{said}"
+    );
+}
+
 #[test]
 fn privileged_a_daemon_takes_over_from_a_worker_whose_holder_was_killed() {
     let test = "privileged_a_daemon_takes_over_from_a_worker_whose_holder_was_killed";
@@ -365,6 +365,8 @@ fn privileged_a_daemon_takes_over_from_a_worker_whose_holder_was_killed() {
     reader
         .host
         .until("the worker knows", |host| lacks(host, "holder").is_some());
+    reader.read_fresh_page();
+    refuse_to_hold(&reader.host);
     reader.read_fresh_page();
     reader.host.start();
     next_worker(&reader.host, worker);

@@ -1,28 +1,35 @@
 //! The API's connections: how many there may be, and how long a client may take.
 //!
-//! Refuses to know the routes. Invariant: a client that sends nothing, or too slowly, holds
-//! a connection no longer than the limits say; more than so many wait until one is free.
+//! Refuses to know the routes. Invariants: a client that sends nothing, or too slowly, holds
+//! a connection no longer than the limits say; more than so many wait until one is free;
+//! requests that may take long ([`LongRequests`]) never hold all of them.
 
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
+use axum::{Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::api::ApiError;
 
 /// Who may use the API: root and root's group.
 const SOCKET_MODE: u32 = 0o660;
 /// Largest body of a request: manifests with the files in them.
 const MAX_BODY_BYTES: usize = 8 << 20;
+/// Connections at a time.
+const MAX_CONNECTIONS: usize = 256;
+/// Of them, those whose requests may take long.
+const MAX_LONG: usize = MAX_CONNECTIONS * 3 / 4;
 /// Pause after the system refused a connection, for example for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -41,9 +48,40 @@ pub struct ClientLimits {
 impl Default for ClientLimits {
     fn default() -> Self {
         Self {
-            connections: 256,
+            connections: MAX_CONNECTIONS,
             header: Duration::from_secs(15),
             body: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Turns for requests that may take as long as a guest's command or a launch, so that some
+/// connections are left for those that are answered at once.
+#[derive(Clone, Debug)]
+pub struct LongRequests(Arc<Semaphore>);
+
+impl Default for LongRequests {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_LONG)))
+    }
+}
+
+impl LongRequests {
+    /// A turn, held until it is dropped; none if all are taken.
+    pub fn take(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0).try_acquire_owned().ok()
+    }
+
+    /// Answers a request of a route whose requests may take long, or refuses it.
+    pub async fn answer(State(turns): State<Self>, request: Request, next: Next) -> Response {
+        match turns.take() {
+            Some(_turn) => next.run(request).await,
+            None => {
+                let error = "so many commands, launches and the like are under way that no more \
+                             are begun: try again in a while"
+                    .to_owned();
+                (StatusCode::SERVICE_UNAVAILABLE, Json(ApiError { error })).into_response()
+            }
         }
     }
 }
@@ -117,6 +155,7 @@ async fn read_body(limit: Duration, request: Request, next: Next) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use axum::middleware::from_fn_with_state;
     use axum::routing::{get, post};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -169,5 +208,43 @@ mod tests {
         let whole = promised.replace("half", "the whole");
         let echoed = exchange(&socket, &whole).await;
         assert!(echoed.ends_with("the whole"), "{echoed}");
+    }
+    #[tokio::test]
+    async fn requests_that_take_long_leave_connections_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("api.sock");
+        let turns = LongRequests(Arc::new(Semaphore::new(LIMITS.connections - 1)));
+        let router = Router::new()
+            .route("/long", post(std::future::pending::<()>))
+            .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
+            .route("/", get(async || "fine"));
+        tokio::spawn(serve(listen(&socket).unwrap(), router, LIMITS));
+        let request = |words: &str| {
+            format!("{words} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        };
+        let mut long = Vec::new();
+        for _ in 0..LIMITS.connections - 1 {
+            let mut stream = UnixStream::connect(&socket).await.unwrap();
+            stream
+                .write_all(request("POST /long").as_bytes())
+                .await
+                .unwrap();
+            long.push(stream);
+        }
+        while turns.0.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let refused = exchange(&socket, &request("POST /long")).await;
+        assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+        assert!(refused.contains("try again"), "{refused}");
+        let fine = exchange(&socket, &request("GET /")).await;
+        assert!(fine.ends_with("fine"), "{fine}");
+        // A client that goes away gives its turn back.
+        drop(long);
+        while turns.0.available_permits() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let most = LongRequests::default().0.available_permits();
+        assert!(most + 32 <= ClientLimits::default().connections);
     }
 }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Json, Path, Query, Request, State};
+use axum::extract::{Extension, Json, Path, Query, Request, State};
 use axum::http::StatusCode;
-use axum::middleware::{self, Next};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
@@ -14,7 +14,11 @@ use serde::Deserialize;
 use crate::api::{
     ApiError, AttachRequest, ExecRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm,
 };
+use crate::daemon::api::connections::LongRequests;
 use crate::daemon::{Host, HostError};
+
+/// How long a client waits for a VM's next state when too many wait.
+const CROWDED_WAIT: Duration = Duration::from_millis(500);
 
 type Shared = State<Arc<Host>>;
 
@@ -23,19 +27,22 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
 /// All routes.
 pub fn router(host: Arc<Host>) -> Router {
+    let turns = LongRequests::default();
     let waiting = Router::new()
         .route("/v1/vms", post(launch))
-        .route("/v1/vms/{name}", get(show).delete(stop))
         .route("/v1/vms/{name}/exec", post(exec))
         .route("/v1/vms/{name}/attach", post(attach))
         .route("/v1/vms/{name}/detach", post(detach))
+        .route("/v1/prefetch", post(prefetch))
+        .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
+        .route("/v1/vms/{name}", get(show).delete(stop))
         .route("/v1/vms/{name}/map", get(map))
         .route("/v1/memory", get(memory))
         .route("/v1/memory/drop", post(drop_memory))
-        .route("/v1/prefetch", post(prefetch))
         .route("/v1/forecast", get(forecast))
         .route("/v1/history", get(history))
-        .layer(middleware::from_fn_with_state(Arc::clone(&host), settled));
+        .layer(Extension(turns))
+        .layer(from_fn_with_state(Arc::clone(&host), settled));
     Router::new()
         .route("/v1/health", get(health))
         .route("/v1/vms", get(list))
@@ -115,13 +122,20 @@ struct Wait {
     wait_ms: Option<u64>,
 }
 
-/// With `wait_ms`, answers when the state changes or that time is over.
+/// With `wait_ms`, answers when the state changes or that time is over; sooner if too many
+/// wait already.
 async fn show(
     State(host): Shared,
+    Extension(turns): Extension<LongRequests>,
     Path(name): Path<String>,
     Query(wait): Query<Wait>,
 ) -> Answer<crate::api::Vm> {
     let patience = Duration::from_millis(wait.wait_ms.unwrap_or(0).min(60_000));
+    let turn = turns.take();
+    let patience = match turn {
+        Some(_) => patience,
+        None => patience.min(CROWDED_WAIT),
+    };
     Ok(Json(host.vm(&name, patience).await?))
 }
 

@@ -29,15 +29,17 @@ pub(super) mod start;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use forelay_image::NameOf;
+use forelay_vm::process::Process;
+use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 
 use crate::api::{LaunchRequest, PrefetchMode, Vm, VmState};
 use crate::daemon::HostError;
 use crate::daemon::memory::planner::now_ms;
-use crate::daemon::vm::directory::{MAP_IMAGE, VmDir};
+use crate::daemon::vm::directory::{MAP_IMAGE, VmDir, VmDirError};
 use crate::daemon::vm::registry::{Claim, DeviceRecord};
 use crate::daemon::vm::supervise::{ExpectedLaunch, Supervisor};
 use crate::recipe::KernelFiles;
@@ -48,6 +50,9 @@ use prefetch::{LaunchPrefetcher, PrefetchPlan};
 use prepared::{Premapped, Premaps, hostname};
 use resolve::{Order, Resolver};
 use start::{StartedVmm, Starter};
+
+/// How long a VMM that was killed may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Launches VMs.
 pub(in crate::daemon) struct LaunchService {
@@ -188,7 +193,10 @@ impl LaunchService {
     ) -> Result<Boots, HostError> {
         let composing = Instant::now();
         let (order, dir) = (&launch.order, launch.dir()?);
-        dir.make().map_err(HostError::failed)?;
+        dir.make().map_err(|error| match error {
+            VmDirError::InUse { .. } => HostError::Busy(error.to_string()),
+            error => HostError::failed(error),
+        })?;
         launch.made_dir.store(true, Ordering::Relaxed);
         let path = dir.path().join(MAP_IMAGE);
         let boots = match prepared {
@@ -283,6 +291,12 @@ impl LaunchService {
         if launch.made_dir.load(Ordering::Relaxed)
             && let Ok(dir) = launch.dir()
         {
+            // Killed by its guard, and gone before its name is free: see `VmDir::make`.
+            let ended = forelay_vm::stray::end_all(&dir.path()).unwrap_or_default();
+            let gone = join_all(ended.iter().map(Process::wait));
+            if tokio::time::timeout(KILL_LIMIT, gone).await.is_err() {
+                tracing::error!(vm = vm.name, "its VMM was killed and does not end");
+            }
             dir.clear();
         }
         let state = match error {

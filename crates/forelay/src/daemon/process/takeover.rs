@@ -63,7 +63,8 @@ pub async fn serve_mounts(host: &Arc<Host>, journalled: Replayed) -> Result<Inhe
         }
     })
     .await?;
-    let records = load_records(&host.config.vms_dir());
+    let (records, unusable) = load_records(&host.config.vms_dir());
+    host.instances.keep_names(unusable);
     let inherited = Inherited {
         records,
         held,
@@ -172,6 +173,8 @@ async fn attempt(host: &Host, runtime_dir: &Path, limit: Duration) -> Attempt {
             end_unknown(runtime_dir);
             Attempt::Ended(why)
         }
+        // Which process it is, its mark tells.
+        Err(_) if forelay_vm::stray::find(runtime_dir).is_empty() => Attempt::Ended(why),
         Err(_) => Attempt::Unreachable(why),
     }
 }
@@ -199,7 +202,9 @@ pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<
         let vm = instance.vm();
         let runs = VmmState::read(&vm.runtime_dir).is_ok_and(|vmm| vmm.process.is_running());
         if runs && !held.contains(&vm.domain) {
-            kill_recorded(&vm.runtime_dir);
+            if let Err(error) = kill_recorded(&vm.runtime_dir) {
+                tracing::error!(%error, vm = vm.name, "its VMM cannot be killed");
+            }
             return Attempt::Ended(
                 "its memory is gone: the daemon's holder ended while it ran, and with it the \
                  mount that it maps"
@@ -285,13 +290,12 @@ async fn keep_trying(host: Arc<Host>, instance: Arc<Instance>, mut why: String) 
     }
 }
 
-/// Kills the VMM that a VM's state file names; no error if it is gone.
-pub fn kill_recorded(runtime_dir: &Path) {
-    let killed = VmmState::read(runtime_dir)
-        .and_then(|state| Process::hold(state.process))
-        .and_then(|process| process.map_or(Ok(()), |process| process.kill()));
-    if let Err(error) = killed {
-        tracing::error!(%error, dir = %runtime_dir.display(), "a VMM cannot be killed");
+/// Kills the VMM of a VM: the one that its state file names or, if that cannot be read,
+/// whatever bears its mark. No error if it is gone.
+pub fn kill_recorded(runtime_dir: &Path) -> std::io::Result<()> {
+    match VmmState::read(runtime_dir) {
+        Ok(state) => Process::hold(state.process)?.map_or(Ok(()), |process| process.kill()),
+        Err(_) => forelay_vm::stray::end_all(runtime_dir).map(drop),
     }
 }
 
@@ -299,8 +303,11 @@ pub fn kill_recorded(runtime_dir: &Path) {
 /// nobody knows how to talk to it.
 fn end_unknown(runtime_dir: &Path) {
     match forelay_vm::stray::end_all(runtime_dir) {
-        Ok(pids) if pids.is_empty() => {}
-        Ok(pids) => tracing::warn!(?pids, "ended a VMM that nobody knows"),
+        Ok(ended) => {
+            for pid in ended.iter().map(|process| process.id().pid) {
+                tracing::warn!(pid, "ended a VMM that nobody knows");
+            }
+        }
         Err(error) => {
             let dir = runtime_dir.display();
             tracing::error!(%error, %dir, "a VMM that nobody knows lives on");

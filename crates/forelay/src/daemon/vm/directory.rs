@@ -44,6 +44,17 @@ pub enum VmDirError {
         /// What no VM has.
         found: String,
     },
+    /// A VMM runs there.
+    #[error(
+        "a VMM that this daemon does not know runs in {} (process {pid}): end it, or give the VM \
+         another name with --name", path.display()
+    )]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// The VMM.
+        pid: u32,
+    },
     /// The system refused.
     #[error("cannot {doing} the VM's directory {}", path.display())]
     Io {
@@ -73,6 +84,13 @@ impl VmDir {
 
     /// Makes it, empty and closed to others; what an ended VM left there goes.
     pub fn make(&self) -> Result<(), VmDirError> {
+        let path = self.path();
+        if path.exists()
+            && let Some(vmm) = forelay_vm::stray::find(&path).first()
+        {
+            let pid = vmm.pid;
+            return Err(VmDirError::InUse { path, pid });
+        }
         self.remove()?;
         let parent = self.open_parent()?;
         let made = rustix::fs::mkdirat(&parent, &self.name, Mode::RWXU);
@@ -194,6 +212,30 @@ mod tests {
         dir.remove().unwrap();
         assert!(!dir.path().exists());
         dir.remove().unwrap();
+    }
+
+    #[test]
+    fn a_directory_in_which_a_vmm_runs_is_not_made_anew() {
+        let (_root, vms) = vms();
+        let dir = VmDir::of(&vms, "web").unwrap();
+        dir.make().unwrap();
+        std::fs::write(dir.path().join("console.log"), "kept").unwrap();
+        let mut vmm = std::process::Command::new("sleep")
+            .arg("60")
+            .env(forelay_vm::stray::RUNTIME_DIR_VARIABLE, dir.path())
+            .spawn()
+            .unwrap();
+        // The kernel shows the mark once the program is executed.
+        while forelay_vm::stray::find(&dir.path()).is_empty() {
+            std::thread::yield_now();
+        }
+        let refused = dir.make().unwrap_err();
+        let pid = vmm.id().to_string();
+        assert!(matches!(refused, VmDirError::InUse { .. }) && refused.to_string().contains(&pid));
+        assert!(dir.path().join("console.log").exists());
+        vmm.kill().unwrap();
+        vmm.wait().unwrap();
+        dir.make().unwrap();
     }
 
     #[test]

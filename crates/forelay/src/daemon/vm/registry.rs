@@ -296,6 +296,8 @@ pub struct VmRegistry {
 #[derive(Debug, Default)]
 struct InstanceTable {
     instances: BTreeMap<String, Arc<Instance>>,
+    /// Names of VMs that may run and cannot be known, each with its record.
+    unknown: BTreeMap<String, UnusableRecord>,
     /// Nothing is launched any more.
     closed: bool,
 }
@@ -379,6 +381,12 @@ impl VmRegistry {
         self.table.lock().insert(instance)
     }
 
+    /// Keeps names from launches for as long as there is a record that nobody can read.
+    pub fn keep_names(&self, unusable: Vec<UnusableRecord>) {
+        let unknown = unusable.into_iter().map(|record| (record.name(), record));
+        self.table.lock().unknown.extend(unknown);
+    }
+
     /// Refuses launches from now on; returns the instances that live.
     pub fn close(&self) -> Vec<Arc<Instance>> {
         self.table.lock().closed = true;
@@ -414,11 +422,17 @@ impl InstanceTable {
         self.instances.get(name).filter(|other| other.is_live())
     }
 
+    /// The record that keeps this name, while it is there.
+    fn unknown(&self, name: &str) -> Option<&UnusableRecord> {
+        let record = self.unknown.get(name)?;
+        record.path.exists().then_some(record)
+    }
+
     fn free_name(&self, profile: &str) -> String {
         let numbered = (2u32..).map(|number| format!("{profile}-{number}"));
         std::iter::once(profile.to_owned())
             .chain(numbered)
-            .find(|name| self.live(name).is_none())
+            .find(|name| self.live(name).is_none() && self.unknown(name).is_none())
             .unwrap_or_else(|| profile.to_owned())
     }
 
@@ -429,6 +443,14 @@ impl InstanceTable {
             return Err(HostError::Busy(format!(
                 "a VM called {name} is {state:?} already: stop it with `forelay stop {name}`, or \
                  give this one another name with --name"
+            )));
+        }
+        if let Some(record) = self.unknown(name) {
+            return Err(HostError::Busy(format!(
+                "a VM called {name} may run: {}; give this one another name with --name, or \
+                 remove {} once that VM has ended",
+                record.problem,
+                record.dir().display()
             )));
         }
         self.instances.insert(name.to_owned(), instance);
@@ -457,38 +479,65 @@ impl InstanceTable {
     }
 }
 
-/// Reads the records that an earlier daemon left below `vms_dir`. Unreadable ones are
-/// skipped with a warning: they belong to launches that never got a VMM.
-pub fn load_records(vms_dir: &Path) -> Vec<Record> {
-    let Ok(entries) = std::fs::read_dir(vms_dir) else {
-        return Vec::new();
-    };
-    let mut records = Vec::new();
-    for entry in entries.flatten() {
+/// A record that says nothing to this daemon, of a VM that may run all the same.
+#[derive(Debug)]
+pub struct UnusableRecord {
+    path: PathBuf,
+    problem: String,
+}
+
+impl UnusableRecord {
+    fn dir(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
+    }
+
+    /// The name of the VM.
+    fn name(&self) -> String {
+        let name = self.dir().file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+}
+
+/// Reads the records that an earlier daemon left below `vms_dir`, and finds those that
+/// cannot be used.
+pub fn load_records(vms_dir: &Path) -> (Vec<Record>, Vec<UnusableRecord>) {
+    let (mut records, mut unusable) = (Vec::new(), Vec::new());
+    for entry in std::fs::read_dir(vms_dir).into_iter().flatten().flatten() {
         let path = entry.path().join(RECORD);
-        let Ok(text) = std::fs::read(&path) else {
-            continue;
-        };
-        match serde_json::from_slice::<Record>(&text) {
-            Ok(record) if record.format > RECORD_FORMAT => {
-                let (path, format) = (path.display(), record.format);
-                tracing::error!(%path, format, "a record of a newer forelay: its VM is left alone");
+        match load_record(vms_dir, &path) {
+            Ok(record) => records.extend(record),
+            Err(problem) => {
+                tracing::error!(path = %path.display(), problem, "a VM is left alone");
+                unusable.push(UnusableRecord { path, problem });
             }
-            Ok(record)
-                if VmDir::of(vms_dir, &record.vm.name).is_ok_and(|dir| {
-                    dir.path() == record.vm.runtime_dir && dir.path() == entry.path()
-                }) =>
-            {
-                records.push(record)
-            }
-            Ok(record) => {
-                tracing::warn!(path = %path.display(), name = record.vm.name, "a record of another VM's");
-            }
-            Err(error) => tracing::warn!(path = %path.display(), %error, "unreadable record"),
         }
     }
     records.sort_by_key(|record| record.vm.launched_ms);
-    records
+    (records, unusable)
+}
+
+/// The record at `path`, if there is one; in words why it cannot be used.
+fn load_record(vms_dir: &Path, path: &Path) -> Result<Option<Record>, String> {
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        // What is not a directory holds no VM.
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(None),
+        Err(error) => return Err(format!("its record cannot be read ({error})")),
+    };
+    let record: Record = serde_json::from_slice(&text)
+        .map_err(|error| format!("its record makes no sense ({error})"))?;
+    if record.format > RECORD_FORMAT {
+        let format = record.format;
+        return Err(format!(
+            "its record is a newer forelay's (format {format}; this one reads {RECORD_FORMAT})"
+        ));
+    }
+    let dir = VmDir::of(vms_dir, &record.vm.name).map(|dir| dir.path());
+    if !dir.is_ok_and(|dir| dir == record.vm.runtime_dir && Some(&*dir) == path.parent()) {
+        return Err(format!("its record is another VM's ({})", record.vm.name));
+    }
+    Ok(Some(record))
 }
 
 #[cfg(test)]
@@ -600,11 +649,12 @@ mod tests {
     }
 
     #[test]
-    fn records_survive_and_garbage_is_skipped() {
+    fn records_survive_and_those_that_say_nothing_keep_their_names() {
         let dir = tempfile::tempdir().unwrap();
         instance("web", dir.path()).save().unwrap();
         std::fs::create_dir(dir.path().join("bad")).unwrap();
         std::fs::write(dir.path().join("bad/instance.json"), "{").unwrap();
+        std::fs::create_dir_all(dir.path().join("unreadable/instance.json")).unwrap();
         // What is in another's directory was not put there by a daemon.
         std::fs::create_dir(dir.path().join("other")).unwrap();
         let record = dir.path().join("web").join(RECORD);
@@ -613,8 +663,33 @@ mod tests {
         let newer = instance("newer", dir.path());
         newer.update_record(|record| record.format = RECORD_FORMAT + 1);
         newer.save().unwrap();
-        let records = load_records(dir.path());
+        // A directory without a record is an ended VM's, and a file is nobody's.
+        std::fs::create_dir(dir.path().join("ended")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let (records, unusable) = load_records(dir.path());
         assert_eq!(records.len(), 1);
         assert_eq!(records[0].launch_id, 7);
+
+        let registry = VmRegistry::default();
+        registry.keep_names(unusable);
+        let refused = |name: &str| match registry.insert(instance(name, dir.path())) {
+            Err(HostError::Busy(why)) => why,
+            other => panic!("{name}: {other:?}"),
+        };
+        for (name, why) in [
+            ("bad", "makes no sense"),
+            ("unreadable", "cannot be read"),
+            ("other", "another VM's (web)"),
+            ("newer", "a newer forelay's (format 2"),
+        ] {
+            let said = refused(name);
+            assert!(said.contains(why) && said.contains("--name"), "{said}");
+            assert_eq!(registry.free_name(name), format!("{name}-2"));
+        }
+        for name in ["ended", "file"] {
+            assert_eq!(registry.free_name(name), name);
+        }
+        std::fs::remove_file(dir.path().join("bad").join(RECORD)).unwrap();
+        registry.insert(instance("bad", dir.path())).unwrap();
     }
 }
