@@ -13,6 +13,7 @@ use forelay_host::atomic_write;
 use serde::{Deserialize, Serialize};
 
 use crate::process::output_within;
+use crate::qemu::command_line::MACHINE;
 
 /// How long a KVM boot may take; without a root it is about a second.
 const LIMIT: Duration = Duration::from_secs(8);
@@ -107,7 +108,12 @@ fn key(qemu: &Path, kernel: &Path) -> String {
     let host = std::fs::read_to_string("/proc/version").unwrap_or_default();
     let qemu = in_path(qemu);
     let stamps = [stamp(&qemu), stamp(kernel)].map(Option::unwrap_or_default);
-    format!("{} | {} | {}", stamps[0], stamps[1], host.trim())
+    format!(
+        "{} | {} | {MACHINE} | {}",
+        stamps[0],
+        stamps[1],
+        host.trim()
+    )
 }
 
 fn in_path(program: &Path) -> PathBuf {
@@ -133,7 +139,7 @@ async fn boot(qemu: &Path, kernel: &Path) -> Probe {
             "-no-reboot",
         ])
         .args([
-            "-M", "pc", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-serial", "stdio",
+            "-M", MACHINE, "-accel", "kvm", "-cpu", "host", "-m", "256M", "-serial", "stdio",
         ])
         .args([
             "-append",

@@ -10,6 +10,7 @@ use forelay_host::atomic_write;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessId;
+use crate::qemu::command_line::HotplugBus;
 use crate::spec::{Forward, PmemDevice};
 
 /// Name of the file in the runtime directory.
@@ -36,6 +37,9 @@ pub struct VmState {
     pub pmem: Vec<PmemDevice>,
     /// Ports.
     pub forwards: Vec<Forward>,
+    /// Where it takes more of them.
+    #[serde(default)]
+    pub hotplug_bus: HotplugBus,
     /// pmem devices plugged in since, with their slots.
     pub hotplugged: Vec<Hotplugged>,
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::command_line::{self, HOTPLUG_SLOTS};
+use super::command_line::{self, HotplugBus};
 use super::{Qmp, QmpError};
 use crate::driver::{AttachError, Detachment, VmControl};
 use crate::lifecycle::Cause;
@@ -38,11 +38,16 @@ impl QemuControl {
         }
     }
 
-    async fn plug(&self, device: &PmemDevice, slot: u8) -> Result<(), AttachError> {
+    async fn plug(
+        &self,
+        device: &PmemDevice,
+        bus: HotplugBus,
+        slot: u8,
+    ) -> Result<(), AttachError> {
         self.qmp
             .command("object-add", command_line::hotplug_backend(device))
             .await?;
-        let arguments = command_line::hotplug_device(device, slot);
+        let arguments = command_line::hotplug_device(device, bus, slot);
         let added = self.qmp.command("device_add", arguments).await;
         if added.is_err() {
             let _ = self.delete_backend(&device.id).await;
@@ -115,14 +120,12 @@ impl VmControl for QemuControl {
             known.retained = false;
         } else {
             let used = |slot: &u8| state.hotplugged.iter().any(|known| known.slot == *slot);
-            let slot =
-                HOTPLUG_SLOTS
-                    .into_iter()
-                    .find(|slot| !used(slot))
-                    .ok_or(AttachError::NoSlot {
-                        used: state.hotplugged.len(),
-                    })?;
-            self.plug(device, slot).await?;
+            let bus = state.hotplug_bus;
+            let slot = bus.slots().find(|slot| !used(slot));
+            let slot = slot.ok_or(AttachError::NoSlot {
+                used: state.hotplugged.len(),
+            })?;
+            self.plug(device, bus, slot).await?;
             let device = device.clone();
             state.hotplugged.push(Hotplugged {
                 device,

@@ -11,6 +11,7 @@ pub mod command_line;
 mod control;
 mod qmp;
 
+pub use command_line::HotplugBus;
 pub use control::QemuControl;
 pub use qmp::{Event, Qmp, QmpError};
 
@@ -50,6 +51,17 @@ pub struct QemuDriver {
     pub accelerator: Option<Accelerator>,
     /// Where probe results are cached.
     pub state_dir: PathBuf,
+    /// Kernels are prepared one after the other: who asks for one that is being prepared waits.
+    preparing: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A kernel that is ready to be booted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreparedKernel {
+    /// The file to boot: under TCG its uncompressed form, if it can be had.
+    pub kernel: PathBuf,
+    /// How its VMs run, and why.
+    pub probe: Probe,
 }
 
 impl QemuDriver {
@@ -59,11 +71,35 @@ impl QemuDriver {
             binary: "qemu-system-x86_64".into(),
             accelerator: None,
             state_dir: state_dir.into(),
+            preparing: Arc::default(),
         }
     }
 
+    /// Finds out what VMs with this kernel run under and unpacks it, unless that was done
+    /// before: up to some seconds that no launch should have to wait for.
+    pub async fn prepare(&self, kernel: &Path) -> PreparedKernel {
+        let _one_at_a_time = self.preparing.lock().await;
+        let mut prepared = PreparedKernel {
+            kernel: kernel.to_owned(),
+            probe: self.probe(kernel).await,
+        };
+        if prepared.probe.accelerator == Accelerator::Tcg {
+            let (packed, dir) = (kernel.to_owned(), self.state_dir.join("kernels"));
+            let unpacking =
+                tokio::task::spawn_blocking(move || kernel::uncompressed(&packed, &dir)).await;
+            match unpacking.map_err(std::io::Error::other) {
+                Ok(Ok(Some(uncompressed))) => prepared.kernel = uncompressed,
+                Ok(Ok(None)) => {}
+                Ok(Err(error)) | Err(error) => {
+                    tracing::warn!(%error, "the kernel boots from its compressed form");
+                }
+            }
+        }
+        prepared
+    }
+
     /// The accelerator that VMs with this kernel get, and why.
-    pub async fn probe(&self, kernel: &Path) -> Probe {
+    async fn probe(&self, kernel: &Path) -> Probe {
         match self.accelerator {
             Some(accelerator) => Probe {
                 accelerator,
@@ -74,15 +110,9 @@ impl QemuDriver {
     }
 
     async fn arguments(&self, spec: &VmSpec) -> Result<(Vec<OsString>, Accelerator), LaunchError> {
-        let accelerator = self.probe(&spec.kernel).await.accelerator;
-        let mut spec = spec.clone();
-        if accelerator == Accelerator::Tcg {
-            match kernel::uncompressed(&spec.kernel, &self.state_dir.join("kernels")) {
-                Ok(Some(uncompressed)) => spec.kernel = uncompressed,
-                Ok(None) => {}
-                Err(error) => tracing::warn!(%error, "the kernel boots from its compressed form"),
-            }
-        }
+        let prepared = self.prepare(&spec.kernel).await;
+        let (accelerator, mut spec) = (prepared.probe.accelerator, spec.clone());
+        spec.kernel = prepared.kernel;
         let arguments =
             command_line::arguments(&spec, accelerator).map_err(|reason| LaunchError::Spec {
                 name: spec.name.clone(),
@@ -225,6 +255,7 @@ impl VmmDriver for QemuDriver {
             console_log: spec.console_log.clone(),
             pmem: spec.pmem.clone(),
             forwards: spec.forwards.clone(),
+            hotplug_bus: HotplugBus::Bridge,
             hotplugged: Vec::new(),
         };
         let connected = connect(started.process(), spec, &state).await;

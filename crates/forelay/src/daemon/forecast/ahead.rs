@@ -75,6 +75,8 @@ impl Host {
                 match self.catalogue().await {
                     Ok(fresh) => {
                         self.follow_versions(&fresh).await;
+                        let (launches, listed) = (Arc::clone(&self.launches), fresh.listed.clone());
+                        tokio::spawn(async move { launches.prepare_kernels(&listed).await });
                         catalogue = fresh;
                     }
                     Err(error) => tracing::warn!(%error, "cannot list components"),

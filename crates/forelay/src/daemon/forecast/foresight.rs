@@ -35,7 +35,7 @@ const INHERIT_AHEAD_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Clone, Default)]
 pub(in crate::daemon) struct Catalogue {
     /// Every version of every component.
-    listed: Vec<Arc<Component>>,
+    pub listed: Vec<Arc<Component>>,
     by_name: BTreeMap<String, Present>,
     ids: BTreeMap<Digest, ComponentId>,
 }

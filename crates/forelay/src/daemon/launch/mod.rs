@@ -27,11 +27,14 @@ pub(super) mod prepared;
 pub(super) mod resolve;
 pub(super) mod start;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use forelay_image::NameOf;
+use forelay_image::component::{Component, Role};
+use forelay_image::lock::LockedComponent;
 use forelay_vm::process::Process;
 use futures_util::future::join_all;
 use tokio::task::JoinHandle;
@@ -115,6 +118,22 @@ impl LaunchService {
             Ok(vm)
         });
         admitting.await.map_err(HostError::failed)?
+    }
+
+    /// Has the kernels of the repository ready before a launch asks for one: the newest of each
+    /// name is extracted and unpacked, and found out what its VMs run under.
+    pub async fn prepare_kernels(&self, listed: &[Arc<Component>]) {
+        let kernels = listed.iter().filter(|one| one.role == Role::Kernel);
+        // Listed by name and version: the newest stays.
+        let newest: BTreeMap<&str, _> = kernels.map(|one| (one.name.as_str(), one)).collect();
+        for kernel in newest.into_values() {
+            match self.composer.kernel(&LockedComponent::from(&**kernel)).await {
+                Ok(files) => self.starter.prepare(&files.kernel).await,
+                Err(error) => {
+                    tracing::warn!(kernel = kernel.name, %error, "not prepared ahead of launches");
+                }
+            }
+        }
     }
 
     /// Runs a launch to its end: handed over, or undone.

@@ -2,6 +2,7 @@
 //!
 //! Invariant: a VMM that was started ends with its guard, unless the launch commits it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use forelay_image::ImageUuid;
@@ -38,9 +39,15 @@ impl Starter {
         }
     }
 
-    /// What the last VMM was started under.
+    /// What VMs run under, as far as it is known.
     pub fn accelerator(&self) -> Option<String> {
         self.accelerator.lock().clone()
+    }
+
+    /// Has a kernel ready for VMs to boot, and learns what they run under.
+    pub async fn prepare(&self, kernel: &Path) {
+        let prepared = self.driver.prepare(kernel).await;
+        *self.accelerator.lock() = Some(prepared.probe.accelerator.to_string());
     }
 
     /// Starts the VMM; returns when it runs, not when the guest does.

@@ -161,6 +161,7 @@ mod tests {
                 console_log: dir.join("console.log"),
                 pmem: Vec::new(),
                 forwards: Vec::new(),
+                hotplug_bus: Default::default(),
                 hotplugged: Vec::new(),
             };
             state.write(&dir).unwrap();

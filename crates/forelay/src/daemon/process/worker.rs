@@ -146,10 +146,14 @@ async fn heal(host: Arc<Host>, path: Option<std::path::PathBuf>) {
     let mut listed = false;
     loop {
         if probe_repository(&host).await && !std::mem::replace(&mut listed, true) {
-            // So that launches find the components' metadata on this host. If it cannot be
-            // had now, the one who needs it says so.
-            let listing = host.store.clone();
-            tokio::spawn(async move { drop(listing.components().await) });
+            // So that launches find the components' metadata on this host, and a kernel that
+            // is ready. If it cannot be had now, the one who needs it says so.
+            let host = Arc::clone(&host);
+            tokio::spawn(async move {
+                if let Ok(listed) = host.store.components().await {
+                    host.launches.prepare_kernels(&listed).await;
+                }
+            });
         }
         if host.health.lacks(Dependency::History) {
             host.health
