@@ -97,6 +97,9 @@ pub enum GuestMessage {
     Ready {
         /// Milliseconds since the guest's kernel started.
         uptime_ms: u64,
+        /// When the steps before were done.
+        #[serde(default)]
+        steps: BootSteps,
     },
     /// The entrypoint ended.
     Exited(ExitStatus),
@@ -131,6 +134,50 @@ pub struct Mounted {
     pub source: String,
     /// Component devices of the map image.
     pub devices: u16,
+    /// When the steps so far were done.
+    pub steps: BootSteps,
+}
+
+/// When the steps of a boot were done, in the order in which they are taken: microseconds
+/// since the guest's kernel started, 0 for one that was not taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BootSteps {
+    /// The kernel had started the guest's init.
+    pub kernel_us: u64,
+    /// Modules were loaded and all devices of the root found.
+    pub devices_us: u64,
+    /// The image was mounted.
+    pub mount_us: u64,
+    /// The writable overlay was the root, with all that is mounted in it.
+    pub overlay_us: u64,
+    /// The network was configured.
+    pub network_us: u64,
+    /// The agent ran.
+    pub agent_us: u64,
+    /// The entrypoint was started.
+    pub entrypoint_us: u64,
+}
+
+impl BootSteps {
+    /// The same with no step before the one that it follows and none after `end_us`: a guest
+    /// can say anything.
+    pub fn in_order(self, end_us: u64) -> Self {
+        let mut last_us = 0;
+        let mut next = |us: u64| {
+            last_us = us.clamp(last_us, end_us.max(last_us));
+            last_us
+        };
+        Self {
+            kernel_us: next(self.kernel_us),
+            devices_us: next(self.devices_us),
+            mount_us: next(self.mount_us),
+            overlay_us: next(self.overlay_us),
+            network_us: next(self.network_us),
+            agent_us: next(self.agent_us),
+            entrypoint_us: next(self.entrypoint_us),
+        }
+    }
 }
 
 /// How a process ended.

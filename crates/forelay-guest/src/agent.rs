@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use forelay_guest_protocol::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
 use forelay_guest_protocol::messages::{
-    ErrorKind, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line, LineBuffer,
+    BootSteps, ErrorKind, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line, LineBuffer,
     MAX_LINE_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic, encode_line,
 };
 
@@ -66,15 +66,18 @@ pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T
         outgoing,
         running: AtomicUsize::new(0),
     });
+    agent.note_step(|steps| &mut steps.agent_us);
     agent.send(GuestMessage::Mounted(mounted));
     let for_channel = Arc::clone(&agent);
     thread("channel", move || channel(&for_channel, queue))?;
     agent.start_entrypoint();
+    agent.note_step(|steps| &mut steps.entrypoint_us);
     agent.start_console()?;
     ready::wait(&agent.config, &agent.reaper);
-    let uptime_ms = sys::uptime_ms();
+    let uptime_ms = sys::uptime_us() / 1000;
     agent.status().ready_uptime_ms = Some(uptime_ms);
-    agent.send(GuestMessage::Ready { uptime_ms });
+    let steps = agent.status().mounted.steps;
+    agent.send(GuestMessage::Ready { uptime_ms, steps });
     loop {
         std::thread::park();
     }
@@ -171,6 +174,11 @@ fn refuse(kind: ErrorKind, text: impl Into<String>) -> Reply {
 impl Agent {
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a step of the boot is done now.
+    fn note_step(&self, step: fn(&mut BootSteps) -> &mut u64) {
+        *step(&mut self.status().mounted.steps) = sys::uptime_us();
     }
 
     fn grafts(&self) -> MutexGuard<'_, Grafts> {

@@ -19,7 +19,7 @@ use std::io;
 use std::time::Duration;
 
 use forelay_guest_protocol::config::{Run, VM_CONFIG_PATH, VmConfig};
-use forelay_guest_protocol::messages::{GuestMessage, encode_line};
+use forelay_guest_protocol::messages::{BootSteps, GuestMessage, encode_line};
 
 use crate::{agent, devices, network, root, sys};
 
@@ -58,15 +58,25 @@ pub fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Er
 enum Never {}
 
 fn boot() -> io::Result<Never> {
+    let mut steps = BootSteps {
+        kernel_us: sys::uptime_us(),
+        ..BootSteps::default()
+    };
     mount_kernel_file_systems()?;
     let parameters = parameters(&fs::read_to_string("/proc/cmdline")?);
     load_modules();
-    let (mounted, lower) = root::mount(&parameters)?;
+    let (mounted, lower) = root::mount(&parameters, &mut steps)?;
+    steps.mount_us = sys::uptime_us();
     let config = read_config(&lower)?;
     root::overlay(&parameters, &config, &lower, &mounted)?;
     root::switch(&mounted)?;
     prepare_root(&config);
-    let report = root::report(&mounted);
+    steps.overlay_us = sys::uptime_us();
+    if let Err(error) = network::configure(config.network.as_ref()) {
+        console(&format!("network: {error}"));
+    }
+    steps.network_us = sys::uptime_us();
+    let report = root::report(&mounted, steps);
     match &config.run {
         Run::Init { path } => {
             agent::spawn_beside_init(&report)?;
@@ -181,9 +191,6 @@ fn prepare_root(config: &VmConfig) {
         && let Err(error) = set_hostname(&config.hostname)
     {
         failures.push(format!("host name: {error}"));
-    }
-    if let Err(error) = network::configure(config.network.as_ref()) {
-        failures.push(format!("network: {error}"));
     }
     for failure in failures {
         console(&failure);

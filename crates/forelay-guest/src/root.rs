@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use forelay_guest_protocol::config::VmConfig;
-use forelay_guest_protocol::messages::Mounted;
+use forelay_guest_protocol::messages::{BootSteps, Mounted};
 use forelay_guest_protocol::superblock;
 
 use crate::boot::{console, context};
@@ -45,17 +45,18 @@ pub struct MountedRoot {
 }
 
 /// What the host is told.
-pub fn report(source: &MountedRoot) -> Mounted {
+pub fn report(source: &MountedRoot, steps: BootSteps) -> Mounted {
     Mounted {
-        uptime_ms: sys::uptime_ms(),
+        uptime_ms: sys::uptime_us() / 1000,
         dax: source.dax,
         source: source.kind.to_owned(),
         devices: source.devices,
+        steps,
     }
 }
 
 /// Mounts the image that the command line names; returns where its files are.
-pub fn mount(parameters: &Parameters) -> io::Result<(MountedRoot, String)> {
+pub fn mount(parameters: &Parameters, steps: &mut BootSteps) -> io::Result<(MountedRoot, String)> {
     let get = |key: &str| parameters.get(key).map(String::as_str);
     let limit = device_limit(parameters);
     for directory in [LOWER, UPPER, ROOT] {
@@ -65,9 +66,10 @@ pub fn mount(parameters: &Parameters) -> io::Result<(MountedRoot, String)> {
         let uuid = superblock::parse_uuid(hex).ok_or_else(|| {
             io::Error::other(format!("forelay.map={hex}: a UUID is 32 hex digits"))
         })?;
-        Ok((mount_map(&uuid, limit)?, LOWER.to_owned()))
+        Ok((mount_map(&uuid, limit, steps)?, LOWER.to_owned()))
     } else if get("forelay.flat") == Some("1") {
         let disk = wait_for_disk("forelay-flat", limit)?;
+        steps.devices_us = sys::uptime_us();
         sys::mount(&disk, LOWER, "erofs", sys::MS_RDONLY, "")
             .map_err(context(format!("mount flat image {}", disk.display())))?;
         Ok((
@@ -80,6 +82,7 @@ pub fn mount(parameters: &Parameters) -> io::Result<(MountedRoot, String)> {
         ))
     } else if let Some(device) = get("forelay.root") {
         let disk = wait_for_root_disk(device, limit)?;
+        steps.devices_us = sys::uptime_us();
         sys::mount(&disk, ROOT, "ext4", 0, "")
             .map_err(context(format!("mount root disk {}", disk.display())))?;
         Ok((
@@ -99,7 +102,11 @@ pub fn mount(parameters: &Parameters) -> io::Result<(MountedRoot, String)> {
 }
 
 /// Mounts the map image with the components that its device slots name.
-fn mount_map(uuid: &[u8; 16], limit: Duration) -> io::Result<MountedRoot> {
+fn mount_map(
+    uuid: &[u8; 16],
+    limit: Duration,
+    steps: &mut BootSteps,
+) -> io::Result<MountedRoot> {
     let mut pmem = devices::PmemDevices::default();
     let (map, found) = devices::wait_for(limit, || pmem.find(uuid)).ok_or_else(|| {
         let uuid = superblock::format_uuid(uuid);
@@ -114,6 +121,7 @@ fn mount_map(uuid: &[u8; 16], limit: Duration) -> io::Result<MountedRoot> {
         })?;
         options.push_str(&format!(",device={}", device.display()));
     }
+    steps.devices_us = sys::uptime_us();
     let dax = mount_erofs(&map, Path::new(LOWER), &options)?;
     Ok(MountedRoot {
         kind: "pmem",

@@ -112,15 +112,15 @@ pub fn systemd_poweroff_signal() -> i32 {
     libc::SIGRTMIN() + 4
 }
 
-/// Milliseconds since the kernel started.
-pub fn uptime_ms() -> u64 {
+/// Microseconds since the kernel started.
+pub fn uptime_us() -> u64 {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // SAFETY: `time` is a valid place for the result.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
-    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+    time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
 }
 
 /// Blocks SIGCHLD in this thread and those it starts, so that [`wait_sigchld`] gets it.

@@ -147,7 +147,8 @@ pub fn build_kernel(
     let mut loaded = Vec::new();
     for name in &order {
         let place = modules.path(name).unwrap_or_default();
-        let bytes = module_bytes(&tree, &format!("{directory}/{place}"), &path)?;
+        let mut bytes = module_bytes(&tree, &format!("{directory}/{place}"), &path)?;
+        remove_signature(&mut bytes);
         loaded.push((
             format!("lib/modules/{release}/{}", uncompressed_name(place)),
             bytes,
@@ -255,6 +256,25 @@ fn module_bytes(tree: &Tree, place: &str, path: &Path) -> Result<Vec<u8>, Import
         .and_then(|reader| std::io::Read::read_to_end(&mut { reader }, &mut bytes))
         .map_err(io_error("decompressing", place))?;
     Ok(bytes)
+}
+
+/// Takes the signature off a module that init loads: the component's digest vouches for it
+/// already, and the guest would check each before it has a root. Modules in the image keep
+/// theirs. (`struct module_signature` and the marker behind it are in the kernel's
+/// include/linux/module_signature.h; the length is its last field, big endian.)
+fn remove_signature(module: &mut Vec<u8>) {
+    const MARKER: &[u8] = b"~Module signature appended~\n";
+    const HEADER_BYTES: usize = 12;
+    let Some(signed) = module.strip_suffix(MARKER) else {
+        return;
+    };
+    let Some((rest, length)) = signed.split_last_chunk() else {
+        return;
+    };
+    let signature = u32::from_be_bytes(*length) as usize + HEADER_BYTES - length.len();
+    if let Some(bytes) = rest.len().checked_sub(signature) {
+        module.truncate(bytes);
+    }
 }
 
 fn uncompressed_name(place: &str) -> String {
@@ -391,6 +411,26 @@ mod tests {
         remove_empty_directories(&mut tree, b"m/6.1");
         assert!(tree.lookup(b"m/6.1/kernel/net").is_none());
         assert!(tree.lookup(b"m/6.1/kernel/fs/x.ko").is_some());
+    }
+
+    #[test]
+    fn a_module_loses_its_signature_and_one_without_stays_as_it_is() {
+        let signed = |length: u32| {
+            let mut module = b"\x7fELF module".to_vec();
+            module.extend_from_slice(&[7; 40]);
+            module.extend_from_slice(&[2, 0, 0, 0, 0, 0, 0, 0]);
+            module.extend_from_slice(&length.to_be_bytes());
+            module.extend_from_slice(b"~Module signature appended~\n");
+            module
+        };
+        let after = |mut module: Vec<u8>| {
+            remove_signature(&mut module);
+            module
+        };
+        assert_eq!(after(signed(40)), b"\x7fELF module");
+        for same in [signed(1000), b"\x7fELF".to_vec(), Vec::new()] {
+            assert_eq!(after(same.clone()), same);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::messages::{
-    ErrorKind, GuestCommand, GuestMessage, GuestRequest, Line, MAX_LINE_BYTES, Mounted, Reply,
+    BootSteps, ErrorKind, GuestCommand, GuestMessage, GuestRequest, Line, MAX_LINE_BYTES, Mounted, Reply,
     Status, encode_line,
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -179,7 +179,7 @@ impl Events {
     fn apply(&self, event: GuestMessage) {
         match event {
             GuestMessage::Mounted(mounted) => self.mounted(mounted),
-            GuestMessage::Ready { uptime_ms } => self.ready(uptime_ms),
+            GuestMessage::Ready { uptime_ms, steps } => self.ready(uptime_ms, steps),
             GuestMessage::Exited(status) => {
                 self.progress.send_modify(|progress| {
                     progress.entrypoint.get_or_insert(status);
@@ -205,18 +205,20 @@ impl Events {
         });
     }
 
-    fn ready(&self, uptime_ms: u64) {
+    fn ready(&self, uptime_ms: u64, steps: BootSteps) {
         let moment = self.moment(uptime_ms);
         self.progress.send_modify(|progress| {
             progress.ready.get_or_insert(moment);
+            progress.steps.get_or_insert(steps.in_order(uptime_ms.saturating_mul(1000)));
             progress.advance(Phase::Ready);
         });
     }
 
     fn status(&self, status: Status) {
+        let steps = status.mounted.steps;
         self.mounted(status.mounted);
         if let Some(uptime_ms) = status.ready_uptime_ms {
-            self.ready(uptime_ms);
+            self.ready(uptime_ms, steps);
         }
         if let Some(exit) = status.exited {
             self.apply(GuestMessage::Exited(exit));

@@ -15,7 +15,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use forelay_guest_protocol::messages::{ExitStatus, Mounted};
+use forelay_guest_protocol::messages::{BootSteps, ExitStatus, Mounted};
 use serde::{Deserialize, Serialize};
 
 /// Where a VM is.
@@ -56,6 +56,8 @@ pub struct Progress {
     pub mounted: Option<Moment>,
     /// When the guest reported ready.
     pub ready: Option<Moment>,
+    /// When the guest's steps before that were done: in order, none after it.
+    pub steps: Option<BootSteps>,
     /// How the entrypoint ended.
     pub entrypoint: Option<ExitStatus>,
     /// The guest's own words on why its boot failed.

@@ -38,6 +38,9 @@ pub struct RunArguments {
     /// Give up waiting for `ready` after this many seconds.
     #[arg(long, default_value_t = 300)]
     pub timeout: u64,
+    /// Tell where the time until `ready` went.
+    #[arg(long)]
+    pub timings: bool,
     /// Print the instance as JSON when it is ready.
     #[arg(long)]
     pub json: bool,
@@ -133,6 +136,9 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
         output::json(&vm)?;
     } else {
         print_ready(&vm);
+        if arguments.timings {
+            print_timings(&vm);
+        }
     }
     if !arguments.detach && !arguments.json {
         follow(client, &vm).await?;
@@ -159,6 +165,12 @@ fn print_ready(vm: &Vm) {
         let protocol = if *udp { "UDP" } else { "TCP" };
         say!("  127.0.0.1:{host} -> guest port {guest} ({protocol})");
     }
+}
+
+fn print_timings(vm: &Vm) {
+    let steps = vm.launch.timings.steps().into_iter();
+    let rows = steps.map(|(name, s)| vec![name.to_owned(), output::seconds(s)]);
+    output::table(&["step", "took"], rows.collect());
 }
 
 fn spinner(quiet: bool) -> ProgressBar {

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::api::{LaunchFigures, LaunchRequest, Vm, VmState};
+use crate::api::{LaunchFigures, LaunchRequest, LaunchTimings, Vm, VmState};
 use crate::daemon::HostError;
 use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
@@ -70,6 +70,10 @@ fn launching(order: &Order, name: &str, dir: &VmDir, launched_ms: i64) -> Vm {
         components: order.lock.components.iter().map(vm_component).collect(),
         launch: LaunchFigures {
             solve_s: order.solve_s,
+            timings: LaunchTimings {
+                solve_s: order.solve_s,
+                ..LaunchTimings::default()
+            },
             image_bytes: order.lock.image_bytes(),
             ..LaunchFigures::default()
         },

@@ -39,7 +39,7 @@ use forelay_vm::process::Process;
 use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 
-use crate::api::{LaunchRequest, PrefetchMode, Vm, VmState};
+use crate::api::{LaunchRequest, LaunchTimings, PrefetchMode, Vm, VmState};
 use crate::daemon::HostError;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir, VmDirError};
@@ -114,6 +114,7 @@ impl LaunchService {
                 repository_before: service.supervisor.repository_bytes(),
                 made_dir: AtomicBool::new(false),
             };
+            launch.note_step(|timings| &mut timings.request_s);
             tokio::spawn(service.conduct(launch));
             Ok(vm)
         });
@@ -154,9 +155,13 @@ impl LaunchService {
         let prepared = self.premaps.take(&launch.order, launch.name());
         let reading = self.read_ahead(launch, prepared.as_ref());
         let mapped = self.map(launch, prepared.as_ref()).await?;
+        launch.note_step(|timings| &mut timings.map_s);
         let plan = self.prefetch(launch, prepared.is_some()).await;
+        launch.note_step(|timings| &mut timings.plan_s);
         let boots = self.compose(launch, prepared, reading).await?;
+        launch.note_step(|timings| &mut timings.compose_s);
         let vmm = self.start(launch, mapped, boots).await?;
+        launch.note_step(|timings| &mut timings.vmm_s);
         self.hand_over(launch, vmm, plan).await
     }
 
@@ -290,12 +295,13 @@ impl LaunchService {
             return Err(HostError::failed(error));
         }
         self.prefetcher.started(launch.name());
+        let (instance, handle) = (Arc::clone(instance), vmm.commit());
         let expected = ExpectedLaunch {
             plan: plan.expected(),
             missing: plan.missing,
             repository_before: launch.repository_before,
+            before_vmm_s: (handle.launched() - launch.asked).as_secs_f64(),
         };
-        let (instance, handle) = (Arc::clone(instance), vmm.commit());
         self.supervisor.supervise(instance, handle, expected);
         Ok(())
     }
@@ -327,6 +333,16 @@ impl LaunchService {
 }
 
 impl Launch {
+    /// Notes that a step is done: what passed since the one before is its.
+    fn note_step(&self, step: fn(&mut LaunchTimings) -> &mut f64) {
+        let now_s = self.asked.elapsed().as_secs_f64();
+        self.claim.instance().update(|vm| {
+            let timings = &mut vm.launch.timings;
+            let before_s: f64 = timings.steps().iter().map(|(_, s)| s).sum();
+            *step(timings) = (now_s - before_s).max(0.0);
+        });
+    }
+
     fn name(&self) -> &str {
         self.claim.instance().name()
     }

@@ -13,10 +13,10 @@ use forelay_cache::PlannerEvent;
 use forelay_cache::plan::TouchReport;
 use forelay_image::{Digest, Extent, Touch};
 use forelay_store::Store;
-use forelay_vm::{Cause, Ended, Phase, Progress, VmHandle};
+use forelay_vm::{Cause, Ended, Moment, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
-use crate::api::{Vm, VmState};
+use crate::api::{LaunchFigures, Vm, VmState};
 use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
 use crate::daemon::forecast::observation::{LearningTasks, TouchBuffer};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
@@ -54,6 +54,8 @@ pub(in crate::daemon) struct ExpectedLaunch {
     pub missing: Vec<(Digest, Extent)>,
     /// Repository bytes before it.
     pub repository_before: u64,
+    /// From the request to the start of the VMM, from which its handle counts.
+    pub before_vmm_s: f64,
 }
 
 /// A launch under observation.
@@ -64,6 +66,8 @@ struct WatchedLaunch {
     planned: Vec<(Digest, Extent)>,
     /// Repository bytes before it.
     repository_before: u64,
+    /// From the request to the moment from which the VMM's handle counts.
+    before_vmm_s: f64,
     recorded: bool,
     ready_at: Option<Instant>,
 }
@@ -92,6 +96,7 @@ impl Supervisor {
             waits: self.attribute(&instance, &handle, expected.plan),
             planned: expected.missing,
             repository_before: expected.repository_before,
+            before_vmm_s: expected.before_vmm_s,
             recorded: false,
             ready_at: None,
         };
@@ -116,6 +121,7 @@ impl Supervisor {
             waits: self.attribute(&instance, &handle, Plan::default()),
             planned: Vec::new(),
             repository_before: 0,
+            before_vmm_s: instance.read(|vm| vm.launch.vmm_started_s),
             recorded: true,
             ready_at: None,
         };
@@ -230,8 +236,7 @@ impl Supervisor {
                 self.note_waits(instance, launch);
             }
         }
-        let started = instance.read(|vm| vm.launch.vmm_started_s);
-        let seconds = |moment: forelay_vm::Moment| started + moment.since_launch.as_secs_f64();
+        let seconds = |moment: Moment| launch.before_vmm_s + moment.since_launch.as_secs_f64();
         instance.update(|vm| {
             vm.state = state;
             if vm.launch.mounted_s.is_none() {
@@ -239,6 +244,7 @@ impl Supervisor {
             }
             if vm.launch.ready_s.is_none() {
                 vm.launch.ready_s = progress.ready.map(seconds);
+                note_guest_steps(&mut vm.launch, progress);
             }
             vm.exit_status = progress.entrypoint.map(crate::daemon::exit_code);
         });
@@ -408,6 +414,17 @@ impl Supervisor {
             vm.error = Some(format!("{ended}{reason}; last console lines:\n{console}"));
             vm.state = VmState::Failed;
         });
+    }
+}
+
+/// Notes the guest's part of a launch, once it is ready.
+fn note_guest_steps(launch: &mut LaunchFigures, progress: &Progress) {
+    if let (Some(ready_s), Some(ready), Some(steps)) =
+        (launch.ready_s, progress.ready, progress.steps)
+    {
+        let ready_us = u64::try_from(ready.guest_uptime.as_micros()).unwrap_or(u64::MAX);
+        let after_s = ready_s - launch.vmm_started_s;
+        launch.timings.note_guest(steps, ready_us, after_s);
     }
 }
 
