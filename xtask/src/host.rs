@@ -197,6 +197,25 @@ impl Host {
         Ok(())
     }
 
+    /// Waits until the daemon has the repository's kernel ready and knows what VMs run under:
+    /// work of its start, which no launch is to be charged with.
+    pub fn wait_for_kernel(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            // It fails where this host lacks something; it says so all the same.
+            let report = self.forelay(["doctor", "--json"]).output()?;
+            let findings: Value = serde_json::from_slice(&report.stdout)?;
+            let mut findings = findings.as_array().into_iter().flatten();
+            if findings.any(|one| one["what"] == "accelerator") {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("no kernel was ready in 60 s:\n{}", self.daemon_log());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// Launches a VM and waits until it is ready; returns its description.
     pub fn launch(&self, manifest: &Path, name: &str, further: &[&str]) -> Result<Value> {
         let mut command = self.forelay(["run", "--detach", "--name", name]);

@@ -49,7 +49,7 @@ pub struct VmSpec {
     pub runtime_dir: PathBuf,
     /// More disks, in order `/dev/vda`, `/dev/vdb` and so on.
     pub disks: Vec<Disk>,
-    /// Address space kept free for hot-plugged pmem.
+    /// Address space kept free for hot-plugged pmem; 0 if none will be.
     pub hotplug_bytes: u64,
     /// Applied to the VMM's command just before it starts.
     pub wrap: Option<Wrap>,

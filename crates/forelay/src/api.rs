@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 /// Version of the API, the first part of every path.
 pub const VERSION: &str = "v1";
 
+/// An accelerator that is not known: no kernel has been listed yet.
+pub const NOT_PROBED: &str = "not probed yet";
+
 /// The daemon's state of health.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Health {
@@ -22,7 +25,7 @@ pub struct Health {
     pub pid: u32,
     /// Seconds since it started.
     pub uptime_s: f64,
-    /// What VMs run under, once one was launched.
+    /// What VMs run under, or [`NOT_PROBED`].
     pub accelerator: String,
     /// What the daemon does without; empty if all is well.
     #[serde(default)]

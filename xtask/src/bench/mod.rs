@@ -2,6 +2,7 @@
 //! `target/bench/NAME.json`.
 
 mod attach;
+mod boot;
 mod burst;
 mod day;
 mod disks;
@@ -25,9 +26,9 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 12] = [
-    "launch", "compose", "forecast", "policy", "table", "plan", "memory", "pressure", "burst",
-    "attach", "premap", "day",
+pub const NAMES: [&str; 14] = [
+    "launch", "boot", "peers", "compose", "forecast", "policy", "table", "plan", "memory",
+    "pressure", "burst", "attach", "premap", "day",
 ];
 
 /// Runs one benchmark.
@@ -36,6 +37,8 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
     std::fs::create_dir_all(out.parent().context("the output has a directory")?)?;
     match name {
         "launch" => launch::run_bench(&out)?,
+        "boot" => boot::run_boot(&out)?,
+        "peers" => boot::run_peers(&out)?,
         "memory" => memory::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
         "burst" => burst::run_bench(&out)?,

@@ -116,6 +116,9 @@ const TCG_KERNEL_WORDS: [&str; 4] = [
 ];
 
 fn memory(spec: &VmSpec) -> String {
+    if spec.pmem.is_empty() && spec.hotplug_bytes == 0 {
+        return format!("{}M", spec.memory_mib);
+    }
     let pmem: u64 = spec.pmem.iter().map(|device| device.bytes).sum();
     // Every device may need alignment, so leave room beside the sizes.
     let room = pmem + (spec.pmem.len() as u64 + 16) * (1 << 30) / 16 + spec.hotplug_bytes;

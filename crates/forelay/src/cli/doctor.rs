@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::output;
-use crate::api::{Degraded, Health, MemoryReport, Takeover, Vm, WaitCulprit};
+use crate::api::{NOT_PROBED, Degraded, Health, MemoryReport, Takeover, Vm, WaitCulprit};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -87,6 +87,10 @@ pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
     // Only a daemon that runs can tell.
     if let Ok(health) = client.get::<Health>("/v1/health").await {
         findings.extend(health.degraded.iter().map(degraded));
+        if health.accelerator != NOT_PROBED {
+            let seen = format!("VMs run under {}", health.accelerator);
+            findings.push(Finding::ok("accelerator", seen));
+        }
     }
     if let Ok(memory) = client.get::<MemoryReport>("/v1/memory").await {
         findings.extend(memory.takeover.as_ref().map(takeover));
@@ -261,7 +265,7 @@ fn kvm() -> Finding {
     {
         Ok(_) => Finding::ok(
             "kvm",
-            "/dev/kvm opens (the first launch probes whether it boots)",
+            "/dev/kvm opens (the daemon finds out whether a kernel boots)",
         ),
         Err(error) => Finding::reduced(
             "kvm",

@@ -279,10 +279,10 @@ impl Host {
         self.started.elapsed()
     }
 
-    /// What VMs run under, once one was launched.
+    /// What VMs run under, once a kernel is known.
     pub fn accelerator(&self) -> String {
         let known = self.launches.starter.accelerator();
-        known.unwrap_or_else(|| "not probed yet".to_owned())
+        known.unwrap_or_else(|| crate::api::NOT_PROBED.to_owned())
     }
 
     /// What this daemon does without.
