@@ -8,7 +8,8 @@
 //!
 //! ```text
 //! 1        bridge; behind it, slots 1..=31: one hot-plugged device each
-//! 2        guest channel, random numbers, network      one slot, many functions
+//! 2        guest channel, random numbers, network,     one slot, many functions
+//!          free-page reports
 //! 3..=13   pmem of the launch, 8 functions each        up to 88 devices
 //! 14       disks, 8 functions
 //! 31       chipset
@@ -181,6 +182,8 @@ fn sockets(line: &mut Line, spec: &VmSpec) {
         "virtserialport,bus=serial.0,nr=1,chardev=channel,name={name}"
     ));
     line.device("virtio-rng-pci,addr=0x2.1,multifunction=on");
+    // Never inflated: the guest reports what it frees, and the host has it back.
+    line.device("virtio-balloon-pci,free-page-reporting=on,addr=0x2.3,multifunction=on");
 }
 
 fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
@@ -386,7 +389,7 @@ mod tests {
             .map(|rest| rest.split([',', ' ']).next().unwrap())
             .collect();
         let count = addresses.len();
-        assert_eq!(count, 44);
+        assert_eq!(count, 45);
         addresses.sort_unstable();
         addresses.dedup();
         assert_eq!(addresses.len(), count);

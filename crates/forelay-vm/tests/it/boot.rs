@@ -1,11 +1,11 @@
 //! From launch to ready and back, on pmem.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::config::{Entrypoint, ReadyProbe, Run, VmConfig};
 use forelay_guest_protocol::messages::{Exec, ExitStatus};
 use forelay_image::tree::Tree;
-use forelay_vm::{Cause, Phase};
+use forelay_vm::{Cause, Phase, VmHandle};
 
 use crate::fixture::{Bench, LIMIT, assets, base_tree, file, sh};
 
@@ -83,6 +83,13 @@ async fn privileged_boots_a_merged_image_from_pmem() {
         "the host's file has changed"
     );
 
+    let steps = progress.steps.unwrap();
+    let ready_us = progress.ready.unwrap().guest_uptime.as_micros() as u64;
+    assert!(steps.kernel_us > 0 && steps.entrypoint_us > steps.mount_us, "{steps:?}");
+    assert_eq!(steps, steps.in_order(ready_us));
+
+    what_it_frees_goes_back_to_the_host(&vm).await;
+
     let ended = vm.stop(LIMIT).await.unwrap();
     assert_eq!(
         (ended.cause, ended.exit_code),
@@ -93,4 +100,21 @@ async fn privileged_boots_a_merged_image_from_pmem() {
         "{}",
         vm.console_tail()
     );
+}
+
+async fn what_it_frees_goes_back_to_the_host(vm: &VmHandle) {
+    let status = format!("/proc/{}/status", vm.pid());
+    let private_kib = || -> u64 {
+        let text = std::fs::read_to_string(&status).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    sh(vm, "dd if=/dev/zero of=/dev/shm/used bs=1M count=64").await;
+    let used = private_kib();
+    sh(vm, "busybox rm /dev/shm/used").await;
+    let deadline = Instant::now() + LIMIT;
+    while private_kib() + (48 << 10) > used {
+        assert!(Instant::now() < deadline, "{used} KiB stay {}", private_kib());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

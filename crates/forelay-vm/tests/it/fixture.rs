@@ -20,13 +20,14 @@ use forelay_vm::{Boot, Disk, DiskFormat, PmemDevice, Progress, VmHandle, VmSpec,
 pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// Modules the guest needs besides what they depend on, in load order.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 9] = [
     "virtio_pci",
     "virtio_pmem",
     "nd_pmem",
     "virtio_console",
     "virtio_blk",
     "virtio_net",
+    "virtio_balloon",
     "erofs",
     "overlay",
 ];
