@@ -102,11 +102,7 @@ pub fn mount(parameters: &Parameters, steps: &mut BootSteps) -> io::Result<(Moun
 }
 
 /// Mounts the map image with the components that its device slots name.
-fn mount_map(
-    uuid: &[u8; 16],
-    limit: Duration,
-    steps: &mut BootSteps,
-) -> io::Result<MountedRoot> {
+fn mount_map(uuid: &[u8; 16], limit: Duration, steps: &mut BootSteps) -> io::Result<MountedRoot> {
     let mut pmem = devices::PmemDevices::default();
     let (map, found) = devices::wait_for(limit, || pmem.find(uuid)).ok_or_else(|| {
         let uuid = superblock::format_uuid(uuid);

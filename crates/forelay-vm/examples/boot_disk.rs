@@ -66,7 +66,9 @@ fn cpu_s(pid: u32) -> Result<f64, Box<dyn std::error::Error>> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let (_, fields) = stat.rsplit_once(')').ok_or("no stat")?;
     let ticks = fields.split_whitespace().skip(11).take(2);
-    let ticks = ticks.map(str::parse::<u64>).collect::<Result<Vec<_>, _>>()?;
+    let ticks = ticks
+        .map(str::parse::<u64>)
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(ticks.iter().sum::<u64>() as f64 / 100.0)
 }
 

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::messages::{
-    BootSteps, ErrorKind, GuestCommand, GuestMessage, GuestRequest, Line, MAX_LINE_BYTES, Mounted, Reply,
-    Status, encode_line,
+    BootSteps, ErrorKind, GuestCommand, GuestMessage, GuestRequest, Line, MAX_LINE_BYTES, Mounted,
+    Reply, Status, encode_line,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -209,7 +209,9 @@ impl Events {
         let moment = self.moment(uptime_ms);
         self.progress.send_modify(|progress| {
             progress.ready.get_or_insert(moment);
-            progress.steps.get_or_insert(steps.in_order(uptime_ms.saturating_mul(1000)));
+            progress
+                .steps
+                .get_or_insert(steps.in_order(uptime_ms.saturating_mul(1000)));
             progress.advance(Phase::Ready);
         });
     }

@@ -110,7 +110,12 @@ pub fn run_boot(out: &Path) -> Result<()> {
     let steps = first["timings"].as_object().context("timings")?;
     let steps: Map<String, Value> = steps
         .keys()
-        .map(|step| (step.clone(), json!(samples.median(&format!("/timings/{step}")))))
+        .map(|step| {
+            (
+                step.clone(),
+                json!(samples.median(&format!("/timings/{step}"))),
+            )
+        })
         .collect();
     for (step, seconds) in &steps {
         println!("{step:<14} {:>8.3} s", seconds.as_f64().unwrap_or(f64::NAN));

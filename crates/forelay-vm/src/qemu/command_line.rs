@@ -90,7 +90,9 @@ pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString
     line.path("-kernel", &spec.kernel);
     line.path("-initrd", &spec.initrd);
     line.plain(&["-append", &kernel_command_line(spec, accelerator)]);
-    line.device(&format!("pci-bridge,id={HOTPLUG_BRIDGE},chassis_nr=1,addr=0x1"));
+    line.device(&format!(
+        "pci-bridge,id={HOTPLUG_BRIDGE},chassis_nr=1,addr=0x1"
+    ));
     sockets(&mut line, spec);
     network(&mut line, spec)?;
     pmem(&mut line, spec)?;

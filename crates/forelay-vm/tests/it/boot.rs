@@ -85,7 +85,10 @@ async fn privileged_boots_a_merged_image_from_pmem() {
 
     let steps = progress.steps.unwrap();
     let ready_us = progress.ready.unwrap().guest_uptime.as_micros() as u64;
-    assert!(steps.kernel_us > 0 && steps.entrypoint_us > steps.mount_us, "{steps:?}");
+    assert!(
+        steps.kernel_us > 0 && steps.entrypoint_us > steps.mount_us,
+        "{steps:?}"
+    );
     assert_eq!(steps, steps.in_order(ready_us));
 
     what_it_frees_goes_back_to_the_host(&vm).await;
@@ -107,14 +110,22 @@ async fn what_it_frees_goes_back_to_the_host(vm: &VmHandle) {
     let private_kib = || -> u64 {
         let text = std::fs::read_to_string(&status).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-        line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+        line.unwrap()
+            .trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .unwrap()
     };
     sh(vm, "dd if=/dev/zero of=/dev/shm/used bs=1M count=64").await;
     let used = private_kib();
     sh(vm, "busybox rm /dev/shm/used").await;
     let deadline = Instant::now() + LIMIT;
     while private_kib() + (48 << 10) > used {
-        assert!(Instant::now() < deadline, "{used} KiB stay {}", private_kib());
+        assert!(
+            Instant::now() < deadline,
+            "{used} KiB stay {}",
+            private_kib()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

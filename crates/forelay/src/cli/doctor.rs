@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::output;
-use crate::api::{NOT_PROBED, Degraded, Health, MemoryReport, Takeover, Vm, WaitCulprit};
+use crate::api::{Degraded, Health, MemoryReport, NOT_PROBED, Takeover, Vm, WaitCulprit};
 use crate::client::Client;
 use crate::config::Config;
 

@@ -128,7 +128,11 @@ impl LaunchService {
         // Listed by name and version: the newest stays.
         let newest: BTreeMap<&str, _> = kernels.map(|one| (one.name.as_str(), one)).collect();
         for kernel in newest.into_values() {
-            match self.composer.kernel(&LockedComponent::from(&**kernel)).await {
+            match self
+                .composer
+                .kernel(&LockedComponent::from(&**kernel))
+                .await
+            {
                 Ok(files) => self.starter.prepare(&files.kernel).await,
                 Err(error) => {
                     tracing::warn!(kernel = kernel.name, %error, "not prepared ahead of launches");
