@@ -4,10 +4,10 @@
 //! profile; with the traces at hand (`FORELAY_TRACES`, default `../shared/traces`) also the expected
 //! calibration error and the time to simulate.
 
-use forelay_predict::arrivals::{Config as ForecastConfig, Forecaster};
+use forelay_predict::arrivals::{ArrivalsConfig, Forecaster};
 use forelay_predict::time::Timestamp;
-use forelay_sim::synthetic::{Process, SyntheticProfile, generate};
-use forelay_sim::{Config, Policy, simulate};
+use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
+use forelay_sim::{SimulateConfig, Policy, simulate};
 use std::path::{Path, PathBuf};
 
 const PROFILES: usize = 10_000;
@@ -16,21 +16,21 @@ fn profiles() -> Vec<SyntheticProfile> {
     (0..PROFILES)
         .map(|index| {
             let process = match index % 5 {
-                0 => Process::Periodic {
+                0 => ArrivalProcess::Periodic {
                     period_min: 1440.0,
                     jitter_min: 3.0,
                 },
-                1 => Process::Periodic {
+                1 => ArrivalProcess::Periodic {
                     period_min: 180.0,
                     jitter_min: 0.5,
                 },
-                2 => Process::Poisson { per_hour: 0.2 },
-                3 => Process::Bursts {
+                2 => ArrivalProcess::Poisson { per_hour: 0.2 },
+                3 => ArrivalProcess::Bursts {
                     pause_min: 1000.0,
                     gap_min: 5.0,
                     size: 4.0,
                 },
-                _ => Process::Follows {
+                _ => ArrivalProcess::Follows {
                     probability: 0.9,
                     lag_min: 1.0,
                 },
@@ -53,7 +53,7 @@ fn cpu_s() -> f64 {
 
 fn synthetic(out: &mut serde_json::Map<String, serde_json::Value>) {
     let trace = generate(&profiles(), 5.0, 1);
-    let mut forecaster = Forecaster::new(ForecastConfig::default());
+    let mut forecaster = Forecaster::new(ArrivalsConfig::default());
     let keys: Vec<_> = trace
         .profiles
         .iter()
@@ -67,7 +67,7 @@ fn synthetic(out: &mut serde_json::Map<String, serde_json::Value>) {
     let half = trace.launches.len() / 2;
     // As the daemon does it: time passes in steps of ten minutes, launches come in between.
     let mut next_advance = trace.start();
-    let mut update = |launches: &[forelay_sim::trace::Launch]| {
+    let mut update = |launches: &[forelay_sim::trace::TracedLaunch]| {
         let (mut updates_s, mut advances_s, mut advances) = (0.0, 0.0, 0);
         let mut rest = launches;
         while let Some(first) = rest.first() {
@@ -128,7 +128,7 @@ fn trace(
         );
         return Ok(());
     }
-    let mut config = Config::new(path);
+    let mut config = SimulateConfig::new(path);
     config.min_launches = min_launches;
     config.policies = vec![Policy::Forelay(Vec::new())];
     let began = cpu_s();

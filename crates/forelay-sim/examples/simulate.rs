@@ -1,14 +1,14 @@
 //! `cargo run --release -p forelay-sim --example simulate -- TRACE.csv[.gz] MIN_LAUNCHES [LOAD_S]`:
 //! the table of the usual policies, with early and late halves.
 
-use forelay_sim::{Config, Policy, simulate};
+use forelay_sim::{SimulateConfig, Policy, simulate};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [trace, min_launches, rest @ ..] = arguments.as_slice() else {
         return Err("usage: simulate TRACE MIN_LAUNCHES [LOAD_S] [POLICY...]".into());
     };
-    let mut config = Config::new(trace.into());
+    let mut config = SimulateConfig::new(trace.into());
     config.min_launches = min_launches.parse()?;
     if let Some(load_s) = rest.first() {
         config.load_s = load_s.parse()?;

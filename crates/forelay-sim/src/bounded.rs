@@ -42,7 +42,7 @@ pub(crate) fn run(kind: EvictionKind, slots: u64, trace: &Trace, frame: &Frame) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::Launch;
+    use crate::trace::TracedLaunch;
     use forelay_predict::time::Timestamp;
 
     fn misses(kind: EvictionKind, slots: u64, profiles: &[u32]) -> u32 {
@@ -50,7 +50,7 @@ mod tests {
             launches: profiles
                 .iter()
                 .zip(0..)
-                .map(|(&profile, i)| Launch {
+                .map(|(&profile, i)| TracedLaunch {
                     at: Timestamp(i * 60_000),
                     profile,
                     owner: 0,

@@ -22,16 +22,16 @@ mod windows;
 
 pub use policy::{Policy, PolicyError};
 pub use report::{Report, SimulateError};
-pub use sides::{Shared, Sides, SidesError};
+pub use sides::{SharedComponents, Sides, SidesError};
 pub use tally::{Half, Row};
 
-use forelay_predict::arrivals::Config as ForecastConfig;
+use forelay_predict::arrivals::ArrivalsConfig;
 use launch_rows::OnBadRow;
 use std::path::PathBuf;
 
 /// What to simulate.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub struct SimulateConfig {
     /// The trace file.
     pub trace: PathBuf,
     /// Policies, in the order of the report; empty for the usual set.
@@ -45,10 +45,10 @@ pub struct Config {
     /// Time a load takes, for every profile, in seconds.
     pub load_s: f64,
     /// Settings of the forecaster.
-    pub forecast: ForecastConfig,
+    pub forecast: ArrivalsConfig,
 }
 
-impl Config {
+impl SimulateConfig {
     /// The usual policies over a trace.
     #[must_use]
     pub fn new(trace: PathBuf) -> Self {
@@ -59,7 +59,7 @@ impl Config {
             on_bad_row: OnBadRow::Stop,
             components: None,
             load_s: 0.0,
-            forecast: ForecastConfig::default(),
+            forecast: ArrivalsConfig::default(),
         }
     }
 }
@@ -68,15 +68,15 @@ impl Config {
 ///
 /// # Errors
 /// If the trace or a side file cannot be read.
-pub fn simulate(config: &Config) -> Result<Report, SimulateError> {
+pub fn simulate(config: &SimulateConfig) -> Result<Report, SimulateError> {
     let trace = trace::Trace::read(&config.trace, config.on_bad_row)?;
-    report::run(&trace, config)
+    simulate_trace(&trace, config)
 }
 
 /// Runs the policies over a trace in memory (`config.trace` only names it).
 ///
 /// # Errors
 /// If a side file cannot be read.
-pub fn simulate_trace(trace: &trace::Trace, config: &Config) -> Result<Report, SimulateError> {
+pub fn simulate_trace(trace: &trace::Trace, config: &SimulateConfig) -> Result<Report, SimulateError> {
     report::run(trace, config)
 }

@@ -9,7 +9,7 @@ use crate::sweep::{self, Sweep};
 use crate::tally::{Frame, Row, Tally};
 use crate::trace::{Trace, TraceError};
 use crate::windows::WindowPolicy;
-use crate::{Config, bounded, html};
+use crate::{SimulateConfig, bounded, html};
 use forelay_predict::calibration::ReliabilityBin;
 use serde::Serialize;
 
@@ -80,7 +80,7 @@ pub struct Report {
 }
 
 /// Runs the policies of a configuration.
-pub(crate) fn run(trace: &Trace, config: &Config) -> Result<Report, SimulateError> {
+pub(crate) fn run(trace: &Trace, config: &SimulateConfig) -> Result<Report, SimulateError> {
     let mut frame = Frame::new(trace, config.min_launches);
     let sides = config
         .components
@@ -140,7 +140,7 @@ pub(crate) fn run(trace: &Trace, config: &Config) -> Result<Report, SimulateErro
 
 fn assemble(
     trace: &Trace,
-    config: &Config,
+    config: &SimulateConfig,
     frame: &Frame,
     rows: Vec<(Row, Tally)>,
     sweep: Option<Sweep>,

@@ -113,7 +113,7 @@ impl Sides {
 /// Figures that count components instead of profiles: what two profiles share is held once, and a
 /// launch waits only for what nobody holds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Shared {
+pub struct SharedComponents {
     /// Seconds that launches waited for loads, in all.
     pub stall_s: f64,
     /// Launches that waited.
@@ -132,7 +132,7 @@ pub(crate) struct Span {
 
 impl Sides {
     /// Accounts for a policy that held profiles over `spans`.
-    pub(crate) fn account(&self, trace: &Trace, spans: &[Span]) -> Shared {
+    pub(crate) fn account(&self, trace: &Trace, spans: &[Span]) -> SharedComponents {
         let mut held: Vec<Vec<(Timestamp, Timestamp)>> = vec![Vec::new(); self.components.len()];
         for span in spans {
             for &component in &self.uses[span.profile as usize] {
@@ -148,7 +148,7 @@ impl Sides {
                 .sum();
             memory_gib_minutes += minutes * component.bytes as f64 / (1u64 << 30) as f64;
         }
-        let mut shared = Shared {
+        let mut shared = SharedComponents {
             stall_s: 0.0,
             stalled_launches: 0,
             memory_gib_minutes,
@@ -213,11 +213,11 @@ fn parse(row: &csv::StringRecord) -> Result<ComponentSide, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::Launch;
+    use crate::trace::TracedLaunch;
 
     #[test]
     fn shared_components_are_held_once_and_wait_for_nobody() {
-        let launch = |at_s: i64, profile| Launch {
+        let launch = |at_s: i64, profile| TracedLaunch {
             at: Timestamp(at_s * 1000),
             profile,
             owner: 0,

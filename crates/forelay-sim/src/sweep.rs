@@ -8,9 +8,9 @@
 //! always the last ones: a stretch costs time only where that border moves.
 
 use crate::tally::{Frame, Tally};
-use crate::trace::{Launch, Trace};
+use crate::trace::{TracedLaunch, Trace};
 use forelay_predict::arrivals::{
-    Config, Forecaster, Observed, OwnerKey, ProfileKey, Rule, Segment,
+    ArrivalsConfig, Forecaster, Observed, OwnerKey, ProfileKey, Rule, Segment,
 };
 use forelay_predict::calibration::Reliability;
 use forelay_predict::time::{MINUTE_MS, Timestamp};
@@ -53,7 +53,7 @@ struct Pass<'a> {
 pub(crate) fn run(
     trace: &Trace,
     frame: &Frame,
-    config: &Config,
+    config: &ArrivalsConfig,
     prices: &[f64],
     load_min: &[f64],
 ) -> Sweep {
@@ -139,7 +139,7 @@ impl Pass<'_> {
     }
 
     /// The launch meets the decisions made before it.
-    fn judge(&mut self, launch: &Launch) {
+    fn judge(&mut self, launch: &TracedLaunch) {
         let index = launch.profile as usize;
         let Some(origin) = self.last[index] else {
             for lane in &mut self.lanes.lanes {
@@ -161,7 +161,7 @@ impl Pass<'_> {
         lanes.meet(launch, origin, self.load_min[index]);
     }
 
-    fn learn(&mut self, launch: &Launch, owner: OwnerKey) {
+    fn learn(&mut self, launch: &TracedLaunch, owner: OwnerKey) {
         let index = launch.profile as usize;
         let key = self.keys[index];
         let repeats = launch.count - 1;
@@ -250,7 +250,7 @@ impl Lanes<'_> {
     }
 
     /// A launch finds the profile loaded in some lanes.
-    fn meet(&mut self, launch: &Launch, origin: Timestamp, load_min: f64) {
+    fn meet(&mut self, launch: &TracedLaunch, origin: Timestamp, load_min: f64) {
         let index = launch.profile as usize;
         if !self.frame.selected[index] {
             return;

@@ -4,14 +4,14 @@
 //! Each tells its true hazard where there is one, so that a learner's log-loss can be held against
 //! the generator's own. Invariant: the same seed gives the same trace on every machine.
 
-use crate::trace::{Launch, Trace};
+use crate::trace::{TracedLaunch, Trace};
 use forelay_predict::time::Timestamp;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// How a profile's launches come about.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Process {
+pub enum ArrivalProcess {
     /// Every `period_min`, each launch off its grid by a normal deviation.
     Periodic {
         /// Period in minutes.
@@ -66,13 +66,13 @@ pub struct SyntheticProfile {
     /// When it first may launch, in minutes.
     pub from_min: f64,
     /// How its launches come about.
-    pub process: Process,
+    pub process: ArrivalProcess,
 }
 
 impl SyntheticProfile {
     /// A profile that exists from the beginning.
     #[must_use]
-    pub fn new(name: &str, owner: &str, process: Process) -> Self {
+    pub fn new(name: &str, owner: &str, process: ArrivalProcess) -> Self {
         Self {
             name: name.to_owned(),
             owner: owner.to_owned(),
@@ -102,7 +102,26 @@ fn diurnal_rate(at_min: f64, peak_per_hour: f64, trough_per_hour: f64) -> f64 {
     (middle + swing * phase.cos()) / 60.0
 }
 
-impl Process {
+/// Bursts of `size` launches on average, `gap_min` apart, after pauses of `pause_min`.
+fn bursts(
+    rng: &mut ChaCha8Rng,
+    (from, until): (f64, f64),
+    [pause_min, gap_min, size]: [f64; 3],
+) -> Vec<f64> {
+    let mut times = Vec::new();
+    let mut at = from;
+    while at < until {
+        at += exponential(rng, pause_min);
+        times.push(at);
+        while unit(rng) < 1.0 - 1.0 / size {
+            at += exponential(rng, gap_min);
+            times.push(at);
+        }
+    }
+    times
+}
+
+impl ArrivalProcess {
     /// True hazard per minute at a moment, for processes whose hazard depends on time alone.
     #[must_use]
     pub fn hazard_per_min(&self, at_min: f64) -> Option<f64> {
@@ -154,16 +173,7 @@ impl Process {
                 pause_min,
                 gap_min,
                 size,
-            } => {
-                while at < until {
-                    at += exponential(rng, pause_min);
-                    times.push(at);
-                    while unit(rng) < 1.0 - 1.0 / size {
-                        at += exponential(rng, gap_min);
-                        times.push(at);
-                    }
-                }
-            }
+            } => times = bursts(rng, (from, until), [pause_min, gap_min, size]),
             Self::Drift { period_min, growth } => {
                 let mut period = period_min;
                 while at < until {
@@ -207,7 +217,7 @@ pub fn generate(profiles: &[SyntheticProfile], days: f64, seed: u64) -> Trace {
         let times = profile
             .process
             .times(&mut rng, profile.from_min, days * 1440.0, &leader);
-        trace.launches.extend(times.iter().map(|&at| Launch {
+        trace.launches.extend(times.iter().map(|&at| TracedLaunch {
             at: Timestamp::from_seconds(at * 60.0),
             profile: index as u32,
             owner: owner as u32,

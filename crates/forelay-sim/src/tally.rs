@@ -5,7 +5,7 @@
 //! off at the horizon, quantiles interpolate between profiles. Invariant: only profiles with at
 //! least `min_launches` launches count, in every figure.
 
-use crate::sides::{Shared, Span};
+use crate::sides::{SharedComponents, Span};
 use crate::trace::Trace;
 use forelay_predict::time::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -215,7 +215,7 @@ pub struct Row {
     /// Earlier and later half of the trace's time.
     pub halves: [Half; 2],
     /// Figures over components, if their sizes were given.
-    pub shared: Option<Shared>,
+    pub shared: Option<SharedComponents>,
     /// Share of warm launches in each of 48 equal slices of time.
     pub hit_ratio_over_time: Vec<f64>,
 }

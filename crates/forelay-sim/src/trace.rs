@@ -16,7 +16,7 @@ use crate::launch_rows::{self, BadRow, CsvLines, Fields, LaunchColumns, OnBadRow
 
 /// A launch, or several of one profile at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Launch {
+pub struct TracedLaunch {
     /// When.
     pub at: Timestamp,
     /// Index into [`Trace::profiles`].
@@ -31,7 +31,7 @@ pub struct Launch {
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
     /// Launches by time.
-    pub launches: Vec<Launch>,
+    pub launches: Vec<TracedLaunch>,
     /// Names of profiles.
     pub profiles: Vec<String>,
     /// Names of owners.
@@ -202,7 +202,7 @@ impl Trace {
 struct Builder {
     profiles: Interner,
     owners: Interner,
-    launches: Vec<Launch>,
+    launches: Vec<TracedLaunch>,
     bad_rows: Vec<BadRow>,
 }
 
@@ -242,7 +242,7 @@ impl Builder {
         match layout {
             Layout::Launches(columns) => {
                 let launch = columns.launch(row)?;
-                self.launches.push(Launch {
+                self.launches.push(TracedLaunch {
                     at: launch.at,
                     profile: self.profiles.key(&launch.profile),
                     owner: self.owners.key(&launch.owner),
@@ -282,7 +282,7 @@ impl Builder {
         let profile = self.profiles.key(profile);
         let owner = self.owners.key(owner);
         self.launches
-            .extend(launches.into_iter().map(|(at, count)| Launch {
+            .extend(launches.into_iter().map(|(at, count)| TracedLaunch {
                 at,
                 profile,
                 owner,

@@ -1,21 +1,21 @@
 //! No policy but the clairvoyant may see a launch before it has decided.
 
-use forelay_sim::synthetic::{Process, SyntheticProfile, generate};
+use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 use forelay_sim::trace::Trace;
-use forelay_sim::{Config, Policy, Report, simulate_trace};
+use forelay_sim::{SimulateConfig, Policy, Report, simulate_trace};
 
 fn profiles() -> Vec<SyntheticProfile> {
-    let periodic = |period_min| Process::Periodic {
+    let periodic = |period_min| ArrivalProcess::Periodic {
         period_min,
         jitter_min: 1.0,
     };
     vec![
         SyntheticProfile::new("hourly", "a", periodic(60.0)),
-        SyntheticProfile::new("poisson", "a", Process::Poisson { per_hour: 2.0 }),
+        SyntheticProfile::new("poisson", "a", ArrivalProcess::Poisson { per_hour: 2.0 }),
         SyntheticProfile::new(
             "follower",
             "a",
-            Process::Follows {
+            ArrivalProcess::Follows {
                 probability: 0.8,
                 lag_min: 2.0,
             },
@@ -23,7 +23,7 @@ fn profiles() -> Vec<SyntheticProfile> {
         SyntheticProfile::new(
             "bursts",
             "b",
-            Process::Bursts {
+            ArrivalProcess::Bursts {
                 pause_min: 200.0,
                 gap_min: 2.0,
                 size: 6.0,
@@ -32,7 +32,7 @@ fn profiles() -> Vec<SyntheticProfile> {
         SyntheticProfile::new(
             "drift",
             "b",
-            Process::Drift {
+            ArrivalProcess::Drift {
                 period_min: 30.0,
                 growth: 0.01,
             },
@@ -41,7 +41,7 @@ fn profiles() -> Vec<SyntheticProfile> {
 }
 
 fn run(trace: &Trace) -> Report {
-    let mut config = Config::new("synthetic".into());
+    let mut config = SimulateConfig::new("synthetic".into());
     config.policies = [
         "none",
         "fixed:10",
@@ -123,7 +123,7 @@ fn more_memory_never_means_more_cold_starts() {
 #[test]
 fn a_load_that_takes_time_must_begin_that_much_earlier() {
     let trace = generate(&profiles(), 6.0, 6);
-    let mut config = Config::new("synthetic".into());
+    let mut config = SimulateConfig::new("synthetic".into());
     config.policies = vec!["forelay:0.01".parse().unwrap()];
     let instant = simulate_trace(&trace, &config).unwrap().rows[0].clone();
     config.load_s = 45.0;

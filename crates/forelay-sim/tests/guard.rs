@@ -4,8 +4,8 @@
 //! The bounds lie a tenth above what the forecaster reaches. One that always tells the same
 //! probability holds everything always or nothing ever, and misses one of the two sides.
 
-use forelay_sim::synthetic::{Process, SyntheticProfile, generate};
-use forelay_sim::{Config, Report, Row, simulate_trace};
+use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
+use forelay_sim::{SimulateConfig, Report, Row, simulate_trace};
 
 /// 48 profiles of six owners over ten days.
 fn host() -> forelay_sim::trace::Trace {
@@ -13,28 +13,28 @@ fn host() -> forelay_sim::trace::Trace {
     for index in 0..8 {
         let number = f64::from(index);
         let kinds = [
-            Process::Periodic {
+            ArrivalProcess::Periodic {
                 period_min: 45.0 + 30.0 * number,
                 jitter_min: 0.5 + 0.3 * number,
             },
-            Process::Follows {
+            ArrivalProcess::Follows {
                 probability: 0.9,
                 lag_min: 3.0 + number,
             },
-            Process::Periodic {
+            ArrivalProcess::Periodic {
                 period_min: 1440.0,
                 jitter_min: 2.0 + number,
             },
-            Process::Diurnal {
+            ArrivalProcess::Diurnal {
                 peak_per_hour: 2.0 + number,
                 trough_per_hour: 0.1,
             },
-            Process::Bursts {
+            ArrivalProcess::Bursts {
                 pause_min: 300.0 + 60.0 * number,
                 gap_min: 2.0,
                 size: 6.0,
             },
-            Process::Poisson {
+            ArrivalProcess::Poisson {
                 per_hour: 0.1 + 0.1 * number,
             },
         ];
@@ -47,7 +47,7 @@ fn host() -> forelay_sim::trace::Trace {
 }
 
 fn report(policies: &[&str]) -> Report {
-    let mut config = Config::new("synthetic".into());
+    let mut config = SimulateConfig::new("synthetic".into());
     config.policies = policies.iter().map(|name| name.parse().unwrap()).collect();
     simulate_trace(&host(), &config).unwrap()
 }

@@ -1,14 +1,14 @@
 //! The learner recovers what generated a synthetic trace.
 
-use forelay_predict::arrivals::{Config as ForecastConfig, Forecaster};
-use forelay_sim::synthetic::{Process, SyntheticProfile, generate};
-use forelay_sim::{Config, Policy, Row, simulate_trace};
+use forelay_predict::arrivals::{ArrivalsConfig, Forecaster};
+use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
+use forelay_sim::{SimulateConfig, Policy, Row, simulate_trace};
 
 /// Log-loss per launch of the learner and of the generator itself, over the later half.
-fn log_losses(process: Process, days: f64, seed: u64) -> (f64, f64) {
+fn log_losses(process: ArrivalProcess, days: f64, seed: u64) -> (f64, f64) {
     let trace = generate(&[SyntheticProfile::new("p", "o", process)], days, seed);
     let middle = trace.horizon.seconds() / 2.0;
-    let mut forecaster = Forecaster::new(ForecastConfig::default());
+    let mut forecaster = Forecaster::new(ArrivalsConfig::default());
     let (profile, owner) = (forecaster.profile("p"), forecaster.owner("o"));
     let (mut learned, mut truth, mut launches) = (0.0, 0.0, 0.0);
     let mut last = None;
@@ -40,7 +40,7 @@ fn log_losses(process: Process, days: f64, seed: u64) -> (f64, f64) {
 #[test]
 fn the_hazard_of_a_poisson_process_is_learned() {
     for (seed, per_hour) in [(1, 0.5), (2, 4.0)] {
-        let (learned, truth) = log_losses(Process::Poisson { per_hour }, 40.0, seed);
+        let (learned, truth) = log_losses(ArrivalProcess::Poisson { per_hour }, 40.0, seed);
         assert!(
             learned < truth + 0.12,
             "{per_hour} an hour: {learned} against {truth}"
@@ -50,7 +50,7 @@ fn the_hazard_of_a_poisson_process_is_learned() {
 
 #[test]
 fn a_diurnal_rate_costs_little_more_than_its_truth() {
-    let process = Process::Diurnal {
+    let process = ArrivalProcess::Diurnal {
         peak_per_hour: 6.0,
         trough_per_hour: 0.2,
     };
@@ -60,7 +60,7 @@ fn a_diurnal_rate_costs_little_more_than_its_truth() {
 
 fn later_half(profiles: &[SyntheticProfile], days: f64, policy: &str) -> Row {
     let trace = generate(profiles, days, 9);
-    let mut config = Config::new("synthetic".into());
+    let mut config = SimulateConfig::new("synthetic".into());
     config.policies = vec![policy.parse::<Policy>().unwrap()];
     simulate_trace(&trace, &config).unwrap().rows.remove(0)
 }
@@ -72,7 +72,7 @@ fn schedules_are_found_and_cost_almost_nothing_to_serve() {
         let profile = SyntheticProfile::new(
             "p",
             "o",
-            Process::Periodic {
+            ArrivalProcess::Periodic {
                 period_min,
                 jitter_min,
             },
@@ -95,7 +95,7 @@ fn schedules_are_found_and_cost_almost_nothing_to_serve() {
 
 #[test]
 fn a_drifting_period_is_followed() {
-    let process = Process::Drift {
+    let process = ArrivalProcess::Drift {
         period_min: 20.0,
         growth: 0.005,
     };
@@ -114,7 +114,7 @@ fn a_drifting_period_is_followed() {
 
 #[test]
 fn bursts_are_held_and_pauses_are_not() {
-    let process = Process::Bursts {
+    let process = ArrivalProcess::Bursts {
         pause_min: 600.0,
         gap_min: 2.0,
         size: 10.0,
@@ -136,11 +136,11 @@ fn bursts_are_held_and_pauses_are_not() {
 #[test]
 fn what_follows_is_warm_although_its_leader_is_random() {
     let profiles = [
-        SyntheticProfile::new("leader", "o", Process::Poisson { per_hour: 0.2 }),
+        SyntheticProfile::new("leader", "o", ArrivalProcess::Poisson { per_hour: 0.2 }),
         SyntheticProfile::new(
             "follower",
             "o",
-            Process::Follows {
+            ArrivalProcess::Follows {
                 probability: 0.95,
                 lag_min: 2.0,
             },
@@ -159,7 +159,7 @@ fn what_follows_is_warm_although_its_leader_is_random() {
 
 #[test]
 fn a_new_profile_of_a_known_owner_is_foreseen_after_its_first_launch() {
-    let daily = Process::Periodic {
+    let daily = ArrivalProcess::Periodic {
         period_min: 1440.0,
         jitter_min: 1.0,
     };
@@ -170,7 +170,7 @@ fn a_new_profile_of_a_known_owner_is_foreseen_after_its_first_launch() {
     newcomer.from_min = 10.0 * 1440.0;
     profiles.push(newcomer);
     let trace = generate(&profiles, 14.0, 4);
-    let mut config = Config::new("synthetic".into());
+    let mut config = SimulateConfig::new("synthetic".into());
     config.policies = vec![
         "fixed:10".parse().unwrap(),
         "forelay:0.002".parse().unwrap(),

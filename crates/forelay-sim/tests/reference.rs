@@ -2,7 +2,7 @@
 
 use forelay_sim::launch_rows::OnBadRow;
 use forelay_sim::trace::Trace;
-use forelay_sim::{Config, Policy, Report, simulate, simulate_trace};
+use forelay_sim::{SimulateConfig, Policy, Report, simulate, simulate_trace};
 use std::path::{Path, PathBuf};
 
 fn trace(file: &str) -> Option<PathBuf> {
@@ -22,7 +22,7 @@ fn trace(file: &str) -> Option<PathBuf> {
 }
 
 fn run(file: &str, min_launches: u64, policies: &[&str]) -> Option<Report> {
-    let mut config = Config::new(trace(file)?);
+    let mut config = SimulateConfig::new(trace(file)?);
     config.min_launches = min_launches;
     config.policies = policies
         .iter()
@@ -35,7 +35,7 @@ fn run(file: &str, min_launches: u64, policies: &[&str]) -> Option<Report> {
 #[should_panic(expected = "left == right")]
 fn a_report_without_rows_is_not_like_the_reference() {
     let trace = forelay_sim::synthetic::generate(&[], 1.0, 1);
-    let mut report = simulate_trace(&trace, &Config::new("none".into())).unwrap();
+    let mut report = simulate_trace(&trace, &SimulateConfig::new("none".into())).unwrap();
     report.rows.clear();
     compare(&report, 0, &[("fixed:10", 0.0, 0.0, 0.0, 100.0)]);
 }
@@ -133,7 +133,7 @@ fn cold_in_slots(launches: usize, policies: &[&str]) -> Option<Vec<f64>> {
     let path = trace("google2011-days00-14.csv.gz")?;
     let mut trace = Trace::read(&path, OnBadRow::Stop).unwrap();
     trace.launches.truncate(launches);
-    let mut config = Config::new(path);
+    let mut config = SimulateConfig::new(path);
     config.policies = policies.iter().map(|name| name.parse().unwrap()).collect();
     let report = simulate_trace(&trace, &config).unwrap();
     Some(report.rows.iter().map(|row| row.cold_total_pct).collect())

@@ -58,7 +58,7 @@ struct Job {
     scratch: PathBuf,
 }
 
-enum Event {
+enum PackingEvent {
     Progress(PublishProgress),
     Pack(FinishedPack),
 }
@@ -112,11 +112,11 @@ impl Store {
         let mut fresh: HashSet<Digest> = HashSet::new();
         while let Some(event) = events.recv().await {
             match event {
-                Event::Progress(now) => {
+                PackingEvent::Progress(now) => {
                     last = now;
                     progress(now);
                 }
-                Event::Pack(pack) => {
+                PackingEvent::Pack(pack) => {
                     fresh.insert(pack.index.pack);
                     self.put_pack(&pack).await?;
                     remember(&mut places, &pack.index, true);
@@ -266,7 +266,7 @@ impl Store {
 
 impl Job {
     /// Reads the image chunk by chunk and packs what is new.
-    fn pack(self, events: &tokio::sync::mpsc::Sender<Event>) -> Result<(), StoreError> {
+    fn pack(self, events: &tokio::sync::mpsc::Sender<PackingEvent>) -> Result<(), StoreError> {
         let reading = |source| StoreError::File {
             doing: "reading",
             path: self.path.clone(),
@@ -312,22 +312,22 @@ impl Job {
                 let entry = open.append(chunk.digest, &buffer).map_err(writing)?;
                 progress.stored_bytes += u64::from(entry.stored_bytes);
                 if open.is_full() {
-                    let _ = events.blocking_send(Event::Pack(open.finish().map_err(writing)?));
+                    let _ = events.blocking_send(PackingEvent::Pack(open.finish().map_err(writing)?));
                 } else {
                     writer = Some(open);
                 }
             }
             if chunk_no % 64 == 0 {
                 // A receiver that is gone has failed; this thread then ends by itself.
-                if events.blocking_send(Event::Progress(progress)).is_err() {
+                if events.blocking_send(PackingEvent::Progress(progress)).is_err() {
                     return Ok(());
                 }
             }
         }
         if let Some(open) = writer {
-            let _ = events.blocking_send(Event::Pack(open.finish().map_err(writing)?));
+            let _ = events.blocking_send(PackingEvent::Pack(open.finish().map_err(writing)?));
         }
-        let _ = events.blocking_send(Event::Progress(progress));
+        let _ = events.blocking_send(PackingEvent::Progress(progress));
         Ok(())
     }
 }

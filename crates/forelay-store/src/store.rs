@@ -43,7 +43,7 @@ pub struct StoreConfig {
     pub fetch: FetchConfig,
 }
 
-pub(crate) struct Inner {
+pub(crate) struct StoreInner {
     pub(crate) repository: Arc<dyn Repository>,
     pub(crate) images: Arc<Images>,
     pub(crate) scratch: PathBuf,
@@ -55,7 +55,7 @@ pub(crate) struct Inner {
 
 /// A repository with this host's caches. Cheap to clone.
 #[derive(Clone)]
-pub struct Store(pub(crate) Arc<Inner>);
+pub struct Store(pub(crate) Arc<StoreInner>);
 
 impl Store {
     /// Opens a store on the current tokio runtime. The repository is not asked, so that what
@@ -76,7 +76,7 @@ impl Store {
         let images = Arc::new(Images::new(repository.clone(), &cache_dir)?);
         let scheduler = Scheduler::new(repository.clone(), cache.clone(), images.clone(), fetch);
         let components = Mutex::default();
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(StoreInner {
             repository,
             images,
             scratch,

@@ -26,7 +26,7 @@ const MEMORY_MIB: u64 = 192;
 /// What a launch touched, as `forelay map` tells it.
 type Touches = Vec<Value>;
 
-struct Bench {
+struct BurstBench {
     programs: Programs,
     settings: Settings,
     replay: PathBuf,
@@ -37,7 +37,7 @@ struct Bench {
 pub fn run_bench(out: &Path) -> Result<()> {
     let (programs, settings) = super::prepare("burst")?;
     std::fs::create_dir_all(&settings.state)?;
-    let mut bench = Bench {
+    let mut bench = BurstBench {
         programs,
         settings,
         replay: super::build_example("forelay-memory", "replay")?,
@@ -111,7 +111,7 @@ fn fetched(host: &Host) -> Result<u64> {
         .context("memory tells the repository's bytes")
 }
 
-impl Bench {
+impl BurstBench {
     /// Touches of one real launch of each profile, in first-touch order.
     fn record(&self) -> Result<Vec<Touches>> {
         let mut host = Host::new(&self.programs, &self.settings)?;

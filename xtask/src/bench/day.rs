@@ -149,7 +149,7 @@ fn trace() -> String {
     text
 }
 
-struct Bench {
+struct DayBench {
     programs: Programs,
     repository: PathBuf,
     dir: PathBuf,
@@ -164,7 +164,7 @@ pub fn run_bench(out: &Path, arguments: &[&str]) -> Result<()> {
     let limit = limits.first().and_then(|text| text.strip_prefix("first="));
     let limit = limit.map_or(Ok(usize::MAX), str::parse)?;
     crate::prerequisites::install()?;
-    let bench = Bench {
+    let bench = DayBench {
         programs: host::build()?,
         repository: target_dir().join("demo/repository"),
         dir: target_dir().join("bench/day"),
@@ -199,7 +199,7 @@ fn wall_ms() -> Result<i64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as i64)
 }
 
-impl Bench {
+impl DayBench {
     fn host(&self, state: PathBuf, prefetch: bool, ahead: bool) -> Result<Host> {
         let settings = Settings {
             repository: self.repository.clone(),
@@ -227,7 +227,7 @@ impl Bench {
         host.configure("forecast", &clock(SCALE, wall_ms()?, starts_ms))?;
         host.start_daemon()?;
         // The first launch on a host unpacks the kernel; the others need not wait for that.
-        let first = Launch {
+        let first = DayLaunch {
             name: PROFILES[0].name.to_owned(),
             profile: &PROFILES[0],
         };
@@ -237,7 +237,7 @@ impl Bench {
             let host = &host;
             std::thread::scope(|scope| {
                 let launches = PROFILES.iter().map(|profile| {
-                    let launch = Launch {
+                    let launch = DayLaunch {
                         name: profile.name.to_owned(),
                         profile,
                     };
@@ -336,7 +336,7 @@ fn replay(host: &Host, origin: Instant, limit: usize) -> Result<Vec<Value>> {
                 continue;
             };
             wait_until(minute);
-            let launch = Launch {
+            let launch = DayLaunch {
                 name: format!("{name}-{number}"),
                 profile,
             };
@@ -364,12 +364,12 @@ fn replay(host: &Host, origin: Instant, limit: usize) -> Result<Vec<Value>> {
 }
 
 /// One launch, its attachment if it has one, and its end.
-struct Launch<'a> {
+struct DayLaunch<'a> {
     name: String,
     profile: &'a Profile,
 }
 
-impl Launch<'_> {
+impl DayLaunch<'_> {
     fn run(&self, host: &Host, stay: Duration) -> Result<Value> {
         let vm = host.launch(&manifest(host, self.profile.name), &self.name, &[])?;
         std::thread::sleep(LINGER);

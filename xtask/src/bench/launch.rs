@@ -42,7 +42,7 @@ const WAYS: [&str; 4] = ["on_demand", "predicted", "resident", "qcow2"];
 
 /// What was measured of the launches of one way, one entry a round.
 #[derive(Default)]
-struct Samples {
+struct LaunchSamples {
     ready_s: Vec<f64>,
     demand_fetches: Vec<f64>,
     stall_s: Vec<f64>,
@@ -54,7 +54,7 @@ struct Samples {
     daemon_cpu_s: Vec<f64>,
 }
 
-impl Samples {
+impl LaunchSamples {
     fn add(&mut self, figures: &Value) -> Result<()> {
         let number = |field: &str| figures[field].as_f64().unwrap_or(0.0);
         let ready_s = figures["ready_s"].as_f64();
@@ -87,7 +87,7 @@ impl Samples {
     }
 }
 
-struct Bench {
+struct LaunchBench {
     programs: Programs,
     settings: Settings,
     manifest: PathBuf,
@@ -103,7 +103,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let samples = bench.rounds()?;
     let replay = bench.replays(&touches)?;
     let [on_demand, predicted, resident, qcow2] = &samples;
-    let to = |other: &Samples| Paired::new(&predicted.ready_s, &other.ready_s).median();
+    let to = |other: &LaunchSamples| Paired::new(&predicted.ready_s, &other.ready_s).median();
     let to_resident = Paired::new(&predicted.ready_s, &resident.ready_s);
     let cpu = Paired::new(&predicted.cpu_s(), &resident.cpu_s());
     let ways = WAYS.iter().zip(&samples);
@@ -127,9 +127,9 @@ pub fn run_bench(out: &Path) -> Result<()> {
     super::write(out, &document)
 }
 
-fn prepare() -> Result<Bench> {
+fn prepare() -> Result<LaunchBench> {
     let (programs, settings) = super::prepare("launch")?;
-    let mut bench = Bench {
+    let mut bench = LaunchBench {
         programs,
         settings,
         manifest: demo::manifest(PROFILE),
@@ -141,9 +141,9 @@ fn prepare() -> Result<Bench> {
     Ok(bench)
 }
 
-impl Bench {
-    fn rounds(&self) -> Result<[Samples; 4]> {
-        let mut samples: [Samples; 4] = Default::default();
+impl LaunchBench {
+    fn rounds(&self) -> Result<[LaunchSamples; 4]> {
+        let mut samples: [LaunchSamples; 4] = Default::default();
         let mut draw = Draw(1);
         for round in 0..MOST_ROUNDS {
             let to_resident = Paired::new(&samples[PREDICTED].ready_s, &samples[RESIDENT].ready_s);

@@ -41,7 +41,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
         ..usual
     };
     let cgroup = MemoryCgroup::new(LIMIT_BYTES)?;
-    let mut bench = Bench {
+    let mut bench = MemoryBench {
         host: Host::new(&programs, &settings)?,
         cgroup,
         replay: super::build_example("forelay-memory", "replay")?,
@@ -57,14 +57,14 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let dropped = bench.dropped(&manifests[0])?;
     bench.host.stop_daemon()?;
     let on_disk = bench.on_disk(&manifests[..VMS])?;
-    let added = |vm: &&Vm| vm.added_bytes as f64 / vm.touched_bytes.max(1) as f64;
+    let added = |vm: &&MeasuredVm| vm.added_bytes as f64 / vm.touched_bytes.max(1) as f64;
     let known: Vec<f64> = vms
         .iter()
         .filter(|vm| vm.known)
         .map(|vm| added(&vm))
         .collect();
     let further = &vms[1..];
-    let sum = |of: fn(&Vm) -> u64| further.iter().map(of).sum::<u64>() as f64;
+    let sum = |of: fn(&MeasuredVm) -> u64| further.iter().map(of).sum::<u64>() as f64;
     let errors = [
         &accounts["error"],
         &dropped["error"],
@@ -86,12 +86,12 @@ pub fn run_bench(out: &Path) -> Result<()> {
         "accounts": accounts,
         "dropped": dropped,
         "mappers": mappers,
-        "launches": vms.iter().map(Vm::json).collect::<Vec<_>>(),
+        "launches": vms.iter().map(MeasuredVm::json).collect::<Vec<_>>(),
     });
     super::write(out, &document)
 }
 
-struct Bench {
+struct MemoryBench {
     // Dropped in this order: the cgroup can go only when it is empty.
     host: Host,
     cgroup: MemoryCgroup,
@@ -100,7 +100,7 @@ struct Bench {
 }
 
 /// One launched VM.
-struct Vm {
+struct MeasuredVm {
     name: String,
     pid: u64,
     /// Every component of it was in use before.
@@ -110,7 +110,7 @@ struct Vm {
     map_bytes: u64,
 }
 
-impl Vm {
+impl MeasuredVm {
     fn json(&self) -> Value {
         json!({
             "name": self.name,
@@ -143,7 +143,7 @@ fn cached_bytes(files: &[PathBuf]) -> Result<u64> {
 }
 
 /// Distinct pages of component images behind some VMs, and their map images.
-fn content_bytes(host: &Host, vms: &[Vm]) -> Result<u64> {
+fn content_bytes(host: &Host, vms: &[MeasuredVm]) -> Result<u64> {
     let mut distinct = BTreeSet::new();
     for vm in vms {
         distinct.extend(frames(vm.pid, &host.scratch().join("run/memory"))?.into_values());
@@ -151,7 +151,7 @@ fn content_bytes(host: &Host, vms: &[Vm]) -> Result<u64> {
     Ok(distinct.len() as u64 * 4096 + vms.iter().map(|vm| vm.map_bytes).sum::<u64>())
 }
 
-impl Bench {
+impl MemoryBench {
     fn manifests(&self) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for number in 0..IMAGES {
@@ -163,8 +163,8 @@ impl Bench {
         Ok(paths)
     }
 
-    fn vms(&self, manifests: &[PathBuf]) -> Result<Vec<Vm>> {
-        let mut vms: Vec<Vm> = Vec::new();
+    fn vms(&self, manifests: &[PathBuf]) -> Result<Vec<MeasuredVm>> {
+        let mut vms: Vec<MeasuredVm> = Vec::new();
         let mut seen = BTreeSet::new();
         for (number, manifest) in manifests.iter().take(VMS).enumerate() {
             let name = format!("image{number}");
@@ -173,7 +173,7 @@ impl Bench {
             let pid = launched["pid"].as_u64().context("a running VM has a pid")?;
             let run = self.host.scratch().join("run");
             let map_bytes = cached_bytes(&[run.join("vms").join(&name).join("map.img")])?;
-            let vm = Vm {
+            let vm = MeasuredVm {
                 known: images::runtimes(number)
                     .iter()
                     .all(|one| seen.contains(one)),
@@ -201,7 +201,7 @@ impl Bench {
     }
 
     /// The daemon's figures beside the kernel's: residency, and each VM's share.
-    fn accounts(&self, vms: &[Vm]) -> Result<Value> {
+    fn accounts(&self, vms: &[MeasuredVm]) -> Result<Value> {
         let report = self.host.json(["memory"])?;
         let own = |name: &str| report[name].as_u64().unwrap_or(0);
         let kernel = cached_bytes(&self.files()?)?;

@@ -46,12 +46,12 @@ pub fn run_bench(out: &Path) -> Result<()> {
     std::fs::write(&manifest, MANIFEST)?;
     let truth = Arc::new(known_digests(&host, &manifest)?);
     host.start_daemon_in(&cgroup)?;
-    let bench = Bench { host, cgroup };
+    let bench = PressureBench { host, cgroup };
     let document = bench.run(&manifest, &truth)?;
     super::write(out, &document)
 }
 
-struct Bench {
+struct PressureBench {
     // Dropped in this order: the cgroup can go only when it is empty.
     host: Host,
     cgroup: MemoryCgroup,
@@ -82,7 +82,7 @@ impl Look {
     }
 }
 
-impl Bench {
+impl PressureBench {
     fn look(&self) -> Result<Look> {
         let report = self.host.json(["memory"])?;
         Ok(Look {

@@ -3,7 +3,7 @@
 //! ([`super::reconcile`]).
 //!
 //! A journal is a sequence of frames, each `length u32 | XXH3-64 of payload u64 |
-//! payload` (little endian, payload JSON of one [`Record`]). Appending whole frames is
+//! payload` (little endian, payload JSON of one [`TableRecord`]). Appending whole frames is
 //! the only way it grows; a torn or corrupt frame ends the replay, everything before it
 //! counts and the rest is reported. It is cut by writing [`MappingTable::snapshot`] to a
 //! new file and renaming that.
@@ -29,7 +29,7 @@ const MAX_PAYLOAD_BYTES: usize = 16 << 20;
 /// One change of the table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "record")]
-pub enum Record {
+pub enum TableRecord {
     /// A VM was mapped.
     Mapped {
         /// The VM.
@@ -108,7 +108,7 @@ pub struct Replay {
 }
 
 /// Appends the frames of `records` to `journal`.
-pub fn append(journal: &mut Vec<u8>, records: &[Record]) {
+pub fn append(journal: &mut Vec<u8>, records: &[TableRecord]) {
     for record in records {
         let payload = serde_json::to_vec(record).expect("records always serialise");
         let length = u32::try_from(payload.len()).expect("a record is far below 4 GiB");
@@ -119,7 +119,7 @@ pub fn append(journal: &mut Vec<u8>, records: &[Record]) {
 }
 
 /// The first frame's record and the frame's length, if the frame is whole and intact.
-fn first_frame(bytes: &[u8]) -> Option<(Record, usize)> {
+fn first_frame(bytes: &[u8]) -> Option<(TableRecord, usize)> {
     let (header, rest) = bytes.split_at_checked(HEADER_BYTES)?;
     let length = u32::from_le_bytes(header[..4].try_into().ok()?) as usize;
     let sum = u64::from_le_bytes(header[4..].try_into().ok()?);
@@ -153,21 +153,21 @@ pub fn replay(journal: &[u8]) -> Replay {
     replay
 }
 
-fn apply(table: &mut MappingTable, record: Record) -> Result<(), TableError> {
+fn apply(table: &mut MappingTable, record: TableRecord) -> Result<(), TableError> {
     match record {
-        Record::Mapped {
+        TableRecord::Mapped {
             vm,
             domain,
             profile,
             devices,
             phase,
         } => table.map(&vm, &domain, &profile, &devices, phase),
-        Record::Started { vm } => table.start(&vm),
-        Record::Renamed { from, to } => table.rename(&from, &to),
-        Record::Unmapped { vm } => table.unmap(&vm),
-        Record::Attached { vm, device } => table.attach(&vm, &device),
-        Record::Detached { vm, image } => table.detach(&vm, &image),
-        Record::Pinned {
+        TableRecord::Started { vm } => table.start(&vm),
+        TableRecord::Renamed { from, to } => table.rename(&from, &to),
+        TableRecord::Unmapped { vm } => table.unmap(&vm),
+        TableRecord::Attached { vm, device } => table.attach(&vm, &device),
+        TableRecord::Detached { vm, image } => table.detach(&vm, &image),
+        TableRecord::Pinned {
             image,
             image_bytes,
             extent,
@@ -179,16 +179,16 @@ fn apply(table: &mut MappingTable, record: Record) -> Result<(), TableError> {
             table.add_image(&image.domain, &device)?;
             table.pin(&image, extent)
         }
-        Record::Unpinned { image, extent } => table.unpin(&image, extent).map(drop),
+        TableRecord::Unpinned { image, extent } => table.unpin(&image, extent).map(drop),
     }
 }
 
 impl MappingTable {
     /// The fewest records that rebuild this table's rows and pins.
-    pub fn snapshot(&self) -> Vec<Record> {
+    pub fn snapshot(&self) -> Vec<TableRecord> {
         let mut records = Vec::new();
         for (vm, row) in &self.vms {
-            records.push(Record::Mapped {
+            records.push(TableRecord::Mapped {
                 vm: vm.clone(),
                 domain: row.domain.clone(),
                 profile: row.profile.clone(),
@@ -203,7 +203,7 @@ impl MappingTable {
             let image_bytes = row.image_bytes;
             for extent in row.pins.iter().flat_map(PageSet::extents) {
                 let image = image.clone();
-                records.push(Record::Pinned {
+                records.push(TableRecord::Pinned {
                     image,
                     image_bytes,
                     extent,

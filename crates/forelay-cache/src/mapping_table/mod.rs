@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
 pub(crate) use image_row::ImageRow;
-use journal::Record;
+use journal::TableRecord;
 pub use reconcile::{Disagreement, KernelTruth, Reconciliation};
 pub use shared::{SharedTable, TableLock};
 
@@ -117,7 +117,7 @@ pub enum TableError {
 
 /// Answer of [`MappingTable::lookup`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry<'a> {
+pub struct TableEntry<'a> {
     /// Image and the domain whose shared memory holds it.
     pub image: &'a SharedImage,
     /// State of the page asked about.
@@ -173,7 +173,7 @@ pub struct MappingTable {
     pub(crate) images: Vec<Option<ImageRow>>,
     free: Vec<u32>,
     /// Changes since the last drain, if the table is journalled.
-    records: Option<Vec<Record>>,
+    records: Option<Vec<TableRecord>>,
     pub(crate) vms: BTreeMap<VmName, VmRow>,
     pub(crate) resident_bytes: u64,
     pub(crate) fetching_bytes: u64,
@@ -214,7 +214,7 @@ impl MappingTable {
             devices: rows,
         };
         self.vms.insert(vm.clone(), row);
-        self.note(|| Record::Mapped {
+        self.note(|| TableRecord::Mapped {
             vm: vm.clone(),
             domain: domain.clone(),
             profile: profile.clone(),
@@ -227,7 +227,7 @@ impl MappingTable {
     /// The VM's VMM runs now.
     pub fn start(&mut self, vm: &VmName) -> Result<(), TableError> {
         self.vm_mut(vm)?.phase = Phase::Running;
-        self.note(|| Record::Started { vm: vm.clone() });
+        self.note(|| TableRecord::Started { vm: vm.clone() });
         Ok(())
     }
 
@@ -239,7 +239,7 @@ impl MappingTable {
         let row = self.vms.remove(from);
         let row = row.ok_or_else(|| TableError::UnknownVm(from.clone()))?;
         self.vms.insert(to.clone(), row);
-        self.note(|| Record::Renamed {
+        self.note(|| TableRecord::Renamed {
             from: from.clone(),
             to: to.clone(),
         });
@@ -253,7 +253,7 @@ impl MappingTable {
         for device in row.devices {
             self.release(device.image);
         }
-        self.note(|| Record::Unmapped { vm: vm.clone() });
+        self.note(|| TableRecord::Unmapped { vm: vm.clone() });
         Ok(())
     }
 
@@ -263,7 +263,7 @@ impl MappingTable {
         self.check_size(&domain, device)?;
         let row = self.refer(&domain, device);
         self.vm_mut(vm)?.devices.push(row);
-        self.note(|| Record::Attached {
+        self.note(|| TableRecord::Attached {
             vm: vm.clone(),
             device: *device,
         });
@@ -275,7 +275,7 @@ impl MappingTable {
         let at = self.device_index(vm, image)?;
         let device = self.vm_mut(vm)?.devices.remove(at);
         self.release(device.image);
-        self.note(|| Record::Detached {
+        self.note(|| TableRecord::Detached {
             vm: vm.clone(),
             image: *image,
         });
@@ -313,11 +313,11 @@ impl MappingTable {
     }
 
     /// The changes since the last call, in order; to be appended to the journal.
-    pub fn drain_records(&mut self) -> Vec<Record> {
+    pub fn drain_records(&mut self) -> Vec<TableRecord> {
         self.records.as_mut().map_or_else(Vec::new, std::mem::take)
     }
 
-    fn note(&mut self, record: impl FnOnce() -> Record) {
+    fn note(&mut self, record: impl FnOnce() -> TableRecord) {
         if let Some(records) = &mut self.records {
             records.push(record());
         }

@@ -337,10 +337,10 @@ fn compare(table: &MappingTable, model: &Model) -> Result<(), TestCaseError> {
         prop_assert!(!absent.windows(2).any(joined), "{:?}", absent);
     }
     for (&vm, devices) in &model.vms {
-        for (at, (image, touched)) in devices.iter().enumerate() {
+        for (image, touched) in devices {
             for page in (0..IMAGE_PAGES).step_by(7) {
                 let name = vm_name(vm);
-                let entry = table.lookup_device(name.as_str(), at, page * PAGE_BYTES);
+                let entry = table.lookup(name.as_str(), &device(*image).image, page * PAGE_BYTES);
                 let entry = entry.expect("the model has this device");
                 let model_page = model.known[image][page as usize];
                 prop_assert_eq!(entry.state, model.state(*image, page));

@@ -8,7 +8,7 @@ use forelay_image::pages::{PageRun, Pages};
 
 use crate::names::{DeviceImage, Domain, SharedImage};
 
-use super::journal::Record;
+use super::journal::TableRecord;
 use super::{Arrival, MappingTable, TableError};
 
 impl MappingTable {
@@ -98,7 +98,7 @@ impl MappingTable {
         if !run.is_empty() {
             self.row_mut(index).pin(run);
             let image_bytes = self.row_mut(index).image_bytes;
-            self.note(|| Record::Pinned {
+            self.note(|| TableRecord::Pinned {
                 image: image.clone(),
                 image_bytes,
                 extent,
@@ -112,7 +112,7 @@ impl MappingTable {
         let index = self.index(image)?;
         let run = self.run_in(index, extent)?;
         let unpinned = self.row_mut(index).unpin(run).bytes();
-        self.note(|| Record::Unpinned {
+        self.note(|| TableRecord::Unpinned {
             image: image.clone(),
             extent,
         });

@@ -7,29 +7,24 @@ use forelay_image::{Digest, Extent};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
-use super::{Absent, DeviceRow, Entry, ImageRow, MappingTable, PageState, Phase, VmRow};
+use super::{Absent, DeviceRow, TableEntry, ImageRow, MappingTable, PageState, Phase, VmRow};
 
 impl MappingTable {
     /// Where byte `offset` of `image` is for `vm`. Allocates nothing.
-    pub fn lookup(&self, vm: &str, image: &Digest, offset: u64) -> Option<Entry<'_>> {
+    pub fn lookup(&self, vm: &str, image: &Digest, offset: u64) -> Option<TableEntry<'_>> {
         let row = self.vms.get(vm)?;
         row.devices
             .iter()
-            .find_map(|device| self.entry(device, offset, Some(image)))
+            .find_map(|device| self.entry(device, offset, image))
     }
 
-    /// Where byte `offset` of the VM's device number `device` is. Allocates nothing.
-    pub fn lookup_device(&self, vm: &str, device: usize, offset: u64) -> Option<Entry<'_>> {
-        self.entry(self.vms.get(vm)?.devices.get(device)?, offset, None)
-    }
-
-    fn entry(&self, device: &DeviceRow, offset: u64, only: Option<&Digest>) -> Option<Entry<'_>> {
+    fn entry(&self, device: &DeviceRow, offset: u64, image: &Digest) -> Option<TableEntry<'_>> {
         let row = self.images.get(device.image as usize)?.as_ref()?;
-        if only.is_some_and(|image| *image != row.key.image) || offset >= row.image_bytes {
+        if *image != row.key.image || offset >= row.image_bytes {
             return None;
         }
         let page = PageNo::containing(offset);
-        Some(Entry {
+        Some(TableEntry {
             image: &row.key,
             state: row.state(page),
             extent: row.run_around(page).extent(),
@@ -170,11 +165,6 @@ impl MappingTable {
     /// Size of a known image in bytes.
     pub fn image_bytes(&self, image: &SharedImage) -> Option<u64> {
         self.image_row(image).map(|row| row.image_bytes)
-    }
-
-    /// Resident bytes of one image.
-    pub fn resident_bytes_of(&self, image: &SharedImage) -> u64 {
-        self.image_row(image).map_or(0, |row| row.resident.bytes())
     }
 
     /// Pinned bytes of one image, resident or not.

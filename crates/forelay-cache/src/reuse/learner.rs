@@ -10,7 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::features::{FEATURES, RequestHistory};
-use super::training::{FitInput, FittedReuse, Outcome, ReuseTraining, Samples, Waiting};
+use super::training::{FitInput, FittedReuse, Outcome, ReuseTraining, Samples, WaitingSamples};
 use super::trees::Trees;
 use super::{HOUR_MS, ObjectRequest, ReuseSettings};
 
@@ -230,8 +230,8 @@ impl Learner {
         })
     }
 
-    fn waiting(&self, now_ms: i64) -> Waiting {
-        let mut waiting = Waiting::default();
+    fn waiting(&self, now_ms: i64) -> WaitingSamples {
+        let mut waiting = WaitingSamples::default();
         let mut place_of = HashMap::new();
         let least_ms = LEAST_WAIT_HALF_LIVES * self.half_life_ms;
         for (at_ms, id) in &self.open_order {

@@ -16,7 +16,7 @@ const PROMOTE_USES: u8 = 2;
 const MOST_USES: u8 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum QueueOf {
     Small,
     Main,
     Ghost,
@@ -24,7 +24,7 @@ enum Place {
 
 #[derive(Clone, Copy, Debug)]
 struct Object {
-    place: Place,
+    place: QueueOf,
     uses: u8,
     bytes: u64,
     /// Tells a ghost from an older entry of the same object in the ghost queue.
@@ -66,7 +66,7 @@ impl S3Fifo {
         }
     }
 
-    fn put(&mut self, object: u32, place: Place, bytes: u64) {
+    fn put(&mut self, object: u32, place: QueueOf, bytes: u64) {
         self.tickets += 1;
         let ticket = self.tickets;
         let entry = Object {
@@ -77,13 +77,13 @@ impl S3Fifo {
         };
         self.objects.insert(object, entry);
         let queue = match place {
-            Place::Small => &mut self.small,
-            Place::Main => &mut self.main,
-            Place::Ghost => &mut self.ghost,
+            QueueOf::Small => &mut self.small,
+            QueueOf::Main => &mut self.main,
+            QueueOf::Ghost => &mut self.ghost,
         };
         queue.objects.push_back((object, ticket));
         queue.bytes += bytes;
-        if place == Place::Ghost {
+        if place == QueueOf::Ghost {
             self.trim_ghosts();
         }
     }
@@ -96,7 +96,7 @@ impl S3Fifo {
             let Some(entry) = self.objects.get(&object) else {
                 continue;
             };
-            if entry.place == Place::Ghost && entry.ticket == ticket {
+            if entry.place == QueueOf::Ghost && entry.ticket == ticket {
                 self.ghost.bytes -= entry.bytes;
                 self.objects.remove(&object);
             }
@@ -117,10 +117,10 @@ impl S3Fifo {
             let entry = self.objects[&object];
             self.small.bytes -= entry.bytes;
             if entry.uses >= PROMOTE_USES {
-                self.put(object, Place::Main, entry.bytes);
+                self.put(object, QueueOf::Main, entry.bytes);
                 continue;
             }
-            self.put(object, Place::Ghost, entry.bytes);
+            self.put(object, QueueOf::Ghost, entry.bytes);
             return Some(object);
         }
         None
@@ -146,7 +146,7 @@ impl S3Fifo {
     /// As [`Self::request`]; says what leaves.
     pub(super) fn request_telling(&mut self, request: &ObjectRequest, left: &mut Vec<u32>) -> bool {
         if let Some(entry) = self.objects.get_mut(&request.object)
-            && entry.place != Place::Ghost
+            && entry.place != QueueOf::Ghost
         {
             entry.uses = (entry.uses + 1).min(MOST_USES);
             return true;
@@ -162,9 +162,9 @@ impl S3Fifo {
         match ghost {
             Some(bytes) => {
                 self.ghost.bytes -= bytes;
-                self.put(request.object, Place::Main, request.bytes);
+                self.put(request.object, QueueOf::Main, request.bytes);
             }
-            None => self.put(request.object, Place::Small, request.bytes),
+            None => self.put(request.object, QueueOf::Small, request.bytes),
         }
         false
     }
@@ -179,7 +179,7 @@ impl S3Fifo {
     /// Whether an object is held.
     pub fn contains(&self, object: u32) -> bool {
         let entry = self.objects.get(&object);
-        entry.is_some_and(|entry| entry.place != Place::Ghost)
+        entry.is_some_and(|entry| entry.place != QueueOf::Ghost)
     }
 
     /// Bytes held.

@@ -28,7 +28,7 @@ pub(super) type Samples = trees::Samples<Outcome, FEATURES>;
 
 /// Samples that still wait.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Waiting {
+pub(super) struct WaitingSamples {
     /// What was known when each was taken, how long it has waited in milliseconds, and the
     /// place of its object in `now`.
     pub(super) samples: Vec<([f32; FEATURES], f32, usize)>,
@@ -36,7 +36,7 @@ pub(super) struct Waiting {
     pub(super) now: Vec<[f32; FEATURES]>,
 }
 
-impl Waiting {
+impl WaitingSamples {
     /// Those that have waited for so long.
     pub(super) fn longer_than(&self, wait_ms: f64) -> usize {
         self.patient(wait_ms).count()
@@ -79,7 +79,7 @@ pub struct ReuseTraining {
 /// What there is to know about a fit beside the samples that are complete.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct FitInput {
-    pub(super) waiting: Waiting,
+    pub(super) waiting: WaitingSamples,
     /// The model so far.
     pub(super) before: Option<Trees>,
     pub(super) half_life_ms: f64,
@@ -141,7 +141,7 @@ mod tests {
     /// they were.
     fn how(before: Option<Trees>) -> (Samples, FitInput) {
         let mut samples = Samples::default();
-        let mut waiting = Waiting {
+        let mut waiting = WaitingSamples {
             samples: Vec::new(),
             now: vec![features(1.0), features(3.0)],
         };

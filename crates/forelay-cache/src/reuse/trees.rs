@@ -74,7 +74,7 @@ impl<O, const WIDTH: usize> Samples<O, WIDTH> {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-struct Tree {
+struct RegressionTree {
     /// Feature and the value it must exceed, from the lowest bit of the leaf's number.
     tests: Vec<(u16, f32)>,
     leaves: Vec<f32>,
@@ -84,7 +84,7 @@ struct Tree {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trees {
     base: f32,
-    trees: Vec<Tree>,
+    trees: Vec<RegressionTree>,
 }
 
 /// xorshift64: enough for choosing rows and features.
@@ -225,7 +225,7 @@ impl Trees {
 
     /// The share for one set of features.
     pub fn score(&self, features: &[f32]) -> f32 {
-        let leaf = |tree: &Tree| {
+        let leaf = |tree: &RegressionTree| {
             let mut leaf = 0;
             for (level, &(feature, border)) in tree.tests.iter().enumerate() {
                 leaf |= usize::from(features[usize::from(feature)] > border) << level;
@@ -242,7 +242,7 @@ fn fit_tree(
     log_odds: &mut [f32],
     settings: &FitSettings,
     random: &mut Random,
-) -> Tree {
+) -> RegressionTree {
     let least = binned.rows.div_ceil(settings.tree_samples.max(1));
     let stride = settings.row_stride.max(least).max(1) as u64;
     let seen = (0..binned.rows as u32).filter(|_| random.next().is_multiple_of(stride));
@@ -269,7 +269,7 @@ fn fit_tree(
     for (log_odds, &leaf) in log_odds.iter_mut().zip(&leaf_of) {
         *log_odds += leaves[usize::from(leaf)];
     }
-    Tree { tests, leaves }
+    RegressionTree { tests, leaves }
 }
 
 /// The feature and bin that, asked in every leaf alike, explain most.

@@ -26,8 +26,7 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 80;
 const ENTRY_BYTES: usize = 36;
 const CHECKSUM_BYTES: usize = 32;
-/// Features of each class that this version knows: none yet.
-const KNOWN_READ_ONLY_COMPATIBLE: u32 = 0;
+/// Incompatible features that this version knows: none yet.
 const KNOWN_INCOMPATIBLE: u32 = 0;
 
 /// Why bytes are not a chunk index that can be used.
@@ -82,21 +81,6 @@ impl ChunkIndex {
 
     /// Reads the binary form.
     pub fn decode(bytes: &[u8]) -> Result<Self, ChunkCodecError> {
-        Self::decode_header(bytes).map(|(index, _)| index)
-    }
-
-    /// Reads the binary form in order to write a changed one: refuses features that only
-    /// reading may ignore.
-    pub fn decode_for_rewrite(bytes: &[u8]) -> Result<Self, ChunkCodecError> {
-        let (index, read_only) = Self::decode_header(bytes)?;
-        match read_only & !KNOWN_READ_ONLY_COMPATIBLE {
-            0 => Ok(index),
-            unknown => Err(ChunkCodecError::Features(unknown)),
-        }
-    }
-
-    /// The index and its read-only compatible features.
-    fn decode_header(bytes: &[u8]) -> Result<(Self, u32), ChunkCodecError> {
         if bytes.get(..8) != Some(MAGIC) {
             return Err(ChunkCodecError::Magic);
         }
@@ -140,7 +124,7 @@ impl ChunkIndex {
             image_bytes: u64::from(u32_at(body, 64)) | u64::from(u32_at(body, 68)) << 32,
         };
         index.validate()?;
-        Ok((index, u32_at(body, 20)))
+        Ok(index)
     }
 }
 
@@ -194,17 +178,9 @@ mod tests {
 
     #[test]
     fn feature_flags_mean_what_they_say() {
-        let unknown = patched(16, 1);
-        assert!(
-            ChunkIndex::decode_for_rewrite(&unknown).is_ok(),
-            "compatible"
-        );
+        assert!(ChunkIndex::decode(&patched(16, 1)).is_ok(), "compatible");
         let unknown = patched(20, 1);
         assert!(ChunkIndex::decode(&unknown).is_ok(), "read-only compatible");
-        assert_eq!(
-            ChunkIndex::decode_for_rewrite(&unknown),
-            Err(ChunkCodecError::Features(1))
-        );
         assert_eq!(
             ChunkIndex::decode(&patched(24, 2)),
             Err(ChunkCodecError::Features(2))

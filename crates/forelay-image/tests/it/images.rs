@@ -120,11 +120,11 @@ fn offsets_lead_back_to_files() {
     assert_eq!(extents[0].path, b"/etc/a");
     assert_eq!(extents[0].extents, [Extent::new(start, 5000)]);
     assert_eq!(extents[1].extents, [Extent::new(start + 8192, 10)]);
-    let owner = |offset| image.lookup_owner(offset).unwrap();
-    assert_eq!(owner(start + 8191).unwrap(), b"/etc/a");
-    assert_eq!(owner(start + 8192).unwrap(), b"/etc/b");
-    assert_eq!(owner(start - 1), None);
-    assert_eq!(owner(start + 12288), None);
+    let owners = image.owners().unwrap();
+    assert_eq!(owners.owner(start + 8191).unwrap(), b"/etc/a");
+    assert_eq!(owners.owner(start + 8192).unwrap(), b"/etc/b");
+    assert_eq!(owners.owner(start - 1), None);
+    assert_eq!(owners.owner(start + 12288), None);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// Settings of a [`super::Forecaster`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Config {
+pub struct ArrivalsConfig {
     /// False is the kill switch: nothing is loaded ahead of a launch that is asked for.
     pub forecasting: bool,
     /// The simpler rule fallen back to: stay loaded this long after a launch.
@@ -40,7 +40,7 @@ pub struct Config {
     pub late_tolerance_min: f64,
 }
 
-impl Default for Config {
+impl Default for ArrivalsConfig {
     fn default() -> Self {
         Self {
             forecasting: true,

@@ -4,7 +4,7 @@
 //! every call takes the time. Invariants: events of the past (late, twice, after a clock jump) never
 //! corrupt state, the caller is told; `probability` changes nothing; `advance` only settles what has already happened.
 
-use super::config::Config;
+use super::config::ArrivalsConfig;
 use super::hazard_scale::HazardScale;
 use super::outlook::{Outlook, likelihoods};
 use super::pool::{OwnerPool, Pool};
@@ -47,7 +47,7 @@ const ADVANCE_BATCH: usize = 1024;
 /// Forecasts the launches of all profiles of a host.
 #[derive(Debug, Clone)]
 pub struct Forecaster {
-    pub(super) config: Config,
+    pub(super) config: ArrivalsConfig,
     pub(super) names: Names,
     owner_names: Names,
     pub(super) records: Vec<Record>,
@@ -87,7 +87,7 @@ impl Names {
 impl Forecaster {
     /// A forecaster that knows nothing yet.
     #[must_use]
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: ArrivalsConfig) -> Self {
         Self {
             config,
             names: Names::default(),
@@ -106,7 +106,7 @@ impl Forecaster {
 
     /// The settings in force.
     #[must_use]
-    pub fn config(&self) -> &Config {
+    pub fn config(&self) -> &ArrivalsConfig {
         &self.config
     }
 

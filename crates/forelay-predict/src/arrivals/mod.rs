@@ -39,7 +39,7 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use config::Config;
+pub use config::ArrivalsConfig;
 pub use forecaster::{Forecaster, Observed, OwnerKey, ProfileKey};
 pub use reasons::{LaunchForecast, Reason};
 pub use rule::{Regret, Rule};

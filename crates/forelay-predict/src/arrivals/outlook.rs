@@ -5,7 +5,7 @@
 
 use super::atoms::{Atom, Atoms, compact};
 use super::bins::{BINS, bin_of, share_below, width};
-use super::config::Config;
+use super::config::ArrivalsConfig;
 use super::experts::{
     ALL_VIEWS, BLURS, CALENDAR, Candidates, EXPERTS, GAP_VIEWS, GapViews, HISTOGRAM, OWNER,
     PERIODS, VIEWS, expert, gap_views, owner_blur, period_blur, phase_view,
@@ -43,7 +43,7 @@ struct Testimony {
     phase_views: [Candidates; VIEWS - GAP_VIEWS],
 }
 
-fn testimony(record: &Record, config: &Config) -> Testimony {
+fn testimony(record: &Record, config: &ArrivalsConfig) -> Testimony {
     Testimony {
         gap_views: gap_views(record, config.gap_decay),
         phase_views: std::array::from_fn(|i| phase_view(record, ALL_VIEWS[GAP_VIEWS + i])),
@@ -55,7 +55,7 @@ pub(crate) fn likelihoods(
     record: &Record,
     owner: &OwnerPool,
     pool: &Pool,
-    config: &Config,
+    config: &ArrivalsConfig,
     gap_min: f64,
 ) -> [f64; EXPERTS] {
     let said = testimony(record, config);
@@ -102,76 +102,99 @@ fn blend(dense: f64, background: f64, background_share: f64) -> f64 {
     (1.0 - background_share) * dense + background_share * background
 }
 
+/// The mixture while it is put together.
+struct Mixture {
+    atoms: Vec<Atom>,
+    /// Mass that no atom carries: the background's.
+    rest: f64,
+}
+
+impl Mixture {
+    fn add(&mut self, centre_min: f32, blur_min: f32, mass: f64) {
+        if mass > 5.0e-4 {
+            self.atoms.push(Atom {
+                centre_min,
+                blur_min,
+                weight: mass as f32,
+            });
+        } else {
+            self.rest += mass;
+        }
+    }
+
+    /// What the profile's own launches say, at one blur; `weight` is an expert's.
+    fn add_own(
+        &mut self,
+        (blur, scale): (usize, f32),
+        record: &Record,
+        said: &Testimony,
+        weight: &impl Fn(usize) -> f64,
+    ) {
+        let mut by_age = [0.0f32; REMEMBERED];
+        for (view, weights) in said.gap_views.weights.iter().enumerate() {
+            let mass = weight(expert(view, blur));
+            if record.remembered() == 0 {
+                self.rest += mass;
+                continue;
+            }
+            self.rest += BACKGROUND_SHARE * mass;
+            let mass = ((1.0 - BACKGROUND_SHARE) * mass) as f32;
+            for (cell, w) in by_age.iter_mut().zip(weights) {
+                *cell += mass * w;
+            }
+        }
+        let gaps = said.gap_views.gaps_min.iter().zip(by_age);
+        for (&gap, mass) in gaps.take(record.remembered()) {
+            self.add(gap, scale, f64::from(mass));
+        }
+        for (i, candidates) in said.phase_views.iter().enumerate() {
+            let mass = weight(expert(GAP_VIEWS + i, blur));
+            self.rest += if candidates.is_empty() {
+                mass
+            } else {
+                BACKGROUND_SHARE * mass
+            };
+            for (gap, share) in candidates.iter() {
+                let mass = (1.0 - BACKGROUND_SHARE) * mass * f64::from(share);
+                self.add(gap, scale, mass);
+            }
+        }
+    }
+}
+
 impl Outlook {
     /// The mixture as of the record's latest launch.
-    pub(crate) fn new(record: &Record, owner: &OwnerPool, pool: &Pool, config: &Config) -> Self {
+    pub(crate) fn new(
+        record: &Record,
+        owner: &OwnerPool,
+        pool: &Pool,
+        config: &ArrivalsConfig,
+    ) -> Self {
         let said = testimony(record, config);
         let pooled = pool.weights(record.gap_count);
         let weight = |e: usize| {
             (1.0 - config.share) * f64::from(record.weights[e]) + config.share * pooled[e]
         };
-        let mut rest = weight(HISTOGRAM);
-        let mut atoms: Vec<Atom> = Vec::with_capacity(192);
-        let mut add = |centre_min: f32, blur_min: f32, mass: f64, rest: &mut f64| {
-            if mass > 5.0e-4 {
-                atoms.push(Atom {
-                    centre_min,
-                    blur_min,
-                    weight: mass as f32,
-                });
-            } else {
-                *rest += mass;
-            }
+        let mut mixture = Mixture {
+            atoms: Vec::with_capacity(192),
+            rest: weight(HISTOGRAM),
         };
         for (blur, &scale) in BLURS.iter().enumerate() {
-            let mut by_age = [0.0f32; REMEMBERED];
-            for (view, weights) in said.gap_views.weights.iter().enumerate() {
-                let mass = weight(expert(view, blur));
-                if record.remembered() == 0 {
-                    rest += mass;
-                    continue;
-                }
-                rest += BACKGROUND_SHARE * mass;
-                let mass = ((1.0 - BACKGROUND_SHARE) * mass) as f32;
-                for (cell, w) in by_age.iter_mut().zip(weights) {
-                    *cell += mass * w;
-                }
-            }
-            let gaps = said.gap_views.gaps_min.iter().zip(by_age);
-            for (&gap, mass) in gaps.take(record.remembered()) {
-                add(gap, scale as f32, f64::from(mass), &mut rest);
-            }
-            for (i, candidates) in said.phase_views.iter().enumerate() {
-                let mass = weight(expert(GAP_VIEWS + i, blur));
-                rest += if candidates.is_empty() {
-                    mass
-                } else {
-                    BACKGROUND_SHARE * mass
-                };
-                for (gap, share) in candidates.iter() {
-                    let mass = (1.0 - BACKGROUND_SHARE) * mass * f64::from(share);
-                    add(gap, scale as f32, mass, &mut rest);
-                }
-            }
+            mixture.add_own((blur, scale as f32), record, &said, &weight);
         }
         let gaps = owner.gaps();
         let mass = weight(OWNER);
-        rest += if gaps.is_empty() { mass } else { 0.3 * mass };
+        mixture.rest += if gaps.is_empty() { mass } else { 0.3 * mass };
         for &gap in gaps {
-            add(
-                gap,
-                owner_blur(gap),
-                0.7 * mass / gaps.len() as f64,
-                &mut rest,
-            );
+            mixture.add(gap, owner_blur(gap), 0.7 * mass / gaps.len() as f64);
         }
         let mass = weight(CALENDAR);
-        rest += 0.2 * mass;
+        mixture.rest += 0.2 * mass;
         for (&(period, _), w) in PERIODS.iter().zip(pool.period_weights()) {
-            add(period, period_blur(period), 0.8 * mass * w, &mut rest);
+            mixture.add(period, period_blur(period), 0.8 * mass * w);
         }
-        let (atoms, dropped) = compact(atoms);
-        rest += dropped;
+        let (atoms, dropped) = compact(mixture.atoms);
+        let rest = mixture.rest + dropped;
         let background = pool.background(record, owner, config.pool_strength);
         let mut beyond = [0.0f32; BINS + 1];
         let mut sum = 0.0;
@@ -199,7 +222,7 @@ impl Outlook {
     }
 
     /// How long a stretch of time may be treated as one, at `elapsed_min` with `survival` left.
-    pub(crate) fn stretch_min(&self, elapsed_min: f64, survival: f64, config: &Config) -> f64 {
+    pub(crate) fn stretch_min(&self, elapsed_min: f64, survival: f64, config: &ArrivalsConfig) -> f64 {
         let longest = (config.tick_growth * elapsed_min).max(config.tick_min);
         if longest <= config.tick_min {
             return longest;

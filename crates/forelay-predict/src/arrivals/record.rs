@@ -5,7 +5,7 @@
 //! Invariants: `gaps` newest is at `cursor - 1`; weights sum to one; no field grows with history.
 
 use super::bins::{BINS, bin_of};
-use super::config::Config;
+use super::config::ArrivalsConfig;
 use super::experts::EXPERTS;
 use super::outlook::Outlook;
 use super::triggers::Slot;
@@ -132,7 +132,7 @@ impl Record {
     }
 
     /// Appends a gap to ring, histogram and phase.
-    pub(crate) fn push_gap(&mut self, gap_min: f64, config: &Config) {
+    pub(crate) fn push_gap(&mut self, gap_min: f64, config: &ArrivalsConfig) {
         for cell in &mut self.histogram {
             *cell *= config.histogram_decay as f32;
         }
@@ -145,7 +145,7 @@ impl Record {
         self.follow_phase(gap_min, config);
     }
 
-    fn follow_phase(&mut self, gap_min: f64, config: &Config) {
+    fn follow_phase(&mut self, gap_min: f64, config: &ArrivalsConfig) {
         let period = self.median_gap_min();
         // The schedule expected this launch at `phase_offset + period` after the previous one.
         let error = gap_min - (f64::from(self.phase_offset_min) + period);

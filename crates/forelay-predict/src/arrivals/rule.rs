@@ -4,7 +4,7 @@
 //! (a fixed keep-alive). Invariant: both rules are charged for the same stretches and launches, so
 //! regret compares like with like even while a profile has fallen back.
 
-use super::config::Config;
+use super::config::ArrivalsConfig;
 use super::walk::Segment;
 
 /// The rule at one price, as the simulator applies it to a stretch of time.
@@ -86,7 +86,7 @@ impl Regret {
     }
 }
 
-impl Config {
+impl ArrivalsConfig {
     /// The rule by which regret is kept inside the forecaster.
     #[must_use]
     pub fn reference_rule(&self) -> Rule {

@@ -12,7 +12,7 @@ fn with_launches(
     name: &str,
     times: impl IntoIterator<Item = Timestamp>,
 ) -> (Forecaster, ProfileKey) {
-    let mut forecaster = Forecaster::new(Config::default());
+    let mut forecaster = Forecaster::new(ArrivalsConfig::default());
     let profile = forecaster.profile(name);
     let owner = forecaster.owner("owner");
     for at in times {
@@ -42,7 +42,7 @@ fn a_daily_launch_is_expected_at_its_time_and_explained() {
 
 #[test]
 fn a_launch_announces_the_one_that_used_to_follow() {
-    let mut forecaster = Forecaster::new(Config::default());
+    let mut forecaster = Forecaster::new(ArrivalsConfig::default());
     let (build, deploy) = (forecaster.profile("build"), forecaster.profile("deploy"));
     let owner = forecaster.owner("ci");
     let irregular = [
@@ -69,7 +69,7 @@ fn a_launch_announces_the_one_that_used_to_follow() {
 
 #[test]
 fn a_new_profile_leans_on_its_owner() {
-    let mut forecaster = Forecaster::new(Config::default());
+    let mut forecaster = Forecaster::new(ArrivalsConfig::default());
     let owner = forecaster.owner("owner");
     for name in 0..12 {
         let profile = forecaster.profile(&format!("p{name}"));
@@ -109,9 +109,9 @@ fn late_repeated_and_jumping_events_are_told_and_harmless() {
 
 #[test]
 fn the_kill_switch_is_told() {
-    let config = Config {
+    let config = ArrivalsConfig {
         forecasting: false,
-        ..Config::default()
+        ..ArrivalsConfig::default()
     };
     let mut forecaster = Forecaster::new(config);
     let (profile, owner) = (forecaster.profile("p"), forecaster.owner("owner"));
@@ -157,7 +157,7 @@ fn regret_sets_harmful_forecasts_aside_and_takes_good_ones_back() {
 
 #[test]
 fn state_per_profile_stays_under_two_kib() {
-    let mut forecaster = Forecaster::new(Config::default());
+    let mut forecaster = Forecaster::new(ArrivalsConfig::default());
     let keys: Vec<ProfileKey> = (0..40)
         .map(|i| forecaster.profile(&format!("p{i}")))
         .collect();
@@ -183,7 +183,7 @@ proptest! {
     fn any_order_of_events_gives_probabilities(
         events in prop::collection::vec((0u32..5, 0u32..2, -2_000_000i64..20_000_000, 0u32..9), 1..120),
     ) {
-        let mut forecaster = Forecaster::new(Config::default());
+        let mut forecaster = Forecaster::new(ArrivalsConfig::default());
         let keys: Vec<ProfileKey> = (0..5).map(|i| forecaster.profile(&format!("p{i}"))).collect();
         let owners: Vec<OwnerKey> = (0..2).map(|i| forecaster.owner(&format!("o{i}"))).collect();
         let mut latest = 0;

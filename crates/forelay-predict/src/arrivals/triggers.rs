@@ -5,7 +5,7 @@
 //! lists a profile as successor exactly if that profile holds a slot for it; a source of the same
 //! moment announces nothing (it was not earlier).
 
-use super::config::Config;
+use super::config::ArrivalsConfig;
 use super::kernel::logistic;
 use super::pool::OwnerPool;
 use super::record::Record;
@@ -152,7 +152,7 @@ impl Slot {
 
 /// Settles the open announcements of a profile that launches at `at`; returns whether one that
 /// was to be believed came true.
-pub(crate) fn settle(record: &mut Record, at: Timestamp, credence: &mut Credence, config: &Config) {
+pub(crate) fn settle(record: &mut Record, at: Timestamp, credence: &mut Credence, config: &ArrivalsConfig) {
     let mut announced = false;
     for slot in &mut record.slots {
         let Some(since) = slot.open_since.take() else {
@@ -185,7 +185,7 @@ pub(crate) fn discover(
     owner: &OwnerPool,
     at: Timestamp,
     previous: Option<Timestamp>,
-    config: &Config,
+    config: &ArrivalsConfig,
 ) {
     let mut candidates: [(u32, f64); EXAMINED] = [(0, 0.0); EXAMINED];
     let mut count = 0;

@@ -4,7 +4,7 @@
 //! announcement opens, so that nothing decided before it knows of it. Invariant: the walk depends
 //! only on the record, the published scale and the moment it starts from.
 
-use super::config::Config;
+use super::config::ArrivalsConfig;
 use super::hazard_scale::{HazardScale, Kind, Site};
 use super::kernel::ln_of_ratio;
 use super::record::Record;
@@ -98,7 +98,7 @@ pub(crate) struct Stretch {
 }
 
 /// The strongest announcement open at a moment.
-pub(crate) fn strongest(record: &Record, at: Timestamp, config: &Config) -> Option<(usize, f64)> {
+pub(crate) fn strongest(record: &Record, at: Timestamp, config: &ArrivalsConfig) -> Option<(usize, f64)> {
     let mut best: Option<(usize, f64, f64)> = None;
     for (index, slot) in record.slots.iter().enumerate() {
         let Some(since_min) = open_for(slot, at) else {
@@ -135,7 +135,7 @@ pub(crate) fn stretch(
     record: &Record,
     here: Place,
     scale: &HazardScale,
-    config: &Config,
+    config: &ArrivalsConfig,
 ) -> Stretch {
     let (start_min, survival) = (here.at_min, here.survival);
     let mut length = record.outlook.stretch_min(start_min, survival, config);
@@ -203,7 +203,7 @@ pub(crate) fn repeats_per_min(
     record: &Record,
     start_min: f64,
     length_min: f64,
-    config: &Config,
+    config: &ArrivalsConfig,
 ) -> f64 {
     if start_min > 0.0 && start_min >= config.repeat_span_min {
         return 0.0;
@@ -217,7 +217,7 @@ pub(crate) fn settle(
     until: Timestamp,
     launched: bool,
     scale: &mut HazardScale,
-    config: &Config,
+    config: &ArrivalsConfig,
     sink: &mut impl FnMut(&Segment),
 ) {
     if record.launches == 0 || record.outlook.is_empty() {

@@ -32,7 +32,7 @@ const FEW_ROWS: EmSettings = EmSettings {
 type Setting = (usize, usize);
 
 /// Bounds of a fit. The usual ones are some 20 s of one processor for names and launches at the
-/// bounds of [`super::Config`], and well below one for a host of dozens of components.
+/// bounds of [`super::NeedsConfig`], and well below one for a host of dozens of components.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FitLimits {
     /// Work of all rounds of all fits, in millions of table cells and items looked at.

@@ -55,7 +55,7 @@ pub(super) const CONTEXT: usize = 5;
 
 /// Bounds and rates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Config {
+pub struct NeedsConfig {
     /// Component names modelled.
     pub max_components: usize,
     /// Profiles told apart; the least recently seen beyond it count as unknown.
@@ -72,7 +72,7 @@ pub struct Config {
     pub prior_launches: f64,
 }
 
-impl Default for Config {
+impl Default for NeedsConfig {
     fn default() -> Self {
         Self {
             max_components: 256,
@@ -88,7 +88,7 @@ impl Default for Config {
 
 /// One remembered launch, or what is known of one to come.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Row {
+struct NeedsRow {
     profile: Option<u16>,
     owner: Option<u16>,
     hour: u32,
@@ -97,7 +97,7 @@ struct Row {
     components: Vec<u16>,
 }
 
-impl Row {
+impl NeedsRow {
     /// A launch in this context, of a profile and an owner by number if they have one, with
     /// these components in any order.
     fn new(
@@ -122,12 +122,12 @@ impl Row {
 
 /// Decayed counts of one profile, or of all.
 #[derive(Clone, Debug, Default)]
-struct Tally {
+struct NeedCounts {
     weight: f64,
     components: BTreeMap<u16, f64>,
 }
 
-impl Tally {
+impl NeedCounts {
     fn add(&mut self, components: &[u16], decay: f64, weight: f64) {
         self.weight = self.weight * decay + weight;
         self.components.retain(|_, n| {
@@ -143,13 +143,13 @@ impl Tally {
 /// Online model of components given context.
 #[derive(Clone, Debug)]
 pub struct Model {
-    config: Config,
+    config: NeedsConfig,
     components: Vocabulary,
     profiles: Vocabulary,
     owners: Vocabulary,
-    rows: VecDeque<Row>,
-    all: Tally,
-    by_profile: BTreeMap<u16, Tally>,
+    rows: VecDeque<NeedsRow>,
+    all: NeedCounts,
+    by_profile: BTreeMap<u16, NeedCounts>,
     fitted: Option<FittedNeeds>,
     observed: u64,
     /// Launches observed when the last training set was taken.
@@ -158,16 +158,16 @@ pub struct Model {
     losses: [f64; 2],
     /// Answers of [`Self::rank`] since the last observation: forecasts ask the same every few
     /// seconds.
-    ranked: RefCell<BTreeMap<Row, RankedNames>>,
+    ranked: RefCell<BTreeMap<NeedsRow, RankedNames>>,
 }
 
 type RankedNames = Vec<(Arc<str>, f64)>;
 
 impl Model {
     /// Knows nothing yet.
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: NeedsConfig) -> Self {
         // Values of a variable are kept in a byte.
-        let config = Config {
+        let config = NeedsConfig {
             max_profiles: config.max_profiles.min(254),
             max_owners: config.max_owners.min(254),
             ..config
@@ -177,7 +177,7 @@ impl Model {
             profiles: Vocabulary::new(config.max_profiles),
             owners: Vocabulary::new(config.max_owners),
             rows: VecDeque::new(),
-            all: Tally::default(),
+            all: NeedCounts::default(),
             by_profile: BTreeMap::new(),
             fitted: None,
             observed: 0,
@@ -199,7 +199,7 @@ impl Model {
         let owner = self.owners.add(&context.owner);
         let components = components.into_iter();
         let ids = components.filter_map(|name| self.components.add(name));
-        let row = Row::new(context, profile, owner, ids);
+        let row = NeedsRow::new(context, profile, owner, ids);
         self.judge(&row);
         let decay = 0.5_f64.powf(1.0 / self.config.half_life_launches.max(1.0));
         self.all.add(&row.components, decay, 1.0);
@@ -279,7 +279,7 @@ impl Model {
         let profile = self.profiles.get(&context.profile);
         let owner = self.owners.get(&context.owner);
         let ids = present.iter().filter_map(|name| self.components.get(name));
-        let row = Row::new(context, profile, owner, ids);
+        let row = NeedsRow::new(context, profile, owner, ids);
         if let Some(known) = self.ranked.borrow().get(&row) {
             return known.clone();
         }
@@ -292,7 +292,7 @@ impl Model {
         ranked
     }
 
-    fn rank_row(&self, row: &Row) -> RankedNames {
+    fn rank_row(&self, row: &NeedsRow) -> RankedNames {
         let by_tree = self.by_mixture(row);
         let by_count = self.by_counts(row);
         let share = self.mixture_share();
@@ -367,11 +367,11 @@ impl Model {
     }
 
     /// Lets both forecasts predict a launch from its context, and remembers how well they did.
-    fn judge(&mut self, row: &Row) {
+    fn judge(&mut self, row: &NeedsRow) {
         if self.fitted.is_none() {
             return;
         }
-        let context_only = Row {
+        let context_only = NeedsRow {
             components: Vec::new(),
             ..row.clone()
         };
@@ -393,12 +393,12 @@ impl Model {
     }
 
     /// Decayed counts: the profile's own, shrunk towards everyone's.
-    fn by_counts(&self, row: &Row) -> Vec<f64> {
+    fn by_counts(&self, row: &NeedsRow) -> Vec<f64> {
         let own = row.profile.and_then(|id| self.by_profile.get(&id));
         let prior = self.config.prior_launches;
         (0..self.components.len() as u16)
             .map(|id| {
-                let count = |tally: &Tally| tally.components.get(&id).copied().unwrap_or(0.0);
+                let count = |tally: &NeedCounts| tally.components.get(&id).copied().unwrap_or(0.0);
                 let base = (count(&self.all) + 0.1) / (self.all.weight + 1.0);
                 own.map_or(base, |own| {
                     (count(own) + prior * base) / (own.weight + prior)
@@ -408,7 +408,7 @@ impl Model {
     }
 
     /// Exact posterior of the mixture, by component.
-    fn by_mixture(&self, row: &Row) -> BTreeMap<u16, f64> {
+    fn by_mixture(&self, row: &NeedsRow) -> BTreeMap<u16, f64> {
         let Some(fitted) = &self.fitted else {
             return BTreeMap::new();
         };
@@ -444,7 +444,7 @@ impl Model {
 }
 
 /// A remembered launch as indicators of the schema.
-fn indicators(schema: &Schema, row: &Row, at: &BTreeMap<u16, usize>) -> Vec<u32> {
+fn indicators(schema: &Schema, row: &NeedsRow, at: &BTreeMap<u16, usize>) -> Vec<u32> {
     let context = [
         (0, row.profile.map_or(0, |id| usize::from(id) + 1)),
         (1, row.owner.map_or(0, |id| usize::from(id) + 1)),

@@ -213,7 +213,7 @@ fn probability(ranked: &[(std::sync::Arc<str>, f64)], name: &str) -> f64 {
 
 #[test]
 fn components_follow_the_profile_the_hour_and_each_other() {
-    let mut model = Model::new(Config::default());
+    let mut model = Model::new(NeedsConfig::default());
     for i in 0..600_i64 {
         let at = i * HOUR_MS;
         let web = ["debian", "nginx"];
@@ -253,7 +253,7 @@ fn components_follow_the_profile_the_hour_and_each_other() {
 
 #[test]
 fn a_change_of_habit_is_followed() {
-    let mut model = Model::new(Config::default());
+    let mut model = Model::new(NeedsConfig::default());
     for i in 0..400_i64 {
         model.observe(&context("web", i * HOUR_MS), ["debian", "apache"]);
         fit_if_due(&mut model);
@@ -268,13 +268,13 @@ fn a_change_of_habit_is_followed() {
 
 #[test]
 fn hostile_vocabularies_are_bounded() {
-    let config = Config {
+    let config = NeedsConfig {
         max_components: 40,
         max_profiles: 20,
         max_owners: 5,
         max_rows: 64,
         fit_every: 32,
-        ..Config::default()
+        ..NeedsConfig::default()
     };
     let mut model = Model::new(config);
     let mut random = Random(9);
@@ -333,9 +333,9 @@ fn the_daemons_fit_beats_one_tree_on_real_data() {
 
 #[test]
 fn what_is_observed_during_a_fit_is_kept_and_a_model_of_an_older_training_set_is_not_installed() {
-    let mut model = Model::new(Config {
+    let mut model = Model::new(NeedsConfig {
         max_rows: 40,
-        ..Config::default()
+        ..NeedsConfig::default()
     });
     let context = |hour: i64| Context {
         profile: "web".into(),
@@ -382,7 +382,7 @@ fn what_is_observed_during_a_fit_is_kept_and_a_model_of_an_older_training_set_is
 /// Names at the bounds, compositions without any order: the longest that a fit can take.
 #[test]
 fn a_fit_to_hostile_launches_stays_within_its_limits() {
-    let mut model = Model::new(Config::default());
+    let mut model = Model::new(NeedsConfig::default());
     let mut random = Random(11);
     for i in 0..2_048_i64 {
         let names: Vec<String> = (0..20).map(|_| format!("c{}", random.below(256))).collect();

@@ -13,7 +13,7 @@ fn image(name: &str) -> Digest {
 
 #[test]
 fn a_vm_gets_its_components_and_extents_with_reasons() {
-    let mut model = Model::new(needs::Config::default());
+    let mut model = Model::new(needs::NeedsConfig::default());
     let mut sets = WorkingSets::default();
     let mut attachments = Attachments::new();
     let context = |i: i64| Context {

@@ -23,7 +23,7 @@ pub struct FileLayout<'a> {
 impl WorkingSets {
     /// Starts `new` with what every profile did with `old`. Profiles that already launched `new`
     /// keep their own evidence. The inherited evidence counts at most
-    /// [`super::Config::inherited_launches`], so the first launches of the new version overrule it
+    /// [`super::WorkingSetConfig::inherited_launches`], so the first launches of the new version overrule it
     /// quickly. Returns how many profiles inherited.
     pub fn inherit(
         &mut self,

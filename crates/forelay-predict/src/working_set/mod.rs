@@ -13,7 +13,7 @@
 //! ```
 //!
 //! Invariants:
-//! - the extents of a set are page-aligned, disjoint and sorted, at most [`Config::max_spans`];
+//! - the extents of a set are page-aligned, disjoint and sorted, at most [`WorkingSetConfig::max_spans`];
 //! - counts decay per launch of their profile, never with the clock: a profile that rests keeps
 //!   its working set;
 //! - a page's probability is the mean of a Beta posterior whose prior is what other profiles
@@ -39,7 +39,7 @@ pub use snapshot::SnapshotError;
 
 /// Bounds and rates; one setting serves every profile.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Config {
+pub struct WorkingSetConfig {
     /// Launches of a profile after which an observation counts half.
     pub half_life_launches: f32,
     /// Touches later than this after the launch do not belong to the working set, in
@@ -55,7 +55,7 @@ pub struct Config {
     pub inherited_launches: f32,
 }
 
-impl Default for Config {
+impl Default for WorkingSetConfig {
     fn default() -> Self {
         Self {
             half_life_launches: 32.0,
@@ -109,7 +109,7 @@ pub struct Expectation {
 /// The working sets of all profiles on a host.
 #[derive(Clone, Debug, Default)]
 pub struct WorkingSets {
-    config: Config,
+    config: WorkingSetConfig,
     /// Pairs by image first: pooling over profiles is then one walk.
     images: BTreeMap<Digest, BTreeMap<Arc<str>, WorkingSet>>,
     /// How often anything of it changed.
@@ -118,7 +118,7 @@ pub struct WorkingSets {
 
 impl WorkingSets {
     /// No observations yet.
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: WorkingSetConfig) -> Self {
         Self {
             config,
             images: BTreeMap::new(),
@@ -127,7 +127,7 @@ impl WorkingSets {
     }
 
     /// The bounds in force.
-    pub fn config(&self) -> &Config {
+    pub fn config(&self) -> &WorkingSetConfig {
         &self.config
     }
 

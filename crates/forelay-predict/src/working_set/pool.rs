@@ -8,7 +8,7 @@ use forelay_image::{Digest, PlannedExtent};
 
 use super::set::WorkingSet;
 use super::spans::{Span, compact, overlay};
-use super::{Basis, Config, Expectation};
+use super::{Basis, WorkingSetConfig, Expectation};
 
 type Sets = BTreeMap<Arc<str>, WorkingSet>;
 
@@ -31,7 +31,7 @@ impl Similarity {
         all: &BTreeMap<Digest, Sets>,
         profile: &str,
         images: &[Digest],
-        config: &Config,
+        config: &WorkingSetConfig,
     ) -> Self {
         let mut overlaps: BTreeMap<Arc<str>, Vec<(Digest, f32, f32)>> = BTreeMap::new();
         for image in images {
@@ -71,7 +71,7 @@ impl Similarity {
 fn best_known<'a>(
     sets: &'a Sets,
     profile: &str,
-    config: &Config,
+    config: &WorkingSetConfig,
 ) -> Vec<(&'a Arc<str>, &'a WorkingSet)> {
     let mut others: Vec<_> = sets
         .iter()
@@ -119,7 +119,7 @@ pub(super) fn pool(
     profile: &str,
     image: &Digest,
     similarity: &Similarity,
-    config: &Config,
+    config: &WorkingSetConfig,
 ) -> Pooled {
     let mut pooled = Pooled {
         spans: Vec::new(),
@@ -174,7 +174,7 @@ pub(super) fn blend(
     image: Digest,
     own: Option<&WorkingSet>,
     pooled: &Pooled,
-    config: &Config,
+    config: &WorkingSetConfig,
 ) -> Vec<Expectation> {
     let empty = WorkingSet::default();
     let own = own.unwrap_or(&empty);

@@ -2,7 +2,7 @@
 
 use forelay_image::{Digest, Extent};
 
-use super::Config;
+use super::WorkingSetConfig;
 use super::spans::{Seen, Span, compact, overlay};
 
 /// Decayed touch counts of one profile on one image.
@@ -39,7 +39,7 @@ impl WorkingSet {
     }
 
     /// Adds one launch that touched `seen` (disjoint, sorted).
-    pub(super) fn observe(&mut self, seen: Vec<Seen>, config: &Config) {
+    pub(super) fn observe(&mut self, seen: Vec<Seen>, config: &WorkingSetConfig) {
         let decay = 0.5_f32.powf(1.0 / config.half_life_launches.max(1.0));
         self.weight = self.weight * decay + 1.0;
         self.launches = self.launches.saturating_add(1);
@@ -57,7 +57,7 @@ impl WorkingSet {
     /// Adds what a launch that counts already touched later, `seen` (disjoint, sorted): no
     /// further launch, and nothing decays. No page is touched more often than there were
     /// launches.
-    pub(super) fn observe_late(&mut self, seen: &[Seen], config: &Config) {
+    pub(super) fn observe_late(&mut self, seen: &[Seen], config: &WorkingSetConfig) {
         let (most_weight, most_hits) = (self.weight, self.launches);
         let mut out: Vec<Span> = Vec::with_capacity(self.spans.len() + seen.len());
         overlay(
@@ -80,7 +80,7 @@ impl WorkingSet {
         self.replace(out, config);
     }
 
-    fn replace(&mut self, mut spans: Vec<Span>, config: &Config) {
+    fn replace(&mut self, mut spans: Vec<Span>, config: &WorkingSetConfig) {
         compact(&mut spans, config.max_spans);
         spans.shrink_to_fit();
         self.spans = spans;

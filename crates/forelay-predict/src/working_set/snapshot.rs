@@ -59,7 +59,7 @@ impl WorkingSet {
         if bytes.get(..3) != Some(MAGIC) {
             return Err(SnapshotError::Magic);
         }
-        let mut reader = Reader { bytes, at: 4 };
+        let mut reader = SnapshotReader { bytes, at: 4 };
         match bytes.get(3) {
             Some(&VERSION) => {}
             Some(&other) => return Err(SnapshotError::Version(other)),
@@ -117,12 +117,12 @@ impl WorkingSet {
     }
 }
 
-struct Reader<'a> {
+struct SnapshotReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl Reader<'_> {
+impl SnapshotReader<'_> {
     fn u32(&mut self) -> Result<u32, SnapshotError> {
         let mut rest = self.bytes.get(self.at..).unwrap_or_default();
         let value = take_number(&mut rest);

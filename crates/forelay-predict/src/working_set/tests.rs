@@ -22,7 +22,7 @@ fn touch(name: &str, start: u64, count: u64, ms: u32) -> Touch {
 
 #[test]
 fn plan_is_ordered_by_first_touch() {
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     for launch in 0..40 {
         let mut touches = vec![touch("a", 100, 4, 10), touch("a", 0, 2, 500)];
         if launch % 2 == 0 {
@@ -49,7 +49,7 @@ fn plan_is_ordered_by_first_touch() {
 
 #[test]
 fn overlapping_touches_keep_the_earliest_time() {
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     let touches = [
         touch("a", 0, 10, 300),
         touch("a", 2, 3, 20),
@@ -70,7 +70,7 @@ fn overlapping_touches_keep_the_earliest_time() {
 
 #[test]
 fn a_plan_is_made_once_until_something_is_learned() {
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     let (images, one) = ([image("a"), image("b")], touch("a", 3, 2, 10));
     sets.observe("web", &images, &[one]);
     let mut plans = Plans::default();
@@ -103,8 +103,8 @@ fn what_a_launch_touches_later_counts_to_that_launch() {
         sets.observe("web", &[image("a")], &[touch("a", 0, 4, 10)]);
     };
     let (mut sets, mut at_once) = (
-        WorkingSets::new(Config::default()),
-        WorkingSets::new(Config::default()),
+        WorkingSets::new(WorkingSetConfig::default()),
+        WorkingSets::new(WorkingSetConfig::default()),
     );
     for number in 0..10 {
         launch(&mut sets);
@@ -154,7 +154,7 @@ fn what_a_launch_touches_later_counts_to_that_launch() {
 
 #[test]
 fn old_habits_fade_and_new_ones_win() {
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     for _ in 0..100 {
         sets.observe("p", &[image("a")], &[touch("a", 0, 1, 0)]);
     }
@@ -173,7 +173,7 @@ fn old_habits_fade_and_new_ones_win() {
 
 #[test]
 fn an_unseen_component_follows_the_profiles_that_are_most_alike() {
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     let (base, lib) = (image("base"), image("lib"));
     for _ in 0..10 {
         let twin = [touch("base", 0, 8, 5), touch("lib", 0, 4, 50)];
@@ -202,7 +202,7 @@ fn an_unseen_component_follows_the_profiles_that_are_most_alike() {
 
 #[test]
 fn a_patched_component_inherits_by_path() {
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     for _ in 0..20 {
         let touches = [
             touch("v1", 10, 2, 7),  // /bin/x pages 0..2
@@ -286,9 +286,9 @@ fn a_patched_component_inherits_by_path() {
 
 #[test]
 fn hostile_touches_are_bounded() {
-    let config = Config {
+    let config = WorkingSetConfig {
         max_spans: 64,
-        ..Config::default()
+        ..WorkingSetConfig::default()
     };
     let mut sets = WorkingSets::new(config);
     let mut touches: Vec<Touch> = (0..10_000)
@@ -321,7 +321,7 @@ proptest! {
     /// Every page's count equals that of a naive per-page model, and a snapshot keeps it.
     #[test]
     fn spans_agree_with_a_page_by_page_model(launches in any_launches()) {
-        let config = Config { half_life_launches: 8.0, ..Config::default() };
+        let config = WorkingSetConfig { half_life_launches: 8.0, ..WorkingSetConfig::default() };
         let decay = 0.5_f32.powf(1.0 / 8.0);
         let mut sets = WorkingSets::new(config);
         let mut naive = vec![0.0_f32; 80];
@@ -353,7 +353,7 @@ proptest! {
     /// Damaged snapshots are refused or decode to something whole; they never panic.
     #[test]
     fn damaged_snapshots_do_not_panic(cut in 0_usize..60, flip in 0_usize..60, bit in 0_u8..8) {
-        let mut sets = WorkingSets::new(Config::default());
+        let mut sets = WorkingSets::new(WorkingSetConfig::default());
         sets.observe("p", &[image("a")], &[touch("a", 3, 4, 5), touch("a", 900, 4, 700)]);
         let mut bytes = sets.get("p", &image("a")).unwrap().to_bytes();
         bytes.truncate(bytes.len().saturating_sub(cut % 9));

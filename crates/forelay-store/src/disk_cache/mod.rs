@@ -69,7 +69,7 @@ pub struct DiskCacheCounters {
     pub evicted: u64,
 }
 
-struct Entry {
+struct CachedChunk {
     segment: Arc<Segment>,
     offset: u64,
     len: u32,
@@ -81,7 +81,7 @@ struct Entry {
 pub struct DiskCache {
     folder: PathBuf,
     cap_bytes: u64,
-    entries: RwLock<HashMap<Digest, Arc<Entry>>>,
+    entries: RwLock<HashMap<Digest, Arc<CachedChunk>>>,
     writer: Mutex<Option<SegmentWriter>>,
     /// Counts changes of `entries`, each while it is locked.
     generation: AtomicU64,
@@ -138,7 +138,7 @@ impl DiskCache {
             segment.add_chunk();
             self.cached_bytes
                 .fetch_add(occupied(record.len), Ordering::Relaxed);
-            let entry = Entry {
+            let entry = CachedChunk {
                 segment: segment.clone(),
                 offset: record.offset,
                 len: record.len,
@@ -241,7 +241,7 @@ impl DiskCache {
             }
             written?
         };
-        let entry = Entry {
+        let entry = CachedChunk {
             segment,
             offset,
             len: bytes.len() as u32,
@@ -285,7 +285,7 @@ impl DiskCache {
         }
     }
 
-    fn drop_entry(&self, chunk: Digest, entry: &Arc<Entry>) {
+    fn drop_entry(&self, chunk: Digest, entry: &Arc<CachedChunk>) {
         {
             let mut entries = self.entries.write();
             match entries.get(&chunk) {

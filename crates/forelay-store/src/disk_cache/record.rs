@@ -18,7 +18,7 @@ use crate::sealed::{Reader, SealError};
 
 /// A chunk written or dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct CacheRecord {
     /// The chunk.
     pub chunk: Digest,
     /// Where it starts in the segment's data.
@@ -31,7 +31,7 @@ pub struct Record {
     pub sums: Box<[u64]>,
 }
 
-impl Record {
+impl CacheRecord {
     /// The record's bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(60 + self.sums.len() * 8);
@@ -50,7 +50,7 @@ impl Record {
 }
 
 /// The records of a log up to the first bad one.
-pub fn parse(log: &[u8]) -> Vec<Record> {
+pub fn parse(log: &[u8]) -> Vec<CacheRecord> {
     let mut records = Vec::new();
     let mut rest = log;
     while let Ok((record, bytes)) = parse_one(rest) {
@@ -61,7 +61,7 @@ pub fn parse(log: &[u8]) -> Vec<Record> {
 }
 
 /// The chunks that a log says are there, by offset.
-pub fn live(log: &[u8]) -> BTreeMap<u64, Record> {
+pub fn live(log: &[u8]) -> BTreeMap<u64, CacheRecord> {
     let mut live = BTreeMap::new();
     for record in parse(log) {
         if record.dropped {
@@ -73,7 +73,7 @@ pub fn live(log: &[u8]) -> BTreeMap<u64, Record> {
     live
 }
 
-fn parse_one(log: &[u8]) -> Result<(Record, usize), SealError> {
+fn parse_one(log: &[u8]) -> Result<(CacheRecord, usize), SealError> {
     let mut reader = Reader(log);
     let chunk = reader.digest()?;
     let offset = reader.u64()?;
@@ -95,7 +95,7 @@ fn parse_one(log: &[u8]) -> Result<(Record, usize), SealError> {
         return Err(SealError::Checksum);
     }
     Ok((
-        Record {
+        CacheRecord {
             chunk,
             offset,
             len,
@@ -110,13 +110,13 @@ fn parse_one(log: &[u8]) -> Result<(Record, usize), SealError> {
 mod tests {
     use super::*;
 
-    fn record(len: u32, dropped: bool) -> Record {
+    fn record(len: u32, dropped: bool) -> CacheRecord {
         let sums = if dropped {
             0
         } else {
             (len as usize).div_ceil(BLOCK_BYTES)
         };
-        Record {
+        CacheRecord {
             chunk: Digest::of(&len.to_le_bytes()),
             offset: u64::from(len) * 4096,
             len,
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn a_torn_log_gives_its_whole_records() {
         let records = [record(1, false), record(200_000, false), record(1, true)];
-        let log: Vec<u8> = records.iter().flat_map(Record::encode).collect();
+        let log: Vec<u8> = records.iter().flat_map(CacheRecord::encode).collect();
         assert_eq!(parse(&log), records);
         let mut ends = vec![0];
         for record in &records {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forelay_image::{Digest, PAGE_BYTES};
 use rustix::fs::FallocateFlags;
 
-use super::record::{self, Record};
+use super::record::{self, CacheRecord};
 
 /// A segment that chunks are read and dropped from.
 pub struct Segment {
@@ -104,7 +104,7 @@ impl Segment {
 
     /// Drops a chunk: logs it and gives its space back.
     pub fn drop_chunk(&self, chunk: Digest, offset: u64, len: u32) {
-        let record = Record {
+        let record = CacheRecord {
             chunk,
             offset,
             len,
@@ -188,7 +188,7 @@ impl SegmentWriter {
     ) -> io::Result<(Arc<Segment>, u64)> {
         let offset = self.end;
         self.segment.data.write_all_at(bytes, offset)?;
-        let record = Record {
+        let record = CacheRecord {
             chunk,
             offset,
             len: bytes.len() as u32,

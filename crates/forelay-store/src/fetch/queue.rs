@@ -111,7 +111,7 @@ pub enum Submitted<W> {
     Cancelled(W),
 }
 
-enum State {
+enum FlightState {
     Queued(Priority),
     InFlight,
     Delivered(Bytes),
@@ -119,7 +119,7 @@ enum State {
 
 struct Flight<W> {
     source: ChunkSource,
-    state: State,
+    state: FlightState,
     demanded: bool,
     waiters: Vec<(Group, W)>,
 }
@@ -176,7 +176,7 @@ impl<W> Queue<W> {
             *waiting += 1;
             let demanded = priority == Priority::Demand;
             let waiters = vec![(group, waiter)];
-            let state = State::Queued(priority);
+            let state = FlightState::Queued(priority);
             self.flights.insert(
                 source.chunk,
                 Flight {
@@ -189,15 +189,15 @@ impl<W> Queue<W> {
             self.enqueue(source.chunk, priority);
             return Submitted::Queued;
         };
-        if let State::Delivered(bytes) = &flight.state {
+        if let FlightState::Delivered(bytes) = &flight.state {
             return Submitted::Here(waiter, bytes.clone());
         }
         *waiting += 1;
         flight.waiters.push((group, waiter));
         if priority == Priority::Demand {
             flight.demanded = true;
-            if matches!(flight.state, State::Queued(Priority::Prefetch)) {
-                flight.state = State::Queued(Priority::Demand);
+            if matches!(flight.state, FlightState::Queued(Priority::Prefetch)) {
+                flight.state = FlightState::Queued(Priority::Demand);
                 self.demand.push_back(source.chunk);
                 return Submitted::Promoted;
             }
@@ -245,7 +245,7 @@ impl<W> Queue<W> {
 
     fn is_queued(&self, chunk: &Digest, priority: Priority) -> Option<ChunkSource> {
         let flight = self.flights.get(chunk)?;
-        let queued = matches!(flight.state, State::Queued(queued) if queued == priority);
+        let queued = matches!(flight.state, FlightState::Queued(queued) if queued == priority);
         queued.then_some(flight.source)
     }
 
@@ -263,7 +263,7 @@ impl<W> Queue<W> {
         let parts = self.neighbours(head, priority);
         for part in &parts {
             if let Some(flight) = self.flights.get_mut(&part.chunk) {
-                flight.state = State::InFlight;
+                flight.state = FlightState::InFlight;
             }
         }
         let start = parts.first().map_or(0, |part| u64::from(part.offset));
@@ -332,7 +332,7 @@ impl<W> Queue<W> {
         let Some(flight) = self.flights.get_mut(&chunk) else {
             return Vec::new();
         };
-        flight.state = State::Delivered(bytes);
+        flight.state = FlightState::Delivered(bytes);
         let waiters = std::mem::take(&mut flight.waiters);
         self.hand_out(waiters)
     }
@@ -394,7 +394,7 @@ impl<W> Queue<W> {
                 .waiters
                 .extract_if(.., |(group, _)| groups.contains(group));
             cancelled.extend(gone.map(|(_, waiter)| waiter));
-            !flight.waiters.is_empty() || !matches!(flight.state, State::Queued(_))
+            !flight.waiters.is_empty() || !matches!(flight.state, FlightState::Queued(_))
         });
         cancelled
     }
@@ -409,7 +409,7 @@ impl<W> Queue<W> {
     pub fn queued(&self) -> usize {
         self.flights
             .values()
-            .filter(|flight| matches!(flight.state, State::Queued(_)))
+            .filter(|flight| matches!(flight.state, FlightState::Queued(_)))
             .count()
     }
 }

@@ -26,7 +26,7 @@ use crate::recipe::Reader;
 
 /// `forelay component ...`.
 #[derive(Debug, clap::Subcommand)]
-pub enum Command {
+pub enum ComponentCommand {
     /// Build a component and publish it.
     Build(Box<BuildArguments>),
     /// List components.
@@ -115,15 +115,15 @@ fn parse_role(text: &str) -> Result<Role, String> {
 }
 
 /// Runs a `component` command.
-pub async fn run(command: Command, config: &Config) -> Result<()> {
+pub async fn run(command: ComponentCommand, config: &Config) -> Result<()> {
     let store = match &command {
-        Command::Build(_) => create_store(config).await?,
+        ComponentCommand::Build(_) => create_store(config).await?,
         _ => open_store(config).await?,
     };
     match command {
-        Command::Build(arguments) => build(*arguments, &store, config).await,
-        Command::List { json } => list(&store, json).await,
-        Command::Show { component, json } => {
+        ComponentCommand::Build(arguments) => build(*arguments, &store, config).await,
+        ComponentCommand::List { json } => list(&store, json).await,
+        ComponentCommand::Show { component, json } => {
             let found = find(&store, &component).await?;
             if json {
                 return output::json(&described(&found));
@@ -131,7 +131,7 @@ pub async fn run(command: Command, config: &Config) -> Result<()> {
             show(&found);
             Ok(())
         }
-        Command::Remove { component } => {
+        ComponentCommand::Remove { component } => {
             let found = find(&store, &component).await?;
             store.remove_component(found.id()).await?;
             say!("{} {} removed", found.name, found.version);

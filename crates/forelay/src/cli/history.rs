@@ -15,7 +15,7 @@ use crate::history::{ImportOptions, OnCorrupt, OpenOptions, SqliteHistory, impor
 
 /// What may be done with the history.
 #[derive(Debug, clap::Subcommand)]
-pub enum Command {
+pub enum HistoryCommand {
     /// Import launches from CSV (gzip accepted): time_s or time_ms, profile, owner, and
     /// duration_s or count.
     Import {
@@ -32,8 +32,8 @@ pub enum Command {
 }
 
 /// Runs a command on the history's file.
-pub async fn run(command: Command, config: &Config) -> Result<()> {
-    let Command::Import {
+pub async fn run(command: HistoryCommand, config: &Config) -> Result<()> {
+    let HistoryCommand::Import {
         trace,
         origin_ms,
         skip_bad_rows,
@@ -135,7 +135,7 @@ mod tests {
             "time_s,profile,owner,duration_s\n60,web,ann,5\n90,ci,ann,5\n",
         )
         .unwrap();
-        let import = || Command::Import {
+        let import = || HistoryCommand::Import {
             trace: trace.clone(),
             origin_ms: 1_000_000,
             skip_bad_rows: false,

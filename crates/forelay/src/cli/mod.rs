@@ -51,7 +51,7 @@ enum Command {
     },
     /// Build, list and show components.
     #[command(subcommand)]
-    Component(components::Command),
+    Component(components::ComponentCommand),
     /// Resolve a manifest into a digest-pinned lock.
     Lock(manifests::LockArguments),
     /// Compose a manifest's image and print how to start a VMM with it.
@@ -133,7 +133,7 @@ enum Command {
         #[arg(long)]
         json: bool,
         #[command(subcommand)]
-        command: Option<history::Command>,
+        command: Option<history::HistoryCommand>,
     },
     /// Replay a trace of launches against policies.
     Simulate(simulate::Arguments),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use forelay_sim::launch_rows::OnBadRow;
-use forelay_sim::{Config, Policy, simulate};
+use forelay_sim::{SimulateConfig, Policy, simulate};
 
 use super::output;
 
@@ -50,7 +50,7 @@ pub enum BadRow {
 
 /// `forelay simulate`.
 pub fn run(arguments: Arguments) -> Result<()> {
-    let mut config = Config::new(arguments.trace);
+    let mut config = SimulateConfig::new(arguments.trace);
     config.policies = arguments.policies;
     config.min_launches = arguments.min_launches;
     config.on_bad_row = match arguments.on_bad_row {

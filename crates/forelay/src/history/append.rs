@@ -37,6 +37,31 @@ fn signed(value: u64) -> Option<i64> {
     Some(i64::try_from(value).unwrap_or(i64::MAX))
 }
 
+/// Table and numbers of an event that names no component.
+fn plain_row(vm: Option<i64>, what: &What) -> Option<(usize, Vec<Option<i64>>)> {
+    Some(match what {
+        What::Ready {
+            mounted_ms,
+            ready_ms,
+        } => (1, vec![vm, signed(*mounted_ms), signed(*ready_ms)]),
+        What::Stop { ran_ms } => (2, vec![vm, signed(*ran_ms)]),
+        What::Sample(s) => {
+            let values = [
+                s.since_launch_ms,
+                s.cpu_ms,
+                s.memory_bytes,
+                s.read_bytes,
+                s.written_bytes,
+                s.received_bytes,
+                s.sent_bytes,
+            ];
+            let numbers = std::iter::once(vm).chain(values.map(signed)).collect();
+            (5, numbers)
+        }
+        _ => return None,
+    })
+}
+
 /// The row of an event, and the index of its table.
 async fn raw_row(
     names: &mut Names,
@@ -51,22 +76,15 @@ async fn raw_row(
         blob: None,
     };
     let vm = Some(event.vm.cast_signed());
+    if let Some((table, numbers)) = plain_row(vm, &event.what) {
+        row.numbers = numbers;
+        return Ok((table, row));
+    }
     let table = match &event.what {
         What::Launch { components, count } => {
             let composition = names.composition(db, components).await?;
             row.numbers = vec![composition, Some(i64::from(*count))];
             0
-        }
-        What::Ready {
-            mounted_ms,
-            ready_ms,
-        } => {
-            row.numbers = vec![vm, signed(*mounted_ms), signed(*ready_ms)];
-            1
-        }
-        What::Stop { ran_ms } => {
-            row.numbers = vec![vm, signed(*ran_ms)];
-            2
         }
         What::Attach { component } => {
             let id = names
@@ -88,19 +106,6 @@ async fn raw_row(
             row.blob = Some(touched(names, db, &images, touches).await?);
             4
         }
-        What::Sample(s) => {
-            row.numbers = vec![
-                vm,
-                signed(s.since_launch_ms),
-                signed(s.cpu_ms),
-                signed(s.memory_bytes),
-                signed(s.read_bytes),
-                signed(s.written_bytes),
-                signed(s.received_bytes),
-                signed(s.sent_bytes),
-            ];
-            5
-        }
         What::DemandFetch {
             image,
             fetches,
@@ -121,6 +126,7 @@ async fn raw_row(
             row.numbers = vec![vm, Some(id), signed(*prefetched_bytes), signed(*used_bytes)];
             7
         }
+        What::Ready { .. } | What::Stop { .. } | What::Sample(_) => unreachable!("plain rows"),
     };
     Ok((table, row))
 }

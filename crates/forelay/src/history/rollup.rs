@@ -400,14 +400,11 @@ async fn day_rows(
     Ok(rows)
 }
 
-/// Launch counts and times, and the compositions that VMs had in the end.
-async fn fold_launches(
+/// What was attached to running VMs before `end`: by VM, the components.
+async fn attachments(
     db: &mut SqliteConnection,
-    start: i64,
     end: i64,
-    names: &mut Names,
-    rows: &mut BTreeMap<i64, Totals>,
-) -> Result<(), sqlx::Error> {
+) -> Result<HashMap<i64, Vec<i64>>, sqlx::Error> {
     let mut attached: HashMap<i64, Vec<i64>> = HashMap::new();
     for row in sqlx::query("SELECT vm, component FROM attachment WHERE at_ms < ?")
         .bind(end)
@@ -419,6 +416,18 @@ async fn fold_launches(
             .or_default()
             .push(row.try_get(1)?);
     }
+    Ok(attached)
+}
+
+/// Launch counts and times, and the compositions that VMs had in the end.
+async fn fold_launches(
+    db: &mut SqliteConnection,
+    start: i64,
+    end: i64,
+    names: &mut Names,
+    rows: &mut BTreeMap<i64, Totals>,
+) -> Result<(), sqlx::Error> {
+    let mut attached = attachments(db, end).await?;
     let mut uses: BTreeMap<(i64, i64), (i64, i64)> = BTreeMap::new();
     let mut extended: Vec<(i64, i64, i64, i64, Vec<i64>)> = Vec::new();
     let mut launches = sqlx::query(

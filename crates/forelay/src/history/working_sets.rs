@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use forelay_image::{Digest, Touch};
-use forelay_predict::working_set::{Config, WorkingSet, WorkingSets};
+use forelay_predict::working_set::{WorkingSetConfig, WorkingSet, WorkingSets};
 use sqlx::{Row, SqliteConnection};
 
 use super::codec::decode_touches;
@@ -64,14 +64,14 @@ pub(super) async fn fold_touched(
     .fetch_all(&mut *db)
     .await?;
     // One profile's sets at a time, in a store of their own.
-    let mut sets = WorkingSets::new(Config::default());
+    let mut sets = WorkingSets::new(WorkingSetConfig::default());
     let mut loaded: HashSet<Digest> = HashSet::new();
     let mut current: Option<(i64, i64)> = None;
     for row in &rows {
         let (profile, at_ms): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
         if current.is_some_and(|(last, _)| last != profile) {
             store_working_sets(db, &sets, current, &ids).await?;
-            sets = WorkingSets::new(Config::default());
+            sets = WorkingSets::new(WorkingSetConfig::default());
             loaded.clear();
         }
         current = Some((profile, at_ms));

@@ -190,7 +190,7 @@ impl Host {
     fn resident(&self, number: u8) -> u64 {
         self.planner
             .table
-            .read(|table| table.resident_bytes_of(&shared(number)))
+            .read(|table| table.resident(&shared(number)).map(|run| run.len).sum())
     }
 }
 

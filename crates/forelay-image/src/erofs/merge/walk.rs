@@ -13,7 +13,7 @@ use crate::erofs::directory::Packing;
 use crate::erofs::layout::{FileType, InodeRecord, LayoutError};
 use crate::erofs::xattr;
 
-/// Value of [`Entry::layer`] for `.` and `..`.
+/// Value of [`WalkEntry::layer`] for `.` and `..`.
 const DOTS: u16 = u16::MAX;
 
 /// A merged inode: which layer's inode it copies.
@@ -54,7 +54,7 @@ struct Name {
 }
 
 /// A name in a merged directory.
-pub(super) struct Entry {
+pub(super) struct WalkEntry {
     name: Name,
     pub node: u32,
 }
@@ -63,14 +63,14 @@ pub(super) struct Entry {
 pub(super) struct Merged {
     pub nodes: Vec<Node>,
     pub directories: Vec<Directory>,
-    pub entries: Vec<Entry>,
+    pub entries: Vec<WalkEntry>,
     /// Attribute areas that differ from the layer's.
     pub rewritten: Vec<Vec<u8>>,
     pub conflicts: Vec<FileConflict>,
 }
 
 impl Merged {
-    pub(super) fn name<'a>(&self, sources: &[Source<'a>], entry: &Entry) -> &'a [u8] {
+    pub(super) fn name<'a>(&self, sources: &[Source<'a>], entry: &WalkEntry) -> &'a [u8] {
         name_bytes(sources, entry.name)
     }
 }
@@ -206,7 +206,7 @@ impl<'a> Walker<'_, 'a> {
             if let Some(node) = self.decide(index, &raw[start..end])? {
                 let top = &raw[end - 1];
                 packing.add(name.len());
-                self.out.entries.push(Entry {
+                self.out.entries.push(WalkEntry {
                     name: name_of(top),
                     node,
                 });
@@ -243,7 +243,7 @@ impl<'a> Walker<'_, 'a> {
             layer: DOTS,
             len: len as u8,
         };
-        self.out.entries.push(Entry { name, node });
+        self.out.entries.push(WalkEntry { name, node });
     }
 
     /// Decides one name, which `group` has in one or more layers, lowest first.

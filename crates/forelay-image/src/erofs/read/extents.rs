@@ -135,11 +135,6 @@ impl Image<'_> {
         ranges.dedup_by_key(|(extent, _)| extent.offset);
         Ok(Owners { ranges, paths })
     }
-
-    /// The path of the file whose content covers byte `offset` of this image.
-    pub fn lookup_owner(&self, offset: u64) -> Result<Option<Vec<u8>>, ReadError> {
-        Ok(self.owners()?.owner(offset).map(<[u8]>::to_vec))
-    }
 }
 
 /// Byte offsets to paths.

@@ -75,20 +75,20 @@ struct OpenVm {
 impl Models {
     /// Models that know nothing but the memory that profiles' manifests ask for.
     pub fn new(window_ms: u32, forecasting: bool, memory_mib: HashMap<String, u32>) -> Self {
-        let sets = WorkingSets::new(working_set::Config {
+        let sets = WorkingSets::new(working_set::WorkingSetConfig {
             window_ms,
-            ..working_set::Config::default()
+            ..working_set::WorkingSetConfig::default()
         });
-        let forecaster = Forecaster::new(arrivals::Config {
+        let forecaster = Forecaster::new(arrivals::ArrivalsConfig {
             forecasting,
-            ..arrivals::Config::default()
+            ..arrivals::ArrivalsConfig::default()
         });
         Self {
             sets: Mutex::new(sets),
             plans: Mutex::default(),
             forecaster: Mutex::new(forecaster),
             needs: Mutex::new(Needs {
-                model: needs::Model::new(needs::Config::default()),
+                model: needs::Model::new(needs::NeedsConfig::default()),
                 attachments: Attachments::new(),
                 open: BTreeMap::new(),
                 held_back: None,
