@@ -7,7 +7,7 @@
 use forelay_predict::arrivals::{ArrivalsConfig, Forecaster};
 use forelay_predict::time::Timestamp;
 use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
-use forelay_sim::{SimulateConfig, Policy, simulate};
+use forelay_sim::{Policy, SimulateConfig, simulate};
 use std::path::{Path, PathBuf};
 
 const PROFILES: usize = 10_000;

@@ -1,7 +1,7 @@
 //! `cargo run --release -p forelay-sim --example simulate -- TRACE.csv[.gz] MIN_LAUNCHES [LOAD_S]`:
 //! the table of the usual policies, with early and late halves.
 
-use forelay_sim::{SimulateConfig, Policy, simulate};
+use forelay_sim::{Policy, SimulateConfig, simulate};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -55,6 +55,7 @@ mod tests {
                     profile,
                     owner: 0,
                     count: 1,
+                    composition: 0,
                 })
                 .collect(),
             profiles: (0..8).map(|p| p.to_string()).collect(),
@@ -62,7 +63,7 @@ mod tests {
             ..Trace::default()
         };
         trace.finish();
-        let tally = run(kind, slots, &trace, &Frame::new(&trace, 1));
+        let tally = run(kind, slots, &trace, &Frame::new(&trace, 1, u64::MAX));
         tally.cold.iter().sum()
     }
 

@@ -1,7 +1,8 @@
 //! Rows of launch traces, for the simulator and for a host's history alike.
 //!
 //! Owns what a row may say: when (`time_s`, or `time_ms` in milliseconds), `profile`, `owner`,
-//! and optionally how many at once (`count`, one if empty) and for how long (`duration_s`).
+//! and optionally how many at once (`count`, one if empty), for how long (`duration_s`), of what
+//! (`components`) and what came to it while it ran (`attached`), names with `|` between them.
 //! Names of columns may be in any case, their order is free, further columns are left alone;
 //! the text may be gzipped. Refuses to know what launches are read for.
 //!
@@ -20,6 +21,8 @@ use serde::{Deserialize, Serialize};
 const MAX_LINE_BYTES: usize = 64 << 10;
 /// Longest name of a profile or an owner, in bytes.
 const MAX_NAME_BYTES: usize = 512;
+/// Most components of one launch.
+const MAX_COMPONENTS: usize = 1024;
 /// Seconds beyond this are the year 5138, or milliseconds under the wrong name.
 const MAX_SECONDS: f64 = 1e11;
 
@@ -190,6 +193,8 @@ pub struct LaunchColumns {
     owner: usize,
     count: Option<usize>,
     duration: Option<usize>,
+    components: Option<usize>,
+    attached: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -209,6 +214,8 @@ impl LaunchColumns {
             owner: header.column("owner")?,
             count: header.column("count"),
             duration: header.column("duration_s"),
+            components: header.column("components"),
+            attached: header.column("attached"),
         })
     }
 
@@ -245,7 +252,27 @@ impl LaunchColumns {
                 Some((ran_s * 1000.0).round() as u64)
             }
         };
+        let names = |column: Option<usize>, what: &str| {
+            let names = optional(column)
+                .into_iter()
+                .flat_map(|text| text.split('|'));
+            let names: Vec<String> = names
+                .map(|name| name.trim().to_owned())
+                .filter(|name| !name.is_empty())
+                .collect();
+            match names.iter().any(|name| name.len() > MAX_NAME_BYTES) {
+                true => Err(format!(
+                    "a name in {what} is longer than {MAX_NAME_BYTES} bytes"
+                )),
+                false if names.len() > MAX_COMPONENTS => {
+                    Err(format!("more than {MAX_COMPONENTS} names in {what}"))
+                }
+                false => Ok(names),
+            }
+        };
         Ok(LaunchRow {
+            components: names(self.components, "components")?,
+            attached: names(self.attached, "attached")?,
             at: self.moment(row)?,
             profile: name(self.profile, "profile")?,
             owner: name(self.owner, "owner")?,
@@ -293,6 +320,10 @@ pub struct LaunchRow {
     pub count: u32,
     /// How long it ran, if the trace says.
     pub ran_ms: Option<u64>,
+    /// The components that it started with, if the trace says.
+    pub components: Vec<String>,
+    /// The components attached to it while it ran, if the trace says.
+    pub attached: Vec<String>,
 }
 
 #[cfg(test)]
@@ -322,7 +353,25 @@ mod tests {
             owner: "o".to_owned(),
             count,
             ran_ms,
+            components: Vec::new(),
+            attached: Vec::new(),
         }
+    }
+
+    #[test]
+    fn components_and_attachments_are_lists_of_names() {
+        let text = b"time_s,profile,owner,components,Attached\n1,web,o, a | b:1 ||c,d\n2,web,o,,\n";
+        let read: Result<Vec<_>, _> = rows(text).into_iter().collect();
+        let read = read.unwrap();
+        assert_eq!(read[0].components, ["a", "b:1", "c"]);
+        assert_eq!(read[0].attached, ["d"]);
+        assert_eq!(read[1], row(2_000, "web", 1, None));
+        let many = format!(
+            "time_s,profile,owner,components\n1,web,o,{}\n",
+            "a|".repeat(2000)
+        );
+        let refused = rows(many.as_bytes())[0].clone().unwrap_err();
+        assert!(refused.reason.contains("more than 1024"), "{refused:?}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod trace;
 
 mod bounded;
 mod html;
+mod needs;
 mod policy;
 mod report;
 mod sides;
@@ -20,6 +21,7 @@ mod sweep;
 mod tally;
 mod windows;
 
+pub use needs::{Found, NeedsOutcome};
 pub use policy::{Policy, PolicyError};
 pub use report::{Report, SimulateError};
 pub use sides::{SharedComponents, Sides, SidesError};
@@ -38,6 +40,10 @@ pub struct SimulateConfig {
     pub policies: Vec<Policy>,
     /// Profiles with fewer launches are left out of the figures (the policies see them all).
     pub min_launches: u64,
+    /// Profiles with more launches are left out of the figures.
+    pub max_launches: u64,
+    /// Whether the report has each profile's outcome.
+    pub per_profile: bool,
     /// What to do with unreadable rows.
     pub on_bad_row: OnBadRow,
     /// Side file: `profile,component,bytes[,load_s]`.
@@ -56,6 +62,8 @@ impl SimulateConfig {
             trace,
             policies: Vec::new(),
             min_launches: 1,
+            max_launches: u64::MAX,
+            per_profile: false,
             on_bad_row: OnBadRow::Stop,
             components: None,
             load_s: 0.0,
@@ -77,6 +85,9 @@ pub fn simulate(config: &SimulateConfig) -> Result<Report, SimulateError> {
 ///
 /// # Errors
 /// If a side file cannot be read.
-pub fn simulate_trace(trace: &trace::Trace, config: &SimulateConfig) -> Result<Report, SimulateError> {
+pub fn simulate_trace(
+    trace: &trace::Trace,
+    config: &SimulateConfig,
+) -> Result<Report, SimulateError> {
     report::run(trace, config)
 }

@@ -3,6 +3,7 @@
 //! Owns the running of policies and the stable JSON and table forms. The HTML form is `html`'s.
 
 use crate::launch_rows::BadRow;
+use crate::needs::{self, NeedsOutcome};
 use crate::policy::Policy;
 use crate::sides::{Sides, SidesError};
 use crate::sweep::{self, Sweep};
@@ -71,6 +72,12 @@ pub struct Report {
     pub bytes_per_profile: Option<f64>,
     /// Profiles that had fallen back to the simple rule at the end.
     pub fallen_back: usize,
+    /// How components were foretold, if the trace names any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub needs: Option<NeedsOutcome>,
+    /// Every profile that counts, in the order of the trace, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_profile: Option<Vec<ProfileOutcome>>,
     /// Where Forelay saved most against the reference.
     pub best_profiles: Vec<ProfileOutcome>,
     /// Where it lost most.
@@ -81,7 +88,7 @@ pub struct Report {
 
 /// Runs the policies of a configuration.
 pub(crate) fn run(trace: &Trace, config: &SimulateConfig) -> Result<Report, SimulateError> {
-    let mut frame = Frame::new(trace, config.min_launches);
+    let mut frame = Frame::new(trace, config.min_launches, config.max_launches);
     let sides = config
         .components
         .as_ref()
@@ -145,7 +152,9 @@ fn assemble(
     rows: Vec<(Row, Tally)>,
     sweep: Option<Sweep>,
 ) -> Report {
-    let (best_profiles, worst_profiles, compared) = extremes(trace, frame, &rows);
+    let comparison = Comparison::new(trace, frame, &rows);
+    let extremes = comparison.as_ref().map(Comparison::extremes);
+    let (best_profiles, worst_profiles) = extremes.unwrap_or_default();
     Report {
         trace: config
             .trace
@@ -171,65 +180,63 @@ fn assemble(
         fallen_back: sweep.map_or(0, |sweep| sweep.fallen_back),
         best_profiles,
         worst_profiles,
-        compared,
+        needs: needs::judge(trace, frame),
+        compared: comparison.as_ref().map(|comparison| comparison.of.clone()),
+        per_profile: comparison
+            .filter(|_| config.per_profile)
+            .map(|comparison| comparison.outcomes),
     }
 }
 
-type Extremes = (
-    Vec<ProfileOutcome>,
-    Vec<ProfileOutcome>,
-    Option<(String, String)>,
-);
+/// Forelay's outcome beside a reference policy's, profile by profile.
+struct Comparison {
+    /// Row and reference row.
+    of: (String, String),
+    /// In the order of the trace.
+    outcomes: Vec<ProfileOutcome>,
+}
 
-/// Compares Forelay, at the price whose memory comes nearest to the reference's, with the last
-/// hybrid or fixed policy of the report.
-fn extremes(trace: &Trace, frame: &Frame, rows: &[(Row, Tally)]) -> Extremes {
-    let reference = rows
-        .iter()
-        .filter(|(row, _)| row.policy.starts_with("hybrid"))
-        .chain(
-            rows.iter()
-                .filter(|(row, _)| row.policy.starts_with("fixed")),
-        )
-        .next();
-    let Some((reference_row, reference)) = reference else {
-        return Extremes::default();
-    };
-    let distance =
-        |row: &Row| (row.memory_profile_minutes - reference_row.memory_profile_minutes).abs();
-    let Some((row, own)) = rows
-        .iter()
-        .filter(|(row, _)| row.policy == "forelay")
-        .min_by(|a, b| distance(&a.0).total_cmp(&distance(&b.0)))
-    else {
-        return Extremes::default();
-    };
-    let mut order: Vec<usize> = (0..frame.selected.len())
-        .filter(|&profile| frame.selected[profile])
-        .collect();
-    let gain = |profile: usize| i64::from(reference.cold[profile]) - i64::from(own.cold[profile]);
-    order.sort_by_key(|&profile| (std::cmp::Reverse(gain(profile)), profile));
-    let outcome = |&profile: &usize| ProfileOutcome {
-        profile: trace.profiles[profile].clone(),
-        launches: frame.launches[profile],
-        cold_forelay: own.cold[profile],
-        cold_reference: reference.cold[profile],
-    };
-    let best = order
-        .iter()
-        .take(10)
-        .filter(|&&p| gain(p) > 0)
-        .map(outcome)
-        .collect();
-    let worst = order
-        .iter()
-        .rev()
-        .take(10)
-        .filter(|&&p| gain(p) < 0)
-        .map(outcome)
-        .collect();
-    let label = format!("forelay at {:.4}", row.knob.unwrap_or(0.0));
-    (best, worst, Some((label, reference_row.policy.clone())))
+impl Comparison {
+    /// Forelay, at the price whose memory comes nearest to the reference's, beside the first
+    /// hybrid or fixed policy of the report.
+    fn new(trace: &Trace, frame: &Frame, rows: &[(Row, Tally)]) -> Option<Self> {
+        let named = |prefix: &'static str| {
+            let mut rows = rows.iter();
+            rows.find(move |(row, _)| row.policy.starts_with(prefix))
+        };
+        let (reference_row, reference) = named("hybrid").or_else(|| named("fixed"))?;
+        let distance =
+            |row: &Row| (row.memory_profile_minutes - reference_row.memory_profile_minutes).abs();
+        let (row, own) = rows
+            .iter()
+            .filter(|(row, _)| row.policy == "forelay")
+            .min_by(|a, b| distance(&a.0).total_cmp(&distance(&b.0)))?;
+        let outcomes = (0..frame.selected.len())
+            .filter(|&profile| frame.selected[profile])
+            .map(|profile| ProfileOutcome {
+                profile: trace.profiles[profile].clone(),
+                launches: frame.launches[profile],
+                cold_forelay: own.cold[profile],
+                cold_reference: reference.cold[profile],
+            })
+            .collect();
+        let label = format!("forelay at {:.4}", row.knob.unwrap_or(0.0));
+        Some(Self {
+            of: (label, reference_row.policy.clone()),
+            outcomes,
+        })
+    }
+
+    /// The ten profiles on which Forelay saved most, and those on which it lost most.
+    fn extremes(&self) -> (Vec<ProfileOutcome>, Vec<ProfileOutcome>) {
+        let gain = |of: &ProfileOutcome| i64::from(of.cold_reference) - i64::from(of.cold_forelay);
+        let mut order: Vec<&ProfileOutcome> = self.outcomes.iter().collect();
+        order.sort_by_key(|of| std::cmp::Reverse(gain(of)));
+        let best = order.iter().take(10).filter(|of| gain(of) > 0);
+        let worst = order.iter().rev().take(10).filter(|of| gain(of) < 0);
+        let owned = |of: &&ProfileOutcome| (*of).clone();
+        (best.map(owned).collect(), worst.map(owned).collect())
+    }
 }
 
 impl Report {

@@ -222,6 +222,7 @@ mod tests {
             profile,
             owner: 0,
             count: 1,
+            composition: 0,
         };
         let trace = Trace {
             launches: vec![launch(0, 0), launch(60, 1)],

@@ -8,12 +8,13 @@
 //! always the last ones: a stretch costs time only where that border moves.
 
 use crate::tally::{Frame, Tally};
-use crate::trace::{TracedLaunch, Trace};
-use forelay_predict::arrivals::{
-    ArrivalsConfig, Forecaster, Observed, OwnerKey, ProfileKey, Rule, Segment,
-};
+use crate::trace::{Trace, TracedLaunch};
+use forelay_predict::arrivals::{ArrivalsConfig, Forecaster, OwnerKey, ProfileKey, Rule, Segment};
 use forelay_predict::calibration::Reliability;
 use forelay_predict::time::{MINUTE_MS, Timestamp};
+
+/// Repeats of one moment beyond so many teach nothing.
+const REPEATS_THAT_TEACH: u32 = 6;
 
 /// What the pass yields, tallies in the order of the prices given.
 pub(crate) struct Sweep {
@@ -43,7 +44,10 @@ struct Pass<'a> {
     frame: &'a Frame,
     forecaster: Forecaster,
     keys: Vec<ProfileKey>,
+    /// The latest launch learned of each profile.
     last: Vec<Option<Timestamp>>,
+    /// The latest moment for which each profile's first launch was judged.
+    judged: Vec<Option<Timestamp>>,
     lanes: Lanes<'a>,
     load_min: &'a [f64],
 }
@@ -74,10 +78,7 @@ pub(crate) fn run(
     let lanes = order
         .iter()
         .map(|&index| Lane {
-            rule: Rule {
-                price_per_min: prices[index],
-                keep_alive_min: config.keep_alive_min,
-            },
+            rule: config.rule(prices[index]),
             loaded_from: vec![0.0; profiles],
             tally: Tally::new(frame),
         })
@@ -88,6 +89,7 @@ pub(crate) fn run(
         forecaster,
         keys,
         last: vec![None; profiles],
+        judged: vec![None; profiles],
         lanes: Lanes {
             frame,
             lanes,
@@ -141,6 +143,10 @@ impl Pass<'_> {
     /// The launch meets the decisions made before it.
     fn judge(&mut self, launch: &TracedLaunch) {
         let index = launch.profile as usize;
+        if self.judged[index].replace(launch.at) == Some(launch.at) {
+            // A further row of the same moment: a repeat, judged when it is learned.
+            return;
+        }
         let Some(origin) = self.last[index] else {
             for lane in &mut self.lanes.lanes {
                 lane.tally
@@ -148,10 +154,6 @@ impl Pass<'_> {
             }
             return;
         };
-        if origin == launch.at {
-            // A second row of the same moment: a repeat, judged when it is learned.
-            return;
-        }
         let Self {
             forecaster, lanes, ..
         } = self;
@@ -161,31 +163,60 @@ impl Pass<'_> {
         lanes.meet(launch, origin, self.load_min[index]);
     }
 
+    /// The forecaster is told of the launch, and then of its repeats one after the other, each
+    /// after it was judged.
     fn learn(&mut self, launch: &TracedLaunch, owner: OwnerKey) {
         let index = launch.profile as usize;
-        let key = self.keys[index];
-        let repeats = launch.count - 1;
-        let outcome = self.forecaster.learn_launch(key, owner, launch.at, repeats);
-        let further = if outcome == Observed::Repeated {
-            launch.count
-        } else {
-            repeats
-        };
-        self.last[index] = Some(launch.at);
-        if outcome != Observed::Repeated {
+        let mut repeats = launch.count;
+        if self.last[index] != Some(launch.at) {
+            repeats -= 1;
+            self.tell(launch, owner, 0);
+            self.last[index] = Some(launch.at);
             self.lanes.load_all(index);
         }
-        if further > 0 && self.frame.selected[index] {
-            let worth = self.forecaster.worth_of_repeats(key);
-            for lane in &mut self.lanes.lanes {
-                let cold = if worth > lane.rule.price_per_min {
-                    0
-                } else {
-                    further
-                };
-                lane.tally
-                    .launched(self.frame, launch.profile, launch.at, further, cold);
+        let mut taught = 0;
+        while repeats > 0 {
+            // What nothing more is learned of is judged at once.
+            let alike = if taught < REPEATS_THAT_TEACH {
+                1
+            } else {
+                repeats
+            };
+            self.judge_repeats(launch, alike);
+            self.tell(launch, owner, alike - 1);
+            repeats -= alike;
+            taught += 1;
+        }
+    }
+
+    fn tell(&mut self, launch: &TracedLaunch, owner: OwnerKey, repeats: u32) {
+        let key = self.keys[launch.profile as usize];
+        let Self {
+            forecaster,
+            lanes,
+            last,
+            ..
+        } = self;
+        // What an announcement settles of other profiles' time is theirs to be charged for.
+        let announced = |key: ProfileKey, segment: &Segment| {
+            if let Some(origin) = last[key.0 as usize] {
+                lanes.account(key.0, origin, segment);
             }
+        };
+        forecaster.learn_launch(key, owner, launch.at, repeats, announced);
+    }
+
+    /// Further launches of a moment are warm if it paid to stay loaded after those before.
+    fn judge_repeats(&mut self, launch: &TracedLaunch, repeats: u32) {
+        let index = launch.profile as usize;
+        if !self.frame.selected[index] {
+            return;
+        }
+        let worth = self.forecaster.worth_of_repeats(self.keys[index]);
+        for lane in &mut self.lanes.lanes {
+            let cold = if lane.rule.pays(worth) { 0 } else { repeats };
+            lane.tally
+                .launched(self.frame, launch.profile, launch.at, repeats, cold);
         }
     }
 

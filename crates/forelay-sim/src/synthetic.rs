@@ -4,7 +4,7 @@
 //! Each tells its true hazard where there is one, so that a learner's log-loss can be held against
 //! the generator's own. Invariant: the same seed gives the same trace on every machine.
 
-use crate::trace::{TracedLaunch, Trace};
+use crate::trace::{Trace, TracedLaunch};
 use forelay_predict::time::Timestamp;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -222,6 +222,7 @@ pub fn generate(profiles: &[SyntheticProfile], days: f64, seed: u64) -> Trace {
             profile: index as u32,
             owner: owner as u32,
             count: 1,
+            composition: 0,
         }));
         leader = times;
     }

@@ -2,8 +2,8 @@
 //!
 //! Owns the conventions of `traces/README.md`: a launch takes no time, every profile costs one
 //! unit, a profile's first launch is cold and counts, memory is loaded-but-idle profile-minutes cut
-//! off at the horizon, quantiles interpolate between profiles. Invariant: only profiles with at
-//! least `min_launches` launches count, in every figure.
+//! off at the horizon, quantiles interpolate between profiles. Invariant: only profiles whose
+//! number of launches is within the frame's bounds count, in every figure.
 
 use crate::sides::{SharedComponents, Span};
 use crate::trace::Trace;
@@ -26,12 +26,13 @@ pub(crate) struct Frame {
 }
 
 impl Frame {
-    pub(crate) fn new(trace: &Trace, min_launches: u64) -> Self {
+    /// Profiles with at least `min_launches` and at most `max_launches` launches count.
+    pub(crate) fn new(trace: &Trace, min_launches: u64, max_launches: u64) -> Self {
         let launches = trace.launch_counts();
         Self {
             selected: launches
                 .iter()
-                .map(|&count| count >= min_launches.max(1))
+                .map(|&count| count >= min_launches.max(1) && count <= max_launches)
                 .collect(),
             launches,
             min_launches,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use forelay_predict::time::{MINUTE_MS, Timestamp};
 
-use crate::launch_rows::{self, BadRow, CsvLines, Fields, LaunchColumns, OnBadRow};
+use crate::launch_rows::{self, BadRow, CsvLines, Fields, LaunchColumns, LaunchRow, OnBadRow};
 
 /// A launch, or several of one profile at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,17 @@ pub struct TracedLaunch {
     pub owner: u32,
     /// How many at this moment, at least one.
     pub count: u32,
+    /// What it consisted of: index into [`Trace::compositions`].
+    pub composition: u32,
+}
+
+/// The components of a launch, as indices into [`Trace::components`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Composition {
+    /// Those that it started with.
+    pub components: Vec<u32>,
+    /// Those attached while it ran.
+    pub attached: Vec<u32>,
 }
 
 /// A whole trace.
@@ -36,6 +47,10 @@ pub struct Trace {
     pub profiles: Vec<String>,
     /// Names of owners.
     pub owners: Vec<String>,
+    /// Names of components.
+    pub components: Vec<String>,
+    /// Sets of components that launches had; the first is empty: nothing is known.
+    pub compositions: Vec<Composition>,
     /// End of the observed time.
     pub horizon: Timestamp,
     /// Rows left out.
@@ -202,6 +217,8 @@ impl Trace {
 struct Builder {
     profiles: Interner,
     owners: Interner,
+    components: Interner,
+    compositions: HashMap<Composition, u32>,
     launches: Vec<TracedLaunch>,
     bad_rows: Vec<BadRow>,
 }
@@ -242,11 +259,13 @@ impl Builder {
         match layout {
             Layout::Launches(columns) => {
                 let launch = columns.launch(row)?;
+                let composition = self.composition(&launch);
                 self.launches.push(TracedLaunch {
                     at: launch.at,
                     profile: self.profiles.key(&launch.profile),
                     owner: self.owners.key(&launch.owner),
                     count: launch.count,
+                    composition,
                 });
                 Ok(())
             }
@@ -287,15 +306,40 @@ impl Builder {
                 profile,
                 owner,
                 count,
+                composition: 0,
             }));
         Ok(())
     }
 
+    fn composition(&mut self, launch: &LaunchRow) -> u32 {
+        let mut keys = |names: &[String]| {
+            let mut keys: Vec<u32> = names.iter().map(|name| self.components.key(name)).collect();
+            keys.sort_unstable();
+            keys.dedup();
+            keys
+        };
+        let composition = Composition {
+            components: keys(&launch.components),
+            attached: keys(&launch.attached),
+        };
+        if composition == Composition::default() {
+            return 0;
+        }
+        let next = self.compositions.len() as u32 + 1;
+        *self.compositions.entry(composition).or_insert(next)
+    }
+
     fn into_trace(self) -> Trace {
+        let mut compositions = vec![Composition::default(); self.compositions.len() + 1];
+        for (composition, index) in self.compositions {
+            compositions[index as usize] = composition;
+        }
         Trace {
             launches: self.launches,
             profiles: self.profiles.names,
             owners: self.owners.names,
+            components: self.components.names,
+            compositions,
             horizon: Timestamp(0),
             bad_rows: self.bad_rows,
         }

@@ -2,7 +2,7 @@
 
 use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 use forelay_sim::trace::Trace;
-use forelay_sim::{SimulateConfig, Policy, Report, simulate_trace};
+use forelay_sim::{Policy, Report, SimulateConfig, simulate_trace};
 
 fn profiles() -> Vec<SyntheticProfile> {
     let periodic = |period_min| ArrivalProcess::Periodic {

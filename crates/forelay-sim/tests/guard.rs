@@ -5,7 +5,7 @@
 //! probability holds everything always or nothing ever, and misses one of the two sides.
 
 use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
-use forelay_sim::{SimulateConfig, Report, Row, simulate_trace};
+use forelay_sim::{Report, Row, SimulateConfig, simulate_trace};
 
 /// 48 profiles of six owners over ten days.
 fn host() -> forelay_sim::trace::Trace {

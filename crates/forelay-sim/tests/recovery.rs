@@ -2,7 +2,7 @@
 
 use forelay_predict::arrivals::{ArrivalsConfig, Forecaster};
 use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
-use forelay_sim::{SimulateConfig, Policy, Row, simulate_trace};
+use forelay_sim::{Policy, Row, SimulateConfig, simulate_trace};
 
 /// Log-loss per launch of the learner and of the generator itself, over the later half.
 fn log_losses(process: ArrivalProcess, days: f64, seed: u64) -> (f64, f64) {
@@ -30,7 +30,7 @@ fn log_losses(process: ArrivalProcess, days: f64, seed: u64) -> (f64, f64) {
                 launches += 1.0;
             }
         });
-        forecaster.learn_launch(profile, owner, launch.at, 0);
+        forecaster.learn_launch(profile, owner, launch.at, 0, |_, _| {});
         last = Some(launch.at);
     }
     assert!(launches > 50.0);

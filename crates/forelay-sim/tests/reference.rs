@@ -2,7 +2,7 @@
 
 use forelay_sim::launch_rows::OnBadRow;
 use forelay_sim::trace::Trace;
-use forelay_sim::{SimulateConfig, Policy, Report, simulate, simulate_trace};
+use forelay_sim::{Policy, Report, SimulateConfig, simulate, simulate_trace};
 use std::path::{Path, PathBuf};
 
 fn trace(file: &str) -> Option<PathBuf> {

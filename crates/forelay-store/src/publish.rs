@@ -312,14 +312,18 @@ impl Job {
                 let entry = open.append(chunk.digest, &buffer).map_err(writing)?;
                 progress.stored_bytes += u64::from(entry.stored_bytes);
                 if open.is_full() {
-                    let _ = events.blocking_send(PackingEvent::Pack(open.finish().map_err(writing)?));
+                    let _ =
+                        events.blocking_send(PackingEvent::Pack(open.finish().map_err(writing)?));
                 } else {
                     writer = Some(open);
                 }
             }
             if chunk_no % 64 == 0 {
                 // A receiver that is gone has failed; this thread then ends by itself.
-                if events.blocking_send(PackingEvent::Progress(progress)).is_err() {
+                if events
+                    .blocking_send(PackingEvent::Progress(progress))
+                    .is_err()
+                {
                     return Ok(());
                 }
             }

@@ -7,7 +7,7 @@ use forelay_image::{Digest, Extent};
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage, VmName};
 
-use super::{Absent, DeviceRow, TableEntry, ImageRow, MappingTable, PageState, Phase, VmRow};
+use super::{Absent, DeviceRow, ImageRow, MappingTable, PageState, Phase, TableEntry, VmRow};
 
 impl MappingTable {
     /// Where byte `offset` of `image` is for `vm`. Allocates nothing.

@@ -155,7 +155,7 @@ impl Forecaster {
         repeats: u32,
     ) -> Observed {
         self.settle(profile, at, true, |_| {});
-        self.learn_launch(profile, owner, at, repeats)
+        self.learn_launch(profile, owner, at, repeats, |_, _| {})
     }
 
     /// Accounts for a profile's time until `until`, giving each stretch with the hazard that was
@@ -181,13 +181,15 @@ impl Forecaster {
         );
     }
 
-    /// The second half of [`Self::observe_launch`], after [`Self::settle`].
+    /// The second half of [`Self::observe_launch`], after [`Self::settle`]. A launch that announces
+    /// others settles their time until `at`: `sink` is given those stretches.
     pub fn learn_launch(
         &mut self,
         profile: ProfileKey,
         owner: OwnerKey,
         at: Timestamp,
         repeats: u32,
+        mut sink: impl FnMut(ProfileKey, &Segment),
     ) -> Observed {
         let index = profile.0 as usize;
         if index >= self.records.len() || owner.0 as usize >= self.owners.len() {
@@ -197,8 +199,8 @@ impl Forecaster {
         match outcome {
             Observed::Late => return outcome,
             Observed::Repeated => {
-                let record = &mut self.records[index];
-                record.note_repeats(u32::from(record.last_burst).saturating_add(repeats));
+                let all = u32::from(self.records[index].last_burst).saturating_add(repeats);
+                self.note_repeats(index, all, true);
                 return outcome;
             }
             Observed::First | Observed::Learned | Observed::Restarted => {}
@@ -214,6 +216,8 @@ impl Forecaster {
             for (own, &pooled) in record.weights.iter_mut().zip(self.pool.weights(0)) {
                 *own = pooled as f32;
             }
+            record.repeats = self.pool.expected_first_repeats();
+            self.pool.enrol();
         }
         record.owner = owner.0;
         record.launches = record.launches.saturating_add(1);
@@ -230,17 +234,28 @@ impl Forecaster {
         let record = &mut self.records[index];
         record.last = at;
         record.settled_min = 0.0;
-        record.note_repeats(repeats);
+        self.note_repeats(index, repeats, false);
+        let record = &mut self.records[index];
         record.outlook = Outlook::new(
             record,
             &self.owners[owner.0 as usize],
             &self.pool,
             &self.config,
         );
-        self.announce(index, at);
+        self.announce(index, at, &mut sink);
         self.owners[owner.0 as usize].note_launch(profile.0, at);
         self.scale.publish(at);
         outcome
+    }
+
+    fn note_repeats(&mut self, index: usize, repeats: u32, again: bool) {
+        let record = &mut self.records[index];
+        let before = if again { record.counted_repeats() } else { 0.0 };
+        record.note_repeats(repeats, again);
+        if record.launches == 1 {
+            let learned = record.counted_repeats() - before;
+            self.pool.learn_first_repeats(learned);
+        }
     }
 
     fn classify(&self, index: usize, at: Timestamp) -> Observed {
@@ -286,7 +301,12 @@ impl Forecaster {
     }
 
     /// Opens the announcements that a launch makes, and drops those that never come true.
-    fn announce(&mut self, source: usize, at: Timestamp) {
+    fn announce(
+        &mut self,
+        source: usize,
+        at: Timestamp,
+        sink: &mut impl FnMut(ProfileKey, &Segment),
+    ) {
         let mut position = 0;
         while let Some(&successor) = self.records[source].successors.get(position) {
             position += 1;
@@ -304,7 +324,8 @@ impl Forecaster {
             let open = record.slots[index].open_since.is_some();
             if open {
                 // Its past must be settled before the announcement moves.
-                self.settle(ProfileKey(successor), at, false, |_| {});
+                let key = ProfileKey(successor);
+                self.settle(key, at, false, |segment| sink(key, segment));
             }
             let slots = &mut self.records[successor as usize].slots;
             slots[index].open(at, &mut self.credence);

@@ -222,7 +222,12 @@ impl Outlook {
     }
 
     /// How long a stretch of time may be treated as one, at `elapsed_min` with `survival` left.
-    pub(crate) fn stretch_min(&self, elapsed_min: f64, survival: f64, config: &ArrivalsConfig) -> f64 {
+    pub(crate) fn stretch_min(
+        &self,
+        elapsed_min: f64,
+        survival: f64,
+        config: &ArrivalsConfig,
+    ) -> f64 {
         let longest = (config.tick_growth * elapsed_min).max(config.tick_min);
         if longest <= config.tick_min {
             return longest;

@@ -35,6 +35,8 @@ pub(crate) struct Pool {
     weights: Vec<Vec<f64>>,
     seen: Vec<f64>,
     periods: Vec<f64>,
+    /// Repeats at the first moments of profiles, and how many profiles that were.
+    first_repeats: (f32, f32),
 }
 
 impl Default for Pool {
@@ -44,6 +46,7 @@ impl Default for Pool {
             weights: (0..STAGES).map(initial_weights).collect(),
             seen: vec![0.0; STAGES],
             periods: PERIODS.iter().map(|&(_, weight)| weight).collect(),
+            first_repeats: (0.0, 1.0),
         }
     }
 }
@@ -72,6 +75,21 @@ fn initial_weights(stage: usize) -> Vec<f64> {
 }
 
 impl Pool {
+    /// Repeats to expect at the first moment of a profile.
+    pub(crate) fn expected_first_repeats(&self) -> f32 {
+        self.first_repeats.0 / self.first_repeats.1
+    }
+
+    /// A profile launches for the first time.
+    pub(crate) fn enrol(&mut self) {
+        self.first_repeats.1 += 1.0;
+    }
+
+    /// That launch is repeated.
+    pub(crate) fn learn_first_repeats(&mut self, repeats: f32) {
+        self.first_repeats.0 += repeats;
+    }
+
     /// Pooled weights of the experts for a profile with that many gaps.
     pub(crate) fn weights(&self, gap_count: u32) -> &[f64] {
         &self.weights[stage(gap_count)]

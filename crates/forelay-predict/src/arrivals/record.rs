@@ -13,6 +13,8 @@ use crate::time::Timestamp;
 
 /// How many gaps are remembered one by one.
 pub(crate) const REMEMBERED: usize = 20;
+/// Repeats of one moment that are counted.
+const MOST_REPEATS: u32 = 5;
 
 /// State of one profile.
 #[derive(Debug, Clone)]
@@ -156,15 +158,23 @@ impl Record {
         };
     }
 
-    /// Notes the size of the burst at the latest launch moment.
-    pub(crate) fn note_repeats(&mut self, repeats: u32) {
-        let capped = repeats.min(5) as f32;
-        self.repeats = if self.gap_count == 0 {
-            capped * 0.5
-        } else {
-            self.repeats * 0.98 + 0.02 * capped
-        };
+    /// Notes the size of the burst at the latest launch moment. Launches of that moment which
+    /// are told one by one (`again`) come to the same as if they were told at once.
+    pub(crate) fn note_repeats(&mut self, repeats: u32, again: bool) {
+        let share = if self.gap_count == 0 { 0.5 } else { 0.02 };
+        let counted = repeats.min(MOST_REPEATS) as f32;
+        self.repeats += share
+            * match again {
+                true => counted - self.counted_repeats(),
+                false => counted - self.repeats,
+            };
         self.last_burst = repeats.saturating_add(1).min(u32::from(u16::MAX)) as u16;
+    }
+
+    /// Repeats at the latest launch moment, as far as they are counted.
+    pub(crate) fn counted_repeats(&self) -> f32 {
+        let repeats = u32::from(self.last_burst).saturating_sub(1);
+        repeats.min(MOST_REPEATS) as f32
     }
 
     /// Bytes held by this profile, heap included.

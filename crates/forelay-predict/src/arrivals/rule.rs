@@ -12,15 +12,21 @@ use super::walk::Segment;
 pub struct Rule {
     /// Launches per minute from which holding pays.
     pub price_per_min: f64,
-    /// The simple rule's keep-alive.
+    /// The simple rule's keep-alive at this price.
     pub keep_alive_min: f64,
 }
 
 impl Rule {
+    /// Whether so many launches per minute are worth the memory. What costs nothing is held.
+    #[must_use]
+    pub fn pays(&self, worth_per_min: f64) -> bool {
+        worth_per_min >= self.price_per_min
+    }
+
     /// Whether forecasting holds the profile over this stretch.
     #[must_use]
     pub fn forecast_holds(&self, segment: &Segment) -> bool {
-        segment.worth_per_min() > self.price_per_min
+        self.pays(segment.worth_per_min())
     }
 
     /// Whether the simple rule does.
@@ -87,12 +93,21 @@ impl Regret {
 }
 
 impl ArrivalsConfig {
+    /// The rule at a price. The simple rule's keep-alive is as many minutes as configured at the
+    /// reference price, and falls as memory gets dearer: for ever where memory costs nothing,
+    /// never where nothing is worth it.
+    #[must_use]
+    pub fn rule(&self, price_per_min: f64) -> Rule {
+        let share = self.reference_price_per_min / price_per_min;
+        Rule {
+            price_per_min,
+            keep_alive_min: self.keep_alive_min * share,
+        }
+    }
+
     /// The rule by which regret is kept inside the forecaster.
     #[must_use]
     pub fn reference_rule(&self) -> Rule {
-        Rule {
-            price_per_min: self.reference_price_per_min,
-            keep_alive_min: self.keep_alive_min,
-        }
+        self.rule(self.reference_price_per_min)
     }
 }

@@ -152,7 +152,12 @@ impl Slot {
 
 /// Settles the open announcements of a profile that launches at `at`; returns whether one that
 /// was to be believed came true.
-pub(crate) fn settle(record: &mut Record, at: Timestamp, credence: &mut Credence, config: &ArrivalsConfig) {
+pub(crate) fn settle(
+    record: &mut Record,
+    at: Timestamp,
+    credence: &mut Credence,
+    config: &ArrivalsConfig,
+) {
     let mut announced = false;
     for slot in &mut record.slots {
         let Some(since) = slot.open_since.take() else {

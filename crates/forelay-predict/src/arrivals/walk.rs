@@ -98,7 +98,11 @@ pub(crate) struct Stretch {
 }
 
 /// The strongest announcement open at a moment.
-pub(crate) fn strongest(record: &Record, at: Timestamp, config: &ArrivalsConfig) -> Option<(usize, f64)> {
+pub(crate) fn strongest(
+    record: &Record,
+    at: Timestamp,
+    config: &ArrivalsConfig,
+) -> Option<(usize, f64)> {
     let mut best: Option<(usize, f64, f64)> = None;
     for (index, slot) in record.slots.iter().enumerate() {
         let Some(since_min) = open_for(slot, at) else {

@@ -22,7 +22,7 @@ pub mod tree;
 mod vocabulary;
 
 pub use attachments::{AttachOutlook, Attachments};
-pub use model::{NeedsConfig, Context, Model};
+pub use model::{Context, Model, NeedsConfig};
 pub use training::{FittedNeeds, NeedsTraining};
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use forelay_image::{Digest, PlannedExtent};
 
 use super::set::WorkingSet;
 use super::spans::{Span, compact, overlay};
-use super::{Basis, WorkingSetConfig, Expectation};
+use super::{Basis, Expectation, WorkingSetConfig};
 
 type Sets = BTreeMap<Arc<str>, WorkingSet>;
 

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use forelay_sim::launch_rows::OnBadRow;
-use forelay_sim::{SimulateConfig, Policy, simulate};
+use forelay_sim::{Policy, SimulateConfig, simulate};
 
 use super::output;
 
 /// Arguments of `forelay simulate`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The trace: CSV with time_s, profile, owner, count or duration_s (gzip accepted), or
+    /// The trace: CSV with time_s, profile, owner, count or duration_s, and components and
+    /// attached (names with | between them) where known (gzip accepted), or
     /// Azure Functions' invocations file.
     pub trace: PathBuf,
     /// Policies: none, fixed:MINUTES, hybrid, hybrid+mean, clairvoyant, forelay or
@@ -22,6 +23,12 @@ pub struct Arguments {
     /// Leave profiles with fewer launches out of the figures.
     #[arg(long, default_value_t = 1)]
     pub min_launches: u64,
+    /// Leave profiles with more launches out of the figures.
+    #[arg(long)]
+    pub max_launches: Option<u64>,
+    /// Also give each profile's cold launches, beside a reference policy's.
+    #[arg(long)]
+    pub profiles: bool,
     /// What to do with rows that cannot be read.
     #[arg(long, value_enum, default_value = "stop")]
     pub on_bad_row: BadRow,
@@ -34,7 +41,7 @@ pub struct Arguments {
     /// Write a self-contained HTML report.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
-    /// Print the rows as JSON.
+    /// Print the whole report as JSON: rows, calibration, profiles.
     #[arg(long)]
     pub json: bool,
 }
@@ -53,6 +60,8 @@ pub fn run(arguments: Arguments) -> Result<()> {
     let mut config = SimulateConfig::new(arguments.trace);
     config.policies = arguments.policies;
     config.min_launches = arguments.min_launches;
+    config.max_launches = arguments.max_launches.unwrap_or(u64::MAX);
+    config.per_profile = arguments.profiles;
     config.on_bad_row = match arguments.on_bad_row {
         BadRow::Stop => OnBadRow::Stop,
         BadRow::Skip => OnBadRow::Skip,
@@ -69,7 +78,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         complain!("line {}: {} (skipped)", row.line, row.reason);
     }
     if arguments.json {
-        return output::json(&report.rows);
+        return output::json(&report);
     }
     let rows = report.rows.iter().map(|row| {
         vec![
@@ -90,6 +99,44 @@ pub fn run(arguments: Arguments) -> Result<()> {
         "memory %",
     ];
     output::table(&headings, rows.collect());
+    if let Some(outcomes) = &report.per_profile {
+        let (own, reference) = report.compared.clone().unwrap_or_default();
+        say!("\ncold launches under {own} and under {reference}:");
+        let rows = outcomes.iter().map(|of| {
+            vec![
+                of.profile.clone(),
+                of.launches.to_string(),
+                of.cold_forelay.to_string(),
+                of.cold_reference.to_string(),
+            ]
+        });
+        let headings = ["profile", "launches", "cold", "cold, reference"];
+        output::table(&headings, rows.collect());
+    }
+    if let Some(needs) = &report.needs {
+        let figures = [
+            ("launches", needs.launches),
+            ("first launches of a profile", needs.first_launches),
+            ("attachments", needs.attachments),
+        ];
+        let rows = figures.map(|(of, found)| {
+            vec![
+                of.to_owned(),
+                found.judged.to_string(),
+                found.components.to_string(),
+                format!("{:.1}", found.found_pct),
+                format!("{:.1}", found.found_by_popularity_pct),
+            ]
+        });
+        let headings = [
+            "components of",
+            "judged",
+            "components",
+            "found %",
+            "by popularity %",
+        ];
+        output::table(&headings, rows.to_vec());
+    }
     if let Some(calibration) = &report.calibration {
         say!(
             "\nreliability of \"launch within 10 minutes\": expected calibration error {:.4}, Brier \

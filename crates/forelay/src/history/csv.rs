@@ -7,11 +7,12 @@
 use std::collections::HashMap;
 use std::io::BufRead;
 
+use forelay_image::Digest;
 use forelay_predict::time::Timestamp;
 use forelay_sim::launch_rows::{BadRow, CsvLines, Fields, LaunchColumns, LaunchRow, OnBadRow};
 use serde::{Deserialize, Serialize};
 
-use super::{Appended, Event, EventId, History, HistoryError, ProfileRef, What};
+use super::{Appended, ComponentRef, Event, EventId, History, HistoryError, ProfileRef, What};
 
 /// Rows per transaction.
 const BATCH_ROWS: usize = 20_000;
@@ -151,15 +152,40 @@ impl Import<'_> {
                 what: What::Stop { ran_ms },
             });
         }
+        let launched = id.nonce.to_le_bytes();
+        for (nth, name) in (1..).zip(&row.attached) {
+            let component = traced_component(name);
+            // Later than the launch, in the order of the row.
+            let at = at.plus_ms(nth);
+            let parts = [b"csv attached", &launched[..], component.image.as_bytes()];
+            self.batch.push(Event {
+                id: EventId::derive(at, &parts),
+                vm: id.nonce,
+                of: of.clone(),
+                what: What::Attach { component },
+            });
+        }
         self.batch.push(Event {
             id,
             vm: id.nonce,
             of,
             what: What::Launch {
-                components: Vec::new(),
+                components: row
+                    .components
+                    .iter()
+                    .map(|name| traced_component(name))
+                    .collect(),
                 count: row.count,
             },
         });
+    }
+}
+
+/// A trace knows components by name alone: the digest is the name's.
+fn traced_component(name: &str) -> ComponentRef {
+    ComponentRef {
+        image: Digest::of(format!("component of a trace: {name}").as_bytes()),
+        name: name.to_owned(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use forelay_image::{Digest, Touch};
-use forelay_predict::working_set::{WorkingSetConfig, WorkingSet, WorkingSets};
+use forelay_predict::working_set::{WorkingSet, WorkingSetConfig, WorkingSets};
 use sqlx::{Row, SqliteConnection};
 
 use super::codec::decode_touches;

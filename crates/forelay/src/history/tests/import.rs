@@ -56,6 +56,29 @@ async fn csv_imports_once_and_reports_bad_rows_by_line() {
     assert!(import("", OnBadRow::Skip).await.is_err());
 }
 
+#[tokio::test]
+async fn what_launches_consist_of_is_imported_too() {
+    let scratch = Scratch::new();
+    let history = scratch.open().await;
+    let file = "time_s,profile,owner,components,attached\n\
+        1,web,o,debian|nginx,redis\n\
+        2,web,o,debian|nginx,\n\
+        3,ci,o,,\n";
+    let options = ImportOptions {
+        origin: Timestamp(DAY_MS),
+        on_bad_row: OnBadRow::Stop,
+    };
+    for stored in [4, 0] {
+        let report = import_csv(&history, file.as_bytes(), options).await;
+        assert_eq!(report.unwrap().appended.stored, stored);
+    }
+    let notes = replay(&history).await;
+    let sets: Vec<&[String]> = notes.vms.iter().map(|(_, names)| &names[..]).collect();
+    assert_eq!(sets[0], ["debian", "nginx", "redis"]);
+    assert_eq!(sets[1], ["debian", "nginx"]);
+    assert!(sets.get(2).is_none_or(|none| none.is_empty()), "{sets:?}");
+}
+
 /// A trace of so many launches, made as it is read.
 struct Lines {
     rows: u64,
