@@ -8,7 +8,7 @@
 //! /run/forelay/attached/<uuid>          the component, EROFS with DAX
 //!   usr/bin/tool          --bind-->     /usr/bin/tool        (empty placeholder below)
 //!   usr/lib/tool/         --bind-->     /usr/lib/tool/       (one mount for a new directory)
-//!   usr/lib/libx.so -> .. --copy-->     /usr/lib/libx.so     (symbolic links are made anew)
+//!   usr/lib/libx.so -> .. --copy-->     /usr/lib/libx.so     (symbolic links are made again)
 //!   etc/tool.conf         --copy-->     /etc/tool.conf       (only where the host asks)
 //! ```
 //! Paths stay what they are (`/proc/self/exe`, `$ORIGIN`), any number of components can be

@@ -170,7 +170,7 @@ fn serve(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
 /// Serves a mount of its own and does as it is told.
 fn obey(mountpoint: PathBuf, images: &[TestImage]) -> Outcome {
     let mut config = Config::new(mountpoint, Session::New);
-    config.pinner = Some(Arc::new(pinner::Client::in_process()?));
+    config.pinner = Some(Arc::new(pinner::PinnerClient::in_process()?));
     let memory = SharedMemory::start(config, Images::new(images))?;
     for image in images {
         memory.add_file(image.key(), image.spec())?;

@@ -2,7 +2,7 @@
 //!
 //! Locks belong to mappings of the process that made them. Made here, they survive the
 //! daemon; and a fault while locking blocks only the pinner, never the process that has
-//! to answer it. The holder starts it; daemons talk to it through [`Client`].
+//! to answer it. The holder starts it; daemons talk to it through [`PinnerClient`].
 //!
 //! One thread serves one connection; `connect` opens further ones, so that a lock which
 //! waits for a fault delays no unlock. Invariant: the table says no more than what is
@@ -221,12 +221,12 @@ fn parse_extents(packet: &Packet, first: usize) -> Result<Vec<Extent>, Malformed
 
 /// A daemon's way to the pinner.
 #[derive(Debug)]
-pub struct Client {
+pub struct PinnerClient {
     root: Mutex<OwnedFd>,
     idle: Mutex<Vec<OwnedFd>>,
 }
 
-impl Client {
+impl PinnerClient {
     /// Talks over a socket whose other end [`run`] serves.
     pub fn new(root: OwnedFd) -> Self {
         Self {
@@ -235,7 +235,7 @@ impl Client {
         }
     }
 
-    /// A way to no pinner: every request fails until [`Client::renew`].
+    /// A way to no pinner: every request fails until [`PinnerClient::renew`].
     pub fn unconnected() -> io::Result<Self> {
         let (ours, _) = packet::pair()?;
         Ok(Self::new(ours))
@@ -410,7 +410,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(64 << 12).unwrap();
         let key = Digest::of(b"x");
-        let client = Client::in_process().unwrap();
+        let client = PinnerClient::in_process().unwrap();
         let page = |n: u64, pages: u64| Extent::new(n << 12, pages << 12);
         assert!(client.pin("d", key, &[page(0, 1)]).is_err(), "unknown file");
         client.add("d", key, file.as_file(), 64 << 12).unwrap();

@@ -67,7 +67,7 @@ pub struct Config {
     /// Trust domain, the pinner's name for this mount.
     pub domain: String,
     /// Who holds locks; without one, nothing can be pinned.
-    pub pinner: Option<Arc<pinner::Client>>,
+    pub pinner: Option<Arc<pinner::PinnerClient>>,
     /// How long after a takeover lookups of unknown files wait for the file to be added.
     pub unknown_file_grace: Duration,
 }
@@ -147,7 +147,7 @@ pub struct SharedMemory {
     mountpoint: PathBuf,
     unmount_on_drop: bool,
     domain: String,
-    pinner: Option<Arc<pinner::Client>>,
+    pinner: Option<Arc<pinner::PinnerClient>>,
     /// Pins that an earlier daemon left, of files not added yet.
     inherited_pins: Mutex<BTreeMap<FileKey, Vec<Extent>>>,
     /// Whether a file was closed yet: see [`SharedMemory::open`].

@@ -158,7 +158,7 @@ fn what_follows_is_warm_although_its_leader_is_random() {
 }
 
 #[test]
-fn a_new_profile_of_a_known_owner_is_foreseen_after_its_first_launch() {
+fn a_new_profile_of_a_known_owner_is_forecast_after_its_first_launch() {
     let daily = ArrivalProcess::Periodic {
         period_min: 1440.0,
         jitter_min: 1.0,

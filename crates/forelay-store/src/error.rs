@@ -43,7 +43,7 @@ pub enum StoreError {
     },
     /// A component is not in the repository (any more).
     #[error(
-        "component {id} is not in the repository: it was removed or never published; build it again or lock anew"
+        "component {id} is not in the repository: it was removed or never published; build it again or lock again"
     )]
     ComponentMissing {
         /// The component.
@@ -51,7 +51,7 @@ pub enum StoreError {
     },
     /// An image is not in the repository (any more).
     #[error(
-        "image {image} is not in the repository: its component was removed; build it again or lock anew"
+        "image {image} is not in the repository: its component was removed; build it again or lock again"
     )]
     ImageMissing {
         /// The image.

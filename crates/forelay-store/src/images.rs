@@ -134,7 +134,7 @@ impl Images {
         self.load(image, true).await
     }
 
-    /// Fetches the locations anew, after a pack was found to be gone.
+    /// Fetches the locations again, after a pack was found to be gone.
     pub(crate) async fn reload(&self, image: Digest) -> Result<Arc<ImageMap>, StoreError> {
         self.load(image, false).await
     }

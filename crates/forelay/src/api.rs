@@ -61,7 +61,7 @@ pub struct Degraded {
 pub struct LaunchRequest {
     /// The manifest's text (TOML).
     pub manifest: String,
-    /// A lock's text, to launch exactly what it pins; solved anew if absent.
+    /// A lock's text, to launch exactly what it pins; solved again if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock: Option<String>,
     /// Name of the instance; made from the profile if absent.
@@ -77,7 +77,7 @@ pub struct LaunchRequest {
 pub struct PrefetchRequest {
     /// The manifest's text (TOML).
     pub manifest: String,
-    /// A lock's text; solved anew if absent.
+    /// A lock's text; solved again if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock: Option<String>,
     /// What to load.

@@ -77,7 +77,7 @@ pub struct ForecastConfig {
     pub ahead: bool,
     /// Seconds after `ready` during which touches still count to the working set.
     pub window_s: f64,
-    /// How far ahead needs are foreseen, in seconds: several times what loading a profile takes.
+    /// How far ahead needs are forecast, in seconds: several times what loading a profile takes.
     pub horizon_s: f64,
     /// How many times faster than the clock on the wall the forecaster's clock runs, from
     /// `time_origin_ms` on. For benches and replays that compress a day; 1 on a real host.
@@ -148,7 +148,7 @@ impl Default for CacheConfig {
 }
 
 impl ForecastConfig {
-    /// How far ahead needs are foreseen: from a minute to a day.
+    /// How far ahead needs are forecast: from a minute to a day.
     pub fn horizon(&self) -> std::time::Duration {
         let seconds = if self.horizon_s.is_finite() {
             self.horizon_s.clamp(60.0, 86_400.0)

@@ -24,9 +24,9 @@ const ROUNDS: usize = 7;
 
 /// Figures of one way's launches, one entry a round.
 #[derive(Default)]
-struct Samples(Vec<Value>);
+struct BootSamples(Vec<Value>);
 
-impl Samples {
+impl BootSamples {
     fn median(&self, field: &str) -> f64 {
         let told = self.0.iter().filter_map(|one| one.pointer(field)?.as_f64());
         median(&told.collect::<Vec<_>>())
@@ -97,7 +97,7 @@ impl Bench {
 pub fn run_boot(out: &Path) -> Result<()> {
     let bench = Bench::new("boot")?;
     let host = bench.start(false)?;
-    let mut samples = Samples::default();
+    let mut samples = BootSamples::default();
     for round in 0..=ROUNDS {
         let figures = bench.launch(&host)?;
         host.stop_all()?;
@@ -159,7 +159,7 @@ const WAYS: [Way; 5] = [
 pub fn run_peers(out: &Path) -> Result<()> {
     let bench = Bench::new("peers")?;
     let disk = Disk::make(&bench)?;
-    let mut samples: [Samples; 5] = Default::default();
+    let mut samples: [BootSamples; 5] = Default::default();
     let mut draw = Draw(3);
     for round in 1..=ROUNDS {
         let mut order = [0, 1, 2, 3, 4];
@@ -180,7 +180,7 @@ pub fn run_peers(out: &Path) -> Result<()> {
         }
     }
     let [cold, predicted, again, disk_cold, disk_warm] = &samples;
-    let best = |samples: &Samples, field: &str| samples.median(field);
+    let best = |samples: &BootSamples, field: &str| samples.median(field);
     let document = json!({
         "rounds": ROUNDS,
         "launch": [
@@ -196,7 +196,7 @@ pub fn run_peers(out: &Path) -> Result<()> {
     write(out, &document)
 }
 
-fn row(way: &str, cold: &Samples, warm: &Samples) -> Value {
+fn row(way: &str, cold: &BootSamples, warm: &BootSamples) -> Value {
     json!({
         "way": way,
         "cold_s": cold.median("/ready_s"),

@@ -166,7 +166,7 @@ pub(super) struct ImageOutlook {
 }
 
 impl ForecastSteps {
-    /// Takes out what is foreseen of one image.
+    /// Takes out what is forecast of one image.
     pub(super) fn take(&mut self, image: &SharedImage) -> Vec<(PageNo, f64)> {
         self.0.remove(image).unwrap_or_default()
     }
@@ -401,13 +401,13 @@ impl BenefitModel {
     }
 
     /// What forecasts say of every image that they name, in one pass.
-    pub(super) fn foreseen(&self, now_ms: i64) -> ForecastSteps {
-        let mut foreseen: HashMap<(&Domain, &Digest), Vec<(PageNo, f64)>> = HashMap::new();
+    pub(super) fn forecast(&self, now_ms: i64) -> ForecastSteps {
+        let mut by_image: HashMap<(&Domain, &Digest), Vec<(PageNo, f64)>> = HashMap::new();
         for forecast in self.forecasts.values() {
             let domain = &forecast.domain;
             let launch = self.probability_now(forecast, now_ms);
             for same in forecast.working_set.chunk_by(|a, b| a.image == b.image) {
-                let changes = foreseen.entry((domain, &same[0].image)).or_default();
+                let changes = by_image.entry((domain, &same[0].image)).or_default();
                 for planned in same {
                     let run = PageRun::covering(planned.extent);
                     let need = launch * probability(planned.probability);
@@ -415,7 +415,7 @@ impl BenefitModel {
                 }
             }
         }
-        let steps = foreseen.into_iter().map(|((domain, image), changes)| {
+        let steps = by_image.into_iter().map(|((domain, image), changes)| {
             let image = SharedImage::new(domain.clone(), *image);
             (image, steps_of(changes))
         });

@@ -79,7 +79,7 @@ impl Planner {
         };
         let context = self.context(step.table, step.now_ms);
         let below = request.displaces_below;
-        // A little more than needed, so that not every request searches anew.
+        // A little more than needed, so that not every request searches again.
         let slack = match request.requester {
             Requester::Launch(_) => self.budget_bytes / 128,
             // They are weighed seldom, so that those worth as much are weighed with it.

@@ -13,7 +13,7 @@
 //! ```
 //! Invariants: a request is either waiting, deferred or under way; fetches under way do not
 //! overlap; a cancelled fetch counts as under way until it has ended; what forecasts want
-//! anew costs nothing for what waits on others' behalf.
+//! again costs nothing for what waits on others' behalf.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -25,7 +25,7 @@ use super::victims::{EvictionContext, VictimClass, Victims};
 pub(super) struct Ranking {
     /// The known images in order.
     rows: Option<Vec<Row>>,
-    foreseen: Option<ForecastSteps>,
+    forecast: Option<ForecastSteps>,
     /// The candidates of each class asked for so far, with the number of their row.
     pools: BTreeMap<VictimClass, Vec<(ValuedRun, usize)>>,
 }
@@ -101,9 +101,9 @@ impl Ranking {
             let images = context.table.known_images();
             images.map(|image| Row::new(context, image)).collect()
         });
-        let foreseen = self
-            .foreseen
-            .get_or_insert_with(|| context.benefit.foreseen(context.now_ms));
+        let forecast = self
+            .forecast
+            .get_or_insert_with(|| context.benefit.forecast(context.now_ms));
         self.pools.entry(class).or_insert_with(|| {
             let touched = match class {
                 VictimClass::Untouched => context.table.touched_by_running(),
@@ -115,7 +115,7 @@ impl Ranking {
                     continue;
                 }
                 let touched = touched.get(&row.image);
-                let valued = row.value(context, class, touched, foreseen);
+                let valued = row.value(context, class, touched, forecast);
                 pool.extend(valued.iter().map(|valued| (*valued, at)));
             }
             pool
@@ -141,13 +141,13 @@ impl Row {
         context: &EvictionContext<'_>,
         class: VictimClass,
         touched: Option<&PageSet>,
-        foreseen: &mut ForecastSteps,
+        forecast: &mut ForecastSteps,
     ) -> &[ValuedRun] {
         let free = self.free.get_or_insert_with(|| context.free(&self.image));
         let runs = context.of_class(&self.image, free, class, touched);
         if runs != self.runs {
             let outlook = self.outlook.get_or_insert_with(|| {
-                let steps = foreseen.take(&self.image);
+                let steps = forecast.take(&self.image);
                 ImageOutlook::of(context.benefit, &self.image, steps, context.now_ms)
             });
             self.valued = context

@@ -2,7 +2,7 @@
 //!
 //! A page that a VM has faulted in, or was seen to touch for the first time, is guarded
 //! for a while: evicting it under pressure would only bring it back at once. A guarded
-//! page that is evicted all the same (the pool's own cap) is guarded anew when it returns.
+//! page that is evicted all the same (the pool's own cap) is guarded again when it returns.
 //!
 //! The planner keeps a second one of these for what launches asked for lately are about to
 //! touch.

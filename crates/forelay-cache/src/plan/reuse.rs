@@ -1,11 +1,11 @@
 //! When a component will be used again, learned from the launches so far: the estimate of
-//! [`crate::reuse`], for what no launch is foreseen to need.
+//! [`crate::reuse`], for what no launch is forecast to need.
 //!
 //! Each launch is a request for its components; the policy's own memory is a shadow of the
 //! planner's budget, of which only the estimates are used. A model is fitted by whoever fits
 //! it to [`ReuseSamples`], beside all else.
 //!
-//! Invariants: bounded memory (a learner that has met [`MOST_OBJECTS`] images begins anew);
+//! Invariants: bounded memory (a learner that has met [`MOST_OBJECTS`] images begins again);
 //! time is monotonic here; a model is installed unless a newer one is, or its samples were
 //! forgotten.
 
@@ -19,7 +19,7 @@ use crate::reuse::{ObjectRequest, ReuseMemory, ReuseSettings};
 const MOST_OBJECTS: usize = 1 << 16;
 /// Samples that are remembered, up to four a launch: with 43 features each they take 36 MB.
 const MOST_SAMPLES: usize = 200_000;
-/// A clock that goes back this far was set anew, and so is the learner, in milliseconds.
+/// A clock that goes back this far was set again, and so is the learner, in milliseconds.
 const SET_BACK_MS: i64 = 3_600_000;
 
 /// Samples of launches. Fitting a model to them takes about half a second of any thread.

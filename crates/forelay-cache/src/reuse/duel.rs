@@ -83,7 +83,7 @@ impl Duel {
         self.dropped.remove(&object);
     }
 
-    /// An object is ranked anew.
+    /// An object is ranked again.
     pub(super) fn set_rank(&mut self, object: u32, rank: u64) {
         if let Some(learned) = &mut self.learned {
             learned.set_rank(object, rank);

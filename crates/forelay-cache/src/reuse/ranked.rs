@@ -45,7 +45,7 @@ impl<R: Ord + Copy> Ranked<R> {
         self.held.get(&object).map(|held| held.0)
     }
 
-    /// Ranks a held object anew.
+    /// Ranks a held object again.
     pub fn set_rank(&mut self, object: u32, rank: R) {
         if let Some(held) = self.held.get_mut(&object) {
             self.order.remove(&(held.0, object));

@@ -134,9 +134,9 @@ impl Client {
     }
 
     /// A way to the pinner.
-    pub fn pinner(&self) -> Result<pinner::Client, ClientError> {
+    pub fn pinner(&self) -> Result<pinner::PinnerClient, ClientError> {
         let mut reply = self.ask(&Packet::new(Word::Pinner), &[])?;
-        Ok(pinner::Client::new(
+        Ok(pinner::PinnerClient::new(
             reply.take_fd().map_err(io::Error::from)?,
         ))
     }

@@ -218,7 +218,7 @@ fn privileged_pins_return_when_the_pinner_is_lost() {
     }
     let image = TestImage::new(7, 4 * MIB);
     let dir = tempfile::tempdir().unwrap();
-    let pinner = Arc::new(pinner::Client::in_process().unwrap());
+    let pinner = Arc::new(pinner::PinnerClient::in_process().unwrap());
     let mut config = Config::new(dir.path().join("mount"), Session::New);
     config.pinner = Some(Arc::clone(&pinner));
     let memory = SharedMemory::start(config, Images::new(&[image])).unwrap();
@@ -227,7 +227,7 @@ fn privileged_pins_return_when_the_pinner_is_lost() {
     memory.push(&key, 0, &image.content(0, 1 << 20)).unwrap();
     let here = Extent::new(0, 1 << 20);
     assert_eq!(memory.pin(&key, &[here]).unwrap(), here.len);
-    let held = |of: &pinner::Client| -> u64 {
+    let held = |of: &pinner::PinnerClient| -> u64 {
         let rows = of.table().unwrap();
         rows.iter()
             .flat_map(|row| &row.extents)
@@ -238,7 +238,7 @@ fn privileged_pins_return_when_the_pinner_is_lost() {
 
     // Another pinner, which knows nothing.
     assert!(!pinner.is_gone());
-    pinner.renew(pinner::Client::in_process().unwrap());
+    pinner.renew(pinner::PinnerClient::in_process().unwrap());
     assert_eq!(held(&pinner), 0);
     assert_eq!(memory.pin_again().unwrap(), here.len);
     assert_eq!(held(&pinner), here.len);

@@ -105,7 +105,7 @@ impl TestMount {
     pub fn with_handler(images: &[TestImage], handler: Arc<dyn FaultHandler>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::new(dir.path().join("mount"), Session::New);
-        config.pinner = Some(Arc::new(pinner::Client::in_process().unwrap()));
+        config.pinner = Some(Arc::new(pinner::PinnerClient::in_process().unwrap()));
         let memory = SharedMemory::start(config, handler).unwrap();
         for image in images {
             memory.add_file(image.key(), image.spec()).unwrap();

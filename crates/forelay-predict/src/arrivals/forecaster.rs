@@ -54,7 +54,7 @@ pub struct Forecaster {
     pub(super) owners: Vec<OwnerPool>,
     pub(super) pool: Pool,
     pub(super) scale: HazardScale,
-    credence: triggers::Credence,
+    pair_prior: triggers::PairPrior,
     recalibration: Recalibration,
     reliability: Reliability,
     sampled_at: Option<Timestamp>,
@@ -96,7 +96,7 @@ impl Forecaster {
             owners: Vec::new(),
             pool: Pool::default(),
             scale: HazardScale::default(),
-            credence: triggers::Credence::default(),
+            pair_prior: triggers::PairPrior::default(),
             recalibration: Recalibration::default(),
             reliability: Reliability::default(),
             sampled_at: None,
@@ -159,7 +159,7 @@ impl Forecaster {
     }
 
     /// Accounts for a profile's time until `until`, giving each stretch with the hazard that was
-    /// foreseen for it. `launched` says that a launch ends the last one; [`Self::learn_launch`]
+    /// forecast for it. `launched` says that a launch ends the last one; [`Self::learn_launch`]
     /// must follow then. The simulator's way in: it sees every decision before the outcome.
     pub fn settle(
         &mut self,
@@ -221,7 +221,7 @@ impl Forecaster {
         }
         record.owner = owner.0;
         record.launches = record.launches.saturating_add(1);
-        triggers::settle(record, at, &mut self.credence, &self.config);
+        triggers::settle(record, at, &mut self.pair_prior, &self.config);
         let owner_pool = &self.owners[owner.0 as usize];
         triggers::discover(
             &mut self.records,
@@ -328,7 +328,7 @@ impl Forecaster {
                 self.settle(key, at, false, |segment| sink(key, segment));
             }
             let slots = &mut self.records[successor as usize].slots;
-            slots[index].open(at, &mut self.credence);
+            slots[index].open(at, &mut self.pair_prior);
             if slots[index].is_useless() {
                 slots.swap_remove(index);
                 position -= 1;

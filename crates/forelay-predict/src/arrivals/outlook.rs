@@ -38,13 +38,13 @@ impl Default for Outlook {
 }
 
 /// Everything the experts say, before weighting.
-struct Testimony {
+struct ExpertOutput {
     gap_views: GapViews,
     phase_views: [Candidates; VIEWS - GAP_VIEWS],
 }
 
-fn testimony(record: &Record, config: &ArrivalsConfig) -> Testimony {
-    Testimony {
+fn expert_output(record: &Record, config: &ArrivalsConfig) -> ExpertOutput {
+    ExpertOutput {
         gap_views: gap_views(record, config.gap_decay),
         phase_views: std::array::from_fn(|i| phase_view(record, ALL_VIEWS[GAP_VIEWS + i])),
     }
@@ -58,7 +58,7 @@ pub(crate) fn likelihoods(
     config: &ArrivalsConfig,
     gap_min: f64,
 ) -> [f64; EXPERTS] {
-    let said = testimony(record, config);
+    let said = expert_output(record, config);
     let bin = bin_of(gap_min);
     let background = pool.background(record, owner, config.pool_strength)(bin) / width(bin);
     let mut result = [background; EXPERTS];
@@ -127,7 +127,7 @@ impl Mixture {
         &mut self,
         (blur, scale): (usize, f32),
         record: &Record,
-        said: &Testimony,
+        said: &ExpertOutput,
         weight: &impl Fn(usize) -> f64,
     ) {
         let mut by_age = [0.0f32; REMEMBERED];
@@ -170,7 +170,7 @@ impl Outlook {
         pool: &Pool,
         config: &ArrivalsConfig,
     ) -> Self {
-        let said = testimony(record, config);
+        let said = expert_output(record, config);
         let pooled = pool.weights(record.gap_count);
         let weight = |e: usize| {
             (1.0 - config.share) * f64::from(record.weights[e]) + config.share * pooled[e]

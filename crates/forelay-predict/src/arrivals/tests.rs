@@ -147,7 +147,7 @@ fn regret_sets_harmful_forecasts_aside_and_takes_good_ones_back() {
         regret.note(&segment(0.0, 5.0, 1.0e-4, true), &rule);
     }
     assert!(regret.harmful() && regret.excess() > 3.0);
-    // Then told well: a launch after an hour, foreseen to the minute.
+    // Then told well: a launch after an hour, forecast to the minute.
     for _ in 0..60 {
         regret.note(&segment(0.0, 59.0, 1.0e-4, false), &rule);
         regret.note(&segment(59.0, 1.0, 1.0, true), &rule);

@@ -26,12 +26,12 @@ const PRIOR_TRIALS: f32 = 1.5;
 /// How far a pair seen once is to be believed: the share of such pairs that came true the next
 /// time, over all profiles.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Credence {
+pub(crate) struct PairPrior {
     came_true: f32,
     judged: f32,
 }
 
-impl Default for Credence {
+impl Default for PairPrior {
     fn default() -> Self {
         Self {
             came_true: 1.0,
@@ -40,7 +40,7 @@ impl Default for Credence {
     }
 }
 
-impl Credence {
+impl PairPrior {
     fn share(self) -> f32 {
         self.came_true / self.judged
     }
@@ -136,11 +136,11 @@ impl Slot {
     }
 
     /// Opens an announcement; one that was open already has failed.
-    pub(crate) fn open(&mut self, at: Timestamp, credence: &mut Credence) {
+    pub(crate) fn open(&mut self, at: Timestamp, pair_prior: &mut PairPrior) {
         if self.open_since.is_some() && self.trials == 1.0 {
-            credence.judge(false);
+            pair_prior.judge(false);
         }
-        self.prior = credence.share();
+        self.prior = pair_prior.share();
         self.trials += 1.0;
         self.open_since = Some(at);
         if self.trials > 12.0 {
@@ -155,7 +155,7 @@ impl Slot {
 pub(crate) fn settle(
     record: &mut Record,
     at: Timestamp,
-    credence: &mut Credence,
+    pair_prior: &mut PairPrior,
     config: &ArrivalsConfig,
 ) {
     let mut announced = false;
@@ -171,7 +171,7 @@ pub(crate) fn settle(
         }
         let came_true = lag_min <= config.trigger_window_min;
         if slot.trials == 1.0 {
-            credence.judge(came_true);
+            pair_prior.judge(came_true);
         }
         if came_true {
             announced |= slot.probability() >= 0.3;
@@ -222,13 +222,13 @@ pub(crate) fn discover(
             .slots
             .iter()
             .any(|slot| slot.source == source);
-        if !known && adopt(records, profile, source, lag_min) {
+        if !known && add_pair(records, profile, source, lag_min) {
             taken += 1;
         }
     }
 }
 
-fn adopt(records: &mut [Record], profile: u32, source: u32, lag_min: f64) -> bool {
+fn add_pair(records: &mut [Record], profile: u32, source: u32, lag_min: f64) -> bool {
     if records[source as usize].successors.len() >= SUCCESSORS
         && !drop_weakest_successor(records, source)
     {

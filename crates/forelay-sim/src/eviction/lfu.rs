@@ -1,4 +1,4 @@
-//! Least frequently used leaves first; counts start anew when an object returns, ties go
+//! Least frequently used leaves first; counts start again when an object returns, ties go
 //! to the one used longest ago.
 
 use forelay_cache::reuse::ObjectRequest;

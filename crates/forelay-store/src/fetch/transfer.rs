@@ -3,7 +3,7 @@
 //!
 //! A transient failure is repeated with growing waits: a prefetch a few times, a demand
 //! for as long as it takes. A chunk whose bytes are wrong is fetched once more by itself;
-//! a pack that is gone makes the image's locations be read anew, once. After that the
+//! a pack that is gone makes the image's locations be read again, once. After that the
 //! failure is final and names image, chunk and pack.
 //!
 //! Invariant: every request that starts gives its slot back.

@@ -198,7 +198,7 @@ async fn vanished_components_and_images_are_named() {
         matches!(error, StoreError::ImageMissing { image } if image == nowhere),
         "{error}"
     );
-    assert!(error.to_string().contains("lock anew"));
+    assert!(error.to_string().contains("lock again"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -75,7 +75,7 @@ pub async fn run(command: HistoryCommand, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Sets a corrupt history aside, so that the daemon can start anew. One that is in order stays.
+/// Sets a corrupt history aside, so that the daemon can start again. One that is in order stays.
 pub fn reset(config: &Config) -> Result<()> {
     std::fs::create_dir_all(&config.state_dir)
         .with_context(|| format!("cannot make {}", config.state_dir.display()))?;

@@ -45,7 +45,7 @@ struct Arguments {
 enum Command {
     /// Run the host daemon: API, shared memory, forecaster.
     Daemon {
-        /// If the history is corrupt, set it aside (nothing is deleted) and start anew.
+        /// If the history is corrupt, set it aside (nothing is deleted) and start again.
         #[arg(long)]
         history_reset: bool,
     },

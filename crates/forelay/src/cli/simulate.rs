@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use forelay_sim::launch_rows::OnBadRow;
-use forelay_sim::{Policy, SimulateConfig, simulate};
+use forelay_sim::{Policy, Report, SimulateConfig, simulate};
 
 use super::output;
 
@@ -80,6 +80,11 @@ pub fn run(arguments: Arguments) -> Result<()> {
     if arguments.json {
         return output::json(&report);
     }
+    print_report(&report);
+    Ok(())
+}
+
+fn print_report(report: &Report) {
     let rows = report.rows.iter().map(|row| {
         vec![
             row.policy.clone(),
@@ -146,5 +151,4 @@ pub fn run(arguments: Arguments) -> Result<()> {
             calibration.forecasts
         );
     }
-    Ok(())
 }

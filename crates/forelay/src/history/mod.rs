@@ -352,7 +352,7 @@ pub enum HistoryError {
     /// The file is damaged.
     #[error(
         "history {path} is corrupt ({detail}); move it away, or let forelay set it aside and \
-         start anew with `forelay daemon --history-reset`"
+         start again with `forelay daemon --history-reset`"
     )]
     Corrupt {
         /// The database file.

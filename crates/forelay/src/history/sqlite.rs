@@ -28,7 +28,7 @@ pub enum OnCorrupt {
     /// Refuse to open and touch nothing.
     #[default]
     Refuse,
-    /// Rename it (and its journal) to `<name>.corrupt-<n>` and start anew.
+    /// Rename it (and its journal) to `<name>.corrupt-<n>` and start again.
     MoveAside,
 }
 

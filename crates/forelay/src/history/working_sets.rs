@@ -90,7 +90,7 @@ pub(super) async fn fold_touched(
                     .fetch_optional(&mut *db)
                     .await?;
             if let Some(stored) = stored {
-                // What is unreadable is learned anew.
+                // What is unreadable is learned again.
                 if let Ok(set) = WorkingSet::from_bytes(&stored.try_get::<Vec<u8>, _>(0)?) {
                     sets.insert("", *image, set);
                 }

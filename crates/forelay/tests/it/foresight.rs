@@ -1,4 +1,4 @@
-//! What is foreseen is there before it is asked for, and a restart forgets none of it.
+//! What is forecast is there before it is asked for, and a restart forgets none of it.
 
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
     // All shared memory is lost with the daemon; what was learned is not.
     host.start();
     host.launch(&manifest, "second", &[]);
-    let entry = tool(&host.json(["forecast", "dev"]), "second").expect("the tool is foreseen");
+    let entry = tool(&host.json(["forecast", "dev"]), "second").expect("the tool is forecast");
     assert_eq!(entry["attached"], true);
     let probability = entry["probability"].as_f64().unwrap();
     assert!((0.1..1.0).contains(&probability), "{entry}");
@@ -81,9 +81,9 @@ fn privileged_what_one_vm_was_given_is_loaded_for_the_next_before_it_is_attached
         let tool = components.find(|one| one["image"] == entry["image"]);
         tool.map_or(0, |one| one["resident_bytes"].as_u64().unwrap())
     };
-    host.until("all of the tool that is foreseen is in memory", |host| {
-        let foreseen = tool(&host.json(["forecast"]), "second").unwrap();
-        foreseen["resident_bytes"] == foreseen["bytes"]
+    host.until("all of the tool that is forecast is in memory", |host| {
+        let forecast = tool(&host.json(["forecast"]), "second").unwrap();
+        forecast["resident_bytes"] == forecast["bytes"]
     });
     let loaded = resident(&host);
     assert!(loaded > 0);

@@ -1,4 +1,4 @@
-//! A component that was built anew with a change inherits what was learned of it before.
+//! A component that was built again with a change inherits what was learned of it before.
 
 use std::path::Path;
 
@@ -64,7 +64,7 @@ fn privileged_a_rebuilt_component_is_loaded_as_its_predecessor_was_used() {
          touch /run/all-read; exec sleep infinity\"]\n\
          ready = { path = \"/run/all-read\" }\n\n[vm]\nmemory_mib = 160\n",
     );
-    // Launches every ten minutes: the next one is foreseen.
+    // Launches every ten minutes: the next one is forecast.
     let now_ms = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
     let origin_ms = (now_ms - 12 * 600_000).to_string();
     let rows = (0..12).map(|number| format!("{},patched,tests\n", number * 600));

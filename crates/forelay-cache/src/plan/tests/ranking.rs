@@ -1,4 +1,4 @@
-//! One pass over the candidates against the plain rule: look at each image anew for each
+//! One pass over the candidates against the plain rule: look at each image again for each
 //! prefetch and each class.
 
 use forelay_image::pages::{PageNo, PageRun, PageSet, Pages};

@@ -14,7 +14,7 @@ use crate::daemon::HostError;
 /// Where sessions and pins live.
 pub struct Sessions {
     holder: Option<holder::Client>,
-    pinner: Arc<pinner::Client>,
+    pinner: Arc<pinner::PinnerClient>,
 }
 
 impl Sessions {
@@ -25,9 +25,9 @@ impl Sessions {
             // One that is being started again is asked for later: see `renew_pinner`.
             Some(holder) => holder.pinner().or_else(|error| {
                 tracing::warn!(%error, "nothing can be pinned for now");
-                pinner::Client::unconnected()
+                pinner::PinnerClient::unconnected()
             }),
-            None => pinner::Client::in_process(),
+            None => pinner::PinnerClient::in_process(),
         };
         let pinner = pinner.map_err(HostError::failed)?;
         Ok(Self {
@@ -103,14 +103,14 @@ impl Sessions {
         }
         let next = match &self.holder {
             Some(holder) => holder.pinner().map_err(HostError::failed)?,
-            None => pinner::Client::in_process().map_err(HostError::failed)?,
+            None => pinner::PinnerClient::in_process().map_err(HostError::failed)?,
         };
         self.pinner.renew(next);
         Ok(true)
     }
 
     /// The process that holds pins.
-    pub fn pinner(&self) -> &Arc<pinner::Client> {
+    pub fn pinner(&self) -> &Arc<pinner::PinnerClient> {
         &self.pinner
     }
 }
