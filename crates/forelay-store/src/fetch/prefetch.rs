@@ -283,7 +283,8 @@ impl WantedPart {
             self.ticket
                 .part(result.map(cut).map(|bytes| self.part(bytes)));
         };
-        scheduler.submit(source, Priority::Prefetch, group, Box::new(callback));
+        let callback: super::Callback = Box::new(callback);
+        scheduler.submit([(source, callback)], Priority::Prefetch, group);
     }
 
     fn part(&self, bytes: Bytes) -> ImagePart {

@@ -50,7 +50,8 @@ pub struct ChunkSource {
 }
 
 impl ChunkSource {
-    fn end(&self) -> u64 {
+    /// Where its frame ends in the pack.
+    pub fn end(&self) -> u64 {
         u64::from(self.offset) + u64::from(self.stored_bytes)
     }
 }

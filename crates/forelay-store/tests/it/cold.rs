@@ -167,7 +167,12 @@ async fn one_chunk_is_fetched_once_and_demand_joins_prefetch() {
             let scheduler = host.scheduler().clone();
             // As a fault handler does it: from a thread that is not the runtime's.
             let thread = std::thread::spawn(move || {
-                scheduler.demand(image, wanted, Box::new(|result| drop(sender.send(result))));
+                scheduler.demand(
+                    image,
+                    wanted,
+                    false,
+                    Box::new(|result| drop(sender.send(result))),
+                );
             });
             thread.join().unwrap();
             receiver
@@ -299,4 +304,45 @@ async fn an_image_that_is_gone_fails_alone() {
     assert_eq!(bytes, sample.part(sample.extent(1)));
     assert_eq!(failed, [0, 2]);
     assert_eq!(bench.faults.calls_left.load(Ordering::SeqCst), -1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_demand_over_small_chunks_is_one_request_and_a_widened_one_brings_what_follows() {
+    let bench = Bench::new();
+    let sample = bench
+        .published(&bench.store().await, "app", 120, 5_000)
+        .await;
+    let host = bench.store().await;
+    let image = sample.image();
+    let scheduler = host.scheduler();
+    let demand = async |chunk: u64, widened| {
+        let wanted = Extent::new(chunk * 5_000, 20_000);
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        scheduler.demand(
+            image,
+            wanted,
+            widened,
+            Box::new(|result| drop(sender.send(result))),
+        );
+        assert_eq!(receiver.await.unwrap().unwrap(), sample.part(wanted));
+    };
+    demand(0, false).await;
+    let first = scheduler.counters();
+    assert_eq!((first.demand_requests, first.demand_chunks), (1, 4));
+    demand(4, true).await;
+    let widened = scheduler.counters();
+    let came = widened.demand_repository_bytes - first.demand_repository_bytes;
+    assert_eq!(widened.demand_requests, 2);
+    assert!((100 << 10..160 << 10).contains(&came), "{came} bytes");
+    let ahead = widened.demand_chunks - 8;
+    while !is_on_disk(&host, image, Extent::new(40_000, ahead * 5_000)) {
+        tokio::task::yield_now().await;
+    }
+    assert!(!is_on_disk(
+        &host,
+        image,
+        Extent::new(40_000 + ahead * 5_000, 1)
+    ));
+    demand(30, true).await;
+    assert_eq!(scheduler.counters().demand_requests, 2, "it was there");
 }

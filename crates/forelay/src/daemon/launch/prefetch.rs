@@ -2,12 +2,14 @@
 //!
 //! Refuses to move bytes: the planner decides and its task does.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::mapping_table::Absent;
 use forelay_cache::plan::{LaunchRequested, ProfileForecast};
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
+use forelay_image::component::Role;
 use forelay_image::{Digest, Extent, PlannedExtent};
 
 use crate::api::{LaunchMode, PrefetchMode};
@@ -19,6 +21,9 @@ use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 
 /// How long a launch waits for what it is told to have resident first.
 const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
+
+/// Most bytes of components that are brought whole since nothing is known of them.
+const WHOLE_BYTES: u64 = 16 << 20;
 
 /// How long a launch waits for what its components inherit from their predecessors.
 const INHERIT_LIMIT: Duration = Duration::from_secs(1);
@@ -113,9 +118,12 @@ impl LaunchPrefetcher {
                     first_touch_ms: 0,
                 })
                 .collect(),
-            PrefetchMode::Forecast | PrefetchMode::ForecastFirst => {
-                self.learner.plan(&order.of, &images)
+            PrefetchMode::Forecast => {
+                let mut plan = self.learner.plan(&order.of, &images);
+                plan.extend(unheard_of(order, &plan));
+                plan
             }
+            PrefetchMode::ForecastFirst => self.learner.plan(&order.of, &images),
         };
         let absent = self.absent(&order.domain, &working_set);
         let missing = parts(&absent, |part| !part.fetching);
@@ -181,8 +189,84 @@ impl LaunchPrefetcher {
     }
 }
 
+/// Small components of an order of which no launch has touched anything yet, whole: what a
+/// manifest names is what its VM is for, and while the guest's kernel boots the line is idle.
+/// A base is only ever touched in parts.
+fn unheard_of(order: &Order, plan: &[PlannedExtent]) -> Vec<PlannedExtent> {
+    let known: BTreeSet<Digest> = plan.iter().map(|one| one.image).collect();
+    let devices = order.images();
+    let named = order.lock.components.iter();
+    let named = named.filter(|one| one.role != Role::Base && devices.contains(&one.image));
+    let mut bytes = 0;
+    let small = named
+        .filter(|one| !known.contains(&one.image))
+        .filter(|one| {
+            let fits = one.image_bytes <= WHOLE_BYTES - bytes;
+            bytes += if fits { one.image_bytes } else { 0 };
+            fits
+        });
+    small
+        .map(|one| PlannedExtent {
+            image: one.image,
+            extent: Extent::new(0, one.image_bytes),
+            probability: 0.5,
+            first_touch_ms: 0,
+        })
+        .collect()
+}
+
 /// The extents of those parts of a plan that are wanted.
 fn parts(absent: &[(Digest, Absent)], wanted: impl Fn(&Absent) -> bool) -> Vec<(Digest, Extent)> {
     let wanted = absent.iter().filter(|(_, part)| wanted(part));
     wanted.map(|(image, part)| (*image, part.extent)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::lock::LockedComponent;
+
+    use super::*;
+    use crate::daemon::launch::prepared::tests::order;
+
+    #[test]
+    fn small_components_that_nobody_has_touched_come_whole_and_bases_do_not() {
+        let mut order = order("web", "", "base");
+        let base = order.lock.components[0].clone();
+        let component = |name: &str, image_bytes| LockedComponent {
+            name: name.into(),
+            role: Role::Package,
+            image: Digest::of(name.as_bytes()),
+            image_bytes,
+            ..base.clone()
+        };
+        let sizes = [
+            ("large", WHOLE_BYTES + 1),
+            ("known", 1 << 20),
+            ("small", 2 << 20),
+        ];
+        let components = sizes.map(|(name, bytes)| component(name, bytes));
+        let sizes = [("second", WHOLE_BYTES - (2 << 20)), ("third", 4096)];
+        let more = sizes.map(|(name, bytes)| component(name, bytes));
+        order
+            .lock
+            .components
+            .extend(components.into_iter().chain(more));
+        order.devices = order.lock.components.iter().map(Into::into).collect();
+        let planned = |image: Digest| PlannedExtent {
+            image,
+            extent: Extent::new(0, 4096),
+            probability: 1.0,
+            first_touch_ms: 0,
+        };
+        let whole = unheard_of(&order, &[planned(Digest::of(b"known"))]);
+        let told: Vec<_> = whole
+            .iter()
+            .map(|one| (one.image, one.extent.len))
+            .collect();
+        let expected = [
+            (Digest::of(b"small"), 2 << 20),
+            (Digest::of(b"second"), WHOLE_BYTES - (2 << 20)),
+        ];
+        assert_eq!(told, expected);
+    }
 }

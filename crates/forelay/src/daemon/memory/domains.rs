@@ -73,6 +73,7 @@ impl FaultHandler for Handler {
             self.planner.tell(fetched);
             return;
         }
+        let foreseen = vm.as_ref().is_some_and(|vm| vm.foresaw(&file));
         let (planner, attribution) = (self.planner.clone(), Arc::clone(&self.attribution));
         let answered = move |result: Result<bytes::Bytes, forelay_store::FetchError>| match result {
             Ok(bytes) => {
@@ -84,7 +85,8 @@ impl FaultHandler for Handler {
             // It stays pending and is retried on a timer; a wait that lasts is logged.
             Err(error) => fault.reply.postpone(Arc::new(error)),
         };
-        self.scheduler.demand(file, extent, Box::new(answered));
+        self.scheduler
+            .demand(file, extent, !foreseen, Box::new(answered));
     }
 }
 

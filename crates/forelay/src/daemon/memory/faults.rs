@@ -110,6 +110,11 @@ impl Waits {
         *cause(&mut self.causes.lock()) += 1;
     }
 
+    /// Whether its launch had a plan for this image.
+    pub fn foresaw(&self, image: &Digest) -> bool {
+        self.plan.all.contains_key(image)
+    }
+
     /// The figures now.
     pub fn figures(&self) -> WaitFigures {
         WaitFigures {
