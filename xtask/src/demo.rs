@@ -148,12 +148,14 @@ fn launch(host: &Host, profile: &str, launches: &mut Vec<Value>) -> Result<Value
 /// `web` cold; then, after a restart of the daemon that loses all shared memory, predicted.
 fn twice(host: &mut Host, launches: &mut Vec<Value>) -> Result<()> {
     host.start_daemon()?;
+    host.wait_for_kernel()?;
     launch(host, "web", launches)?;
     wait_for_working_set(host, "web")?;
     host.stop_all()?;
     host.stop_daemon()?;
     println!("daemon restarted: shared memory is empty, history is kept");
     host.start_daemon()?;
+    host.wait_for_kernel()?;
     launch(host, "web", launches)?;
     host.stop_all()
 }

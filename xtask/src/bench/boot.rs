@@ -33,13 +33,13 @@ impl BootSamples {
     }
 }
 
-struct Bench {
+struct WebBench {
     programs: Programs,
     settings: Settings,
     manifest: PathBuf,
 }
 
-impl Bench {
+impl WebBench {
     fn new(name: &str) -> Result<Self> {
         let (programs, settings) = super::prepare(name)?;
         Ok(Self {
@@ -95,7 +95,7 @@ impl Bench {
 
 /// Runs `bench boot` and writes its figures to `out`.
 pub fn run_boot(out: &Path) -> Result<()> {
-    let bench = Bench::new("boot")?;
+    let bench = WebBench::new("boot")?;
     let host = bench.start(false)?;
     let mut samples = BootSamples::default();
     for round in 0..=ROUNDS {
@@ -157,7 +157,7 @@ const WAYS: [Way; 5] = [
 
 /// Runs `bench peers` and writes its figures to `out`.
 pub fn run_peers(out: &Path) -> Result<()> {
-    let bench = Bench::new("peers")?;
+    let bench = WebBench::new("peers")?;
     let disk = Disk::make(&bench)?;
     let mut samples: [BootSamples; 5] = Default::default();
     let mut draw = Draw(3);
@@ -209,7 +209,7 @@ fn row(way: &str, cold: &BootSamples, warm: &BootSamples) -> Value {
     })
 }
 
-impl Bench {
+impl WebBench {
     fn launch_way(&self, way: Way) -> Result<Value> {
         let host = self.start(false)?;
         let mut figures = self.launch(&host)?;
@@ -242,7 +242,7 @@ struct Disk {
 }
 
 impl Disk {
-    fn make(bench: &Bench) -> Result<Self> {
+    fn make(bench: &WebBench) -> Result<Self> {
         let dir = target_dir().join("bench/peers-disk");
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir)?;

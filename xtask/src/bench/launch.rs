@@ -224,6 +224,7 @@ impl LaunchBench {
         }
         let mut host = self.host()?;
         host.start_daemon()?;
+        host.wait_for_kernel()?;
         let mode = match way {
             "on_demand" => "none",
             // Nothing ahead of the request: the prefetch runs beside the launch.

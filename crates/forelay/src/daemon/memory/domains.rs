@@ -73,7 +73,7 @@ impl FaultHandler for Handler {
             self.planner.tell(fetched);
             return;
         }
-        let foreseen = vm.as_ref().is_some_and(|vm| vm.foresaw(&file));
+        let planned = vm.as_ref().is_some_and(|vm| vm.foresaw(&file));
         let (planner, attribution) = (self.planner.clone(), Arc::clone(&self.attribution));
         let answered = move |result: Result<bytes::Bytes, forelay_store::FetchError>| match result {
             Ok(bytes) => {
@@ -86,7 +86,7 @@ impl FaultHandler for Handler {
             Err(error) => fault.reply.postpone(Arc::new(error)),
         };
         self.scheduler
-            .demand(file, extent, !foreseen, Box::new(answered));
+            .demand(file, extent, !planned, Box::new(answered));
     }
 }
 
