@@ -130,6 +130,12 @@ impl<I> Component<I> {
         NameOf::Version.check(&self.version)
     }
 
+    /// True if one VM can have both: they are for the same machines, or one is for all.
+    pub fn runs_beside<J>(&self, other: &Component<J>) -> bool {
+        let (one, other) = (&self.architecture[..], &other.architecture[..]);
+        one == other || one == "all" || other == "all"
+    }
+
     /// A component that offers its name alone and needs nothing.
     pub fn new(name: &str, version: &str, role: Role, architecture: &str, image: I) -> Self {
         Self {

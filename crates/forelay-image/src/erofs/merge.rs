@@ -7,11 +7,15 @@
 //! 2. `emit::Places`: every inode and directory gets its place.
 //! 3. `emit`: the output is written once, front to back.
 //!
-//! Rules: the later layer wins; directories merge; a whiteout (character device 0/0)
-//! removes what lies below it and does not appear itself; an opaque directory hides what
-//! lies below it. A directory that looks implied (0755, root, time 0, no attributes) takes
-//! its attributes from the layer below, so that a per-VM file in `/tmp` does not take away
-//! that directory's sticky bit. Hard links stay hard links within their layer.
+//! Rules: layers are laid over each other as dpkg unpacks packages (`stack` has the table):
+//! the later layer wins; directories merge, through links to directories if need be
+//! (`links`), and keep the attributes of the first; nothing but a directory takes a
+//! directory's place. A whiteout (character device 0/0) removes what lies below it and does
+//! not appear itself; an opaque directory hides what lies below it; an entry marked as
+//! replacing ([`super::xattr::REPLACES`]) is what it is, as in overlayfs. A directory that
+//! looks implied (0755, root, time 0, no attributes) takes its attributes from whichever
+//! layer means some; the VM's own files may give a directory others. Hard links stay hard
+//! links within their layer.
 //!
 //! Refuses to trust a layer: bad metadata is an error, and time and output stay within a
 //! small multiple of the input. Same layers, same bytes.
@@ -28,6 +32,8 @@ use crate::{ChunkIndex, Digest, bundle::Bundle, tree::Tree};
 mod conflict;
 mod emit;
 mod layer;
+mod links;
+mod stack;
 mod walk;
 
 use layer::Source;
@@ -143,6 +149,16 @@ pub enum ComposeError {
     /// The per-VM files cannot be stored.
     #[error("cannot store the VM's own files")]
     PerVm(#[source] WriteError),
+    /// A file, or the like, stands where an earlier layer has a directory.
+    #[error("{path} is a directory in layer {below} and something else in layer {layer}")]
+    OverDirectory {
+        /// Absolute path.
+        path: String,
+        /// The layer whose entry cannot be there; the VM's own files come after the last.
+        layer: usize,
+        /// The layer that has the directory.
+        below: usize,
+    },
     /// The result would exceed what the format holds.
     #[error("the composed image would be too large: {0}")]
     TooLarge(&'static str),
@@ -170,7 +186,7 @@ pub fn compose(
         bundle: None,
     })?);
     let mut devices = devices_of(layers);
-    let merged = walk::walk(&mut sources)?;
+    let merged = links::merge(&mut sources)?;
     let table_slots = match options.layout {
         MapLayout::Devices => devices.len(),
         MapLayout::Flat => 0,

@@ -23,6 +23,10 @@ const PREFIXES: [(&[u8], u8); 5] = [
 /// Name of the attribute that makes a directory opaque for overlayfs.
 pub const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
+/// Name of the attribute of an entry that is what it is, whatever lower layers have in its
+/// place: composing then does as overlayfs does, not as dpkg.
+pub const REPLACES: &[u8] = b"trusted.forelay.replaces";
+
 /// Why attributes cannot be stored.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum XattrError {

@@ -3,12 +3,13 @@
 //! First what is plainly wrong: names nobody has, versions that do not exist, wherever
 //! every path leads to them ([`obvious`]). What remains are combinations: [`conflict`]
 //! removes wants from the manifest one by one until what is left can no longer be
-//! solved *because of* each of them, then tells how those wants collide.
+//! solved *because of* each of them, then tells how those wants collide: what each leads to
+//! that another excludes, and nothing else.
 //!
 //! Refuses to search: it asks the solver. Invariant: every explanation names at least
 //! one want of the manifest.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::component::{Component, NameRange, Role};
@@ -300,12 +301,19 @@ pub(super) fn conflict(universe: &Universe<'_>, wants: &[Want]) -> Vec<Problem> 
         .iter()
         .map(|number| display_wanted(&wants[*number].what))
         .collect();
-    let mut sentences = Vec::new();
-    let mut told = BTreeSet::new();
-    for number in &core {
-        let candidates = universe.wanted(&wants[*number]);
-        tell(universe, &candidates, &mut told, &mut sentences);
+    let mut candidates: Vec<Vec<usize>> = core
+        .iter()
+        .map(|number| {
+            let mut candidates = universe.wanted(&wants[*number]);
+            // Other bases that go by the name, or other kernels, would have fared no better.
+            candidates.truncate(wants[*number].role.map_or(usize::MAX, |_| 1));
+            candidates
+        })
+        .collect();
+    if !wants.iter().any(|want| want.role == Some(Role::Kernel)) {
+        candidates.push(universe.kernels().into_iter().take(1).collect());
     }
+    let sentences = Story::new(universe, &candidates).sentences();
     let lead = match names.as_slice() {
         [] => "no kernel of the repository goes with it".to_owned(),
         [one] => format!("{one} cannot be had"),
@@ -322,37 +330,112 @@ pub(super) fn conflict(universe: &Universe<'_>, wants: &[Want]) -> Vec<Problem> 
     }]
 }
 
-/// Tells the relations of the candidates, and of what they need, that exclude something.
-fn tell(
-    universe: &Universe<'_>,
-    candidates: &[usize],
-    told: &mut BTreeSet<usize>,
-    sentences: &mut Vec<String>,
-) {
-    for number in candidates {
-        if !told.insert(*number) {
-            continue;
-        }
-        let this = title(universe.components[*number]);
-        let excluded = universe.excluded_by(*number);
-        if !excluded.is_empty() {
-            let others: Vec<String> = excluded
-                .iter()
-                .map(|other| title(universe.components[*other]))
-                .collect();
-            sentences.push(format!("{this} excludes {}", others.join(", ")));
-        }
-        for any in universe.requires(*number) {
-            let needs = meeting(universe, any);
-            if needs.contains(number) {
+/// Who takes part in a conflict: what wants lead to, and what excludes what among it.
+struct Story<'u, 'a> {
+    universe: &'u Universe<'a>,
+    /// In the order in which they are come to.
+    reached: Vec<usize>,
+    /// Those of them that each excludes.
+    excluded: BTreeMap<usize, Vec<usize>>,
+}
+
+impl<'u, 'a> Story<'u, 'a> {
+    fn new(universe: &'u Universe<'a>, candidates: &[Vec<usize>]) -> Self {
+        let mut reached: Vec<usize> = Vec::new();
+        let mut pending: Vec<usize> = candidates.iter().flatten().copied().collect();
+        pending.reverse();
+        while let Some(number) = pending.pop() {
+            if reached.contains(&number) {
                 continue;
             }
+            reached.push(number);
+            let needs = universe.requires(number).map(|any| meeting(universe, any));
+            let needs = needs.filter(|meeting| !meeting.contains(&number)).flatten();
+            pending.extend(needs.collect::<Vec<_>>().into_iter().rev());
+        }
+        // Candidates for one want exclude each other as a matter of course.
+        let rivals = |one: usize, other: usize| {
+            let both = |set: &Vec<usize>| set.contains(&one) && set.contains(&other);
+            candidates.iter().any(both)
+        };
+        let mut excluded = BTreeMap::new();
+        for &number in &reached {
+            let others = universe.excluded_by(number).into_iter();
+            let others = others.filter(|other| reached.contains(other) && !rivals(number, *other));
+            let others: Vec<usize> = others.collect();
+            if !others.is_empty() {
+                excluded.insert(number, others);
+            }
+        }
+        Self {
+            universe,
+            reached,
+            excluded,
+        }
+    }
+
+    /// True if `number` excludes, is excluded, has no way to be had, or needs such a one.
+    fn takes_part(&self) -> BTreeSet<usize> {
+        let mut part: BTreeSet<usize> = self.excluded.keys().copied().collect();
+        part.extend(self.excluded.values().flatten());
+        part.extend(
+            dead_ends(self.universe)
+                .iter()
+                .filter(|number| self.reached.contains(number)),
+        );
+        loop {
+            let before = part.len();
+            for &number in &self.reached {
+                let mut needs = self.needs(number);
+                if needs.any(|(_, meeting)| meeting.iter().any(|one| part.contains(one))) {
+                    part.insert(number);
+                }
+            }
+            if part.len() == before {
+                return part;
+            }
+        }
+    }
+
+    /// What `number` needs of others: the words, and who meets them.
+    fn needs(&self, number: usize) -> impl Iterator<Item = (String, Vec<usize>)> {
+        let universe = self.universe;
+        universe.requires(number).filter_map(move |any| {
+            let meeting = meeting(universe, any);
             let words: Vec<String> = any
                 .iter()
                 .map(|(wanted, _)| display_wanted(wanted))
                 .collect();
-            sentences.push(format!("{this} needs {}", words.join(" or ")));
-            tell(universe, &needs, told, sentences);
+            (!meeting.contains(&number)).then(|| (words.join(" or "), meeting))
+        })
+    }
+
+    fn sentences(&self) -> Vec<String> {
+        let part = self.takes_part();
+        let mut sentences = Vec::new();
+        let mut foreign = BTreeSet::new();
+        for &number in self.reached.iter().filter(|number| part.contains(number)) {
+            let this = self.universe.components[number];
+            let mut excluded = Vec::new();
+            for &other in self.excluded.get(&number).into_iter().flatten() {
+                let beside = self.universe.components[other];
+                if beside.runs_beside(this) {
+                    excluded.push(title(beside));
+                } else if foreign.insert((number.min(other), number.max(other))) {
+                    let (of_this, of_other) = (&this.architecture, &beside.architecture);
+                    let (this, other) = (title(this), title(beside));
+                    sentences.push(format!("{this} is for {of_this}, {other} for {of_other}"));
+                }
+            }
+            if !excluded.is_empty() {
+                sentences.push(format!("{} excludes {}", title(this), excluded.join(", ")));
+            }
+            for (words, meeting) in self.needs(number) {
+                if meeting.is_empty() || meeting.iter().any(|one| part.contains(one)) {
+                    sentences.push(format!("{} needs {words}", title(this)));
+                }
+            }
         }
+        sentences
     }
 }

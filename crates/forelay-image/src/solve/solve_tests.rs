@@ -223,6 +223,107 @@ fn second_bases_and_malformed_ranges_are_refused() {
     assert!(failure(&[], &all).contains("component bad 1 has a relation that cannot be read"));
 }
 
+fn for_machine(mut component: Component, architecture: &str) -> Component {
+    component.architecture = architecture.into();
+    component
+}
+
+#[test]
+fn what_is_for_other_machines_is_refused() {
+    let of = |world: &[Component], wanted: &[&str]| {
+        let lock = solve(&manifest(wanted), world);
+        lock.map(|lock| titles(&lock))
+            .map_err(|error| error.to_string())
+    };
+    let arm = for_machine(package("tool", "2"), "arm64");
+    let mut all = world(vec![arm.clone(), for_machine(package("data", "1"), "all")]);
+    assert_eq!(of(&all, &["data"]).unwrap(), ["debian 12", "data 1"]);
+    let text = of(&all, &["tool"]).unwrap_err();
+    assert!(
+        text.contains("debian 12 is for amd64, tool 2 for arm64"),
+        "{text}"
+    );
+    // An older one that fits is taken; so is one that is needed.
+    all.push(package("tool", "1"));
+    all.push(requires(package("user", "1"), &["tool"]));
+    let expected = ["debian 12", "tool 1", "user 1"];
+    assert_eq!(of(&all, &["user"]).unwrap(), expected);
+    // A base for other machines needs its own kernel.
+    let base = for_machine(make("debian", "13", Role::Base), "arm64");
+    all.push(base);
+    assert_eq!(of(&all, &["user"]).unwrap(), expected);
+    all.push(for_machine(make("linux", "5", Role::Kernel), "arm64"));
+    assert_eq!(of(&all, &[]).unwrap(), ["debian 13"]);
+    all.retain(|one| one.role != Role::Kernel || one.architecture == "amd64");
+    all.retain(|one| one.role != Role::Base || one.architecture == "arm64");
+    let text = of(&all, &[]).unwrap_err();
+    assert!(
+        text.contains("debian 13 is for arm64, linux 6.12.1-1 for amd64"),
+        "{text}"
+    );
+    // Attaching is locking anew.
+    let before = solve(&manifest(&[]), &world(vec![])).unwrap();
+    let world = world(vec![arm]);
+    assert!(relock(&manifest(&["tool"]), &world, &before).is_err());
+}
+
+#[test]
+fn a_component_that_is_named_is_taken_although_the_base_has_the_name() {
+    let base = provides(make("debian", "12", Role::Base), "awk", None);
+    let base = provides(base, "editor", Some("2"));
+    let mut all = vec![base, make("linux", "6", Role::Kernel)];
+    // What only the base has, it has.
+    assert_eq!(
+        titles(&solve(&manifest(&["awk"]), &all).unwrap()),
+        ["debian 12"]
+    );
+    all.extend([package("awk", "1"), package("editor", "1")]);
+    let locked = |wanted: &str| titles(&solve(&manifest(&[wanted]), &all).unwrap());
+    assert_eq!(locked("awk"), ["debian 12", "awk 1"]);
+    assert_eq!(locked("editor"), ["debian 12", "editor 1"]);
+    assert_eq!(locked("editor@>= 2"), ["debian 12"]);
+    // A requirement is met by the base, as before.
+    all.push(requires(package("user", "1"), &["awk"]));
+    assert_eq!(
+        titles(&solve(&manifest(&["user"]), &all).unwrap()),
+        ["debian 12", "user 1"]
+    );
+}
+
+#[test]
+fn a_conflict_names_only_what_takes_part() {
+    let base = |name: &str| {
+        let base = provides(make(name, "12", Role::Base), "tzdata", Some("2024"));
+        provides(base, "debian", Some("12"))
+    };
+    let world = vec![
+        base("debian"),
+        base("debian-systemd"),
+        base("debian-full"),
+        make("linux", "6", Role::Kernel),
+        requires(conflicts(package("zones", "1"), "tzdata"), &["libzones"]),
+        package("libzones", "1"),
+        conflicts(package("other", "1"), "bystander"),
+        package("bystander", "1"),
+    ];
+    let text = failure(&["zones", "other"], &world);
+    assert!(
+        text.contains("zones 1 excludes debian 12;")
+            || text.contains("zones 1 excludes debian 12."),
+        "{text}"
+    );
+    for uninvolved in [
+        "systemd",
+        "full",
+        "libzones",
+        "other 1",
+        "bystander",
+        "linux",
+    ] {
+        assert!(!text.contains(uninvolved), "{uninvolved}: {text}");
+    }
+}
+
 #[test]
 fn cycles_are_ordered_and_terminate() {
     let world = world(vec![

@@ -110,8 +110,12 @@ impl<'a> Universe<'a> {
             excluded.extend(self.matching(wanted, range));
         }
         if matches!(this.role, Role::Base | Role::Kernel) {
-            let same_role = |other: &usize| self.components[*other].role == this.role;
-            excluded.extend((0..self.components.len()).filter(same_role));
+            let unfit = |other: &usize| {
+                let other = self.components[*other];
+                let with_base = this.role == Role::Base || other.role == Role::Base;
+                other.role == this.role || with_base && !other.runs_beside(this)
+            };
+            excluded.extend((0..self.components.len()).filter(unfit));
         }
         // Versions of one name exclude each other anyway.
         excluded.retain(|other| self.components[*other].name != this.name);
@@ -127,7 +131,25 @@ impl<'a> Universe<'a> {
             // Extra bases and kernels are not asked for by mistake.
             None => self.components[*number].role != Role::Kernel,
         });
+        // A base provides the names of all its packages: who names one wants the component.
+        let named = |number: &usize| self.components[*number].name == want.what.name;
+        if want.role.is_none() && found.iter().any(named) {
+            found.retain(named);
+        }
         found
+    }
+
+    /// All kernels, the one that is preferred first.
+    pub fn kernels(&self) -> Vec<usize> {
+        let is_kernel = |number: &usize| self.components[*number].role == Role::Kernel;
+        let mut kernels: Vec<usize> = (0..self.components.len()).filter(is_kernel).collect();
+        kernels.sort_by(|a, b| {
+            let (a, b) = (self.components[*a], self.components[*b]);
+            crate::version::compare(&b.version, &a.version).then_with(|| a.name.cmp(&b.name))
+        });
+        let favored = |number: &usize| !self.favored.values().any(|favored| favored == number);
+        kernels.sort_by_key(favored);
+        kernels
     }
 
     /// The components of the best solution, in order of their numbers.
@@ -148,15 +170,7 @@ impl<'a> Universe<'a> {
             .map(|want| provider.any_of(&self.wanted(want)))
             .collect();
         if !wants.iter().any(|want| want.role == Some(Role::Kernel)) {
-            let is_kernel = |number: &usize| self.components[*number].role == Role::Kernel;
-            let mut kernels: Vec<usize> = (0..self.components.len()).filter(is_kernel).collect();
-            kernels.sort_by(|a, b| {
-                let (a, b) = (self.components[*a], self.components[*b]);
-                crate::version::compare(&b.version, &a.version).then_with(|| a.name.cmp(&b.name))
-            });
-            let favored = |number: &usize| !self.favored.values().any(|favored| favored == number);
-            kernels.sort_by_key(favored);
-            requirements.push(provider.any_of(&kernels));
+            requirements.push(provider.any_of(&self.kernels()));
         }
         let mut solver = Solver::new(provider);
         match solver.solve(Question::new().requirements(requirements)) {

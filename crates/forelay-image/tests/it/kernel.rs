@@ -190,7 +190,7 @@ fn privileged_map_image_as_devices_and_as_one_disk() {
         ("/etc/hostname", b"vm"),
         ("/root/.ssh/authorized_keys", &[b'k'; 4097]),
     ]);
-    let expected = model::Model::stack([&base, &top, &own]).describe();
+    let expected = model::Model::stack([&base, &top, &own]).unwrap().describe();
     let (base, top) = (build(&base), build(&top));
     let files = Files::new(&[&base, &top]);
     let devices = compose_all(&[&base, &top], &own, MapLayout::Devices);

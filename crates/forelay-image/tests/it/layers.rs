@@ -47,26 +47,55 @@ proptest! {
 
     #[test]
     fn composed_layers_equal_the_model(
-        trees in prop::collection::vec(model::tree(25), 1..5),
-        own in model::tree(8),
+        base in model::layer(25),
+        trees in prop::collection::vec(model::layer(10), 0..4),
+        own in model::layer(5),
     ) {
-        let built: Vec<Built> = trees.iter().map(build).collect();
-        let built: Vec<&Built> = built.iter().collect();
-        let expected = Model::stack(trees.iter().chain([&own])).describe();
-        let composed = compose_all(&built, &own, MapLayout::Devices);
-        let read = with_image(&composed, &built, |image| {
-            check_links(image);
-            image.to_tree(1 << 30).unwrap()
-        });
-        prop_assert_eq!(&model::describe(&read), &expected);
-        let flat = compose_all(&built, &own, MapLayout::Flat);
-        let disk = flat_disk(&flat, &built);
-        let read = Image::open(&disk).unwrap().to_tree(1 << 30).unwrap();
-        prop_assert_eq!(&model::describe(&read), &expected);
-        let again = compose_all(&built, &own, MapLayout::Devices);
-        prop_assert_eq!(again.digest, composed.digest);
-        prop_assert_eq!(again.map_image, composed.map_image);
+        let mut laid = vec![&base];
+        for tree in &trees {
+            laid.push(tree);
+            if Model::stack(laid.iter().copied().chain([&Tree::new()])).is_err() {
+                check_refused(&laid, &Tree::new())?;
+                laid.pop();
+            }
+        }
+        match Model::stack(laid.iter().copied().chain([&own])) {
+            Ok(expected) => check_composed(&laid, &own, &expected.describe())?,
+            Err(_) => check_refused(&laid, &own)?,
+        }
     }
+}
+
+fn check_refused(trees: &[&Tree], own: &Tree) -> Result<(), TestCaseError> {
+    let built: Vec<Built> = trees.iter().map(|tree| build(tree)).collect();
+    let layers: Vec<_> = built.iter().map(Built::layer).collect();
+    let composed = compose(&layers, own, ComposeOptions::default());
+    let refused = matches!(composed, Err(ComposeError::OverDirectory { .. }));
+    prop_assert!(refused, "composed: {:?}", composed.map(|one| one.digest));
+    Ok(())
+}
+
+fn check_composed(
+    trees: &[&Tree],
+    own: &Tree,
+    expected: &model::Description,
+) -> Result<(), TestCaseError> {
+    let built: Vec<Built> = trees.iter().map(|tree| build(tree)).collect();
+    let built: Vec<&Built> = built.iter().collect();
+    let composed = compose_all(&built, own, MapLayout::Devices);
+    let read = with_image(&composed, &built, |image| {
+        check_links(image);
+        image.to_tree(1 << 30).unwrap()
+    });
+    prop_assert_eq!(&model::describe(&read), expected);
+    let flat = compose_all(&built, own, MapLayout::Flat);
+    let disk = flat_disk(&flat, &built);
+    let read = Image::open(&disk).unwrap().to_tree(1 << 30).unwrap();
+    prop_assert_eq!(&model::describe(&read), expected);
+    let again = compose_all(&built, own, MapLayout::Devices);
+    prop_assert_eq!(again.digest, composed.digest);
+    prop_assert_eq!(again.map_image, composed.map_image);
+    Ok(())
 }
 
 fn with_attributes(mode: u16, xattr: Option<(&str, &str)>, kind: Kind) -> Node {
@@ -124,6 +153,158 @@ fn a_directory_that_is_only_implied_keeps_the_attributes_below() {
         let tmp = image.lookup(b"/tmp").unwrap().unwrap();
         assert_eq!(tmp.record.mode, 0o1777);
     });
+}
+
+fn link(to: &str) -> Node {
+    with_attributes(0o777, None, Kind::Symlink(to.into()))
+}
+
+fn with_links(files: &[(&str, &[u8])], links: &[(&str, &str)]) -> Tree {
+    let mut tree = tree(files);
+    for (path, to) in links {
+        tree.insert_path(path.as_bytes(), link(to)).unwrap();
+    }
+    tree
+}
+
+#[test]
+fn directories_go_through_links_to_directories() {
+    let base = with_links(
+        &[
+            ("/usr/bin/sh", b"sh"),
+            ("/usr/lib/x/1", b""),
+            ("/run/0", b""),
+        ],
+        &[
+            ("/bin", "usr/bin"),
+            ("/lib", "/usr/lib"),
+            ("/lib64", "lib"),
+            ("/var/run", "/run"),
+            ("/var/lock", "/run/lock"),
+            ("/usr/lib/y", "x"),
+            ("/up/here", "../usr"),
+            ("/loop", "loop"),
+            ("/file", "usr/bin/sh"),
+        ],
+    );
+    let top = tree(&[
+        ("/bin/tool", b"1"),
+        ("/lib64/y/2", b"2"),
+        ("/var/run/pid", b"3"),
+        ("/var/lock/l", b"hidden in every VM"),
+        ("/up/here/bin/up", b"4"),
+        ("/loop/5", b"5"),
+        ("/file/6", b"6"),
+    ]);
+    let (base, top) = (build(&base), build(&top));
+    let own = tree(&[("/bin/own", b"own")]);
+    let composed = compose_all(&[&base, &top], &own, MapLayout::Devices);
+    let found = paths(&composed, &[&base, &top]);
+    for path in [
+        "/usr/bin/tool",
+        "/usr/bin/own",
+        "/usr/bin/up",
+        "/usr/lib/x/2",
+        "/run/pid",
+        "/loop/5",
+        "/file/6",
+    ] {
+        assert!(found.iter().any(|one| one == path), "{path}: {found:?}");
+    }
+    for path in [
+        "/bin/tool",
+        "/lib64/y",
+        "/run/lock",
+        "/var/lock/l",
+        "/up/here/bin",
+    ] {
+        assert!(!found.iter().any(|one| one == path), "{path}: {found:?}");
+    }
+    let told: Vec<_> = composed
+        .conflicts
+        .iter()
+        .map(|one| (String::from_utf8_lossy(&one.path).into_owned(), one.winner))
+        .collect();
+    let expected = [("/file", 1), ("/loop", 1), ("/var/lock", 0)];
+    assert_eq!(
+        told,
+        expected.map(|(path, winner)| (path.to_owned(), winner))
+    );
+}
+
+#[test]
+fn a_link_is_followed_as_the_layers_below_have_it() {
+    let base = build(&with_links(
+        &[("/a/1", b""), ("/b/1", b"")],
+        &[("/to", "a")],
+    ));
+    let first = build(&tree(&[("/to/first", b"")]));
+    let moved = build(&with_links(&[], &[("/to", "b")]));
+    let last = build(&tree(&[("/to/last", b"")]));
+    let layers = [&base, &first, &moved, &last];
+    let composed = compose_all(&layers, &Tree::new(), MapLayout::Devices);
+    let expected = ["", "/a", "/a/1", "/a/first", "/b", "/b/1", "/b/last", "/to"];
+    assert_eq!(paths(&composed, &layers), expected);
+}
+
+#[test]
+fn a_directory_that_exists_keeps_its_owner_and_a_file_never_takes_its_place() {
+    let mut base = tree(&[("/etc/a", b"a"), ("/usr/bin/id", b"id")]);
+    let directory = with_attributes(0o755, None, Kind::Directory(Default::default()));
+    let mut by_a_user = tree(&[("/etc/b", b"b"), ("/usr/bin/mine", b"mine")]);
+    for path in ["/etc", "/usr", "/usr/bin"] {
+        let id = base.lookup(path.as_bytes()).unwrap();
+        base.node_mut(id).attributes = directory.attributes.clone();
+        let id = by_a_user.lookup(path.as_bytes()).unwrap();
+        by_a_user.node_mut(id).attributes = Attributes::with_mode(0o775)
+            .owned_by(1000, 1000)
+            .modified_at(5);
+    }
+    by_a_user.node_mut(forelay_image::tree::ROOT).attributes = Attributes::with_mode(0o700)
+        .owned_by(1000, 1000)
+        .modified_at(5);
+    let mut marked = by_a_user.clone();
+    let etc = marked.lookup(b"/etc").unwrap();
+    let replaces = (b"trusted.forelay.replaces".to_vec(), b"y".to_vec());
+    marked.node_mut(etc).attributes.xattrs.extend([replaces]);
+    let (base, top) = (build(&base), build(&by_a_user));
+    let mode = |top: &Built, path: &str| {
+        let composed = compose_all(&[&base, top], &Tree::new(), MapLayout::Devices);
+        with_image(&composed, &[&base, top], |image| {
+            let inode = image.lookup(path.as_bytes()).unwrap().unwrap();
+            assert!(
+                image.xattrs(&inode).unwrap().is_empty(),
+                "marks are for composing"
+            );
+            (inode.record.mode, inode.record.uid)
+        })
+    };
+    for path in ["", "/etc", "/usr", "/usr/bin"] {
+        assert_eq!(mode(&top, path), (0o755, 0), "{path:?}");
+    }
+    let marked = build(&marked);
+    assert_eq!(mode(&marked, "/etc"), (0o775, 1000));
+    assert_eq!(mode(&marked, "/usr"), (0o755, 0));
+
+    let refused = |layers: &[&Built], own: &Tree| {
+        let layers: Vec<_> = layers.iter().map(|built| built.layer()).collect();
+        compose(&layers, own, ComposeOptions::default()).unwrap_err()
+    };
+    let file = tree(&[("/etc", b"a file")]);
+    let error = refused(&[&base, &top], &file);
+    assert!(
+        matches!(&error, ComposeError::OverDirectory { path, layer: 2, below: 1 } if path == "/etc"),
+        "{error}"
+    );
+    let error = refused(&[&base, &build(&file), &top], &Tree::new());
+    assert!(matches!(
+        error,
+        ComposeError::OverDirectory {
+            layer: 1,
+            below: 0,
+            ..
+        }
+    ));
 }
 
 #[test]

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use forelay_image::Digest;
-use forelay_image::erofs::xattr::OPAQUE;
-use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree};
+use forelay_image::erofs::xattr::{OPAQUE, REPLACES};
+use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree, split_path};
 use proptest::prelude::*;
 
 /// Everything that can be said about one path. Hard links name the first path of their
@@ -41,6 +41,18 @@ fn what(kind: &Kind) -> String {
     }
 }
 
+/// A layer has a file where those below have a directory.
+#[derive(Debug)]
+pub struct Refused;
+
+/// What a link leads to.
+enum Behind {
+    Directory(Vec<Vec<u8>>),
+    /// What only a running VM has.
+    Hidden,
+    Nothing,
+}
+
 /// A node of the model: plain, owned, slow.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -48,6 +60,7 @@ pub struct Model {
     what: String,
     /// Equal for the names of one inode.
     inode: (usize, u32),
+    target: Option<Vec<u8>>,
     children: Option<BTreeMap<Vec<u8>, Model>>,
 }
 
@@ -63,6 +76,10 @@ impl Model {
             attributes: node.attributes.clone(),
             what: what(&node.kind),
             inode: (layer, id.0),
+            target: match &node.kind {
+                Kind::Symlink(target) => Some(target.clone()),
+                _ => None,
+            },
             children: tree.entries(id).map(|entries| {
                 let models = entries.iter();
                 models
@@ -73,53 +90,165 @@ impl Model {
     }
 
     fn is_implied(&self) -> bool {
-        self.attributes == Attributes::with_mode(0o755)
+        self.inode.0 > 0 && self.attributes == Attributes::with_mode(0o755)
+    }
+
+    fn is_marked(&self, mark: &[u8]) -> bool {
+        let value = self.attributes.xattrs.get(mark);
+        value.is_some_and(|value| value == b"y")
     }
 
     fn is_opaque(&self) -> bool {
-        self.attributes
-            .xattrs
-            .get(OPAQUE)
-            .is_some_and(|value| value == b"y")
+        self.children.is_some() && self.is_marked(OPAQUE)
     }
 
-    /// Lays `upper` over `lower` by the rules that `compose` documents.
-    pub fn overlay(lower: Option<Self>, mut upper: Self) -> Option<Self> {
-        if upper.what == "char 0 0" {
-            return None;
+    fn without_marks(mut self) -> Self {
+        if self.children.is_some() || self.is_marked(REPLACES) {
+            self.attributes.xattrs.remove(OPAQUE);
         }
-        let Some(children) = upper.children.take() else {
-            return Some(upper);
+        self.attributes.xattrs.remove(REPLACES);
+        self.children = self.children.map(|children| {
+            let kept = children.into_iter();
+            let kept = kept.filter(|(_, child)| child.what != "char 0 0");
+            kept.map(|(name, child)| (name, child.without_marks()))
+                .collect()
+        });
+        self
+    }
+
+    fn at(&mut self, path: &[Vec<u8>]) -> Option<&mut Self> {
+        path.iter()
+            .try_fold(self, |model, name| model.children.as_mut()?.get_mut(name))
+    }
+
+    /// Where `path` leads if that is a directory.
+    fn directory_behind(&self, path: &[Vec<u8>]) -> Behind {
+        let mut pending: Vec<Vec<u8>> = path.iter().rev().cloned().collect();
+        let mut at: Vec<Vec<u8>> = Vec::new();
+        let mut links = 0;
+        while let Some(name) = pending.pop() {
+            if name == b".." {
+                at.pop();
+                continue;
+            }
+            let here = at
+                .iter()
+                .try_fold(self, |model, name| model.children.as_ref()?.get(name));
+            let child = here.and_then(|here| here.children.as_ref()?.get(&name));
+            at.push(name);
+            let Some(child) = child else {
+                return match &at[0][..] {
+                    b"run" => Behind::Hidden,
+                    _ => Behind::Nothing,
+                };
+            };
+            if let Some(target) = &child.target {
+                links += 1;
+                if links > 40 {
+                    return Behind::Nothing;
+                }
+                at.pop();
+                if target.starts_with(b"/") {
+                    at.clear();
+                }
+                let parts: Vec<Vec<u8>> = split_path(target).map(<[u8]>::to_vec).collect();
+                pending.extend(parts.into_iter().rev());
+            } else if child.children.is_none() {
+                return Behind::Nothing;
+            }
+        }
+        Behind::Directory(at)
+    }
+
+    /// Takes over the attributes of `upper` if they are meant for a directory that exists.
+    fn take_attributes(&mut self, upper: &Self, own: bool) {
+        let means = !upper.is_implied() && (own || self.is_implied());
+        if means || upper.is_marked(REPLACES) {
+            (self.attributes, self.inode) = (upper.attributes.clone(), upper.inode);
+            self.attributes.xattrs.remove(OPAQUE);
+            self.attributes.xattrs.remove(REPLACES);
+        }
+    }
+
+    /// Unpacks what is in the directory `upper` at `path`, by the rules that `compose`
+    /// documents. `below` is what there was before this layer.
+    fn unpack(
+        &mut self,
+        below: &Self,
+        path: &[Vec<u8>],
+        upper: Self,
+        own: bool,
+    ) -> Result<(), Refused> {
+        for (name, child) in upper.children.unwrap() {
+            let path = [path, &[name]].concat();
+            self.entry(below, &path, child, own)?;
+        }
+        Ok(())
+    }
+
+    fn entry(
+        &mut self,
+        below: &Self,
+        path: &[Vec<u8>],
+        mut upper: Self,
+        own: bool,
+    ) -> Result<(), Refused> {
+        let (name, parents) = path.split_last().unwrap();
+        let Some(entries) = self.at(parents).and_then(|at| at.children.as_mut()) else {
+            // The layer itself has removed where this was to go.
+            return Ok(());
         };
-        let opaque = upper.is_opaque();
-        let lower = lower.filter(|lower| lower.children.is_some() && !opaque);
-        if opaque {
-            upper.attributes.xattrs.remove(OPAQUE);
-        }
-        let mut merged = BTreeMap::new();
-        if let Some(lower) = lower {
-            if upper.is_implied() {
-                upper.attributes = lower.attributes;
+        let here = entries.get_mut(name);
+        let is_directory = here.as_ref().is_some_and(|here| here.children.is_some());
+        let is_link = here.as_ref().is_some_and(|here| here.target.is_some());
+        let meant = upper.is_opaque() || upper.is_marked(REPLACES);
+        if upper.what == "char 0 0" {
+            entries.remove(name);
+        } else if upper.children.is_none() {
+            if !is_directory || meant {
+                entries.insert(name.clone(), upper.without_marks());
+            } else if upper.target.is_none() {
+                return Err(Refused);
             }
-            merged = lower.children.unwrap();
-        }
-        for (name, child) in children {
-            let below = merged.remove(&name);
-            if let Some(result) = Self::overlay(below, child) {
-                merged.insert(name, result);
+        } else if is_directory && !upper.is_opaque() {
+            here.unwrap().take_attributes(&upper, own);
+            self.unpack(below, path, upper, own)?;
+        } else if is_link && !meant {
+            match below.directory_behind(path) {
+                Behind::Directory(behind) if behind.is_empty() => {
+                    self.take_attributes(&upper, own);
+                    self.unpack(below, &[], upper, own)?;
+                }
+                Behind::Directory(behind) => self.entry(below, &behind, upper, own)?,
+                Behind::Hidden => {}
+                Behind::Nothing => {
+                    entries.remove(name);
+                    self.entry(below, path, upper, own)?;
+                }
             }
+        } else {
+            let content = upper.clone();
+            upper.children = Some(BTreeMap::new());
+            entries.insert(name.clone(), upper.without_marks());
+            self.unpack(below, path, content, own)?;
         }
-        upper.children = Some(merged);
-        Some(upper)
+        Ok(())
     }
 
-    /// Lays all `layers` over each other, the first lowest.
-    pub fn stack<'t>(layers: impl IntoIterator<Item = &'t Tree>) -> Self {
+    /// Lays all `layers` over each other, the first lowest, the last the VM's own.
+    pub fn stack<'t>(layers: impl IntoIterator<Item = &'t Tree>) -> Result<Self, Refused> {
         let models = layers.into_iter().enumerate();
-        models
-            .map(|(layer, tree)| Self::of(tree, layer))
-            .fold(None, Self::overlay)
-            .unwrap()
+        let models: Vec<Self> = models.map(|(layer, tree)| Self::of(tree, layer)).collect();
+        let own = models.len() - 1;
+        let mut models = models.into_iter().enumerate();
+        let (_, base) = models.next().unwrap();
+        let mut stacked = base.without_marks();
+        for (number, upper) in models {
+            let below = stacked.clone();
+            stacked.take_attributes(&upper, number == own);
+            stacked.unpack(&below, &[], upper, number == own)?;
+        }
+        Ok(stacked)
     }
 
     /// Path by path.
@@ -194,6 +323,7 @@ fn attributes() -> impl Strategy<Value = Attributes> {
             "user.two",
             "security.capability",
             "trusted.overlay.opaque",
+            "trusted.forelay.replaces",
             "system.posix_acl_access",
         ][..],
     );
@@ -271,4 +401,37 @@ pub fn tree(max: usize) -> impl Strategy<Value = Tree> {
         }
         tree
     })
+}
+
+/// A random layer for others below it: as overlayfs would have it, or one that is unpacked
+/// over them, with links that lead to directories and without deletions.
+pub fn layer(max: usize) -> impl Strategy<Value = Tree> {
+    (tree(max), any::<bool>()).prop_map(|(mut tree, unpacked)| {
+        for index in 0..tree.len() {
+            let node = tree.node_mut(NodeId(index as u32));
+            if !unpacked {
+                let mark = || (REPLACES.to_vec(), b"y".to_vec());
+                node.attributes.xattrs.extend((index > 0).then(mark));
+                continue;
+            }
+            node.attributes.xattrs.remove(OPAQUE);
+            node.attributes.xattrs.remove(REPLACES);
+            match &mut node.kind {
+                Kind::Symlink(target) => *target = leading(target.len()),
+                kind if kind.is_whiteout() => *kind = Kind::Fifo,
+                _ => {}
+            }
+        }
+        tree
+    })
+}
+
+/// A link's target that may be there.
+fn leading(number: usize) -> Vec<u8> {
+    let name = |number: usize| NAMES[number % NAMES.len()];
+    let start = ["/", "", "../"][number % 3];
+    match number / 3 % 2 {
+        0 => format!("{start}{}", name(number / 6)).into_bytes(),
+        _ => format!("{start}{}/{}", name(number / 6), name(number / 100)).into_bytes(),
+    }
 }

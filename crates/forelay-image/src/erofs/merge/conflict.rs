@@ -16,15 +16,6 @@ pub(super) struct Candidate<'s, 'a> {
 }
 
 impl Candidate<'_, '_> {
-    fn target(&self) -> Vec<u8> {
-        let parts = self.source.data(self.at, &self.record);
-        parts
-            .into_iter()
-            .flat_map(|part| &self.source.metadata[part])
-            .copied()
-            .collect()
-    }
-
     /// Digests of the file's chunks, which start and end with it.
     fn content(&self) -> Option<Vec<Digest>> {
         let offset = u64::from(self.record.union) * BLOCK_BYTES;
@@ -43,7 +34,7 @@ pub(super) fn differ(a: &Candidate<'_, '_>, b: &Candidate<'_, '_>) -> bool {
     let owner = |record: &InodeRecord| (record.mode, record.uid, record.gid);
     match a.record.file_type {
         FileType::Directory => false,
-        FileType::Symlink => a.target() != b.target(),
+        FileType::Symlink => a.source.target(a.at, &a.record) != b.source.target(b.at, &b.record),
         FileType::File => {
             owner(&a.record) != owner(&b.record)
                 || a.source.xattr_area(a.at, &a.record) != b.source.xattr_area(b.at, &b.record)

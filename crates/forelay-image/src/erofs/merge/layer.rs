@@ -26,6 +26,15 @@ pub(super) struct Source<'a> {
     directory_bytes: u64,
 }
 
+/// What an inode says about what lies below it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Marks {
+    /// A directory that hides what lies below.
+    pub opaque: bool,
+    /// Is what it is, whatever lies below.
+    pub replaces: bool,
+}
+
 impl<'a> Source<'a> {
     pub(super) fn new(layer: &Layer<'a>) -> Result<Self, ComposeError> {
         let image = layer.image;
@@ -145,17 +154,34 @@ impl<'a> Source<'a> {
         &self.metadata[start..start + record.xattr_bytes as usize]
     }
 
-    /// True for a directory that hides what lies below it.
-    pub(super) fn is_opaque(&self, at: u32, record: &InodeRecord) -> bool {
-        let mut opaque = false;
+    /// What a checked inode says about what lies below it.
+    pub(super) fn marks(&self, at: u32, record: &InodeRecord) -> Marks {
+        let mut marks = Marks::default();
         if record.xattr_bytes > 0 {
             // The area was checked together with the inode.
             let _ = xattr::visit(self.xattr_area(at, record), |(prefix, name, value)| {
-                let is_it = xattr::OPAQUE.strip_prefix(prefix) == Some(name);
-                opaque |= is_it && value == b"y";
+                let is = |full: &[u8]| full.strip_prefix(prefix) == Some(name) && value == b"y";
+                let is_directory = record.file_type == FileType::Directory;
+                marks.opaque |= is_directory && is(xattr::OPAQUE);
+                marks.replaces |= is(xattr::REPLACES);
             });
         }
-        opaque
+        marks
+    }
+
+    /// Where a checked symbolic link points.
+    pub(super) fn target(&self, at: u32, record: &InodeRecord) -> Vec<u8> {
+        let parts = self.data(at, record).into_iter();
+        parts
+            .flat_map(|part| &self.metadata[part])
+            .copied()
+            .collect()
+    }
+
+    /// Forgets what was used, for another pass.
+    pub(super) fn reset(&mut self) {
+        self.used.fill(0);
+        self.directory_bytes = 0;
     }
 
     /// Takes note that the inode is used; an error if it was before.

@@ -7,11 +7,14 @@
 use std::collections::HashMap;
 
 use super::conflict::{self, Candidate};
-use super::layer::Source;
+use super::layer::{Marks, Source};
+use super::links::{Landing, Ways};
+use super::stack::{Item, Shape, lay};
 use super::{ComposeError, FileConflict};
 use crate::erofs::directory::Packing;
 use crate::erofs::layout::{FileType, InodeRecord, LayoutError};
 use crate::erofs::xattr;
+use crate::tree::split_path;
 
 /// Value of [`WalkEntry::layer`] for `.` and `..`.
 const DOTS: u16 = u16::MAX;
@@ -67,9 +70,42 @@ pub(super) struct Merged {
     /// Attribute areas that differ from the layer's.
     pub rewritten: Vec<Vec<u8>>,
     pub conflicts: Vec<FileConflict>,
+    /// Directories that were left out, since it is not known yet where they go.
+    pub open: Vec<OpenDirectory>,
+}
+
+/// A layer's directory that stands on a link of the layers below.
+pub(super) struct OpenDirectory {
+    pub layer: u16,
+    /// Byte offset of its inode.
+    pub at: u32,
+    /// Where it stands in its layer.
+    pub from: Vec<u8>,
+    /// Where the link is.
+    pub path: Vec<u8>,
 }
 
 impl Merged {
+    /// What `name` is in a directory.
+    pub(super) fn child(
+        &self,
+        sources: &[Source<'_>],
+        directory: u32,
+        name: &[u8],
+    ) -> Option<&Node> {
+        let directory = &self.directories[directory as usize];
+        let range = directory.first_entry as usize..directory.end_entry as usize;
+        let entries = &self.entries[range];
+        let found = entries.binary_search_by(|entry| self.name(sources, entry).cmp(name));
+        found.ok().map(|at| &self.nodes[entries[at].node as usize])
+    }
+
+    /// Where a symbolic link points.
+    pub(super) fn target(&self, sources: &[Source<'_>], link: &Node) -> Vec<u8> {
+        let source = &sources[usize::from(link.layer)];
+        source.target(link.at, &source.checked_inode(link.at))
+    }
+
     pub(super) fn name<'a>(&self, sources: &[Source<'a>], entry: &WalkEntry) -> &'a [u8] {
         name_bytes(sources, entry.name)
     }
@@ -90,6 +126,8 @@ struct Raw<'a> {
     name: &'a [u8],
     at: u32,
     layer: u16,
+    /// Byte offset of the inode of the layer's directory.
+    directory: u32,
     nid: u64,
 }
 
@@ -100,30 +138,47 @@ fn key(name: &[u8]) -> u64 {
     u64::from_be_bytes(bytes)
 }
 
+/// What one layer has at a path.
+type Found = (u16, u32, InodeRecord);
+
 struct Walker<'s, 'a> {
     sources: &'s mut [Source<'a>],
+    ways: &'s Ways,
+    /// The layer of the VM's own files, which are meant to win.
+    own: usize,
     out: Merged,
     /// Layer and inode offset of each directory that is merged into another one.
     contributors: Vec<(u16, u32)>,
     /// Inodes with several names: to the merged node.
     linked: HashMap<(u16, u32), u32>,
+    /// Where directories stand in their layers; known if any of them goes elsewhere.
+    from: HashMap<(u16, u32), Vec<u8>>,
 }
 
-pub(super) fn walk(sources: &mut [Source<'_>]) -> Result<Merged, ComposeError> {
+/// Merges `sources`, of which number `own` is the VM's own, if it is among them.
+pub(super) fn walk(
+    sources: &mut [Source<'_>],
+    ways: &Ways,
+    own: usize,
+) -> Result<Merged, ComposeError> {
     if sources.len() > usize::from(DOTS) {
         return Err(ComposeError::TooLarge("more than 65534 layers"));
     }
     let mut walker = Walker {
         sources,
+        ways,
+        own,
         out: Merged {
             nodes: Vec::new(),
             directories: Vec::new(),
             entries: Vec::new(),
             rewritten: Vec::new(),
             conflicts: Vec::new(),
+            open: Vec::new(),
         },
         contributors: Vec::new(),
         linked: HashMap::new(),
+        from: HashMap::new(),
     };
     walker.add_root()?;
     let mut raw = Vec::new();
@@ -148,14 +203,40 @@ impl<'a> Walker<'_, 'a> {
             }
             group.push((layer as u16, at, record));
         }
+        if !self.ways.is_empty() {
+            let roots = group.into_iter().map(|root| (Vec::new(), root));
+            group = self.with_landings(b"", roots.collect());
+        }
         let name = Name {
             at: 0,
             layer: DOTS,
             len: 0,
         };
-        group.reverse();
         self.add_directory(&group, 0, name)?;
         Ok(())
+    }
+
+    /// Adds to `group` the directories that come to `path` through links, in the order of
+    /// layers and, within one, of the paths that its entries have there: that in which dpkg
+    /// unpacks them. `group` is given with those paths.
+    fn with_landings(&mut self, path: &[u8], mut group: Vec<(Vec<u8>, Found)>) -> Vec<Found> {
+        let there = |landing: &&Landing| usize::from(landing.layer) < self.sources.len();
+        let landings = self.ways.landings(path).iter().filter(there);
+        group.extend(landings.map(|Landing { layer, at, from }| {
+            let record = self.sources[usize::from(*layer)].checked_inode(*at);
+            (from.clone(), (*layer, *at, record))
+        }));
+        group.sort_by(|(one, (a, ..)), (other, (b, ..))| {
+            a.cmp(b)
+                .then_with(|| split_path(one).cmp(split_path(other)))
+        });
+        let place = |(from, found): (Vec<u8>, Found)| {
+            if found.2.file_type == FileType::Directory {
+                self.from.insert((found.0, found.1), from);
+            }
+            found
+        };
+        group.into_iter().map(place).collect()
     }
 
     /// Reads the entries of all directories that stand at one path, sorted by name and layer.
@@ -163,15 +244,16 @@ impl<'a> Walker<'_, 'a> {
         let directory = &self.out.directories[index];
         let range = directory.first_contributor as usize..directory.end_contributor as usize;
         let several = range.len() > 1;
-        for &(layer, at) in &self.contributors[range] {
+        for &(layer, directory) in &self.contributors[range] {
             let source = &mut self.sources[usize::from(layer)];
-            let record = source.checked_inode(at);
-            source.entries(at, &record, |at, name, nid| {
+            let record = source.checked_inode(directory);
+            source.entries(directory, &record, |at, name, nid| {
                 raw.push(Raw {
                     key: key(name),
                     name,
                     at,
                     layer,
+                    directory,
                     nid,
                 });
             })?;
@@ -246,96 +328,113 @@ impl<'a> Walker<'_, 'a> {
         self.out.entries.push(WalkEntry { name, node });
     }
 
-    /// Decides one name, which `group` has in one or more layers, lowest first.
-    fn decide(&mut self, index: u32, group: &[Raw<'a>]) -> Result<Option<u32>, ComposeError> {
-        let top = &group[group.len() - 1];
-        let (at, record) = self.sources[usize::from(top.layer)].inode(top.nid)?;
-        if group.len() == 1 {
-            return self.add(index, top, at, record);
+    /// Decides one name, which `raw` has in one or more layers, lowest first.
+    fn decide(&mut self, index: u32, raw: &[Raw<'a>]) -> Result<Option<u32>, ComposeError> {
+        let name = name_of(&raw[raw.len() - 1]);
+        if let [raw] = raw
+            && self.ways.is_empty()
+        {
+            let (at, record) = self.sources[usize::from(raw.layer)].inode(raw.nid)?;
+            return match record.is_whiteout() {
+                true => Ok(None),
+                false => self.add(index, name, &(raw.layer, at, record)).map(Some),
+            };
         }
-        let mut candidates = Vec::with_capacity(group.len());
-        candidates.push((top.layer, at, record));
-        for lower in group.iter().rev().skip(1) {
-            let (at, record) = self.sources[usize::from(lower.layer)].inode(lower.nid)?;
-            candidates.push((lower.layer, at, record));
+        let mut group = Vec::with_capacity(raw.len());
+        for raw in raw {
+            let (at, record) = self.sources[usize::from(raw.layer)].inode(raw.nid)?;
+            group.push((raw.layer, at, record));
         }
-        self.note_conflicts(index, top, &candidates);
-        if record.file_type != FileType::Directory {
-            return self.add(index, top, at, record);
+        if !self.ways.is_empty() {
+            let from = raw.iter().map(|raw| {
+                let directory = self.from.get(&(raw.layer, raw.directory));
+                [directory.map_or(&b""[..], Vec::as_slice), raw.name].join(&b'/')
+            });
+            let from = from.zip(group).collect();
+            let path = self.path(index, raw[0].name);
+            group = self.with_landings(&path[1..], from);
         }
-        let mut visible = 0;
-        for &(layer, at, record) in &candidates {
-            if record.file_type != FileType::Directory {
-                break;
+        let items: Vec<Item<'_>> = group.iter().map(|found| self.item(found)).collect();
+        let laid = lay(&items).map_err(|(above, below)| {
+            let layer = |number: usize| usize::from(group[number].0);
+            ComposeError::OverDirectory {
+                path: String::from_utf8_lossy(&self.path(index, raw[0].name)).into_owned(),
+                layer: layer(above),
+                below: layer(below),
             }
-            visible += 1;
-            if self.sources[usize::from(layer)].is_opaque(at, &record) {
-                break;
-            }
+        })?;
+        for &open in &laid.open {
+            let path = self.path(index, raw[0].name);
+            let (layer, at, _) = group[open];
+            let from = self.from.get(&(layer, at)).unwrap_or(&path).clone();
+            self.out.open.push(OpenDirectory {
+                layer,
+                at,
+                from,
+                path,
+            });
         }
-        let node = self.add_directory(&candidates[..visible], index, name_of(top))?;
-        Ok(Some(node))
+        let Some(&top) = laid.visible.last() else {
+            return Ok(None);
+        };
+        self.note_conflicts(index, raw[0].name, &group[top], &laid.lost, &group);
+        if group[top].2.file_type != FileType::Directory {
+            return self.add(index, name, &group[top]).map(Some);
+        }
+        let visible: Vec<Found> = laid.visible.iter().map(|&at| group[at]).collect();
+        self.add_directory(&visible, index, name).map(Some)
     }
 
-    fn add(
-        &mut self,
-        index: u32,
-        raw: &Raw<'a>,
-        at: u32,
-        record: InodeRecord,
-    ) -> Result<Option<u32>, ComposeError> {
-        if record.is_whiteout() {
-            return Ok(None);
+    fn item(&self, &(layer, at, ref record): &Found) -> Item<'_> {
+        let marks = self.sources[usize::from(layer)].marks(at, record);
+        Item {
+            shape: match record.file_type {
+                _ if record.is_whiteout() => Shape::Whiteout,
+                FileType::Directory => Shape::Directory,
+                FileType::Symlink => Shape::Link,
+                _ => Shape::Other,
+            },
+            opaque: marks.opaque,
+            replaces: marks.replaces,
+            way: self.ways.of(layer, at),
         }
+    }
+
+    /// Appends what one layer has at a path.
+    fn add(&mut self, index: u32, name: Name, found: &Found) -> Result<u32, ComposeError> {
+        let &(layer, at, record) = found;
         if record.file_type == FileType::Directory {
-            let group = [(raw.layer, at, record)];
-            return Ok(Some(self.add_directory(&group, index, name_of(raw))?));
+            return self.add_directory(&[*found], index, name);
         }
         let node = self.out.nodes.len() as u32;
         if record.nlink > 1 {
-            if let Some(&node) = self.linked.get(&(raw.layer, at)) {
+            if let Some(&node) = self.linked.get(&(layer, at)) {
                 self.out.nodes[node as usize].nlink += 1;
-                return Ok(Some(node));
+                return Ok(node);
             }
-            self.linked.insert((raw.layer, at), node);
+            self.linked.insert((layer, at), node);
         } else {
-            self.sources[usize::from(raw.layer)].use_once(at)?;
+            self.sources[usize::from(layer)].use_once(at)?;
         }
-        self.out.nodes.push(Node {
-            layer: raw.layer,
-            file_type: record.file_type,
-            at,
-            nlink: 1,
-            extra: match record.file_type {
-                FileType::Symlink => record.size as u32,
-                _ => 0,
-            },
-            xattr_bytes: record.xattr_bytes as u32,
-            rewritten: 0,
-        });
-        Ok(Some(node))
+        let extra = match record.file_type {
+            FileType::Symlink => record.size as u32,
+            _ => 0,
+        };
+        self.add_node(found, 1, extra)
     }
 
-    /// Appends a directory that merges `group`, highest layer first.
-    fn add_directory(
+    /// Appends a node that copies a layer's inode, without the marks for composing.
+    fn add_node(
         &mut self,
-        group: &[(u16, u32, InodeRecord)],
-        parent: u32,
-        name: Name,
+        &(layer, at, record): &Found,
+        nlink: u32,
+        extra: u32,
     ) -> Result<u32, ComposeError> {
-        let first_contributor = self.contributors.len() as u32;
-        for &(layer, at, _) in group.iter().rev() {
-            self.sources[usize::from(layer)].use_once(at)?;
-            self.contributors.push((layer, at));
-        }
-        let explicit = group.iter().find(|(_, _, record)| !is_implied(record));
-        let &(layer, at, record) = explicit.unwrap_or(&group[group.len() - 1]);
-        let node = self.out.nodes.len() as u32;
         let source = &self.sources[usize::from(layer)];
         let mut xattr_bytes = record.xattr_bytes as u32;
         let mut rewritten = 0;
-        if source.is_opaque(at, &record) {
-            let area = without_opaque(source.xattr_area(at, &record))
+        if source.marks(at, &record) != Marks::default() {
+            let area = without_marks(source.xattr_area(at, &record))
                 .map_err(|error| source.error(at.into(), error))?;
             xattr_bytes = area.len() as u32;
             self.out.rewritten.push(area);
@@ -343,13 +442,30 @@ impl<'a> Walker<'_, 'a> {
         }
         self.out.nodes.push(Node {
             layer,
-            file_type: FileType::Directory,
+            file_type: record.file_type,
             at,
-            nlink: 2,
-            extra: self.out.directories.len() as u32,
+            nlink,
+            extra,
             xattr_bytes,
             rewritten,
         });
+        Ok(self.out.nodes.len() as u32 - 1)
+    }
+
+    /// Appends a directory that merges `group`, lowest layer first.
+    fn add_directory(
+        &mut self,
+        group: &[Found],
+        parent: u32,
+        name: Name,
+    ) -> Result<u32, ComposeError> {
+        let first_contributor = self.contributors.len() as u32;
+        for &(layer, at, _) in group {
+            self.sources[usize::from(layer)].use_once(at)?;
+            self.contributors.push((layer, at));
+        }
+        let chosen = group[self.who_says_what(group)];
+        let node = self.add_node(&chosen, 2, self.out.directories.len() as u32)?;
         self.out.directories.push(Directory {
             node,
             first_entry: 0,
@@ -363,33 +479,61 @@ impl<'a> Walker<'_, 'a> {
         Ok(node)
     }
 
-    fn note_conflicts(&mut self, index: u32, top: &Raw<'a>, group: &[(u16, u32, InodeRecord)]) {
-        let candidate = |&(layer, at, record): &(u16, u32, InodeRecord)| Candidate {
+    /// Whose attributes a directory has: those of the first that means them, since one that
+    /// exists keeps its own, unless the VM's own files or a marked directory say otherwise.
+    fn who_says_what(&self, group: &[Found]) -> usize {
+        let mut chosen = 0;
+        for (number, found) in group.iter().enumerate().skip(1) {
+            let &(layer, at, ref record) = found;
+            let source = &self.sources[usize::from(layer)];
+            let own = usize::from(layer) == self.own;
+            let takes = source.marks(at, record).replaces
+                || !self.is_implied(found) && (own || self.is_implied(&group[chosen]));
+            if takes {
+                chosen = number;
+            }
+        }
+        chosen
+    }
+
+    /// True for the attributes that [`crate::tree::Tree::make_directories`] gives. The lowest
+    /// layer is a whole system, which means what it says.
+    fn is_implied(&self, &(layer, at, ref record): &Found) -> bool {
+        let source = &self.sources[usize::from(layer)];
+        layer > 0
+            && record.mode == 0o755
+            && (record.uid, record.gid) == (0, 0)
+            && (record.mtime_s, record.mtime_ns) == (0, 0)
+            && (record.xattr_bytes == 0
+                || without_marks(source.xattr_area(at, record)).is_ok_and(|area| area.is_empty()))
+    }
+
+    /// Notes which layers' files are not used although they differ from what is.
+    fn note_conflicts(
+        &mut self,
+        index: u32,
+        name: &[u8],
+        winner: &Found,
+        lost: &[usize],
+        group: &[Found],
+    ) {
+        if usize::from(winner.0) == self.own {
+            return;
+        }
+        let candidate = |&(layer, at, record): &Found| Candidate {
             source: &self.sources[usize::from(layer)],
             at,
             record,
         };
-        // The VM's own files are meant to win.
-        if usize::from(top.layer) + 1 == self.sources.len() || group[0].2.is_whiteout() {
-            return;
-        }
-        let winner = candidate(&group[0]);
-        let mut losers = Vec::new();
-        for lower in &group[1..] {
-            if lower.2.is_whiteout() {
-                break;
-            }
-            if conflict::differ(&winner, &candidate(lower)) {
-                losers.push(usize::from(lower.0));
-            }
-        }
+        let lost = lost.iter().map(|&number| &group[number]);
+        let differing = lost.filter(|lost| conflict::differ(&candidate(winner), &candidate(lost)));
+        let losers: Vec<u16> = differing.map(|lost| lost.0).collect();
         for loser in losers {
-            let path = self.path(index, top.name);
-            let winner = usize::from(top.layer);
+            let path = self.path(index, name);
             self.out.conflicts.push(FileConflict {
                 path,
-                winner,
-                loser,
+                winner: winner.0.into(),
+                loser: loser.into(),
             });
         }
     }
@@ -415,16 +559,9 @@ fn name_of(raw: &Raw<'_>) -> Name {
     }
 }
 
-/// True for the attributes that [`crate::tree::Tree::make_directories`] gives.
-fn is_implied(record: &InodeRecord) -> bool {
-    record.mode == 0o755
-        && (record.uid, record.gid) == (0, 0)
-        && (record.mtime_s, record.mtime_ns) == (0, 0)
-        && record.xattr_bytes == 0
-}
-
-fn without_opaque(area: &[u8]) -> Result<Vec<u8>, LayoutError> {
+fn without_marks(area: &[u8]) -> Result<Vec<u8>, LayoutError> {
     let mut xattrs = xattr::decode(area)?;
     xattrs.remove(xattr::OPAQUE);
+    xattrs.remove(xattr::REPLACES);
     xattr::encode(&xattrs).map_err(|_| LayoutError::corrupt("extended attributes", 0))
 }
