@@ -10,27 +10,28 @@
 
 use std::path::Path;
 
-use forelay_image::component::{Capability, Role};
+use forelay_image::component::Role;
 use forelay_image::tree::{Attributes, Tree};
 
 use crate::apt::{AptCache, network_error};
 use crate::clean::{clamp_times, remove_noise, remove_secrets};
 use crate::deb::read_small_file;
 use crate::dir::{Ownership, read_directory};
-use crate::draft::{Draft, Imported};
+use crate::draft::{Draft, Imported, plain_files};
 use crate::error::{ImportError, text_of, tree_error};
 use crate::progress::{BuildPhase, Progress, Reporter};
+use crate::rootfs::{describe_base, put_fragments};
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
 use crate::stable_ids::{IdMap, without_change_days};
 use crate::tool::{Tool, require_root};
-use forelay_guest_protocol::accounts::{Fragments, fragments_path, merged_paths};
-use forelay_image::control::{parse_paragraphs, parse_provides, sbom_package};
 
 /// Documentation and translations that a slim base leaves out; licences stay.
 const SLIM: &[&str] = &[
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
     "path-exclude=/usr/share/man/*",
+    // Alternatives have links there, and fail without the directories.
+    "path-include=/usr/share/man/man[1-9]",
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/locale/*",
     "path-include=/usr/share/locale/locale.alias",
@@ -108,7 +109,7 @@ pub fn build_base(
     let started_s = now_s() - 1;
     bootstrap(options, apt, &root, report)?;
     report(Progress::Started(BuildPhase::Read));
-    let mut tree = read_directory(&root, Ownership::Keep)?;
+    let mut tree = read_directory(&root, Ownership::Keep)?.tree;
     let notes = clean_base(&mut tree, options, name, &root, started_s)?;
     let draft = describe(&tree, options, name, &root, notes)?;
     Ok(Imported::alone(tree, draft, vec![spool]))
@@ -207,16 +208,7 @@ fn clean_base(
     tree.put_file(place, sources, made(0o644))
         .map_err(tree_error(root))?;
     stable_accounts(tree, root)?;
-    let mut fragments = Fragments::default();
-    for path in merged_paths() {
-        if tree.lookup(path.as_bytes()).is_some() {
-            let bytes = read_small_file(tree, path.as_bytes(), root)?;
-            let text = String::from_utf8_lossy(&bytes).into_owned();
-            fragments.files.insert(path.to_owned(), text);
-        }
-    }
-    tree.put_file(&fragments_path(name), fragments.encode(), made(0o600))
-        .map_err(tree_error(root))?;
+    put_fragments(tree, name, root)?;
     clamp_times(tree, started_s, FALLBACK_TIME_S);
     let removed = secrets.into_iter().map(|what| format!("left out: {what}"));
     Ok(removed.collect())
@@ -245,45 +237,15 @@ fn describe(
     root: &Path,
     notes: Vec<String>,
 ) -> Result<Draft, ImportError> {
-    let status = read_small_file(tree, b"var/lib/dpkg/status", root)?;
-    let packages = parse_paragraphs(&String::from_utf8_lossy(&status));
-    let packages: Vec<_> = packages.iter().filter(|p| p.is_installed()).collect();
     let release = read_small_file(tree, b"etc/debian_version", root)?;
     let release = String::from_utf8_lossy(&release).trim().to_owned();
     let version = format!("{release}+{}", newest_package_day(tree));
-    let mut provides = Vec::new();
-    for package in &packages {
-        provides.push(Capability {
-            name: package.field("Package").to_owned(),
-            version: Some(package.field("Version").to_owned()),
-        });
-        provides.extend(parse_provides(package.field("Provides")));
-    }
-    let mut alias = |alias: String| {
-        if alias != name {
-            let version = Some(version.clone());
-            provides.push(Capability {
-                name: alias,
-                version,
-            });
-        }
-    };
-    alias("debian".to_owned());
-    alias(format!("debian-{}", options.suite));
-    provides.sort();
-    provides.dedup();
     let with = if options.systemd { " with systemd" } else { "" };
-    let mut architectures = packages.iter().map(|one| one.field("Architecture"));
-    let architecture = architectures.find(|architecture| *architecture != "all");
-    let architecture = architecture.unwrap_or("all");
-    let packages = packages.iter().map(|package| sbom_package(package));
-    Ok(Draft {
-        description: format!("Debian {release} ({}), minimal{with}", options.suite),
-        provides,
-        notes,
-        sbom: packages.collect(),
-        ..Draft::new(name, &version, Role::Base, architecture, ())
-    })
+    let mut draft = plain_files(name, &version, Role::Base);
+    draft.description = format!("Debian {release} ({}), minimal{with}", options.suite);
+    draft.notes = notes;
+    describe_base(tree, &mut draft)?;
+    Ok(draft)
 }
 
 /// The day of the newest file that came out of a package, as `20260915`: a base with a

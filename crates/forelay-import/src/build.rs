@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use forelay_image::component::{Component, Role};
 use forelay_image::erofs::write::{WriteError, write_image};
-use forelay_image::tree::{Kind, Tree};
+use forelay_image::tree::{Kind, ROOT, Tree};
 use forelay_image::{ChunkIndex, NameOf};
 use tempfile::TempPath;
 
@@ -19,14 +19,15 @@ use crate::apt::{AptCache, DEFAULT_REFRESH_AFTER};
 use crate::base::{BaseOptions, DEFAULT_SUITE, build_base, made};
 use crate::deb::{merge_usr, read_deb};
 use crate::dir::{Ownership, name_from_path, read_directory};
-use crate::draft::{Draft, Imported, Part, plain_files};
+use crate::draft::{Draft, Files, Imported, Part, plain_files};
 use crate::error::{ImportError, io_error, tree_error};
 use crate::kernel::{KernelOptions, build_kernel};
 use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
+use crate::rootfs::{describe_base, put_fragments, release_version};
 use crate::roots::BaseRoot;
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
-use crate::tar::{Archive, read_tar};
+use crate::tar::read_tar;
 use forelay_image::control::{parse_provides, parse_relations, sbom_package};
 use forelay_image::package_status::status_path;
 
@@ -211,18 +212,14 @@ impl Builder {
             }
             BuildSource::Directory { path, ownership } => {
                 report(Progress::Started(BuildPhase::Read));
-                let tree = read_directory(path, *ownership)?;
-                let files = Archive {
-                    tree,
-                    notes: Vec::new(),
-                };
-                plain_component(path, files, request.role, Vec::new())
+                let files = read_directory(path, *ownership)?;
+                plain_component(path, files, request, Vec::new())
             }
             BuildSource::Tar { path, ownership } => {
                 report(Progress::Started(BuildPhase::Read));
                 let mut spool = Spool::new(&scratch, DEFAULT_LIMIT_BYTES)?;
                 let files = read_tar(path, &mut spool, *ownership)?;
-                plain_component(path, files, request.role, vec![spool])
+                plain_component(path, files, request, vec![spool])
             }
             BuildSource::DebFile { path } => {
                 import_deb_file(path, request.name.as_deref(), &scratch, report)
@@ -272,18 +269,24 @@ impl Builder {
     }
 }
 
-/// A component of files that say nothing about themselves. What is laid over a base has
-/// its files where the base's links would lead; a base is as it is.
+/// A component of plain files. What is laid over a base has its files where the base's links
+/// would lead; a base is as it is, and says what it has.
 fn plain_component(
     path: &Path,
-    files: Archive,
-    role: Option<Role>,
+    files: Files,
+    request: &BuildRequest,
     spools: Vec<Spool>,
 ) -> Result<Imported, ImportError> {
-    let Archive { mut tree, notes } = files;
+    let Files { mut tree, notes } = files;
     let mut draft = plain_files(&name_from_path(path), "0", Role::Package);
     draft.notes.extend(notes);
-    if role != Some(Role::Base) {
+    if request.role == Some(Role::Base) {
+        draft.name = request.name.clone().unwrap_or(draft.name);
+        draft.version = release_version(&tree)?.unwrap_or(draft.version);
+        describe_base(&tree, &mut draft)?;
+        put_fragments(&mut tree, &draft.name, path)?;
+        draft.notes.extend(open_root(&mut tree));
+    } else {
         let moved = merge_usr(&mut tree, path)?;
         let moved = moved
             .iter()
@@ -291,6 +294,22 @@ fn plain_component(
         draft.notes.extend(moved);
     }
     Ok(Imported::alone(tree, draft, spools))
+}
+
+/// The root directory of an archive is often one that `mktemp` made, for its owner alone:
+/// nobody but root could use such a VM.
+fn open_root(tree: &mut Tree) -> Option<String> {
+    let attributes = &mut tree.node_mut(ROOT).attributes;
+    let (mode, owner) = (attributes.mode, (attributes.uid, attributes.gid));
+    if mode & 0o555 == 0o555 && owner == (0, 0) {
+        return None;
+    }
+    attributes.mode = 0o755;
+    (attributes.uid, attributes.gid) = (0, 0);
+    let (uid, gid) = owner;
+    Some(format!(
+        "/ had mode {mode:04o} and owner {uid}:{gid}; it has 0755 and 0:0 now"
+    ))
 }
 
 fn import_deb_file(
@@ -345,11 +364,19 @@ fn apply_overrides(draft: &mut Draft, request: &BuildRequest) -> Result<(), Impo
     if let Some(name) = &request.name {
         draft.name = name.clone();
     }
-    if let Some(version) = &request.version {
-        draft.version = version.clone();
-    }
     if let Some(role) = request.role {
         draft.role = role;
+    }
+    if let Some(version) = &request.version {
+        let before = std::mem::replace(&mut draft.version, version.clone());
+        let (sbom, is_base) = (&draft.sbom, draft.role == Role::Base);
+        // The other names of a base (its release) have its version.
+        for offered in draft.provides.iter_mut().filter(|_| is_base) {
+            let is_package = sbom.iter().any(|package| package.name == offered.name);
+            if offered.version.as_ref() == Some(&before) && !is_package {
+                offered.version = Some(version.clone());
+            }
+        }
     }
     if let Some(description) = &request.description {
         draft.description = description.clone();

@@ -26,7 +26,7 @@ use forelay_image::package_status::{merged_status, status_path};
 
 fn silent(_: Progress) {}
 
-fn test_cache() -> PathBuf {
+pub(crate) fn test_cache() -> PathBuf {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
     let cache = target.join("test-cache/import");
     fs::create_dir_all(&cache).unwrap();
@@ -34,7 +34,7 @@ fn test_cache() -> PathBuf {
 }
 
 /// Why builds with Debian packages cannot run here, if they cannot.
-fn missing() -> Option<String> {
+pub(crate) fn missing() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("not root".to_owned());
     }
@@ -64,11 +64,12 @@ fn builder() -> Builder {
 }
 
 /// The base that all tests share, built once for each state of the code that makes it.
-fn base() -> &'static BaseRoot {
+pub(crate) fn base() -> &'static BaseRoot {
     static BASE: OnceLock<BaseRoot> = OnceLock::new();
     BASE.get_or_init(|| {
         let sources = [
             include_str!("base.rs"),
+            include_str!("rootfs.rs"),
             include_str!("clean.rs"),
             include_str!("stable_ids.rs"),
             include_str!("../../forelay-guest-protocol/src/accounts.rs"),

@@ -2,10 +2,12 @@
 //!
 //! overlayfs copies a file up when it is opened for writing and a directory when a
 //! temporary file is made in it; neither is a change. Such copies are taken out, so that
-//! a component holds what its packages add and nothing of the base.
+//! a component holds what its packages add and nothing of the base. What scripts changed of
+//! the base's directories (their owner, or that they are directories) is marked, since
+//! composing leaves directories that exist as they are.
 //!
-//! Invariant: base + result shows the same files, content and attributes (times of
-//! directories aside) as base + upper directory.
+//! Invariant: base + result, composed, shows the same files, content and attributes (times
+//! of directories aside) as base + upper directory under overlayfs.
 
 use std::fs::{self, File, Metadata};
 use std::io::{Read, Seek, SeekFrom};
@@ -13,6 +15,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use forelay_image::erofs::xattr::REPLACES;
 use forelay_image::tree::{Attributes, FileData, Kind, NodeId, ROOT, Tree};
 
 use crate::error::{ImportError, io_error};
@@ -39,6 +42,13 @@ fn prune(
         };
         let opaque = b"trusted.overlay.opaque";
         let is_directory = upper.entries(id).is_some();
+        let attributes = &upper.node(id).attributes;
+        let same = is_directory && same_attributes(attributes, &metadata);
+        let whiteout = upper.node(id).kind.is_whiteout();
+        if metadata.is_dir() && !whiteout && (!same || !attributes.xattrs.is_empty()) {
+            let attributes = &mut upper.node_mut(id).attributes;
+            attributes.xattrs.insert(REPLACES.to_vec(), b"y".to_vec());
+        }
         if is_directory && !upper.node(id).attributes.xattrs.contains_key(&opaque[..]) {
             prune(upper, id, &path, removed)?;
         }
@@ -108,6 +118,31 @@ mod tests {
     use crate::dir::{Ownership, read_directory};
 
     #[test]
+    fn what_became_of_directories_is_marked() {
+        let host = tempfile::tempdir().unwrap();
+        let (base, upper) = (host.path().join("base"), host.path().join("upper"));
+        for directory in ["same", "mode", "link", "file", "gone"] {
+            fs::create_dir_all(base.join(directory)).unwrap();
+        }
+        for directory in ["same", "mode", "new"] {
+            fs::create_dir_all(upper.join(directory)).unwrap();
+            fs::write(upper.join(directory).join("file"), b"new").unwrap();
+        }
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        fs::set_permissions(upper.join("mode"), open).unwrap();
+        std::os::unix::fs::symlink("mode", upper.join("link")).unwrap();
+        fs::write(upper.join("file"), b"file").unwrap();
+        let mut tree = read_directory(&upper, Ownership::Keep).unwrap().tree;
+        remove_unchanged(&mut tree, &base).unwrap();
+        let marked = |path: &str| {
+            let id = tree.lookup(path.as_bytes()).unwrap();
+            tree.node(id).attributes.xattrs.contains_key(REPLACES)
+        };
+        let paths = ["same", "mode", "new", "link", "file", "mode/file"];
+        assert_eq!(paths.map(marked), [false, true, false, true, true, false]);
+    }
+
+    #[test]
     fn copies_go_and_changes_stay() {
         let host = tempfile::tempdir().unwrap();
         let (base, upper) = (host.path().join("base"), host.path().join("upper"));
@@ -120,7 +155,7 @@ mod tests {
         fs::write(base.join("etc/changed"), b"one").unwrap();
         fs::write(upper.join("etc/changed"), b"two").unwrap();
         fs::write(upper.join("etc/new"), b"new").unwrap();
-        let mut tree = read_directory(&upper, Ownership::Keep).unwrap();
+        let mut tree = read_directory(&upper, Ownership::Keep).unwrap().tree;
         let removed = remove_unchanged(&mut tree, &base).unwrap();
         assert_eq!(removed, 4);
         assert!(tree.lookup(b"etc/changed").is_some());

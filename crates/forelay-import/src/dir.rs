@@ -1,8 +1,9 @@
 //! A host directory as a [`Tree`].
 //!
 //! Owns the walk: entries in byte order of their names, hard links by (device, inode),
-//! extended attributes, device nodes. Refuses to follow symbolic links and to read
-//! content: files stay on the host until the image is written.
+//! extended attributes, device nodes. Refuses to follow symbolic links, to enter other file
+//! systems (a `/proc` that is mounted there) and to read content: files stay on the host
+//! until the image is written.
 //!
 //! Invariant: the result depends only on the directory's content, not on its path, its
 //! inode numbers or the order in which the host lists names.
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree};
 
+use crate::draft::Files;
 use crate::error::{ImportError, io_error, tree_error};
 
 /// Who owns the files of the imported tree.
@@ -43,9 +45,9 @@ impl Ownership {
     }
 }
 
-/// Reads the directory `root` into a tree.
-pub fn read_directory(root: &Path, ownership: Ownership) -> Result<Tree, ImportError> {
-    let metadata = fs::symlink_metadata(root).map_err(io_error("reading", root))?;
+/// Reads the directory `root` into a tree. `root` itself may be a link.
+pub fn read_directory(root: &Path, ownership: Ownership) -> Result<Files, ImportError> {
+    let metadata = fs::metadata(root).map_err(io_error("reading", root))?;
     if !metadata.is_dir() {
         let problem = "not a directory";
         return Err(crate::error::archive_error(root, problem));
@@ -54,19 +56,32 @@ pub fn read_directory(root: &Path, ownership: Ownership) -> Result<Tree, ImportE
         tree: Tree::new(),
         ownership,
         links: BTreeMap::new(),
+        file_system: metadata.dev(),
+        not_entered: Vec::new(),
     };
+    let root = &root.canonicalize().map_err(io_error("reading", root))?;
     walk.tree.node_mut(ROOT).attributes = walk.attributes(root, &metadata)?;
     let mut pending = vec![(root.to_owned(), ROOT)];
     while let Some((path, id)) = pending.pop() {
         walk.directory(&path, id, &mut pending)?;
     }
-    Ok(walk.tree)
+    let notes = walk.not_entered.iter().map(|path| {
+        let path = path.strip_prefix(root).unwrap_or(path);
+        format!("left out: the file system mounted on /{}", path.display())
+    });
+    Ok(Files {
+        notes: notes.collect(),
+        tree: walk.tree,
+    })
 }
 
 struct Walk {
     tree: Tree,
     ownership: Ownership,
     links: BTreeMap<(u64, u64), NodeId>,
+    file_system: u64,
+    /// Where other file systems are mounted.
+    not_entered: Vec<PathBuf>,
 }
 
 impl Walk {
@@ -86,12 +101,27 @@ impl Walk {
         for name in names {
             let child = path.join(&name);
             let metadata = fs::symlink_metadata(&child).map_err(io_error("reading", &child))?;
+            let elsewhere = self.is_elsewhere(&child, &metadata);
+            if elsewhere {
+                self.not_entered.push(child.clone());
+                if !metadata.is_dir() {
+                    continue;
+                }
+            }
             if let Some(directory) = self.entry(id, &name, &child, &metadata)? {
-                directories.push((child, directory));
+                if !elsewhere {
+                    directories.push((child, directory));
+                }
             }
         }
         pending.extend(directories.into_iter().rev());
         Ok(())
+    }
+
+    /// True for where another file system is mounted. (Files of an overlay have the device
+    /// numbers of its layers.)
+    fn is_elsewhere(&self, path: &Path, metadata: &fs::Metadata) -> bool {
+        metadata.dev() != self.file_system && (metadata.is_dir() || is_mount_point(path))
     }
 
     /// Adds one entry; returns its id if it is a directory to be walked.
@@ -135,6 +165,16 @@ impl Walk {
     }
 }
 
+fn is_mount_point(path: &Path) -> bool {
+    let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW | rustix::fs::AtFlags::NO_AUTOMOUNT;
+    let asked = rustix::fs::StatxFlags::BASIC_STATS;
+    let found = rustix::fs::statx(rustix::fs::CWD, path, flags, asked);
+    found.is_ok_and(|found| {
+        let attributes = found.stx_attributes & found.stx_attributes_mask;
+        attributes.contains(rustix::fs::StatxAttributes::MOUNT_ROOT)
+    })
+}
+
 fn kind_of(path: &Path, metadata: &fs::Metadata) -> Result<Kind, ImportError> {
     let file_type = metadata.file_type();
     let rdev = metadata.rdev();
@@ -166,15 +206,17 @@ fn kind_of(path: &Path, metadata: &fs::Metadata) -> Result<Kind, ImportError> {
 
 /// Extended attributes that an image can hold and that mean something in one. overlayfs's
 /// own bookkeeping is left out, except the mark of an opaque directory; so are the labels
-/// of the host's security modules, which say nothing about another machine, and names of
-/// other systems (`com.apple.provenance`).
+/// of the host's security modules, which say nothing about another machine, names of other
+/// systems (`com.apple.provenance`), and what is said to Forelay itself.
 pub(crate) fn kept_xattr(name: &[u8]) -> bool {
     match name {
         b"trusted.overlay.opaque" | b"system.posix_acl_access" | b"system.posix_acl_default" => {
             true
         }
         b"security.selinux" | b"security.SMACK64" => false,
-        _ if name.starts_with(b"trusted.overlay.") => false,
+        _ if name.starts_with(b"trusted.overlay.") || name.starts_with(b"trusted.forelay.") => {
+            false
+        }
         _ => [&b"user."[..], b"trusted.", b"security."]
             .iter()
             .any(|namespace| name.starts_with(namespace) && name.len() > namespace.len()),
@@ -239,7 +281,7 @@ mod tests {
         fs::hard_link(root.join("b/file"), root.join("a-link")).unwrap();
         symlink("../etc/passwd", root.join("soft")).unwrap();
         let owner = Ownership::Fixed { uid: 7, gid: 8 };
-        let tree = read_directory(root, owner).unwrap();
+        let tree = read_directory(root, owner).unwrap().tree;
         let file = tree.lookup(b"b/file").unwrap();
         assert_eq!(tree.lookup(b"a-link"), Some(file));
         assert_eq!(tree.node(file).attributes.uid, 7);
@@ -247,6 +289,81 @@ mod tests {
         assert!(matches!(&tree.node(file).kind, Kind::File(data) if data.len() == 5));
         let soft = tree.lookup(b"soft").unwrap();
         assert!(matches!(&tree.node(soft).kind, Kind::Symlink(to) if to == b"../etc/passwd"));
+    }
+
+    /// Mounts need a mount namespace of their own, which a thread can have.
+    #[test]
+    fn privileged_other_file_systems_are_not_entered() {
+        let host = tempfile::tempdir().unwrap();
+        let root = host.path().join("root");
+        for directory in ["proc", "mnt", "same"] {
+            fs::create_dir_all(root.join(directory)).unwrap();
+        }
+        fs::write(root.join("file"), b"below").unwrap();
+        fs::write(root.join("mnt/hidden"), b"").unwrap();
+        let script = "set -e; mount -t proc proc \"$1/proc\"; mount -t tmpfs tmpfs \"$1/mnt\"; \
+                      touch \"$1/mnt/x\"; mount --bind \"$1/mnt/x\" \"$1/file\"; \
+                      mount --bind \"$1\" \"$1/same\"; exec \"$2\" --exact --nocapture \
+                      dir::tests::reads_what_is_mounted";
+        let program = std::env::current_exe().unwrap();
+        let ran = std::process::Command::new("unshare")
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                script,
+                "sh",
+            ])
+            .args([&root, &program])
+            .env("FORELAY_TEST_MOUNTED", &root)
+            .output();
+        match ran {
+            Ok(ran) if ran.status.success() => {
+                let said = String::from_utf8_lossy(&ran.stdout);
+                assert!(said.contains("looked at what is mounted"), "{said}");
+            }
+            Ok(ran) if rustix::process::geteuid().is_root() => {
+                panic!(
+                    "{}{}",
+                    String::from_utf8_lossy(&ran.stdout),
+                    String::from_utf8_lossy(&ran.stderr)
+                )
+            }
+            _ => println!("SKIPPED privileged_other_file_systems_are_not_entered: no mounts here"),
+        }
+    }
+
+    /// The other half, inside the namespace.
+    #[test]
+    fn reads_what_is_mounted() {
+        let Some(root) = std::env::var_os("FORELAY_TEST_MOUNTED") else {
+            return;
+        };
+        let link = Path::new(&root).with_file_name("link");
+        symlink(&root, &link).unwrap();
+        let files = read_directory(&link, Ownership::Keep).unwrap();
+        let names = |path: &[u8]| {
+            let id = files.tree.lookup(path)?;
+            let entries = files.tree.entries(id)?.keys();
+            Some(
+                entries
+                    .map(|name| String::from_utf8_lossy(name).into_owned())
+                    .collect(),
+            )
+        };
+        assert_eq!(names(b"proc"), Some(Vec::<String>::new()));
+        assert_eq!(names(b"mnt"), Some(vec![]));
+        // A bind mount of the same file system is a directory like any other.
+        assert_eq!(names(b"same").map(|names| names.len()), Some(4));
+        assert!(files.tree.lookup(b"file").is_none());
+        let mut notes = files.notes.clone();
+        notes.sort();
+        let mounted = ["file", "mnt", "proc"];
+        let expected = mounted.map(|path| format!("left out: the file system mounted on /{path}"));
+        assert_eq!(notes, expected);
+        println!("looked at what is mounted");
     }
 
     #[test]

@@ -24,6 +24,15 @@ pub fn host_architecture() -> &'static str {
     }
 }
 
+/// What a directory or an archive gave.
+#[derive(Debug)]
+pub struct Files {
+    /// The files.
+    pub tree: Tree,
+    /// What is not in the tree as it is in the source, in words.
+    pub notes: Vec<String>,
+}
+
 /// A component that is to be written.
 #[derive(Debug)]
 pub struct Part {

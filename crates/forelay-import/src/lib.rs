@@ -25,6 +25,7 @@ pub mod kernel;
 pub mod modules;
 pub mod packages;
 mod progress;
+mod rootfs;
 pub mod roots;
 pub mod sandbox;
 mod split;
@@ -35,10 +36,14 @@ mod tool;
 pub mod unpack;
 
 pub use build::{BuildRequest, BuildSource, Builder, BuiltComponent, BuiltComponents};
-pub use draft::{Draft, Imported, Part, host_architecture};
+pub use draft::{Draft, Files, Imported, Part, host_architecture};
 pub use error::ImportError;
+pub use packages::NEEDS_LDCONFIG;
 pub use progress::{BuildPhase, Progress, Reporter};
 
 #[cfg(test)]
 #[path = "debian_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod laid_tests;

@@ -53,6 +53,9 @@ const DROPPED: &[&str] = &[
     "var/lib/shells.state",
 ];
 
+/// How the note begins of a component whose libraries are not where the linker looks.
+pub const NEEDS_LDCONFIG: &str = "needs ldconfig in the VM";
+
 /// Stays whole if a package changes it; the later component wins.
 const DIVERSIONS: &str = "var/lib/dpkg/diversions";
 
@@ -99,7 +102,7 @@ pub fn build_packages(
         install(options, &sandbox, apt, &lock, report)?;
     }
     report(Progress::Started(BuildPhase::Read));
-    let mut tree = read_directory(&sandbox.upper(), Ownership::Keep)?;
+    let mut tree = read_directory(&sandbox.upper(), Ownership::Keep)?.tree;
     let mut installed = Installed::compare(&base_status, &read_status(&sandbox.upper())?);
     let mut notes = installed.notes();
     let libraries = match options.split {
@@ -378,7 +381,7 @@ fn linker_notes(tree: &Tree) -> Vec<String> {
     let names = entries.into_iter().flat_map(|entries| entries.keys());
     let note = |name: &Vec<u8>| {
         format!(
-            "needs ldconfig in the VM for the library directories in /etc/ld.so.conf.d/{}",
+            "{NEEDS_LDCONFIG} for the library directories in /etc/ld.so.conf.d/{}",
             String::from_utf8_lossy(name)
         )
     };

@@ -77,6 +77,10 @@ const HELPERS: &[(&str, u32, &str)] = &[
     ),
 ];
 
+/// Directories that are in every sandbox: a base without documentation may lack those in
+/// which scripts make alternatives of pages.
+const HELPER_DIRECTORIES: &str = "usr/share/man/man";
+
 /// A scratch root.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -99,6 +103,11 @@ impl Sandbox {
             fs::create_dir(&path).map_err(io_error("creating", &path))?;
             let mode = fs::Permissions::from_mode(0o755);
             fs::set_permissions(&path, mode).map_err(io_error("creating", &path))?;
+        }
+        for section in 1..=9 {
+            let path = sandbox.spool.path().join("helper");
+            let path = path.join(format!("{HELPER_DIRECTORIES}{section}"));
+            fs::create_dir_all(&path).map_err(io_error("creating", &path))?;
         }
         for (name, mode, content) in HELPERS {
             let path = sandbox.spool.path().join("helper").join(name);

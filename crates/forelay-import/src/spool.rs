@@ -4,10 +4,11 @@
 //! into it must not outlive it.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use flate2::read::MultiGzDecoder;
+use bzip2::bufread::BzDecoder;
+use flate2::bufread::GzDecoder;
 use liblzma::read::XzDecoder;
 use liblzma::stream::Stream;
 use tempfile::TempDir;
@@ -132,7 +133,7 @@ impl Compression {
             Self::Gzip
         } else if first.starts_with(b"\xfd7zXZ\0") {
             Self::Xz
-        } else if first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        } else if is_zstd(first) {
             Self::Zstd
         } else if first.starts_with(b"BZh") {
             Self::Bzip2
@@ -150,10 +151,11 @@ impl Compression {
     pub fn reader<'a>(self, from: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
         Ok(match self {
             Self::None => Box::new(from),
-            Self::Gzip => Box::new(MultiGzDecoder::new(from)),
             Self::Xz => Box::new(XzDecoder::new_multi_decoder(from)),
-            Self::Zstd => Box::new(zstd::stream::read::Decoder::new(from)?),
-            Self::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(from)),
+            Self::Gzip | Self::Zstd | Self::Bzip2 => Box::new(Members {
+                compression: self,
+                at: Member::Between(BufReader::with_capacity(COPY_BYTES, from)),
+            }),
             Self::Lzma => {
                 let stream = Stream::new_lzma_decoder(u64::MAX).map_err(io::Error::other)?;
                 Box::new(XzDecoder::new_stream(from, stream))
@@ -163,6 +165,83 @@ impl Compression {
                 return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
             }
         })
+    }
+}
+
+/// A frame of zstd, or one that says that it is to be skipped (pzstd begins with such).
+fn is_zstd(first: &[u8]) -> bool {
+    let skipped = matches!(first, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
+    skipped || first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
+}
+
+/// The members of a compressed file one after the other, with zeros behind them if a tape's
+/// blocks were filled up.
+struct Members<'a, R> {
+    compression: Compression,
+    at: Member<'a, R>,
+}
+
+enum Member<'a, R> {
+    Between(BufReader<R>),
+    Gzip(GzDecoder<BufReader<R>>),
+    Bzip2(BzDecoder<BufReader<R>>),
+    Zstd(zstd::stream::read::Decoder<'a, BufReader<R>>),
+    End,
+}
+
+impl<R: Read> Read for Members<'_, R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let count = match &mut self.at {
+                Member::Gzip(member) => member.read(out)?,
+                Member::Bzip2(member) => member.read(out)?,
+                Member::Zstd(member) => member.read(out)?,
+                Member::Between(_) => 0,
+                Member::End => return Ok(0),
+            };
+            if count > 0 || out.is_empty() {
+                return Ok(count);
+            }
+            let rest = match std::mem::replace(&mut self.at, Member::End) {
+                Member::Gzip(member) => member.into_inner(),
+                Member::Bzip2(member) => member.into_inner(),
+                Member::Zstd(member) => member.finish(),
+                Member::Between(rest) => rest,
+                Member::End => return Ok(0),
+            };
+            self.begin(rest)?;
+        }
+    }
+}
+
+impl<R: Read> Members<'_, R> {
+    /// Begins the next member, if there is one.
+    fn begin(&mut self, mut from: BufReader<R>) -> io::Result<()> {
+        match from.fill_buf()? {
+            [] => return Ok(()),
+            [0, ..] => return only_zeros(from),
+            _ => {}
+        }
+        self.at = match self.compression {
+            Compression::Gzip => Member::Gzip(GzDecoder::new(from)),
+            Compression::Bzip2 => Member::Bzip2(BzDecoder::new(from)),
+            _ => Member::Zstd(zstd::stream::read::Decoder::with_buffer(from)?.single_frame()),
+        };
+        Ok(())
+    }
+}
+
+fn only_zeros(mut from: impl BufRead) -> io::Result<()> {
+    loop {
+        let bytes = from.fill_buf()?;
+        if bytes.iter().any(|&byte| byte != 0) {
+            let problem = "something else follows the compressed content";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+        }
+        match bytes.len() {
+            0 => return Ok(()),
+            count => from.consume(count),
+        }
     }
 }
 

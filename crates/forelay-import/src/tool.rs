@@ -11,7 +11,11 @@ use std::process::{Command, Stdio};
 
 use crate::error::ImportError;
 
-const TAIL_LINES: usize = 25;
+/// Lines that are kept of what a tool prints.
+const TAIL_LINES: usize = 400;
+/// Lines that are shown of its end, and before the line in which dpkg says what failed.
+const SHOWN_LINES: usize = 25;
+const FAILED_PACKAGE: &str = "dpkg: error processing";
 
 /// A host tool about to run.
 pub(crate) struct Tool {
@@ -108,7 +112,7 @@ impl Tool {
             return Ok(());
         }
         let lines = if errors.is_empty() { tail } else { errors };
-        let tail = Vec::from(lines).join("\n");
+        let tail = excerpt(&Vec::from(lines));
         if tail.contains("No space left on device") {
             return Err(ImportError::DiskFull { doing: self.doing });
         }
@@ -128,6 +132,23 @@ impl Tool {
             },
             _ => crate::error::io_error("running", &self.name)(error),
         }
+    }
+}
+
+/// The end of what was printed, and what was printed about the first package that failed.
+fn excerpt(lines: &[String]) -> String {
+    let end = lines.len().saturating_sub(SHOWN_LINES);
+    let failed = lines
+        .iter()
+        .position(|line| line.starts_with(FAILED_PACKAGE));
+    match failed {
+        Some(failed) if failed < end => {
+            let from = failed.saturating_sub(SHOWN_LINES);
+            let to = (failed + 2).min(end);
+            let shown = [&lines[from..to].join("\n"), "...", &lines[end..].join("\n")];
+            shown.join("\n")
+        }
+        _ => lines[end..].join("\n"),
     }
 }
 

@@ -154,7 +154,9 @@ mod tests {
         let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let tree = sample();
         write_directory(&tree, directory.path()).unwrap();
-        let again = read_directory(directory.path(), Ownership::Keep).unwrap();
+        let again = read_directory(directory.path(), Ownership::Keep)
+            .unwrap()
+            .tree;
         for path in ["d", "d/file", "soft", "gone", "disk", "pipe", "hard"] {
             let one = tree.node(tree.lookup(path.as_bytes()).unwrap());
             let other = again.node(again.lookup(path.as_bytes()).unwrap());

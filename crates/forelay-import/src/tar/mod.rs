@@ -1,7 +1,7 @@
 //! Tar archives (plain, gzip, xz, zstd) as a [`Tree`].
 //!
 //! Owns the entry loop: GNU and PAX long names, PAX attributes (owner, times, sizes,
-//! `SCHILY.xattr.*`), hard links, devices, sparse files, deletions of image layers. Header
+//! `SCHILY.xattr.*`, access control lists), hard links, devices, sparse files, deletions of image layers. Header
 //! fields are decoded by the `tar` crate; its entry iterator is not used because it splits
 //! PAX records at newlines, which breaks binary attribute values. Nothing is unpacked onto
 //! the host: content stays in the (decompressed) archive and is read from there.
@@ -10,6 +10,7 @@
 //! through a symbolic link only if the archive made the link before and, as for GNU tar,
 //! the link neither is absolute nor has `..`; content lies within the archive's size.
 
+mod acl;
 mod layers;
 mod pax;
 mod sparse;
@@ -24,6 +25,7 @@ use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree, 
 use tar::{EntryType, Header};
 
 use crate::dir::{Ownership, kept_xattr};
+use crate::draft::Files;
 use crate::error::{ImportError, archive_error, io_error, tree_error};
 use crate::spool::{Compression, Spool, read_up_to};
 use layers::{Deletions, Said, is_image_archive};
@@ -37,17 +39,8 @@ const MAX_DEPTH: usize = 512;
 /// Most symbolic links that lead to one entry, as for the kernel.
 const MAX_LINKS: u32 = 40;
 
-/// What an archive gave.
-#[derive(Debug)]
-pub struct Archive {
-    /// Its files.
-    pub tree: Tree,
-    /// What is not in the tree as it is in the archive, in words.
-    pub notes: Vec<String>,
-}
-
 /// Reads the archive at `path`; a compressed one is decompressed into `spool` first.
-pub fn read_tar(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<Archive, ImportError> {
+pub fn read_tar(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<Files, ImportError> {
     let mut file = File::open(path).map_err(io_error("opening", path))?;
     let mut first = [0; 8];
     let count = read_up_to(&mut file, &mut first).map_err(io_error("reading", path))?;
@@ -71,7 +64,7 @@ fn read_compressed(
     path: &Path,
     spool: &mut Spool,
     owner: Ownership,
-) -> Result<Archive, ImportError> {
+) -> Result<Files, ImportError> {
     let mut reader = compression
         .reader(file)
         .map_err(io_error("reading", path))?;
@@ -85,7 +78,7 @@ pub(crate) fn read_plain(
     shown: &Path,
     spool: &mut Spool,
     owner: Ownership,
-) -> Result<Archive, ImportError> {
+) -> Result<Files, ImportError> {
     let file = File::open(plain).map_err(io_error("opening", plain))?;
     let archive_bytes = file.metadata().map_err(io_error("reading", plain))?.len();
     let mut reader = TarReader {
@@ -167,7 +160,7 @@ impl TarReader<'_> {
         }
     }
 
-    fn finish(mut self) -> Result<Archive, ImportError> {
+    fn finish(mut self) -> Result<Files, ImportError> {
         let deleted = self.deletions.apply(&mut self.tree);
         let mut notes: Vec<String> = deleted
             .map_err(tree_error(&self.shown))?
@@ -177,7 +170,7 @@ impl TarReader<'_> {
             let names: Vec<String> = self.left_out.into_iter().collect();
             notes.push(format!("attributes left out: {}", names.join(", ")));
         }
-        Ok(Archive {
+        Ok(Files {
             tree: self.tree,
             notes,
         })
@@ -423,13 +416,40 @@ impl TarReader<'_> {
                     let name = String::from_utf8_lossy(name).into_owned();
                     self.left_out.insert(name);
                 }
-                None if key.starts_with(b"SCHILY.acl.") => {
-                    self.left_out.insert("POSIX ACLs".to_owned());
+                None => {
+                    if let Some(kind) = key.strip_prefix(b"SCHILY.acl.") {
+                        self.acl(kind, value, &mut xattrs);
+                    }
                 }
-                None => {}
             }
         }
         xattrs
+    }
+
+    /// Adds an access control list to the attributes.
+    fn acl(&mut self, kind: &[u8], text: &[u8], xattrs: &mut BTreeMap<Vec<u8>, Vec<u8>>) {
+        let name: &[u8] = match kind {
+            b"access" => b"system.posix_acl_access",
+            b"default" => b"system.posix_acl_default",
+            _ => {
+                let kind = String::from_utf8_lossy(kind);
+                self.left_out
+                    .insert(format!("access control lists of kind {kind:?}"));
+                return;
+            }
+        };
+        match acl::encode(text, kind == b"default", &self.tree) {
+            Ok(Some(value)) => drop(xattrs.insert(name.to_vec(), value)),
+            Ok(None) => {}
+            Err(acl::Unkept::Malformed) => {
+                self.left_out
+                    .insert("a malformed access control list".to_owned());
+            }
+            Err(acl::Unkept::Account(name)) => {
+                let unknown = format!("an access control list for {name:?}, whose id is not known");
+                self.left_out.insert(unknown);
+            }
+        }
     }
 
     fn attributes(
@@ -477,5 +497,7 @@ fn until_nul(bytes: &[u8]) -> Vec<u8> {
     bytes[..end.unwrap_or(bytes.len())].to_vec()
 }
 
+#[cfg(test)]
+mod referee_tests;
 #[cfg(test)]
 mod tests;

@@ -46,7 +46,7 @@ fn import(bytes: &[u8]) -> Result<Imported, ImportError> {
     let path = directory.path().join("a.tar");
     fs::write(&path, bytes).unwrap();
     let mut spool = spool(directory.path());
-    let Archive { tree, notes } = read_tar(&path, &mut spool, Ownership::Keep)?;
+    let Files { tree, notes } = read_tar(&path, &mut spool, Ownership::Keep)?;
     Ok(Imported {
         tree,
         notes,
