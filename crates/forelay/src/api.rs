@@ -381,6 +381,9 @@ pub struct LaunchFigures {
     pub map_bytes: u64,
     /// Bytes of component images that the guest touched.
     pub touched_bytes: u64,
+    /// What the VM does not have as its components have it, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// The steps of a launch in seconds, in the order in which they are taken; together they are

@@ -2,7 +2,8 @@
 //!
 //! A recipe holds each component's metadata region, chunk index and account fragments, so
 //! that a launch merges flat arrays and waits for nothing. Used by the daemon (which keeps
-//! recipes of recent locks) and by `forelay compose`.
+//! recipes of recent locks) and by `forelay compose`. Says in words what of the components
+//! is not used as it is.
 //!
 //! Invariant: a recipe depends on its lock alone; what belongs to one VM (host name, keys,
 //! files of the manifest) is added at compose time.
@@ -19,7 +20,7 @@ use forelay_guest_protocol::config::{
 };
 use forelay_host::atomic_write;
 use forelay_image::bundle::Bundle;
-use forelay_image::component::Role;
+use forelay_image::component::{Component, Role};
 use forelay_image::erofs::merge::{
     ComposeError, ComposeOptions, Composed, Layer, MapLayout, compose,
 };
@@ -28,6 +29,7 @@ use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Ready};
 use forelay_image::package_status::{merged_status, status_path};
 use forelay_image::tree::{Attributes, Tree, TreeError};
+use forelay_import::NEEDS_LDCONFIG;
 use forelay_store::{ImageMap, ImageReader, Store, StoreError};
 
 /// Largest fragments file that is read.
@@ -36,10 +38,12 @@ const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
 const PACKAGE_STATUS_PATH: &str = "var/lib/dpkg/status";
 /// Largest kernel or initramfs that is read.
 const KERNEL_LIMIT_BYTES: u64 = 512 << 20;
+/// Paths that are named in notes; of more only the number is told.
+const NAMED_PATHS: usize = 20;
 
 /// One component of a recipe.
 struct Part {
-    component: LockedComponent,
+    component: Arc<Component>,
     metadata: Bytes,
     map: Arc<ImageMap>,
 }
@@ -78,9 +82,22 @@ pub enum RecipeError {
     /// A file of the manifest cannot be placed.
     #[error("the manifest's files cannot be placed")]
     Files(#[from] TreeError),
+    /// A component, or the manifest, has a file where another component has a directory.
+    #[error("{path} is a directory in {below}; {above} must not have a file there")]
+    OverDirectory {
+        /// The path.
+        path: String,
+        /// Who has the file.
+        above: String,
+        /// The component that has the directory.
+        below: String,
+    },
+    /// A component is for other machines than the base.
+    #[error("{0}")]
+    Architecture(#[from] ArchitectureError),
     /// Merging failed.
     #[error("the image cannot be composed")]
-    Compose(#[from] ComposeError),
+    Compose(#[source] ComposeError),
     /// A kernel component lacks a file.
     #[error("kernel component {component} has no /{path}: build it with `--kernel`")]
     NoKernel {
@@ -146,20 +163,17 @@ impl Recipe {
                 gid: 0,
             });
         }
+        let kernel = store.pinned_component(lock.kernel.id).await;
+        let kernel = kernel.map_err(|source| RecipeError::Component {
+            component: label(&lock.kernel),
+            source,
+        })?;
+        let components = parts.iter().map(|part| &*part.component);
+        check_architectures(components.clone().chain([&*kernel]))?;
         // The last component with a command of its own is what the VM is for.
-        let mut entrypoint = Vec::new();
-        for locked in lock.components.iter().rev() {
-            let component = store.pinned_component(locked.id).await.map_err(|source| {
-                RecipeError::Component {
-                    component: label(locked),
-                    source,
-                }
-            })?;
-            if !component.entrypoint.is_empty() {
-                entrypoint.clone_from(&component.entrypoint);
-                break;
-            }
-        }
+        let mut commands = components.rev().map(|component| &component.entrypoint);
+        let entrypoint = commands.find(|command| !command.is_empty());
+        let entrypoint = entrypoint.cloned().unwrap_or_default();
         Ok(Self {
             parts,
             merged,
@@ -181,14 +195,53 @@ impl Recipe {
             .parts
             .iter()
             .map(|part| Layer {
-                image: part.component.image,
-                image_bytes: part.component.image_bytes,
+                image: part.component.image.digest,
+                image_bytes: part.component.image.bytes,
                 metadata: &part.metadata,
                 chunks: Some(&part.map.index),
-                bundle: bundle.filter(|one| one.offset_of(&part.component.image).is_some()),
+                bundle: bundle.filter(|one| one.offset_of(&part.component.image.digest).is_some()),
             })
             .collect();
-        Ok(compose(&layers, &own, ComposeOptions { layout })?)
+        let composed = compose(&layers, &own, ComposeOptions { layout });
+        composed.map_err(|error| match error {
+            ComposeError::OverDirectory { path, layer, below } => RecipeError::OverDirectory {
+                path,
+                above: self.layer_name(layer).to_owned(),
+                below: self.layer_name(below).to_owned(),
+            },
+            other => RecipeError::Compose(other),
+        })
+    }
+
+    /// Whose layer this is.
+    fn layer_name(&self, layer: usize) -> &str {
+        let part = self.parts.get(layer);
+        part.map_or("the manifest", |part| &part.component.name)
+    }
+
+    /// What the VM does not have as its components have it, in words.
+    pub fn notes(&self, composed: &Composed) -> Vec<String> {
+        let conflicts = composed.conflicts.iter().take(NAMED_PATHS);
+        let mut notes: Vec<String> = conflicts
+            .map(|conflict| {
+                format!(
+                    "{} is in {} and in {}, whose is used",
+                    String::from_utf8_lossy(&conflict.path),
+                    self.layer_name(conflict.loser),
+                    self.layer_name(conflict.winner),
+                )
+            })
+            .collect();
+        if composed.conflicts.len() > NAMED_PATHS {
+            let more = composed.conflicts.len() - NAMED_PATHS;
+            notes.push(format!("{more} more paths are in several components"));
+        }
+        for part in &self.parts {
+            let of_launches = part.component.notes.iter();
+            let of_launches = of_launches.filter(|note| note.starts_with(NEEDS_LDCONFIG));
+            notes.extend(of_launches.map(|note| format!("{}: {note}", part.component.name)));
+        }
+        notes
     }
 
     /// The files that belong to this VM alone.
@@ -252,6 +305,35 @@ impl Recipe {
     }
 }
 
+/// Checks that components, the base first, are for the same machines.
+pub fn check_architectures<'a>(
+    components: impl IntoIterator<Item = &'a Component>,
+) -> Result<(), ArchitectureError> {
+    let mut components = components.into_iter();
+    let Some(base) = components.next() else {
+        return Ok(());
+    };
+    match components.find(|other| !other.runs_beside(base)) {
+        None => Ok(()),
+        Some(other) => Err(ArchitectureError {
+            component: format!("{} {}", other.name, other.version),
+            architecture: other.architecture.clone(),
+            base: format!("{} {}", base.name, base.version),
+            of_base: base.architecture.clone(),
+        }),
+    }
+}
+
+/// A component is for other machines than the base.
+#[derive(Debug, thiserror::Error)]
+#[error("{component} is for {architecture}, {base} for {of_base}")]
+pub struct ArchitectureError {
+    component: String,
+    architecture: String,
+    base: String,
+    of_base: String,
+}
+
 fn label(component: &LockedComponent) -> String {
     format!("{} {}", component.name, component.version)
 }
@@ -275,6 +357,7 @@ async fn load_part(
     };
     let image = component.image;
     let map = store.open_component(component.id).await.map_err(failed)?;
+    let pinned = store.pinned_component(component.id).await.map_err(failed)?;
     let metadata = store.image_metadata(image).await.map_err(failed)?;
     let reader = Reader(store.image_reader(image).await.map_err(failed)?);
     let locked = component.clone();
@@ -282,7 +365,7 @@ async fn load_part(
     let texts = read.map_err(|_| RecipeError::Interrupted)??;
     Ok((
         Part {
-            component: component.clone(),
+            component: pinned,
             metadata,
             map,
         },

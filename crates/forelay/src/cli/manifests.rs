@@ -138,11 +138,8 @@ pub async fn compose(arguments: ComposeArguments, config: &Config) -> Result<()>
     let started = std::time::Instant::now();
     let composed = recipe.compose(&manifest, &hostname, layout, None)?;
     let compose_s = started.elapsed().as_secs_f64();
-    for conflict in &composed.conflicts {
-        complain!(
-            "note: {} is in two components; the later one's is used",
-            String::from_utf8_lossy(&conflict.path)
-        );
+    for note in recipe.notes(&composed) {
+        complain!("note: {note}");
     }
     let made = write_files(&store, &lock, &composed, &out, arguments.emit).await?;
     if arguments.json {

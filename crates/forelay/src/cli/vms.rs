@@ -147,6 +147,9 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
 }
 
 fn print_ready(vm: &Vm) {
+    for note in &vm.launch.notes {
+        complain!("note: {note}");
+    }
     say!(
         "{} is {:?}, pid {}",
         vm.name,

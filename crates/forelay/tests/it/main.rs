@@ -6,6 +6,7 @@
 
 mod attach;
 mod bad_input;
+mod brought;
 mod bundle;
 mod command_line;
 mod daemon_dies;

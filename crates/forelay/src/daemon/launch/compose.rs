@@ -38,6 +38,8 @@ pub(in crate::daemon) struct MapImage {
     pub record: DeviceRecord,
     /// UUID of its superblock.
     pub uuid: ImageUuid,
+    /// What the VM does not have as its components have it.
+    pub notes: Vec<String>,
 }
 
 impl Composer {
@@ -95,7 +97,8 @@ impl Composer {
             let composed =
                 recipe.compose(&manifest, &hostname, MapLayout::Devices, bundle.as_ref());
             let composed = composed.map_err(HostError::failed)?;
-            write_map_image(&composed, file, &path)
+            let notes = recipe.notes(&composed);
+            write_map_image(&composed, notes, file, &path)
         });
         composed.await.map_err(HostError::failed)?
     }
@@ -118,6 +121,7 @@ fn unwritten(path: &Path, error: &std::io::Error) -> HostError {
 /// Writes a map image into `file`, which was made at `path`.
 fn write_map_image(
     composed: &Composed,
+    notes: Vec<String>,
     mut file: std::fs::File,
     path: &Path,
 ) -> Result<MapImage, HostError> {
@@ -140,5 +144,6 @@ fn write_map_image(
     Ok(MapImage {
         record,
         uuid: composed.digest.image_uuid(),
+        notes,
     })
 }

@@ -247,6 +247,7 @@ impl LaunchService {
         launch.claim.instance().update(|vm| {
             vm.launch.compose_s = composing.elapsed().as_secs_f64();
             vm.launch.map_bytes = boots.map.record.image_bytes;
+            vm.launch.notes.clone_from(&boots.map.notes);
         });
         Ok(boots)
     }

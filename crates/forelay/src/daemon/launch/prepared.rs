@@ -283,6 +283,7 @@ pub(in crate::daemon) mod tests {
             map: MapImage {
                 record,
                 uuid: Digest::of(b"map").image_uuid(),
+                notes: vec![],
             },
         }
     }

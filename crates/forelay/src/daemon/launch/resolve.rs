@@ -4,10 +4,12 @@
 //! Refuses to know shared memory, VMMs and instances. Invariant: an order's devices hold
 //! every component of its lock, each image once, in at most as many slots as the VMM has.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use forelay_cache::{DeviceImage, Domain};
 use forelay_image::bundle::Bundle;
+use forelay_image::component::Component;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::solve;
@@ -18,6 +20,7 @@ use forelay_store::Store;
 use crate::api::VmComponent;
 use crate::daemon::HostError;
 use crate::history::ProfileRef;
+use crate::recipe::check_architectures;
 
 /// Owner of manifests that name none.
 const DEFAULT_OWNER: &str = "default";
@@ -170,8 +173,29 @@ impl Resolver {
                 solve(&manifest, &components).map_err(HostError::invalid)?
             }
         };
+        self.check_machine(&lock).await?;
         let solve_s = started.elapsed().as_secs_f64();
         Order::new(manifest, lock, solve_s, self.pmem_slots)
+    }
+}
+
+impl Resolver {
+    /// Refuses what is for other machines than this host. What cannot be read here is told
+    /// by the launch.
+    async fn check_machine(&self, lock: &Lock) -> Result<(), HostError> {
+        let all = lock.all().map(|one| self.store.pinned_component(one.id));
+        let all = futures_util::future::join_all(all).await;
+        let all: Vec<_> = all.into_iter().flatten().collect();
+        check_architectures(all.iter().map(|one| &**one)).map_err(HostError::invalid)?;
+        let here = forelay_import::host_architecture();
+        let foreign = |one: &&Arc<Component>| ![here, "all"].contains(&&one.architecture[..]);
+        match all.iter().find(foreign) {
+            None => Ok(()),
+            Some(one) => Err(HostError::Invalid(format!(
+                "{} {} is for {}, this host runs VMs of {here}",
+                one.name, one.version, one.architecture
+            ))),
+        }
     }
 }
 
