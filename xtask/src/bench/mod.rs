@@ -10,6 +10,7 @@ mod draw;
 mod images;
 mod launch;
 mod memory;
+mod packages;
 mod policy;
 mod premap;
 mod pressure;
@@ -26,9 +27,9 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 14] = [
+pub const NAMES: [&str; 15] = [
     "launch", "boot", "peers", "compose", "forecast", "policy", "table", "plan", "memory",
-    "pressure", "burst", "attach", "premap", "day",
+    "pressure", "burst", "attach", "premap", "day", "packages",
 ];
 
 /// Runs one benchmark.
@@ -45,6 +46,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,
         "day" => day::run_bench(&out, arguments)?,
+        "packages" => packages::run_bench(&out, arguments)?,
         "policy" => policy::run_bench(&out, arguments)?,
         "table" => example("forelay-cache", "bench_table", &out, arguments)?,
         "plan" => example("forelay-cache", "bench_plan", &out, arguments)?,
