@@ -4,7 +4,7 @@
 //! is met by any of its alternatives, by real name or by what a component provides (a
 //! range then needs a versioned provide); a conflict excludes whatever its name and range
 //! match, except the component that states it; a base excludes what is for other machines. What the manifest names is taken by its real name if there is such a component,
-//! whoever else provides the name. The newest versions are preferred, when re-locking those
+//! even if others provide the name. The newest versions are preferred, when re-locking those
 //! of the previous lock; of several providers the one with the real name, then by name.
 //!
 //! The search itself is `resolvo`'s (see [`universe`]); failures are put into words in

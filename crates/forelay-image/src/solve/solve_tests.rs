@@ -261,7 +261,7 @@ fn what_is_for_other_machines_is_refused() {
         text.contains("debian 13 is for arm64, linux 6.12.1-1 for amd64"),
         "{text}"
     );
-    // Attaching is locking anew.
+    // Attaching locks once more.
     let before = solve(&manifest(&[]), &world(vec![])).unwrap();
     let world = world(vec![arm]);
     assert!(relock(&manifest(&["tool"]), &world, &before).is_err());

@@ -3,7 +3,7 @@
 //!
 //! Their entries belong to the directory that the link leads to. Where that is, only the
 //! merged layers below tell; so the layers are merged without such directories, the links
-//! are followed in the result, and the layers are merged anew with what was found, until
+//! are followed in the result, and the layers are merged once more with what was found, until
 //! nothing is open. Images that were built on their base have no such directories, and are
 //! merged once.
 //!
