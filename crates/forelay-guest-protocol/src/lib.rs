@@ -1,5 +1,5 @@
-//! What host and guest agree on: the messages of the guest channel ([`messages`]), the
-//! per-VM configuration file ([`config`]), the account fragments of components and how they
+//! What host and guest agree on: the messages of the guest channel ([`messages`]) and
+//! the frames beside them ([`frames`]), the per-VM configuration file ([`config`]), the account fragments of components and how they
 //! merge ([`accounts`]), and where an EROFS superblock keeps its UUID and device slots
 //! ([`superblock`]).
 //!
@@ -11,6 +11,6 @@
 
 pub mod accounts;
 pub mod config;
+pub mod frames;
 pub mod messages;
-pub mod payload;
 pub mod superblock;

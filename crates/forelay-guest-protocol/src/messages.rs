@@ -6,24 +6,30 @@
 //!   | -- GuestRequest{id, command} -------->  |
 //!   | <------- Reply{id, result} ------  |   in any order, one for each request
 //!   | <------- Mounted, Ready, ... ----  |   events, each at most once a boot
+//!
+//!   | -- GuestRequest{id, Start} ------>  |
+//!   | <------- Reply{id, Started} -----  |
+//!   | -- frames of stdin, Credit ----->  |   see `frames`
+//!   | <- frames of output, StdinCredit-  |
+//!   | <------- Ended{id, status} ------  |   after all output
 //! ```
 //! A new daemon that connects to a running VM may have missed events and finds half a line
 //! in the pipe: it sends an empty line, then [`GuestCommand::Status`], and skips what does not
 //! parse until the reply comes. Neither side trusts the other: lines are bounded by
-//! [`MAX_LINE_BYTES`], unknown fields are ignored, unknown messages are errors.
+//! [`MAX_REQUEST_BYTES`] and [`MAX_MESSAGE_BYTES`], unknown fields are ignored, unknown
+//! messages are errors.
 
 use serde::{Deserialize, Serialize};
 
-use crate::payload::Payload;
-
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "org.forelay.channel";
-/// Version of these messages; reported in [`Status`].
-pub const PROTOCOL_VERSION: u32 = 1;
-/// Longest accepted line, newline included.
-pub const MAX_LINE_BYTES: usize = 8 << 20;
-/// Most bytes of each of stdout and stderr that a command's reply carries.
-pub const MAX_OUTPUT_BYTES: usize = 2 << 20;
+/// Version of these messages; reported in [`Status`]. Programs are run by 2 and later.
+pub const PROTOCOL_VERSION: u32 = 2;
+/// Longest line that a guest accepts, newline included: more than arguments and environment
+/// of a program can be.
+pub const MAX_REQUEST_BYTES: usize = 4 << 20;
+/// Longest line that a host accepts, newline included.
+pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 
 /// Host to guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +46,20 @@ pub struct GuestRequest {
 pub enum GuestCommand {
     /// Where the boot is; also proves that the agent answers.
     Status,
-    /// Runs a program to its end.
-    Exec(Exec),
+    /// Starts a program, which the request's id names from then on. Its output may come to
+    /// [`WINDOW_BYTES`](crate::frames::WINDOW_BYTES) a stream without further credit.
+    Start(Exec),
+    /// More output of a program may come; has no reply.
+    Credit {
+        /// Further bytes of its standard output.
+        stdout: u32,
+        /// Further bytes of its standard error.
+        stderr: u32,
+    },
+    /// Ends a program whose output nobody wants any more; has no reply.
+    End,
+    /// Ends all programs that were started for an earlier host; has no reply.
+    EndAll,
     /// Makes the files of a hot-plugged component visible in the running root.
     Attach(Attach),
     /// Takes them away again; refused while in use.
@@ -67,9 +85,9 @@ pub struct Exec {
     pub cwd: String,
     /// `user[:group]` by name or number; empty is root.
     pub user: String,
-    /// Bytes for standard input.
-    pub stdin: Payload,
-    /// Kill after this long; 0 is never.
+    /// Standard input comes in frames; else it is `/dev/null`.
+    pub stdin: bool,
+    /// End after this long; 0 is never.
     pub timeout_ms: u64,
 }
 
@@ -112,6 +130,20 @@ pub enum GuestMessage {
     Failed {
         /// Why.
         text: String,
+    },
+    /// A program has ended, and all its output was sent.
+    Ended {
+        /// The program.
+        id: u64,
+        /// How it ended.
+        status: ExitStatus,
+    },
+    /// A program took bytes of its standard input: as many more may come.
+    StdinCredit {
+        /// The program.
+        id: u64,
+        /// How many.
+        bytes: u32,
     },
     /// Answer to a [`GuestRequest`].
     Reply {
@@ -193,6 +225,15 @@ pub enum ExitStatus {
 }
 
 impl ExitStatus {
+    /// What a shell would call it: 128 and the signal's number, 124 for a time that was up.
+    pub fn code(&self) -> i32 {
+        match *self {
+            Self::Code(code) => code,
+            Self::Signal(signal) => 128_i32.saturating_add(signal),
+            Self::TimedOut => 124,
+        }
+    }
+
     /// True for exit code 0.
     pub fn success(&self) -> bool {
         *self == Self::Code(0)
@@ -205,8 +246,8 @@ impl ExitStatus {
 pub enum Reply {
     /// To [`GuestCommand::Status`].
     Status(Status),
-    /// To [`GuestCommand::Exec`].
-    Exec(ExecResult),
+    /// To [`GuestCommand::Start`]: the program runs.
+    Started,
     /// To [`GuestCommand::Attach`].
     Attached(Attached),
     /// To [`GuestCommand::Detach`]; the device is no longer used.
@@ -232,6 +273,8 @@ pub enum ErrorKind {
     BadRequest,
     /// A file or device does not exist.
     NotFound,
+    /// A program is there and cannot be executed.
+    NotExecutable,
     /// The component is in use.
     Busy,
     /// The component has files that differ from files in the VM.
@@ -254,20 +297,6 @@ pub struct Status {
     pub exited: Option<ExitStatus>,
     /// UUIDs of attached components, in order.
     pub attached: Vec<String>,
-}
-
-/// How a command ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExecResult {
-    /// How it ended.
-    pub status: ExitStatus,
-    /// Its standard output, at most [`MAX_OUTPUT_BYTES`].
-    pub stdout: Payload,
-    /// Its standard error, at most [`MAX_OUTPUT_BYTES`].
-    pub stderr: Payload,
-    /// Some output was dropped.
-    #[serde(default)]
-    pub truncated: bool,
 }
 
 /// What an attach did.
@@ -390,12 +419,10 @@ mod tests {
     fn messages_round_trip_on_one_line() {
         let message = GuestMessage::Reply {
             id: 3,
-            result: Reply::Exec(ExecResult {
-                status: ExitStatus::Code(0),
-                stdout: Payload(b"a\nb".to_vec()),
-                stderr: Payload(vec![0xff]),
-                truncated: false,
-            }),
+            result: Reply::Error {
+                kind: ErrorKind::NotFound,
+                text: "a\nb".into(),
+            },
         };
         let line = encode_line(&message);
         assert_eq!(line.iter().filter(|&&byte| byte == b'\n').count(), 1);

@@ -1,40 +1,44 @@
 //! The agent: answers the guest channel, runs the entrypoint, reports what happens.
 //!
-//! Threads: reaper, channel reader, channel writer, readiness probe, one for each running
-//! command (bounded). The writer blocks while no host is connected; events that do not fit
-//! its queue are dropped, since a host that connects asks for the [`Status`].
+//! Threads: reaper, channel reader, channel writer, readiness probe, one for each request
+//! and each program of `exec` (bounded). Writers block while no host is connected; events
+//! that do not fit the queue are dropped, since a host that connects asks for the
+//! [`Status`]. The reader never waits for a writer.
 //!
 //! Invariant: nothing the host sends panics the agent or makes it allocate without bound.
 
 use std::convert::Infallible;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::os::fd::AsFd as _;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use forelay_guest_protocol::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
+use forelay_guest_protocol::frames::{self, Frame, Stream};
 use forelay_guest_protocol::messages::{
-    BootSteps, ErrorKind, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line, LineBuffer,
-    MAX_LINE_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic, encode_line,
+    BootSteps, ErrorKind, Exec, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line, LineBuffer,
+    MAX_REQUEST_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic,
 };
 
 use crate::boot::console;
+use crate::exec::{self, Execs, Port};
 use crate::graft::Grafts;
 use crate::process::{self, Reaper};
 use crate::{devices, ready, sys};
 
 /// Messages that may wait for the writer.
 const QUEUE_MESSAGES: usize = 256;
-/// Commands that may run at once.
+/// Requests that may be worked on at once.
 const MAX_RUNNING: usize = 32;
 /// Environment variable that carries [`Mounted`] to an agent beside an init.
 const MOUNTED_VARIABLE: &str = "FORELAY_MOUNTED";
 
 enum Outgoing {
-    Line(Vec<u8>),
+    Message(GuestMessage),
     Flush(SyncSender<()>),
 }
 
@@ -44,6 +48,8 @@ struct Agent {
     reaper: Arc<Reaper>,
     status: Mutex<Status>,
     grafts: Mutex<Grafts>,
+    execs: Arc<Execs>,
+    port: OnceLock<Arc<Port>>,
     outgoing: SyncSender<Outgoing>,
     running: AtomicUsize,
 }
@@ -63,6 +69,8 @@ pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T
         reaper,
         status: Mutex::new(status),
         grafts: Mutex::default(),
+        execs: Arc::default(),
+        port: OnceLock::new(),
         outgoing,
         running: AtomicUsize::new(0),
     });
@@ -70,14 +78,15 @@ pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T
     agent.send(GuestMessage::Mounted(mounted));
     let for_channel = Arc::clone(&agent);
     thread("channel", move || channel(&for_channel, queue))?;
-    agent.start_entrypoint();
+    let started = agent.start_entrypoint();
     agent.note_step(|steps| &mut steps.entrypoint_us);
     agent.start_console()?;
-    ready::wait(&agent.config, &agent.reaper);
-    let uptime_ms = sys::uptime_us() / 1000;
-    agent.status().ready_uptime_ms = Some(uptime_ms);
-    let steps = agent.status().mounted.steps;
-    agent.send(GuestMessage::Ready { uptime_ms, steps });
+    if started && ready::wait(&agent.config, &agent.reaper, || agent.has_failed()) {
+        let uptime_ms = sys::uptime_us() / 1000;
+        agent.status().ready_uptime_ms = Some(uptime_ms);
+        let steps = agent.status().mounted.steps;
+        agent.send(GuestMessage::Ready { uptime_ms, steps });
+    }
     loop {
         std::thread::park();
     }
@@ -128,26 +137,24 @@ fn channel(agent: &Arc<Agent>, queue: Receiver<Outgoing>) {
         Ok(both) => both,
         Err(error) => return console(&format!("guest channel {}: {error}", port.display())),
     };
-    if let Err(error) = thread("channel-writer", move || write_queue(writer, &queue)) {
+    let port = Arc::clone(agent.port.get_or_init(|| Arc::new(Port::new(writer))));
+    if let Err(error) = thread("channel-writer", move || write_queue(&port, &queue)) {
         return console(&format!("guest channel: {error}"));
     }
     read_requests(agent, reader);
 }
 
-fn write_queue(mut port: File, queue: &Receiver<Outgoing>) {
+fn write_queue(port: &Port, queue: &Receiver<Outgoing>) {
     while let Ok(item) = queue.recv() {
         match item {
-            Outgoing::Line(line) => {
-                // While no host is connected the write blocks; other errors lose one message.
-                let _ = port.write_all(&line);
-            }
+            Outgoing::Message(message) => port.send(&message),
             Outgoing::Flush(done) => drop(done.try_send(())),
         }
     }
 }
 
 fn read_requests(agent: &Arc<Agent>, mut port: File) {
-    let mut lines = LineBuffer::new(MAX_LINE_BYTES);
+    let mut lines = LineBuffer::new(MAX_REQUEST_BYTES);
     let mut buffer = vec![0; 32 << 10];
     loop {
         match port.read(&mut buffer) {
@@ -187,73 +194,84 @@ impl Agent {
 
     /// Queues an event; dropped if the queue is full.
     fn send(&self, message: GuestMessage) {
-        let _ = self
-            .outgoing
-            .try_send(Outgoing::Line(encode_line(&message)));
+        let _ = self.outgoing.try_send(Outgoing::Message(message));
     }
 
     /// Queues a reply; waits for room.
     fn reply(&self, id: u64, result: Reply) {
-        let line = encode_line(&GuestMessage::Reply { id, result });
-        let _ = self.outgoing.send(Outgoing::Line(line));
+        let message = GuestMessage::Reply { id, result };
+        let _ = self.outgoing.send(Outgoing::Message(message));
     }
 
+    /// Handles a line without waiting: the host may be waiting for it to be read.
     fn handle_line(self: &Arc<Self>, line: Line) {
         let request = match line {
-            Line::Complete(line) => serde_json::from_slice::<GuestRequest>(&line)
-                .map_err(|error| format!("not a request: {error}")),
-            Line::TooLong => Err(format!("a request is at most {MAX_LINE_BYTES} bytes")),
+            Line::Complete(line) => {
+                if let Some(frame) = frames::decode(&line) {
+                    return self.handle_frame(&frame);
+                }
+                serde_json::from_slice::<GuestRequest>(&line)
+                    .map_err(|error| format!("not a request: {error}"))
+            }
+            Line::TooLong => Err(format!("a request is at most {MAX_REQUEST_BYTES} bytes")),
         };
         match request {
-            Ok(GuestRequest {
-                id,
-                command: GuestCommand::Status,
-            }) => {
-                let status = self.status().clone();
-                self.reply(id, Reply::Status(status));
+            Ok(GuestRequest { id, command }) => match command {
+                GuestCommand::Start(exec) => self.start_program(id, exec),
+                GuestCommand::Credit { stdout, stderr } => self.execs.credit(id, stdout, stderr),
+                GuestCommand::End => self.execs.end(id),
+                GuestCommand::EndAll => self.execs.end_all(),
+                command => self.start_request(id, command),
+            },
+            Err(text) => {
+                let result = refuse(ErrorKind::BadRequest, text);
+                self.send(GuestMessage::Reply { id: 0, result });
             }
-            Ok(request) => self.start_request(request),
-            Err(text) => self.reply(0, refuse(ErrorKind::BadRequest, text)),
+        }
+    }
+
+    fn handle_frame(&self, frame: &Frame) {
+        if frame.stream == Stream::Stdin {
+            self.execs.stdin(frame.id, &frame.bytes);
+        }
+    }
+
+    fn start_program(&self, id: u64, exec: Exec) {
+        // The request came over the port.
+        let Some(port) = self.port.get() else { return };
+        let started = self
+            .execs
+            .start(id, exec, &self.config.env, &self.reaper, port);
+        if let Err((kind, text)) = started {
+            let result = refuse(kind, text);
+            self.send(GuestMessage::Reply { id, result });
         }
     }
 
     /// Runs a request that may take long on a thread of its own.
-    fn start_request(self: &Arc<Self>, request: GuestRequest) {
-        let id = request.id;
+    fn start_request(self: &Arc<Self>, id: u64, command: GuestCommand) {
         if self.running.fetch_add(1, Ordering::SeqCst) >= MAX_RUNNING {
             self.running.fetch_sub(1, Ordering::SeqCst);
             let text = format!("{MAX_RUNNING} requests are already running");
-            return self.reply(id, refuse(ErrorKind::Busy, text));
+            let result = refuse(ErrorKind::Busy, text);
+            return self.send(GuestMessage::Reply { id, result });
         }
         let agent = Arc::clone(self);
         let started = thread("request", move || {
-            let reply = agent.perform(id, request.command);
+            let reply = agent.perform(id, command);
             agent.running.fetch_sub(1, Ordering::SeqCst);
             agent.reply(id, reply);
         });
         if let Err(error) = started {
             self.running.fetch_sub(1, Ordering::SeqCst);
-            self.reply(
-                id,
-                refuse(ErrorKind::Failed, format!("start a thread: {error}")),
-            );
+            let result = refuse(ErrorKind::Failed, format!("start a thread: {error}"));
+            self.send(GuestMessage::Reply { id, result });
         }
     }
 
     fn perform(&self, id: u64, command: GuestCommand) -> Reply {
         match command {
             GuestCommand::Status => Reply::Status(self.status().clone()),
-            GuestCommand::Exec(exec) => match process::run(&self.reaper, &self.config.env, &exec) {
-                Ok(result) => Reply::Exec(result),
-                Err(error) => {
-                    let program = exec.argv.first().map_or("", String::as_str);
-                    let kind = match error.kind() {
-                        io::ErrorKind::NotFound => ErrorKind::NotFound,
-                        _ => ErrorKind::Failed,
-                    };
-                    refuse(kind, format!("{program}: {error}"))
-                }
-            },
             GuestCommand::Attach(attach) => {
                 let result = self.grafts().attach(&attach);
                 self.status().attached = self.grafts().uuids();
@@ -272,35 +290,38 @@ impl Agent {
                 self.reply(id, Reply::PoweringOff);
                 self.power_off()
             }
+            GuestCommand::Start(_)
+            | GuestCommand::Credit { .. }
+            | GuestCommand::End
+            | GuestCommand::EndAll => refuse(ErrorKind::BadRequest, "handled by the reader"),
         }
     }
 
-    fn start_entrypoint(self: &Arc<Self>) {
+    /// True if there is none, or it runs.
+    fn start_entrypoint(self: &Arc<Self>) -> bool {
         let Run::Entrypoint(entrypoint) = &self.config.run else {
-            return;
+            return true;
         };
-        match self.spawn_entrypoint(entrypoint) {
-            Ok(exit) => {
-                let agent = Arc::clone(self);
-                let waiting = thread("entrypoint", move || {
-                    if let Ok(status) = exit.recv() {
-                        agent.entrypoint_ended(status);
-                    }
-                });
-                if let Err(error) = waiting {
-                    console(&format!("entrypoint: {error}"));
-                }
-            }
-            Err(error) => {
-                let text = format!("entrypoint {:?}: {error}", entrypoint.argv);
-                console(&text);
-                self.send(GuestMessage::Log { text });
-                self.entrypoint_ended(ExitStatus::Code(127));
-            }
-        }
+        let Err(error) = self.spawn_entrypoint(entrypoint) else {
+            return true;
+        };
+        let text = format!("entrypoint {:?}: {error}", entrypoint.argv);
+        console(&text);
+        self.send(GuestMessage::Log { text });
+        let status = match exec::start_failure(&error) {
+            ErrorKind::NotFound => 127,
+            _ => 126,
+        };
+        self.entrypoint_ended(ExitStatus::Code(status));
+        false
     }
 
-    fn spawn_entrypoint(&self, entrypoint: &Entrypoint) -> io::Result<Receiver<ExitStatus>> {
+    /// The entrypoint has ended, and not well. (One that ends well may have left a service.)
+    fn has_failed(&self) -> bool {
+        self.status().exited.is_some_and(|status| !status.success())
+    }
+
+    fn spawn_entrypoint(self: &Arc<Self>, entrypoint: &Entrypoint) -> io::Result<()> {
         let Entrypoint {
             argv, cwd, user, ..
         } = entrypoint;
@@ -312,10 +333,22 @@ impl Agent {
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);
-        Ok(self.reaper.spawn(&mut command)?.1)
+        let (sender, ended) = mpsc::channel();
+        self.reaper
+            .spawn(&mut command, move |status| { let _ = sender.send(status); })?;
+        let agent = Arc::clone(self);
+        thread("entrypoint", move || {
+            if let Ok(status) = ended.recv() {
+                agent.entrypoint_ended(status);
+            }
+        })
     }
 
     fn entrypoint_ended(&self, status: ExitStatus) {
+        // Who hears of the end finds the last output in the console's log.
+        if let Ok(terminal) = File::options().write(true).open("/dev/console") {
+            sys::drain(terminal.as_fd());
+        }
         self.status().exited = Some(status);
         self.send(GuestMessage::Exited(status));
         if matches!(&self.config.run, Run::Entrypoint(entry) if entry.poweroff_on_exit) {
@@ -346,8 +379,10 @@ impl Agent {
             .stdin(terminal.try_clone()?)
             .stdout(terminal.try_clone()?)
             .stderr(terminal);
-        let (_, exit) = self.reaper.spawn(&mut command)?;
-        exit.recv().map(drop).map_err(io::Error::other)
+        let (sender, ended) = mpsc::channel();
+        self.reaper
+            .spawn(&mut command, move |status| { let _ = sender.send(status); })?;
+        ended.recv().map(drop).map_err(io::Error::other)
     }
 
     /// Ends everything and powers off.

@@ -11,6 +11,7 @@ mod accounts;
 mod agent;
 mod boot;
 mod devices;
+mod exec;
 mod graft;
 mod network;
 mod process;

@@ -1,4 +1,4 @@
-//! Processes of the guest: starting them, reaping all, collecting output within bounds.
+//! Processes of the guest: starting them with an account and an environment, reaping all.
 //!
 //! As PID 1 the agent inherits orphans, so one reaper thread collects every child and hands
 //! the status to whoever started it.
@@ -8,28 +8,26 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use forelay_guest_protocol::messages::{Exec, ExecResult, ExitStatus, MAX_OUTPUT_BYTES};
-use forelay_guest_protocol::payload::Payload;
+use forelay_guest_protocol::messages::ExitStatus;
 
 use crate::sys;
 
 /// Search path when the VM's environment has none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// How long output of a command that has ended is waited for (a background child of it may
-/// hold the pipe for ever).
-const OUTPUT_GRACE: Duration = Duration::from_millis(300);
+/// Told how a child ended.
+type Ended = Box<dyn FnOnce(ExitStatus) + Send>;
 
 /// Collects ended children.
 #[derive(Default)]
 pub struct Reaper {
-    waiting: Mutex<HashMap<i32, Sender<ExitStatus>>>,
+    waiting: Mutex<HashMap<i32, Ended>>,
 }
 
 impl Reaper {
@@ -51,22 +49,40 @@ impl Reaper {
         Ok(reaper)
     }
 
+    fn waiting(&self) -> MutexGuard<'_, HashMap<i32, Ended>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn reap(&self, pid: i32) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.waiting();
         // None: a failed spawn was waited for by the standard library.
         let Some(status) = sys::reap(pid) else { return };
-        if let Some(sender) = waiting.remove(&pid) {
-            let _ = sender.send(exit_status(status));
+        let ended = waiting.remove(&pid);
+        drop(waiting);
+        if let Some(ended) = ended {
+            ended(exit_status(status));
         }
     }
 
-    /// Starts a child; its status comes through the receiver.
-    pub fn spawn(&self, command: &mut Command) -> io::Result<(Child, Receiver<ExitStatus>)> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Starts a child; `ended` is told its status, on the reaper's thread.
+    pub fn spawn(
+        &self,
+        command: &mut Command,
+        ended: impl FnOnce(ExitStatus) + Send + 'static,
+    ) -> io::Result<Child> {
+        let mut waiting = self.waiting();
         let child = command.spawn()?;
-        let (sender, receiver) = mpsc::channel();
-        waiting.insert(child.id() as i32, sender);
-        Ok((child, receiver))
+        waiting.insert(child.id() as i32, Box::new(ended));
+        Ok(child)
+    }
+
+    /// Signals a child's process group, unless the child was reaped and its number may be
+    /// another's.
+    pub fn signal_group(&self, pid: i32, signal: i32) {
+        let waiting = self.waiting();
+        if waiting.contains_key(&pid) {
+            let _ = sys::kill(-pid, signal);
+        }
     }
 }
 
@@ -90,6 +106,11 @@ pub fn command(
         .split_first()
         .ok_or_else(|| io::Error::other("no program is named"))?;
     let account = Account::find(user)?;
+    let cwd = if cwd.is_empty() { "/" } else { cwd };
+    if !fs::metadata(cwd).is_ok_and(|found| found.is_dir()) {
+        // Else it would look as if the program did not exist.
+        return Err(io::Error::other(format!("no directory {cwd:?} to run in")));
+    }
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -97,7 +118,7 @@ pub fn command(
         .env("PATH", DEFAULT_PATH)
         .env("TERM", "linux");
     command.env("HOME", &account.home).envs(env);
-    command.current_dir(if cwd.is_empty() { "/" } else { cwd });
+    command.current_dir(cwd);
     let credentials = (!user.is_empty()).then_some((account.uid, account.gid, account.groups));
     sys::prepare_child(
         &mut command,
@@ -178,88 +199,27 @@ impl Account {
     }
 }
 
-/// Runs a command to its end and collects its output.
-pub fn run(
+/// Runs a command, its output to nowhere; true if it ends well within `limit`.
+pub fn succeeds(
     reaper: &Reaper,
     env: &BTreeMap<String, String>,
-    request: &Exec,
-) -> io::Result<ExecResult> {
-    let mut all = env.clone();
-    all.extend(request.env.clone());
-    let mut command = command(&request.argv, &all, &request.cwd, &request.user, false)?;
-    let stdin = if request.stdin.0.is_empty() {
-        Stdio::null()
-    } else {
-        Stdio::piped()
+    argv: &[String],
+    limit: Duration,
+) -> bool {
+    let run = || -> io::Result<ExitStatus> {
+        let mut command = command(argv, env, "", "", false)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let (sender, ended) = mpsc::channel();
+        let child = reaper.spawn(&mut command, move |status| { let _ = sender.send(status); })?;
+        ended.recv_timeout(limit).map_err(|late| {
+            reaper.signal_group(child.id() as i32, libc::SIGKILL);
+            io::Error::other(late)
+        })
     };
-    command
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let (mut child, status) = reaper.spawn(&mut command)?;
-    let group = -(child.id() as i32);
-    if let Some(mut pipe) = child.stdin.take() {
-        let bytes = request.stdin.0.clone();
-        std::thread::spawn(move || pipe.write_all(&bytes));
-    }
-    let stdout = Output::collect(child.stdout.take());
-    let stderr = Output::collect(child.stderr.take());
-    let status = match request.timeout_ms {
-        0 => status.recv().ok(),
-        limit => match status.recv_timeout(Duration::from_millis(limit)) {
-            Ok(status) => Some(status),
-            Err(RecvTimeoutError::Timeout) => {
-                let _ = sys::kill(group, libc::SIGKILL);
-                let _ = status.recv();
-                Some(ExitStatus::TimedOut)
-            }
-            Err(RecvTimeoutError::Disconnected) => None,
-        },
-    };
-    let status = status.ok_or_else(|| io::Error::other("the command's status was lost"))?;
-    let deadline = Instant::now() + OUTPUT_GRACE;
-    let (stdout, stdout_cut) = stdout.finish(deadline);
-    let (stderr, stderr_cut) = stderr.finish(deadline);
-    Ok(ExecResult {
-        status,
-        stdout,
-        stderr,
-        truncated: stdout_cut || stderr_cut,
-    })
-}
-
-/// Output of a command, collected by a thread up to a limit.
-struct Output {
-    bytes: Arc<Mutex<(Vec<u8>, bool)>>,
-    done: Receiver<()>,
-}
-
-impl Output {
-    fn collect(pipe: Option<impl Read + Send + 'static>) -> Self {
-        let bytes = Arc::new(Mutex::new((Vec::new(), false)));
-        let (sender, done) = mpsc::channel();
-        let for_thread = Arc::clone(&bytes);
-        std::thread::spawn(move || {
-            let mut buffer = [0; 16 << 10];
-            let Some(mut pipe) = pipe else { return };
-            while let Ok(count @ 1..) = pipe.read(&mut buffer) {
-                let mut kept = for_thread.lock().unwrap_or_else(PoisonError::into_inner);
-                let room = MAX_OUTPUT_BYTES - kept.0.len();
-                kept.0.extend_from_slice(&buffer[..count.min(room)]);
-                kept.1 |= count > room;
-            }
-            drop(sender);
-        });
-        Self { bytes, done }
-    }
-
-    fn finish(self, deadline: Instant) -> (Payload, bool) {
-        let _ = self
-            .done
-            .recv_timeout(deadline.saturating_duration_since(Instant::now()));
-        let mut kept = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        (Payload(std::mem::take(&mut kept.0)), kept.1)
-    }
+    run().is_ok_and(|status| status.success())
 }
 
 #[cfg(test)]
@@ -288,39 +248,16 @@ mod tests {
     }
 
     #[test]
-    fn commands_report_status_output_and_timeouts() {
+    fn a_probe_succeeds_only_if_its_command_does_in_time() {
         let reaper = Reaper::start().unwrap();
-        let sh = |script: &str, timeout_ms| Exec {
-            argv: vec!["sh".into(), "-c".into(), script.into()],
-            env: [("X".to_owned(), "1".to_owned())].into(),
-            stdin: Payload(b"in".to_vec()),
-            timeout_ms,
-            ..Exec::default()
+        let succeeds = |script: &str, limit| {
+            let argv = ["sh", "-c", script].map(str::to_owned);
+            succeeds(&reaper, &BTreeMap::new(), &argv, limit)
         };
-        let env = BTreeMap::new();
-        let done = run(&reaper, &env, &sh("cat; echo $X >&2; exit 3", 0)).unwrap();
-        assert_eq!(done.status, ExitStatus::Code(3));
-        assert_eq!(
-            (done.stdout.0, done.stderr.0),
-            (b"in".to_vec(), b"1\n".to_vec())
-        );
-        let late = run(&reaper, &env, &sh("sleep 60", 50)).unwrap();
-        assert_eq!(late.status, ExitStatus::TimedOut);
-        let killed = run(&reaper, &env, &sh("kill -9 $$", 0)).unwrap();
-        assert_eq!(killed.status, ExitStatus::Signal(9));
-        let background = run(&reaper, &env, &sh("sleep 5 & echo ok", 0)).unwrap();
-        assert_eq!(background.stdout.0, b"ok\n");
-        let missing = Exec {
-            argv: vec!["/no/such/program".into()],
-            ..Exec::default()
-        };
-        assert_eq!(
-            run(&reaper, &env, &missing).unwrap_err().kind(),
-            io::ErrorKind::NotFound
-        );
-        let large = format!("head -c {} /dev/zero", MAX_OUTPUT_BYTES + 1);
-        let cut = run(&reaper, &env, &sh(&large, 0)).unwrap();
-        assert!(cut.truncated);
-        assert_eq!(cut.stdout.0.len(), MAX_OUTPUT_BYTES);
+        let long = Duration::from_secs(60);
+        assert!(succeeds("exit 0", long));
+        assert!(!succeeds("exit 3", long));
+        assert!(!succeeds("sleep 60", Duration::from_millis(50)));
+        assert!(!succeeds("kill -9 $$", long));
     }
 }

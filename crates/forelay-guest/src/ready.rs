@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use forelay_guest_protocol::config::{ReadyProbe, Run, VmConfig};
-use forelay_guest_protocol::messages::Exec;
 
 use crate::process::{self, Reaper};
 
@@ -14,38 +13,39 @@ const POLL: Duration = Duration::from_millis(20);
 /// Interval of probes that start a process.
 const EXEC_POLL: Duration = Duration::from_millis(250);
 
-/// Returns when the VM is ready.
-pub fn wait(config: &VmConfig, reaper: &Reaper) {
+/// Longest time that one run of a probe may take.
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Returns when the VM is ready (true), or as soon as `failed` says that it will not be.
+pub fn wait(config: &VmConfig, reaper: &Reaper, failed: impl Fn() -> bool) -> bool {
+    let succeeds = |argv: &[String]| process::succeeds(reaper, &config.env, argv, PROBE_LIMIT);
     match (&config.ready, &config.run) {
         (Some(ReadyProbe::Tcp(port)), _) => {
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, *port));
-            until(POLL, || {
+            until(POLL, failed, || {
                 TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
-            });
+            })
         }
-        (Some(ReadyProbe::Path(path)), _) => until(POLL, || Path::new(path).exists()),
-        (Some(ReadyProbe::Exec(argv)), _) => until(EXEC_POLL, || succeeds(config, reaper, argv)),
+        (Some(ReadyProbe::Path(path)), _) => until(POLL, failed, || Path::new(path).exists()),
+        (Some(ReadyProbe::Exec(argv)), _) => until(EXEC_POLL, failed, || succeeds(argv)),
         (None, Run::Init { .. }) => {
-            until(POLL, || Path::new("/run/systemd/private").exists());
             let argv = ["systemctl", "is-active", "--quiet", "multi-user.target"];
             let argv: Vec<String> = argv.map(str::to_owned).into();
-            until(EXEC_POLL, || succeeds(config, reaper, &argv));
+            until(POLL, &failed, || Path::new("/run/systemd/private").exists())
+                && until(EXEC_POLL, failed, || succeeds(&argv))
         }
-        (None, Run::Entrypoint(_) | Run::AgentOnly) => {}
+        (None, Run::Entrypoint(_) | Run::AgentOnly) => true,
     }
 }
 
-fn until(interval: Duration, mut probe: impl FnMut() -> bool) {
-    while !probe() {
+fn until(interval: Duration, failed: impl Fn() -> bool, mut probe: impl FnMut() -> bool) -> bool {
+    loop {
+        if probe() {
+            return true;
+        }
+        if failed() {
+            return false;
+        }
         std::thread::sleep(interval);
     }
-}
-
-fn succeeds(config: &VmConfig, reaper: &Reaper, argv: &[String]) -> bool {
-    let request = Exec {
-        argv: argv.to_vec(),
-        timeout_ms: 30_000,
-        ..Exec::default()
-    };
-    process::run(reaper, &config.env, &request).is_ok_and(|result| result.status.success())
 }

@@ -5,7 +5,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 fn c_string(text: impl AsRef<std::ffi::OsStr>) -> io::Result<CString> {
@@ -99,6 +99,80 @@ pub fn power_off() -> io::Error {
     // SAFETY: a constant command; needs no memory.
     unsafe { libc::reboot(libc::RB_POWER_OFF) };
     io::Error::last_os_error()
+}
+
+/// Wakes a thread that waits in [`poll`].
+pub struct Event(OwnedFd);
+
+impl Event {
+    /// One that is not set.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no memory is passed.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        check(fd)?;
+        // SAFETY: the call gave a new descriptor that nobody else owns.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Sets it.
+    pub fn set(&self) {
+        let one = 1_u64;
+        // SAFETY: the kernel reads eight bytes of `one`, which outlives the call.
+        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+
+    /// Takes it back.
+    pub fn clear(&self) {
+        let mut count = 0_u64;
+        // SAFETY: the kernel writes eight bytes to `count`, which outlives the call.
+        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Waits until one of the descriptors has an event, at most `limit`; which of them have.
+pub fn poll<const N: usize>(
+    watched: [(Option<BorrowedFd<'_>>, i16); N],
+    limit: Option<std::time::Duration>,
+) -> [bool; N] {
+    let mut list = watched.map(|(fd, events)| libc::pollfd {
+        // The kernel skips what is negative.
+        fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
+        events,
+        revents: 0,
+    });
+    let limit_ms = limit.map_or(-1, |limit| {
+        i32::try_from(limit.as_millis()).unwrap_or(i32::MAX)
+    });
+    // SAFETY: the kernel reads and writes the `N` entries of `list`.
+    let found = unsafe { libc::poll(list.as_mut_ptr(), N as libc::nfds_t, limit_ms) };
+    list.map(|entry| found > 0 && entry.revents != 0)
+}
+
+/// Makes reads and writes fail instead of wait.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the kernel reads one integer, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONBIO as _, &raw const on) })
+}
+
+/// Bytes that can be read from a pipe now.
+pub fn readable_bytes(fd: BorrowedFd<'_>) -> u64 {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the kernel writes one integer, which outlives the call.
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD as _, &raw mut count) };
+    u64::try_from(count).unwrap_or(0)
+}
+
+/// Waits until a terminal has sent what was written to it.
+pub fn drain(terminal: BorrowedFd<'_>) {
+    // SAFETY: no memory is passed.
+    unsafe { libc::tcdrain(terminal.as_raw_fd()) };
 }
 
 /// Sends a signal; a negative `pid` names a process group.

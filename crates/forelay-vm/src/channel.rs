@@ -1,18 +1,22 @@
 //! The host's end of the guest channel: requests with replies, events into [`Progress`].
 //!
-//! The guest is not trusted: lines are bounded, what does not parse is counted and skipped,
-//! replies nobody waits for are dropped, every request has a time limit.
+//! The guest is not trusted: lines are bounded, what does not parse is skipped, replies
+//! nobody waits for are dropped, every request has a time limit. The guest's lines are read
+//! whether or not it reads the host's: two that wait for each other would wait for ever.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use forelay_guest_protocol::frames;
 use forelay_guest_protocol::messages::{
-    BootSteps, ErrorKind, GuestCommand, GuestMessage, GuestRequest, Line, MAX_LINE_BYTES, Mounted,
-    Reply, Status, encode_line,
+    BootSteps, ErrorKind, Exec, GuestCommand, GuestMessage, GuestRequest, Line, MAX_MESSAGE_BYTES,
+    MAX_REQUEST_BYTES, Mounted, Reply, Status, encode_line,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::exec::{Execs, Execution};
 use crate::lifecycle::{Moment, Phase, Progress};
 use crate::lines::LineConnection;
 
@@ -39,15 +43,45 @@ pub enum ChannelError {
     /// The guest sent another kind of reply.
     #[error("the guest gave an answer that does not fit the request")]
     Unexpected,
+    /// The request is longer than a guest accepts.
+    #[error("the request has {0} bytes, and a guest accepts {MAX_REQUEST_BYTES}")]
+    TooLong(usize),
+    /// A program wrote more than is collected.
+    #[error(
+        "the program wrote more than {} bytes, which is the most that is collected: stream it",
+        crate::handle::MAX_COLLECTED_BYTES
+    )]
+    TooMuchOutput,
+    /// The guest's agent does not know how to.
+    #[error(
+        "the agent in the VM speaks version {0} of the guest channel and cannot do this: build \
+         the kernel component anew and launch the VM again"
+    )]
+    Outdated(u32),
 }
 
-type Waiting = oneshot::Sender<Reply>;
+/// First version of the protocol with programs whose streams are frames.
+const STREAMS_SINCE: u32 = 2;
+
+/// Who waits for replies, by the request's id.
+#[derive(Debug, Default)]
+struct Waiting(Mutex<HashMap<u64, oneshot::Sender<Reply>>>);
+
+impl Waiting {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Reply>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A connection to one guest's agent.
 #[derive(Debug)]
 pub struct Channel {
-    requests: mpsc::Sender<(GuestRequest, Waiting)>,
+    outgoing: mpsc::Sender<Vec<u8>>,
+    waiting: Arc<Waiting>,
+    execs: Arc<Execs>,
     next_id: AtomicU64,
+    /// Version that the guest speaks, once it has said so.
+    version: watch::Receiver<Option<u32>>,
 }
 
 impl Channel {
@@ -57,14 +91,26 @@ impl Channel {
         launched: Instant,
         progress: watch::Sender<Progress>,
     ) -> Self {
-        let (requests, queue) = mpsc::channel(64);
-        tokio::spawn(serve(connection, queue, Events { launched, progress }));
+        let LineConnection { incoming, outgoing } = connection;
+        let (version_sender, version) = watch::channel(None);
+        let (waiting, execs) = (Arc::<Waiting>::default(), Arc::<Execs>::default());
+        tokio::spawn(catch_up(outgoing.clone()));
+        let receiver = Receiver {
+            waiting: Arc::clone(&waiting),
+            execs: Arc::clone(&execs),
+            version: version_sender,
+            events: Events { launched, progress },
+        };
+        tokio::spawn(receiver.serve(incoming));
         // Ids of an earlier daemon's requests may still be answered: start elsewhere.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let seed = now.map_or(1, |now| (now.as_nanos() as u64) >> 8 << 20 >> 11 | 1);
         Self {
-            requests,
+            outgoing,
+            waiting,
+            execs,
             next_id: AtomicU64::new(seed),
+            version,
         }
     }
 
@@ -75,12 +121,27 @@ impl Channel {
         limit: Duration,
     ) -> Result<Reply, ChannelError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        self.request_as(id, command, limit).await
+    }
+
+    async fn request_as(
+        &self,
+        id: u64,
+        command: GuestCommand,
+        limit: Duration,
+    ) -> Result<Reply, ChannelError> {
+        let line = encode_line(&GuestRequest { id, command });
+        if line.len() > MAX_REQUEST_BYTES {
+            return Err(ChannelError::TooLong(line.len()));
+        }
         let (sender, reply) = oneshot::channel();
         let exchange = async {
-            let sent = self
-                .requests
-                .send((GuestRequest { id, command }, sender))
-                .await;
+            {
+                let mut waiting = self.waiting.lock();
+                waiting.retain(|_, sender| !sender.is_closed());
+                waiting.insert(id, sender);
+            }
+            let sent = self.outgoing.send(line).await;
             sent.map_err(|_| ChannelError::Closed)?;
             reply.await.map_err(|_| ChannelError::Closed)
         };
@@ -91,6 +152,30 @@ impl Channel {
             }),
             Ok(result) => result,
             Err(_) => Err(ChannelError::TimedOut(limit)),
+        }
+    }
+
+    /// Starts a program; `limit` is for the start alone.
+    pub async fn start_program(
+        &self,
+        exec: Exec,
+        limit: Duration,
+    ) -> Result<Execution, ChannelError> {
+        let mut version = self.version.clone();
+        let known = tokio::time::timeout(limit, version.wait_for(Option::is_some)).await;
+        let known = known.map_err(|_| ChannelError::TimedOut(limit))?;
+        let known = known.map_err(|_| ChannelError::Closed)?.unwrap_or(0);
+        if known < STREAMS_SINCE {
+            return Err(ChannelError::Outdated(known));
+        }
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let execution = self.execs.expect(id, self.outgoing.clone());
+        match self
+            .request_as(id, GuestCommand::Start(exec), limit)
+            .await?
+        {
+            Reply::Started => Ok(execution),
+            _ => Err(ChannelError::Unexpected),
         }
     }
 }
@@ -104,62 +189,59 @@ fn bounded(mut text: String) -> String {
     text
 }
 
-async fn serve(
-    mut connection: LineConnection,
-    mut queue: mpsc::Receiver<(GuestRequest, Waiting)>,
-    events: Events,
-) {
-    // Ends what a predecessor may have left half-written, then asks what was missed.
-    let catch_up = GuestRequest {
-        id: 0,
-        command: GuestCommand::Status,
-    };
+/// Ends what a predecessor has left, half a line and programs, then asks what was missed.
+async fn catch_up(outgoing: mpsc::Sender<Vec<u8>>) {
     let mut first = vec![b'\n'];
-    first.extend(encode_line(&catch_up));
-    if connection.outgoing.send(first).await.is_err() {
-        return;
+    for command in [GuestCommand::EndAll, GuestCommand::Status] {
+        first.extend(encode_line(&GuestRequest { id: 0, command }));
     }
-    let mut waiting: HashMap<u64, Waiting> = HashMap::new();
-    loop {
-        tokio::select! {
-            line = connection.incoming.recv() => match line {
-                Some(line) => handle(line, &mut waiting, &events),
-                None => return,
-            },
-            request = queue.recv() => {
-                let Some((request, sender)) = request else { return };
-                waiting.retain(|_, sender| !sender.is_closed());
-                waiting.insert(request.id, sender);
-                if connection.outgoing.send(encode_line(&request)).await.is_err() {
-                    return;
-                }
-            }
-        }
-    }
+    // A connection that is gone is noticed by who reads from it.
+    let _ = outgoing.send(first).await;
 }
 
-fn handle(line: Line, waiting: &mut HashMap<u64, Waiting>, events: &Events) {
-    let message = match &line {
-        Line::Complete(bytes) => serde_json::from_slice::<GuestMessage>(bytes).ok(),
-        Line::TooLong => None,
-    };
-    match message {
-        Some(GuestMessage::Reply {
-            id: 0,
-            result: Reply::Status(status),
-        }) => {
-            events.status(status);
+/// Takes what the guest says to where it belongs; waits for nobody.
+struct Receiver {
+    waiting: Arc<Waiting>,
+    execs: Arc<Execs>,
+    version: watch::Sender<Option<u32>>,
+    events: Events,
+}
+
+impl Receiver {
+    async fn serve(self, mut incoming: mpsc::Receiver<Line>) {
+        while let Some(line) = incoming.recv().await {
+            self.handle(line);
         }
-        Some(GuestMessage::Reply { id, result }) => {
-            if let Some(sender) = waiting.remove(&id) {
-                let _ = sender.send(result);
+        self.waiting.lock().clear();
+        self.execs.closed();
+    }
+
+    fn handle(&self, line: Line) {
+        let Line::Complete(line) = line else {
+            return tracing::debug!(max = MAX_MESSAGE_BYTES, "skipped a line that is too long");
+        };
+        if let Some(frame) = frames::decode(&line) {
+            return self.execs.output(&frame);
+        }
+        match serde_json::from_slice::<GuestMessage>(&line) {
+            Ok(GuestMessage::Reply {
+                id: 0,
+                result: Reply::Status(status),
+            }) => {
+                self.version.send_replace(Some(status.protocol));
+                self.events.status(status);
             }
+            Ok(GuestMessage::Reply { id, result }) => {
+                let waiting = self.waiting.lock().remove(&id);
+                if let Some(sender) = waiting {
+                    let _ = sender.send(result);
+                }
+            }
+            Ok(GuestMessage::Ended { id, status }) => self.execs.ended(id, status),
+            Ok(GuestMessage::StdinCredit { id, bytes }) => self.execs.stdin_credit(id, bytes),
+            Ok(event) => self.events.apply(event),
+            Err(_) => tracing::debug!("skipped a line that is no guest message"),
         }
-        Some(event) => events.apply(event),
-        None => tracing::debug!(
-            max = MAX_LINE_BYTES,
-            "skipped a line that is no guest message"
-        ),
     }
 }
 
@@ -191,7 +273,9 @@ impl Events {
                 });
             }
             GuestMessage::Log { text } => tracing::info!(target: "guest", "{}", bounded(text)),
-            GuestMessage::Reply { .. } => {}
+            GuestMessage::Reply { .. }
+            | GuestMessage::Ended { .. }
+            | GuestMessage::StdinCredit { .. } => {}
         }
     }
 
@@ -314,15 +398,19 @@ mod tests {
             id in 0u64..3,
             uptime_ms in any::<u64>(),
         ) {
-            let (progress, _receiver) = watch::channel(Progress::default());
-            let events = Events { launched: Instant::now(), progress };
-            let mut waiting = HashMap::new();
-            handle(Line::Complete(bytes), &mut waiting, &events);
-            handle(Line::TooLong, &mut waiting, &events);
+            let (progress, seen) = watch::channel(Progress::default());
+            let receiver = Receiver {
+                waiting: Arc::default(),
+                execs: Arc::default(),
+                version: watch::channel(None).0,
+                events: Events { launched: Instant::now(), progress },
+            };
+            receiver.handle(Line::Complete(bytes));
+            receiver.handle(Line::TooLong);
             let status = Status { ready_uptime_ms: Some(uptime_ms), ..Status::default() };
             let reply = GuestMessage::Reply { id, result: Reply::Status(status) };
-            handle(Line::Complete(encode_line(&reply)), &mut waiting, &events);
-            let phase = events.progress.borrow().phase;
+            receiver.handle(Line::Complete(encode_line(&reply)));
+            let phase = seen.borrow().phase;
             prop_assert_eq!(phase == Phase::Ready, id == 0);
         }
     }

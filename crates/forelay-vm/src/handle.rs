@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::messages::{
-    Attach, Attached, Exec, ExecResult, GuestCommand, Reply, Status, Traffic,
+    Attach, Attached, Exec, ExitStatus, GuestCommand, Reply, Status, Traffic,
 };
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::channel::{Channel, ChannelError};
 use crate::driver::{AttachError, Detachment, VmControl};
+use crate::exec::{ExecEvent, Execution};
 use crate::lifecycle::{Cause, Ended, Phase, Progress};
 use crate::process::Process;
 use crate::spec::PmemDevice;
@@ -25,6 +26,8 @@ use crate::state::VmState;
 const CONSOLE_TAIL_BYTES: u64 = 4096;
 /// Lines of it: a kernel's panic message is above its call trace.
 const CONSOLE_TAIL_LINES: usize = 30;
+/// Most output of a program that is collected in memory.
+pub const MAX_COLLECTED_BYTES: usize = 8 << 20;
 /// How long the guest may take for a request that does little.
 const SHORT: Duration = Duration::from_secs(20);
 /// How long an attach may take.
@@ -90,6 +93,17 @@ pub struct HotAttached {
     pub guest_answer: Duration,
     /// What the guest says.
     pub guest: Attached,
+}
+
+/// What a program did, all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramOutput {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: Vec<u8>,
 }
 
 /// A launched VM.
@@ -298,33 +312,45 @@ impl VmHandle {
         }
     }
 
-    /// Runs a command in the guest; `limit` bounds it in the guest and on the host.
-    pub async fn exec(&self, argv: &[&str], limit: Duration) -> Result<ExecResult, VmError> {
+    /// Starts a program in the guest, its streams in the hands of the caller.
+    pub async fn start_program(&self, exec: Exec) -> Result<Execution, VmError> {
+        let started = self.inner.channel.start_program(exec, SHORT).await;
+        started.map_err(|error| self.channel_error(error))
+    }
+
+    /// Runs a program to its end, without standard input; ends it after `limit`. Output
+    /// beyond [`MAX_COLLECTED_BYTES`] is an error, and ends it too.
+    pub async fn exec(&self, argv: &[&str], limit: Duration) -> Result<ProgramOutput, VmError> {
         let argv = argv.iter().map(|word| (*word).to_owned()).collect();
-        self.exec_with(
-            Exec {
-                argv,
-                ..Exec::default()
-            },
-            limit,
-        )
+        self.collect(Exec {
+            argv,
+            timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1),
+            ..Exec::default()
+        })
         .await
     }
 
-    /// Runs a command with all its settings.
-    pub async fn exec_with(&self, mut exec: Exec, limit: Duration) -> Result<ExecResult, VmError> {
-        if exec.timeout_ms == 0 {
-            exec.timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
-        }
-        match self
-            .inner
-            .channel
-            .request(GuestCommand::Exec(exec), limit + SHORT)
-            .await
-        {
-            Ok(Reply::Exec(result)) => Ok(result),
-            Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
-            Err(error) => Err(self.channel_error(error)),
+    /// The same with all its settings.
+    pub async fn collect(&self, exec: Exec) -> Result<ProgramOutput, VmError> {
+        let execution = self.start_program(exec).await?;
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            match execution.next().await {
+                Ok(ExecEvent::Stdout(bytes)) => stdout.extend(bytes),
+                Ok(ExecEvent::Stderr(bytes)) => stderr.extend(bytes),
+                Ok(ExecEvent::StdinCredit(_)) => {}
+                Ok(ExecEvent::Ended(status)) => {
+                    return Ok(ProgramOutput {
+                        status,
+                        stdout,
+                        stderr,
+                    });
+                }
+                Err(error) => return Err(self.channel_error(error)),
+            }
+            if stdout.len() + stderr.len() > MAX_COLLECTED_BYTES {
+                return Err(self.channel_error(ChannelError::TooMuchOutput));
+            }
         }
     }
 

@@ -18,6 +18,7 @@
 pub mod accelerator;
 pub mod channel;
 pub mod driver;
+pub mod exec;
 pub mod handle;
 pub mod kernel;
 pub mod lifecycle;
@@ -31,7 +32,8 @@ pub mod stray;
 
 pub use accelerator::{Accelerator, Probe, probe_accelerator};
 pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};
-pub use handle::{HotAttached, VmError, VmHandle};
+pub use exec::{ExecEvent, Execution};
+pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
 /// Files that a launched VM may leave in its runtime directory.
 pub const RUNTIME_FILES: [&str; 7] = [

@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use forelay_image::{NameError, NameOf};
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, StatusCode};
+use hyper::body::Incoming;
+use hyper::http::request::Builder;
+use hyper::upgrade::Upgraded;
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -91,12 +94,46 @@ impl Client {
         self.request(Method::POST, path, body.into()).await
     }
 
+    /// `POST path` with a JSON body, to have the connection speak `protocol` from then on.
+    pub async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &str,
+        body: &impl Serialize,
+    ) -> Result<TokioIo<Upgraded>, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|error| self.broken(error))?;
+        let request = request(Method::POST, path)
+            .header("connection", "upgrade")
+            .header("upgrade", protocol);
+        let response = self.send(request, body.into()).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(self.refusal(response).await);
+        }
+        let upgraded = hyper::upgrade::on(response).await;
+        Ok(TokioIo::new(upgraded.map_err(|error| self.broken(error))?))
+    }
+
     async fn request<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
+        let response = self.send(request(method, path), body).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.refusal(response).await);
+        }
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|error| self.broken(error))?.to_bytes();
+        serde_json::from_slice(&body).map_err(|error| self.broken(error))
+    }
+
+    /// Sends a request on a connection of its own.
+    async fn send(
+        &self,
+        request: Builder,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, ClientError> {
         let stream =
             UnixStream::connect(&self.socket)
                 .await
@@ -107,38 +144,26 @@ impl Client {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;
-        let driver = tokio::spawn(connection);
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "forelay")
-            .header("content-type", "application/json")
-            .body(Full::new(body))
-            .map_err(|error| self.broken(error))?;
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| self.broken(error))?;
-        let status = response.status();
-        let body = response
-            .into_body()
-            .collect()
-            .await
-            .map_err(|error| self.broken(error))?;
-        drop(sender);
-        driver.abort();
-        let body = body.to_bytes();
-        if status != StatusCode::OK {
-            let message = serde_json::from_slice::<ApiError>(&body).map_or_else(
-                |_| String::from_utf8_lossy(&body).into_owned(),
-                |error| error.error,
-            );
-            return Err(ClientError::Refused {
-                status: status.as_u16(),
-                message,
-            });
-        }
-        serde_json::from_slice(&body).map_err(|error| self.broken(error))
+        // Ends when the response was read, or what it became.
+        tokio::spawn(connection.with_upgrades());
+        let request = request.body(Full::new(body));
+        let request = request.map_err(|error| self.broken(error))?;
+        let response = sender.send_request(request).await;
+        response.map_err(|error| self.broken(error))
+    }
+
+    /// The error that a response tells.
+    async fn refusal(&self, response: Response<Incoming>) -> ClientError {
+        let status = response.status().as_u16();
+        let body = match response.into_body().collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) => return self.broken(error),
+        };
+        let message = serde_json::from_slice::<ApiError>(&body).map_or_else(
+            |_| String::from_utf8_lossy(&body).into_owned(),
+            |error| error.error,
+        );
+        ClientError::Refused { status, message }
     }
 
     fn broken(&self, error: impl std::fmt::Display) -> ClientError {
@@ -147,4 +172,12 @@ impl Client {
             message: error.to_string(),
         }
     }
+}
+
+fn request(method: Method, path: &str) -> Builder {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "forelay")
+        .header("content-type", "application/json")
 }

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
+pub mod exec_frames;
 pub mod history;
 pub mod host_stats;
 pub mod recipe;

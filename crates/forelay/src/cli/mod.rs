@@ -76,13 +76,7 @@ enum Command {
         json: bool,
     },
     /// Run a command in a VM.
-    Exec {
-        name: String,
-        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-        command: Vec<String>,
-        #[arg(long)]
-        json: bool,
-    },
+    Exec(vms::ExecArguments),
     /// Attach a component to a running VM.
     Attach {
         name: String,
@@ -250,13 +244,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Prefetch(arguments) => vms::prefetch(client, arguments).await?,
         Command::Ps { all, json } => vms::ps(client, all, json).await?,
         Command::Stop { names, json } => vms::stop(client, &names, json).await?,
-        Command::Exec {
-            name,
-            command,
-            json,
-        } => {
-            return vms::exec(client, &name, command, json).await;
-        }
+        Command::Exec(arguments) => return vms::exec(client, arguments).await,
         Command::Attach {
             name,
             component,

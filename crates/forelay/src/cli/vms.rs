@@ -7,6 +7,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use forelay_vm::Forward;
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::sync::Semaphore;
 
 use super::output;
 use crate::api::{
@@ -14,9 +16,12 @@ use crate::api::{
     PrefetchRequest, Prefetched, Vm, VmState,
 };
 use crate::client::{Client, vm_path};
+use crate::exec_frames::{ExecFrame, PROTOCOL, WINDOW_BYTES};
 
 /// A log is shown in parts of this size.
 const LOG_PART_BYTES: usize = 64 << 10;
+/// Standard input of a command is read in parts of this size.
+const INPUT_PART_BYTES: usize = 32 << 10;
 
 /// Arguments of `forelay run`.
 #[derive(Debug, clap::Args)]
@@ -301,20 +306,89 @@ pub async fn stop(client: &Client, names: &[String], json: bool) -> Result<()> {
     if json { output::json(&stopped) } else { Ok(()) }
 }
 
+/// Arguments of `forelay exec`.
+#[derive(Debug, clap::Args)]
+pub struct ExecArguments {
+    /// The VM.
+    pub name: String,
+    /// Program and arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+    /// Pass standard input on.
+    #[arg(long, short)]
+    pub interactive: bool,
+    /// End the command after this many seconds, with exit code 124.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
+    /// Print status and output as JSON when it has ended.
+    #[arg(long, conflicts_with = "interactive")]
+    pub json: bool,
+}
+
 /// `forelay exec`: returns the command's exit status.
-pub async fn exec(client: &Client, name: &str, command: Vec<String>, json: bool) -> Result<i32> {
+pub async fn exec(client: &Client, arguments: ExecArguments) -> Result<i32> {
+    let path = vm_path(&arguments.name, "/exec")?;
     let request = ExecRequest {
-        command,
-        timeout_s: None,
+        command: arguments.command,
+        timeout_s: arguments.timeout,
+        stdin: arguments.interactive,
     };
-    let result: ExecResult = client.post(&vm_path(name, "/exec")?, &request).await?;
-    if json {
+    if arguments.json {
+        let result: ExecResult = client.post(&path, &request).await?;
         output::json(&result)?;
         return Ok(0);
     }
-    output::raw(result.stdout.as_bytes());
-    let _ = std::io::stderr().write_all(result.stderr.as_bytes());
-    Ok(result.status)
+    let connection = client.upgrade(&path, PROTOCOL, &request).await?;
+    let (from_daemon, to_daemon) = tokio::io::split(connection);
+    let credit = Semaphore::new(WINDOW_BYTES as usize);
+    let input = async {
+        if request.stdin {
+            send_input(to_daemon, &credit).await?;
+        }
+        // The program ends it, not its input.
+        std::future::pending().await
+    };
+    tokio::select! {
+        status = show_output(from_daemon, &credit) => status,
+        sent = input => sent,
+    }
+}
+
+/// Prints a command's output until it ends.
+async fn show_output(mut from: impl AsyncRead + Unpin, credit: &Semaphore) -> Result<i32> {
+    loop {
+        match ExecFrame::read(&mut from).await? {
+            Some(ExecFrame::Stdout(bytes)) => output::raw(&bytes),
+            Some(ExecFrame::Stderr(bytes)) => drop(std::io::stderr().write_all(&bytes)),
+            Some(ExecFrame::StdinCredit(bytes)) => credit.add_permits(bytes as usize),
+            Some(ExecFrame::End(end)) => {
+                if let Some(error) = end.error {
+                    complain!("error: {}", output::shown(&error));
+                }
+                return Ok(end.status);
+            }
+            Some(ExecFrame::Stdin(_)) | None => {
+                bail!("the daemon ended the connection before the command ended")
+            }
+        }
+    }
+}
+
+/// Sends standard input, as far as there is credit for it, and its end.
+async fn send_input(mut to: impl AsyncWrite + Unpin, credit: &Semaphore) -> Result<()> {
+    let mut stdin = tokio::io::stdin();
+    let mut buffer = vec![0; INPUT_PART_BYTES];
+    loop {
+        let free = credit.available_permits().clamp(1, buffer.len());
+        let permits = credit.acquire_many(u32::try_from(free)?).await?;
+        let len = stdin.read(&mut buffer[..free]).await?;
+        permits.forget();
+        credit.add_permits(free - len);
+        ExecFrame::Stdin(buffer[..len].to_vec()).write(&mut to).await?;
+        if len == 0 {
+            return Ok(());
+        }
+    }
 }
 
 /// `forelay attach` and `forelay detach`.

@@ -26,14 +26,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_guest_protocol::messages::ExitStatus;
 use forelay_host::error_chain;
 use forelay_store::Store;
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::api::{ExecRequest, ExecResult, PrefetchRequest, Prefetched, Vm, VmState};
+use crate::api::{PrefetchRequest, Prefetched, Vm, VmState};
 use crate::config::Config;
 use api::accounts::MemoryAccounts;
 use api::inspect::VmMaps;
@@ -53,7 +52,7 @@ use memory::domains::Domains;
 use memory::planner::PlannerHandle;
 use memory::waiting::{PendingWait, longest_waits};
 use process::health::Health;
-use vm::attach::{AttachService, running};
+use vm::attach::AttachService;
 use vm::registry::{Instance, VmRegistry};
 use vm::supervise::Supervisor;
 
@@ -70,8 +69,6 @@ const KILL_LIMIT: Duration = Duration::from_secs(20);
 const STOP_ALL: Duration = Duration::from_secs(30);
 /// How long learning may take that the daemon's end cuts short.
 const LEARN_GRACE: Duration = Duration::from_secs(5);
-/// Longest command in a guest if the client names no limit.
-const EXEC_LIMIT: Duration = Duration::from_secs(3600);
 
 /// Why the daemon did not do as asked.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -397,27 +394,6 @@ impl Host {
         }
     }
 
-    /// Runs a command in a guest.
-    pub async fn exec(&self, name: &str, request: ExecRequest) -> Result<ExecResult, HostError> {
-        if request.command.is_empty() {
-            return Err(HostError::Invalid("no command was given".to_owned()));
-        }
-        let limit = match request.timeout_s {
-            Some(seconds) => Duration::try_from_secs_f64(seconds)
-                .map_err(|_| HostError::Invalid(format!("{seconds} s is no time limit")))?,
-            None => EXEC_LIMIT,
-        };
-        let argv: Vec<&str> = request.command.iter().map(String::as_str).collect();
-        let handle = running(&*self.instance(name)?)?;
-        let result = handle.exec(&argv, limit).await.map_err(HostError::failed)?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(ExecResult {
-            status: exit_code(result.status),
-            stdout: text(&result.stdout.0),
-            stderr: text(&result.stderr.0),
-        })
-    }
-
     /// Maps a manifest's devices and loads what a launch is expected to touch.
     pub async fn prefetch(&self, request: PrefetchRequest) -> Result<Prefetched, HostError> {
         let started = Instant::now();
@@ -471,13 +447,4 @@ fn not_ended(vm: &Vm, error: Option<std::io::Error>) -> HostError {
         vm.name,
         vm.runtime_dir.display()
     ))
-}
-
-/// What a shell would call the end of a guest's command.
-fn exit_code(status: ExitStatus) -> i32 {
-    match status {
-        ExitStatus::Code(code) => code,
-        ExitStatus::Signal(signal) => 128 + signal,
-        ExitStatus::TimedOut => 124,
-    }
 }

@@ -72,10 +72,14 @@ impl LongRequests {
         Arc::clone(&self.0).try_acquire_owned().ok()
     }
 
-    /// Answers a request of a route whose requests may take long, or refuses it.
-    pub async fn answer(State(turns): State<Self>, request: Request, next: Next) -> Response {
+    /// Answers a request of a route whose requests may take long, or refuses it. The turn is
+    /// among the request's extensions for what goes on after the answer.
+    pub async fn answer(State(turns): State<Self>, mut request: Request, next: Next) -> Response {
         match turns.take() {
-            Some(_turn) => next.run(request).await,
+            Some(turn) => {
+                request.extensions_mut().insert(Arc::new(turn));
+                next.run(request).await
+            }
             None => {
                 let error = "so many commands, launches and the like are under way that no more \
                              are begun: try again in a while"
@@ -133,6 +137,7 @@ async fn converse(stream: UnixStream, router: Router, header: Duration) {
     // A client that goes away or is too slow is no concern of anybody else's.
     if let Err(error) = builder
         .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
         .await
     {
         tracing::debug!(%error, "a connection to the API ended");

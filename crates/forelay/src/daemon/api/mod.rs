@@ -2,5 +2,6 @@
 
 pub(super) mod accounts;
 pub(super) mod connections;
+mod exec;
 pub(super) mod inspect;
 pub(super) mod server;

@@ -12,9 +12,10 @@ use axum::routing::{get, post};
 use serde::Deserialize;
 
 use crate::api::{
-    ApiError, AttachRequest, ExecRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm,
+    ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm,
 };
 use crate::daemon::api::connections::LongRequests;
+use crate::daemon::api::exec;
 use crate::daemon::{Host, HostError};
 
 /// How long a client waits for a VM's next state when too many wait.
@@ -30,7 +31,7 @@ pub fn router(host: Arc<Host>) -> Router {
     let turns = LongRequests::default();
     let waiting = Router::new()
         .route("/v1/vms", post(launch))
-        .route("/v1/vms/{name}/exec", post(exec))
+        .route("/v1/vms/{name}/exec", post(exec::exec))
         .route("/v1/vms/{name}/attach", post(attach))
         .route("/v1/vms/{name}/detach", post(detach))
         .route("/v1/prefetch", post(prefetch))
@@ -52,7 +53,7 @@ pub fn router(host: Arc<Host>) -> Router {
 }
 
 /// An error on its way to the client.
-struct Failure(HostError);
+pub struct Failure(HostError);
 
 impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
@@ -141,14 +142,6 @@ async fn show(
 
 async fn stop(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
     Ok(Json(host.stop(&name).await?))
-}
-
-async fn exec(
-    State(host): Shared,
-    Path(name): Path<String>,
-    Json(request): Json<ExecRequest>,
-) -> Answer<crate::api::ExecResult> {
-    Ok(Json(host.exec(&name, request).await?))
 }
 
 async fn attach(

@@ -246,7 +246,7 @@ impl Supervisor {
                 vm.launch.ready_s = progress.ready.map(seconds);
                 note_guest_steps(&mut vm.launch, progress);
             }
-            vm.exit_status = progress.entrypoint.map(crate::daemon::exit_code);
+            vm.exit_status = progress.entrypoint.map(|status| status.code());
         });
         let changed = instance.read(told) != before;
         if changed {
