@@ -20,8 +20,8 @@ use std::time::Duration;
 use forelay_guest_protocol::config::{Entrypoint, Run, VM_CONFIG_PATH, VmConfig};
 use forelay_guest_protocol::frames::{self, Frame, Stream};
 use forelay_guest_protocol::messages::{
-    BootSteps, ErrorKind, Exec, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line, LineBuffer,
-    MAX_REQUEST_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic,
+    BootSteps, ErrorKind, Exec, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line,
+    LineBuffer, MAX_REQUEST_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic,
 };
 
 use crate::boot::console;
@@ -334,8 +334,9 @@ impl Agent {
             .stdout(output.try_clone()?)
             .stderr(output);
         let (sender, ended) = mpsc::channel();
-        self.reaper
-            .spawn(&mut command, move |status| { let _ = sender.send(status); })?;
+        self.reaper.spawn(&mut command, move |status| {
+            let _ = sender.send(status);
+        })?;
         let agent = Arc::clone(self);
         thread("entrypoint", move || {
             if let Ok(status) = ended.recv() {
@@ -380,8 +381,9 @@ impl Agent {
             .stdout(terminal.try_clone()?)
             .stderr(terminal);
         let (sender, ended) = mpsc::channel();
-        self.reaper
-            .spawn(&mut command, move |status| { let _ = sender.send(status); })?;
+        self.reaper.spawn(&mut command, move |status| {
+            let _ = sender.send(status);
+        })?;
         ended.recv().map(drop).map_err(io::Error::other)
     }
 

@@ -213,7 +213,9 @@ pub fn succeeds(
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let (sender, ended) = mpsc::channel();
-        let child = reaper.spawn(&mut command, move |status| { let _ = sender.send(status); })?;
+        let child = reaper.spawn(&mut command, move |status| {
+            let _ = sender.send(status);
+        })?;
         ended.recv_timeout(limit).map_err(|late| {
             reaper.signal_group(child.id() as i32, libc::SIGKILL);
             io::Error::other(late)

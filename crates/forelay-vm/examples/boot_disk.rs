@@ -46,7 +46,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cpu_s = cpu_s(handle.pid())?;
     let meminfo = handle.exec(&["cat", "/proc/meminfo"], LIMIT).await;
     if ready.is_ok() {
-        let cached = meminfo.map_or(0, |result| cached_bytes(&result.stdout.0));
+        let cached = meminfo.map_or(0, |result| cached_bytes(&result.stdout));
         println!(
             "{{\"ready_s\": {ready_s}, \"cpu_s\": {cpu_s}, \"demand_fetches\": 0, \
              \"stall_s\": 0, \"guest_cached_bytes\": {cached}}}"

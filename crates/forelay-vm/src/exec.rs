@@ -112,11 +112,7 @@ impl Execs {
     }
 
     /// A program that is about to be started; what the guest says of `id` is its.
-    pub(crate) fn expect(
-        self: &Arc<Self>,
-        id: u64,
-        outgoing: mpsc::Sender<Vec<u8>>,
-    ) -> Execution {
+    pub(crate) fn expect(self: &Arc<Self>, id: u64, outgoing: mpsc::Sender<Vec<u8>>) -> Execution {
         let inbox = Arc::new(Inbox::default());
         self.running().insert(id, Arc::clone(&inbox));
         Execution {
@@ -290,7 +286,9 @@ mod tests {
     }
 
     fn command(line: &[u8]) -> GuestCommand {
-        serde_json::from_slice::<GuestRequest>(line).unwrap().command
+        serde_json::from_slice::<GuestRequest>(line)
+            .unwrap()
+            .command
     }
 
     #[tokio::test]
@@ -308,20 +306,33 @@ mod tests {
         assert!(sent.try_recv().is_err());
         execs.stdin_credit(7, 5);
         assert_eq!(execution.next().await.unwrap(), ExecEvent::StdinCredit(5));
-        let credit = GuestCommand::Credit { stdout: WINDOW_BYTES, stderr: 0 };
+        let credit = GuestCommand::Credit {
+            stdout: WINDOW_BYTES,
+            stderr: 0,
+        };
         assert_eq!(command(&sent.try_recv().unwrap()), credit);
         execs.output(&part());
         execs.ended(7, ExitStatus::Code(3));
         assert!(matches!(execution.next().await, Ok(ExecEvent::Stdout(_))));
-        assert_eq!(execution.next().await.unwrap(), ExecEvent::Ended(ExitStatus::Code(3)));
+        assert_eq!(
+            execution.next().await.unwrap(),
+            ExecEvent::Ended(ExitStatus::Code(3))
+        );
         drop(execution);
         assert!(sent.try_recv().is_ok(), "the credit of the last part");
-        assert!(sent.try_recv().is_err(), "one that has ended is not ended again");
+        assert!(
+            sent.try_recv().is_err(),
+            "one that has ended is not ended again"
+        );
     }
 
     #[tokio::test]
     async fn a_guest_that_sends_more_than_it_may_loses_the_program() {
-        for (credit, bytes) in [(0, vec![]), (0, vec![1; 40_000]), (WINDOW_BYTES + 1, vec![1])] {
+        for (credit, bytes) in [
+            (0, vec![]),
+            (0, vec![1; 40_000]),
+            (WINDOW_BYTES + 1, vec![1]),
+        ] {
             let (execs, execution, mut sent) = started();
             for _ in 0..20 {
                 execs.output(&frame(Stream::Stderr, bytes.clone()));

@@ -129,11 +129,7 @@ impl Client {
     }
 
     /// Sends a request on a connection of its own.
-    async fn send(
-        &self,
-        request: Builder,
-        body: Bytes,
-    ) -> Result<Response<Incoming>, ClientError> {
+    async fn send(&self, request: Builder, body: Bytes) -> Result<Response<Incoming>, ClientError> {
         let stream =
             UnixStream::connect(&self.socket)
                 .await

@@ -303,9 +303,12 @@ impl VmmDriver for QemuDriver {
             .await
             .map_err(|error| connect_error("QEMU's monitor")(std::io::Error::other(error)))?;
         let channel = runtime_dir.join(command_line::CHANNEL_SOCKET);
-        let channel = lines::connect(&channel, forelay_guest_protocol::messages::MAX_MESSAGE_BYTES)
-            .await
-            .map_err(connect_error("the guest channel"))?;
+        let channel = lines::connect(
+            &channel,
+            forelay_guest_protocol::messages::MAX_MESSAGE_BYTES,
+        )
+        .await
+        .map_err(connect_error("the guest channel"))?;
         let runtime_dir = runtime_dir.to_owned();
         let control = Arc::new(QemuControl::new(qmp, runtime_dir.clone(), state.clone()));
         let launched = Instant::now();
@@ -348,7 +351,8 @@ async fn connect(
             source,
         })?;
         let path = socket(command_line::CHANNEL_SOCKET);
-        let channel = lines::connect(&path, forelay_guest_protocol::messages::MAX_MESSAGE_BYTES).await;
+        let channel =
+            lines::connect(&path, forelay_guest_protocol::messages::MAX_MESSAGE_BYTES).await;
         let channel = channel.map_err(|source| LaunchError::File {
             name: name(),
             path,

@@ -81,7 +81,7 @@ async fn privileged_hot_attach_is_visible_at_once_and_detach_refuses_while_in_us
         user: "extra".into(),
         ..Exec::default()
     };
-    assert_eq!(vm.exec_with(exec, LIMIT).await.unwrap().stdout.0, b"300\n");
+    assert_eq!(vm.collect(exec).await.unwrap().stdout, b"300\n");
 
     // In use: by a process whose directory it is, and by an open file.
     let user = "cd /opt/extra; sleep 1000 < /dev/null > /dev/null 2>&1 & echo $!";

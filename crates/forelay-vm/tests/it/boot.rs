@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use forelay_guest_protocol::config::{Entrypoint, ReadyProbe, Run, VmConfig};
 use forelay_guest_protocol::messages::{Exec, ExitStatus};
 use forelay_image::tree::Tree;
-use forelay_vm::{Cause, Phase, VmHandle};
+use forelay_vm::{Cause, ExecEvent, Phase, VmHandle};
 
 use crate::fixture::{Bench, LIMIT, assets, base_tree, file, sh};
 
@@ -59,12 +59,23 @@ async fn privileged_boots_a_merged_image_from_pmem() {
     let exec = Exec {
         argv: ["sh", "-c", "id -u; cat; exit 7"].map(str::to_owned).into(),
         user: "web".into(),
-        stdin: forelay_guest_protocol::payload::Payload(vec![0, 255, 10]),
+        stdin: true,
         ..Exec::default()
     };
-    let result = vm.exec_with(exec, LIMIT).await.unwrap();
-    assert_eq!(result.status, ExitStatus::Code(7));
-    assert_eq!(result.stdout.0, b"33\n\x00\xff\n");
+    let program = vm.start_program(exec).await.unwrap();
+    program.stdin(&[0, 255, 10]).await.unwrap();
+    program.stdin(&[]).await.unwrap();
+    let mut output = Vec::new();
+    let status = loop {
+        match program.next().await.unwrap() {
+            ExecEvent::Stdout(bytes) => output.extend(bytes),
+            ExecEvent::Stderr(bytes) => panic!("{}", String::from_utf8_lossy(&bytes)),
+            ExecEvent::StdinCredit(_) => {}
+            ExecEvent::Ended(status) => break status,
+        }
+    };
+    assert_eq!(status, ExitStatus::Code(7));
+    assert_eq!(output, b"33\n\x00\xff\n");
     let late = vm
         .exec(&["sleep", "600"], Duration::from_millis(300))
         .await

@@ -519,5 +519,5 @@ impl Drop for Guard {
 pub async fn sh(vm: &VmHandle, script: &str) -> String {
     let result = vm.exec(&["sh", "-c", script], LIMIT).await.unwrap();
     assert!(result.status.success(), "{script}: {result:?}");
-    String::from_utf8(result.stdout.0).unwrap()
+    String::from_utf8(result.stdout).unwrap()
 }

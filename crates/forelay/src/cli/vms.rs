@@ -384,7 +384,9 @@ async fn send_input(mut to: impl AsyncWrite + Unpin, credit: &Semaphore) -> Resu
         let len = stdin.read(&mut buffer[..free]).await?;
         permits.forget();
         credit.add_permits(free - len);
-        ExecFrame::Stdin(buffer[..len].to_vec()).write(&mut to).await?;
+        ExecFrame::Stdin(buffer[..len].to_vec())
+            .write(&mut to)
+            .await?;
         if len == 0 {
             return Ok(());
         }

@@ -11,9 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
 
-use crate::api::{
-    ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm,
-};
+use crate::api::{ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm};
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::exec;
 use crate::daemon::{Host, HostError};
