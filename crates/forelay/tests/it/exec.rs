@@ -101,7 +101,7 @@ fn ends_are_told_as_shells_do(host: &Host) {
         (late.status.code(), &*late.stdout),
         (Some(124), &b"begun\n"[..])
     );
-    let refused = host.refused(["exec", "--timeout", "-1", "exec", "--", "true"]);
+    let refused = host.refused(["exec", "--timeout=-1", "exec", "--", "true"]);
     assert!(refused.contains("no time limit"), "{refused}");
     let long = "x".repeat(130_000);
     let ran = host.run(["exec", "exec", "--", "true", &long]);
