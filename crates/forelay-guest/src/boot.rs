@@ -26,6 +26,11 @@ use crate::{agent, devices, network, root, sys};
 /// List of modules in the initramfs: one path a line, in load order.
 const MODULE_LIST: &str = "/modules.list";
 
+/// Descriptors that a process may have, and may ask for: what servers and container engines
+/// expect. An image's own init sets limits of its own for its services.
+const OPEN_FILES_SOFT: u64 = 65_536;
+const OPEN_FILES_HARD: u64 = 1_048_576;
+
 /// Boots the VM; returns only the reason why that failed.
 pub fn run() -> io::Error {
     match boot() {
@@ -71,6 +76,9 @@ fn boot() -> io::Result<Never> {
     root::overlay(&parameters, &config, &lower, &mounted)?;
     root::switch(&mounted)?;
     prepare_root(&config);
+    if let Err(error) = sys::limit_open_files(OPEN_FILES_SOFT, OPEN_FILES_HARD) {
+        console(&format!("limit of open files: {error}"));
+    }
     steps.overlay_us = sys::uptime_us();
     if let Err(error) = network::configure(config.network.as_ref()) {
         console(&format!("network: {error}"));
@@ -171,6 +179,8 @@ fn prepare_root(config: &VmConfig) {
     mount("tmpfs", "/dev/shm", flags, "mode=1777");
     if !matches!(config.run, Run::Init { .. }) {
         mount("tmpfs", "/tmp", flags, "mode=1777");
+        let flags = flags | sys::MS_NOEXEC;
+        mount("cgroup2", "/sys/fs/cgroup", flags, "nsdelegate");
     }
     let _ = fs::create_dir_all("/run/lock");
     let links = [

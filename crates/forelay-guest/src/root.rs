@@ -195,7 +195,9 @@ pub fn overlay(
     for directory in ["data", "work"] {
         fs::create_dir_all(format!("{UPPER}/{directory}"))?;
     }
-    let options = format!("lowerdir={lower},upperdir={UPPER}/data,workdir={UPPER}/work");
+    // Without redirect_dir, a directory of the image cannot be renamed.
+    let options =
+        format!("lowerdir={lower},upperdir={UPPER}/data,workdir={UPPER}/work,redirect_dir=on");
     sys::mount("overlay", ROOT, "overlay", 0, &options).map_err(context("mount overlay root"))
 }
 
