@@ -153,19 +153,19 @@ fn daemon_folders(sources: &[SourceFile]) -> BTreeSet<String> {
         .collect()
 }
 
-/// Product files of the daemon, each with its folder; those at the top have none.
+/// Product files of the daemon, each with its folder. A file beside the folders is one of its
+/// own; that which ties them together has none.
 fn daemon_files(sources: &[SourceFile]) -> impl Iterator<Item = (Option<String>, &SourceFile)> {
     product(sources).filter_map(|source| {
         let below = source.path.strip_prefix(DAEMON).ok()?;
-        let mut parts = below.iter();
-        let first = parts.next()?.to_string_lossy().into_owned();
-        Some((parts.next().is_some().then_some(first), source))
+        let first = below.iter().next()?.to_string_lossy();
+        let folder = first.strip_suffix(".rs").unwrap_or(&first);
+        Some(((folder != "mod").then(|| folder.to_owned()), source))
     })
 }
 
-/// Each edge between two folders of the daemon with the places that make it. What stands
-/// beside the folders ties them together and may use all; a folder that uses it makes an
-/// edge to `daemon`.
+/// Each edge between two folders of the daemon with the places that make it. `mod.rs` ties
+/// them together and may use all; a folder that uses it makes an edge to `daemon`.
 pub fn folder_uses(sources: &[SourceFile]) -> BTreeMap<(String, String), Vec<String>> {
     let folders = daemon_folders(sources);
     let mut uses: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();

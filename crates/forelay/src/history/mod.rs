@@ -68,6 +68,27 @@ impl EventId {
     }
 }
 
+/// Identity of a launch, and of the VM that came of it: the nonce of its launch event.
+///
+/// Files have it as a signed number.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(from = "i64", into = "i64")]
+pub struct LaunchId(pub u64);
+
+impl From<i64> for LaunchId {
+    fn from(signed: i64) -> Self {
+        Self(signed.cast_unsigned())
+    }
+}
+
+impl From<LaunchId> for i64 {
+    fn from(id: LaunchId) -> Self {
+        id.0.cast_signed()
+    }
+}
+
 /// A profile and who owns it. Two owners may use the same profile name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ProfileRef {

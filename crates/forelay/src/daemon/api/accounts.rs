@@ -19,8 +19,8 @@ use forelay_store::Store;
 use parking_lot::Mutex;
 
 use crate::api;
-use crate::daemon::HostError;
-use crate::daemon::launch::prepared::Premaps;
+use crate::daemon::error::HostError;
+use crate::daemon::launch::prepared::Preparations;
 use crate::daemon::memory::domains::{DomainMemory, Domains};
 use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::vm::registry::{Instance, VmRegistry};
@@ -31,7 +31,7 @@ pub(in crate::daemon) struct MemoryAccounts {
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,
     pub registry: Arc<VmRegistry>,
-    pub premaps: Arc<Premaps>,
+    pub preparations: Arc<Preparations>,
     /// How this daemon took over from an earlier one.
     pub takeover: Arc<Mutex<Option<api::Takeover>>>,
 }
@@ -68,7 +68,7 @@ impl MemoryAccounts {
             cgroup_usage_bytes: sample.cgroup.map(|cgroup| cgroup.usage_bytes),
             pressure: format!("{:?}", status.level).to_lowercase(),
             prefetch_paused: status.paused,
-            premapped_launches: self.premaps.len(),
+            premapped_launches: self.preparations.len(),
             domains,
             vms: accounting.vms.iter().map(vm_report).collect(),
             takeover: self.takeover.lock().clone(),

@@ -23,8 +23,9 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::server::Failure;
 use crate::api::{ExecEnd, ExecRequest, ExecResult};
+use crate::daemon::Host;
+use crate::daemon::error::HostError;
 use crate::daemon::vm::attach::running;
-use crate::daemon::{Host, HostError};
 use crate::exec_frames::{ExecFrame, PROTOCOL};
 
 /// The request's turn among those that may take long.
@@ -47,7 +48,7 @@ pub async fn exec(
         return Err(HostError::Invalid(text).into());
     }
     let exec = program(request)?;
-    let handle = running(&*host.instance(&name)?)?;
+    let handle = running(&*host.vms.instance(&name)?)?;
     match upgrade {
         Some(upgrade) => streams(&handle, exec, upgrade, turn).await,
         None => Ok(Json(collect(&handle, exec).await?).into_response()),

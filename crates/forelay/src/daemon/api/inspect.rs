@@ -14,11 +14,13 @@ use forelay_image::pages::{PageRun, PageSet, Pages};
 use forelay_image::{Digest, Extent};
 use forelay_store::Store;
 
-use crate::api::{MapDevice, MapFile, Touch, VmMap};
-use crate::daemon::HostError;
+use crate::api::{MapDevice, MapFile, Prefetched, Touch, VmMap};
+use crate::daemon::error::HostError;
+use crate::daemon::launch::PrefetchedLaunch;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::planner::PlannerHandle;
-use crate::daemon::vm::registry::{DeviceRecord, Instance, VmRegistry};
+use crate::daemon::order::DeviceRecord;
+use crate::daemon::vm::registry::{Instance, VmRegistry};
 use crate::recipe::Reader;
 
 /// Parts of a residency bar.
@@ -34,7 +36,7 @@ pub(in crate::daemon) struct VmMaps {
 
 impl VmMaps {
     /// A device as clients see it.
-    pub(in crate::daemon) fn map_device(
+    fn map_device(
         &self,
         domain: &Domain,
         slot: usize,
@@ -51,6 +53,24 @@ impl VmMaps {
             resident_bytes: total_bytes(&resident),
             touched_bytes,
             bar: bar(record.image_bytes, &resident),
+        }
+    }
+
+    /// A launch that was prefetched, as clients see it.
+    pub fn prefetched(&self, launch: &PrefetchedLaunch, took_s: f64) -> Prefetched {
+        let PrefetchedLaunch {
+            order,
+            devices,
+            planned_bytes,
+        } = launch;
+        let devices = devices.iter().enumerate();
+        let devices = devices.map(|(index, one)| self.map_device(&order.domain, index + 1, one, 0));
+        Prefetched {
+            profile: order.of.profile.clone(),
+            domain: order.domain.as_str().to_owned(),
+            devices: devices.collect(),
+            planned_bytes: *planned_bytes,
+            took_s,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The API's routes: parse, call the [`Host`], answer JSON. No logic of its own.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Extension, Json, Path, Query, Request, State};
@@ -12,9 +12,10 @@ use axum::routing::{get, post};
 use serde::Deserialize;
 
 use crate::api::{ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm};
+use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::exec;
-use crate::daemon::{Host, HostError};
+use crate::daemon::error::HostError;
 
 /// How long a client waits for a VM's next state when too many wait.
 const CROWDED_WAIT: Duration = Duration::from_millis(500);
@@ -80,7 +81,7 @@ impl IntoResponse for Failure {
 type Answer<T> = Result<Json<T>, Failure>;
 
 async fn health(State(host): Shared) -> Json<Health> {
-    let waiting = host.vms().into_iter().filter_map(|vm| {
+    let waiting = host.vms.list().into_iter().filter_map(|vm| {
         let wait = vm.waiting?;
         Some(WaitingVm { vm: vm.name, wait })
     });
@@ -106,7 +107,7 @@ async fn unknown() -> Response {
 }
 
 async fn list(State(host): Shared) -> Response {
-    Json(host.vms()).into_response()
+    Json(host.vms.list()).into_response()
 }
 
 async fn launch(State(host): Shared, Json(request): Json<LaunchRequest>) -> Response {
@@ -135,11 +136,11 @@ async fn show(
         Some(_) => patience,
         None => patience.min(CROWDED_WAIT),
     };
-    Ok(Json(host.vm(&name, patience).await?))
+    Ok(Json(host.vms.show(&name, patience).await?))
 }
 
 async fn stop(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
-    Ok(Json(host.stop(&name).await?))
+    Ok(Json(host.vms.stop(&name).await?))
 }
 
 async fn attach(
@@ -147,7 +148,7 @@ async fn attach(
     Path(name): Path<String>,
     Json(request): Json<AttachRequest>,
 ) -> Answer<crate::api::Vm> {
-    let instance = host.instance(&name)?;
+    let instance = host.vms.instance(&name)?;
     // A client that goes away must not leave it half done.
     let attached = tokio::spawn(async move {
         let _turn = instance.device_turn().await;
@@ -162,7 +163,7 @@ async fn detach(
     Path(name): Path<String>,
     Json(request): Json<AttachRequest>,
 ) -> Answer<crate::api::Vm> {
-    let instance = host.instance(&name)?;
+    let instance = host.vms.instance(&name)?;
     let detached = tokio::spawn(async move {
         let _turn = instance.device_turn().await;
         let detached = host.attachments.detach(&instance, &request.component);
@@ -172,7 +173,7 @@ async fn detach(
 }
 
 async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::VmMap> {
-    Ok(Json(host.maps.map(&*host.instance(&name)?).await?))
+    Ok(Json(host.maps.map(&*host.vms.instance(&name)?).await?))
 }
 
 async fn memory(State(host): Shared) -> Answer<crate::api::MemoryReport> {
@@ -188,7 +189,10 @@ async fn prefetch(
     State(host): Shared,
     Json(request): Json<PrefetchRequest>,
 ) -> Answer<crate::api::Prefetched> {
-    Ok(Json(host.prefetch(request).await?))
+    let started = Instant::now();
+    let launch = host.launches.prefetch_only(request).await?;
+    let took_s = started.elapsed().as_secs_f64();
+    Ok(Json(host.maps.prefetched(&launch, took_s)))
 }
 
 #[derive(Debug, Deserialize)]
@@ -200,12 +204,17 @@ async fn forecast(
     State(host): Shared,
     Query(query): Query<OfProfile>,
 ) -> Answer<Vec<crate::api::ForecastEntry>> {
-    Ok(Json(host.forecast(query.profile.as_deref()).await?))
+    Ok(Json(host.forecasts.report(query.profile.as_deref()).await?))
 }
 
 async fn history(
     State(host): Shared,
     Query(query): Query<OfProfile>,
 ) -> Answer<Vec<crate::api::HistoryEntry>> {
-    Ok(Json(host.history(query.profile.as_deref()).await?))
+    Ok(Json(
+        host.forecasts
+            .learner
+            .entries(query.profile.as_deref())
+            .await?,
+    ))
 }

@@ -27,10 +27,10 @@ use forelay_predict::working_set::FileLayout;
 use forelay_store::Store;
 use parking_lot::Mutex;
 
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::forecast::models::model_key;
-use crate::daemon::launch::resolve::Order;
+use crate::daemon::order::Order;
 use crate::history::ProfileRef;
 
 /// Versions remembered of one component.

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use forelay_cache::plan::PastLaunch;
 use forelay_image::Digest;
 use forelay_image::component::Component;
-use forelay_image::lock::Lock;
 use forelay_image::solve::solve;
 use forelay_predict::time::Timestamp;
 use parking_lot::Mutex;
@@ -17,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::models::model_key;
-use crate::daemon::launch::resolve::Order;
+use crate::daemon::order::Order;
 use crate::history::ProfileRef;
 
 /// The last launch of a profile, as kept on disk.
@@ -94,9 +93,9 @@ impl LastLaunches {
         self.orders.lock().insert(key, expected);
     }
 
-    /// Resolves anew what next launches will ask for, where a component has another version since
+    /// Resolves again what next launches will ask for, where a component has another version since
     /// the last one. Takes milliseconds for each such profile: not on async threads.
-    pub fn resolve_anew(&self, components: &[Arc<Component>]) {
+    pub fn resolve_again(&self, components: &[Arc<Component>]) {
         let ids: Vec<u8> = components
             .iter()
             .flat_map(|one| *one.id().as_bytes())
@@ -179,18 +178,5 @@ impl LastLaunches {
         memory
             .map(|(key, one)| (key.clone(), one.order.memory_mib()))
             .collect()
-    }
-}
-
-impl Order {
-    /// Memory of its VM.
-    pub(in crate::daemon) fn memory_mib(&self) -> u32 {
-        u32::try_from(self.manifest.vm.memory_mib).unwrap_or(u32::MAX)
-    }
-
-    /// An order from what was kept; `None` if it does not parse any more.
-    fn remembered(manifest: &str, lock: &str, pmem_slots: usize) -> Option<Self> {
-        let manifest = forelay_image::manifest::Manifest::parse(manifest).ok()?;
-        Self::new(manifest, Lock::parse(lock).ok()?, 0.0, pmem_slots).ok()
     }
 }

@@ -19,15 +19,15 @@ use tokio::sync::Mutex;
 
 use crate::api::{HistoryEntry, SelfControl, Vm};
 use crate::config::ForecastConfig;
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
 use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::models::{Models, model_key};
 use crate::daemon::forecast::observation::AttachTouches;
 use crate::daemon::forecast::replay::Replay;
 use crate::daemon::memory::faults::WaitFigures;
 use crate::history::{
-    ComponentRef, Event, EventId, History, OpenOptions, ProfileRef, ResourceSample, SqliteHistory,
-    What,
+    ComponentRef, Event, EventId, History, LaunchId, OpenOptions, ProfileRef, ResourceSample,
+    SqliteHistory, What,
 };
 
 /// The history's file in the state directory.
@@ -59,7 +59,7 @@ pub struct Learner {
 #[derive(Clone, Debug)]
 pub struct LaunchOutcome {
     /// Id of the launch.
-    pub launch_id: i64,
+    pub launch_id: LaunchId,
     /// Profile and owner.
     pub of: ProfileRef,
     /// Component images the VM had.
@@ -211,7 +211,7 @@ impl Learner {
     }
 
     /// Records that a launch was asked for; returns its id.
-    pub async fn launched(&self, of: &ProfileRef, vm: &Vm, memory_mib: u32) -> i64 {
+    pub async fn launched(&self, of: &ProfileRef, vm: &Vm, memory_mib: u32) -> LaunchId {
         let at = self.clock.of(vm.launched_ms);
         let id = EventId::derive(at, &[b"launch", vm.name.as_bytes(), of.owner.as_bytes()]);
         let components = vm.components.iter().map(|component| ComponentRef {
@@ -222,7 +222,8 @@ impl Learner {
         let models = self.models();
         models.note_memory(of, memory_mib);
         models.launches(of, at, 1);
-        models.launched_with(of, at, id.nonce, components.iter());
+        let launch_id = LaunchId(id.nonce);
+        models.launched_with(of, at, launch_id, components.iter());
         let what = What::Launch {
             components,
             count: 1,
@@ -234,7 +235,7 @@ impl Learner {
             what,
         }])
         .await;
-        id.nonce as i64
+        launch_id
     }
 
     /// Records what a launch did and learns from it.
@@ -288,9 +289,9 @@ impl Learner {
     }
 
     /// Records that a VM stopped.
-    pub async fn stopped(&self, of: &ProfileRef, launch_id: i64, ran_ms: u64) {
+    pub async fn stopped(&self, of: &ProfileRef, launch_id: LaunchId, ran_ms: u64) {
         let models = self.models();
-        models.stopped(launch_id as u64);
+        models.stopped(launch_id);
         if models.fit_due() {
             tokio::task::spawn_blocking(move || models.fit_if_due());
         }
@@ -298,9 +299,9 @@ impl Learner {
     }
 
     /// Records a hot attach.
-    pub async fn attached(&self, of: &ProfileRef, launch_id: i64, component: ComponentRef) {
+    pub async fn attached(&self, of: &ProfileRef, launch_id: LaunchId, component: ComponentRef) {
         let at = self.clock.now();
-        self.models().attached(at, launch_id as u64, &component);
+        self.models().attached(at, launch_id, &component);
         let what = vec![What::Attach { component }];
         self.tell_at(at, of, launch_id, what).await;
     }
@@ -310,7 +311,7 @@ impl Learner {
     pub async fn attached_touched(
         &self,
         of: &ProfileRef,
-        launch_id: i64,
+        launch_id: LaunchId,
         image: Digest,
         touched: AttachTouches,
     ) {
@@ -331,19 +332,19 @@ impl Learner {
     }
 
     /// Records what a VM uses.
-    pub async fn sampled(&self, of: &ProfileRef, launch_id: i64, sample: ResourceSample) {
+    pub async fn sampled(&self, of: &ProfileRef, launch_id: LaunchId, sample: ResourceSample) {
         let at = self.clock.now();
-        self.models().sampled(of, at, launch_id as u64, &sample);
+        self.models().sampled(of, at, launch_id, &sample);
         self.tell_at(at, of, launch_id, vec![What::Sample(sample)])
             .await;
     }
 
-    async fn tell(&self, of: &ProfileRef, launch_id: i64, whats: Vec<What>) {
+    async fn tell(&self, of: &ProfileRef, launch_id: LaunchId, whats: Vec<What>) {
         self.tell_at(self.clock.now(), of, launch_id, whats).await;
     }
 
-    async fn tell_at(&self, at: Timestamp, of: &ProfileRef, launch_id: i64, whats: Vec<What>) {
-        let vm = launch_id as u64;
+    async fn tell_at(&self, at: Timestamp, of: &ProfileRef, launch_id: LaunchId, whats: Vec<What>) {
+        let vm = launch_id.0;
         let events = whats.into_iter().map(|what| {
             // One VM may have several things to tell in one millisecond.
             let number = self.told.fetch_add(1, Relaxed).to_le_bytes();

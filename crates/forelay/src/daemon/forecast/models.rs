@@ -21,7 +21,7 @@ use forelay_predict::working_set::{self, Expectation, Plans, WorkingSets};
 use parking_lot::Mutex;
 
 use crate::daemon::forecast::inherit::Lineage;
-use crate::history::{ComponentRef, ProfileRef, ResourceSample};
+use crate::history::{ComponentRef, LaunchId, ProfileRef, ResourceSample};
 
 /// Cap on replays of one rolled-up composition.
 const MOST_REPEATS: f64 = 32.0;
@@ -59,7 +59,7 @@ pub struct Needs {
     pub model: needs::Model,
     /// When.
     pub attachments: Attachments,
-    open: BTreeMap<u64, OpenVm>,
+    open: BTreeMap<LaunchId, OpenVm>,
     /// During a replay: the last compositions, not observed yet.
     held_back: Option<VecDeque<OpenVm>>,
     /// Memory by profile, as their manifests say.
@@ -124,7 +124,7 @@ impl Models {
         &self,
         of: &ProfileRef,
         at: Timestamp,
-        vm: u64,
+        vm: LaunchId,
         components: impl Iterator<Item = &'a ComponentRef>,
     ) {
         let components: Vec<String> = components.map(|one| self.note_version(one)).collect();
@@ -163,7 +163,7 @@ impl Models {
     }
 
     /// A running VM was given a component.
-    pub fn attached(&self, at: Timestamp, vm: u64, component: &ComponentRef) {
+    pub fn attached(&self, at: Timestamp, vm: LaunchId, component: &ComponentRef) {
         let component = &self.note_version(component);
         let mut needs = self.needs.lock();
         let Some(open) = needs.open.get_mut(&vm) else {
@@ -200,14 +200,14 @@ impl Models {
     }
 
     /// What a VM used.
-    pub fn sampled(&self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
+    pub fn sampled(&self, of: &ProfileRef, at: Timestamp, vm: LaunchId, sample: &ResourceSample) {
         let bytes = sample.memory_bytes as f64;
-        self.demand.lock().observe(&model_key(of), vm, at, bytes);
+        self.demand.lock().observe(&model_key(of), vm.0, at, bytes);
     }
 
     /// A VM is gone. Its components may make a fit due.
-    pub fn stopped(&self, vm: u64) {
-        self.demand.lock().stopped(vm);
+    pub fn stopped(&self, vm: LaunchId) {
+        self.demand.lock().stopped(vm.0);
         self.needs.lock().close(vm);
     }
 
@@ -216,7 +216,7 @@ impl Models {
         self.needs.lock().model.fit_due()
     }
 
-    /// Fits anew how components depend on each other, if that is due. Takes milliseconds to a
+    /// Fits again how components depend on each other, if that is due. Takes milliseconds to a
     /// few seconds of this thread, through which forecasts are made and events learned.
     pub fn fit_if_due(&self) {
         let Some(_fitting) = self.fitting.try_lock() else {
@@ -249,10 +249,10 @@ impl Models {
     }
 
     /// Closes VMs that do not run, whose end nobody saw.
-    pub fn keep_running(&self, runs: impl Fn(u64) -> bool) {
-        self.demand.lock().keep_running(&runs);
+    pub fn keep_running(&self, runs: impl Fn(LaunchId) -> bool) {
+        self.demand.lock().keep_running(|vm| runs(LaunchId(vm)));
         let mut needs = self.needs.lock();
-        let gone: Vec<u64> = needs.open.keys().copied().filter(|vm| !runs(*vm)).collect();
+        let gone: Vec<LaunchId> = needs.open.keys().copied().filter(|vm| !runs(*vm)).collect();
         for vm in gone {
             needs.close(vm);
         }
@@ -273,7 +273,7 @@ impl Needs {
         }
     }
 
-    fn close(&mut self, vm: u64) {
+    fn close(&mut self, vm: LaunchId) {
         if let Some(open) = self.open.remove(&vm) {
             self.observe(open);
         }
@@ -325,11 +325,12 @@ mod tests {
         let of = ProfileRef::new("web", "ann");
         for number in 0..20_u64 {
             let at = Timestamp(number as i64 * HOUR_MS);
-            models.launched_with(&of, at, number, [component("base")].iter());
-            models.attached(at.plus_ms(30_000), number, &component("tool"));
-            models.attached(at, 99, &component("stray"));
-            models.stopped(number);
-            models.stopped(number);
+            let vm = LaunchId(number);
+            models.launched_with(&of, at, vm, [component("base")].iter());
+            models.attached(at.plus_ms(30_000), vm, &component("tool"));
+            models.attached(at, LaunchId(99), &component("stray"));
+            models.stopped(vm);
+            models.stopped(vm);
             models.fit_if_due();
         }
         let needs = models.needs.lock();

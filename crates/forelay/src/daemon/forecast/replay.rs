@@ -14,7 +14,7 @@ use forelay_predict::time::{DAY_MS, Timestamp};
 use forelay_predict::working_set::WorkingSet;
 
 use crate::daemon::forecast::models::{Models, model_key};
-use crate::history::{ComponentRef, ProfileRef, ResourceSample, Sink};
+use crate::history::{ComponentRef, LaunchId, ProfileRef, ResourceSample, Sink};
 
 /// How far back forecasts are judged anew: what they are recalibrated by is recent anyway.
 const JUDGED_MS: i64 = 3 * DAY_MS;
@@ -96,11 +96,12 @@ impl Sink for Replay<'_> {
         vm: u64,
         components: &[ComponentRef],
     ) {
-        self.models.launched_with(of, at, vm, components.iter());
+        self.models
+            .launched_with(of, at, LaunchId(vm), components.iter());
     }
 
     fn attached(&mut self, _of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef) {
-        self.models.attached(at, vm, component);
+        self.models.attached(at, LaunchId(vm), component);
     }
 
     fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
@@ -120,11 +121,11 @@ impl Sink for Replay<'_> {
     }
 
     fn sample(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
-        self.models.sampled(of, at, vm, sample);
+        self.models.sampled(of, at, LaunchId(vm), sample);
     }
 
     fn stopped(&mut self, _of: &ProfileRef, _at: Timestamp, vm: u64, _ran_ms: u64) {
-        self.models.stopped(vm);
+        self.models.stopped(LaunchId(vm));
     }
 }
 
@@ -197,7 +198,7 @@ mod tests {
     }
 
     /// Tells the models what the daemon tells them as it happens.
-    fn tell(models: &Models, of: &ProfileRef, vm: u64, at: Timestamp, what: &What) {
+    fn tell(models: &Models, of: &ProfileRef, vm: LaunchId, at: Timestamp, what: &What) {
         match what {
             What::Launch { components, .. } => {
                 models.launches(of, at, 1);
@@ -250,7 +251,7 @@ mod tests {
             let vm = EventId::derive(start, &[b"launch"]).nonce;
             for (index, (at, what)) in life(number).into_iter().enumerate() {
                 ten_minutes.judge_until(Timestamp(at));
-                tell(&online, &of, vm, Timestamp(at), &what);
+                tell(&online, &of, LaunchId(vm), Timestamp(at), &what);
                 let nonce = if index == 0 { vm } else { index as u64 };
                 let id = EventId {
                     at: Timestamp(at),

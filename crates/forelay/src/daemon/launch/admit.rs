@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::api::{LaunchFigures, LaunchRequest, LaunchTimings, Vm, VmState};
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
 use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
-use crate::daemon::launch::resolve::{Order, vm_component};
+use crate::daemon::order::{Order, vm_component};
 use crate::daemon::vm::directory::VmDir;
 use crate::daemon::vm::registry::{Claim, RECORD_FORMAT, Record, VmRegistry, WantedName};
+use crate::history::LaunchId;
 
 /// Admits launches.
 pub(in crate::daemon) struct Admission {
@@ -40,7 +41,7 @@ impl Admission {
             Ok(Record {
                 format: RECORD_FORMAT,
                 vm: launching(order, name, &dir, launched_ms),
-                launch_id: 0,
+                launch_id: LaunchId::default(),
                 manifest: request.manifest.clone(),
                 lock: order.lock.to_toml(),
                 devices: vec![],

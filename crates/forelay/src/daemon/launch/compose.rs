@@ -15,9 +15,8 @@ use forelay_store::Store;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
-use crate::daemon::HostError;
-use crate::daemon::launch::resolve::Order;
-use crate::daemon::vm::registry::DeviceRecord;
+use crate::daemon::error::HostError;
+use crate::daemon::order::{DeviceRecord, Order};
 use crate::recipe::{KernelFiles, Recipe, kernel_files};
 
 /// Recipes of recent locks that are kept.

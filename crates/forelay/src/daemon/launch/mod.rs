@@ -21,7 +21,6 @@
 
 pub(super) mod admit;
 pub(super) mod compose;
-pub(super) mod map;
 pub(super) mod prefetch;
 pub(super) mod prepared;
 pub(super) mod resolve;
@@ -34,24 +33,27 @@ use std::time::{Duration, Instant};
 
 use forelay_image::NameOf;
 use forelay_image::component::{Component, Role};
+use forelay_image::extent::total_bytes;
 use forelay_image::lock::LockedComponent;
 use forelay_vm::process::Process;
 use futures_util::future::join_all;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::api::{LaunchRequest, LaunchTimings, PrefetchMode, Vm, VmState};
-use crate::daemon::HostError;
+use crate::api::{LaunchRequest, LaunchTimings, PrefetchMode, PrefetchRequest, Vm, VmState};
+use crate::daemon::error::HostError;
+use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::now_ms;
+use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir, VmDirError};
-use crate::daemon::vm::registry::{Claim, DeviceRecord};
+use crate::daemon::vm::registry::Claim;
 use crate::daemon::vm::supervise::{ExpectedLaunch, Supervisor};
 use crate::recipe::KernelFiles;
 use admit::Admission;
 use compose::{Composer, MapImage};
-use map::Mapper;
 use prefetch::{LaunchPrefetcher, PrefetchPlan};
-use prepared::{Premapped, Premaps, hostname};
-use resolve::{Order, Resolver};
+use prepared::{Preparation, Preparations, hostname};
+use resolve::Resolver;
 use start::{StartedVmm, Starter};
 
 /// How long a VMM that was killed may take to end.
@@ -64,7 +66,7 @@ pub(in crate::daemon) struct LaunchService {
     pub mapper: Arc<Mapper>,
     pub prefetcher: LaunchPrefetcher,
     pub composer: Arc<Composer>,
-    pub premaps: Arc<Premaps>,
+    pub preparations: Arc<Preparations>,
     pub starter: Starter,
     pub supervisor: Arc<Supervisor>,
 }
@@ -79,6 +81,15 @@ struct Launch {
     repository_before: u64,
     /// Whether the VM's directory is this launch's.
     made_dir: AtomicBool,
+}
+
+/// A launch that was prefetched, not made.
+pub(in crate::daemon) struct PrefetchedLaunch {
+    pub order: Arc<Order>,
+    /// Its components' devices, in slot order.
+    pub devices: Vec<DeviceRecord>,
+    /// What it is expected to touch.
+    pub planned_bytes: u64,
 }
 
 /// What a VM boots from.
@@ -121,6 +132,17 @@ impl LaunchService {
         admitting.await.map_err(HostError::failed)?
     }
 
+    /// Prepares kernels whenever other components are listed.
+    pub async fn keep_kernels_prepared(
+        self: Arc<Self>,
+        mut listed: watch::Receiver<Vec<Arc<Component>>>,
+    ) {
+        while listed.changed().await.is_ok() {
+            let components = listed.borrow_and_update().clone();
+            self.prepare_kernels(&components).await;
+        }
+    }
+
     /// Has the kernels of the repository ready before a launch asks for one: the newest of each
     /// name is extracted and unpacked, and found out what its VMs run under.
     pub async fn prepare_kernels(&self, listed: &[Arc<Component>]) {
@@ -141,6 +163,32 @@ impl LaunchService {
         }
     }
 
+    /// Maps a manifest's devices and loads what a launch is expected to touch.
+    pub async fn prefetch_only(
+        &self,
+        request: PrefetchRequest,
+    ) -> Result<PrefetchedLaunch, HostError> {
+        let resolving = self
+            .resolver
+            .resolve(&request.manifest, request.lock.as_deref());
+        let order = Arc::new(resolving.await?);
+        let devices = self.mapper.map_images(&order).await?;
+        let plan = self.prefetcher.plan(&order, request.mode);
+        self.prefetcher.announce(&order, &plan);
+        if request.wait {
+            let waiting = self
+                .prefetcher
+                .wait_resident(&order.domain, &plan.working_set);
+            waiting.await;
+        }
+        let planned: Vec<_> = plan.working_set.iter().map(|one| one.extent).collect();
+        Ok(PrefetchedLaunch {
+            order,
+            devices,
+            planned_bytes: total_bytes(&planned),
+        })
+    }
+
     /// Runs a launch to its end: handed over, or undone.
     async fn conduct(self: Arc<Self>, launch: Launch) {
         let instance = Arc::clone(launch.claim.instance());
@@ -156,7 +204,7 @@ impl LaunchService {
 
     /// The way of a page from the lock to a VMM that maps it.
     async fn run(&self, launch: &Launch) -> Result<(), HostError> {
-        let prepared = self.premaps.take(&launch.order, launch.name());
+        let prepared = self.preparations.take(&launch.order, launch.name());
         let reading = self.read_ahead(launch, prepared.as_ref());
         let mapped = self.map(launch, prepared.as_ref()).await?;
         launch.note_step(|timings| &mut timings.map_s);
@@ -171,7 +219,11 @@ impl LaunchService {
 
     /// Begins to read what composing takes, beside the mapping: behind an empty disk cache
     /// both are mostly waiting.
-    fn read_ahead(&self, launch: &Launch, prepared: Option<&Premapped>) -> Option<JoinHandle<()>> {
+    fn read_ahead(
+        &self,
+        launch: &Launch,
+        prepared: Option<&Preparation>,
+    ) -> Option<JoinHandle<()>> {
         let composer = Arc::clone(&self.composer);
         prepared
             .is_none()
@@ -182,7 +234,7 @@ impl LaunchService {
     async fn map(
         &self,
         launch: &Launch,
-        prepared: Option<&Premapped>,
+        prepared: Option<&Preparation>,
     ) -> Result<Vec<DeviceRecord>, HostError> {
         match prepared {
             Some(prepared) => Ok(prepared.devices.clone()),
@@ -216,7 +268,7 @@ impl LaunchService {
     async fn compose(
         &self,
         launch: &Launch,
-        prepared: Option<Premapped>,
+        prepared: Option<Preparation>,
         reading: Option<JoinHandle<()>>,
     ) -> Result<Boots, HostError> {
         let composing = Instant::now();

@@ -7,17 +7,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::mapping_table::Absent;
-use forelay_cache::plan::{LaunchRequested, ProfileForecast};
+use forelay_cache::plan::LaunchRequested;
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::component::Role;
 use forelay_image::{Digest, Extent, PlannedExtent};
 
 use crate::api::{LaunchMode, PrefetchMode};
+use crate::daemon::forecast::announced::{AnnouncedLaunches, LaunchChance, profile_forecast};
 use crate::daemon::forecast::inherit::Inheritance;
 use crate::daemon::forecast::learning::Learner;
-use crate::daemon::launch::resolve::Order;
 use crate::daemon::memory::faults::Plan;
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
+use crate::daemon::order::Order;
 
 /// How long a launch waits for what it is told to have resident first.
 const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
@@ -56,6 +57,7 @@ pub(in crate::daemon) struct LaunchPrefetcher {
     pub memory: Arc<PlannerHandle>,
     pub learner: Arc<Learner>,
     pub inheritance: Arc<Inheritance>,
+    pub announced: Arc<AnnouncedLaunches>,
     /// `forecast.prefetch` of the configuration.
     pub enabled: bool,
 }
@@ -80,16 +82,14 @@ impl LaunchPrefetcher {
     }
 
     /// Tells the planner that a launch is certain, and when: now.
-    pub fn announce(&self, order: &Order, plan: &PrefetchPlan) {
-        let forecast = ProfileForecast {
-            domain: order.domain.clone(),
-            profile: order.of.profile.as_str().into(),
-            devices: order.device_images(),
-            launch_probability: 1.0,
-            next_launch_ms: Some(now_ms()),
-            working_set: plan.working_set.clone(),
+    pub fn announce(&self, order: &Arc<Order>, plan: &PrefetchPlan) {
+        let certain = LaunchChance {
+            probability: 1.0,
+            at_ms: Some(now_ms()),
         };
-        self.memory.tell(PlannerEvent::ProfileForecast(forecast));
+        self.announced.offer(order);
+        let forecast = profile_forecast(order, certain, plan.working_set.clone());
+        self.announced.announce(forecast);
     }
 
     /// Tells the planner that a VM's VMM runs.

@@ -3,9 +3,9 @@
 //! launch itself only starts the VMM.
 //!
 //! ```text
-//!   offered (an order is known) --Reserve--> prepared --launch--> taken
-//!                                               |
-//!        Release, shortage, a newer Reserve, too many ---> dropped
+//!   announced (an order is known) --Prepare--> prepared --launch--> taken
+//!                                                 |
+//!          Release, shortage, a newer Prepare, too many ---> dropped
 //! ```
 //! What is prepared belongs to one lock, one manifest and one host name (the manifest's,
 //! or the name that the next VM of the profile would get); a launch that differs in any of
@@ -19,26 +19,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forelay_cache::plan::PreparedLaunch;
-use forelay_cache::{Domain, ProfileName};
 use forelay_image::Digest;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
+use crate::daemon::forecast::announced::{AnnouncedLaunches, ProfileId};
 use crate::daemon::launch::compose::{Composer, MapImage};
-use crate::daemon::launch::map::Mapper;
-use crate::daemon::launch::resolve::Order;
-use crate::daemon::vm::registry::{DeviceRecord, VmRegistry};
+use crate::daemon::memory::mapper::Mapper;
+use crate::daemon::order::{DeviceRecord, Order};
+use crate::daemon::vm::registry::VmRegistry;
 use crate::recipe::KernelFiles;
 
 /// Launches that are kept prepared at a time; about a megabyte each.
 const KEEP: usize = 32;
 
-type Key = (Domain, ProfileName);
-
 /// All that a launch needs before its VMM can start.
 #[derive(Debug)]
-pub(in crate::daemon) struct Premapped {
+pub(in crate::daemon) struct Preparation {
     manifest: Digest,
     lock: Digest,
     hostname: String,
@@ -49,7 +47,7 @@ pub(in crate::daemon) struct Premapped {
     map: MapImage,
 }
 
-impl Premapped {
+impl Preparation {
     /// The map image, moved to where the VM's own files are.
     pub fn move_map(&self, to: &Path) -> std::io::Result<MapImage> {
         std::fs::rename(&self.map.record.path, to)?;
@@ -59,7 +57,7 @@ impl Premapped {
     }
 }
 
-impl Drop for Premapped {
+impl Drop for Preparation {
     fn drop(&mut self) {
         // Not there any more if a VM has it.
         let _ = std::fs::remove_file(&self.map.record.path);
@@ -74,20 +72,19 @@ pub(in crate::daemon) fn hostname(order: &Order, vm_name: &str) -> String {
 
 /// What is known of likely launches, and what is prepared for them.
 #[derive(Debug)]
-pub(in crate::daemon) struct Premaps {
+pub(in crate::daemon) struct Preparations {
     dir: PathBuf,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    offered: BTreeMap<Key, Arc<Order>>,
     /// With a number that grows, to tell the oldest.
-    prepared: BTreeMap<Key, (u64, Premapped)>,
+    prepared: BTreeMap<ProfileId, (u64, Preparation)>,
     next: u64,
 }
 
-impl Premaps {
+impl Preparations {
     /// Nothing is prepared; what an earlier daemon prepared in `dir` is removed.
     pub fn open(dir: PathBuf) -> Self {
         let clear = || -> std::io::Result<()> {
@@ -110,24 +107,14 @@ impl Premaps {
         }
     }
 
-    /// Tells what a launch of a profile would be, before the planner is told of it.
-    pub fn offer(&self, order: &Arc<Order>) {
-        let mut state = self.state.lock();
-        state.offered.insert(key(order), Arc::clone(order));
-    }
-
-    fn offered(&self, key: &Key) -> Option<Arc<Order>> {
-        self.state.lock().offered.get(key).cloned()
-    }
-
     /// What was prepared for this launch, if it is what the launch needs. Anything else
     /// prepared for its profile is dropped.
-    pub fn take(&self, order: &Order, vm_name: &str) -> Option<Premapped> {
-        let (_, premapped) = self.state.lock().prepared.remove(&key(order))?;
-        let fits = premapped.lock == order.lock.digest()
-            && premapped.manifest == order.manifest.digest()
-            && premapped.hostname == hostname(order, vm_name);
-        fits.then_some(premapped)
+    pub fn take(&self, order: &Order, vm_name: &str) -> Option<Preparation> {
+        let (_, prepared) = self.state.lock().prepared.remove(&ProfileId::of(order))?;
+        let fits = prepared.lock == order.lock.digest()
+            && prepared.manifest == order.manifest.digest()
+            && prepared.hostname == hostname(order, vm_name);
+        fits.then_some(prepared)
     }
 
     /// Launches that are prepared now.
@@ -138,16 +125,18 @@ impl Premaps {
     /// Drops what is prepared for the order's profile; a number that nothing prepared has had.
     fn replace(&self, order: &Order) -> u64 {
         let mut state = self.state.lock();
-        state.prepared.remove(&key(order));
+        state.prepared.remove(&ProfileId::of(order));
         state.next += 1;
         state.next
     }
 
-    fn keep(&self, order: &Order, premapped: Premapped) {
+    fn keep(&self, order: &Order, prepared: Preparation) {
         let mut state = self.state.lock();
         state.next += 1;
         let number = state.next;
-        state.prepared.insert(key(order), (number, premapped));
+        state
+            .prepared
+            .insert(ProfileId::of(order), (number, prepared));
         while state.prepared.len() > KEEP {
             let oldest = state.prepared.iter().min_by_key(|(_, (number, _))| number);
             let Some(oldest) = oldest.map(|(key, _)| key.clone()) else {
@@ -158,14 +147,10 @@ impl Premaps {
     }
 }
 
-fn key(order: &Order) -> Key {
-    let profile = ProfileName::from(order.of.profile.as_str());
-    (order.domain.clone(), profile)
-}
-
 /// Prepares launches that are likely.
 pub(in crate::daemon) struct Preparer {
-    pub premaps: Arc<Premaps>,
+    pub preparations: Arc<Preparations>,
+    pub announced: Arc<AnnouncedLaunches>,
     pub mapper: Arc<Mapper>,
     pub composer: Arc<Composer>,
     pub registry: Arc<VmRegistry>,
@@ -173,37 +158,37 @@ pub(in crate::daemon) struct Preparer {
 
 impl Preparer {
     /// Carries out the planner's reservations, in order, for as long as it makes any.
-    pub async fn premap_likely(self, mut launches: UnboundedReceiver<PreparedLaunch>) {
+    pub async fn run(self, mut launches: UnboundedReceiver<PreparedLaunch>) {
         while let Some(launch) = launches.recv().await {
             match launch {
                 PreparedLaunch::Prepare(domain, profile) => {
-                    let Some(order) = self.premaps.offered(&(domain, profile)) else {
+                    let id = ProfileId { domain, profile };
+                    let Some(order) = self.announced.order(&id) else {
                         continue;
                     };
-                    match self.premap(&order).await {
-                        Ok(premapped) => {
-                            let name = premapped.hostname.clone();
-                            self.premaps.keep(&order, premapped);
-                            tracing::info!(profile = order.of.profile, name, "mapped ahead");
+                    match self.prepare(&order).await {
+                        Ok(prepared) => {
+                            let name = prepared.hostname.clone();
+                            self.preparations.keep(&order, prepared);
+                            tracing::info!(profile = order.of.profile, name, "prepared");
                         }
                         Err(error) => {
-                            tracing::warn!(profile = order.of.profile, %error, "not mapped ahead");
+                            tracing::warn!(profile = order.of.profile, %error, "not prepared");
                         }
                     }
                 }
                 PreparedLaunch::Release(domain, profile) => {
-                    let mut state = self.premaps.state.lock();
-                    let key = (domain, profile);
-                    state.prepared.remove(&key);
-                    state.offered.remove(&key);
+                    let id = ProfileId { domain, profile };
+                    self.announced.forget(&id);
+                    self.preparations.state.lock().prepared.remove(&id);
                 }
-                // Memory is short: of all there is, this is the easiest to make anew.
-                PreparedLaunch::ReleaseAll => self.premaps.state.lock().prepared.clear(),
+                // Memory is short: of all there is, this is the easiest to make again.
+                PreparedLaunch::ReleaseAll => self.preparations.state.lock().prepared.clear(),
             }
         }
     }
 
-    async fn premap(&self, order: &Order) -> Result<Premapped, HostError> {
+    async fn prepare(&self, order: &Order) -> Result<Preparation, HostError> {
         let name = match &order.manifest.name {
             Some(name) => name.clone(),
             None => self.registry.free_name(&order.of.profile),
@@ -212,14 +197,14 @@ impl Preparer {
         let devices = self.mapper.map_images(order).await?;
         let file = Digest::of(format!("{}/{}", order.domain, order.of.profile).as_bytes());
         // A path of its own: the one before may be taken already and not be moved yet.
-        let number = self.premaps.replace(order);
+        let number = self.preparations.replace(order);
         let path = self
-            .premaps
+            .preparations
             .dir
             .join(format!("{}-{number}.img", file.hex()));
         let map = self.composer.compose(order, &hostname, path).await?;
         let kernel = self.composer.kernel(&order.lock.kernel).await?;
-        Ok(Premapped {
+        Ok(Preparation {
             manifest: order.manifest.digest(),
             lock: order.lock.digest(),
             hostname,
@@ -260,7 +245,7 @@ pub(in crate::daemon) mod tests {
         Order::new(manifest, lock, 0.0, 8).unwrap()
     }
 
-    fn premapped(dir: &Path, order: &Order, name: &str) -> Premapped {
+    fn preparation(dir: &Path, order: &Order, name: &str) -> Preparation {
         let path = dir.join(format!("{name}.img"));
         std::fs::write(&path, name).unwrap();
         let record = DeviceRecord {
@@ -271,7 +256,7 @@ pub(in crate::daemon) mod tests {
             component: String::new(),
             members: vec![],
         };
-        Premapped {
+        Preparation {
             manifest: order.manifest.digest(),
             lock: order.lock.digest(),
             hostname: hostname(order, name),
@@ -291,46 +276,50 @@ pub(in crate::daemon) mod tests {
     #[test]
     fn only_the_very_launch_that_was_prepared_gets_it_and_only_once() {
         let dir = tempfile::tempdir().unwrap();
-        let premaps = Premaps::open(dir.path().join("premapped"));
+        let preparations = Preparations::open(dir.path().join("premapped"));
         let web = order("web", "", "base");
-        let keep = |name| premaps.keep(&web, premapped(dir.path(), &web, name));
+        let keep = |name| preparations.keep(&web, preparation(dir.path(), &web, name));
         keep("web");
-        let taken = premaps.take(&web, "web").unwrap();
+        let taken = preparations.take(&web, "web").unwrap();
         let there = dir.path().join("there");
         assert_eq!(taken.move_map(&there).unwrap().record.path, there);
         drop(taken);
         assert_eq!(std::fs::read(&there).unwrap(), b"web", "the VM has it now");
-        assert!(premaps.take(&web, "web").is_none());
+        assert!(preparations.take(&web, "web").is_none());
 
-        // Another name, another lock, other files of the VM's own: all compose anew.
+        // Another name, another lock, other files of the VM's own: all compose again.
         keep("web");
-        assert!(premaps.take(&web, "web-2").is_none());
+        assert!(preparations.take(&web, "web-2").is_none());
         assert!(!dir.path().join("web.img").exists(), "what is stale goes");
         keep("web");
         assert!(
-            premaps
+            preparations
                 .take(&order("web", "", "newer base"), "web")
                 .is_none()
         );
         keep("web");
         let key = "ssh_keys = [\"ssh-ed25519 AAAA\"]";
-        assert!(premaps.take(&order("web", key, "base"), "web").is_none());
-        assert_eq!(premaps.len(), 0);
+        assert!(
+            preparations
+                .take(&order("web", key, "base"), "web")
+                .is_none()
+        );
+        assert_eq!(preparations.len(), 0);
     }
 
     #[test]
     fn the_oldest_go_when_there_are_too_many_and_all_go_with_the_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("premapped");
-        let premaps = Premaps::open(own.clone());
+        let preparations = Preparations::open(own.clone());
         for number in 0..=KEEP {
             let order = order(&format!("p{number}"), "", "base");
-            premaps.keep(&order, premapped(&own, &order, &format!("p{number}")));
+            preparations.keep(&order, preparation(&own, &order, &format!("p{number}")));
         }
-        assert_eq!(premaps.len(), KEEP);
+        assert_eq!(preparations.len(), KEEP);
         assert!(!own.join("p0.img").exists() && own.join("p1.img").exists());
-        std::mem::forget(premaps);
-        Premaps::open(own.clone());
+        std::mem::forget(preparations);
+        Preparations::open(own.clone());
         assert_eq!(std::fs::read_dir(own).unwrap().count(), 0);
     }
 }

@@ -9,14 +9,13 @@ use forelay_image::ImageUuid;
 use forelay_image::manifest::{Manifest, Scratch};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::qemu::QemuDriver;
-use forelay_vm::{Boot, Forward, PmemDevice, Upper, VmHandle, VmSpec, VmmDriver as _, Wrap};
+use forelay_vm::{Boot, Forward, Upper, VmHandle, VmSpec, VmmDriver as _, Wrap};
 use parking_lot::Mutex;
 
 use crate::api::Vm;
-use crate::daemon::HostError;
-use crate::daemon::launch::resolve::Order;
+use crate::daemon::error::HostError;
+use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::vm::directory::SCRATCH;
-use crate::daemon::vm::registry::DeviceRecord;
 use crate::recipe::KernelFiles;
 
 /// First host port given to a forward that names none.
@@ -169,7 +168,7 @@ pub(in crate::daemon) fn spec(
             bytes,
         },
     };
-    spec.pmem = devices.iter().map(pmem_device).collect();
+    spec.pmem = devices.iter().map(DeviceRecord::pmem).collect();
     let guest_ram_bytes = Some(settings.memory_mib << 20);
     spec.wrap = Some(Wrap(Arc::new(move |command| {
         Hints {
@@ -179,16 +178,6 @@ pub(in crate::daemon) fn spec(
         .apply(command);
     })));
     spec
-}
-
-/// A device as the VMM knows it.
-pub(in crate::daemon) fn pmem_device(record: &DeviceRecord) -> PmemDevice {
-    let id = format!("c{}", &record.image.hex()[..24]);
-    PmemDevice {
-        id,
-        path: record.path.clone(),
-        bytes: record.device_bytes,
-    }
 }
 
 #[cfg(test)]

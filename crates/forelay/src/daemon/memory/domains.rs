@@ -19,11 +19,11 @@ use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory};
 use forelay_store::Scheduler;
 use parking_lot::{Mutex, RwLock};
 
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
 use crate::daemon::memory::faults::Attribution;
 use crate::daemon::memory::planner::PlannerSender;
+use crate::daemon::memory::sessions::Sessions;
 use crate::daemon::memory::waiting::{WaitLog, longest_waits};
-use crate::daemon::process::sessions::Sessions;
 
 /// Shared memory of one trust domain.
 #[derive(Debug)]

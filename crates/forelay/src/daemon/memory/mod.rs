@@ -3,8 +3,11 @@
 pub(super) mod domains;
 pub(super) mod executors;
 pub(super) mod faults;
+pub(super) mod journal;
+pub(super) mod mapper;
 pub(super) mod planner;
 pub(super) mod prefetcher;
 pub(super) mod residency;
 pub(super) mod samples;
+pub(super) mod sessions;
 pub(super) mod waiting;

@@ -28,9 +28,9 @@ use tokio::sync::oneshot;
 use crate::api::Shortage;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::executors::Executors;
+use crate::daemon::memory::journal::JournalWriter;
 use crate::daemon::memory::residency::{self, Look};
 use crate::daemon::memory::samples::Sampler;
-use crate::daemon::process::journal::JournalWriter;
 
 /// How often memory is sampled while it is plentiful.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);

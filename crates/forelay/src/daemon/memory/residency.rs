@@ -8,17 +8,18 @@
 //! had said it was there; found only if two looks in a row saw it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use forelay_cache::mapping_table::{Disagreement, KernelTruth, PageState, SharedTable};
 use forelay_cache::plan::SharedExtent;
-use forelay_cache::{Domain, PlannerEvent, SharedImage};
+use forelay_cache::{Domain, PlannerEvent, SharedImage, VmName};
 use forelay_image::pages::{PageRun, PageSet};
 use forelay_image::{Digest, Extent};
 
 use crate::api::Takeover;
-use crate::daemon::Host;
 use crate::daemon::memory::domains::{DomainMemory, Domains};
-use crate::daemon::process::journal::Replayed;
+use crate::daemon::memory::journal::Replayed;
+use crate::daemon::memory::planner::PlannerHandle;
 use crate::host_stats::HostStats;
 
 /// What one look at the kernel found.
@@ -79,11 +80,30 @@ pub fn corrections(table: &SharedTable, before: &Look, now: &Look) -> Vec<Planne
     events
 }
 
-impl Host {
+/// A VMM that runs, as the kernel's truth needs to know it.
+#[derive(Clone, Debug)]
+pub struct RunningVmm {
+    /// Name of its VM.
+    pub vm: VmName,
+    /// Trust domain of that.
+    pub domain: Domain,
+    /// Its process.
+    pub pid: u32,
+}
+
+/// Brings the mapping table in line with the kernel after a takeover.
+pub struct Reconciler {
+    /// The mounts.
+    pub domains: Arc<Domains>,
+    /// Whose table it is.
+    pub planner: Arc<PlannerHandle>,
+}
+
+impl Reconciler {
     /// After a takeover, before anything else is planned: the table that the journal told
     /// of takes over what the kernel says of VMs, their mappings and residency. Pins of
     /// the earlier daemon go: they only bridged starts that are over.
-    pub(in crate::daemon) fn reconcile(&self, journalled: Replayed) -> Takeover {
+    pub fn reconcile(&self, journalled: Replayed, running: &[RunningVmm]) -> Takeover {
         let mut truth = KernelTruth::default();
         let mut unpinned_bytes = 0;
         for memory in self.domains.all() {
@@ -94,14 +114,11 @@ impl Host {
                 truth.resident.insert(key, (spec.image_bytes, resident));
             }
         }
-        for instance in self.instances.live() {
-            let vm = instance.vm();
-            if let Some(pid) = vm.pid {
-                let images = self.mapped_images(&vm.domain.as_str().into(), pid);
-                truth.running.insert(vm.name.as_str().into(), images);
-            }
+        for vmm in running {
+            let images = self.mapped_images(&vmm.domain, vmm.pid);
+            truth.running.insert(vmm.vm.clone(), images);
         }
-        let report = self.memory.table().write(|table| table.reconcile(&truth));
+        let report = self.planner.table().write(|table| table.reconcile(&truth));
         let of_rows = |one: &&Disagreement| !matches!(one, Disagreement::Residency { .. });
         let disagreements = report.disagreements.iter().filter(of_rows);
         let disagreements: Vec<String> = disagreements
@@ -127,7 +144,7 @@ impl Host {
 
     fn take_pins_off(&self, memory: &DomainMemory, key: &SharedImage, image_bytes: u64) -> u64 {
         let whole = Extent::new(0, image_bytes);
-        self.memory.table().write(|table| {
+        self.planner.table().write(|table| {
             // As often as it was pinned; refused only if the image has no row.
             while table.unpin(key, whole).is_ok_and(|bytes| bytes > 0) {}
         });

@@ -4,8 +4,6 @@
 pub(super) mod health;
 pub(super) mod heartbeat;
 pub(super) mod holder;
-pub(super) mod journal;
-pub(super) mod sessions;
 pub(super) mod startup;
 pub(super) mod takeover;
 pub(super) mod worker;

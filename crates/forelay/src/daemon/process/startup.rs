@@ -23,17 +23,17 @@ use forelay_vm::qemu::QemuDriver;
 use tokio::sync::mpsc;
 
 use super::health::{Dependency, Health};
-use super::journal::{Journal, JournalWriter, Replayed};
-use super::sessions::Sessions;
 use crate::config::{Config, RepositoryConfig};
 use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
-use crate::daemon::launch::prepared::Premaps;
+use crate::daemon::launch::prepared::Preparations;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::executors::Executors;
+use crate::daemon::memory::journal::{Journal, JournalWriter, Replayed};
 use crate::daemon::memory::planner::{PlannerHandle, PlannerParts, planner_channel};
 use crate::daemon::memory::samples::{Sampler, total_bytes};
+use crate::daemon::memory::sessions::Sessions;
 use crate::daemon::{Host, Parts};
 
 /// Share of the host's memory that an adaptive budget may take at most.
@@ -189,10 +189,10 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
     let table = Arc::new(SharedTable::new(table));
     let journal = journal.map(|journal| JournalWriter::start(journal, Arc::clone(&table)));
     let planner = Planner::new(plan, budget, table);
-    let (reserve, reserved) = mpsc::unbounded_channel();
+    let (prepare, likely) = mpsc::unbounded_channel();
     let sampler = Sampler::new();
     let demand = sampler.demand();
-    let executors = Executors::start(&domains, scheduler.clone(), &sender, reserve)?;
+    let executors = Executors::start(&domains, scheduler.clone(), &sender, prepare)?;
     let parts = PlannerParts {
         planner,
         domains: Arc::clone(&domains),
@@ -201,29 +201,30 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
         executors,
         journal: journal.transpose()?,
     };
-    let memory = PlannerHandle::start(parts, sender, inbox)?;
+    let memory = PlannerHandle::start(parts, sender.clone(), inbox)?;
     let last_launches = LastLaunches::open(&config.state_dir, config.vmm.pmem_slots);
     let learner = Learner::new(
         &config.state_dir,
         &config.forecast,
         last_launches.memory_mib(),
     );
-    let premaps = Premaps::open(config.runtime_dir.join("premapped"));
-    let (host, preparer) = Host::new(Parts {
+    let preparations = Preparations::open(config.runtime_dir.join("premapped"));
+    let host = Host::new(Parts {
         driver: Arc::new(driver(&config)),
-        premaps: Arc::new(premaps),
+        preparations: Arc::new(preparations),
         config,
         health,
         store,
         domains,
         memory: Arc::new(memory),
+        planner: sender,
+        likely,
         learner: Arc::new(learner),
         last_launches: Arc::new(last_launches),
         demand,
         instances: Arc::default(),
         learning_tasks: Arc::default(),
     });
-    tokio::spawn(preparer.premap_likely(reserved));
     Ok((Arc::new(host), journalled))
 }
 

@@ -13,23 +13,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use forelay_cache::plan::RunningVm;
-use forelay_cache::{DeviceImage, Domain, PlannerEvent};
+use forelay_cache::{Domain, PlannerEvent};
 use forelay_image::bundle::Bundle;
 use forelay_image::lock::Lock;
-use forelay_vm::process::Process;
 use forelay_vm::state::VmState as VmmState;
 use forelay_vm::{ReattachError, VmHandle, VmmDriver as _};
 use futures_util::future::join_all;
 
 use super::health::Dependency;
-use super::journal::Replayed;
 use super::startup::memory_settings;
 use crate::api::VmState;
+use crate::daemon::Host;
+use crate::daemon::error::HostError;
+use crate::daemon::memory::journal::Replayed;
 use crate::daemon::vm::directory::RECORD;
 use crate::daemon::vm::registry::{Instance, Record, load_records};
-use crate::daemon::{Host, HostError};
-use crate::history::ProfileRef;
+use crate::daemon::vm::service::kill_recorded;
 
 /// How long opening a VM's components may keep its files waiting.
 const OPEN_LIMIT: Duration = Duration::from_secs(2);
@@ -228,15 +227,16 @@ pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<
         }
     }
     if taken_over {
-        let (reconciling, journalled) = (Arc::clone(&host), inherited.journalled);
-        let reconcile = move || reconciling.reconcile(journalled);
+        let (reconciler, journalled) = (host.reconciler(), inherited.journalled);
+        let running = host.instances.running_vmms();
+        let reconcile = move || reconciler.reconcile(journalled, &running);
         if let Ok(takeover) = tokio::task::spawn_blocking(reconcile).await {
             tracing::info!(?takeover, "the mapping table is the kernel's again");
             *host.takeover.lock() = Some(takeover);
         }
     }
     for (instance, handle) in reattached {
-        host.resume(instance, handle);
+        host.supervisor.resume(instance, handle);
     }
     if taken_over {
         // What the predecessor could not do any more.
@@ -282,20 +282,11 @@ async fn keep_trying(host: Arc<Host>, instance: Arc<Instance>, mut why: String) 
                     vm.error = None;
                 });
                 note_reattached(&instance, &handle);
-                return host.resume(instance, handle);
+                return host.supervisor.resume(instance, handle);
             }
             Attempt::Ended(why) => return note_ended(&host, &instance, why).await,
             Attempt::Unreachable(again) => why = again,
         }
-    }
-}
-
-/// Kills the VMM of a VM: the one that its state file names or, if that cannot be read,
-/// whatever bears its mark. No error if it is gone.
-pub fn kill_recorded(runtime_dir: &Path) -> std::io::Result<()> {
-    match VmmState::read(runtime_dir) {
-        Ok(state) => Process::hold(state.process)?.map_or(Ok(()), |process| process.kill()),
-        Err(_) => forelay_vm::stray::end_all(runtime_dir).map(drop),
     }
 }
 
@@ -312,25 +303,5 @@ fn end_unknown(runtime_dir: &Path) {
             let dir = runtime_dir.display();
             tracing::error!(%error, %dir, "a VMM that nobody knows lives on");
         }
-    }
-}
-
-impl Host {
-    /// Goes on with a VM that an earlier daemon launched.
-    fn resume(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle) {
-        let vm = instance.vm();
-        let devices = instance.devices();
-        let devices = devices.iter().skip(1).map(|one| DeviceImage {
-            image: one.image,
-            image_bytes: one.image_bytes,
-        });
-        self.memory.tell(PlannerEvent::VmFound(RunningVm {
-            vm: vm.name.as_str().into(),
-            domain: vm.domain.as_str().into(),
-            profile: vm.profile.as_str().into(),
-            devices: devices.collect(),
-        }));
-        let of = ProfileRef::new(vm.profile, vm.owner);
-        self.supervisor.supervise_reattached(instance, handle, of);
     }
 }

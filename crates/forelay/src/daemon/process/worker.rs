@@ -108,7 +108,7 @@ async fn finish(host: &Arc<Host>, socket: &Path, end: End) -> Result<()> {
     match end {
         End::Stop => {
             tracing::info!("stopping all VMs");
-            host.stop_all().await;
+            host.vms.stop_all().await;
             host.finish_learning().await;
         }
         End::Restart => {
@@ -133,11 +133,11 @@ async fn settle(
     let finding = takeover::find_vms(Arc::clone(&host), inherited, instances);
     let opening = async {
         host.health
-            .note(Dependency::History, host.open_history().await)
+            .note(Dependency::History, host.forecasts.open_history().await)
     };
     tokio::join!(finding, opening);
     host.settled.send_replace(true);
-    host.start_foresight();
+    host.start_background();
 }
 
 /// Tries again what is missing, for as long as the worker lives.
@@ -157,7 +157,7 @@ async fn heal(host: Arc<Host>, path: Option<std::path::PathBuf>) {
         }
         if host.health.lacks(Dependency::History) {
             host.health
-                .note(Dependency::History, host.open_history().await);
+                .note(Dependency::History, host.forecasts.open_history().await);
         }
         if host.health.lacks(Dependency::Directory) {
             host.health.has(Dependency::Directory);

@@ -21,13 +21,12 @@ use forelay_store::Store;
 use forelay_vm::{AttachError, VmHandle};
 
 use crate::api::{AttachFigures, Vm, VmComponent};
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
 use crate::daemon::forecast::learning::Learner;
-use crate::daemon::launch::map::Mapper;
-use crate::daemon::launch::resolve::{PlannedDevice, vm_component};
-use crate::daemon::launch::start::pmem_device;
+use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::PlannerHandle;
-use crate::daemon::vm::registry::{DeviceRecord, Instance};
+use crate::daemon::order::{DeviceRecord, PlannedDevice, vm_component};
+use crate::daemon::vm::registry::Instance;
 use crate::daemon::vm::supervise::Supervisor;
 use crate::history::ComponentRef;
 
@@ -126,7 +125,7 @@ impl AttachService {
             etc: true,
             timeout_ms: 0,
         };
-        let attached = handle.attach(&pmem_device(&record), request).await;
+        let attached = handle.attach(&record.pmem(), request).await;
         let attached = attached.map_err(HostError::failed)?;
         let plugged = Instant::now();
         self.note_attached(instance, component, record).await;
@@ -165,7 +164,7 @@ impl AttachService {
         for component in done.iter().rev() {
             let devices = instance.devices();
             let record = devices.iter().find(|one| one.image == component.image);
-            let Some(device) = record.map(pmem_device) else {
+            let Some(device) = record.map(DeviceRecord::pmem) else {
                 continue;
             };
             // Nothing is learned of what is taken back.
@@ -263,7 +262,7 @@ impl AttachService {
         let record = record.ok_or_else(|| HostError::Failed("its device is unknown".to_owned()))?;
         let uuid = image.image_uuid().to_string();
         self.supervisor.scan_now(instance).await;
-        let detached = handle.detach(&pmem_device(record).id, &uuid).await;
+        let detached = handle.detach(&record.pmem().id, &uuid).await;
         // Without its state file it is detached all the same.
         let unsaved = match detached {
             Err(AttachError::State(error)) => Some(error),

@@ -1,6 +1,9 @@
-//! VMs that exist: their registry, supervision and hot attach.
+//! VMs that exist: their registry, supervision, use of the host, and hot attach.
 
 pub(super) mod attach;
 pub(super) mod directory;
 pub(super) mod registry;
+pub(super) mod service;
 pub(super) mod supervise;
+pub(super) mod usage;
+pub(super) mod vmm_cgroup;

@@ -14,17 +14,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forelay_cache::Domain;
-use forelay_image::{Digest, NameError};
+use forelay_image::NameError;
+use forelay_predict::rank::Present;
 use forelay_vm::VmHandle;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::api::{Vm, VmState};
-use crate::daemon::HostError;
+use crate::api::{Vm, VmComponent, VmState};
+use crate::daemon::error::HostError;
+use crate::daemon::forecast::forecasts::{LiveVm, LiveVms};
+use crate::daemon::memory::residency::RunningVmm;
+use crate::daemon::order::DeviceRecord;
 use crate::daemon::vm::directory::{RECORD, VmDir};
 use crate::daemon::vm::supervise::Observed;
-use crate::history::ProfileRef;
+use crate::history::{LaunchId, ProfileRef};
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
 const KEEP_ENDED: usize = 100;
@@ -41,31 +45,13 @@ pub struct Record {
     /// What clients see.
     pub vm: Vm,
     /// Row of the launch in the history.
-    pub launch_id: i64,
+    pub launch_id: LaunchId,
     /// The manifest (TOML), with what was attached since.
     pub manifest: String,
     /// Its lock (TOML).
     pub lock: String,
     /// pmem devices in slot order, map image first.
     pub devices: Vec<DeviceRecord>,
-}
-
-/// One pmem device.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct DeviceRecord {
-    /// Image, the key of shared memory.
-    pub image: Digest,
-    /// Size of the image.
-    pub image_bytes: u64,
-    /// Size of the device.
-    pub device_bytes: u64,
-    /// Host path that the VMM maps.
-    pub path: PathBuf,
-    /// Component name and version, or `map image`.
-    pub component: String,
-    /// Images and sizes of a bundle's members, in order; empty for a plain image.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub members: Vec<(Digest, u64)>,
 }
 
 /// One instance.
@@ -273,7 +259,7 @@ impl Instance {
     }
 
     /// Row of the launch in the history.
-    pub fn launch_id(&self) -> i64 {
+    pub fn launch_id(&self) -> LaunchId {
         self.record.lock().launch_id
     }
 
@@ -411,9 +397,41 @@ impl VmRegistry {
             .collect()
     }
 
+    /// The VMMs that run.
+    pub fn running_vmms(&self) -> Vec<RunningVmm> {
+        let running = |instance: Arc<Instance>| {
+            Some(RunningVmm {
+                vm: instance.name().into(),
+                domain: instance.domain(),
+                pid: instance.read(|vm| vm.pid)?,
+            })
+        };
+        self.live().into_iter().filter_map(running).collect()
+    }
+
     /// A name that no live instance has: `profile`, `profile-2`, `profile-3`...
     pub fn free_name(&self, profile: &str) -> String {
         self.table.lock().free_name(profile)
+    }
+}
+
+impl LiveVms for VmRegistry {
+    fn live_vms(&self) -> Vec<LiveVm> {
+        let present = |one: &VmComponent| Present {
+            label: format!("{} {}", one.name, one.version),
+            names: vec![one.name.clone()],
+            image: one.image,
+            image_bytes: one.image_bytes,
+        };
+        let running = |instance: Arc<Instance>| LiveVm {
+            name: instance.name().to_owned(),
+            of: instance.profile(),
+            domain: instance.domain(),
+            launch_id: instance.launch_id(),
+            launched_ms: instance.read(|vm| vm.launched_ms),
+            components: instance.read(|vm| vm.components.iter().map(present).collect()),
+        };
+        self.live().into_iter().map(running).collect()
     }
 }
 
@@ -567,7 +585,7 @@ mod tests {
         Arc::new(Instance::new(Record {
             format: RECORD_FORMAT,
             vm,
-            launch_id: 7,
+            launch_id: LaunchId(7),
             manifest: String::new(),
             lock: String::new(),
             devices: vec![],
@@ -668,7 +686,7 @@ mod tests {
         std::fs::write(dir.path().join("file"), "").unwrap();
         let (records, unusable) = load_records(dir.path());
         assert_eq!(records.len(), 1);
-        assert_eq!(records[0].launch_id, 7);
+        assert_eq!(records[0].launch_id, LaunchId(7));
 
         let registry = VmRegistry::default();
         registry.keep_names(unusable);

@@ -9,8 +9,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forelay_cache::PlannerEvent;
-use forelay_cache::plan::TouchReport;
+use forelay_cache::plan::{RunningVm, TouchReport};
+use forelay_cache::{DeviceImage, PlannerEvent};
 use forelay_image::{Digest, Extent, Touch};
 use forelay_store::Store;
 use forelay_vm::{Cause, Ended, Moment, Phase, Progress, VmHandle};
@@ -108,14 +108,20 @@ impl Supervisor {
         attribution.add(handle.pid(), &instance.vm().name, plan)
     }
 
-    /// Watches over a VM that an earlier daemon launched. Its launch is not recorded
-    /// again.
-    pub fn supervise_reattached(
-        self: &Arc<Self>,
-        instance: Arc<Instance>,
-        handle: VmHandle,
-        of: ProfileRef,
-    ) {
+    /// Goes on with a VM that an earlier daemon launched. Its launch is not recorded again.
+    pub fn resume(self: &Arc<Self>, instance: Arc<Instance>, handle: VmHandle) {
+        let of = instance.profile();
+        let devices = instance.devices();
+        let devices = devices.iter().skip(1).map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        });
+        self.memory.tell(PlannerEvent::VmFound(RunningVm {
+            vm: instance.name().into(),
+            domain: instance.domain(),
+            profile: of.profile.as_str().into(),
+            devices: devices.collect(),
+        }));
         let launch = WatchedLaunch {
             of,
             waits: self.attribute(&instance, &handle, Plan::default()),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use forelay_memory::holder::{self, Shutdown};
 use forelay_memory::{Session, pinner};
 
-use crate::daemon::HostError;
+use crate::daemon::error::HostError;
 
 /// Where sessions and pins live.
 pub struct Sessions {

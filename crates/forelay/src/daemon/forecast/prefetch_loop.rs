@@ -1,4 +1,4 @@
-//! Ahead of need: what is likely to be wanted next is told to the planner in time.
+//! The prefetch loop: what is likely to be needed next is announced to the planner in time.
 //!
 //! At intervals of the forecaster's clock asks for forecasts and announces those that have
 //! changed to the planner, which decides: for profiles' next launches, and for
@@ -12,26 +12,28 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forelay_cache::plan::{AttachForecast, Attachment, ProfileForecast};
-use forelay_cache::{DeviceImage, PlannerEvent};
+use forelay_cache::{DeviceImage, Domain, PlannerEvent};
 use forelay_predict::arrivals::LaunchForecast;
 
-use crate::daemon::forecast::foresight::{Catalogue, Foreseen};
+use crate::daemon::error::HostError;
+use crate::daemon::forecast::announced::{AnnouncedLaunches, LaunchChance, profile_forecast};
+use crate::daemon::forecast::forecasts::{Catalogue, Forecasts, Need, Upcoming};
 use crate::daemon::forecast::models::model_key;
-use crate::daemon::launch::resolve::PlannedDevice;
-use crate::daemon::{Host, HostError};
+use crate::daemon::memory::mapper::Mapper;
+use crate::daemon::order::{Order, PlannedDevice};
 
-/// How often forecasts are made anew, on the forecaster's clock.
+/// How often forecasts are made, on the forecaster's clock.
 const EVERY: Duration = Duration::from_secs(5);
 /// The same on the wall clock, at the most.
 const EVERY_AT_MOST: Duration = Duration::from_millis(250);
-/// How often the list of components is read anew.
+/// How often the list of components is read again.
 const CATALOGUE_EVERY: Duration = Duration::from_secs(60);
 /// Launches less likely than this within the horizon are not told to the planner.
 const LEAST_PROBABILITY: f64 = 0.01;
 /// Attachments less likely than this are not.
 const LEAST_ATTACH_PROBABILITY: f64 = 0.1;
 
-/// An announced forecast that still holds is announced anew this long after: what was loaded
+/// An announced forecast that still holds is announced again this long after: what was loaded
 /// for it may have been evicted or reclaimed since.
 const RENEW_EVERY: Duration = Duration::from_secs(20);
 /// A probability that differs by less than this share is the same to the planner, which
@@ -44,7 +46,7 @@ const SAME_MS: i64 = 15_000;
 #[derive(Default)]
 struct Announced {
     launches: BTreeMap<String, (ProfileForecast, Instant)>,
-    vms: BTreeSet<String>,
+    vms: BTreeMap<String, Domain>,
 }
 
 /// Whether the planner would do the same for both.
@@ -60,123 +62,112 @@ fn is_same(a: &ProfileForecast, b: &ProfileForecast) -> bool {
         && a.working_set == b.working_set
 }
 
-impl Host {
-    /// Looks ahead for as long as the daemon lives.
-    pub(in crate::daemon) async fn look_ahead(self: Arc<Self>) {
-        let mut announced = Announced::default();
-        let every = self.learner.clock().wall(EVERY).max(EVERY_AT_MOST);
-        let mut interval = tokio::time::interval(every);
+/// Announces forecasts to the planner in time.
+pub(in crate::daemon) struct PrefetchLoop {
+    pub forecasts: Arc<Forecasts>,
+    pub announced: Arc<AnnouncedLaunches>,
+    pub mapper: Arc<Mapper>,
+}
+
+impl PrefetchLoop {
+    /// Runs for as long as the daemon lives.
+    pub async fn run(self) {
+        let mut before = Announced::default();
+        let clock = self.forecasts.learner.clock();
+        let mut interval = tokio::time::interval(clock.wall(EVERY).max(EVERY_AT_MOST));
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut catalogue = Catalogue::default();
         let mut read_at: Option<Instant> = None;
         loop {
             interval.tick().await;
             if read_at.is_none_or(|at| at.elapsed() >= CATALOGUE_EVERY) {
-                match self.catalogue().await {
+                match self.forecasts.catalogue().await {
                     Ok(fresh) => {
-                        self.follow_versions(&fresh).await;
-                        let (launches, listed) = (Arc::clone(&self.launches), fresh.listed.clone());
-                        tokio::spawn(async move { launches.prepare_kernels(&listed).await });
+                        self.forecasts.follow_versions(&fresh).await;
                         catalogue = fresh;
                     }
                     Err(error) => tracing::warn!(%error, "cannot list components"),
                 }
                 read_at = Some(Instant::now());
             }
-            self.look_ahead_once(&catalogue, &mut announced).await;
+            self.run_once(&catalogue, &mut before).await;
         }
     }
 
-    async fn look_ahead_once(self: &Arc<Self>, catalogue: &Catalogue, announced: &mut Announced) {
-        let now = self.learner.clock().now();
+    async fn run_once(&self, catalogue: &Catalogue, before: &mut Announced) {
+        let clock = self.forecasts.learner.clock();
         let mut next = Announced::default();
-        let renew_after = self.learner.clock().wall(RENEW_EVERY);
-        for foreseen in self.foresee(now, LEAST_PROBABILITY, catalogue) {
-            let done = match (&foreseen.vm, &foreseen.launch) {
-                (Some(vm), _) => {
-                    let done = self.announce_attachments(&foreseen, vm, catalogue).await;
+        let renew_after = clock.wall(RENEW_EVERY);
+        let upcoming = self
+            .forecasts
+            .upcoming(clock.now(), LEAST_PROBABILITY, catalogue);
+        for one in upcoming {
+            let done = match &one.need {
+                Need::Attachments(vm) => {
+                    let done = self.announce_attachments(&one, vm, catalogue).await;
                     if matches!(done, Ok(true)) {
-                        next.vms.insert(vm.clone());
+                        next.vms.insert(vm.clone(), one.domain.clone());
                     }
                     done.map(drop)
                 }
-                (None, Some(launch)) if !launch.fallen_back => {
-                    let key = model_key(&foreseen.of);
-                    let before = announced.launches.remove(&key);
-                    let before = before.filter(|(_, at)| at.elapsed() < renew_after);
-                    let told = self.announce_launch(&foreseen, launch, before).await;
-                    told.map(|told| next.launches.extend(told.map(|told| (key, told))))
+                Need::Launch(order, launch) if !launch.fallen_back => {
+                    let key = model_key(&one.of);
+                    let held = before.launches.remove(&key);
+                    let held = held.filter(|(_, at)| at.elapsed() < renew_after);
+                    let announced = self.announce_launch(&one, order, launch, held).await;
+                    announced.map(|announced| drop(next.launches.insert(key, announced)))
                 }
-                _ => Ok(()),
+                Need::Launch(..) => Ok(()),
             };
             if let Err(error) = done {
-                let profile = &foreseen.of.profile;
-                tracing::warn!(profile, %error, "cannot prepare what is foreseen");
+                let profile = &one.of.profile;
+                tracing::warn!(profile, %error, "cannot announce a forecast");
             }
         }
         // What became unlikely is told once more, so that the planner lets go of it.
-        for key in announced.launches.keys() {
-            if !next.launches.contains_key(key) {
-                self.withdraw_launch(key);
+        for key in before.launches.keys() {
+            if !next.launches.contains_key(key)
+                && let Some(order) = self.forecasts.last_launches.get(key)
+            {
+                self.announced.withdraw(&order);
             }
         }
-        for vm in announced.vms.difference(&next.vms) {
-            self.withdraw_attachments(vm);
-        }
-        *announced = next;
+        before.vms.retain(|vm, _| !next.vms.contains_key(vm));
+        self.withdraw_attachments(&before.vms);
+        *before = next;
     }
 
     /// Announces the next launch of a profile, unless what was announced `before` still holds.
     /// Returns what counts as announced now.
     async fn announce_launch(
-        self: &Arc<Self>,
-        foreseen: &Foreseen,
+        &self,
+        upcoming: &Upcoming,
+        order: &Arc<Order>,
         launch: &LaunchForecast,
         before: Option<(ProfileForecast, Instant)>,
-    ) -> Result<Option<(ProfileForecast, Instant)>, HostError> {
-        let Some(order) = &foreseen.order else {
-            return Ok(None);
+    ) -> Result<(ProfileForecast, Instant), HostError> {
+        let chance = LaunchChance {
+            probability: launch.probability,
+            at_ms: Some(self.forecasts.learner.clock().wall_ms(launch.expected_at)),
         };
-        let forecast = ProfileForecast {
-            domain: foreseen.domain.clone(),
-            profile: foreseen.of.profile.as_str().into(),
-            working_set: foreseen.working_set(),
-            devices: order.device_images(),
-            launch_probability: launch.probability,
-            next_launch_ms: Some(self.learner.clock().wall_ms(launch.expected_at)),
-        };
-        self.premaps.offer(order);
+        let forecast = profile_forecast(order, chance, upcoming.working_set());
+        self.announced.offer(order);
         if let Some(before) = before.filter(|(before, _)| is_same(before, &forecast)) {
-            return Ok(Some(before));
+            return Ok(before);
         }
         self.mapper.map_images(order).await?;
-        let told = PlannerEvent::ProfileForecast(forecast.clone());
-        self.memory.tell(told);
-        Ok(Some((forecast, Instant::now())))
-    }
-
-    fn withdraw_launch(&self, key: &str) {
-        if let Some(order) = self.last_launches.get(key) {
-            self.memory
-                .tell(PlannerEvent::ProfileForecast(ProfileForecast {
-                    domain: order.domain.clone(),
-                    profile: order.of.profile.as_str().into(),
-                    devices: order.device_images(),
-                    launch_probability: 0.0,
-                    next_launch_ms: None,
-                    working_set: Vec::new(),
-                }));
-        }
+        self.announced.announce(forecast.clone());
+        Ok((forecast, Instant::now()))
     }
 
     /// Announces what a running VM is likely to be given; whether there was anything to announce.
     async fn announce_attachments(
-        self: &Arc<Self>,
-        foreseen: &Foreseen,
+        &self,
+        upcoming: &Upcoming,
         vm: &str,
         catalogue: &Catalogue,
     ) -> Result<bool, HostError> {
-        let likely: Vec<_> = foreseen
+        let likely: Vec<_> = upcoming
             .forecast
             .components
             .iter()
@@ -196,10 +187,10 @@ impl Host {
                 members: Vec::new(),
             };
             self.mapper
-                .map_component(&foreseen.domain, id, device)
+                .map_component(&upcoming.domain, id, device)
                 .await?;
         }
-        let clock = self.learner.clock();
+        let clock = self.forecasts.learner.clock();
         let attachments = likely.into_iter().map(|one| Attachment {
             device: DeviceImage {
                 image: one.image,
@@ -209,28 +200,30 @@ impl Host {
             expected_ms: Some(clock.wall_ms(clock.now().plus_seconds(one.until_s))),
             working_set: one.extents.clone(),
         });
-        self.memory
-            .tell(PlannerEvent::AttachForecast(AttachForecast {
-                vm: vm.into(),
-                domain: foreseen.domain.clone(),
-                attachments: attachments.collect(),
-            }));
+        self.tell_attachments(vm, &upcoming.domain, attachments.collect());
         Ok(true)
     }
 
-    fn withdraw_attachments(&self, vm: &str) {
-        let Ok(instance) = self.instance(vm) else {
+    /// The planner forgets by itself what a VM that is gone was expected to be given.
+    fn withdraw_attachments(&self, vms: &BTreeMap<String, Domain>) {
+        if vms.is_empty() {
             return;
-        };
-        // The planner forgets by itself what a VM that is gone was expected to be given.
-        if instance.vm().state.is_live() {
-            self.memory
-                .tell(PlannerEvent::AttachForecast(AttachForecast {
-                    vm: vm.into(),
-                    domain: instance.vm().domain.as_str().into(),
-                    attachments: Vec::new(),
-                }));
         }
+        let running = self.forecasts.live.live_vms();
+        let running: BTreeSet<&str> = running.iter().map(|vm| vm.name.as_str()).collect();
+        for (vm, domain) in vms.iter().filter(|(vm, _)| running.contains(vm.as_str())) {
+            self.tell_attachments(vm, domain, Vec::new());
+        }
+    }
+
+    fn tell_attachments(&self, vm: &str, domain: &Domain, attachments: Vec<Attachment>) {
+        let forecast = AttachForecast {
+            vm: vm.into(),
+            domain: domain.clone(),
+            attachments,
+        };
+        let planner = &self.forecasts.planner;
+        planner.tell(PlannerEvent::AttachForecast(forecast));
     }
 }
 
@@ -239,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_forecast_is_announced_anew_only_if_the_planner_would_act_otherwise() {
+    fn a_forecast_is_announced_again_only_if_the_planner_would_act_otherwise() {
         let forecast = |launch_probability, next_launch_ms| ProfileForecast {
             domain: "d".into(),
             profile: "p".into(),

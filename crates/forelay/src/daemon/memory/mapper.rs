@@ -9,10 +9,9 @@ use forelay_cache::Domain;
 use forelay_image::ComponentId;
 use forelay_store::Store;
 
-use crate::daemon::HostError;
-use crate::daemon::launch::resolve::{Order, PlannedDevice, label};
+use crate::daemon::error::HostError;
 use crate::daemon::memory::domains::{DomainMemory, Domains};
-use crate::daemon::vm::registry::DeviceRecord;
+use crate::daemon::order::{DeviceRecord, Order, PlannedDevice, label};
 
 /// Makes images reachable in shared memory.
 pub(in crate::daemon) struct Mapper {

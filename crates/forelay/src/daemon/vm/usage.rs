@@ -1,7 +1,7 @@
 //! What each VM uses, and what all of them are forecast to need.
 //!
 //! Samples the VMM's process (CPU, memory that is its own, disk I/O), its control group where it
-//! has one to itself ([`crate::daemon::forecast::vmm_cgroup`]), and asks the guest what its network carried: what
+//! has one to itself ([`super::vmm_cgroup`]), and asks the guest what its network carried: what
 //! a VMM's user-mode network moves no counter of the kernel tells. Hands the samples to the
 //! history and the models, and from them the forecast demand to the memory samples that adapt
 //! the budget.
@@ -12,16 +12,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forelay_cache::PlannerEvent;
 use forelay_guest_protocol::messages::Traffic;
 use forelay_predict::resources::HORIZONS_MS;
 
 use crate::api::VmState;
-use crate::daemon::Host;
-use crate::daemon::forecast::vmm_cgroup::{Charged, Groups};
+use crate::daemon::forecast::forecasts::Forecasts;
+use crate::daemon::forecast::learning::Learner;
 use crate::daemon::memory::planner::now_ms;
-use crate::daemon::vm::registry::Instance;
-use crate::history::{ProfileRef, ResourceSample};
+use crate::daemon::memory::samples::ForecastDemand;
+use crate::daemon::vm::registry::{Instance, VmRegistry};
+use crate::daemon::vm::vmm_cgroup::{Charged, Groups};
+use crate::history::{LaunchId, ResourceSample};
 use crate::host_stats::{HostStats, ProcessUsage};
 
 /// How often VMs are sampled, on the wall clock.
@@ -78,22 +79,30 @@ impl Usage {
     }
 }
 
-impl Host {
-    /// Samples VMs for as long as the daemon lives.
-    pub(in crate::daemon) async fn sample_vms(self: Arc<Self>) {
-        let mut before: HashMap<i64, Usage> = HashMap::new();
+/// Samples what VMs use.
+pub(in crate::daemon) struct UsageSampler {
+    pub registry: Arc<VmRegistry>,
+    pub learner: Arc<Learner>,
+    pub forecasts: Arc<Forecasts>,
+    /// Where the forecast demand goes.
+    pub demand: ForecastDemand,
+}
+
+impl UsageSampler {
+    /// Runs for as long as the daemon lives.
+    pub async fn run(self) {
+        let mut before: HashMap<LaunchId, Usage> = HashMap::new();
         let groups = Groups::new();
         let mut interval = tokio::time::interval(EVERY);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
             let mut now = HashMap::new();
-            let live = self.instances.live();
-            let networks =
-                futures_util::future::join_all(live.iter().map(|instance| self.traffic(instance)));
+            let live = self.registry.live();
+            let networks = futures_util::future::join_all(live.iter().map(|one| traffic(one)));
             for (instance, network) in live.iter().zip(networks.await) {
-                let vm = instance.vm();
-                let Some((pid, usage)) = vm.pid.and_then(|pid| Some((pid, Usage::of(pid)?))) else {
+                let (pid, launched_ms) = instance.read(|vm| (vm.pid, vm.launched_ms));
+                let Some((pid, usage)) = pid.and_then(|pid| Some((pid, Usage::of(pid)?))) else {
                     continue;
                 };
                 let mut usage = usage.with(&groups.charged(pid));
@@ -101,10 +110,9 @@ impl Host {
                 let earlier = before.get(&id).copied().unwrap_or_default();
                 // A guest that does not answer has carried nothing since.
                 usage.network = network.unwrap_or(earlier.network);
-                let since_launch_ms = u64::try_from(now_ms() - vm.launched_ms).unwrap_or(0);
-                let of = ProfileRef::new(vm.profile, vm.owner);
+                let since_launch_ms = u64::try_from(now_ms() - launched_ms).unwrap_or(0);
                 let sample = usage.since(&earlier, since_launch_ms);
-                self.learner.sampled(&of, id, sample).await;
+                self.learner.sampled(&instance.profile(), id, sample).await;
                 now.insert(id, usage);
             }
             before = now;
@@ -112,23 +120,10 @@ impl Host {
         }
     }
 
-    /// What a guest's network has carried; `None` if it does not say: it boots, it hangs, or
-    /// its kernel component is older than the question.
-    async fn traffic(&self, instance: &Instance) -> Option<Traffic> {
-        let vm = instance.vm();
-        if !matches!(vm.state, VmState::Mounted | VmState::Ready) {
-            return None;
-        }
-        let handle = instance.handle()?;
-        handle.traffic(ANSWER).await.ok()
-    }
-
     /// Memory that VMs, running and coming, will need beyond what they use now.
     fn forecast_demand(&self) -> u64 {
         let now = self.learner.clock().now();
-        let coming = self
-            .learner
-            .next_launches(now, self.horizon_s(), LEAST_PROBABILITY);
+        let coming = self.forecasts.next_launches(now, LEAST_PROBABILITY);
         let coming: Vec<(&str, f64)> = coming
             .iter()
             .map(|launch| (launch.profile.as_str(), launch.probability))
@@ -138,28 +133,17 @@ impl Host {
         let high = demand.host(HORIZONS_MS[0], &coming).quantile(QUANTILE);
         (high - demand.in_use()).max(0.0) as u64
     }
+}
 
-    /// Starts what looks ahead and what keeps the history.
-    pub(in crate::daemon) fn start_foresight(self: &Arc<Self>) {
-        let config = &self.config.forecast;
-        if config.prefetch && config.ahead {
-            tokio::spawn(Arc::clone(self).look_ahead());
-        }
-        tokio::spawn(Arc::clone(self).sample_vms());
-        let host = Arc::clone(self);
-        tokio::spawn(async move { host.learner.keep_history().await });
+/// What a guest's network has carried; `None` if it does not say: it boots, it hangs, or
+/// its kernel component is older than the question.
+async fn traffic(instance: &Instance) -> Option<Traffic> {
+    let vm = instance.vm();
+    if !matches!(vm.state, VmState::Mounted | VmState::Ready) {
+        return None;
     }
-
-    /// Opens the history, and tells the planner of past launches.
-    pub(in crate::daemon) async fn open_history(&self) -> Result<(), crate::daemon::HostError> {
-        let recent = self.learner.open_history().await?;
-        let live = self.instances.live();
-        let live: Vec<u64> = live.iter().map(|one| one.launch_id() as u64).collect();
-        self.learner.models().keep_running(|vm| live.contains(&vm));
-        let launches = self.last_launches.past(&recent, self.learner.clock());
-        self.memory.tell(PlannerEvent::LaunchesRemembered(launches));
-        Ok(())
-    }
+    let handle = instance.handle()?;
+    handle.traffic(ANSWER).await.ok()
 }
 
 #[cfg(test)]
