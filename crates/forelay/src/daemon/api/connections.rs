@@ -72,13 +72,16 @@ impl LongRequests {
         Arc::clone(&self.0).try_acquire_owned().ok()
     }
 
-    /// Answers a request of a route whose requests may take long, or refuses it. The turn is
-    /// among the request's extensions for what goes on after the answer.
+    /// Answers a request of a route whose requests may take long, or refuses it. The turn is held
+    /// until the answer, and by what goes on after it: it is among the request's extensions.
     pub async fn answer(State(turns): State<Self>, mut request: Request, next: Next) -> Response {
         match turns.take() {
             Some(turn) => {
-                request.extensions_mut().insert(Arc::new(turn));
-                next.run(request).await
+                let turn = Arc::new(turn);
+                request.extensions_mut().insert(Arc::clone(&turn));
+                let answer = next.run(request).await;
+                drop(turn);
+                answer
             }
             None => {
                 let error = "so many commands, launches and the like are under way that no more \
