@@ -179,7 +179,7 @@ fn touches(instance: &Instance) -> Vec<Touch> {
         return Vec::new();
     };
     let observed = observed.lock();
-    let touches = observed.touches.iter().map(|touch| Touch {
+    let touches = observed.buffer.touches().iter().map(|touch| Touch {
         image: touch.image,
         offset: touch.extent.offset,
         len: touch.extent.len,

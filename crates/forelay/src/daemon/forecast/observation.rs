@@ -1,5 +1,5 @@
-//! Observation of running VMs: a buffer of the touches that no model has learned yet, and the
-//! background tasks that wait for the windows after which they are learned.
+//! Observation of running VMs: what each has touched, what of that no model has learned yet, and
+//! the background tasks that wait for the windows after which it is learned.
 //!
 //! ```text
 //! launch --- window ---> the launch's touches are learned
@@ -28,10 +28,13 @@ struct Attached {
     learned: bool,
 }
 
-/// Touches of one VM that no model has learned yet.
+/// Touches of one VM.
 #[derive(Debug, Default)]
 pub struct TouchBuffer {
+    /// All of them, in first-touch order.
     touches: Vec<Touch>,
+    /// Those that no model has learned yet and that a window is open for.
+    unlearned: Vec<usize>,
     launch_learned: bool,
     attached: BTreeMap<Digest, Attached>,
 }
@@ -56,9 +59,16 @@ impl TouchBuffer {
 
     /// Adds touches, with the time since the launch.
     pub fn note(&mut self, touches: impl Iterator<Item = Touch>) {
+        let before = self.touches.len();
+        self.touches.extend(touches);
         if self.is_waited_for() {
-            self.touches.extend(touches);
+            self.unlearned.extend(before..self.touches.len());
         }
+    }
+
+    /// All touches since the VM is watched, in first-touch order.
+    pub fn touches(&self) -> &[Touch] {
+        &self.touches
     }
 
     /// Whether any window is still open.
@@ -117,15 +127,14 @@ impl TouchBuffer {
     /// Drops touches that belong to no open window.
     fn forget(&mut self) {
         if !self.is_waited_for() {
-            self.touches = Vec::new();
+            self.unlearned = Vec::new();
         }
     }
 
     fn take(&mut self, wanted: impl Fn(&Touch) -> bool) -> Vec<Touch> {
-        let all = std::mem::take(&mut self.touches);
-        let (taken, rest) = all.into_iter().partition(wanted);
-        self.touches = rest;
-        taken
+        let touches = &self.touches;
+        let taken = self.unlearned.extract_if(.., |one| wanted(&touches[*one]));
+        taken.map(|one| touches[one]).collect()
     }
 }
 
@@ -211,7 +220,8 @@ mod tests {
         assert_eq!(buffer.take_attached(&image("other")), Some(other));
         // Nobody waits: nothing is kept.
         buffer.note([touch("base", 5, 300)].into_iter());
-        assert!(buffer.touches.is_empty());
+        assert!(buffer.unlearned.is_empty());
+        assert_eq!(buffer.touches().len(), 9, "all of them stay known");
         buffer.attached(image("late"), 400);
         let late = buffer.take_attached(&image("late")).unwrap();
         assert!(late.own.is_empty() && late.others.is_empty());

@@ -146,3 +146,29 @@ fn write_map_image(
         notes,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_composition_that_outlives_its_launch_writes_into_no_other_launchs_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map.img");
+        let file = std::fs::File::create(&path).unwrap();
+        // Its launch is cancelled, and the next one of this name has its own file there.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "the next launch's").unwrap();
+        let composed = Composed {
+            map_image: vec![7; 4096],
+            metadata_bytes: 4096,
+            digest: Digest::of(b"composed"),
+            devices: Vec::new(),
+            inodes: 0,
+            conflicts: Vec::new(),
+        };
+        let written = write_map_image(&composed, file, &path).unwrap();
+        assert_eq!(written.record.device_bytes, PMEM_ALIGN_BYTES);
+        assert_eq!(std::fs::read(&path).unwrap(), b"the next launch's");
+    }
+}

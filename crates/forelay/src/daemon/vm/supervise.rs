@@ -40,9 +40,7 @@ const ATTACH_PATIENCE: Duration = Duration::from_secs(5);
 pub struct Observed {
     /// The scanner.
     pub observer: Observer,
-    /// Touches since the launch, in first-touch order.
-    pub touches: Vec<Touch>,
-    /// Of them, what is to be learned.
+    /// Touches since the launch, and which of them are to be learned.
     pub buffer: TouchBuffer,
 }
 
@@ -215,7 +213,6 @@ impl Supervisor {
         let observer = observer.await.unwrap_or_else(|_| Observer::new(pid));
         Arc::new(Mutex::new(Observed {
             observer,
-            touches: Vec::new(),
             buffer: TouchBuffer::default(),
         }))
     }
@@ -311,8 +308,7 @@ impl Supervisor {
                     extent,
                     first_touch_ms: since_launch_ms,
                 });
-                observed.buffer.note(touches.clone());
-                observed.touches.extend(touches);
+                observed.buffer.note(touches);
             }
             found
         });
