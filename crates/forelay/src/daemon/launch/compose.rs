@@ -167,7 +167,7 @@ mod tests {
             inodes: 0,
             conflicts: Vec::new(),
         };
-        let written = write_map_image(&composed, file, &path).unwrap();
+        let written = write_map_image(&composed, Vec::new(), file, &path).unwrap();
         assert_eq!(written.record.device_bytes, PMEM_ALIGN_BYTES);
         assert_eq!(std::fs::read(&path).unwrap(), b"the next launch's");
     }
