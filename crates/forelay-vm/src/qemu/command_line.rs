@@ -110,12 +110,14 @@ const TCG_CPU: &str = "qemu64,ssse3=on,sse4.1=on,sse4.2=on,popcnt=on,lahf-lm=on,
 /// On a loaded host the kernel's check of its timer panics (`IO-APIC + timer doesn't work`).
 /// Self-tests of ciphers and work-arounds for speculation are of no use on an emulated CPU,
 /// and TCG is no security boundary to begin with. Patching locks out of the kernel, for one
-/// CPU alone, costs more than the locks do.
-const TCG_KERNEL_WORDS: [&str; 4] = [
+/// CPU alone, costs more than the locks do. The time-stamp counter is the host's, and on a
+/// loaded host the kernel would judge it unstable and read a slow timer instead.
+const TCG_KERNEL_WORDS: [&str; 5] = [
     "no_timer_check",
     "cryptomgr.notests",
     "mitigations=off",
     "noreplace-smp",
+    "tsc=reliable",
 ];
 
 fn memory(spec: &VmSpec) -> String {
