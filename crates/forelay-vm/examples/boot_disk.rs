@@ -2,8 +2,8 @@
 //! VMs get, and tells how long it took: what composed VMs are compared with.
 //!
 //! Usage: `boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB] [--hold]`. Prints one JSON line
-//! with `ready_s`, `cpu_s` and `guest_cached_bytes`; the VM is stopped, with `--hold` when standard
-//! input ends, and its runtime directory removed.
+//! with `ready_s`, `cpu_s`, `guest_cached_bytes` and `pid`; the VM is stopped, with `--hold` when
+//! standard input ends, and its runtime directory removed.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -49,7 +49,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         let cached = meminfo.map_or(0, |result| cached_bytes(&result.stdout));
         println!(
             "{{\"ready_s\": {ready_s}, \"cpu_s\": {cpu_s}, \"demand_fetches\": 0, \
-             \"stall_s\": 0, \"guest_cached_bytes\": {cached}}}"
+             \"stall_s\": 0, \"guest_cached_bytes\": {cached}, \"pid\": {pid}}}",
+            pid = handle.pid()
         );
     }
     if hold {

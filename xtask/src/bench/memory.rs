@@ -4,7 +4,8 @@
 //! Twenty images of common runtimes; twelve of them run as real VMs, two hundred native
 //! mappers of recorded touches stand in beyond that. Image content is what lies in the
 //! host's memory of component images and map images; on virtio-blk it is the guests' page
-//! caches and the host's cache of the backing files.
+//! caches and the host's cache of the backing files. Host memory is all of it: beside content,
+//! guests' RAM and the VMMs' own memory.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -51,6 +52,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     bench.host.start_daemon_in(&bench.cgroup)?;
     let vms = bench.vms(&manifests)?;
     let composed = content_bytes(&bench.host, &vms)?;
+    let composed_host = host_bytes(&bench.host, &vms)?;
     let accounts = bench.accounts(&vms)?;
     let mappers = bench.mappers()?;
     bench.host.stop_all()?;
@@ -79,6 +81,9 @@ pub fn run_bench(out: &Path) -> Result<()> {
         "added_per_vm_ratio_max": known.iter().copied().fold(0.0, f64::max),
         "added_per_vm_ratio_with_new_components":
             sum(|vm| vm.added_bytes) / sum(|vm| vm.touched_bytes),
+        "host_memory_bytes": composed_host,
+        "host_memory_ratio_to_virtio_blk":
+            composed_host as f64 / on_disk["host_memory_bytes"].as_f64().unwrap_or(0.0),
         "ratio_to_virtio_blk": composed as f64 / on_disk["content_bytes"].as_f64().unwrap_or(0.0),
         "accounting_error": errors.into_iter().fold(0.0, f64::max),
         "composed_content_bytes": composed,
@@ -149,6 +154,21 @@ fn content_bytes(host: &Host, vms: &[MeasuredVm]) -> Result<u64> {
         distinct.extend(frames(vm.pid, &host.scratch().join("run/memory"))?.into_values());
     }
     Ok(distinct.len() as u64 * 4096 + vms.iter().map(|vm| vm.map_bytes).sum::<u64>())
+}
+
+/// All that the VMs take of the host: their VMMs' own memory with the guests' RAM in it, all of
+/// shared memory, and their map images.
+fn host_bytes(host: &Host, vms: &[MeasuredVm]) -> Result<u64> {
+    let mut bytes = resident(host)?;
+    for vm in vms {
+        bytes += private_bytes(vm.pid)? + vm.map_bytes;
+    }
+    Ok(bytes)
+}
+
+/// Anonymous memory of a process: of a VMM, its guest's RAM and what it needs itself.
+fn private_bytes(pid: u64) -> Result<u64> {
+    status_bytes(&format!("/proc/{pid}/status"), "RssAnon:")
 }
 
 impl MemoryBench {
@@ -345,7 +365,7 @@ impl MemoryBench {
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir)?;
         let mut disks = Mappers(Vec::new());
-        let (mut guests, mut files) = (0, Vec::new());
+        let (mut guests, mut files, mut pids) = (0, Vec::new(), Vec::new());
         for (number, manifest) in manifests.iter().enumerate() {
             let [layout, backing, overlay] = ["layout", "backing.qcow2", "overlay.qcow2"]
                 .map(|name| dir.join(format!("{number}.{name}")));
@@ -384,9 +404,12 @@ impl MemoryBench {
                 cached >> 10
             );
             guests += cached;
+            pids.push(answer["pid"].as_u64().context("the VMM has a pid")?);
             files.extend([backing, overlay]);
         }
         let host_bytes = cached_bytes(&files)?;
+        let private: Result<Vec<u64>> = pids.into_iter().map(private_bytes).collect();
+        let private: u64 = private?.into_iter().sum();
         disks.let_go();
         let _ = std::fs::remove_dir_all(&dir);
         ensure!(guests > 0, "the guests cache nothing");
@@ -395,16 +418,22 @@ impl MemoryBench {
             "guest_cache_bytes": guests,
             "host_cache_bytes": host_bytes,
             "content_bytes": guests + host_bytes,
+            "host_memory_bytes": private + host_bytes,
         }))
     }
 }
 
 fn meminfo(name: &str) -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
+    status_bytes("/proc/meminfo", name)
+}
+
+/// A line of a file whose lines are `NAME KIB kB`.
+fn status_bytes(path: &str, name: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(path).context(path.to_owned())?;
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     let kib: u64 = line
         .and_then(|line| line.split_whitespace().next())
-        .context("meminfo lacks a line")?
+        .with_context(|| format!("{path} lacks {name}"))?
         .parse()?;
     Ok(kib * 1024)
 }
