@@ -126,7 +126,7 @@ pub enum GuestMessage {
         /// The text.
         text: String,
     },
-    /// The boot failed; the VM powers off.
+    /// The boot failed, or the entrypoint before the VM was ready; the VM powers off.
     Failed {
         /// Why.
         text: String,
@@ -316,6 +316,10 @@ pub struct Attached {
     /// Of those, milliseconds in the agent's own code instead of the guest's kernel.
     #[serde(default)]
     pub agent_ms: u64,
+    /// Files of the component that the VM does not have now, and why; the last may say how
+    /// many more.
+    #[serde(default)]
+    pub left_out: Vec<String>,
 }
 
 /// Bytes that network interfaces have carried since they exist, the loopback left out.

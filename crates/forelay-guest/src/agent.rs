@@ -81,11 +81,17 @@ pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T
     let started = agent.start_entrypoint();
     agent.note_step(|steps| &mut steps.entrypoint_us);
     agent.start_console()?;
-    if started && ready::wait(&agent.config, &agent.reaper, || agent.has_failed()) {
-        let uptime_ms = sys::uptime_us() / 1000;
-        agent.status().ready_uptime_ms = Some(uptime_ms);
-        let steps = agent.status().mounted.steps;
-        agent.send(GuestMessage::Ready { uptime_ms, steps });
+    match started.and_then(|()| agent.wait_ready()) {
+        Ok(()) => {
+            let uptime_ms = sys::uptime_us() / 1000;
+            agent.status().ready_uptime_ms = Some(uptime_ms);
+            let steps = agent.status().mounted.steps;
+            agent.send(GuestMessage::Ready { uptime_ms, steps });
+        }
+        Err(text) => {
+            agent.send(GuestMessage::Failed { text });
+            agent.power_off();
+        }
     }
     loop {
         std::thread::park();
@@ -297,28 +303,35 @@ impl Agent {
         }
     }
 
-    /// True if there is none, or it runs.
-    fn start_entrypoint(self: &Arc<Self>) -> bool {
+    /// Starts the entrypoint, if there is one; else says why it does not run.
+    fn start_entrypoint(self: &Arc<Self>) -> Result<(), String> {
         let Run::Entrypoint(entrypoint) = &self.config.run else {
-            return true;
+            return Ok(());
         };
         let Err(error) = self.spawn_entrypoint(entrypoint) else {
-            return true;
+            return Ok(());
         };
         let text = format!("entrypoint {:?}: {error}", entrypoint.argv);
         console(&text);
-        self.send(GuestMessage::Log { text });
         let status = match exec::start_failure(&error) {
             ErrorKind::NotFound => 127,
             _ => 126,
         };
         self.entrypoint_ended(ExitStatus::Code(status));
-        false
+        Err(text)
     }
 
-    /// The entrypoint has ended, and not well. (One that ends well may have left a service.)
-    fn has_failed(&self) -> bool {
-        self.status().exited.is_some_and(|status| !status.success())
+    /// Waits until the VM is ready, or says why it will not be. (An entrypoint that ends well
+    /// may have left a service.)
+    fn wait_ready(&self) -> Result<(), String> {
+        let failed = || self.status().exited.filter(|status| !status.success());
+        if ready::wait(&self.config, &self.reaper, || failed().is_some()) {
+            return Ok(());
+        }
+        let status = failed().map_or(0, |status| status.code());
+        Err(format!(
+            "the entrypoint ended with status {status} before the VM was ready"
+        ))
     }
 
     fn spawn_entrypoint(self: &Arc<Self>, entrypoint: &Entrypoint) -> io::Result<()> {

@@ -10,18 +10,19 @@
 //!   usr/lib/tool/         --bind-->     /usr/lib/tool/       (one mount for a new directory)
 //!   usr/lib/libx.so -> .. --copy-->     /usr/lib/libx.so     (symbolic links are made again)
 //!   etc/tool.conf         --copy-->     /etc/tool.conf       (only where the host asks)
+//!   srv/, var/            --copy-->     /srv/, /var/         (data: a file of the VM stays)
 //! ```
 //! Paths stay what they are (`/proc/self/exe`, `$ORIGIN`), any number of components can be
 //! attached, open files are not disturbed, and a component is in use exactly if its own files
 //! are. Mounts reach services in mount namespaces of their own by shared propagation.
 //!
 //! Invariants: a file that exists and differs is a conflict and nothing is attached; an
-//! attach or detach that fails leaves the root as it was. Copies under /etc and /var stay
-//! after a detach, as configuration and data.
+//! attach or detach that fails leaves the root as it was. Copies under /etc, /srv and /var
+//! stay after a detach, as configuration and data. What is left out is told.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -38,11 +39,17 @@ const BUSY_GRACE: Duration = Duration::from_secs(2);
 const MAX_MOUNTS: usize = 4096;
 const MAX_COPIES: usize = 16_384;
 const MAX_COPY_BYTES: u64 = 64 << 20;
+/// Most files that the host is told to be left out, and the longest text for one.
+const MAX_LEFT_OUT: usize = 64;
+const MAX_LEFT_OUT_BYTES: usize = 512;
 
 /// Top-level directories whose content is grafted; merged-usr links are followed.
 const TOPS: [&str; 8] = [
     "bin", "lib", "lib32", "lib64", "libx32", "opt", "sbin", "usr",
 ];
+
+/// Top-level directories of configuration and data: copied where the VM has nothing.
+const DATA_TOPS: [&str; 3] = ["etc", "srv", "var"];
 
 type Refusal = (ErrorKind, String);
 
@@ -119,7 +126,7 @@ impl Grafts {
             mountpoint,
             steps: Vec::new(),
         };
-        let graft = graft.apply(Path::new("/"), request.etc)?;
+        let (graft, left_out) = graft.apply(Path::new("/"), request.etc)?;
         let count = |want: fn(&Step) -> bool| graft.steps.iter().filter(|step| want(step)).count();
         let mounts = count(Step::is_mount) as u32;
         let copies = count(|step| !step.is_mount()) as u32;
@@ -132,6 +139,7 @@ impl Grafts {
             device_wait_ms,
             graft_ms,
             agent_ms: (sys::user_time() - own_before).as_millis() as u64,
+            left_out,
         })
     }
 
@@ -249,9 +257,10 @@ fn copy_owner(source: &Path, target: &Path) -> io::Result<()> {
 }
 
 impl Graft {
-    /// Plans and makes all changes; on failure nothing is left, the component unmounted.
-    fn apply(mut self, root: &Path, etc: bool) -> Result<Self, Refusal> {
-        let result = plan(&self.mountpoint, root, etc).and_then(|steps| {
+    /// Plans and makes all changes, and says what is left out; on failure nothing is left,
+    /// the component unmounted.
+    fn apply(mut self, root: &Path, etc: bool) -> Result<(Self, Vec<String>), Refusal> {
+        let result = plan(&self.mountpoint, root, etc).and_then(|(steps, left_out)| {
             let accounts = accounts::changes(&self.mountpoint, root)
                 .map_err(failed("accounts"))?
                 .map_err(|error| (ErrorKind::Conflict, error.to_string()))?;
@@ -262,10 +271,10 @@ impl Graft {
                     .map_err(failed(format!("/{path}")))?;
                 self.steps.push(step);
             }
-            Ok(())
+            Ok(left_out)
         });
         match result {
-            Ok(()) => Ok(self),
+            Ok(left_out) => Ok((self, left_out)),
             Err(refusal) => {
                 for step in self.steps.iter().rev() {
                     let _ = step.undo(root, true);
@@ -373,23 +382,25 @@ fn process_paths(pid: u32) -> Vec<PathBuf> {
     paths
 }
 
-/// What to change so that `root` has the component's files.
-fn plan(component: &Path, root: &Path, etc: bool) -> Result<Vec<Step>, Refusal> {
+/// What to change so that `root` has the component's files, and what is left out.
+fn plan(component: &Path, root: &Path, etc: bool) -> Result<(Vec<Step>, Vec<String>), Refusal> {
     let mut plan = GraftPlan {
         component,
         root,
         steps: Vec::new(),
         conflicts: Vec::new(),
+        left_out: Vec::new(),
         copy_bytes: 0,
     };
     for top in TOPS {
         plan.visit(Path::new(top), false).map_err(failed(top))?;
     }
-    for top in ["etc", "var"] {
+    for top in DATA_TOPS {
         if top != "etc" || etc {
             plan.visit(Path::new(top), true).map_err(failed(top))?;
         }
     }
+    plan.leave_out_other_tops(etc).map_err(failed("/"))?;
     if !plan.conflicts.is_empty() {
         let total = plan.conflicts.len();
         plan.conflicts.truncate(8);
@@ -414,7 +425,20 @@ fn plan(component: &Path, root: &Path, etc: bool) -> Result<Vec<Step>, Refusal> 
     let (mut steps, programs): (Vec<_>, Vec<_>) =
         plan.steps.into_iter().partition(|step| !step.is_program());
     steps.extend(programs);
-    Ok(steps)
+    Ok((steps, shortened(plan.left_out)))
+}
+
+/// A list of bounded size that says how much is missing of it.
+fn shortened(mut list: Vec<String>) -> Vec<String> {
+    let more = list.len().saturating_sub(MAX_LEFT_OUT);
+    list.truncate(MAX_LEFT_OUT);
+    for text in &mut list {
+        text.truncate(text.floor_char_boundary(MAX_LEFT_OUT_BYTES));
+    }
+    if more > 0 {
+        list.push(format!("and {more} more"));
+    }
+    list
 }
 
 struct GraftPlan<'a> {
@@ -422,10 +446,32 @@ struct GraftPlan<'a> {
     root: &'a Path,
     steps: Vec<Step>,
     conflicts: Vec<String>,
+    left_out: Vec<String>,
     copy_bytes: u64,
 }
 
 impl GraftPlan<'_> {
+    fn leave_out(&mut self, path: &Path, why: &str) {
+        self.left_out.push(format!("/{}: {why}", path.display()));
+    }
+
+    /// Names the top-level directories with files for which a running VM has no place.
+    fn leave_out_other_tops(&mut self, etc: bool) -> io::Result<()> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.component)? {
+            names.push(entry?.file_name());
+        }
+        names.sort();
+        for name in names {
+            let known = |top: &str| name == *top && (etc || top != "etc");
+            let has_place = TOPS.iter().chain(&DATA_TOPS).any(|&top| known(top));
+            if !has_place && has_files(&self.component.join(&name))? {
+                self.leave_out(Path::new(&name), "not brought into a running VM");
+            }
+        }
+        Ok(())
+    }
+
     /// Compares one path of the component with the root. With `copy`, files are configuration
     /// or data: copied if missing, left alone if there.
     fn visit(&mut self, path: &Path, copy: bool) -> io::Result<()> {
@@ -482,8 +528,12 @@ impl GraftPlan<'_> {
             let destination = fs::read_link(&source)?;
             if !exists {
                 self.steps.push(Step::Link(path.to_owned(), destination));
-            } else if !copy && !self.same_link(&target, &destination) {
-                self.conflicts.push(format!("/{}", path.display()));
+            } else if !self.same_link(&target, &destination) {
+                if copy {
+                    self.leave_out(path, "the VM has another");
+                } else {
+                    self.conflicts.push(format!("/{}", path.display()));
+                }
             }
         } else if kind.is_file() {
             match (exists, copy) {
@@ -493,7 +543,11 @@ impl GraftPlan<'_> {
                         .push(Step::CopyFile(path.to_owned(), found.len()));
                 }
                 (false, false) => self.steps.push(Step::BindFile(path.to_owned())),
-                (true, true) => {}
+                (true, true) => {
+                    if !same_file(&source, &target)? {
+                        self.leave_out(path, "the VM has another");
+                    }
+                }
                 (true, false) => {
                     if !same_file(&source, &target)? {
                         self.conflicts.push(format!("/{}", path.display()));
@@ -502,7 +556,7 @@ impl GraftPlan<'_> {
             }
         } else {
             // Whiteouts and devices mean nothing for a running root.
-            let _ = kind.is_char_device();
+            self.leave_out(path, "no file, directory or link");
         }
         Ok(())
     }
@@ -511,6 +565,19 @@ impl GraftPlan<'_> {
     fn same_link(&self, target: &Path, destination: &Path) -> bool {
         fs::read_link(target).is_ok_and(|found| found == destination)
     }
+}
+
+/// Whether there is anything but directories.
+fn has_files(path: &Path) -> io::Result<bool> {
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return Ok(true);
+    }
+    for entry in fs::read_dir(path)? {
+        if has_files(&entry?.path())? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn same_file(left: &Path, right: &Path) -> io::Result<bool> {
@@ -558,8 +625,11 @@ mod tests {
         write(component, "etc/tool.conf", "default");
         write(component, "etc/tool.d/a", "a");
         write(component, "root/ignored", "");
+        write(component, "srv/tool/page", "page");
+        write(component, "var/lib/tool/state", "state");
+        fs::create_dir_all(component.join("run/tool")).unwrap();
         std::os::unix::fs::symlink("tool", component.join("usr/bin/alias")).unwrap();
-        let paths = |steps: Vec<Step>| -> Vec<String> {
+        let paths = |(steps, _): (Vec<Step>, Vec<String>)| -> Vec<String> {
             steps
                 .iter()
                 .map(|step| step.path().display().to_string())
@@ -567,7 +637,27 @@ mod tests {
         };
         assert_eq!(
             paths(plan(component, root, false).unwrap()),
-            ["usr/lib", "bin/other", "usr/bin/alias", "usr/bin/tool"]
+            [
+                "usr/lib",
+                "srv",
+                "srv/tool",
+                "srv/tool/page",
+                "var",
+                "var/lib",
+                "var/lib/tool",
+                "var/lib/tool/state",
+                "bin/other",
+                "usr/bin/alias",
+                "usr/bin/tool"
+            ]
+        );
+        let left_out = |etc| plan(component, root, etc).unwrap().1;
+        let root_dir = "/root: not brought into a running VM";
+        let etc_dir = "/etc: not brought into a running VM";
+        assert_eq!(left_out(false), [etc_dir, root_dir]);
+        assert_eq!(
+            left_out(true),
+            ["/etc/tool.conf: the VM has another", root_dir]
         );
         assert_eq!(
             paths(plan(component, root, true).unwrap()),
@@ -575,6 +665,13 @@ mod tests {
                 "usr/lib",
                 "etc/tool.d",
                 "etc/tool.d/a",
+                "srv",
+                "srv/tool",
+                "srv/tool/page",
+                "var",
+                "var/lib",
+                "var/lib/tool",
+                "var/lib/tool/state",
                 "bin/other",
                 "usr/bin/alias",
                 "usr/bin/tool"

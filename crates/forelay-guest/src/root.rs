@@ -24,6 +24,15 @@ const LOWER: &str = "/lower";
 const UPPER: &str = "/upper";
 const ROOT: &str = "/root";
 
+/// Where container engines keep images: an overlay cannot be the upper of another, so these
+/// lie beside the root's overlay, where its upper does. Only for an image with the engine,
+/// and without data of its own there.
+const ENGINES: [(&str, &str); 3] = [
+    ("usr/sbin/dockerd", "var/lib/docker"),
+    ("usr/bin/containerd", "var/lib/containerd"),
+    ("usr/bin/podman", "var/lib/containers"),
+];
+
 /// How long the VM's own devices may take to appear, unless `forelay.device_wait_ms=` says
 /// otherwise.
 const DEVICE_LIMIT: Duration = Duration::from_secs(20);
@@ -198,7 +207,27 @@ pub fn overlay(
     // Without redirect_dir, a directory of the image cannot be renamed.
     let options =
         format!("lowerdir={lower},upperdir={UPPER}/data,workdir={UPPER}/work,redirect_dir=on");
-    sys::mount("overlay", ROOT, "overlay", 0, &options).map_err(context("mount overlay root"))
+    sys::mount("overlay", ROOT, "overlay", 0, &options).map_err(context("mount overlay root"))?;
+    for (engine, directory) in ENGINES {
+        if Path::new(ROOT).join(engine).exists()
+            && let Err(error) = beside_overlay(directory)
+        {
+            console(&format!("/{directory}: {error}; it stays on the overlay"));
+        }
+    }
+    Ok(())
+}
+
+/// Puts a directory of the root on the file system of the overlay's upper.
+fn beside_overlay(directory: &str) -> io::Result<()> {
+    let target = Path::new(ROOT).join(directory);
+    if fs::read_dir(&target).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(io::Error::other("the image has files there"));
+    }
+    let source = Path::new(UPPER).join("beside").join(directory);
+    fs::create_dir_all(&source)?;
+    fs::create_dir_all(&target)?;
+    sys::mount(&source, &target, "", sys::MS_BIND, "")
 }
 
 /// Moves the kernel's file systems into the root and makes it `/`.

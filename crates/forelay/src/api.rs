@@ -315,6 +315,9 @@ pub struct VmComponent {
     /// What attaching it took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attach: Option<AttachFigures>,
+    /// Files of it that the VM was not given when it was attached, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 /// Where the time of a hot attach went, in seconds.

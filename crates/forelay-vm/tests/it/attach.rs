@@ -71,6 +71,8 @@ async fn privileged_hot_attach_is_visible_at_once_and_detach_refuses_while_in_us
         ),
         (true, 3, 1)
     );
+    let left_out = ["/etc/motd: the VM has another"];
+    assert_eq!(attached.guest.left_out, left_out);
     assert_eq!(
         sh(&vm, "extra; cat /etc/extra.conf /etc/motd").await,
         "hot\nconf\nfrom base\n"

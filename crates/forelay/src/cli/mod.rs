@@ -2,7 +2,7 @@
 //!
 //! Commands on VMs and memory speak to the daemon; commands on components, manifests and
 //! traces work on their own. Exit code 0 is success, 1 a failure told on standard error,
-//! 2 wrong usage; `exec` passes on the guest command's.
+//! 2 wrong usage; `exec` passes on the guest command's, `run` the entrypoint's.
 
 #[macro_use]
 mod output;
@@ -240,7 +240,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Component(command) => components::run(command, config).await?,
         Command::Lock(arguments) => manifests::lock(arguments, config).await?,
         Command::Compose(arguments) => manifests::compose(arguments, config).await?,
-        Command::Run(arguments) => vms::run(client, arguments).await?,
+        Command::Run(arguments) => return vms::run(client, arguments).await,
         Command::Prefetch(arguments) => vms::prefetch(client, arguments).await?,
         Command::Ps { all, json } => vms::ps(client, all, json).await?,
         Command::Stop { names, json } => vms::stop(client, &names, json).await?,

@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 use super::output;
 use crate::api::{
     AttachRequest, Degraded, ExecRequest, ExecResult, Health, LaunchRequest, PrefetchMode,
-    PrefetchRequest, Prefetched, Vm, VmState,
+    PrefetchRequest, Prefetched, Vm, VmComponent, VmState,
 };
 use crate::client::{Client, vm_path};
 use crate::exec_frames::{ExecFrame, PROTOCOL, WINDOW_BYTES};
@@ -34,7 +34,8 @@ pub struct RunArguments {
     /// Launch exactly what this lock pins.
     #[arg(long)]
     pub lock: Option<PathBuf>,
-    /// Return when the VM is ready (without it: follow its console until it ends).
+    /// Return when the VM is ready (without it: follow its console until its entrypoint ends,
+    /// stop it and return the entrypoint's status).
     #[arg(long, short)]
     pub detach: bool,
     /// What to have in shared memory before the launch.
@@ -115,8 +116,8 @@ pub async fn prefetch(client: &Client, arguments: PrefetchArguments) -> Result<(
     Ok(())
 }
 
-/// `forelay run`.
-pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
+/// `forelay run`: returns the entrypoint's status if it was waited for.
+pub async fn run(client: &Client, arguments: RunArguments) -> Result<i32> {
     let manifest = read(&arguments.manifest)?;
     let lock = arguments.lock.as_deref().map(read).transpose()?;
     let request = LaunchRequest {
@@ -137,6 +138,15 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
     .await;
     spinner.finish_and_clear();
     let vm = vm?;
+    let follows = !arguments.detach && !arguments.json;
+    if vm.state == VmState::Failed {
+        let why = vm.error.as_deref().unwrap_or("no reason given");
+        let name = &vm.name;
+        let text = format!("VM {name} failed: {why}\nits console is in `forelay logs {name}`");
+        complain!("error: {}", output::shown(&text));
+        let status = vm.exit_status.filter(|status| follows && *status != 0);
+        return Ok(status.unwrap_or(1));
+    }
     if arguments.json {
         output::json(&vm)?;
     } else {
@@ -145,10 +155,10 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<()> {
             print_timings(&vm);
         }
     }
-    if !arguments.detach && !arguments.json {
-        follow(client, &vm).await?;
+    if follows {
+        return follow(client, &vm, true).await;
     }
-    Ok(())
+    Ok(0)
 }
 
 fn print_ready(vm: &Vm) {
@@ -203,11 +213,7 @@ async fn wait_ready(
     loop {
         let vm: Vm = client.get(&vm_path(name, "?wait_ms=500")?).await?;
         match vm.state {
-            VmState::Ready | VmState::Stopped => return Ok(vm),
-            VmState::Failed => {
-                let why = vm.error.unwrap_or_else(|| "no reason given".into());
-                bail!("VM {name} failed: {why}\nits console is in `forelay logs {name}`");
-            }
+            VmState::Ready | VmState::Stopped | VmState::Failed => return Ok(vm),
             _ if vm.waiting.is_some() => {
                 let wait = output::optional(vm.waiting, |wait| wait.to_string());
                 spinner.set_message(format!("{name} {wait}"));
@@ -405,6 +411,7 @@ pub async fn attach(
     let request = AttachRequest {
         component: component.clone(),
     };
+    let before: Vm = client.get(&vm_path(name, "")?).await?;
     let vm: Vm = client
         .post(&vm_path(name, &format!("/{verb}"))?, &request)
         .await?;
@@ -415,6 +422,12 @@ pub async fn attach(
         "{component} {verb}ed {} {name}",
         if detach { "from" } else { "to" }
     );
+    let is_new = |one: &&VmComponent| before.components.iter().all(|old| old.id != one.id);
+    for one in vm.components.iter().filter(is_new) {
+        for file in &one.left_out {
+            complain!("note: left out of {}: {}", one.name, output::shown(file));
+        }
+    }
     Ok(())
 }
 
@@ -422,7 +435,7 @@ pub async fn attach(
 pub async fn logs(client: &Client, name: &str, follow_on: bool) -> Result<()> {
     let vm: Vm = client.get(&vm_path(name, "")?).await?;
     if follow_on {
-        return follow(client, &vm).await;
+        return follow(client, &vm, false).await.map(drop);
     }
     let path = console_log(&vm);
     let mut file =
@@ -440,8 +453,9 @@ fn console_log(vm: &Vm) -> PathBuf {
     vm.runtime_dir.join("console.log")
 }
 
-/// Prints the console from its start until the VM ends.
-async fn follow(client: &Client, vm: &Vm) -> Result<()> {
+/// Prints the console from its start until the VM ends; with `stop`, until its entrypoint
+/// does, and stops the VM then. Returns the entrypoint's status, 0 if there was none.
+async fn follow(client: &Client, vm: &Vm, stop: bool) -> Result<i32> {
     let path = console_log(vm);
     let mut file =
         std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -453,13 +467,19 @@ async fn follow(client: &Client, vm: &Vm) -> Result<()> {
         buffer.clear();
         at += file.read_to_end(&mut buffer)? as u64;
         output::raw(&buffer);
-        if !now.state.is_live() {
-            if let (VmState::Failed, Some(error)) = (now.state, now.error) {
+        let status = now.exit_status;
+        match (now.state, status) {
+            (VmState::Failed, _) => {
+                let error = now.error.unwrap_or_else(|| "no reason given".into());
                 bail!("VM {} failed: {error}", vm.name);
             }
-            return Ok(());
+            (VmState::Stopped, _) => return Ok(status.unwrap_or(0)),
+            (_, Some(status)) if stop => {
+                let _: Vm = client.delete(&vm_path(&vm.name, "")?).await?;
+                return Ok(status);
+            }
+            _ => tokio::time::sleep(Duration::from_millis(200)).await,
         }
-        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 

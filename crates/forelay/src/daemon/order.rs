@@ -195,6 +195,7 @@ pub fn vm_component(component: &LockedComponent) -> VmComponent {
         image_bytes: component.image_bytes,
         attached: false,
         attach: None,
+        left_out: Vec::new(),
     }
 }
 

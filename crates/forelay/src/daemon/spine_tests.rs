@@ -214,6 +214,7 @@ impl Spine {
                 image_bytes: component.image.bytes,
                 attached: false,
                 attach: None,
+                left_out: Vec::new(),
             }],
             launch: LaunchFigures::default(),
             runtime_dir: self.dir.path().to_owned(),

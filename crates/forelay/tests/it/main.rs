@@ -10,6 +10,7 @@ mod brought;
 mod bundle;
 mod command_line;
 mod daemon_dies;
+mod entrypoint;
 mod exec;
 mod failed_launch;
 mod fixture;

@@ -154,6 +154,7 @@ impl AttachService {
             let new = vm.components.iter_mut().rfind(|one| one.id == component.id);
             if let Some(new) = new {
                 new.attach = Some(figures);
+                new.left_out = attached.guest.left_out;
             }
         });
         Ok(())
