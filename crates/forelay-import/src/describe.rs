@@ -10,7 +10,7 @@ use forelay_image::tree::Tree;
 
 use crate::base::made;
 use crate::draft::Draft;
-use crate::entrypoint::{Start, from_unit, known_start};
+use crate::entrypoint::{Start, from_unit, known_start, run_directories};
 use crate::error::{ImportError, text_of, tree_error};
 use crate::packages::{Installed, PackageOptions, plain_name};
 use crate::roots::BaseRoot;
@@ -18,6 +18,8 @@ use forelay_image::control::{Paragraph, parse_provides, parse_relations, sbom_pa
 
 /// Where packages have their systemd units.
 const UNITS: &str = "usr/lib/systemd/system";
+/// Where packages say which directories a boot makes.
+const TMPFILES: &str = "usr/lib/tmpfiles.d";
 
 pub(super) fn describe(
     tree: &mut Tree,
@@ -106,7 +108,7 @@ fn find_entrypoint(
     let start = match known_start(first).or_else(|| known_start(main_name)) {
         Some(start) => start,
         None => match unit_of(tree, first, main, installed)? {
-            Some(unit) => from_unit(&unit),
+            Some((name, text)) => from_unit(&text, &name, &run_directories(&tmpfiles(tree)?)),
             None => return Ok(Vec::new()),
         },
     };
@@ -125,48 +127,71 @@ fn find_entrypoint(
     }
 }
 
-/// The systemd unit of the main package, or of one that it depends on by a name like its
-/// own (`redis` depends on `redis-server`).
+/// What the packages ask `systemd-tmpfiles` for.
+fn tmpfiles(tree: &Tree) -> Result<String, ImportError> {
+    let mut all = String::new();
+    let entries = tree
+        .lookup(TMPFILES.as_bytes())
+        .and_then(|id| tree.entries(id));
+    for name in entries.into_iter().flat_map(|entries| entries.keys()) {
+        let path = format!("{TMPFILES}/{}", String::from_utf8_lossy(name));
+        all.push_str(&text_of(tree, &path)?.unwrap_or_default());
+        all.push('\n');
+    }
+    Ok(all)
+}
+
+/// Name and text of the systemd unit of the main package, or of one that it depends on by a
+/// name like its own (`redis` depends on `redis-server`, `dovecot-imapd` on `dovecot-core`).
 fn unit_of(
     tree: &Tree,
     first: &str,
     main: &Paragraph,
     installed: &Installed,
-) -> Result<Option<String>, ImportError> {
+) -> Result<Option<(String, String)>, ImportError> {
+    let stem = first.split('-').next().unwrap_or(first);
     let mut names = vec![first.to_owned(), main.field("Package").to_owned()];
     for relation in parse_relations(main.field("Depends")).into_iter().flatten() {
-        let related = relation.name.starts_with(first);
+        let related =
+            relation.name.split('-').next() == Some(stem) || relation.name.starts_with(first);
         if related && installed.packages.contains_key(&relation.name) {
             names.push(relation.name);
         }
     }
     for name in &names {
         for unit in [&name[..], name.trim_end_matches("-server")] {
-            let path = format!("{UNITS}/{unit}.service");
-            if let Some(text) = text_of(tree, &path)? {
-                return Ok(Some(text));
+            if let Some(text) = text_of(tree, &format!("{UNITS}/{unit}.service"))? {
+                return Ok(Some((unit.to_owned(), text)));
             }
         }
     }
-    // By another name (openssh-server has ssh.service): if it is the only one.
+    // By another name (openssh-server has ssh.service): if it is the only one, or the only
+    // one that a system starts by itself.
     for name in names {
         let list = text_of(tree, &format!("var/lib/dpkg/info/{name}.list"))?;
-        if let Some(unit) = only_unit(&list.unwrap_or_default()) {
-            return text_of(tree, &format!("{UNITS}/{unit}"));
+        let mut found = Vec::new();
+        for unit in units(&list.unwrap_or_default()) {
+            if let Some(text) = text_of(tree, &format!("{UNITS}/{unit}.service"))? {
+                found.push((unit.to_owned(), text));
+            }
+        }
+        if found.len() > 1 {
+            found.retain(|(_, text)| text.contains("WantedBy=multi-user.target"));
+        }
+        if found.len() == 1 {
+            return Ok(found.pop());
         }
     }
     Ok(None)
 }
 
-/// The one service among a package's files that is not a template.
-pub(super) fn only_unit(list: &str) -> Option<&str> {
-    let mut units = list.lines().filter_map(|path| {
+/// The services among a package's files that are no templates.
+pub(super) fn units(list: &str) -> impl Iterator<Item = &str> {
+    list.lines().filter_map(|path| {
         let (directory, name) = path.rsplit_once('/')?;
-        let service = name.ends_with(".service") && !name.contains('@');
-        (service && directory.ends_with("/systemd/system")).then_some(name)
-    });
-    let only = units.next()?;
-    units.next().is_none().then_some(only)
+        let name = name.strip_suffix(".service")?;
+        (!name.contains('@') && directory.ends_with("/systemd/system")).then_some(name)
+    })
 }
 
 /// What the packages need from outside the component: their dependencies that no package

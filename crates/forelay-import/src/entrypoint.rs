@@ -1,8 +1,9 @@
 //! The command that runs a package's service in the foreground.
 //!
 //! Owns what a systemd unit says about it, turned into a start script (user, runtime
-//! directories, environment, `ExecStart`), and a short list of services whose units put
-//! themselves into the background. Refuses to guess: a unit that cannot be translated
+//! directories, those of `tmpfiles.d` included, environment, `ExecStartPre`, `ExecStart`),
+//! and a short list of services whose units put themselves into the background, or that need
+//! what a build leaves out. Refuses to guess: a unit that cannot be translated
 //! gives no entrypoint, and the reason becomes a note.
 
 /// How to start a service.
@@ -31,7 +32,15 @@ exec setpriv --reuid=postgres --regid=postgres --init-groups -- \
     -c "config_file=/etc/postgresql/$version/main/postgresql.conf" "$@"
 "#;
 
-/// Services whose units fork, by the package that has the unit.
+const OPENSSH: &str = r#"#!/bin/sh
+# Made by Forelay: starts the SSH server in the foreground, with keys of this VM's own.
+set -eu
+install -d -m 755 /run/sshd
+ssh-keygen -A
+exec /usr/sbin/sshd -D -e "$@"
+"#;
+
+/// Services whose units do not do, by the package that has the unit.
 pub fn known_start(package: &str) -> Option<Start> {
     let words = |words: &[&str]| {
         let words = words.iter().map(|word| (*word).to_owned());
@@ -42,6 +51,7 @@ pub fn known_start(package: &str) -> Option<Start> {
             words(&["/usr/sbin/nginx", "-g", "daemon off;"])
         }
         "apache2" => words(&["/usr/sbin/apache2ctl", "-D", "FOREGROUND"]),
+        "openssh-server" => Some(Start::Script(OPENSSH.to_owned())),
         _ if package == "postgresql" || is_postgresql_server(package) => {
             Some(Start::Script(POSTGRESQL.to_owned()))
         }
@@ -54,8 +64,64 @@ fn is_postgresql_server(package: &str) -> bool {
     version.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Reads the text of a `.service` file.
-pub fn from_unit(unit: &str) -> Start {
+/// Lines of a script that make the directories below `/run` which `tmpfiles.d` asks for.
+pub fn run_directories(tmpfiles: &str) -> Vec<String> {
+    let lines = tmpfiles.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let kind = words
+            .next()?
+            .trim_end_matches(['+', '!', '-', '=', '~', '^']);
+        let path = words.next()?;
+        let path = path
+            .strip_prefix("/var")
+            .filter(|rest| rest.starts_with("/run/"))
+            .unwrap_or(path);
+        if !matches!(kind, "d" | "D" | "v" | "q" | "Q") || !path.starts_with("/run/") {
+            return None;
+        }
+        let mut option = |option: &str, default: &str| {
+            let word = words.next().unwrap_or("-");
+            let word = if word == "-" { default } else { word };
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            word.chars().all(plain).then(|| format!("{option} {word}"))
+        };
+        let (mode, user, group) = (
+            option("-m", "0755")?,
+            option("-o", "root")?,
+            option("-g", "root")?,
+        );
+        let plain = path
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_./@".contains(c));
+        // As systemd-tmpfiles, which goes on after what fails.
+        plain.then(|| format!("install -d {mode} {user} {group} {path} || :"))
+    });
+    lines.collect()
+}
+
+/// `text` with systemd's specifiers that have a meaning outside it, and its `$$`, as a shell
+/// has them.
+fn expand(text: &str, name: &str) -> String {
+    let values = [
+        ("%%", "\0"),
+        ("%H", "$(uname -n)"),
+        ("%l", "$(uname -n)"),
+        ("%p", name),
+        ("%N", name),
+        ("%t", "/run"),
+        ("%S", "/var/lib"),
+        ("%C", "/var/cache"),
+        ("%L", "/var/log"),
+        ("$$", "\\$"),
+    ];
+    values
+        .into_iter()
+        .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// Reads the text of the unit `name.service`. Its script begins with `prepare`.
+pub fn from_unit(unit: &str, name: &str, prepare: &[String]) -> Start {
+    let unit = &expand(unit, name);
     let service = Service::parse(unit);
     let kind = service.last("Type").unwrap_or("simple");
     if kind == "forking" {
@@ -64,27 +130,30 @@ pub fn from_unit(unit: &str) -> Start {
     let Some(command) = service.last("ExecStart") else {
         return Start::Unknown("its systemd unit has no ExecStart".to_owned());
     };
-    // `-`, `@`, `:`, `+`, `!` change how systemd treats the result.
-    let command = command.trim_start_matches(['-', '@', ':', '+', '!']);
-    if command.contains('%') {
+    if unit.contains('%') {
         return Start::Unknown("its systemd unit is a template".to_owned());
     }
+    // `-`, `@`, `:`, `+`, `!` change how systemd treats the result.
+    let command = command.trim_start_matches(['-', '@', ':', '+', '!']);
     let user = service.last("User").filter(|user| *user != "root");
     let directories = service.words("RuntimeDirectory");
     let plain = user.is_none()
         && directories.is_empty()
+        && prepare.is_empty()
+        && service.all("ExecStartPre").next().is_none()
         && service.words("StateDirectory").is_empty()
         && service.all("EnvironmentFile").next().is_none()
         && service.all("Environment").next().is_none()
         && !command.contains(['$', '"', '\'', '\\', ';', '&', '|', '<', '>', '*', '(', '`']);
     if plain {
-        let words = command.split_whitespace().map(str::to_owned);
-        return Start::Command(words.collect());
+        let words = command.split_whitespace();
+        return Start::Command(words.map(|word| word.replace('\0', "%")).collect());
     }
-    Start::Script(script(&service, user, command))
+    let text = script(&service, user, command, prepare);
+    Start::Script(text.replace('\0', "%"))
 }
 
-fn script(service: &Service<'_>, user: Option<&str>, command: &str) -> String {
+fn script(service: &Service<'_>, user: Option<&str>, command: &str, prepare: &[String]) -> String {
     let mut text = String::from(
         "#!/bin/sh\n# Made by Forelay from the package's systemd unit: starts the service in the \
          foreground.\nset -eu\n",
@@ -104,6 +173,9 @@ fn script(service: &Service<'_>, user: Option<&str>, command: &str) -> String {
             text.push_str(&format!("install -d {owner}-m {mode} {place}/{name}\n"));
         }
     }
+    for line in prepare {
+        text.push_str(&format!("{line}\n"));
+    }
     for setting in service.all("Environment") {
         text.push_str(&format!("export {setting}\n"));
     }
@@ -122,10 +194,33 @@ fn script(service: &Service<'_>, user: Option<&str>, command: &str) -> String {
         let directory = directory.trim_start_matches('-');
         text.push_str(&format!("cd {directory}\n"));
     }
+    let kept: Vec<String> = service
+        .words("AmbientCapabilities")
+        .iter()
+        .filter_map(|word| Some(format!("+{}", word.strip_prefix("CAP_")?.to_lowercase())))
+        .collect();
+    let capabilities = match kept.join(",") {
+        none if none.is_empty() => none,
+        kept => format!("--inh-caps={kept} --ambient-caps={kept} "),
+    };
     let switch = user.map_or(String::new(), |user| {
         let group = group.unwrap_or(user);
-        format!("setpriv --reuid={user} --regid={group} --init-groups -- ")
+        format!("setpriv --reuid={user} --regid={group} --init-groups {capabilities}-- ")
     });
+    let as_root = service
+        .last("PermissionsStartOnly")
+        .is_some_and(|one| one != "false");
+    for before in service.all("ExecStartPre") {
+        let command = before.trim_start_matches(['-', '@', ':', '+', '!']);
+        let prefix = &before[..before.len() - command.len()];
+        let switch = if as_root || prefix.contains(['+', '!']) {
+            ""
+        } else {
+            &switch
+        };
+        let may_fail = if prefix.contains('-') { " || :" } else { "" };
+        text.push_str(&format!("{switch}{command}{may_fail}\n"));
+    }
     // Arguments of the entrypoint are added, so that a manifest can append options.
     text.push_str(&format!("exec {switch}{command} \"$@\"\n"));
     text
@@ -192,7 +287,7 @@ mod tests {
         let unit =
             "[Unit]\nDescription=x\n[Service]\nType=simple\nExecStart=-/usr/sbin/cron -f \\\n -P\n";
         let words = ["/usr/sbin/cron", "-f", "-P"].map(str::to_owned);
-        assert_eq!(from_unit(unit), Start::Command(words.to_vec()));
+        assert_eq!(from_unit(unit, "cron", &[]), Start::Command(words.to_vec()));
     }
 
     #[test]
@@ -201,7 +296,7 @@ mod tests {
                     RuntimeDirectoryMode=2755\nEnvironmentFile=-/etc/default/redis\n\
                     ExecStart=/usr/bin/redis-server /etc/redis/redis.conf $OPTS\n\
                     [Install]\nAlias=redis.service\n";
-        let Start::Script(text) = from_unit(unit) else {
+        let Start::Script(text) = from_unit(unit, "redis", &[]) else {
             panic!("no script");
         };
         assert!(text.contains("install -d -o redis -g redis -m 2755 /run/redis\n"));
@@ -218,8 +313,38 @@ mod tests {
             ("[Service]\nExecStart=/x %i\n", "template"),
             ("[Service]\nType=oneshot\n", "no ExecStart"),
         ] {
-            assert!(matches!(from_unit(unit), Start::Unknown(text) if text.contains(why)));
+            assert!(
+                matches!(from_unit(unit, "x", &[]), Start::Unknown(text) if text.contains(why))
+            );
         }
+    }
+
+    #[test]
+    fn what_comes_before_a_service_is_in_its_script() {
+        let unit = "[Service]\nType=notify\nUser=etcd\nPermissionsStartOnly=true\n\
+                    AmbientCapabilities=CAP_NET_BIND_SERVICE CAP_IPC_LOCK\n\
+                    Environment=ETCD_NAME=%H\nEnvironmentFile=-/etc/default/%p\n\
+                    ExecStartPre=-/usr/bin/helper 100%%\nExecStartPre=/bin/sh -c \"echo $$PPID\"\n\
+                    ExecStart=/usr/bin/etcd $ARGS\n";
+        let tmpfiles = "# comment\nd /run/etcd 0750 etcd -\nf /run/etcd/x\nD! /var/run/more\n\
+                        d /var/lib/etcd\nd /run/$(evil) 0755\n";
+        let prepare = run_directories(tmpfiles);
+        let Start::Script(text) = from_unit(unit, "etcd", &prepare) else {
+            panic!("no script");
+        };
+        let expected = "install -d -m 0750 -o etcd -g root /run/etcd || :\n\
+                        install -d -m 0755 -o root -g root /run/more || :\n\
+                        export ETCD_NAME=$(uname -n)\nset -a\n\
+                        if [ -r /etc/default/etcd ]; then . /etc/default/etcd; fi\nset +a\nset +u\n\
+                        /usr/bin/helper 100% || :\n/bin/sh -c \"echo \\$PPID\"\n\
+                        exec setpriv --reuid=etcd --regid=etcd --init-groups \
+                        --inh-caps=+net_bind_service,+ipc_lock \
+                        --ambient-caps=+net_bind_service,+ipc_lock -- /usr/bin/etcd $ARGS \"$@\"\n";
+        assert!(text.ends_with(expected), "{text}");
+        let ran = std::process::Command::new("sh")
+            .args(["-n", "-c", &text])
+            .status();
+        assert!(ran.unwrap().success());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use forelay_image::Digest;
 use forelay_image::component::{Capability, Component, ImageRef, Role};
 
 use super::*;
-use crate::describe::{conflicts, only_unit, requirements, role_of};
+use crate::describe::{conflicts, requirements, role_of, units};
 use crate::draft::plain_files;
 
 fn paragraphs(text: &str) -> BTreeMap<String, Paragraph> {
@@ -130,9 +130,7 @@ fn roles_follow_names_and_sections() {
 fn the_unit_of_another_name_is_taken_if_it_is_the_only_one() {
     let list =
         "/.\n/lib/systemd/system/ssh.service\n/lib/systemd/system/ssh@.service\n/usr/x.service\n";
-    assert_eq!(only_unit(list), Some("ssh.service"));
-    let two = format!("{list}/lib/systemd/system/other.service\n");
-    assert_eq!(only_unit(&two), None);
+    assert_eq!(units(list).collect::<Vec<_>>(), ["ssh"]);
 }
 
 #[test]

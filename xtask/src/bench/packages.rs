@@ -78,20 +78,29 @@ const SERVICES: [Service; 22] = [
         "Server: lighttpd",
     ),
     service("caddy", 80, "GET / HTTP/1.0\\r\\n\\r\\n", "Server: Caddy"),
-    service(
-        "privoxy",
-        8118,
-        "GET http://p.p/ HTTP/1.0\\r\\n\\r\\n",
-        "Privoxy",
-    ),
+    Service {
+        entrypoint: &[
+            "/usr/sbin/privoxy",
+            "--no-daemon",
+            "--user",
+            "privoxy",
+            "/etc/privoxy/config",
+        ],
+        ..service(
+            "privoxy",
+            8118,
+            "GET http://p.p/ HTTP/1.0\\r\\n\\r\\n",
+            "Privoxy",
+        )
+    },
     service("redis-server", 6379, "PING\\r\\n", "+PONG"),
     service("memcached", 11211, "version\\r\\n", "VERSION 1."),
-    // The first bytes of a server's answer to a request for encryption.
+    // Asked for encryption: there is none, since the build's key is left out.
     service(
         "postgresql",
         5432,
         "\\000\\000\\000\\010\\004\\322\\026\\057",
-        "S",
+        "N",
     ),
     service("mariadb-server", 3306, "", "MariaDB"),
     service("mosquitto", 1883, MQTT_CONNECT, "\u{20}\u{2}\0\0"),

@@ -91,6 +91,7 @@ pub(crate) fn read_plain(
         owner,
         tree: Tree::new(),
         deletions: Deletions::default(),
+        ended: false,
         left_out: BTreeSet::new(),
     };
     let mut entries = 0u64;
@@ -120,6 +121,8 @@ struct TarReader<'a> {
     owner: Ownership,
     tree: Tree,
     deletions: Deletions,
+    /// Whether the last block was one of zeros, as at the end.
+    ended: bool,
     /// Names of attributes that were left out.
     left_out: BTreeSet<String>,
 }
@@ -166,6 +169,9 @@ impl TarReader<'_> {
             .map_err(tree_error(&self.shown))?
             .into_iter()
             .collect();
+        if !self.ended {
+            notes.push("the archive has no end: it may be cut off".to_owned());
+        }
         if !self.left_out.is_empty() {
             let names: Vec<String> = self.left_out.into_iter().collect();
             notes.push(format!("attributes left out: {}", names.join(", ")));
@@ -220,18 +226,25 @@ impl TarReader<'_> {
     }
 
     fn header(&mut self) -> Result<Option<Header>, ImportError> {
-        if self.next >= self.archive_bytes {
-            return Ok(None);
-        }
         let mut header = Header::new_old();
-        let at = self.next;
-        self.file
-            .read_exact_at(header.as_mut_bytes(), at)
-            .map_err(|_| self.damaged("cut off within a header"))?;
-        self.next += BLOCK_BYTES;
-        if header.as_bytes().iter().all(|&byte| byte == 0) {
-            return Ok(None);
-        }
+        let at = loop {
+            if self.next >= self.archive_bytes {
+                return Ok(None);
+            }
+            let at = self.next;
+            self.file
+                .read_exact_at(header.as_mut_bytes(), at)
+                .map_err(|_| self.damaged("cut off within a header"))?;
+            self.next += BLOCK_BYTES;
+            if header.as_bytes().iter().any(|&byte| byte != 0) {
+                break at;
+            }
+            // Two blocks of zeros are the end, one alone is nothing.
+            if std::mem::replace(&mut self.ended, true) {
+                return Ok(None);
+            }
+        };
+        self.ended = false;
         let bytes = header.as_bytes();
         let sum = bytes[..148].iter().chain(&bytes[156..]);
         let sum = sum.fold(8 * 32u32, |sum, &byte| sum + u32::from(byte));

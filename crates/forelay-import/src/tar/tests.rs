@@ -453,6 +453,16 @@ fn what_follows_an_archive_is_none_of_it_and_what_is_cut_off_is_refused() {
     );
     let both = import(&[&one[..], &two].concat()).unwrap();
     assert_eq!(both.tree.reachable().len(), 2);
+    assert_eq!(both.notes, Vec::<String>::new());
+    // One block of zeros is no end.
+    let lone = import(&[&one[..1536], &two].concat()).unwrap();
+    assert_eq!(content(&lone.tree, b"two"), b"2");
+    for unended in [&one[..1024], &one[..1536]] {
+        let imported = import(unended).unwrap();
+        assert_eq!(content(&imported.tree, b"one"), b"content");
+        let told = imported.notes.iter().any(|note| note.contains("no end"));
+        assert_eq!(told, unended.len() == 1024, "{:?}", imported.notes);
+    }
     assert!(import(&one[..512]).is_err());
     assert!(import(&one[..515]).is_err());
 }

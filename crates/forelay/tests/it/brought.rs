@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 use forelay_image::erofs::read::Image;
 use forelay_import::host_architecture;
 
-use crate::fixture::FORELAY;
+use crate::fixture::{FORELAY, Host, Settings, bench, idle};
 
 /// A repository with a base and a kernel that were brought along.
 struct Place {
@@ -318,4 +318,22 @@ fn packages_for_other_machines_are_refused() {
         assert!(said.contains(&expected), "{said}");
         assert!(!said.contains("any-arch"), "{said}");
     }
+}
+
+#[test]
+fn privileged_run_tells_what_compose_notes() {
+    let test = "privileged_run_tells_what_compose_notes";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let manifest = host.write("clash.toml", &idle("clash", "[\"forelay-clash\"]", ""));
+    let manifest = manifest.to_str().unwrap();
+    let note = "/usr/bin/bash is in debian and in forelay-clash, whose is used";
+    let out = host.dir().join("out");
+    let composed = host.run(["compose", manifest, "--out", out.to_str().unwrap()]);
+    assert!(composed.stderr.contains(note), "{}", composed.stderr);
+    let ran = host.run(["run", "--detach", "--name", "clash", manifest]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert!(ran.stderr.contains(note), "{}", ran.stderr);
+    let vm = &host.json(["ps"])[0];
+    assert_eq!(vm["launch"]["notes"][0], note);
 }
