@@ -130,9 +130,6 @@ pub fn from_unit(unit: &str, name: &str, prepare: &[String]) -> Start {
     let Some(command) = service.last("ExecStart") else {
         return Start::Unknown("its systemd unit has no ExecStart".to_owned());
     };
-    if unit.contains('%') {
-        return Start::Unknown("its systemd unit is a template".to_owned());
-    }
     // `-`, `@`, `:`, `+`, `!` change how systemd treats the result.
     let command = command.trim_start_matches(['-', '@', ':', '+', '!']);
     let user = service.last("User").filter(|user| *user != "root");
@@ -145,12 +142,19 @@ pub fn from_unit(unit: &str, name: &str, prepare: &[String]) -> Start {
         && service.all("EnvironmentFile").next().is_none()
         && service.all("Environment").next().is_none()
         && !command.contains(['$', '"', '\'', '\\', ';', '&', '|', '<', '>', '*', '(', '`']);
+    let template = || Start::Unknown("its systemd unit is a template".to_owned());
+    if plain && command.contains('%') {
+        return template();
+    }
     if plain {
         let words = command.split_whitespace();
         return Start::Command(words.map(|word| word.replace('\0', "%")).collect());
     }
     let text = script(&service, user, command, prepare);
-    Start::Script(text.replace('\0', "%"))
+    match text.contains('%') {
+        true => template(),
+        false => Start::Script(text.replace('\0', "%")),
+    }
 }
 
 fn script(service: &Service<'_>, user: Option<&str>, command: &str, prepare: &[String]) -> String {
