@@ -305,6 +305,18 @@ impl Recipe {
     }
 }
 
+/// Whether this host's VMs can run a component.
+pub fn runs_here(component: &Component) -> bool {
+    [forelay_import::host_architecture(), "all"].contains(&component.architecture.as_str())
+}
+
+/// Those components of a repository that this host's VMs can run: a newer one for other
+/// machines is no candidate.
+pub fn for_this_host(components: &[Arc<Component>]) -> Vec<Component> {
+    let here = components.iter().filter(|one| runs_here(one));
+    here.map(|one| (**one).clone()).collect()
+}
+
 /// Checks that components, the base first, are for the same machines.
 pub fn check_architectures<'a>(
     components: impl IntoIterator<Item = &'a Component>,
@@ -480,4 +492,49 @@ fn extract_kernel(
             })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::Digest;
+    use forelay_image::component::ImageRef;
+    use forelay_image::solve::solve;
+    use forelay_import::host_architecture;
+
+    use super::*;
+
+    #[test]
+    fn what_other_machines_run_is_no_candidate_here() {
+        let component = |name: &str, version: &str, role, architecture: &str| {
+            let image = ImageRef {
+                digest: Digest::of(format!("{name} {version} {architecture}").as_bytes()),
+                bytes: 4096,
+                metadata_bytes: 4096,
+                inodes: 1,
+                chunk_index: Digest::of(b"index"),
+            };
+            Arc::new(Component::new(name, version, role, architecture, image))
+        };
+        let here = host_architecture();
+        let all = [
+            component("debian", "12", Role::Base, here),
+            component("debian", "13", Role::Base, "riscv32"),
+            component("linux", "6.1", Role::Kernel, here),
+            component("linux", "6.1", Role::Kernel, "riscv32"),
+            component("scripts", "2", Role::Package, "all"),
+            component("scripts", "3", Role::Package, "riscv32"),
+        ];
+        let manifest = Manifest::parse("base = 'debian'\ncomponents = ['scripts']").unwrap();
+        let lock = solve(&manifest, &for_this_host(&all)).unwrap();
+        let versions: Vec<&str> = lock.all().map(|one| one.version.as_str()).collect();
+        assert_eq!(versions.len(), 3, "{versions:?}");
+        assert!(
+            !versions.contains(&"13") && !versions.contains(&"3"),
+            "{versions:?}"
+        );
+        assert!(lock.all().all(|one| {
+            let pinned = all.iter().find(|known| known.id() == one.id);
+            runs_here(pinned.unwrap())
+        }));
+    }
 }

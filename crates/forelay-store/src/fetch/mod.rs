@@ -35,7 +35,7 @@ use crate::error::StoreError;
 use crate::images::{ImageMap, Images};
 use crate::repository::Repository;
 use presence::Presence;
-use queue::{ChunkSource, Group, NO_GROUP, Queue, Submitted};
+use queue::{ALONG, ChunkSource, Group, NO_GROUP, Queue, Submitted};
 
 /// Why a chunk is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -141,6 +141,8 @@ pub enum FetchError {
 /// fast line brings in a millisecond or two, where each request takes ten times that. Reaching
 /// further was tried on the touches of `examples/web.toml`: few requests less, many bytes more.
 const AHEAD_BYTES: u64 = 128 << 10;
+/// The most chunks that come along with one.
+const MOST_ALONG: usize = 256;
 
 /// Takes the outcome of a demand.
 pub type Callback = Box<dyn FnOnce(Result<Bytes, FetchError>) + Send>;
@@ -371,14 +373,14 @@ impl Scheduler {
             let (sender, receiver) = oneshot::channel();
             receivers.push(async move { receiver.await.unwrap_or(Err(FetchError::Cancelled)) });
             let callback: Callback = Box::new(move |result| drop(sender.send(result)));
-            (source, callback)
+            (source, NO_GROUP, callback)
         });
         // Nobody waits for these: they are kept on disk.
         let ahead = ahead
             .into_iter()
-            .map(|source| (source, Box::new(drop) as Callback));
+            .map(|source| (source, ALONG, Box::new(drop) as Callback));
         let all: Vec<_> = wanted.chain(ahead).collect();
-        self.submit(all, priority, NO_GROUP);
+        self.submit(all, priority);
         futures_util::future::try_join_all(receivers).await
     }
 
@@ -393,10 +395,9 @@ impl Scheduler {
         let Some(last) = last else {
             return Vec::new();
         };
-        let near = |next: &ChunkSource| {
-            next.pack == last.pack && next.end().saturating_sub(last.end()) <= stored_bytes
-        };
+        let near = |next: &ChunkSource| next.follows(last, stored_bytes);
         (last.chunk_no + 1..)
+            .take(MOST_ALONG)
             .map_while(|chunk_no| source(map, chunk_no).ok().filter(near))
             .filter(|next| !self.0.cache.contains(next.chunk))
             .collect()
@@ -405,13 +406,12 @@ impl Scheduler {
     /// Asks for chunks from the repository. A group that was cancelled is refused.
     pub(super) fn submit(
         &self,
-        wanted: impl IntoIterator<Item = (ChunkSource, Callback)>,
+        wanted: impl IntoIterator<Item = (ChunkSource, Group, Callback)>,
         priority: Priority,
-        group: Group,
     ) {
         let mut state = self.0.state.lock();
         let mut answered: Vec<(Callback, Result<Bytes, FetchError>)> = Vec::new();
-        for (source, callback) in wanted {
+        for (source, group, callback) in wanted {
             match state.queue.submit(source, priority, group, callback) {
                 Submitted::Joined => state.counters.joined += 1,
                 Submitted::Promoted => state.counters.promoted += 1,

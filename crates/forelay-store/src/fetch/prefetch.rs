@@ -284,7 +284,7 @@ impl WantedPart {
                 .part(result.map(cut).map(|bytes| self.part(bytes)));
         };
         let callback: super::Callback = Box::new(callback);
-        scheduler.submit([(source, callback)], Priority::Prefetch, group);
+        scheduler.submit([(source, group, callback)], Priority::Prefetch);
     }
 
     fn part(&self, bytes: Bytes) -> ImagePart {

@@ -30,6 +30,10 @@ pub type Group = u64;
 /// The group of those that cannot be cancelled; always open.
 pub const NO_GROUP: Group = 0;
 
+/// The group of what comes along with a demand: in its order, on its slots and in its
+/// requests, but nobody waits for it, and so it is given up like a prefetch. Always open.
+pub const ALONG: Group = Group::MAX;
+
 /// Where a chunk comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkSource {
@@ -53,6 +57,12 @@ impl ChunkSource {
     /// Where its frame ends in the pack.
     pub fn end(&self) -> u64 {
         u64::from(self.offset) + u64::from(self.stored_bytes)
+    }
+
+    /// Whether it lies within so many stored bytes behind `last` in the same pack. What lies
+    /// before it (a part shared with an image published earlier) does not.
+    pub fn follows(&self, last: &Self, stored_bytes: u64) -> bool {
+        self.pack == last.pack && self.end() > last.end() && self.end() - last.end() <= stored_bytes
     }
 }
 
@@ -148,7 +158,7 @@ impl<W> Queue<W> {
         Self {
             limits,
             flights: HashMap::new(),
-            open: HashMap::from([(NO_GROUP, 0)]),
+            open: HashMap::from([(NO_GROUP, 0), (ALONG, 0)]),
             demand: VecDeque::new(),
             prefetch: VecDeque::new(),
             demand_active: 0,
@@ -175,7 +185,7 @@ impl<W> Queue<W> {
         };
         let Some(flight) = self.flights.get_mut(&source.chunk) else {
             *waiting += 1;
-            let demanded = priority == Priority::Demand;
+            let demanded = priority == Priority::Demand && group != ALONG;
             let waiters = vec![(group, waiter)];
             let state = FlightState::Queued(priority);
             self.flights.insert(
@@ -195,7 +205,7 @@ impl<W> Queue<W> {
         }
         *waiting += 1;
         flight.waiters.push((group, waiter));
-        if priority == Priority::Demand {
+        if priority == Priority::Demand && group != ALONG {
             flight.demanded = true;
             if matches!(flight.state, FlightState::Queued(Priority::Prefetch)) {
                 flight.state = FlightState::Queued(Priority::Demand);

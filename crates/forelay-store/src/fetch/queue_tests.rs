@@ -83,6 +83,40 @@ fn one_flight_per_chunk_and_late_comers_are_answered() {
 }
 
 #[test]
+fn what_comes_along_is_fetched_with_a_demand_but_waited_for_by_nobody() {
+    let mut queue = queue();
+    queue.submit(source(1), Priority::Demand, NO_GROUP, 'a');
+    queue.submit(source(2), Priority::Demand, ALONG, 'b');
+    let request = queue.next_request().unwrap();
+    assert_eq!(numbers(&request), [1, 2]);
+    assert!(queue.is_demanded(source(1).chunk));
+    assert!(!queue.is_demanded(source(2).chunk));
+    // Until somebody does.
+    queue.submit(source(2), Priority::Demand, NO_GROUP, 'c');
+    assert!(queue.is_demanded(source(2).chunk));
+    // And it makes no demand of a prefetch.
+    queue.submit(source(9), Priority::Prefetch, 1, 'd');
+    queue.submit(source(9), Priority::Demand, ALONG, 'e');
+    assert!(!queue.is_demanded(source(9).chunk));
+}
+
+#[test]
+fn only_what_lies_behind_a_chunk_and_near_it_follows() {
+    let (last, next) = (source(5), source(6));
+    let bytes = u64::from(next.stored_bytes);
+    assert!(next.follows(&last, bytes));
+    assert!(!next.follows(&last, bytes - 1), "too far");
+    assert!(!next.follows(&last, 0), "nothing is asked for");
+    assert!(!source(4).follows(&last, 1 << 40), "before it in the pack");
+    assert!(!last.follows(&last, 1 << 40), "the chunk itself");
+    let elsewhere = ChunkSource {
+        pack: Digest::of(b"another pack"),
+        ..next
+    };
+    assert!(!elsewhere.follows(&last, 1 << 40), "in another pack");
+}
+
+#[test]
 fn demand_overtakes_promotes_and_has_its_own_slots() {
     let mut queue = queue();
     for number in 0..20 {

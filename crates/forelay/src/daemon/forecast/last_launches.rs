@@ -18,6 +18,7 @@ use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::models::model_key;
 use crate::daemon::order::Order;
 use crate::history::ProfileRef;
+use crate::recipe::for_this_host;
 
 /// The last launch of a profile, as kept on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -104,6 +105,7 @@ impl LastLaunches {
         if std::mem::replace(&mut *self.resolved_with.lock(), listed) == listed {
             return;
         }
+        let components = for_this_host(components);
         // Sorted by name and version: the newest stays.
         let newest: BTreeMap<&str, Digest> = components
             .iter()
@@ -115,7 +117,6 @@ impl LastLaunches {
                 .clone()
                 .any(|one| newest.get(one.name.as_str()) != Some(&one.image))
         };
-        let components: Vec<Component> = components.iter().map(|one| (**one).clone()).collect();
         let stale: Vec<Arc<Order>> = {
             let orders = self.orders.lock();
             let free = orders.values().filter(|one| !one.pinned);

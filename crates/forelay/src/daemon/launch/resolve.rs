@@ -13,7 +13,7 @@ use forelay_store::Store;
 
 use crate::daemon::error::HostError;
 use crate::daemon::order::Order;
-use crate::recipe::check_architectures;
+use crate::recipe::{check_architectures, for_this_host, runs_here};
 
 /// Finds out what a request asks for.
 pub(in crate::daemon) struct Resolver {
@@ -38,8 +38,13 @@ impl Resolver {
             }
             None => {
                 let components = self.store.components().await.map_err(HostError::failed)?;
-                let components: Vec<_> = components.iter().map(|one| (**one).clone()).collect();
-                solve(&manifest, &components).map_err(HostError::invalid)?
+                let solved = solve(&manifest, &for_this_host(&components));
+                // What only others can solve is refused below, with the component's name.
+                let others = |error| {
+                    let all: Vec<_> = components.iter().map(|one| (**one).clone()).collect();
+                    solve(&manifest, &all).map_err(|_| error)
+                };
+                solved.or_else(others).map_err(HostError::invalid)?
             }
         };
         self.check_machine(&lock).await?;
@@ -57,7 +62,7 @@ impl Resolver {
         let all: Vec<_> = all.into_iter().flatten().collect();
         check_architectures(all.iter().map(|one| &**one)).map_err(HostError::invalid)?;
         let here = forelay_import::host_architecture();
-        let foreign = |one: &&Arc<Component>| ![here, "all"].contains(&&one.architecture[..]);
+        let foreign = |one: &&Arc<Component>| !runs_here(one);
         match all.iter().find(foreign) {
             None => Ok(()),
             Some(one) => Err(HostError::Invalid(format!(

@@ -29,6 +29,7 @@ use crate::daemon::order::{DeviceRecord, PlannedDevice, vm_component};
 use crate::daemon::vm::registry::Instance;
 use crate::daemon::vm::supervise::Supervisor;
 use crate::history::ComponentRef;
+use crate::recipe::for_this_host;
 
 /// Attaches components to running VMs, and detaches them.
 pub(in crate::daemon) struct AttachService {
@@ -200,7 +201,7 @@ impl AttachService {
         let previous = Lock::parse(&lock).map_err(HostError::failed)?;
         manifest.components.push(range);
         let components = self.store.components().await.map_err(HostError::failed)?;
-        let components: Vec<_> = components.iter().map(|one| (**one).clone()).collect();
+        let components = for_this_host(&components);
         let lock = relock(&manifest, &components, &previous).map_err(HostError::invalid)?;
         let kept = |one: &LockedComponent| lock.components.iter().any(|new| new.id == one.id);
         if let Some(changed) = previous.components.iter().find(|one| !kept(one)) {
