@@ -14,8 +14,8 @@
 //!   | <------- Ended{id, status} ------  |   after all output
 //! ```
 //! A new daemon that connects to a running VM may have missed events and finds half a line
-//! in the pipe: it sends an empty line, then [`GuestCommand::Status`], and skips what does not
-//! parse until the reply comes. Neither side trusts the other: lines are bounded by
+//! in the pipe: it sends an empty line, then [`GuestCommand::EndAll`] for its predecessor's
+//! programs and [`GuestCommand::Status`], and skips what does not parse until the reply comes. Neither side trusts the other: lines are bounded by
 //! [`MAX_REQUEST_BYTES`] and [`MAX_MESSAGE_BYTES`], unknown fields are ignored, unknown
 //! messages are errors.
 

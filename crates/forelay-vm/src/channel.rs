@@ -52,6 +52,9 @@ pub enum ChannelError {
         crate::handle::MAX_COLLECTED_BYTES
     )]
     TooMuchOutput,
+    /// A program with a time limit has not ended, and the guest has not ended it.
+    #[error("the guest did not say within {0:?} that the program has ended")]
+    Overdue(Duration),
     /// The guest's agent does not know how to.
     #[error(
         "the agent in the VM speaks version {0} of the guest channel and cannot do this: build \
@@ -60,16 +63,62 @@ pub enum ChannelError {
     Outdated(u32),
 }
 
+/// How much longer than a program may run the guest may take to end it and say so.
+const END_LIMIT: Duration = Duration::from_secs(22);
 /// First version of the protocol with programs whose streams are frames.
 const STREAMS_SINCE: u32 = 2;
 
-/// Who waits for replies, by the request's id.
+/// Who waits for replies.
 #[derive(Debug, Default)]
-struct Waiting(Mutex<HashMap<u64, oneshot::Sender<Reply>>>);
+struct Waiting(Mutex<Replies>);
+
+#[derive(Debug, Default)]
+struct Replies {
+    /// By the request's id.
+    senders: HashMap<u64, oneshot::Sender<Reply>>,
+    /// No reply comes any more.
+    is_closed: bool,
+}
 
 impl Waiting {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Reply>>> {
+    fn lock(&self) -> MutexGuard<'_, Replies> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lines of a guest's that are logged at once; after that, one a second.
+const LOG_BURST: u64 = 20;
+
+/// How much of what a guest says is logged.
+#[derive(Debug)]
+struct LogBudget {
+    left: u64,
+    /// Since when nothing was added to it.
+    since: Instant,
+    dropped: u64,
+}
+
+impl LogBudget {
+    fn new(now: Instant) -> Self {
+        let (left, since, dropped) = (LOG_BURST, now, 0);
+        Self {
+            left,
+            since,
+            dropped,
+        }
+    }
+
+    /// Whether a line is logged now, and how many were not since the last one.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let seconds = now.saturating_duration_since(self.since).as_secs();
+        self.since += Duration::from_secs(seconds);
+        self.left = self.left.saturating_add(seconds).min(LOG_BURST);
+        let Some(left) = self.left.checked_sub(1) else {
+            self.dropped += 1;
+            return None;
+        };
+        self.left = left;
+        Some(std::mem::take(&mut self.dropped))
     }
 }
 
@@ -99,7 +148,7 @@ impl Channel {
             waiting: Arc::clone(&waiting),
             execs: Arc::clone(&execs),
             version: version_sender,
-            events: Events { launched, progress },
+            events: Events::new(launched, progress),
         };
         tokio::spawn(receiver.serve(incoming));
         // Ids of an earlier daemon's requests may still be answered: start elsewhere.
@@ -138,8 +187,11 @@ impl Channel {
         let exchange = async {
             {
                 let mut waiting = self.waiting.lock();
-                waiting.retain(|_, sender| !sender.is_closed());
-                waiting.insert(id, sender);
+                if waiting.is_closed {
+                    return Err(ChannelError::Closed);
+                }
+                waiting.senders.retain(|_, sender| !sender.is_closed());
+                waiting.senders.insert(id, sender);
             }
             let sent = self.outgoing.send(line).await;
             sent.map_err(|_| ChannelError::Closed)?;
@@ -169,7 +221,9 @@ impl Channel {
             return Err(ChannelError::Outdated(known));
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let execution = self.execs.expect(id, self.outgoing.clone());
+        let run_limit = (exec.timeout_ms > 0).then(|| Duration::from_millis(exec.timeout_ms));
+        let patience = run_limit.map(|limit| limit.saturating_add(END_LIMIT));
+        let execution = self.execs.expect(id, patience, self.outgoing.clone());
         match self
             .request_as(id, GuestCommand::Start(exec), limit)
             .await?
@@ -212,7 +266,10 @@ impl Receiver {
         while let Some(line) = incoming.recv().await {
             self.handle(line);
         }
-        self.waiting.lock().clear();
+        *self.waiting.lock() = Replies {
+            is_closed: true,
+            ..Replies::default()
+        };
         self.execs.closed();
     }
 
@@ -232,7 +289,7 @@ impl Receiver {
                 self.events.status(status);
             }
             Ok(GuestMessage::Reply { id, result }) => {
-                let waiting = self.waiting.lock().remove(&id);
+                let waiting = self.waiting.lock().senders.remove(&id);
                 if let Some(sender) = waiting {
                     let _ = sender.send(result);
                 }
@@ -248,9 +305,29 @@ impl Receiver {
 struct Events {
     launched: Instant,
     progress: watch::Sender<Progress>,
+    log: Mutex<LogBudget>,
 }
 
 impl Events {
+    fn new(launched: Instant, progress: watch::Sender<Progress>) -> Self {
+        let log = Mutex::new(LogBudget::new(Instant::now()));
+        Self {
+            launched,
+            progress,
+            log,
+        }
+    }
+
+    /// Logs what the guest says: not all that one may say, and no line that looks like one of
+    /// the host's.
+    fn log(&self, text: String) {
+        let mut budget = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(dropped) = budget.take(Instant::now()) {
+            let text = bounded(text);
+            tracing::info!(target: "guest", dropped, "{}", text.escape_debug());
+        }
+    }
+
     fn moment(&self, uptime_ms: u64) -> Moment {
         Moment {
             since_launch: self.launched.elapsed(),
@@ -272,7 +349,7 @@ impl Events {
                     progress.failure.get_or_insert(bounded(text));
                 });
             }
-            GuestMessage::Log { text } => tracing::info!(target: "guest", "{}", bounded(text)),
+            GuestMessage::Log { text } => self.log(text),
             GuestMessage::Reply { .. }
             | GuestMessage::Ended { .. }
             | GuestMessage::StdinCredit { .. } => {}
@@ -384,10 +461,27 @@ mod tests {
             .await;
         assert!(matches!(silent, Err(ChannelError::TimedOut(_))));
         drop(guest);
+        // Also one that comes when all who waited were told.
+        while channel.version.clone().changed().await.is_ok() {}
         let closed = channel
             .request(GuestCommand::Status, Duration::from_secs(10))
             .await;
         assert!(matches!(closed, Err(ChannelError::Closed)), "{closed:?}");
+    }
+
+    #[test]
+    fn a_guest_that_talks_without_end_is_logged_in_parts() {
+        let start = Instant::now();
+        let mut budget = LogBudget::new(start);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let logged = |budget: &mut LogBudget, now, lines| {
+            (0..lines)
+                .filter_map(|_| budget.take(now))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(logged(&mut budget, at(0), 100), [0; LOG_BURST as usize]);
+        assert_eq!(logged(&mut budget, at(2), 100), [80, 0]);
+        assert_eq!(logged(&mut budget, at(1000), 100).len(), LOG_BURST as usize);
     }
 
     proptest! {
@@ -403,7 +497,7 @@ mod tests {
                 waiting: Arc::default(),
                 execs: Arc::default(),
                 version: watch::channel(None).0,
-                events: Events { launched: Instant::now(), progress },
+                events: Events::new(Instant::now(), progress),
             };
             receiver.handle(Line::Complete(bytes));
             receiver.handle(Line::TooLong);

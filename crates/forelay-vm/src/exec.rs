@@ -6,14 +6,17 @@
 //! ```
 //! The guest is not trusted: of each output stream no more than a window is held, which the
 //! guest may fill again only after the caller has taken what was there; a guest that sends
-//! more, or sends frames without bytes, loses the program. Dropping an [`Execution`] ends the
-//! program in the guest.
+//! more, sends frames without bytes, or gives credit for input that it was not sent, loses
+//! the program. With a time limit the guest is waited for so long and no longer. Dropping an
+//! [`Execution`] ends the program in the guest.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::frames::{self, Frame, MAX_DATA_BYTES, Stream, WINDOW_BYTES};
 use forelay_guest_protocol::messages::{ExitStatus, GuestCommand, GuestRequest, encode_line};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 
 use crate::channel::ChannelError;
@@ -39,8 +42,31 @@ pub enum ExecEvent {
 struct Received {
     stdout: Output,
     stderr: Output,
+    /// Whose turn it is: a flood on one stream does not keep the other back.
+    stderr_is_next: bool,
+    /// Sent to the guest and not given back as credit.
+    stdin_sent: u64,
     stdin_credit: u32,
     end: Option<Result<ExitStatus, ChannelError>>,
+    /// How long the guest was waited for.
+    waited: Duration,
+}
+
+impl Received {
+    fn take_output(&mut self) -> Option<ExecEvent> {
+        for _ in 0..2 {
+            self.stderr_is_next = !self.stderr_is_next;
+            let event = if self.stderr_is_next {
+                self.stdout.take().map(ExecEvent::Stdout)
+            } else {
+                self.stderr.take().map(ExecEvent::Stderr)
+            };
+            if event.is_some() {
+                return event;
+            }
+        }
+        None
+    }
 }
 
 #[derive(Default)]
@@ -69,11 +95,8 @@ impl Output {
         Some(std::mem::take(&mut self.bytes))
     }
 
-    fn credit(&mut self) -> u32 {
-        if self.taken < CREDIT_STEP_BYTES {
-            return 0;
-        }
-        std::mem::take(&mut self.taken)
+    fn credit_is_due(&self) -> bool {
+        self.taken >= CREDIT_STEP_BYTES
     }
 }
 
@@ -112,12 +135,19 @@ impl Execs {
     }
 
     /// A program that is about to be started; what the guest says of `id` is its.
-    pub(crate) fn expect(self: &Arc<Self>, id: u64, outgoing: mpsc::Sender<Vec<u8>>) -> Execution {
+    /// The guest is waited for until it ended, at most `patience` in all.
+    pub(crate) fn expect(
+        self: &Arc<Self>,
+        id: u64,
+        patience: Option<Duration>,
+        outgoing: mpsc::Sender<Vec<u8>>,
+    ) -> Execution {
         let inbox = Arc::new(Inbox::default());
         self.running().insert(id, Arc::clone(&inbox));
         Execution {
             id,
             inbox,
+            patience,
             execs: Arc::clone(self),
             outgoing,
         }
@@ -140,8 +170,13 @@ impl Execs {
     pub(crate) fn stdin_credit(&self, id: u64, bytes: u32) {
         self.tell(id, |inbox| {
             let mut received = inbox.received();
+            // Else it could have the caller send, and hold, what it never takes.
+            let Some(rest) = received.stdin_sent.checked_sub(bytes.into()) else {
+                return false;
+            };
+            received.stdin_sent = rest;
             received.stdin_credit = received.stdin_credit.saturating_add(bytes);
-            received.stdin_credit <= WINDOW_BYTES
+            true
         });
     }
 
@@ -179,6 +214,7 @@ impl Execs {
 pub struct Execution {
     id: u64,
     inbox: Arc<Inbox>,
+    patience: Option<Duration>,
     execs: Arc<Execs>,
     outgoing: mpsc::Sender<Vec<u8>>,
 }
@@ -193,42 +229,71 @@ impl Execution {
     /// What the program did next. Until this is called again, the guest holds back what is
     /// beyond a window. May be dropped while it waits.
     pub async fn next(&self) -> Result<ExecEvent, ChannelError> {
+        let Some(patience) = self.patience else {
+            return self.event().await;
+        };
+        // The time that the caller takes is not the guest's.
+        let (started, before) = (Instant::now(), self.inbox.received().waited);
+        let event = tokio::time::timeout(patience.saturating_sub(before), self.event()).await;
+        self.inbox.received().waited += started.elapsed();
+        event.unwrap_or(Err(ChannelError::Overdue(patience)))
+    }
+
+    async fn event(&self) -> Result<ExecEvent, ChannelError> {
         loop {
-            self.give_credit().await?;
+            let is_given = self.give_credit();
             if let Some(event) = self.take() {
                 return event;
             }
-            self.inbox.news.notified().await;
+            tokio::select! {
+                permit = self.outgoing.reserve(), if !is_given => {
+                    if let Ok(permit) = permit {
+                        self.send_credit(permit);
+                    }
+                }
+                () = self.inbox.news.notified() => {}
+            }
         }
     }
 
     fn take(&self) -> Option<Result<ExecEvent, ChannelError>> {
         let mut received = self.inbox.received();
-        if let Some(bytes) = received.stdout.take() {
-            return Some(Ok(ExecEvent::Stdout(bytes)));
+        let credit = std::mem::take(&mut received.stdin_credit);
+        if credit > 0 {
+            return Some(Ok(ExecEvent::StdinCredit(credit)));
         }
-        if let Some(bytes) = received.stderr.take() {
-            return Some(Ok(ExecEvent::Stderr(bytes)));
+        if let Some(output) = received.take_output() {
+            return Some(Ok(output));
         }
         let end = received.end.take();
-        if end.is_some() {
-            return end.map(|end| end.map(ExecEvent::Ended));
-        }
-        let credit = std::mem::take(&mut received.stdin_credit);
-        (credit > 0).then_some(Ok(ExecEvent::StdinCredit(credit)))
+        end.map(|end| end.map(ExecEvent::Ended))
     }
 
-    async fn give_credit(&self) -> Result<(), ChannelError> {
-        let permit = self.outgoing.reserve();
-        let permit = permit.await.map_err(|_| ChannelError::Closed)?;
+    /// Lets the guest send more if enough was taken; false if there is no room to say so now.
+    fn give_credit(&self) -> bool {
+        let is_due = {
+            let received = self.inbox.received();
+            received.stdout.credit_is_due() || received.stderr.credit_is_due()
+        };
+        if !is_due {
+            return true;
+        }
+        match self.outgoing.try_reserve() {
+            Ok(permit) => self.send_credit(permit),
+            // What has come is still to be taken; the end is told by who reads.
+            Err(TrySendError::Closed(())) => {}
+            Err(TrySendError::Full(())) => return false,
+        }
+        true
+    }
+
+    fn send_credit(&self, permit: mpsc::Permit<'_, Vec<u8>>) {
         let (stdout, stderr) = {
             let mut received = self.inbox.received();
-            (received.stdout.credit(), received.stderr.credit())
+            let stdout = std::mem::take(&mut received.stdout.taken);
+            (stdout, std::mem::take(&mut received.stderr.taken))
         };
-        if stdout > 0 || stderr > 0 {
-            permit.send(self.request(GuestCommand::Credit { stdout, stderr }));
-        }
-        Ok(())
+        permit.send(self.request(GuestCommand::Credit { stdout, stderr }));
     }
 
     fn request(&self, command: GuestCommand) -> Vec<u8> {
@@ -243,6 +308,7 @@ impl Execution {
         loop {
             let (part, further) = rest.split_at(rest.len().min(MAX_DATA_BYTES));
             let line = frames::encode(Stream::Stdin, self.id, part);
+            self.inbox.received().stdin_sent += part.len() as u64;
             let sent = self.outgoing.send(line).await;
             sent.map_err(|_| ChannelError::Closed)?;
             if further.is_empty() {
@@ -260,7 +326,7 @@ impl Drop for Execution {
         }
         let line = self.request(GuestCommand::End);
         let outgoing = self.outgoing.clone();
-        if let Err(mpsc::error::TrySendError::Full(line)) = outgoing.try_send(line)
+        if let Err(TrySendError::Full(line)) = outgoing.try_send(line)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             runtime.spawn(async move { outgoing.send(line).await });
@@ -274,9 +340,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn started() -> (Arc<Execs>, Execution, mpsc::Receiver<Vec<u8>>) {
-        let (outgoing, sent) = mpsc::channel(64);
+        let (outgoing, sent) = mpsc::channel(8);
         let execs = Arc::new(Execs::default());
-        let execution = execs.expect(7, outgoing);
+        let execution = execs.expect(7, None, outgoing);
         (execs, execution, sent)
     }
 
@@ -304,6 +370,8 @@ mod tests {
         };
         assert_eq!(bytes.len(), WINDOW_BYTES as usize);
         assert!(sent.try_recv().is_err());
+        execution.stdin(&[1; 5]).await.unwrap();
+        assert!(sent.try_recv().is_ok());
         execs.stdin_credit(7, 5);
         assert_eq!(execution.next().await.unwrap(), ExecEvent::StdinCredit(5));
         let credit = GuestCommand::Credit {
@@ -331,7 +399,8 @@ mod tests {
         for (credit, bytes) in [
             (0, vec![]),
             (0, vec![1; 40_000]),
-            (WINDOW_BYTES + 1, vec![1]),
+            // It was sent no input.
+            (1, vec![1]),
         ] {
             let (execs, execution, mut sent) = started();
             for _ in 0..20 {
@@ -343,6 +412,95 @@ mod tests {
             drop(execution);
             while sent.try_recv().is_ok() {}
         }
+    }
+
+    #[tokio::test]
+    async fn what_has_come_is_told_though_the_guest_takes_no_credit() {
+        for is_closed in [false, true] {
+            let (execs, execution, mut sent) = started();
+            execs.output(&frame(Stream::Stdout, vec![1; CREDIT_STEP_BYTES as usize]));
+            assert!(matches!(execution.next().await, Ok(ExecEvent::Stdout(_))));
+            while execution.outgoing.try_send(Vec::new()).is_ok() {}
+            if is_closed {
+                sent.close();
+                while sent.recv().await.is_some() {}
+            }
+            execs.output(&frame(Stream::Stderr, vec![2]));
+            execs.ended(7, ExitStatus::Code(3));
+            assert_eq!(execution.next().await.unwrap(), ExecEvent::Stderr(vec![2]));
+            let end = ExecEvent::Ended(ExitStatus::Code(3));
+            assert_eq!(execution.next().await.unwrap(), end);
+        }
+        // The credit follows when there is room; one that waits is told what comes meanwhile.
+        let (execs, execution, mut sent) = started();
+        execs.output(&frame(Stream::Stdout, vec![1; CREDIT_STEP_BYTES as usize]));
+        assert!(matches!(execution.next().await, Ok(ExecEvent::Stdout(_))));
+        while execution.outgoing.try_send(Vec::new()).is_ok() {}
+        let (event, ()) = tokio::join!(execution.next(), async {
+            execs.output(&frame(Stream::Stderr, vec![2]));
+        });
+        assert_eq!(event.unwrap(), ExecEvent::Stderr(vec![2]));
+        let (event, ()) = tokio::join!(execution.next(), async {
+            while sent.recv().await.unwrap().is_empty() {}
+            execs.output(&frame(Stream::Stderr, vec![2]));
+        });
+        assert_eq!(event.unwrap(), ExecEvent::Stderr(vec![2]));
+    }
+
+    #[tokio::test]
+    async fn a_flood_on_one_stream_keeps_nothing_else_back() {
+        let (execs, execution, _sent) = started();
+        execution.stdin(&[1; 5]).await.unwrap();
+        let mut told = Vec::new();
+        for _ in 0..3 {
+            for stream in [Stream::Stdout, Stream::Stderr] {
+                execs.output(&frame(stream, vec![1]));
+            }
+            execs.stdin_credit(7, 1);
+            told.push(execution.next().await.unwrap());
+            told.push(execution.next().await.unwrap());
+        }
+        assert_eq!(
+            told.iter()
+                .filter(|event| matches!(event, ExecEvent::StdinCredit(1)))
+                .count(),
+            3
+        );
+        assert!(
+            told.iter()
+                .any(|event| matches!(event, ExecEvent::Stderr(_))),
+            "{told:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_says_nothing_is_waited_for_so_long_and_no_longer() {
+        let (outgoing, _sent) = mpsc::channel(8);
+        let execs = Arc::new(Execs::default());
+        let patience = Some(Duration::from_millis(50));
+        let execution = execs.expect(7, patience, outgoing);
+        // Not even if it says something time and again.
+        let dribble = async {
+            loop {
+                execs.output(&frame(Stream::Stdout, vec![1]));
+                tokio::task::yield_now().await;
+            }
+        };
+        let wait = async {
+            loop {
+                if let Err(error) = execution.next().await {
+                    return error;
+                }
+            }
+        };
+        let overdue = tokio::select! {
+            error = wait => error,
+            () = dribble => unreachable!(),
+        };
+        assert!(matches!(overdue, ChannelError::Overdue(_)));
+        // What has come is told even then.
+        execs.ended(7, ExitStatus::TimedOut);
+        while !matches!(execution.next().await.unwrap(), ExecEvent::Ended(_)) {}
     }
 
     #[tokio::test]
@@ -376,7 +534,7 @@ mod tests {
                 prop_assert!(fits || len == 0 || output.taken as usize + output.bytes.len() + len > WINDOW_BYTES as usize);
                 if taken {
                     output.take();
-                    output.credit();
+                    output.taken = 0;
                 }
             }
         }

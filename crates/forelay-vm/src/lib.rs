@@ -22,7 +22,7 @@ pub mod exec;
 pub mod handle;
 pub mod kernel;
 pub mod lifecycle;
-mod lines;
+pub mod lines;
 pub mod process;
 pub mod qemu;
 pub mod scratch;

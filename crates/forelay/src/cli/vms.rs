@@ -345,11 +345,20 @@ pub async fn exec(client: &Client, arguments: ExecArguments) -> Result<i32> {
         return Ok(0);
     }
     let connection = client.upgrade(&path, PROTOCOL, &request).await?;
+    let stdin = request.stdin.then(tokio::io::stdin);
+    pass_streams(connection, stdin).await
+}
+
+/// Between a command and this process; returns the command's exit status.
+async fn pass_streams(
+    connection: impl AsyncRead + AsyncWrite,
+    stdin: Option<impl AsyncRead + Unpin>,
+) -> Result<i32> {
     let (from_daemon, to_daemon) = tokio::io::split(connection);
     let credit = Semaphore::new(WINDOW_BYTES as usize);
     let input = async {
-        if request.stdin {
-            send_input(to_daemon, &credit).await?;
+        if let Some(stdin) = stdin {
+            send_input(stdin, to_daemon, &credit).await?;
         }
         // The program ends it, not its input.
         std::future::pending().await
@@ -380,20 +389,23 @@ async fn show_output(mut from: impl AsyncRead + Unpin, credit: &Semaphore) -> Re
     }
 }
 
-/// Sends standard input, as far as there is credit for it, and its end.
-async fn send_input(mut to: impl AsyncWrite + Unpin, credit: &Semaphore) -> Result<()> {
-    let mut stdin = tokio::io::stdin();
+/// Sends standard input, as far as there is credit for it, and its end. Only what cannot be
+/// read is an error: a daemon that takes no more has said, or will say, how the command ended.
+async fn send_input(
+    mut stdin: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    credit: &Semaphore,
+) -> Result<()> {
     let mut buffer = vec![0; INPUT_PART_BYTES];
     loop {
         let free = credit.available_permits().clamp(1, buffer.len());
         let permits = credit.acquire_many(u32::try_from(free)?).await?;
-        let len = stdin.read(&mut buffer[..free]).await?;
+        let read = stdin.read(&mut buffer[..free]).await;
+        let len = read.context("cannot read standard input")?;
         permits.forget();
         credit.add_permits(free - len);
-        ExecFrame::Stdin(buffer[..len].to_vec())
-            .write(&mut to)
-            .await?;
-        if len == 0 {
+        let sent = ExecFrame::Stdin(buffer[..len].to_vec()).write(&mut to);
+        if sent.await.is_err() || len == 0 {
             return Ok(());
         }
     }
@@ -505,4 +517,26 @@ pub async fn console(client: &Client, name: &str) -> Result<()> {
         _ = tokio::signal::ctrl_c() => {}
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ExecEnd;
+
+    #[tokio::test]
+    async fn a_command_that_ends_before_its_input_has_its_status() {
+        // Whichever of both is looked at first.
+        for _ in 0..32 {
+            let (mut daemon, client) = tokio::net::UnixStream::pair().unwrap();
+            let end = ExecEnd {
+                status: 3,
+                error: None,
+            };
+            ExecFrame::End(end).write(&mut daemon).await.unwrap();
+            drop(daemon);
+            let endless = Some(tokio::io::repeat(b'y'));
+            assert_eq!(pass_streams(client, endless).await.unwrap(), 3);
+        }
+    }
 }

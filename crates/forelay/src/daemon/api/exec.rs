@@ -3,8 +3,9 @@
 //! A request that asks for an upgrade gets the streams as they are (`exec_frames`); any
 //! other gets the output as text, when the program has ended and if that is not too much.
 //!
-//! Invariants: nothing is held of a program's output but what the client is about to take;
-//! a program does not outlive the client that started it.
+//! Invariants: nothing is held of a program's output but what the client is about to take,
+//! and no more than two windows of its input; a program does not outlive the client that started
+//! it, whether or not its guest answers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,21 +13,21 @@ use std::time::Duration;
 use axum::extract::{FromRequest as _, Json, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
-use forelay_guest_protocol::messages::{ErrorKind, Exec};
+use forelay_guest_protocol::messages::{ErrorKind, Exec, ExitStatus};
 use forelay_host::error_chain;
 use forelay_vm::channel::ChannelError;
 use forelay_vm::{ExecEvent, Execution, VmError, VmHandle};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::server::Failure;
 use crate::api::{ExecEnd, ExecRequest, ExecResult};
 use crate::daemon::Host;
 use crate::daemon::error::HostError;
 use crate::daemon::vm::attach::running;
-use crate::exec_frames::{ExecFrame, PROTOCOL};
+use crate::exec_frames::{ExecFrame, PROTOCOL, WINDOW_BYTES};
 
 /// The request's turn among those that may take long.
 type Turn = Arc<OwnedSemaphorePermit>;
@@ -80,28 +81,34 @@ fn program(request: ExecRequest) -> Result<Exec, HostError> {
     })
 }
 
-/// How a program ends that cannot be started: as shells say it.
-fn not_started(error: &VmError) -> Option<ExecEnd> {
-    let VmError::Channel { source, .. } = error else {
-        return None;
-    };
-    let ChannelError::Refused { kind, text } = source else {
-        return None;
-    };
-    let status = match kind {
-        ErrorKind::NotFound => 127,
-        ErrorKind::NotExecutable => 126,
+/// The end of a program that cannot be started or is overdue: as shells say it.
+fn end_for(error: &ChannelError) -> Option<ExecEnd> {
+    let (status, text) = match error {
+        ChannelError::Refused { kind, text } => match kind {
+            ErrorKind::NotFound => (127, text.clone()),
+            ErrorKind::NotExecutable => (126, text.clone()),
+            _ => return None,
+        },
+        ChannelError::Overdue(_) => (ExitStatus::TimedOut.code(), error.to_string()),
         _ => return None,
     };
-    let error = Some(text.clone());
+    let error = Some(text);
     Some(ExecEnd { status, error })
+}
+
+fn end_or_failure(error: &VmError) -> Result<ExecEnd, HostError> {
+    let end = match error {
+        VmError::Channel { source, .. } => end_for(source),
+        _ => None,
+    };
+    end.ok_or_else(|| HostError::failed(error))
 }
 
 async fn collect(handle: &VmHandle, exec: Exec) -> Result<ExecResult, HostError> {
     let done = match handle.collect(exec).await {
         Ok(done) => done,
         Err(error) => {
-            let end = not_started(&error).ok_or_else(|| HostError::failed(&error))?;
+            let end = end_or_failure(&error)?;
             return Ok(ExecResult {
                 status: end.status,
                 stdout: String::new(),
@@ -131,7 +138,7 @@ async fn streams(
 ) -> Result<Response, Failure> {
     let started = match handle.start_program(exec).await {
         Ok(execution) => Ok(execution),
-        Err(error) => Err(not_started(&error).ok_or_else(|| HostError::failed(&error))?),
+        Err(error) => Err(end_or_failure(&error)?),
     };
     tokio::spawn(async move {
         let _turn = turn;
@@ -149,38 +156,182 @@ async fn streams(
 
 /// Until the program has ended or its client is gone.
 async fn relay(execution: &Execution, connection: impl AsyncRead + AsyncWrite) {
-    let (mut from_client, mut to_client) = tokio::io::split(connection);
-    let output = async {
-        loop {
-            let frame = match execution.next().await {
-                Ok(ExecEvent::Stdout(bytes)) => ExecFrame::Stdout(bytes),
-                Ok(ExecEvent::Stderr(bytes)) => ExecFrame::Stderr(bytes),
-                Ok(ExecEvent::StdinCredit(bytes)) => ExecFrame::StdinCredit(bytes),
-                Ok(ExecEvent::Ended(status)) => ExecFrame::End(ExecEnd {
-                    status: status.code(),
-                    error: None,
-                }),
-                Err(error) => ExecFrame::End(ExecEnd {
-                    status: 1,
-                    error: Some(error_chain(&error)),
-                }),
-            };
-            let last = matches!(frame, ExecFrame::End(_));
-            if frame.write(&mut to_client).await.is_err() || last {
-                return;
-            }
-        }
-    };
-    // Whatever else a client sends, or nothing more: it is not there any more.
-    let input = async {
-        while let Ok(Some(ExecFrame::Stdin(bytes))) = ExecFrame::read(&mut from_client).await {
-            if execution.stdin(&bytes).await.is_err() {
-                return;
-            }
-        }
-    };
+    let (from_client, to_client) = tokio::io::split(connection);
+    let input = watch::Sender::new(Input::default());
     tokio::select! {
-        () = output => {}
-        () = input => {}
+        () = tell(execution, to_client) => {}
+        () = listen(from_client, &input) => {}
+        () = feed(execution, &input) => {}
+    }
+}
+
+/// What a client has sent and the program has not been sent yet.
+#[derive(Default)]
+struct Input {
+    bytes: Vec<u8>,
+    is_ended: bool,
+}
+
+/// Tells the client what the program does, until it has ended or nobody listens.
+async fn tell(execution: &Execution, mut to: impl AsyncWrite + Unpin) {
+    loop {
+        let frame = match execution.next().await {
+            Ok(ExecEvent::Stdout(bytes)) => ExecFrame::Stdout(bytes),
+            Ok(ExecEvent::Stderr(bytes)) => ExecFrame::Stderr(bytes),
+            Ok(ExecEvent::StdinCredit(bytes)) => ExecFrame::StdinCredit(bytes),
+            Ok(ExecEvent::Ended(status)) => ExecFrame::End(ExecEnd {
+                status: status.code(),
+                error: None,
+            }),
+            Err(error) => ExecFrame::End(end_for(&error).unwrap_or_else(|| ExecEnd {
+                status: 1,
+                error: Some(error_chain(&error)),
+            })),
+        };
+        let is_last = matches!(frame, ExecFrame::End(_));
+        if frame.write(&mut to).await.is_err() || is_last {
+            return;
+        }
+    }
+}
+
+/// Takes what the client sends until it is gone, or sends more than it may or anything else.
+/// Waits for no guest: else it would not be noticed that the client is gone.
+async fn listen(mut from: impl AsyncRead + Unpin, input: &watch::Sender<Input>) {
+    while let Ok(Some(ExecFrame::Stdin(bytes))) = ExecFrame::read(&mut from).await {
+        let mut fits = false;
+        input.send_modify(|input| {
+            fits = input.bytes.len() + bytes.len() <= WINDOW_BYTES as usize;
+            input.is_ended |= bytes.is_empty();
+            input.bytes.extend(bytes);
+        });
+        if !fits {
+            return;
+        }
+    }
+}
+
+/// Sends the program its input; what comes after that is its output's to tell.
+async fn feed(execution: &Execution, input: &watch::Sender<Input>) {
+    let mut news = input.subscribe();
+    let is_due = |input: &Input| input.is_ended || !input.bytes.is_empty();
+    while news.wait_for(is_due).await.is_ok() {
+        let mut taken = Input::default();
+        input.send_if_modified(|input| {
+            taken = std::mem::take(input);
+            false
+        });
+        let has_bytes = !taken.bytes.is_empty();
+        if has_bytes && execution.stdin(&taken.bytes).await.is_err() {
+            break;
+        }
+        if taken.is_ended {
+            let _ = execution.stdin(&[]).await;
+            break;
+        }
+    }
+    std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use forelay_guest_protocol::messages::{
+        GuestCommand, GuestMessage, GuestRequest, PROTOCOL_VERSION, Reply, Status, encode_line,
+    };
+    use forelay_vm::Progress;
+    use forelay_vm::channel::Channel;
+    use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    /// A program in a guest that starts it and says nothing more of itself.
+    async fn started() -> (Channel, Execution, BufReader<UnixStream>) {
+        let (host, guest) = UnixStream::pair().unwrap();
+        let connection = forelay_vm::lines::over(host, 1 << 16);
+        let progress = watch::Sender::new(Progress::default());
+        let channel = Channel::start(connection, Instant::now(), progress);
+        let mut guest = BufReader::new(guest);
+        let agent = async {
+            let mut line = String::new();
+            loop {
+                line.clear();
+                guest.read_line(&mut line).await.unwrap();
+                let Ok(GuestRequest { id, command }) = serde_json::from_str(&line) else {
+                    continue;
+                };
+                let protocol = PROTOCOL_VERSION;
+                let (result, is_last) = match command {
+                    GuestCommand::Status => {
+                        let status = Status {
+                            protocol,
+                            ..Status::default()
+                        };
+                        (Reply::Status(status), false)
+                    }
+                    GuestCommand::Start(_) => (Reply::Started, true),
+                    _ => continue,
+                };
+                let reply = encode_line(&GuestMessage::Reply { id, result });
+                guest.write_all(&reply).await.unwrap();
+                if is_last {
+                    return;
+                }
+            }
+        };
+        let start = channel.start_program(Exec::default(), Duration::from_secs(60));
+        let (execution, ()) = tokio::join!(start, agent);
+        (channel, execution.unwrap(), guest)
+    }
+
+    async fn send_input(client: &mut UnixStream, len: usize) {
+        for part in vec![1; len].chunks(1 << 15) {
+            let frame = ExecFrame::Stdin(part.to_vec());
+            frame.write(client).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_is_noticed_though_the_guest_takes_nothing() {
+        let (channel, execution, guest) = started().await;
+        // Fills the queue and the socket to the guest.
+        while tokio::time::timeout(Duration::from_millis(50), execution.stdin(&[1; 1 << 15]))
+            .await
+            .is_ok()
+        {}
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        let leave = async {
+            send_input(&mut client, WINDOW_BYTES as usize).await;
+            drop(client);
+        };
+        tokio::join!(relay(&execution, daemon), leave);
+        // So is one that sends more than it may.
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        let flood = async {
+            let frame = ExecFrame::Stdin(vec![1; 1 << 15]);
+            while frame.clone().write(&mut client).await.is_ok() {}
+        };
+        tokio::join!(relay(&execution, daemon), flood);
+        drop((channel, guest));
+    }
+
+    #[tokio::test]
+    async fn a_client_is_told_why_a_program_was_lost_whatever_it_sends() {
+        for _ in 0..32 {
+            let (_channel, execution, guest) = started().await;
+            let (mut client, daemon) = UnixStream::pair().unwrap();
+            send_input(&mut client, 1 << 15).await;
+            drop(guest);
+            let mut said = Vec::new();
+            relay(&execution, daemon).await;
+            // What it has sent and nobody read resets the connection, after what was said.
+            let _ = client.read_to_end(&mut said).await;
+            let Ok(Some(ExecFrame::End(end))) = ExecFrame::read(&mut &*said).await else {
+                panic!("no end: {said:?}");
+            };
+            assert!(end.error.unwrap().contains("closed"), "{}", end.status);
+        }
     }
 }
