@@ -332,7 +332,8 @@ pub struct AttachFigures {
     /// The guest kernel's part: from the plug until it has found the device.
     pub probe_s: f64,
     /// Mounting the component in the guest and showing its files: the guest kernel's part.
-    pub graft_s: f64,
+    #[serde(rename = "graft_s")]
+    pub mount_s: f64,
     /// The guest's agent's own part of that.
     pub agent_s: f64,
     /// The rest of the guest's answer: its channel.
@@ -351,8 +352,8 @@ pub struct LaunchFigures {
     /// Composing the map image and its devices.
     pub compose_s: f64,
     /// Devices and map image were set up before the launch was asked for.
-    #[serde(default)]
-    pub premapped: bool,
+    #[serde(default, rename = "premapped")]
+    pub prepared: bool,
     /// From the request to the moment at which the VMM could be started.
     #[serde(default)]
     pub prepared_s: f64,
@@ -536,8 +537,8 @@ pub struct MemoryReport {
     /// Prefetching waits until memory is plentiful again.
     pub prefetch_paused: bool,
     /// Likely launches whose devices and map image are set up.
-    #[serde(default)]
-    pub premapped_launches: usize,
+    #[serde(default, rename = "premapped_launches")]
+    pub prepared_launches: usize,
     /// Per trust domain.
     pub domains: Vec<DomainMemory>,
     /// Per VM: its proportional share.

@@ -1,6 +1,6 @@
 //! Ids of profiles, components and compositions.
 //!
-//! Invariant: the cache holds only ids that are committed; whoever loses a transaction clears it.
+//! Invariant: the cache holds only ids that are committed; a transaction that is lost clears it.
 
 use std::collections::HashMap;
 

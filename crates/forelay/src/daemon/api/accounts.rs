@@ -68,7 +68,7 @@ impl MemoryAccounts {
             cgroup_usage_bytes: sample.cgroup.map(|cgroup| cgroup.usage_bytes),
             pressure: format!("{:?}", status.level).to_lowercase(),
             prefetch_paused: status.paused,
-            premapped_launches: self.preparations.len(),
+            prepared_launches: self.preparations.len(),
             domains,
             vms: accounting.vms.iter().map(vm_report).collect(),
             takeover: self.takeover.lock().clone(),

@@ -16,7 +16,7 @@ use forelay_predict::working_set::WorkingSet;
 use crate::daemon::forecast::models::{Models, model_key};
 use crate::history::{ComponentRef, LaunchId, ProfileRef, ResourceSample, Sink};
 
-/// How far back forecasts are judged anew: what they are recalibrated by is recent anyway.
+/// How far back forecasts are judged again: what they are recalibrated by is recent anyway.
 const JUDGED_MS: i64 = 3 * DAY_MS;
 /// How often, as while the daemon runs.
 const JUDGED_EVERY_MS: i64 = 600_000;

@@ -248,7 +248,7 @@ impl LaunchService {
         let plan = self.prefetcher.plan(&launch.order, launch.mode);
         launch.claim.instance().update(|vm| {
             vm.launch.mode = Some(plan.mode);
-            vm.launch.premapped = prepared;
+            vm.launch.prepared = prepared;
             vm.launch.prefetched_bytes = plan.missing_bytes();
         });
         self.prefetcher.request(launch.name(), &launch.order, &plan);

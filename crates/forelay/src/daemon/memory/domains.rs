@@ -49,15 +49,15 @@ impl DomainMemory {
     }
 }
 
-/// Answers faults of one domain.
-struct Handler {
+/// Answers the faults of one domain.
+struct DomainFaults {
     domain: Domain,
     scheduler: Scheduler,
     planner: PlannerSender,
     attribution: Arc<Attribution>,
 }
 
-impl FaultHandler for Handler {
+impl FaultHandler for DomainFaults {
     fn fault(&self, fault: Fault) {
         let file = fault.file;
         let extent = Extent::new(fault.offset, u64::from(fault.len));
@@ -151,7 +151,7 @@ impl Domains {
         }
         let mountpoint = self.mounts_dir.join(domain.as_str());
         let session = self.sessions.open(domain.as_str(), &mountpoint)?;
-        let handler = Handler {
+        let handler = DomainFaults {
             domain: domain.clone(),
             scheduler: self.scheduler.clone(),
             planner: self.planner.clone(),
@@ -208,7 +208,7 @@ impl Domains {
         for memory in self.all() {
             match memory.shared.pin_again() {
                 Ok(bytes) => {
-                    tracing::warn!(domain = %memory.domain, bytes, "the pinner ended; pinned anew")
+                    tracing::warn!(domain = %memory.domain, bytes, "the pinner ended; pinned again")
                 }
                 Err(error) => {
                     let error = forelay_host::error_chain(&error);

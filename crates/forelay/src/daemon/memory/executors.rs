@@ -1,7 +1,7 @@
 //! Who carries out the planner's decisions: each list of [`Decisions`] has one executor.
 //!
 //! Pins and evictions have a thread each, for pins may be slow; fetches go to the
-//! [`Prefetcher`], prepared launches to whoever prepares them, fits to a thread of their own.
+//! [`Prefetcher`], launches to prepare to the one who does, fits to a thread of their own.
 //! Refuses to decide. Invariant: within one list things are done in order.
 
 use std::io;

@@ -199,7 +199,7 @@ impl Attribution {
         }
     }
 
-    /// Forgets what was evicted of images that no VM can reach: whoever is given one later
+    /// Forgets what was evicted of images that no VM can reach: the VM that is given one later
     /// finds these bytes missing when its launch is asked for.
     pub fn keep_evicted(&self, is_mapped: impl Fn(&SharedImage) -> bool) {
         self.evicted.lock().retain(|image, _| is_mapped(image));

@@ -31,7 +31,7 @@ const RETRY_EVERY: Duration = Duration::from_secs(1);
 pub struct Replayed {
     /// VMs that ran.
     pub vms: usize,
-    /// Launches that were mapped ahead or under way; their rows are dropped.
+    /// Launches that were prepared or under way; their rows are dropped.
     pub unstarted: usize,
     /// Records that contradicted those before them.
     pub refused_records: usize,

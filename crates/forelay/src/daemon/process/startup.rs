@@ -240,7 +240,7 @@ fn driver(config: &Config) -> QemuDriver {
     driver
 }
 
-/// How far ahead the planner looks, and how much memory it may take.
+/// The planner's horizon, and how much memory it may take.
 pub fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
     let total = pressure::Probe::new()
         .sample()
@@ -257,7 +257,7 @@ pub fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
         let critical = config.memory.critical_bytes as f64 / total as f64;
         budget.headroom_share = critical / budget.critical_share;
     }
-    // The planner lives on the wall clock; how far it looks ahead and how long it remembers
+    // The planner lives on the wall clock; its horizon and how long it remembers
     // belong to the forecaster's.
     let clock = ForecastClock::new(&config.forecast);
     let usual = PlanConfig::default();

@@ -136,7 +136,7 @@ impl AttachService {
             map_s,
             plug_s: attached.plug.as_secs_f64(),
             probe_s: attached.guest.device_wait_ms as f64 / 1e3,
-            graft_s: attached
+            mount_s: attached
                 .guest
                 .graft_ms
                 .saturating_sub(attached.guest.agent_ms) as f64
@@ -207,7 +207,7 @@ impl AttachService {
         if let Some(changed) = previous.components.iter().find(|one| !kept(one)) {
             return Err(HostError::Invalid(format!(
                 "attaching it would replace {} {}, which the running VM uses: launch the VM \
-                 anew with both",
+                 again with both",
                 changed.name, changed.version
             )));
         }

@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_in_which_a_vmm_runs_is_not_made_anew() {
+    fn a_directory_in_which_a_vmm_runs_is_not_made_again() {
         let (_root, vms) = vms();
         let dir = VmDir::of(&vms, "web").unwrap();
         dir.make().unwrap();
