@@ -32,7 +32,7 @@ use forelay_store::{
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::watch;
 
-use super::forecast::learning::{LaunchOutcome, Learner};
+use super::forecast::learning::{LaunchOutcome, Learner, NewLaunch};
 use super::forecast::observer::Observer;
 use super::memory::domains::{DomainMemory, Domains};
 use super::memory::executors::Executors;
@@ -41,9 +41,9 @@ use super::memory::journal::{Journal, JournalWriter};
 use super::memory::planner::{PlannerHandle, PlannerParts, now_ms, planner_channel};
 use super::memory::samples::Sampler;
 use super::memory::sessions::Sessions;
-use crate::api::{LaunchFigures, Vm, VmComponent, VmState, WaitCauses};
+use crate::api::WaitCauses;
 use crate::config::{Config, ForecastConfig};
-use crate::history::ProfileRef;
+use crate::history::{ComponentRef, ProfileRef};
 
 /// How long a stop may take before the walk has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -162,6 +162,19 @@ impl Spine {
         table.read(|table| table.state(&self.image(), self.data.offset))
     }
 
+    fn new_launch<'a>(&self, of: &'a ProfileRef) -> NewLaunch<'a> {
+        NewLaunch {
+            of,
+            vm: "web-1",
+            launched_ms: now_ms(),
+            components: vec![ComponentRef {
+                name: self.component.name.clone(),
+                image: self.component.image.digest,
+            }],
+            memory_mib: 256,
+        }
+    }
+
     fn counters(&self) -> PlanCounters {
         self.memory.status().counters
     }
@@ -192,37 +205,6 @@ impl Spine {
     /// Changes the most that shared memory may take; what is beyond it must leave.
     fn cap(&self, budget_bytes: u64) {
         self.memory.tell(PlannerEvent::BudgetChanged(budget_bytes));
-    }
-
-    /// The VM as the API would tell of it.
-    fn vm(&self) -> Vm {
-        let component = &self.component;
-        Vm {
-            name: "web-1".into(),
-            profile: "web".into(),
-            owner: "me".into(),
-            domain: "me".into(),
-            state: VmState::Ready,
-            pid: Some(std::process::id()),
-            launched_ms: now_ms(),
-            forwards: Vec::new(),
-            components: vec![VmComponent {
-                name: component.name.clone(),
-                version: component.version.clone(),
-                id: component.id(),
-                image: component.image.digest,
-                image_bytes: component.image.bytes,
-                attached: false,
-                attach: None,
-                left_out: Vec::new(),
-            }],
-            launch: LaunchFigures::default(),
-            runtime_dir: self.dir.path().to_owned(),
-            waits: Default::default(),
-            waiting: None,
-            error: None,
-            exit_status: None,
-        }
     }
 }
 
@@ -400,7 +382,7 @@ async fn page_walk() {
         probability: 1.0,
         first_touch_ms: 1,
     };
-    let launch_id = spine.learner.launched(&of, &spine.vm(), 256).await;
+    let launch_id = spine.learner.launched(spine.new_launch(&of)).await;
     spine.launch_requested(vec![expected]);
     until("fetching", || spine.state() == PageState::Fetching).await;
     assert!(resident(&memory, &spine).is_empty());

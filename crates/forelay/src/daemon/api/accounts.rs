@@ -23,7 +23,8 @@ use crate::daemon::error::HostError;
 use crate::daemon::launch::prepared::Preparations;
 use crate::daemon::memory::domains::{DomainMemory, Domains};
 use crate::daemon::memory::planner::PlannerHandle;
-use crate::daemon::vm::registry::{Instance, VmRegistry};
+use crate::daemon::vm::instance::Instance;
+use crate::daemon::vm::registry::VmRegistry;
 
 /// Tells what shared memory is used for.
 pub(in crate::daemon) struct MemoryAccounts {
@@ -197,7 +198,7 @@ fn add_resident(table: &mut MappingTable, memory: &DomainMemory) {
 
 /// Adds a VM with the pages that its VMM has in its page tables.
 fn add_vm(table: &mut MappingTable, domain: &Domain, instance: &Instance) {
-    let (profile, pid) = instance.read(|vm| (vm.profile.as_str().into(), vm.pid));
+    let profile = instance.read(|vm| vm.of.profile.as_str().into());
     let name = instance.name().into();
     let records = instance.devices();
     let devices: Vec<DeviceImage> = records
@@ -214,7 +215,7 @@ fn add_vm(table: &mut MappingTable, domain: &Domain, instance: &Instance) {
     {
         return;
     }
-    let Some(pid) = pid else { return };
+    let Some(pid) = instance.pid() else { return };
     for (record, device) in records.iter().skip(1).zip(&devices) {
         // A VMM that ends meanwhile has no pages.
         let touched = FileIdentity::of(&record.path)

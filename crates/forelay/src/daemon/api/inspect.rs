@@ -20,7 +20,8 @@ use crate::daemon::launch::PrefetchedLaunch;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::order::DeviceRecord;
-use crate::daemon::vm::registry::{Instance, VmRegistry};
+use crate::daemon::vm::instance::Instance;
+use crate::daemon::vm::registry::VmRegistry;
 use crate::recipe::Reader;
 
 /// Parts of a residency bar.

@@ -17,7 +17,7 @@ use forelay_predict::time::Timestamp;
 use parking_lot::RwLock;
 use tokio::sync::Mutex;
 
-use crate::api::{HistoryEntry, SelfControl, Vm};
+use crate::api::{HistoryEntry, SelfControl};
 use crate::config::ForecastConfig;
 use crate::daemon::error::HostError;
 use crate::daemon::forecast::clock::ForecastClock;
@@ -53,6 +53,21 @@ pub struct Learner {
     clock: ForecastClock,
     /// Events told so far.
     told: AtomicU64,
+}
+
+/// A launch that was asked for.
+#[derive(Clone, Debug)]
+pub struct NewLaunch<'a> {
+    /// Profile and owner.
+    pub of: &'a ProfileRef,
+    /// Name of the VM.
+    pub vm: &'a str,
+    /// When it was asked for, milliseconds since the epoch.
+    pub launched_ms: i64,
+    /// What the VM will have.
+    pub components: Vec<ComponentRef>,
+    /// Memory that its manifest asks for.
+    pub memory_mib: u32,
 }
 
 /// What one launch did, told when its window has passed.
@@ -211,14 +226,16 @@ impl Learner {
     }
 
     /// Records that a launch was asked for; returns its id.
-    pub async fn launched(&self, of: &ProfileRef, vm: &Vm, memory_mib: u32) -> LaunchId {
-        let at = self.clock.of(vm.launched_ms);
-        let id = EventId::derive(at, &[b"launch", vm.name.as_bytes(), of.owner.as_bytes()]);
-        let components = vm.components.iter().map(|component| ComponentRef {
-            name: component.name.clone(),
-            image: component.image,
-        });
-        let components: Vec<ComponentRef> = components.collect();
+    pub async fn launched(&self, launch: NewLaunch<'_>) -> LaunchId {
+        let NewLaunch {
+            of,
+            vm,
+            launched_ms,
+            components,
+            memory_mib,
+        } = launch;
+        let at = self.clock.of(launched_ms);
+        let id = EventId::derive(at, &[b"launch", vm.as_bytes(), of.owner.as_bytes()]);
         let models = self.models();
         models.note_memory(of, memory_mib);
         models.launches(of, at, 1);

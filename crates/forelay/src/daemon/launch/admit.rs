@@ -6,14 +6,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::api::{LaunchFigures, LaunchRequest, LaunchTimings, Vm, VmState};
+use crate::api::{LaunchFigures, LaunchRequest, LaunchTimings, Waits};
 use crate::daemon::error::HostError;
 use crate::daemon::forecast::last_launches::LastLaunches;
-use crate::daemon::forecast::learning::Learner;
+use crate::daemon::forecast::learning::{Learner, NewLaunch};
 use crate::daemon::order::{Order, vm_component};
 use crate::daemon::vm::directory::VmDir;
-use crate::daemon::vm::registry::{Claim, RECORD_FORMAT, Record, VmRegistry, WantedName};
-use crate::history::LaunchId;
+use crate::daemon::vm::instance::VmData;
+use crate::daemon::vm::registry::{Claim, VmRegistry, WantedName};
+use crate::history::{ComponentRef, LaunchId};
 
 /// Admits launches.
 pub(in crate::daemon) struct Admission {
@@ -38,37 +39,40 @@ impl Admission {
         };
         let claim = self.registry.claim(wanted, |name| {
             let dir = VmDir::of(&self.vms_dir, name).map_err(HostError::invalid)?;
-            Ok(Record {
-                format: RECORD_FORMAT,
-                vm: launching(order, name, &dir, launched_ms),
-                launch_id: LaunchId::default(),
-                manifest: request.manifest.clone(),
-                lock: order.lock.to_toml(),
-                devices: vec![],
-            })
+            Ok(launching(order, request, &dir, launched_ms))
         })?;
         let instance = claim.instance();
-        let (of, vm) = (&order.of, instance.vm());
-        let launch_id = self.learner.launched(of, &vm, order.memory_mib()).await;
-        instance.update_record(|record| record.launch_id = launch_id);
+        let components = order.lock.components.iter().map(|one| ComponentRef {
+            name: one.name.clone(),
+            image: one.image,
+        });
+        let launch = NewLaunch {
+            of: &order.of,
+            vm: instance.name(),
+            launched_ms,
+            components: components.collect(),
+            memory_mib: order.memory_mib(),
+        };
+        let launch_id = self.learner.launched(launch).await;
+        instance.update(|vm| vm.launch_id = launch_id);
         self.last_launches.remember(order, request.lock.is_some());
         Ok(claim)
     }
 }
 
-/// What clients see of a VM that was just admitted.
-fn launching(order: &Order, name: &str, dir: &VmDir, launched_ms: i64) -> Vm {
-    Vm {
-        runtime_dir: dir.path(),
-        name: name.to_owned(),
-        profile: order.of.profile.clone(),
-        owner: order.of.owner.clone(),
-        domain: order.domain.as_str().to_owned(),
-        state: VmState::Launching,
-        pid: None,
+/// What a VM is that was just admitted.
+fn launching(order: &Order, request: &LaunchRequest, dir: &VmDir, launched_ms: i64) -> VmData {
+    VmData {
+        of: order.of.clone(),
+        domain: order.domain.clone(),
+        launch_id: LaunchId::default(),
         launched_ms,
-        forwards: Default::default(),
+        runtime_dir: dir.path(),
+        manifest: request.manifest.clone(),
+        lock: order.lock.to_toml(),
         components: order.lock.components.iter().map(vm_component).collect(),
+        devices: vec![],
+        forwards: vec![],
         launch: LaunchFigures {
             solve_s: order.solve_s,
             timings: LaunchTimings {
@@ -78,9 +82,7 @@ fn launching(order: &Order, name: &str, dir: &VmDir, launched_ms: i64) -> Vm {
             image_bytes: order.lock.image_bytes(),
             ..LaunchFigures::default()
         },
-        waits: Default::default(),
-        waiting: None,
-        error: None,
+        waits: Waits::default(),
         exit_status: None,
     }
 }

@@ -40,12 +40,13 @@ use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::api::{LaunchRequest, LaunchTimings, PrefetchMode, PrefetchRequest, Vm, VmState};
+use crate::api::{LaunchRequest, LaunchTimings, PrefetchMode, PrefetchRequest, Vm};
 use crate::daemon::error::HostError;
 use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir, VmDirError};
+use crate::daemon::vm::instance::VmEnd;
 use crate::daemon::vm::registry::Claim;
 use crate::daemon::vm::supervise::{ExpectedLaunch, Supervisor};
 use crate::recipe::KernelFiles;
@@ -325,7 +326,7 @@ impl LaunchService {
             boots.kernel,
             &forwards,
         );
-        instance.update_record(|record| record.devices = devices);
+        instance.update(|vm| vm.devices = devices);
         instance.save().map_err(HostError::failed)?;
         instance.update(|vm| {
             vm.forwards = forwards;
@@ -343,10 +344,9 @@ impl LaunchService {
     ) -> Result<(), HostError> {
         let instance = launch.claim.instance();
         instance.update(|vm| {
-            vm.pid = Some(vmm.handle().pid());
             vm.launch.vmm_started_s = launch.asked.elapsed().as_secs_f64();
-            vm.state = VmState::Booting;
         });
+        instance.started(vmm.handle().pid());
         if let Err(error) = instance.save() {
             vmm.end().await;
             return Err(HostError::failed(error));
@@ -381,11 +381,11 @@ impl LaunchService {
             }
             dir.clear();
         }
-        let state = match error {
-            HostError::Cancelled => VmState::Stopped,
-            _ => VmState::Failed,
-        };
-        launch.claim.end(state, error.to_string());
+        let text = error.to_string();
+        launch.claim.end(match error {
+            HostError::Cancelled => VmEnd::Stopped { note: Some(text) },
+            _ => VmEnd::Failed { error: text },
+        });
     }
 }
 

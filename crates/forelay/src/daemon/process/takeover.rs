@@ -22,12 +22,12 @@ use futures_util::future::join_all;
 
 use super::health::Dependency;
 use super::startup::memory_settings;
-use crate::api::VmState;
 use crate::daemon::Host;
 use crate::daemon::error::HostError;
 use crate::daemon::memory::journal::Replayed;
 use crate::daemon::vm::directory::RECORD;
-use crate::daemon::vm::registry::{Instance, Record, load_records};
+use crate::daemon::vm::instance::{Instance, VmEnd};
+use crate::daemon::vm::registry::{Record, load_records};
 use crate::daemon::vm::service::kill_recorded;
 
 /// How long opening a VM's components may keep its files waiting.
@@ -183,8 +183,7 @@ pub fn list_vms(host: &Host, inherited: &Inherited) -> Vec<Arc<Instance>> {
     let mut listed = Vec::new();
     for record in &inherited.records {
         let pid = VmmState::read(&record.vm.runtime_dir).map(|state| state.process.pid);
-        let instance = Arc::new(Instance::new(record.clone()));
-        instance.update(|vm| vm.pid = pid.ok());
+        let instance = Arc::new(Instance::left(record.clone(), pid.ok()));
         if host.instances.insert(Arc::clone(&instance)).is_ok() {
             listed.push(instance);
         }
@@ -246,8 +245,8 @@ pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<
 }
 
 fn note_reattached(instance: &Instance, handle: &VmHandle) {
-    tracing::info!(vm = instance.vm().name, pid = handle.pid(), "reattached");
-    instance.update(|vm| vm.pid = Some(handle.pid()));
+    tracing::info!(vm = instance.name(), pid = handle.pid(), "reattached");
+    instance.started(handle.pid());
 }
 
 async fn note_ended(host: &Host, instance: &Instance, why: String) {
@@ -255,10 +254,7 @@ async fn note_ended(host: &Host, instance: &Instance, why: String) {
     tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
     let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));
     host.supervisor.note_stopped(instance).await;
-    instance.end(|vm| {
-        vm.error = Some(why);
-        vm.state = VmState::Failed;
-    });
+    instance.end(VmEnd::Failed { error: why });
 }
 
 /// Goes on trying to reach a VMM that lives.
@@ -270,17 +266,10 @@ async fn keep_trying(host: Arc<Host>, instance: Arc<Instance>, mut why: String) 
             error = why,
             "a VM is unreachable; trying again"
         );
-        instance.update(|vm| {
-            vm.state = VmState::Unreachable;
-            vm.error = Some(format!("its VMM lives and does not answer: {why}"));
-        });
+        instance.unreachable(why);
         tokio::time::sleep(RETRY_EVERY).await;
         match attempt(&host, &before.runtime_dir, LATER_LIMIT).await {
             Attempt::Reattached(handle) => {
-                instance.update(|vm| {
-                    vm.state = before.state;
-                    vm.error = None;
-                });
                 note_reattached(&instance, &handle);
                 return host.supervisor.resume(instance, handle);
             }

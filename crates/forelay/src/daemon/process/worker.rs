@@ -128,7 +128,7 @@ async fn finish(host: &Arc<Host>, socket: &Path, end: End) -> Result<()> {
 async fn settle(
     host: Arc<Host>,
     inherited: takeover::Inherited,
-    instances: Vec<Arc<crate::daemon::vm::registry::Instance>>,
+    instances: Vec<Arc<crate::daemon::vm::instance::Instance>>,
 ) {
     let finding = takeover::find_vms(Arc::clone(&host), inherited, instances);
     let opening = async {

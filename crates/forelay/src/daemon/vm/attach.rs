@@ -26,7 +26,7 @@ use crate::daemon::forecast::learning::Learner;
 use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::order::{DeviceRecord, PlannedDevice, vm_component};
-use crate::daemon::vm::registry::Instance;
+use crate::daemon::vm::instance::Instance;
 use crate::daemon::vm::supervise::Supervisor;
 use crate::history::ComponentRef;
 use crate::recipe::for_this_host;
@@ -48,7 +48,7 @@ impl AttachService {
         let name = instance.name();
         let handle = running(instance)?;
         let range = parse_wanted(wanted)?;
-        if instance.read(|vm| has(vm, &range.name)) {
+        if has(instance, &range.name) {
             return Err(HostError::Busy(format!(
                 "{} is in VM {name} already",
                 range.name
@@ -56,8 +56,8 @@ impl AttachService {
         }
         let (mut manifest, lock) = self.with_component(instance, range).await?;
         let plan_s = asked.elapsed().as_secs_f64();
-        let vm = instance.vm();
-        let present = |image| vm.components.iter().any(|one| one.image == image);
+        let components = instance.read(|vm| vm.components.clone());
+        let present = |image| components.iter().any(|one| one.image == image);
         let added = lock.components.iter().filter(|one| !present(one.image));
         let mut done: Vec<&LockedComponent> = Vec::new();
         for component in added {
@@ -79,11 +79,11 @@ impl AttachService {
                 });
             }
         }
-        let before = instance.order();
-        instance.set_order(manifest.to_toml(), lock.to_toml());
+        let before = instance.read(|vm| (vm.manifest.clone(), vm.lock.clone()));
+        instance.update(|vm| (vm.manifest, vm.lock) = (manifest.to_toml(), lock.to_toml()));
         if let Err(error) = instance.save() {
             // A later daemon would not know of them.
-            instance.set_order(before.0, before.1);
+            instance.update(|vm| (vm.manifest, vm.lock) = before);
             self.take_back(instance, &handle, &done).await;
             return Err(HostError::Failed(format!(
                 "the record of VM {name} cannot be written: {error}; nothing was attached"
@@ -196,7 +196,7 @@ impl AttachService {
         instance: &Instance,
         range: NameRange,
     ) -> Result<(Manifest, Lock), HostError> {
-        let (manifest, lock) = instance.order();
+        let (manifest, lock) = instance.read(|vm| (vm.manifest.clone(), vm.lock.clone()));
         let mut manifest = Manifest::parse(&manifest).map_err(HostError::failed)?;
         let previous = Lock::parse(&lock).map_err(HostError::failed)?;
         manifest.components.push(range);
@@ -236,8 +236,8 @@ impl AttachService {
                 tracing::warn!(vm = instance.name(), "cannot observe the attached device");
             }
         }
-        instance.update_record(|old| old.devices.push(record));
         instance.update(|vm| {
+            vm.devices.push(record);
             vm.components.push(VmComponent {
                 attached: true,
                 ..vm_component(component)
@@ -249,8 +249,8 @@ impl AttachService {
     pub async fn detach(&self, instance: &Arc<Instance>, wanted: &str) -> Result<Vm, HostError> {
         let name = instance.name();
         let handle = running(instance)?;
-        let vm = instance.vm();
-        let found = vm.components.iter().find(|one| one.name == wanted);
+        let components = instance.read(|vm| vm.components.clone());
+        let found = components.iter().find(|one| one.name == wanted);
         let component = found
             .ok_or_else(|| HostError::Invalid(format!("VM {name} has no component {wanted:?}")))?;
         if !component.attached {
@@ -274,15 +274,15 @@ impl AttachService {
             }
         };
         self.note_detached(instance, image);
-        instance.update_record(|record| {
-            if let Ok(mut manifest) = Manifest::parse(&record.manifest) {
+        instance.update(|vm| {
+            if let Ok(mut manifest) = Manifest::parse(&vm.manifest) {
                 manifest.components.retain(|one| one.name != wanted);
-                record.manifest = manifest.to_toml();
+                vm.manifest = manifest.to_toml();
             }
             // Else what excludes it could never be attached.
-            if let Ok(mut lock) = Lock::parse(&record.lock) {
+            if let Ok(mut lock) = Lock::parse(&vm.lock) {
                 lock.components.retain(|one| one.image != image);
-                record.lock = lock.to_toml();
+                vm.lock = lock.to_toml();
             }
         });
         match instance.save().err().or(unsaved) {
@@ -300,8 +300,10 @@ impl AttachService {
         if let Some(observed) = instance.observed() {
             observed.lock().observer.unwatch(&image);
         }
-        instance.update_record(|record| record.devices.retain(|device| device.image != image));
-        instance.update(|vm| vm.components.retain(|one| one.image != image));
+        instance.update(|vm| {
+            vm.devices.retain(|device| device.image != image);
+            vm.components.retain(|one| one.image != image);
+        });
     }
 }
 
@@ -312,13 +314,13 @@ fn uuid(component: &LockedComponent) -> String {
 /// The VMM of a VM that runs.
 pub(in crate::daemon) fn running(instance: &Instance) -> Result<VmHandle, HostError> {
     instance.handle().ok_or_else(|| {
-        let (name, state) = (instance.name(), instance.read(|vm| vm.state));
+        let (name, state) = (instance.name(), instance.state());
         HostError::Busy(format!("VM {name} has no VMM to talk to: it is {state:?}"))
     })
 }
 
-fn has(vm: &Vm, name: &str) -> bool {
-    vm.components.iter().any(|component| component.name == name)
+fn has(instance: &Instance, name: &str) -> bool {
+    instance.read(|vm| vm.components.iter().any(|one| one.name == name))
 }
 
 /// `name` or `name@range`, as in manifests.

@@ -2,6 +2,7 @@
 
 pub(super) mod attach;
 pub(super) mod directory;
+pub(super) mod instance;
 pub(super) mod registry;
 pub(super) mod service;
 pub(super) mod supervise;

@@ -1,11 +1,5 @@
-//! The table of instances: what clients see of each VM, and what a later daemon needs to
-//! take it over, kept on disk.
+//! The table of instances, and what a later daemon finds of each on disk.
 //!
-//! ```text
-//! Launching -> Booting -> Mounted -> Ready -> Stopped
-//!     |           |          |         |
-//!     +-----------+----------+---------+---> Failed
-//! ```
 //! Invariants: a name belongs to at most one live instance; an instance's record is on
 //! disk before its VMM starts and goes when the instance has ended and is forgotten.
 
@@ -13,22 +7,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forelay_cache::Domain;
-use forelay_image::NameError;
 use forelay_predict::rank::Present;
-use forelay_vm::VmHandle;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
 
-use crate::api::{Vm, VmComponent, VmState};
+use crate::api::{Vm, VmComponent};
 use crate::daemon::error::HostError;
 use crate::daemon::forecast::forecasts::{LiveVm, LiveVms};
 use crate::daemon::memory::residency::RunningVmm;
 use crate::daemon::order::DeviceRecord;
 use crate::daemon::vm::directory::{RECORD, VmDir};
-use crate::daemon::vm::supervise::Observed;
-use crate::history::{LaunchId, ProfileRef};
+use crate::daemon::vm::instance::{Instance, VmData, VmEnd};
+use crate::history::LaunchId;
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
 const KEEP_ENDED: usize = 100;
@@ -52,225 +42,6 @@ pub struct Record {
     pub lock: String,
     /// pmem devices in slot order, map image first.
     pub devices: Vec<DeviceRecord>,
-}
-
-/// One instance.
-#[derive(Debug)]
-pub struct Instance {
-    name: String,
-    state: watch::Sender<Vm>,
-    record: Mutex<Record>,
-    phase: Mutex<VmPhase>,
-    cancel: watch::Sender<bool>,
-    /// Held by the attach or detach under way.
-    devices_change: tokio::sync::Mutex<()>,
-}
-
-/// What there is of a VM, besides what clients see.
-#[derive(Debug)]
-enum VmPhase {
-    /// No VMM yet, or one that the launch has not handed over.
-    Launching,
-    /// A VMM that is supervised.
-    Running(RunningVm),
-    /// None any more.
-    Ended,
-}
-
-/// A VMM that is supervised.
-struct RunningVm {
-    handle: VmHandle,
-    /// What it has touched, once observation has begun.
-    observed: Option<Arc<Mutex<Observed>>>,
-}
-
-impl std::fmt::Debug for RunningVm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "RunningVm({})", self.handle.pid())
-    }
-}
-
-impl Instance {
-    /// An instance that is being launched.
-    pub fn new(record: Record) -> Self {
-        Self {
-            name: record.vm.name.clone(),
-            state: watch::Sender::new(record.vm.clone()),
-            record: Mutex::new(record),
-            phase: Mutex::new(VmPhase::Launching),
-            cancel: watch::Sender::new(false),
-            devices_change: tokio::sync::Mutex::default(),
-        }
-    }
-
-    /// Waits until nobody else changes the VM's devices: an attach reads what there is,
-    /// changes it and writes the record.
-    pub async fn device_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.devices_change.lock().await
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Where it keeps its files.
-    pub fn dir(&self) -> Result<VmDir, NameError> {
-        let path = self.read(|vm| vm.runtime_dir.clone());
-        VmDir::of(path.parent().unwrap_or(&path), &self.name)
-    }
-
-    /// True while a VMM may exist.
-    pub fn is_live(&self) -> bool {
-        self.read(|vm| vm.state.is_live())
-    }
-
-    /// Tells its launch to end, if it is not handed over yet.
-    pub fn cancel(&self) {
-        self.cancel.send_replace(true);
-    }
-
-    /// Waits until its launch is told to end.
-    pub async fn cancelled(&self) {
-        // The sender lives in this instance.
-        let _ = self.cancel.subscribe().wait_for(|cancel| *cancel).await;
-    }
-
-    /// Its VMM is supervised from now on.
-    pub fn run(&self, handle: VmHandle) {
-        *self.phase.lock() = VmPhase::Running(RunningVm {
-            handle,
-            observed: None,
-        });
-        self.state.send_modify(|_| {});
-    }
-
-    /// Its touches are observed from now on.
-    pub fn observe(&self, observed: Arc<Mutex<Observed>>) {
-        if let VmPhase::Running(running) = &mut *self.phase.lock() {
-            running.observed = Some(observed);
-        }
-    }
-
-    /// Its VMM, while that is supervised.
-    pub fn handle(&self) -> Option<VmHandle> {
-        match &*self.phase.lock() {
-            VmPhase::Running(running) => Some(running.handle.clone()),
-            VmPhase::Launching | VmPhase::Ended => None,
-        }
-    }
-
-    /// What its VMM has touched, while that is observed.
-    pub fn observed(&self) -> Option<Arc<Mutex<Observed>>> {
-        match &*self.phase.lock() {
-            VmPhase::Running(running) => running.observed.clone(),
-            VmPhase::Launching | VmPhase::Ended => None,
-        }
-    }
-
-    /// Its VMM is gone; `change` says what clients see of that.
-    pub fn end(&self, change: impl FnOnce(&mut Vm)) {
-        *self.phase.lock() = VmPhase::Ended;
-        self.update(|vm| {
-            vm.pid = None;
-            change(vm);
-        });
-    }
-
-    /// Waits until its VMM is supervised or it has ended.
-    pub async fn launched(&self) -> Option<VmHandle> {
-        let mut watch = self.state.subscribe();
-        loop {
-            let live = watch.borrow_and_update().state.is_live();
-            let handle = self.handle();
-            if handle.is_some() || !live || watch.changed().await.is_err() {
-                return handle;
-            }
-        }
-    }
-
-    /// Waits until it has ended.
-    pub async fn ended(&self) {
-        // The sender lives in this instance.
-        let _ = self
-            .state
-            .subscribe()
-            .wait_for(|vm| !vm.state.is_live())
-            .await;
-    }
-
-    /// What clients see.
-    pub fn vm(&self) -> Vm {
-        self.state.borrow().clone()
-    }
-
-    /// Looks at what clients see, without a copy. `look` must not change the instance.
-    pub fn read<T>(&self, look: impl FnOnce(&Vm) -> T) -> T {
-        look(&self.state.borrow())
-    }
-
-    /// Its profile and owner.
-    pub fn profile(&self) -> ProfileRef {
-        self.read(|vm| ProfileRef::new(vm.profile.as_str(), vm.owner.as_str()))
-    }
-
-    /// Its trust domain.
-    pub fn domain(&self) -> Domain {
-        self.read(|vm| vm.domain.as_str().into())
-    }
-
-    /// Follows what clients see.
-    pub fn watch(&self) -> watch::Receiver<Vm> {
-        self.state.subscribe()
-    }
-
-    /// Changes what clients see. A state that has ended does not come back to life.
-    pub fn update(&self, change: impl FnOnce(&mut Vm)) {
-        self.state.send_modify(|vm| {
-            let before = vm.state;
-            change(vm);
-            if !before.is_live() {
-                vm.state = before;
-            }
-        });
-    }
-
-    /// The pmem devices in slot order.
-    pub fn devices(&self) -> Vec<DeviceRecord> {
-        self.record.lock().devices.clone()
-    }
-
-    /// Changes what is kept on disk; [`Instance::save`] writes it.
-    pub fn update_record(&self, change: impl FnOnce(&mut Record)) {
-        change(&mut self.record.lock());
-    }
-
-    /// Manifest and lock, with what was attached since.
-    pub fn order(&self) -> (String, String) {
-        let record = self.record.lock();
-        (record.manifest.clone(), record.lock.clone())
-    }
-
-    /// Changes what [`Instance::order`] says.
-    pub fn set_order(&self, manifest: String, lock: String) {
-        let mut record = self.record.lock();
-        record.manifest = manifest;
-        record.lock = lock;
-    }
-
-    /// Row of the launch in the history.
-    pub fn launch_id(&self) -> LaunchId {
-        self.record.lock().launch_id
-    }
-
-    /// Writes the record to the instance's directory, whole or not at all.
-    pub fn save(&self) -> std::io::Result<()> {
-        let mut record = self.record.lock().clone();
-        record.vm = self.vm();
-        let dir = &record.vm.runtime_dir;
-        let text = serde_json::to_vec_pretty(&record)?;
-        forelay_host::atomic_write(&dir.join(RECORD), &text).map(drop)
-    }
 }
 
 /// All instances by name.
@@ -316,33 +87,28 @@ impl Claim {
     }
 
     /// Ends the instance.
-    pub fn end(mut self, state: VmState, error: String) {
+    pub fn end(mut self, end: VmEnd) {
         self.kept = true;
-        self.instance.end(|vm| {
-            vm.error = Some(error);
-            vm.state = state;
-        });
+        self.instance.end(end);
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         if !self.kept {
-            self.instance.end(|vm| {
-                vm.error = Some("its launch was interrupted".to_owned());
-                vm.state = VmState::Failed;
-            });
+            let error = "its launch was interrupted".to_owned();
+            self.instance.end(VmEnd::Failed { error });
         }
     }
 }
 
 impl VmRegistry {
-    /// Claims a name for a launch, whose record `make` makes; refuses a name that a live
+    /// Claims a name for a launch, of which `make` says what it is; refuses a name that a live
     /// instance has.
     pub fn claim(
         &self,
         wanted: WantedName<'_>,
-        make: impl FnOnce(&str) -> Result<Record, HostError>,
+        make: impl FnOnce(&str) -> Result<VmData, HostError>,
     ) -> Result<Claim, HostError> {
         let mut table = self.table.lock();
         if table.closed {
@@ -354,7 +120,7 @@ impl VmRegistry {
             WantedName::Given(name) => name.to_owned(),
             WantedName::OfProfile(profile) => table.free_name(profile),
         };
-        let instance = Arc::new(Instance::new(make(&name)?));
+        let instance = Arc::new(Instance::launching(&name, make(&name)?));
         table.insert(Arc::clone(&instance))?;
         Ok(Claim {
             instance,
@@ -403,7 +169,7 @@ impl VmRegistry {
             Some(RunningVmm {
                 vm: instance.name().into(),
                 domain: instance.domain(),
-                pid: instance.read(|vm| vm.pid)?,
+                pid: instance.pid()?,
             })
         };
         self.live().into_iter().filter_map(running).collect()
@@ -457,7 +223,7 @@ impl InstanceTable {
     fn insert(&mut self, instance: Arc<Instance>) -> Result<(), HostError> {
         let name = instance.name();
         if let Some(other) = self.live(name) {
-            let state = other.read(|vm| vm.state);
+            let state = other.state();
             return Err(HostError::Busy(format!(
                 "a VM called {name} is {state:?} already: stop it with `forelay stop {name}`, or \
                  give this one another name with --name"
@@ -484,14 +250,14 @@ impl InstanceTable {
         let mut ended: Vec<_> = ended
             .map(|instance| (instance.read(|vm| vm.launched_ms), Arc::clone(instance)))
             .collect();
-        ended.sort_by(|(a, one), (b, other)| (a, &one.name).cmp(&(b, &other.name)));
+        ended.sort_by(|(a, one), (b, other)| (a, one.name()).cmp(&(b, other.name())));
         let excess = ended.len().saturating_sub(KEEP_ENDED);
         for (_, instance) in ended.into_iter().take(excess) {
-            self.instances.remove(&instance.name);
+            self.instances.remove(instance.name());
             if let Ok(dir) = instance.dir()
                 && let Err(error) = dir.remove()
             {
-                tracing::warn!(vm = instance.name, %error, "what an ended VM left stays");
+                tracing::warn!(vm = instance.name(), %error, "what an ended VM left stays");
             }
         }
     }
@@ -561,35 +327,11 @@ fn load_record(vms_dir: &Path, path: &Path) -> Result<Option<Record>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::LaunchFigures;
+    use crate::api::VmState;
+    use crate::daemon::vm::instance::tests::data;
 
     fn instance(name: &str, dir: &Path) -> Arc<Instance> {
-        let vm = Vm {
-            name: name.into(),
-            profile: "web".into(),
-            owner: "me".into(),
-            domain: "me".into(),
-            state: VmState::Launching,
-            pid: None,
-            launched_ms: 1,
-            forwards: Vec::new(),
-            components: vec![],
-            launch: LaunchFigures::default(),
-            runtime_dir: dir.join(name),
-            waits: Default::default(),
-            waiting: None,
-            error: None,
-            exit_status: None,
-        };
-        std::fs::create_dir_all(&vm.runtime_dir).unwrap();
-        Arc::new(Instance::new(Record {
-            format: RECORD_FORMAT,
-            vm,
-            launch_id: LaunchId(7),
-            manifest: String::new(),
-            lock: String::new(),
-            devices: vec![],
-        }))
+        Arc::new(Instance::launching(name, data(name, dir)))
     }
 
     #[test]
@@ -601,17 +343,16 @@ mod tests {
         let refused = instances.insert(instance("web", dir.path()));
         assert!(matches!(refused, Err(HostError::Busy(_))));
         assert_eq!(instances.free_name("web"), "web-2");
-        first.update(|vm| vm.state = VmState::Stopped);
+        first.end(VmEnd::Stopped { note: None });
         assert_eq!(instances.free_name("web"), "web");
-        first.update(|vm| vm.state = VmState::Ready);
-        assert_eq!(first.vm().state, VmState::Stopped);
+        instances.insert(instance("web", dir.path())).unwrap();
     }
 
     #[tokio::test]
     async fn a_claim_that_is_let_go_frees_its_name_and_a_closed_registry_claims_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let registry = VmRegistry::default();
-        let make = |name: &str| Ok(instance(name, dir.path()).record.lock().clone());
+        let make = |name: &str| Ok(data(name, dir.path()));
         let first = registry.claim(WantedName::OfProfile("web"), make).unwrap();
         let second = registry.claim(WantedName::OfProfile("web"), make).unwrap();
         assert_eq!(
@@ -633,7 +374,7 @@ mod tests {
         let names: Vec<_> = registry
             .close()
             .iter()
-            .map(|one| one.name.clone())
+            .map(|one| one.name().to_owned())
             .collect();
         assert_eq!(names, ["web", "web-2"]);
         second.instance().cancel();
@@ -648,11 +389,9 @@ mod tests {
         let instances = VmRegistry::default();
         for number in 0..=KEEP_ENDED + 1 {
             let one = instance(&format!("vm-{number}"), dir.path());
-            one.update(|vm| {
-                vm.launched_ms = number as i64;
-                vm.state = VmState::Stopped;
-            });
+            one.update(|vm| vm.launched_ms = number as i64);
             one.save().unwrap();
+            one.end(VmEnd::Stopped { note: None });
             if number == 0 {
                 std::fs::write(dir.path().join("vm-0/precious"), "kept").unwrap();
             }
@@ -679,8 +418,10 @@ mod tests {
         std::fs::copy(record, dir.path().join("other").join(RECORD)).unwrap();
         // One that a newer version wrote is not for this one to judge.
         let newer = instance("newer", dir.path());
-        newer.update_record(|record| record.format = RECORD_FORMAT + 1);
-        newer.save().unwrap();
+        let mut record = newer.record();
+        record.format = RECORD_FORMAT + 1;
+        let path = record.vm.runtime_dir.join(RECORD);
+        std::fs::write(path, serde_json::to_vec(&record).unwrap()).unwrap();
         // A directory without a record is an ended VM's, and a file is nobody's.
         std::fs::create_dir(dir.path().join("ended")).unwrap();
         std::fs::write(dir.path().join("file"), "").unwrap();

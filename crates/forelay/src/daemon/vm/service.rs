@@ -14,7 +14,8 @@ use crate::api::{Vm, VmState};
 use crate::daemon::error::HostError;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::waiting::{PendingWait, longest_waits};
-use crate::daemon::vm::registry::{Instance, VmRegistry};
+use crate::daemon::vm::instance::Instance;
+use crate::daemon::vm::registry::VmRegistry;
 use crate::daemon::vm::supervise::Supervisor;
 
 /// How long a guest may take to power itself off.
@@ -68,16 +69,7 @@ impl VmService {
     /// One instance; waits up to `patience` for its state to change.
     pub async fn show(&self, name: &str, patience: Duration) -> Result<Vm, HostError> {
         let instance = self.instance(name)?;
-        let mut watch = instance.watch();
-        let before = watch.borrow_and_update().state;
-        let changed = async {
-            while watch.changed().await.is_ok() {
-                if watch.borrow_and_update().state != before {
-                    return;
-                }
-            }
-        };
-        let _ = tokio::time::timeout(patience, changed).await;
+        let _ = tokio::time::timeout(patience, instance.state_changed()).await;
         Ok(self.with_waits(&instance, &longest_waits(&self.domains)))
     }
 

@@ -16,14 +16,14 @@ use forelay_store::Store;
 use forelay_vm::{Cause, Ended, Moment, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
-use crate::api::{LaunchFigures, Vm, VmState};
+use crate::api::LaunchFigures;
 use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
 use crate::daemon::forecast::observation::{LearningTasks, TouchBuffer};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::faults::{Plan, Waits};
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
-use crate::daemon::vm::registry::Instance;
+use crate::daemon::vm::instance::{GuestStage, Instance, VmData, VmEnd};
 use crate::history::ProfileRef;
 
 /// Between scans while a launch is observed.
@@ -103,7 +103,7 @@ impl Supervisor {
 
     fn attribute(&self, instance: &Instance, handle: &VmHandle, plan: Plan) -> Arc<Waits> {
         let attribution = self.domains.attribution();
-        attribution.add(handle.pid(), &instance.vm().name, plan)
+        attribution.add(handle.pid(), instance.name(), plan)
     }
 
     /// Goes on with a VM that an earlier daemon launched. Its launch is not recorded again.
@@ -218,21 +218,11 @@ impl Supervisor {
     }
 
     fn note_progress(&self, instance: &Instance, progress: &Progress, launch: &mut WatchedLaunch) {
-        let told = |vm: &Vm| {
-            (
-                vm.state,
-                vm.launch.mounted_s,
-                vm.launch.ready_s,
-                vm.exit_status,
-            )
+        let seen = || {
+            let times = |vm: &VmData| (vm.launch.mounted_s, vm.launch.ready_s, vm.exit_status);
+            (instance.state(), instance.read(times))
         };
-        let before = instance.read(told);
-        let state = match progress.phase {
-            // Just launched, or taken over and not heard of yet: what is known stands.
-            Phase::Starting | Phase::Stopping | Phase::Ended => before.0,
-            Phase::Mounted => VmState::Mounted,
-            Phase::Ready => VmState::Ready,
-        };
+        let before = seen();
         if progress.ready.is_some() && launch.ready_at.is_none() {
             launch.ready_at = Some(Instant::now());
             if !launch.recorded {
@@ -241,7 +231,6 @@ impl Supervisor {
         }
         let seconds = |moment: Moment| launch.before_vmm_s + moment.since_launch.as_secs_f64();
         instance.update(|vm| {
-            vm.state = state;
             if vm.launch.mounted_s.is_none() {
                 vm.launch.mounted_s = progress.mounted.map(seconds);
             }
@@ -251,8 +240,13 @@ impl Supervisor {
             }
             vm.exit_status = progress.entrypoint.map(|status| status.code());
         });
-        let changed = instance.read(told) != before;
-        if changed {
+        match progress.phase {
+            // Just launched, or taken over and not heard of yet: what is known stands.
+            Phase::Starting | Phase::Stopping | Phase::Ended => {}
+            Phase::Mounted => instance.note_guest(GuestStage::Mounted),
+            Phase::Ready => instance.note_guest(GuestStage::Ready),
+        }
+        if seen() != before {
             save(instance);
         }
     }
@@ -406,16 +400,13 @@ impl Supervisor {
         let mounted = instance.read(|vm| vm.launch.mounted_s.is_some());
         let good = asked || (ended.cause == Cause::GuestPoweroff && mounted);
         let failure = handle.progress().failure;
-        instance.end(|vm| {
-            if good && failure.is_none() {
-                vm.state = VmState::Stopped;
-                return;
-            }
-            let reason = failure.map_or_else(String::new, |text| format!(": {text}"));
-            let console = handle.console_tail();
-            vm.error = Some(format!("{ended}{reason}; last console lines:\n{console}"));
-            vm.state = VmState::Failed;
-        });
+        if good && failure.is_none() {
+            return instance.end(VmEnd::Stopped { note: None });
+        }
+        let reason = failure.map_or_else(String::new, |text| format!(": {text}"));
+        let console = handle.console_tail();
+        let error = format!("{ended}{reason}; last console lines:\n{console}");
+        instance.end(VmEnd::Failed { error });
     }
 }
 

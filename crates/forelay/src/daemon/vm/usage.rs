@@ -20,7 +20,8 @@ use crate::daemon::forecast::forecasts::Forecasts;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::memory::samples::ForecastDemand;
-use crate::daemon::vm::registry::{Instance, VmRegistry};
+use crate::daemon::vm::instance::Instance;
+use crate::daemon::vm::registry::VmRegistry;
 use crate::daemon::vm::vmm_cgroup::{Charged, Groups};
 use crate::history::{LaunchId, ResourceSample};
 use crate::host_stats::{HostStats, ProcessUsage};
@@ -101,7 +102,8 @@ impl UsageSampler {
             let live = self.registry.live();
             let networks = futures_util::future::join_all(live.iter().map(|one| traffic(one)));
             for (instance, network) in live.iter().zip(networks.await) {
-                let (pid, launched_ms) = instance.read(|vm| (vm.pid, vm.launched_ms));
+                let launched_ms = instance.read(|vm| vm.launched_ms);
+                let pid = instance.pid();
                 let Some((pid, usage)) = pid.and_then(|pid| Some((pid, Usage::of(pid)?))) else {
                     continue;
                 };
@@ -138,8 +140,7 @@ impl UsageSampler {
 /// What a guest's network has carried; `None` if it does not say: it boots, it hangs, or
 /// its kernel component is older than the question.
 async fn traffic(instance: &Instance) -> Option<Traffic> {
-    let vm = instance.vm();
-    if !matches!(vm.state, VmState::Mounted | VmState::Ready) {
+    if !matches!(instance.state(), VmState::Mounted | VmState::Ready) {
         return None;
     }
     let handle = instance.handle()?;
