@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use forelay_image::tree::{Kind, NodeId, ROOT, Tree};
+use forelay_image::tree::{Kind, NodeId, ROOT, Tree, TreeError, split_path};
 
 use crate::dir::Ownership;
 use crate::error::{ImportError, archive_error, io_error, tree_error};
@@ -142,43 +142,62 @@ pub fn merge_usr(tree: &mut Tree, path: &Path) -> Result<Vec<&'static str>, Impo
         }
         tree.remove(ROOT, name.as_bytes());
         let usr = tree.make_directories(b"usr").map_err(tree_error(path))?;
-        move_into(tree, usr, name.as_bytes(), from, path)?;
+        let name_bytes = name.as_bytes();
+        move_into(tree, usr, &[name_bytes], from).map_err(tree_error(path))?;
         moved.push(name);
     }
     Ok(moved)
 }
 
-/// Puts node `from` at `parent/name`; two directories are merged, `from` wins otherwise.
+/// Puts node `from`, which was at the path `names`, into `parent`; two directories are merged,
+/// `from` wins otherwise, unless it only leads to what is there or deletes it.
 fn move_into(
     tree: &mut Tree,
     parent: NodeId,
-    name: &[u8],
+    names: &[&[u8]],
     from: NodeId,
-    path: &Path,
-) -> Result<(), ImportError> {
+) -> Result<(), TreeError> {
+    let name = names[names.len() - 1];
     let existing = tree
         .entries(parent)
         .and_then(|entries| entries.get(name))
         .copied();
-    let children = tree.entries(from).cloned();
-    match (existing, children) {
-        (Some(to), Some(children)) if tree.entries(to).is_some() => {
-            for (child, id) in children {
-                move_into(tree, to, &child, id, path)?;
-            }
-            Ok(())
-        }
-        (_, None) => tree.link(parent, name, from).map_err(tree_error(path)),
+    let (to, children) = match (existing, tree.entries(from).cloned()) {
+        (Some(to), None) if stands_back(tree, to, names, from) => return Ok(()),
+        (_, None) => return tree.link(parent, name, from),
+        (Some(to), Some(children)) if tree.entries(to).is_some() => (to, children),
         (_, Some(children)) => {
             let mut node = tree.node(from).clone();
             node.kind = Kind::Directory(Default::default());
-            let to = tree.insert(parent, name, node).map_err(tree_error(path))?;
-            for (child, id) in children {
-                move_into(tree, to, &child, id, path)?;
-            }
-            Ok(())
+            (tree.insert(parent, name, node)?, children)
+        }
+    };
+    for (child, id) in children {
+        move_into(tree, to, &[names, &[&child[..]]].concat(), id)?;
+    }
+    Ok(())
+}
+
+/// True for a whiteout, and for a link that would take the place of what it stands for:
+/// `/bin/tool` that leads to `/usr/bin/tool`.
+fn stands_back(tree: &Tree, to: NodeId, names: &[&[u8]], from: NodeId) -> bool {
+    let Kind::Symlink(target) = &tree.node(from).kind else {
+        return tree.node(from).kind.is_whiteout();
+    };
+    if !matches!(tree.node(to).kind, Kind::Symlink(_)) {
+        return true;
+    }
+    let mut led: Vec<&[u8]> = match target.first() {
+        Some(b'/') => Vec::new(),
+        _ => names[..names.len() - 1].to_vec(),
+    };
+    for part in split_path(target) {
+        match part {
+            b".." => drop(led.pop()),
+            part => led.push(part),
         }
     }
+    led.split_first() == Some((&&b"usr"[..], names))
 }
 
 #[cfg(test)]
@@ -229,6 +248,43 @@ mod tests {
             assert!(deb.tree.lookup(b"lib").is_none());
             assert!(deb.tree.lookup(b"usr/lib/x/file").is_some());
             assert!(deb.tree.lookup(b"usr/lib/y").is_some());
+        }
+    }
+
+    #[test]
+    fn links_into_usr_give_way_to_what_they_lead_to() {
+        use forelay_image::tree::{Attributes, FileData, Node};
+        let mut tree = Tree::new();
+        let file = || Kind::File(FileData::Bytes((*b"x").into()));
+        let link = |to: &str| Kind::Symlink(to.into());
+        for (path, kind) in [
+            ("bin/tool", link("/usr/bin/tool")),
+            ("usr/bin/tool", file()),
+            ("bin/up", link("../usr/bin/up")),
+            ("usr/bin/up", file()),
+            ("bin/chain", link("../usr/bin/chain")),
+            ("usr/bin/chain", link("chain-1")),
+            ("bin/back", link("back-1")),
+            ("usr/bin/back", link("/bin/back")),
+            ("lib/d/real", file()),
+            ("usr/lib/d/real", link("/lib/d/real")),
+            ("lib/d/l", link("/usr/lib/d/l")),
+            ("usr/lib/d/l/file", file()),
+            ("sbin/gone", Kind::CharDevice { major: 0, minor: 0 }),
+            ("usr/sbin/gone", file()),
+        ] {
+            let attributes = Attributes::with_mode(0o755);
+            let node = Node { attributes, kind };
+            tree.insert_path(path.as_bytes(), node).unwrap();
+        }
+        merge_usr(&mut tree, Path::new("a.tar")).unwrap();
+        for path in ["bin/tool", "bin/up", "lib/d/real", "lib/d/l/file", "sbin/gone"] {
+            assert!(tree.file(format!("usr/{path}").as_bytes()).is_some(), "{path}");
+        }
+        for (path, expected) in [("usr/bin/chain", "chain-1"), ("usr/bin/back", "back-1")] {
+            let kind = &tree.node(tree.lookup(path.as_bytes()).unwrap()).kind;
+            let leads = matches!(kind, Kind::Symlink(to) if to == expected.as_bytes());
+            assert!(leads, "{path}: {kind:?}");
         }
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use bzip2::bufread::BzDecoder;
 use flate2::bufread::GzDecoder;
 use liblzma::read::XzDecoder;
-use liblzma::stream::Stream;
+use liblzma::stream::{CONCATENATED, Stream};
 use tempfile::TempDir;
 
 use crate::error::{ImportError, archive_error, io_error};
@@ -19,6 +19,10 @@ use crate::error::{ImportError, archive_error, io_error};
 pub const DEFAULT_LIMIT_BYTES: u64 = 64 << 30;
 
 const COPY_BYTES: usize = 256 << 10;
+
+/// Most memory that decompressing xz and LZMA may take (`xz -9` takes 65 MiB); zstd's own
+/// limit is a window of 128 MiB, and the others need next to nothing.
+const LZMA_MEMORY_BYTES: u64 = 512 << 20;
 
 /// A temporary directory for unpacked content.
 #[derive(Debug)]
@@ -84,7 +88,7 @@ impl Spool {
                 Ok(0) => break,
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(archive_error(source, format!("damaged: {error}"))),
+                Err(error) => return Err(archive_error(source, what_is_wrong(&error))),
             };
             total += count as u64;
             if total > self.limit_bytes {
@@ -94,6 +98,18 @@ impl Spool {
                 .map_err(io_error("writing", &path))?;
         }
         Ok((path, total))
+    }
+}
+
+/// Why an archive cannot be decompressed.
+fn what_is_wrong(error: &io::Error) -> String {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    match cause {
+        Some(liblzma::stream::Error::MemLimit) => {
+            let limit = LZMA_MEMORY_BYTES >> 20;
+            format!("takes more than {limit} MiB of memory to decompress: compress it with `xz -9`")
+        }
+        _ => format!("damaged: {error}"),
     }
 }
 
@@ -151,14 +167,17 @@ impl Compression {
     pub fn reader<'a>(self, from: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
         Ok(match self {
             Self::None => Box::new(from),
-            Self::Xz => Box::new(XzDecoder::new_multi_decoder(from)),
+            Self::Xz => {
+                let stream = Stream::new_stream_decoder(LZMA_MEMORY_BYTES, CONCATENATED);
+                Box::new(XzDecoder::new_stream(from, stream?))
+            }
             Self::Gzip | Self::Zstd | Self::Bzip2 => Box::new(Members {
                 compression: self,
                 at: Member::Between(BufReader::with_capacity(COPY_BYTES, from)),
             }),
             Self::Lzma => {
-                let stream = Stream::new_lzma_decoder(u64::MAX).map_err(io::Error::other)?;
-                Box::new(XzDecoder::new_stream(from, stream))
+                let stream = Stream::new_lzma_decoder(LZMA_MEMORY_BYTES);
+                Box::new(XzDecoder::new_stream(from, stream?))
             }
             Self::Unread(name) => {
                 let problem = format!("{name} is not read: unpack it, and pack the files as a tar");

@@ -248,6 +248,19 @@ fn a_link_is_followed_as_the_layers_below_have_it() {
 }
 
 #[test]
+fn what_went_through_a_link_stays_when_a_later_layer_removes_the_link() {
+    let base = build(&with_links(&[("/srv/x/1", b"")], &[("/opt/x", "/srv/x")]));
+    let first = build(&tree(&[("/opt/x/file", b"")]));
+    let mut top = Tree::new();
+    let whiteout = with_attributes(0, None, Kind::CharDevice { major: 0, minor: 0 });
+    top.insert_path(b"/opt/x", whiteout).unwrap();
+    let layers = [&base, &first, &build(&top)];
+    let composed = compose_all(&layers, &Tree::new(), MapLayout::Devices);
+    let expected = ["", "/opt", "/srv", "/srv/x", "/srv/x/1", "/srv/x/file"];
+    assert_eq!(paths(&composed, &layers), expected);
+}
+
+#[test]
 fn a_directory_that_exists_keeps_its_owner_and_a_file_never_takes_its_place() {
     let mut base = tree(&[("/etc/a", b"a"), ("/usr/bin/id", b"id")]);
     let directory = with_attributes(0o755, None, Kind::Directory(Default::default()));

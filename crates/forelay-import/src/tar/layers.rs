@@ -18,6 +18,7 @@ const OPAQUE_MARK: &[u8] = b".wh..wh..opq";
 pub(super) struct Deletions {
     paths: BTreeSet<Vec<u8>>,
     opaque: BTreeSet<Vec<u8>>,
+    most_nodes: usize,
 }
 
 /// What a name says.
@@ -41,6 +42,7 @@ impl Deletions {
         let Some(deleted) = name.strip_prefix(PREFIX) else {
             return Said::Nothing;
         };
+        self.most_nodes += parts.len();
         let parent = parents.join(&b'/');
         if *name == OPAQUE_MARK {
             self.opaque.insert(parent);
@@ -52,6 +54,11 @@ impl Deletions {
                 .insert([&parent[..], separator, deleted].concat());
         }
         Said::Taken
+    }
+
+    /// How many files and directories they add to a tree at most.
+    pub(super) fn most_nodes(&self) -> usize {
+        self.most_nodes
     }
 
     /// Puts them into the tree that the archive gave; returns a note if there are any.

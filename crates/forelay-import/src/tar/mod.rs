@@ -34,7 +34,8 @@ use pax::{Extensions, parse_time};
 const BLOCK_BYTES: u64 = 512;
 /// Longest accepted name, link target or set of PAX records.
 const MAX_EXTENSION_BYTES: u64 = 1 << 20;
-const MAX_ENTRIES: u64 = 16 << 20;
+/// Most files and directories of an archive, with those that its names make on the way.
+const MAX_NODES: usize = 8 << 20;
 const MAX_DEPTH: usize = 512;
 /// Most symbolic links that lead to one entry, as for the kernel.
 const MAX_LINKS: u32 = 40;
@@ -79,6 +80,16 @@ pub(crate) fn read_plain(
     spool: &mut Spool,
     owner: Ownership,
 ) -> Result<Files, ImportError> {
+    read_within(plain, shown, spool, owner, MAX_NODES)
+}
+
+fn read_within(
+    plain: &Path,
+    shown: &Path,
+    spool: &mut Spool,
+    owner: Ownership,
+    max_nodes: usize,
+) -> Result<Files, ImportError> {
     let file = File::open(plain).map_err(io_error("opening", plain))?;
     let archive_bytes = file.metadata().map_err(io_error("reading", plain))?.len();
     let mut reader = TarReader {
@@ -94,14 +105,15 @@ pub(crate) fn read_plain(
         ended: false,
         left_out: BTreeSet::new(),
     };
-    let mut entries = 0u64;
+    let mut entries = 0;
     while reader.entry()? {
         entries += 1;
-        if entries > MAX_ENTRIES {
+        let made = reader.tree.len() + reader.deletions.most_nodes();
+        if made.max(entries) > max_nodes {
             return Err(ImportError::TooLarge {
                 path: shown.to_owned(),
-                limit: MAX_ENTRIES,
-                unit: "entries",
+                limit: max_nodes as u64,
+                unit: "files and directories",
             });
         }
     }
@@ -290,11 +302,11 @@ impl TarReader<'_> {
         let path = named(b"GNU.sparse.name").or_else(|| named(b"path"));
         let path = path.or_else(|| extensions.name.clone());
         let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
-        let depth = split_path(&path).count();
-        if split_path(&path).any(|part| part == b"..") || depth > MAX_DEPTH {
+        if split_path(&path).any(|part| part == b"..") {
             let shown = String::from_utf8_lossy(&path).into_owned();
             return Err(self.damaged(format!("the name {shown:?} leaves the archive")));
         }
+        self.check_depth(&path)?;
         match self.deletions.note(&path) {
             Said::Nothing => {}
             Said::Taken => return self.content(stored).map(drop),
@@ -302,6 +314,7 @@ impl TarReader<'_> {
         }
         let is_directory = path.ends_with(b"/");
         let path = self.through_links(path);
+        self.check_depth(&path)?;
         let xattrs = self.xattrs(extensions);
         let attributes = self.attributes(header, extensions, xattrs)?;
         let kind = match header.entry_type() {
@@ -330,13 +343,22 @@ impl TarReader<'_> {
                 return Err(self.damaged(format!("entries of type {kind:?} are not known")));
             }
         };
-        if depth == 0 {
+        if split_path(&path).next().is_none() {
             return Err(self.damaged("an entry without a name"));
         }
         self.tree
             .insert_path(&path, Node { attributes, kind })
             .map(drop)
             .map_err(tree_error(&self.shown))
+    }
+
+    fn check_depth(&self, path: &[u8]) -> Result<(), ImportError> {
+        if split_path(path).count() <= MAX_DEPTH {
+            return Ok(());
+        }
+        let start = String::from_utf8_lossy(&path[..path.len().min(80)]).into_owned();
+        let problem = format!("a name more than {MAX_DEPTH} directories deep: {start:?}...");
+        Err(self.damaged(problem))
     }
 
     fn plain_file(

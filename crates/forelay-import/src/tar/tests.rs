@@ -147,6 +147,66 @@ fn an_archive_that_unpacks_to_too_much_is_refused() {
     assert!(matches!(error, ImportError::TooLarge { .. }), "{error}");
 }
 
+#[test]
+fn an_archive_that_takes_too_much_memory_to_decompress_is_refused() {
+    let mut lzma = vec![0x5d, 0, 0, 0, 0x80];
+    lzma.extend([0xff; 8]);
+    lzma.extend([0; 64]);
+    // The block's header says the size of the dictionary: 1.5 GiB.
+    let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+    xz.write_all(&archive(&[])).unwrap();
+    let mut xz = xz.finish().unwrap();
+    assert_eq!(xz[12..16], [2, 0, 0x21, 1]);
+    xz[16] = 37;
+    let mut sum = flate2::Crc::new();
+    sum.update(&xz[12..20]);
+    xz[20..24].copy_from_slice(&sum.sum().to_le_bytes());
+    for bytes in [lzma, xz] {
+        let error = import(&bytes).err().unwrap().to_string();
+        assert!(error.contains("512 MiB of memory"), "{error}");
+    }
+}
+
+#[test]
+fn names_that_are_deep_or_make_too_many_directories_are_refused() {
+    let long = |first: &str, parts: usize, last: &str| {
+        let path = [vec![first], vec!["d"; parts - 2], vec![last]];
+        path.concat().join("/")
+    };
+    let placed = |entries: &[(EntryType, &str, &str)], names: &[String]| {
+        let mut builder = Builder::new(Vec::new());
+        for name in names {
+            let path = [("path", name.as_bytes())];
+            builder.append_pax_extensions(path).unwrap();
+            entry(&mut builder, EntryType::Regular, b"short", b"");
+        }
+        let (mut bytes, long) = (archive(entries), builder.into_inner().unwrap());
+        bytes.truncate(bytes.len() - 1024);
+        [bytes, long].concat()
+    };
+    assert!(import(&placed(&[], &[long("a", 512, "f")])).is_ok());
+    let error = import(&placed(&[], &[long("a", 513, "f")])).err().unwrap();
+    assert!(error.to_string().contains("directories deep"), "{error}");
+    let target = long("a", 300, "d");
+    let link = [(EntryType::Symlink, "l", &target[..])];
+    let error = import(&placed(&link, &[long("l", 300, "f")])).err().unwrap();
+    assert!(error.to_string().contains("directories deep"), "{error}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.tar");
+    for last in ["f", ".wh.f"] {
+        let names = ["a", "b", "c"].map(|first| long(first, 400, last));
+        fs::write(&path, placed(&[], &names)).unwrap();
+        let read = |limit: usize| {
+            let mut spool = spool(directory.path());
+            read_within(&path, &path, &mut spool, Ownership::Keep, limit)
+        };
+        assert!(read(1201).is_ok(), "{last}");
+        let error = read(1200).err().unwrap();
+        assert!(matches!(error, ImportError::TooLarge { .. }), "{error}");
+    }
+}
+
 /// GNU tar is the referee: what it packs comes out with the same content.
 #[test]
 fn archives_of_gnu_tar_are_read_in_every_compression() {

@@ -55,7 +55,13 @@ pub(super) fn lay(items: &[Item<'_>]) -> Result<Laid, (usize, usize)> {
         let below = laid.visible.last().map(|&last| items[last].shape);
         let meant = item.replaces || item.opaque;
         match (item.shape, below) {
-            (Whiteout, _) => laid = Laid::default(),
+            // Directories on a link that is removed have gone through it before.
+            (Whiteout, _) => {
+                laid = Laid {
+                    open: std::mem::take(&mut laid.open),
+                    ..Laid::default()
+                };
+            }
             (Directory, Some(Directory)) if !item.opaque => laid.visible.push(number),
             (Directory, Some(Link)) if !meant => match item.way {
                 None => laid.open.push(number),
@@ -144,5 +150,7 @@ mod tests {
         assert_eq!(on_link(&Way::Replaces), (vec![1], vec![0]));
         let laid = lay(&[item(Link), item(Directory)]).unwrap();
         assert_eq!((laid.visible, laid.open), (vec![0], vec![1]));
+        let removed = lay(&[item(Link), item(Directory), item(Whiteout)]).unwrap();
+        assert_eq!((removed.visible, removed.open), (vec![], vec![1]));
     }
 }
