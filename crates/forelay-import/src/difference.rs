@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use forelay_image::erofs::xattr::REPLACES;
 use forelay_image::tree::{Attributes, FileData, Kind, NodeId, ROOT, Tree};
 
+use crate::dir::read_xattrs;
 use crate::error::{ImportError, io_error};
 
 /// Removes from `upper` what is the same in the directory `base`; returns how many
@@ -42,17 +43,16 @@ fn prune(
         };
         let opaque = b"trusted.overlay.opaque";
         let is_directory = upper.entries(id).is_some();
-        let attributes = &upper.node(id).attributes;
-        let same = is_directory && same_attributes(attributes, &metadata);
+        let same = same_attributes(&upper.node(id).attributes, &path, &metadata)?;
         let whiteout = upper.node(id).kind.is_whiteout();
-        if metadata.is_dir() && !whiteout && (!same || !attributes.xattrs.is_empty()) {
+        if metadata.is_dir() && !whiteout && !(is_directory && same) {
             let attributes = &mut upper.node_mut(id).attributes;
             attributes.xattrs.insert(REPLACES.to_vec(), b"y".to_vec());
         }
         if is_directory && !upper.node(id).attributes.xattrs.contains_key(&opaque[..]) {
             prune(upper, id, &path, removed)?;
         }
-        if unchanged(upper, id, &path, &metadata)? {
+        if same && same_kind(upper, id, &path, &metadata)? {
             upper.remove(directory, &name);
             *removed += 1;
         }
@@ -60,15 +60,10 @@ fn prune(
     Ok(())
 }
 
-fn unchanged(upper: &Tree, id: NodeId, path: &Path, base: &Metadata) -> Result<bool, ImportError> {
-    let node = upper.node(id);
-    if !same_attributes(&node.attributes, base) {
-        return Ok(false);
-    }
-    match &node.kind {
-        Kind::Directory(entries) => {
-            Ok(entries.is_empty() && base.is_dir() && node.attributes.xattrs.is_empty())
-        }
+/// True for what has the same content; for a directory, which holds nothing that is new.
+fn same_kind(upper: &Tree, id: NodeId, path: &Path, base: &Metadata) -> Result<bool, ImportError> {
+    match &upper.node(id).kind {
+        Kind::Directory(entries) => Ok(entries.is_empty() && base.is_dir()),
         Kind::Symlink(target) => {
             let old = fs::read_link(path).ok();
             Ok(old.is_some_and(|old| old.as_os_str().as_bytes() == &target[..]))
@@ -78,10 +73,15 @@ fn unchanged(upper: &Tree, id: NodeId, path: &Path, base: &Metadata) -> Result<b
     }
 }
 
-fn same_attributes(attributes: &Attributes, base: &Metadata) -> bool {
-    u32::from(attributes.mode) == base.mode() & 0o7777
+fn same_attributes(
+    attributes: &Attributes,
+    path: &Path,
+    base: &Metadata,
+) -> Result<bool, ImportError> {
+    let same = u32::from(attributes.mode) == base.mode() & 0o7777
         && attributes.uid == base.uid()
-        && attributes.gid == base.gid()
+        && attributes.gid == base.gid();
+    Ok(same && attributes.xattrs == read_xattrs(path)?)
 }
 
 fn same_content(data: &FileData, path: &Path) -> Result<bool, ImportError> {
@@ -140,6 +140,53 @@ mod tests {
         };
         let paths = ["same", "mode", "new", "link", "file", "mode/file"];
         assert_eq!(paths.map(marked), [false, true, false, true, true, false]);
+    }
+
+    #[test]
+    fn extended_attributes_that_came_or_went_are_changes() {
+        use rustix::fs::{XattrFlags, lsetxattr};
+        let host = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (base, upper) = (host.path().join("base"), host.path().join("upper"));
+        for root in [&base, &upper] {
+            for directory in ["came.d", "went.d", "same.d"] {
+                fs::create_dir_all(root.join(directory)).unwrap();
+            }
+            for file in ["came", "went", "same", "other"] {
+                fs::write(root.join(file), b"tool").unwrap();
+            }
+        }
+        let set = |root: &Path, path: &str, value: &[u8]| {
+            lsetxattr(root.join(path), "user.mark", value, XattrFlags::empty())
+        };
+        if set(&upper, "came", b"1").is_err() {
+            println!("SKIPPED extended_attributes_that_came: not on this file system");
+            return;
+        }
+        set(&upper, "came.d", b"1").unwrap();
+        for (path, here) in [("went", b"1"), ("went.d", b"1"), ("other", b"1")] {
+            set(&base, path, here).unwrap();
+        }
+        set(&upper, "other", b"2").unwrap();
+        for root in [&base, &upper] {
+            set(root, "same", b"1").unwrap();
+            set(root, "same.d", b"1").unwrap();
+        }
+        let mut tree = read_directory(&upper, Ownership::Keep).unwrap().tree;
+        assert_eq!(remove_unchanged(&mut tree, &base).unwrap(), 2);
+        let left: Vec<_> = tree.entries(ROOT).unwrap().iter().collect();
+        let left = left.into_iter().map(|(name, &id)| {
+            let marked = tree.node(id).attributes.xattrs.contains_key(REPLACES);
+            (String::from_utf8_lossy(name).into_owned(), marked)
+        });
+        let expected = [
+            ("came", false),
+            ("came.d", true),
+            ("other", false),
+            ("went", false),
+            ("went.d", true),
+        ];
+        let expected = expected.map(|(name, marked)| (name.to_owned(), marked));
+        assert_eq!(left.collect::<Vec<_>>(), expected);
     }
 
     #[test]

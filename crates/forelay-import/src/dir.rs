@@ -223,7 +223,8 @@ pub(crate) fn kept_xattr(name: &[u8]) -> bool {
     }
 }
 
-fn read_xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, ImportError> {
+/// The extended attributes of what is at `path`, not following a link, that are kept.
+pub(crate) fn read_xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, ImportError> {
     let mut xattrs = BTreeMap::new();
     let mut names = vec![0u8; 256];
     let used = loop {

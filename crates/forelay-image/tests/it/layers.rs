@@ -251,13 +251,26 @@ fn a_link_is_followed_as_the_layers_below_have_it() {
 fn what_went_through_a_link_stays_when_a_later_layer_removes_the_link() {
     let base = build(&with_links(&[("/srv/x/1", b"")], &[("/opt/x", "/srv/x")]));
     let first = build(&tree(&[("/opt/x/file", b"")]));
-    let mut top = Tree::new();
+    for (removed, left) in [("/opt/x", &["", "/opt"][..]), ("/opt", &[""])] {
+        let mut top = Tree::new();
+        let whiteout = with_attributes(0, None, Kind::CharDevice { major: 0, minor: 0 });
+        top.insert_path(removed.as_bytes(), whiteout).unwrap();
+        let layers = [&base, &first, &build(&top)];
+        let composed = compose_all(&layers, &Tree::new(), MapLayout::Devices);
+        let stay = ["/srv", "/srv/x", "/srv/x/1", "/srv/x/file"];
+        assert_eq!(paths(&composed, &layers), [left, &stay].concat());
+    }
+}
+
+#[test]
+fn a_directory_that_may_be_removed_through_a_link_is_not_in_the_way() {
+    let base = build(&with_links(&[("/a/b/1", b"")], &[("/x", "a")]));
+    let mut first = Tree::new();
     let whiteout = with_attributes(0, None, Kind::CharDevice { major: 0, minor: 0 });
-    top.insert_path(b"/opt/x", whiteout).unwrap();
-    let layers = [&base, &first, &build(&top)];
+    first.insert_path(b"/x/b", whiteout).unwrap();
+    let layers = [&base, &build(&first), &build(&tree(&[("/a/b", b"")]))];
     let composed = compose_all(&layers, &Tree::new(), MapLayout::Devices);
-    let expected = ["", "/opt", "/srv", "/srv/x", "/srv/x/1", "/srv/x/file"];
-    assert_eq!(paths(&composed, &layers), expected);
+    assert_eq!(paths(&composed, &layers), ["", "/a", "/a/b", "/x"]);
 }
 
 #[test]

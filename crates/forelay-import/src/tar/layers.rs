@@ -7,8 +7,8 @@
 
 use std::collections::BTreeSet;
 
-use forelay_image::erofs::xattr::OPAQUE;
-use forelay_image::tree::{Attributes, Kind, Node, Tree, TreeError};
+use forelay_image::erofs::xattr::{OPAQUE, REPLACES};
+use forelay_image::tree::{Attributes, Kind, Node, NodeId, Tree, TreeError};
 
 const PREFIX: &[u8] = b".wh.";
 const OPAQUE_MARK: &[u8] = b".wh..wh..opq";
@@ -61,23 +61,45 @@ impl Deletions {
         self.most_nodes
     }
 
-    /// Puts them into the tree that the archive gave; returns a note if there are any.
+    /// Puts them into the tree that the archive gave; returns a note if there are any. An
+    /// archive that deletes is a layer: what it has stands as it is, whatever lies below.
     pub(super) fn apply(self, tree: &mut Tree) -> Result<Option<String>, TreeError> {
         let count = self.paths.len() + self.opaque.len();
+        if count == 0 {
+            return Ok(None);
+        }
+        for id in tree.reachable().into_iter().skip(1) {
+            let attributes = &tree.node(id).attributes;
+            // A directory that names only lead through is not the archive's.
+            if *attributes != Attributes::with_mode(0o755) || tree.entries(id).is_none() {
+                mark(tree, id, REPLACES);
+            }
+        }
         for path in self.paths {
-            if tree.lookup(&path).is_none() {
-                let attributes = Attributes::with_mode(0);
-                let kind = Kind::CharDevice { major: 0, minor: 0 };
-                tree.insert_path(&path, Node { attributes, kind })?;
+            match tree.lookup(&path) {
+                // Nothing of a directory that was deleted and made again is merged.
+                Some(id) if tree.entries(id).is_some() => mark(tree, id, OPAQUE),
+                Some(_) => {}
+                None => {
+                    let attributes = Attributes::with_mode(0);
+                    let kind = Kind::CharDevice { major: 0, minor: 0 };
+                    tree.insert_path(&path, Node { attributes, kind })?;
+                }
             }
         }
         for path in self.opaque {
             let id = tree.make_directories(&path)?;
-            let attributes = &mut tree.node_mut(id).attributes;
-            attributes.xattrs.insert(OPAQUE.to_vec(), b"y".to_vec());
+            mark(tree, id, OPAQUE);
         }
-        Ok((count > 0).then(|| format!("deletes {count} names below it, as a layer of an image")))
+        Ok(Some(format!(
+            "deletes {count} names below it, as a layer of an image"
+        )))
     }
+}
+
+fn mark(tree: &mut Tree, id: NodeId, name: &[u8]) {
+    let xattrs = &mut tree.node_mut(id).attributes.xattrs;
+    xattrs.insert(name.to_vec(), b"y".to_vec());
 }
 
 /// True for what `docker save` and its like write: an archive of whole images.

@@ -176,6 +176,7 @@ impl TarReader<'_> {
     }
 
     fn finish(mut self) -> Result<Files, ImportError> {
+        acl::encode_all(&mut self.tree, &mut self.left_out);
         let deleted = self.deletions.apply(&mut self.tree);
         let mut notes: Vec<String> = deleted
             .map_err(tree_error(&self.shown))?
@@ -439,7 +440,7 @@ impl TarReader<'_> {
         Ok(make(major, minor))
     }
 
-    /// The attributes that an image keeps.
+    /// The attributes that an image keeps; access control lists are texts until the end.
     fn xattrs(&mut self, extensions: &Extensions) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let mut xattrs = BTreeMap::new();
         for (key, value) in &extensions.pax {
@@ -451,40 +452,17 @@ impl TarReader<'_> {
                     let name = String::from_utf8_lossy(name).into_owned();
                     self.left_out.insert(name);
                 }
+                None if acl::is_list(key) => drop(xattrs.insert(key.clone(), value.clone())),
                 None => {
                     if let Some(kind) = key.strip_prefix(b"SCHILY.acl.") {
-                        self.acl(kind, value, &mut xattrs);
+                        let kind = String::from_utf8_lossy(kind);
+                        let lists = format!("access control lists of kind {kind:?}");
+                        self.left_out.insert(lists);
                     }
                 }
             }
         }
         xattrs
-    }
-
-    /// Adds an access control list to the attributes.
-    fn acl(&mut self, kind: &[u8], text: &[u8], xattrs: &mut BTreeMap<Vec<u8>, Vec<u8>>) {
-        let name: &[u8] = match kind {
-            b"access" => b"system.posix_acl_access",
-            b"default" => b"system.posix_acl_default",
-            _ => {
-                let kind = String::from_utf8_lossy(kind);
-                self.left_out
-                    .insert(format!("access control lists of kind {kind:?}"));
-                return;
-            }
-        };
-        match acl::encode(text, kind == b"default", &self.tree) {
-            Ok(Some(value)) => drop(xattrs.insert(name.to_vec(), value)),
-            Ok(None) => {}
-            Err(acl::Unkept::Malformed) => {
-                self.left_out
-                    .insert("a malformed access control list".to_owned());
-            }
-            Err(acl::Unkept::Account(name)) => {
-                let unknown = format!("an access control list for {name:?}, whose id is not known");
-                self.left_out.insert(unknown);
-            }
-        }
     }
 
     fn attributes(

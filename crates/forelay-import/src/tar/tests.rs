@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
+use forelay_image::erofs::xattr::{OPAQUE, REPLACES};
 use tar::Builder;
 
 use super::*;
@@ -339,6 +340,54 @@ fn attributes_that_an_image_cannot_hold_are_left_out_and_named() {
 }
 
 #[test]
+fn lists_name_the_archives_accounts_and_one_left_out_widens_no_rights() {
+    let mut builder = Builder::new(Vec::new());
+    let lists = [
+        ("named", "user::rw-,user:me:r--,group::---,mask::rw-,other::---"),
+        ("unknown", "user::rw-,user:stranger:rw-,group::---,mask::rw-,other::---"),
+        ("within", "user::rw-,group:strangers:rw-,group::rwx,mask::r-x,other::---"),
+        ("malformed", "user::rw-,group::r--,mask::rw-,nonsense"),
+        ("empty", "nonsense"),
+        ("directory", "user::rw-,user:stranger:rw-,group::---,mask::rw-,other::---"),
+    ];
+    for (name, list) in lists {
+        let list = [("SCHILY.acl.access", list.as_bytes())];
+        builder.append_pax_extensions(list).unwrap();
+        let mut header = Header::new_ustar();
+        let kind = match name {
+            "directory" => EntryType::Directory,
+            _ => EntryType::Regular,
+        };
+        header.set_entry_type(kind);
+        header.set_size(0);
+        header.set_mode(0o660);
+        builder.append_data(&mut header, name, &b""[..]).unwrap();
+    }
+    let passwd = b"me:x:1234:1234::/:/bin/sh\nme:x:1:1::/:\n";
+    entry(&mut builder, EntryType::Regular, b"etc/passwd", passwd);
+    let imported = import(&builder.into_inner().unwrap()).unwrap();
+    let attributes = |path: &str| {
+        let id = imported.tree.lookup(path.as_bytes()).unwrap();
+        &imported.tree.node(id).attributes
+    };
+    let named = attributes("named");
+    assert_eq!(named.mode, 0o660);
+    let value = &named.xattrs[&b"system.posix_acl_access"[..]];
+    assert_eq!(value[4 + 8..4 + 16], [2, 0, 4, 0, 0xd2, 4, 0, 0]);
+    for (path, mode) in [
+        ("unknown", 0o600),
+        ("within", 0o650),
+        ("malformed", 0o640),
+        ("empty", 0o600),
+        ("directory", 0o600),
+    ] {
+        assert_eq!(attributes(path).mode, mode, "{path}");
+        assert!(attributes(path).xattrs.is_empty(), "{path}");
+    }
+    assert!(imported.notes[0].contains("stranger"), "{:?}", imported.notes);
+}
+
+#[test]
 fn deletions_of_an_image_layer_become_those_of_overlayfs() {
     use EntryType::{Directory, Regular};
     let imported = import(&archive(&[
@@ -370,6 +419,40 @@ fn deletions_of_an_image_layer_become_those_of_overlayfs() {
     for name in [".wh.", "etc/.wh..", "etc/.wh..."] {
         let error = import(&archive(&[(Regular, name, "")])).err().unwrap();
         assert!(error.to_string().contains(".wh."), "{error}");
+    }
+}
+
+#[test]
+fn what_an_image_layer_has_stands_as_it_is() {
+    use EntryType::{Directory, Regular, Symlink};
+    let entries = [
+        (Regular, "etc/.wh.x.d", ""),
+        (Symlink, "etc/x.d", "../y"),
+        (Directory, "etc/again/", ""),
+        (Regular, "etc/again/new", "x"),
+        (Regular, "etc/.wh.again", ""),
+        (Directory, "opt/", ""),
+        (Symlink, "opt/dir", "elsewhere"),
+    ];
+    let marks = |imported: &Imported, path: &str| {
+        let id = imported.tree.lookup(path.as_bytes()).unwrap();
+        let xattrs = &imported.tree.node(id).attributes.xattrs;
+        [REPLACES, OPAQUE].map(|mark| xattrs.get(mark).is_some_and(|value| value == b"y"))
+    };
+    let imported = import(&archive(&entries)).unwrap();
+    for (path, expected) in [
+        ("etc", [false, false]),
+        ("etc/x.d", [true, false]),
+        ("etc/again", [true, true]),
+        ("etc/again/new", [true, false]),
+        ("opt", [true, false]),
+        ("opt/dir", [true, false]),
+    ] {
+        assert_eq!(marks(&imported, path), expected, "{path}");
+    }
+    let files = import(&archive(&[entries[1], entries[5], entries[6]])).unwrap();
+    for path in ["etc", "etc/x.d", "opt", "opt/dir"] {
+        assert_eq!(marks(&files, path), [false; 2], "{path}");
     }
 }
 

@@ -4,7 +4,7 @@
 //! Their entries belong to the directory that the link leads to. Where that is, only the
 //! merged layers below tell; so the layers are merged without such directories, the links
 //! are followed in the result, and the layers are merged once more with what was found, until
-//! nothing is open. Images that were built on their base have no such directories, and are
+//! nothing is open. Before what a layer hides, all that is below that layer is settled. Images that were built on their base have no such directories, and are
 //! merged once.
 //!
 //! Owns where links lead. Invariant: a layer's directory goes where its link leads in the
@@ -79,28 +79,56 @@ impl Ways {
 
 /// Merges all `sources`, the last of which is the VM's own.
 pub(super) fn merge(sources: &mut [Source<'_>]) -> Result<Merged, ComposeError> {
-    let own = sources.len() - 1;
-    let mut ways = Ways::default();
-    // Each round settles a layer's directories at one depth.
-    let rounds = sources.len() * 4 + 64;
-    for _ in 0..rounds {
-        let mut merged = walk(sources, &ways, own)?;
-        let open = std::mem::take(&mut merged.open);
-        let Some(lowest) = open.iter().map(|open| open.layer).min() else {
-            return Ok(merged);
-        };
-        let below = &mut sources[..usize::from(lowest)];
-        below.iter_mut().for_each(Source::reset);
-        let merged = walk(below, &ways, own)?;
-        for open in open.into_iter().filter(|open| open.layer == lowest) {
-            let way = follow(&merged, below, &open.path);
-            ways.learn(open, way);
+    let mut search = Search {
+        ways: Ways::default(),
+        own: sources.len() - 1,
+        settled: vec![false; sources.len()],
+        // Each round settles a layer's directories at one depth.
+        rounds: sources.len() * 4 + 64,
+    };
+    search.merge(sources)
+}
+
+struct Search {
+    ways: Ways,
+    own: usize,
+    /// Layers below which no directory is open.
+    settled: Vec<bool>,
+    /// How often the layers may still be merged.
+    rounds: usize,
+}
+
+impl Search {
+    /// Merges the lowest layers, finding all ways in them.
+    fn merge(&mut self, sources: &mut [Source<'_>]) -> Result<Merged, ComposeError> {
+        while self.rounds > 0 {
+            self.rounds -= 1;
+            let mut merged = walk(sources, &self.ways, self.own)?;
+            let unsettled = |hider: &&u16| !self.settled[usize::from(**hider)];
+            if let Some(&hider) = merged.hiders.iter().find(unsettled) {
+                let below = &mut sources[..usize::from(hider)];
+                below.iter_mut().for_each(Source::reset);
+                self.merge(below)?;
+                self.settled[usize::from(hider)] = true;
+            } else {
+                let open = std::mem::take(&mut merged.open);
+                let Some(lowest) = open.iter().map(|open| open.layer).min() else {
+                    return merged.refused.take().map_or(Ok(merged), Err);
+                };
+                let below = &mut sources[..usize::from(lowest)];
+                below.iter_mut().for_each(Source::reset);
+                let merged = walk(below, &self.ways, self.own)?;
+                for open in open.into_iter().filter(|open| open.layer == lowest) {
+                    let way = follow(&merged, below, &open.path);
+                    self.ways.learn(open, way);
+                }
+            }
+            sources.iter_mut().for_each(Source::reset);
         }
-        sources.iter_mut().for_each(Source::reset);
+        Err(ComposeError::TooLarge(
+            "directories on links to directories, too deep",
+        ))
     }
-    Err(ComposeError::TooLarge(
-        "directories on links to directories, too deep",
-    ))
 }
 
 /// Where the link at `path` leads in the merged layers.

@@ -44,6 +44,8 @@ pub(super) struct Laid {
     /// Directories that stand on a link of which it is not known where it leads. They are
     /// left out.
     pub open: Vec<usize>,
+    /// What hides directories of several layers, in which some may stand on links.
+    pub hiders: Vec<usize>,
 }
 
 /// Lays `items` over each other, the first lowest. The error names the entry that cannot
@@ -57,10 +59,8 @@ pub(super) fn lay(items: &[Item<'_>]) -> Result<Laid, (usize, usize)> {
         match (item.shape, below) {
             // Directories on a link that is removed have gone through it before.
             (Whiteout, _) => {
-                laid = Laid {
-                    open: std::mem::take(&mut laid.open),
-                    ..Laid::default()
-                };
+                laid.replace(number);
+                (laid.visible, laid.lost) = Default::default();
             }
             (Directory, Some(Directory)) if !item.opaque => laid.visible.push(number),
             (Directory, Some(Link)) if !meant => match item.way {
@@ -81,6 +81,9 @@ pub(super) fn lay(items: &[Item<'_>]) -> Result<Laid, (usize, usize)> {
 
 impl Laid {
     fn replace(&mut self, number: usize) {
+        if self.visible.len() > 1 {
+            self.hiders.push(number);
+        }
         self.lost.append(&mut self.visible);
         self.visible.push(number);
     }

@@ -4,7 +4,7 @@
 //! directory are consecutive in `entries`, sorted by name, with `.` and `..`; node 0 is the
 //! root; a node's directory comes before it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use super::conflict::{self, Candidate};
 use super::layer::{Marks, Source};
@@ -72,6 +72,10 @@ pub(super) struct Merged {
     pub conflicts: Vec<FileConflict>,
     /// Directories that were left out, since it is not known yet where they go.
     pub open: Vec<OpenDirectory>,
+    /// Layers that hide directories of several layers below them.
+    pub hiders: BTreeSet<u16>,
+    /// Why it cannot be, unless what is open changes that.
+    pub refused: Option<ComposeError>,
 }
 
 /// A layer's directory that stands on a link of the layers below.
@@ -175,6 +179,8 @@ pub(super) fn walk(
             rewritten: Vec::new(),
             conflicts: Vec::new(),
             open: Vec::new(),
+            hiders: BTreeSet::new(),
+            refused: None,
         },
         contributors: Vec::new(),
         linked: HashMap::new(),
@@ -355,14 +361,21 @@ impl<'a> Walker<'_, 'a> {
             group = self.with_landings(&path[1..], from);
         }
         let items: Vec<Item<'_>> = group.iter().map(|found| self.item(found)).collect();
-        let laid = lay(&items).map_err(|(above, below)| {
-            let layer = |number: usize| usize::from(group[number].0);
-            ComposeError::OverDirectory {
-                path: String::from_utf8_lossy(&self.path(index, raw[0].name)).into_owned(),
-                layer: layer(above),
-                below: layer(below),
+        let laid = match lay(&items) {
+            Ok(laid) => laid,
+            Err((above, below)) => {
+                let layer = |number: usize| usize::from(group[number].0);
+                let refused = ComposeError::OverDirectory {
+                    path: String::from_utf8_lossy(&self.path(index, raw[0].name)).into_owned(),
+                    layer: layer(above),
+                    below: layer(below),
+                };
+                self.out.refused.get_or_insert(refused);
+                return Ok(None);
             }
-        })?;
+        };
+        let hiders = laid.hiders.iter().map(|&number| group[number].0);
+        self.out.hiders.extend(hiders);
         for &open in &laid.open {
             let path = self.path(index, raw[0].name);
             let (layer, at, _) = group[open];
