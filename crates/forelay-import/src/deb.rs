@@ -278,8 +278,17 @@ mod tests {
             tree.insert_path(path.as_bytes(), node).unwrap();
         }
         merge_usr(&mut tree, Path::new("a.tar")).unwrap();
-        for path in ["bin/tool", "bin/up", "lib/d/real", "lib/d/l/file", "sbin/gone"] {
-            assert!(tree.file(format!("usr/{path}").as_bytes()).is_some(), "{path}");
+        for path in [
+            "bin/tool",
+            "bin/up",
+            "lib/d/real",
+            "lib/d/l/file",
+            "sbin/gone",
+        ] {
+            assert!(
+                tree.file(format!("usr/{path}").as_bytes()).is_some(),
+                "{path}"
+            );
         }
         for (path, expected) in [("usr/bin/chain", "chain-1"), ("usr/bin/back", "back-1")] {
             let kind = &tree.node(tree.lookup(path.as_bytes()).unwrap()).kind;

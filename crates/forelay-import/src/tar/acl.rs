@@ -176,11 +176,7 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
 
 /// The attribute's value for a list in words; nothing for an empty one. A list of what
 /// permission bits say (owner, group, others) is kept as Linux would: only as a default.
-fn encode(
-    text: &[u8],
-    is_default: bool,
-    accounts: &Accounts,
-) -> Result<Option<Vec<u8>>, Unkept> {
+fn encode(text: &[u8], is_default: bool, accounts: &Accounts) -> Result<Option<Vec<u8>>, Unkept> {
     let text = std::str::from_utf8(text).map_err(|_| Unkept::Malformed)?;
     let entries = lines(text).map(|line| entry(line, accounts));
     let mut entries: Vec<(u16, u32, u16)> = entries.collect::<Result<_, _>>()?;

@@ -190,7 +190,9 @@ fn names_that_are_deep_or_make_too_many_directories_are_refused() {
     assert!(error.to_string().contains("directories deep"), "{error}");
     let target = long("a", 300, "d");
     let link = [(EntryType::Symlink, "l", &target[..])];
-    let error = import(&placed(&link, &[long("l", 300, "f")])).err().unwrap();
+    let error = import(&placed(&link, &[long("l", 300, "f")]))
+        .err()
+        .unwrap();
     assert!(error.to_string().contains("directories deep"), "{error}");
 
     let directory = tempfile::tempdir().unwrap();
@@ -343,12 +345,24 @@ fn attributes_that_an_image_cannot_hold_are_left_out_and_named() {
 fn lists_name_the_archives_accounts_and_one_left_out_widens_no_rights() {
     let mut builder = Builder::new(Vec::new());
     let lists = [
-        ("named", "user::rw-,user:me:r--,group::---,mask::rw-,other::---"),
-        ("unknown", "user::rw-,user:stranger:rw-,group::---,mask::rw-,other::---"),
-        ("within", "user::rw-,group:strangers:rw-,group::rwx,mask::r-x,other::---"),
+        (
+            "named",
+            "user::rw-,user:me:r--,group::---,mask::rw-,other::---",
+        ),
+        (
+            "unknown",
+            "user::rw-,user:stranger:rw-,group::---,mask::rw-,other::---",
+        ),
+        (
+            "within",
+            "user::rw-,group:strangers:rw-,group::rwx,mask::r-x,other::---",
+        ),
         ("malformed", "user::rw-,group::r--,mask::rw-,nonsense"),
         ("empty", "nonsense"),
-        ("directory", "user::rw-,user:stranger:rw-,group::---,mask::rw-,other::---"),
+        (
+            "directory",
+            "user::rw-,user:stranger:rw-,group::---,mask::rw-,other::---",
+        ),
     ];
     for (name, list) in lists {
         let list = [("SCHILY.acl.access", list.as_bytes())];
@@ -384,7 +398,11 @@ fn lists_name_the_archives_accounts_and_one_left_out_widens_no_rights() {
         assert_eq!(attributes(path).mode, mode, "{path}");
         assert!(attributes(path).xattrs.is_empty(), "{path}");
     }
-    assert!(imported.notes[0].contains("stranger"), "{:?}", imported.notes);
+    assert!(
+        imported.notes[0].contains("stranger"),
+        "{:?}",
+        imported.notes
+    );
 }
 
 #[test]
