@@ -40,7 +40,6 @@ const REMOVED: &[&str] = &[
     "etc/subgid-",
     "etc/hostname",
     "etc/resolv.conf",
-    "etc/mailname",
     "usr/sbin/policy-rc.d",
     "var/cache/debconf/config.dat-old",
     "var/cache/debconf/templates.dat-old",
@@ -61,6 +60,9 @@ const REMOVED: &[&str] = &[
     "var/log/dpkg.log",
     "var/log/fontconfig.log",
 ];
+
+/// The key pair that ssl-cert makes, in words.
+pub(crate) const SNAKEOIL_LEFT_OUT: &str = "the self-signed certificate of ssl-cert";
 
 /// Removes caches, logs, locks, backups and traces of the host from `tree`.
 pub fn remove_noise(tree: &mut Tree) {
@@ -111,10 +113,9 @@ pub fn remove_secrets(tree: &mut Tree) -> Vec<String> {
                 tree.remove_path(&path);
             }
         }
-        removed.push(
-            "the self-signed certificate of ssl-cert (make-ssl-cert generate-default-snakeoil)"
-                .to_owned(),
-        );
+        removed.push(format!(
+            "{SNAKEOIL_LEFT_OUT} (make-ssl-cert generate-default-snakeoil)"
+        ));
     }
     removed
 }

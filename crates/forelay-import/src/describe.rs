@@ -9,6 +9,7 @@ use forelay_image::component::{Capability, NameRange, Requirement, Role};
 use forelay_image::tree::Tree;
 
 use crate::base::made;
+use crate::clean::SNAKEOIL_LEFT_OUT;
 use crate::draft::Draft;
 use crate::entrypoint::{Start, from_unit, known_start, run_directories};
 use crate::error::{ImportError, text_of, tree_error};
@@ -108,7 +109,7 @@ fn find_entrypoint(
     let start = match known_start(first).or_else(|| known_start(main_name)) {
         Some(start) => start,
         None => match unit_of(tree, first, main, installed)? {
-            Some((name, text)) => from_unit(&text, &name, &run_directories(&tmpfiles(tree)?)),
+            Some((name, text)) => from_unit(&text, &name, &prepare(tree, notes)?),
             None => return Ok(Vec::new()),
         },
     };
@@ -125,6 +126,18 @@ fn find_entrypoint(
             Ok(Vec::new())
         }
     }
+}
+
+/// What a start script does first: the directories that a boot would make, and a certificate
+/// of the VM's own where the build's was left out.
+fn prepare(tree: &Tree, notes: &[String]) -> Result<Vec<String>, ImportError> {
+    let mut lines = run_directories(&tmpfiles(tree)?);
+    if notes.iter().any(|note| note.contains(SNAKEOIL_LEFT_OUT)) {
+        let pem = "/etc/ssl/certs/ssl-cert-snakeoil.pem";
+        let make = "make-ssl-cert generate-default-snakeoil";
+        lines.push(format!("[ -e {pem} ] || {make} || :"));
+    }
+    Ok(lines)
 }
 
 /// What the packages ask `systemd-tmpfiles` for.
