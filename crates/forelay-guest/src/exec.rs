@@ -26,7 +26,7 @@ use forelay_guest_protocol::messages::{
 };
 
 use crate::process::{self, Reaper};
-use crate::sys::{self, Event};
+use crate::sys::{self, WakeUp};
 
 /// Programs that may run at once.
 const MAX_RUNNING: usize = 64;
@@ -61,7 +61,7 @@ impl Port {
 /// What the host and the reaper say to the thread that serves a program.
 struct Inbox {
     news: Mutex<News>,
-    wake: Event,
+    wake: WakeUp,
 }
 
 #[derive(Default)]
@@ -152,7 +152,7 @@ impl Execs {
         let failed = |error: io::Error| (ErrorKind::Failed, error.to_string());
         let inbox = Arc::new(Inbox {
             news: Mutex::default(),
-            wake: Event::new().map_err(failed)?,
+            wake: WakeUp::new().map_err(failed)?,
         });
         {
             let mut running = self.running();

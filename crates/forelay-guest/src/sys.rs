@@ -112,9 +112,9 @@ pub fn power_off() -> io::Error {
 }
 
 /// Wakes a thread that waits in [`poll`].
-pub struct Event(OwnedFd);
+pub struct WakeUp(OwnedFd);
 
-impl Event {
+impl WakeUp {
     /// One that is not set.
     pub fn new() -> io::Result<Self> {
         // SAFETY: no memory is passed.
@@ -139,7 +139,7 @@ impl Event {
     }
 }
 
-impl AsFd for Event {
+impl AsFd for WakeUp {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

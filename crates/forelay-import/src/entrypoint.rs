@@ -157,15 +157,9 @@ pub fn from_unit(unit: &str, name: &str, prepare: &[String]) -> Start {
     }
 }
 
-fn script(service: &Service<'_>, user: Option<&str>, command: &str, prepare: &[String]) -> String {
-    let mut text = String::from(
-        "#!/bin/sh\n# Made by Forelay from the package's systemd unit: starts the service in the \
-         foreground.\nset -eu\n",
-    );
-    let group = service.last("Group").or(user);
-    let owner = user.map_or(String::new(), |user| {
-        format!("-o {user} -g {} ", group.unwrap_or(user))
-    });
+/// Commands that make the directories that a unit asks for.
+fn directories(service: &Service<'_>, owner: &str) -> String {
+    let mut text = String::new();
     for (setting, place, mode_setting) in [
         ("RuntimeDirectory", "/run", "RuntimeDirectoryMode"),
         ("StateDirectory", "/var/lib", "StateDirectoryMode"),
@@ -177,9 +171,12 @@ fn script(service: &Service<'_>, user: Option<&str>, command: &str, prepare: &[S
             text.push_str(&format!("install -d {owner}-m {mode} {place}/{name}\n"));
         }
     }
-    for line in prepare {
-        text.push_str(&format!("{line}\n"));
-    }
+    text
+}
+
+/// Commands that set the environment of a unit.
+fn environment(service: &Service<'_>) -> String {
+    let mut text = String::new();
     for setting in service.all("Environment") {
         text.push_str(&format!("export {setting}\n"));
     }
@@ -192,6 +189,23 @@ fn script(service: &Service<'_>, user: Option<&str>, command: &str, prepare: &[S
         }
         text.push_str("set +a\n");
     }
+    text
+}
+
+fn script(service: &Service<'_>, user: Option<&str>, command: &str, prepare: &[String]) -> String {
+    let mut text = String::from(
+        "#!/bin/sh\n# Made by Forelay from the package's systemd unit: starts the service in the \
+         foreground.\nset -eu\n",
+    );
+    let group = service.last("Group").or(user);
+    let owner = user.map_or(String::new(), |user| {
+        format!("-o {user} -g {} ", group.unwrap_or(user))
+    });
+    text.push_str(&directories(service, &owner));
+    for line in prepare {
+        text.push_str(&format!("{line}\n"));
+    }
+    text.push_str(&environment(service));
     // systemd replaces an unset variable by nothing.
     text.push_str("set +u\n");
     if let Some(directory) = service.last("WorkingDirectory") {
