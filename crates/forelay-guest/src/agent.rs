@@ -34,6 +34,8 @@ use crate::{devices, ready, sys};
 const QUEUE_MESSAGES: usize = 256;
 /// Requests that may be worked on at once.
 const MAX_RUNNING: usize = 32;
+/// How long the console may take for the entrypoint's last output.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Environment variable that carries [`Mounted`] to an agent beside an init.
 const MOUNTED_VARIABLE: &str = "FORELAY_MOUNTED";
 
@@ -359,9 +361,17 @@ impl Agent {
     }
 
     fn entrypoint_ended(&self, status: ExitStatus) {
-        // Who hears of the end finds the last output in the console's log.
-        if let Ok(terminal) = File::options().write(true).open("/dev/console") {
-            sys::drain(terminal.as_fd());
+        // Who hears of the end finds the last output in the console's log, unless nothing
+        // takes it.
+        let (done, drained) = mpsc::channel();
+        let draining = thread("drain", move || {
+            if let Ok(terminal) = File::options().write(true).open("/dev/console") {
+                sys::drain(terminal.as_fd());
+            }
+            let _ = done.send(());
+        });
+        if draining.is_ok() {
+            let _ = drained.recv_timeout(DRAIN_LIMIT);
         }
         self.status().exited = Some(status);
         self.send(GuestMessage::Exited(status));

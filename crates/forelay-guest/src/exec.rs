@@ -91,6 +91,15 @@ impl Inbox {
 #[derive(Default)]
 pub struct Execs {
     running: Mutex<HashMap<u64, Arc<Inbox>>>,
+    orphans: Mutex<Orphans>,
+}
+
+/// Pipes of programs that have ended, in the hands of children that live on.
+#[derive(Default)]
+struct Orphans {
+    added: Vec<File>,
+    /// Wakes the thread that reads them all; none if there are none.
+    reader: Option<Arc<Inbox>>,
 }
 
 impl Execs {
@@ -181,15 +190,55 @@ impl Execs {
                 let result = Reply::Started;
                 port.send(&GuestMessage::Reply { id, result });
                 let status = program.serve();
+                let pipes = program.outputs.into_iter().filter_map(|output| output.pipe);
+                let pipes = pipes.collect();
                 execs.running().remove(&id);
                 port.send(&GuestMessage::Ended { id, status });
-                program.discard();
+                execs.discard(pipes, &inbox);
             });
         if let Err(error) = started {
             self.running().remove(&id);
             return Err(failed(error));
         }
         Ok(())
+    }
+
+    fn orphans(&self) -> MutexGuard<'_, Orphans> {
+        self.orphans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has read what children of a program that live on write, so that they are not ended by
+    /// a pipe without a reader. One thread does it for all programs: this one, if there is
+    /// none yet.
+    fn discard(&self, pipes: Vec<File>, inbox: &Arc<Inbox>) {
+        {
+            let mut orphans = self.orphans();
+            orphans.added.extend(pipes);
+            if let Some(reader) = &orphans.reader {
+                return reader.wake.set();
+            }
+            orphans.reader = Some(Arc::clone(inbox));
+        }
+        let mut pipes = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            inbox.wake.clear();
+            {
+                let mut orphans = self.orphans();
+                pipes.append(&mut orphans.added);
+                if pipes.is_empty() {
+                    orphans.reader = None;
+                    return;
+                }
+            }
+            let each = pipes.iter().map(File::as_fd);
+            let watched = each.chain([inbox.wake.as_fd()]);
+            let watched: Vec<_> = watched.map(|fd| (Some(fd), libc::POLLIN)).collect();
+            let mut ready = sys::poll(&watched, None).into_iter();
+            pipes.retain_mut(|pipe| {
+                ready.next() != Some(true) || matches!(pipe.read(&mut buffer), Ok(1..))
+            });
+        }
     }
 }
 
@@ -280,7 +329,11 @@ impl<'a> Program<'a> {
         port: &'a Port,
     ) -> Result<Self, (ErrorKind, String)> {
         let program = exec.argv.first().map_or("", String::as_str);
-        let refused = |error: io::Error| (start_failure(&error), format!("{program}: {error}"));
+        let refused = |error: io::Error| {
+            let text = format!("{program:.200}: {error}");
+            // The error may name what the host has sent, which fits no message.
+            (start_failure(&error), format!("{text:.1000}"))
+        };
         let command = process::command(&exec.argv, env, &exec.cwd, &exec.user, false);
         let mut command = command.map_err(refused)?;
         let stdin = if exec.stdin {
@@ -398,7 +451,7 @@ impl<'a> Program<'a> {
     }
 
     /// Waits for anything to do; which of wake, stdin, stdout and stderr have something.
-    fn wait(&self) -> [bool; 4] {
+    fn wait(&self) -> Vec<bool> {
         let stdin = self.stdin.pipe.as_ref();
         let stdin = stdin.filter(|_| !self.stdin.pending.is_empty());
         let due = if self.exited.is_some() {
@@ -410,7 +463,7 @@ impl<'a> Program<'a> {
         let limit = due.map(|due| due.saturating_duration_since(Instant::now()));
         let limit = limit.map(|limit| limit.max(Duration::from_millis(10)));
         sys::poll(
-            [
+            &[
                 (Some(self.inbox.wake.as_fd()), libc::POLLIN),
                 (stdin.map(AsFd::as_fd), libc::POLLOUT),
                 (self.outputs[0].readable(), libc::POLLIN),
@@ -446,31 +499,27 @@ impl<'a> Program<'a> {
             }
         }
     }
-
-    /// Reads what children of the program that live on write, so that they are not ended by
-    /// a pipe without a reader.
-    fn discard(self) {
-        let mut pipes = self.outputs.map(|output| output.pipe);
-        let mut buffer = [0; 4096];
-        while pipes.iter().any(Option::is_some) {
-            let [out, err] = pipes.each_ref();
-            let each = [out, err].map(|pipe| (pipe.as_ref().map(AsFd::as_fd), libc::POLLIN));
-            let ready = sys::poll(each, None);
-            for (pipe, _) in pipes.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
-                let read = pipe.as_mut().map(|pipe| pipe.read(&mut buffer));
-                if !matches!(read, Some(Ok(1..))) {
-                    *pipe = None;
-                }
-            }
-        }
-    }
 }
 
 /// What kept a program from being started, as shells tell it apart.
 pub fn start_failure(error: &io::Error) -> ErrorKind {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => ErrorKind::NotFound,
-        _ => ErrorKind::NotExecutable,
+        Some(
+            libc::E2BIG
+            | libc::EACCES
+            | libc::EINVAL
+            | libc::EISDIR
+            | libc::ELIBBAD
+            | libc::ELOOP
+            | libc::ENAMETOOLONG
+            | libc::ENOEXEC
+            | libc::EPERM
+            | libc::ETXTBSY,
+        ) => ErrorKind::NotExecutable,
+        // Its directory or its user is none.
+        None => ErrorKind::NotExecutable,
+        Some(_) => ErrorKind::Failed,
     }
 }
 
@@ -614,6 +663,40 @@ mod tests {
     }
 
     #[test]
+    fn children_that_live_on_write_to_one_thread() {
+        let mut bench = Bench::new();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for id in 0..5 {
+            // Writes more than a pipe holds.
+            let script = format!(
+                "cd {}; (until [ -e go ]; do sleep 0.01; done; seq 100000; touch done{id}) &",
+                dir.path().display()
+            );
+            bench.start(id, &script, false, 0);
+            assert_eq!(bench.finish(id).2, ExitStatus::Code(0));
+        }
+        let threads = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            let names =
+                tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+            names
+                .filter(|name| name.as_ref().is_ok_and(|name| name == "exec\n"))
+                .count()
+        };
+        while threads() > 1 {
+            std::thread::yield_now();
+        }
+        std::fs::write(at("go"), "").unwrap();
+        while !(0..5).all(|id| at(&format!("done{id}")).exists()) {
+            std::thread::yield_now();
+        }
+        while threads() > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
     fn what_cannot_run_or_must_end_is_told_apart() {
         let mut bench = Bench::new();
         bench.start(1, "trap '' TERM; while :; do sleep 0.01; done", false, 50);
@@ -629,6 +712,8 @@ mod tests {
             ("no-such-program", "", ErrorKind::NotFound),
             (&*plain, "", ErrorKind::NotExecutable),
             ("true", "/no/such/directory", ErrorKind::NotExecutable),
+            (&*"x".repeat(1 << 17), "", ErrorKind::NotExecutable),
+            ("true", &*"\n".repeat(1 << 17), ErrorKind::NotExecutable),
         ];
         for (id, (program, cwd, expected)) in cases.into_iter().enumerate() {
             let exec = Exec {
@@ -647,7 +732,14 @@ mod tests {
                 panic!("{said:?}");
             };
             assert_eq!((of, kind), (id, expected), "{text}");
+            assert!(text.len() <= 1000);
         }
+        let error = io::Error::from_raw_os_error(libc::EAGAIN);
+        assert_eq!(
+            start_failure(&error),
+            ErrorKind::Failed,
+            "not the program's"
+        );
         assert!(bench.execs.running().is_empty());
     }
 }

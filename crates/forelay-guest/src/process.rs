@@ -3,8 +3,9 @@
 //! As PID 1 the agent inherits orphans, so one reaper thread collects every child and hands
 //! the status to whoever started it.
 //!
-//! Invariant: nothing but [`Reaper`] waits for children. `spawn` holds the lock from fork to
-//! registration, and the reaper takes it before it reaps, so no status is lost.
+//! Invariants: nothing but [`Reaper`] waits for children, except that the standard library
+//! waits for one whose exec failed: while a child is being started, only registered ones are
+//! reaped. The lock is not held meanwhile: an exec takes as long as its program's file.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -27,7 +28,23 @@ type Ended = Box<dyn FnOnce(ExitStatus) + Send>;
 /// Collects ended children.
 #[derive(Default)]
 pub struct Reaper {
-    waiting: Mutex<HashMap<i32, Ended>>,
+    children: Mutex<Children>,
+}
+
+#[derive(Default)]
+struct Children {
+    waiting: HashMap<i32, Ended>,
+    /// How many are being started, and not registered yet.
+    starting: usize,
+}
+
+impl Children {
+    /// Reaps a child if it has ended; who is to be told, and what.
+    fn reap(&mut self, pid: i32) -> Option<(Ended, ExitStatus)> {
+        let status = sys::reap(pid)?;
+        let ended = self.waiting.remove(&pid)?;
+        Some((ended, exit_status(status)))
+    }
 }
 
 impl Reaper {
@@ -40,47 +57,60 @@ impl Reaper {
             .name("reaper".into())
             .spawn(move || {
                 loop {
-                    while let Some(pid) = sys::peek_ended_child() {
-                        for_thread.reap(pid);
-                    }
+                    for_thread.reap();
                     sys::wait_sigchld();
                 }
             })?;
         Ok(reaper)
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<i32, Ended>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn children(&self) -> MutexGuard<'_, Children> {
+        self.children.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reap(&self, pid: i32) {
-        let mut waiting = self.waiting();
-        // None: a failed spawn was waited for by the standard library.
-        let Some(status) = sys::reap(pid) else { return };
-        let ended = waiting.remove(&pid);
-        drop(waiting);
-        if let Some(ended) = ended {
-            ended(exit_status(status));
+    fn reap(&self) {
+        let mut children = self.children();
+        let pids: Vec<i32> = children.waiting.keys().copied().collect();
+        let mut told: Vec<_> = pids.iter().filter_map(|pid| children.reap(*pid)).collect();
+        // Orphans, and what has ended since.
+        while children.starting == 0
+            && let Some(pid) = sys::peek_ended_child()
+        {
+            told.extend(children.reap(pid));
+        }
+        drop(children);
+        for (ended, status) in told {
+            ended(status);
         }
     }
 
-    /// Starts a child; `ended` is told its status, on the reaper's thread.
+    /// Starts a child; `ended` is told its status, on the reaper's thread or on this one.
     pub fn spawn(
         &self,
         command: &mut Command,
         ended: impl FnOnce(ExitStatus) + Send + 'static,
     ) -> io::Result<Child> {
-        let mut waiting = self.waiting();
-        let child = command.spawn()?;
-        waiting.insert(child.id() as i32, Box::new(ended));
+        self.children().starting += 1;
+        let child = command.spawn();
+        let mut children = self.children();
+        children.starting -= 1;
+        let child = child?;
+        let pid = child.id() as i32;
+        children.waiting.insert(pid, Box::new(ended));
+        // The signal of an end until now has gone by.
+        let told = children.reap(pid);
+        drop(children);
+        if let Some((ended, status)) = told {
+            ended(status);
+        }
         Ok(child)
     }
 
     /// Signals a child's process group, unless the child was reaped and its number may be
     /// another's.
     pub fn signal_group(&self, pid: i32, signal: i32) {
-        let waiting = self.waiting();
-        if waiting.contains_key(&pid) {
+        let children = self.children();
+        if children.waiting.contains_key(&pid) {
             let _ = sys::kill(-pid, signal);
         }
     }
@@ -247,6 +277,43 @@ mod tests {
         assert_eq!((free.uid, free.gid, &*free.home), (5000, 6000, "/"));
         assert!(find("nobody-here").is_err());
         assert!(find("web:none").is_err());
+    }
+
+    #[test]
+    fn a_start_that_hangs_holds_nothing_else_up() {
+        let reaper = Reaper::start().unwrap();
+        let start = |script: &str| {
+            let (sender, ended) = mpsc::channel();
+            let argv = ["sh", "-c", script].map(str::to_owned);
+            let mut command = command(&argv, &BTreeMap::new(), "", "", false).unwrap();
+            let child = reaper.spawn(&mut command, move |status| sender.send(status).unwrap());
+            (child.unwrap().id() as i32, ended)
+        };
+        let (sleeps, killed) = start("exec sleep 1000");
+        let (hangs, mut go_on) = std::io::pipe().unwrap();
+        let (sender, late) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let slow = scope.spawn(|| {
+                let mut command = Command::new("sh");
+                sys::hang_before_exec(&mut command, hangs);
+                command.args(["-c", "exit 5"]);
+                let ended = move |status| sender.send(status).unwrap();
+                reaper.spawn(&mut command, ended).map(drop)
+            });
+            while reaper.children().starting == 0 {
+                std::thread::yield_now();
+            }
+            assert_eq!(start("exit 3").1.recv(), Ok(ExitStatus::Code(3)));
+            reaper.signal_group(sleeps, libc::SIGKILL);
+            assert_eq!(killed.recv(), Ok(ExitStatus::Signal(libc::SIGKILL)));
+            io::Write::write_all(&mut go_on, b"x").unwrap();
+            slow.join().unwrap().unwrap();
+        });
+        assert_eq!(late.recv(), Ok(ExitStatus::Code(5)));
+        // One that cannot be started is nobody's, and starting it harms nobody.
+        let mut none = Command::new("/no/such/program");
+        assert!(reaper.spawn(&mut none, |_| panic!("ended")).is_err());
+        assert_eq!(start("exit 4").1.recv(), Ok(ExitStatus::Code(4)));
     }
 
     #[test]

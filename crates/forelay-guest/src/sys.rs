@@ -146,22 +146,24 @@ impl AsFd for WakeUp {
 }
 
 /// Waits until one of the descriptors has an event, at most `limit`; which of them have.
-pub fn poll<const N: usize>(
-    watched: [(Option<BorrowedFd<'_>>, i16); N],
+pub fn poll(
+    watched: &[(Option<BorrowedFd<'_>>, i16)],
     limit: Option<std::time::Duration>,
-) -> [bool; N] {
-    let mut list = watched.map(|(fd, events)| libc::pollfd {
+) -> Vec<bool> {
+    let list = watched.iter().map(|&(fd, events)| libc::pollfd {
         // The kernel skips what is negative.
         fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
         events,
         revents: 0,
     });
+    let mut list: Vec<_> = list.collect();
     let limit_ms = limit.map_or(-1, |limit| {
         i32::try_from(limit.as_millis()).unwrap_or(i32::MAX)
     });
-    // SAFETY: the kernel reads and writes the `N` entries of `list`.
-    let found = unsafe { libc::poll(list.as_mut_ptr(), N as libc::nfds_t, limit_ms) };
-    list.map(|entry| found > 0 && entry.revents != 0)
+    // SAFETY: the kernel reads and writes the entries of `list`.
+    let found = unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, limit_ms) };
+    let has_event = |entry: &libc::pollfd| found > 0 && entry.revents != 0;
+    list.iter().map(has_event).collect()
 }
 
 /// Makes reads and writes fail instead of wait.
@@ -293,6 +295,20 @@ pub fn prepare_child(command: &mut std::process::Command, setup: ChildSetup) {
                 check(libc::setgid(*gid))?;
                 check(libc::setuid(*uid))?;
             }
+            Ok(())
+        });
+    }
+}
+
+/// Makes a start of `command` hang until there is something in `pipe`.
+#[cfg(test)]
+pub fn hang_before_exec(command: &mut std::process::Command, pipe: io::PipeReader) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: the closure makes one system call, on memory of its own.
+    unsafe {
+        command.pre_exec(move || {
+            let mut byte = 0_u8;
+            libc::read(pipe.as_raw_fd(), (&raw mut byte).cast(), 1);
             Ok(())
         });
     }

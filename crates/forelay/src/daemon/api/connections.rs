@@ -30,6 +30,8 @@ const MAX_BODY_BYTES: usize = 8 << 20;
 const MAX_CONNECTIONS: usize = 256;
 /// Of them, those whose requests may take long.
 const MAX_LONG: usize = MAX_CONNECTIONS * 3 / 4;
+/// And those that stop a VM: they are not refused while others take long.
+const MAX_STOPS: usize = MAX_CONNECTIONS / 8;
 /// Pause after the system refused a connection, for example for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -67,6 +69,11 @@ impl Default for LongRequests {
 }
 
 impl LongRequests {
+    /// Turns for stops alone.
+    pub fn for_stops() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_STOPS)))
+    }
+
     /// A turn, held until it is dropped; none if all are taken.
     pub fn take(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.0).try_acquire_owned().ok()
@@ -84,9 +91,10 @@ impl LongRequests {
                 answer
             }
             None => {
-                let error = "so many commands, launches and the like are under way that no more \
+                let error =
+                    "so many commands, launches, stops and the like are under way that no more \
                              are begun: try again in a while"
-                    .to_owned();
+                        .to_owned();
                 (StatusCode::SERVICE_UNAVAILABLE, Json(ApiError { error })).into_response()
             }
         }
@@ -252,7 +260,8 @@ mod tests {
         while turns.0.available_permits() == 0 {
             tokio::task::yield_now().await;
         }
-        let most = LongRequests::default().0.available_permits();
+        let turns = [LongRequests::default(), LongRequests::for_stops()];
+        let most: usize = turns.iter().map(|turns| turns.0.available_permits()).sum();
         assert!(most + 32 <= ClientLimits::default().connections);
     }
 }

@@ -8,7 +8,7 @@ use axum::extract::{Extension, Json, Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use serde::Deserialize;
 
 use crate::api::{ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm};
@@ -28,6 +28,7 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// All routes.
 pub fn router(host: Arc<Host>) -> Router {
     let turns = LongRequests::default();
+    let stops = from_fn_with_state(LongRequests::for_stops(), LongRequests::answer);
     let waiting = Router::new()
         .route("/v1/vms", post(launch))
         .route("/v1/vms/{name}/exec", post(exec::exec))
@@ -35,7 +36,8 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/detach", post(detach))
         .route("/v1/prefetch", post(prefetch))
         .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
-        .route("/v1/vms/{name}", get(show).delete(stop))
+        .route("/v1/vms/{name}", get(show))
+        .route("/v1/vms/{name}", delete(stop).layer(stops))
         .route("/v1/vms/{name}/map", get(map))
         .route("/v1/memory", get(memory))
         .route("/v1/memory/drop", post(drop_memory))
