@@ -21,7 +21,7 @@ const MEMORY_MIB: u32 = 512;
 /// How well the components of launches were foretold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Found {
-    /// Launches judged (or attachments).
+    /// Rows of launches judged (or attachments).
     pub judged: u64,
     /// Components that they had.
     pub components: u64,
@@ -39,7 +39,8 @@ pub struct NeedsOutcome {
     pub launches: Found,
     /// The first launch of each profile: what is needed of what never ran.
     pub first_launches: Found,
-    /// Components attached to running VMs.
+    /// Components attached to running VMs. A trace does not say when: they are learned with
+    /// their launch, so VMs that overlap know of each other's, which flatters these figures.
     pub attachments: Found,
 }
 

@@ -130,6 +130,8 @@ struct Held {
 struct Stop {
     by: Instant,
     failures: u32,
+    /// Put off because the host stood still; once at most.
+    looked_again: bool,
 }
 
 /// Holds mounts and keeps a worker running.
@@ -322,7 +324,11 @@ impl Holder {
 
     fn expect_stop(&mut self) {
         let by = Instant::now() + self.config.limits.stop;
-        self.stop.get_or_insert(Stop { by, failures: 0 });
+        self.stop.get_or_insert(Stop {
+            by,
+            failures: 0,
+            looked_again: false,
+        });
     }
 
     /// Starts the look whether a next worker could start; without one, restarts.
@@ -360,9 +366,7 @@ impl Holder {
 
     fn restart_worker(&mut self) {
         if let Some(worker) = &mut self.worker {
-            worker.process.signal(Signal::HUP);
-            worker.leave_by = Some(Instant::now() + self.config.limits.restart);
-            worker.due = worker.due.min(Instant::now() + self.config.limits.restart);
+            worker.ask_to_leave(self.config.limits.restart);
         }
     }
 

@@ -48,12 +48,32 @@ pub(super) struct Worker {
     pub shutdown: Option<Shutdown>,
     /// Overdue, and not killed: see [`MAX_DYING`].
     spared: bool,
+    /// Given time since its last sign of life because the host stood still: once is enough, or
+    /// a host that always stutters would keep a worker that hangs.
+    looked_again: bool,
+    /// To be asked to make room as soon as it is ready: until then a signal would end it.
+    restart_when_ready: bool,
 }
 
 impl Worker {
     fn give_until(&mut self, silence: Duration) {
         let due = Instant::now() + silence;
         self.due = self.leave_by.map_or(due, |leave_by| due.min(leave_by));
+        // One that is to make room has no more time, whatever it says.
+        self.looked_again &= self.leave_by.is_some();
+        self.spared = false;
+    }
+
+    /// Asks a ready worker to make room within `limit`.
+    pub(super) fn ask_to_leave(&mut self, limit: Duration) {
+        if self.ready.is_none() {
+            self.restart_when_ready = true;
+            return;
+        }
+        self.process.signal(Signal::HUP);
+        let leave_by = Instant::now() + limit;
+        self.leave_by = Some(leave_by);
+        self.due = self.due.min(leave_by);
     }
 }
 
@@ -79,6 +99,8 @@ impl Holder {
             leave_by: None,
             shutdown: None,
             spared: false,
+            looked_again: false,
+            restart_when_ready: false,
         });
         self.next_worker = None;
         Ok(())
@@ -112,7 +134,14 @@ impl Holder {
             (Some(Shutdown::Stop), code) => return Some(code.unwrap_or(1)),
             // One that makes room for the next one has stopped no VM: a stop that comes
             // meanwhile is the next one's to carry out.
-            (said, Some(0)) if said != Some(Shutdown::Restart) => return Some(0),
+            // And a program that ends well without ever having served (it printed how it is
+            // used) is no stop either while there are mounts.
+            (said, Some(0))
+                if said != Some(Shutdown::Restart)
+                    && (was_ready || self.stop.is_some() || self.domains.is_empty()) =>
+            {
+                return Some(0);
+            }
             // Bad configuration, a socket that is taken: repeating it helps nobody. But with
             // mounts to serve, giving up would kill the VMs that map them.
             (_, code) if self.domains.is_empty() && (!was_ready || self.stop.is_some()) => {
@@ -185,11 +214,17 @@ impl Holder {
         );
         let soon = Instant::now() + self.config.limits.silence;
         let later = |by: &mut Instant| *by = soon.max(*by);
-        if let Some(worker) = &mut self.worker {
+        if let Some(worker) = &mut self.worker
+            && !std::mem::replace(&mut worker.looked_again, true)
+        {
             later(&mut worker.due);
             worker.leave_by.iter_mut().for_each(later);
         }
-        self.stop.iter_mut().for_each(|stop| later(&mut stop.by));
+        if let Some(stop) = &mut self.stop
+            && !std::mem::replace(&mut stop.looked_again, true)
+        {
+            later(&mut stop.by);
+        }
     }
 
     /// The last resort of a stop: no worker has stopped the VMs.
@@ -277,6 +312,8 @@ impl Holder {
                 worker.give_until(silence);
                 if self.stop.is_some() {
                     worker.process.signal(Signal::TERM);
+                } else if std::mem::take(&mut worker.restart_when_ready) {
+                    worker.ask_to_leave(self.config.limits.restart);
                 }
                 Ok(())
             }

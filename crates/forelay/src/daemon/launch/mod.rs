@@ -6,7 +6,7 @@
 //! ```text
 //! resolve   manifest -> lock, devices            resolve.rs
 //! admit     the name is claimed, then history    admit.rs
-//! map       images reachable in shared memory    map.rs
+//! map       images reachable in shared memory    here
 //! prefetch  the planner is told of the launch    prefetch.rs
 //! compose   map image, kernel                    compose.rs   (or taken from prepared.rs)
 //! start     VM's directory, record, VMM          start.rs

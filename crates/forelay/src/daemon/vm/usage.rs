@@ -109,10 +109,16 @@ impl UsageSampler {
                 };
                 let mut usage = usage.with(&groups.charged(pid));
                 let id = instance.launch_id();
-                let earlier = before.get(&id).copied().unwrap_or_default();
-                // A guest that does not answer has carried nothing since.
-                usage.network = network.unwrap_or(earlier.network);
                 let since_launch_ms = u64::try_from(now_ms() - launched_ms).unwrap_or(0);
+                let earlier = before.get(&id).copied();
+                // A guest that does not answer has carried nothing since.
+                usage.network = network.unwrap_or(earlier.unwrap_or_default().network);
+                if earlier.is_none() && u128::from(since_launch_ms) > 2 * EVERY.as_millis() {
+                    // An earlier worker sampled what its counters say so far.
+                    now.insert(id, usage);
+                    continue;
+                }
+                let earlier = earlier.unwrap_or_default();
                 let sample = usage.since(&earlier, since_launch_ms);
                 self.learner.sampled(&instance.profile(), id, sample).await;
                 now.insert(id, usage);
