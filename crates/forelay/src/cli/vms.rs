@@ -26,7 +26,7 @@ const INPUT_PART_BYTES: usize = 32 << 10;
 /// Arguments of `forelay run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArguments {
-    /// The manifest (TOML); a lock beside it (`M.lock`) is used if it fits.
+    /// The manifest (TOML); resolved again unless --lock is given.
     pub manifest: PathBuf,
     /// Name of the instance; made from the profile if absent.
     #[arg(long)]

@@ -1,6 +1,7 @@
 //! A launch as a transaction: resolve, admit, map, prefetch, compose, start, hand over.
 //!
-//! [`LaunchService::run`] is the spine; each step is a function of its own, and a file of
+//! [`LaunchService::launch`] resolves and admits, [`LaunchService::run`] is the spine of the
+//! rest; each step is a function of its own, and a file of
 //! its own where it takes more than a few lines:
 //!
 //! ```text
