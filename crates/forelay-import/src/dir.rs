@@ -108,10 +108,10 @@ impl Walk {
                     continue;
                 }
             }
-            if let Some(directory) = self.entry(id, &name, &child, &metadata)? {
-                if !elsewhere {
-                    directories.push((child, directory));
-                }
+            if let Some(directory) = self.entry(id, &name, &child, &metadata)?
+                && !elsewhere
+            {
+                directories.push((child, directory));
             }
         }
         pending.extend(directories.into_iter().rev());

@@ -404,21 +404,26 @@ pub fn tree(max: usize) -> impl Strategy<Value = Tree> {
 }
 
 /// A random layer for others below it: as overlayfs would have it, or one that is unpacked
-/// over them, with links that lead to directories and without deletions.
+/// over them, with links that lead to directories and without deletions, or with all of it.
 pub fn layer(max: usize) -> impl Strategy<Value = Tree> {
-    (tree(max), any::<bool>()).prop_map(|(mut tree, unpacked)| {
+    (tree(max), 0..3).prop_map(|(mut tree, sort)| {
+        let (overlay, unpacked) = (sort == 0, sort == 1);
         for index in 0..tree.len() {
             let node = tree.node_mut(NodeId(index as u32));
-            if !unpacked {
+            if overlay {
                 let mark = || (REPLACES.to_vec(), b"y".to_vec());
                 node.attributes.xattrs.extend((index > 0).then(mark));
                 continue;
             }
-            node.attributes.xattrs.remove(OPAQUE);
-            node.attributes.xattrs.remove(REPLACES);
+            for mark in [OPAQUE, REPLACES] {
+                let xattrs = &mut node.attributes.xattrs;
+                if xattrs.remove(mark).is_some() && !unpacked {
+                    xattrs.insert(mark.to_vec(), b"y".to_vec());
+                }
+            }
             match &mut node.kind {
                 Kind::Symlink(target) => *target = leading(target.len()),
-                kind if kind.is_whiteout() => *kind = Kind::Fifo,
+                kind if unpacked && kind.is_whiteout() => *kind = Kind::Fifo,
                 _ => {}
             }
         }
