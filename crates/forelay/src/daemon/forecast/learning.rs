@@ -36,6 +36,8 @@ pub const HISTORY_FILE: &str = "history.db";
 const ROLL_UP_EVERY: Duration = Duration::from_secs(86_400);
 /// Touches so long after a launch's request may still count to its working set.
 const LONGEST_LAUNCH_MS: u32 = 600_000;
+/// Longest time that anything waits for the history to be written.
+const APPEND_LIMIT: Duration = Duration::from_secs(5);
 /// Events kept for a history that cannot be written now; the oldest go first.
 const MOST_UNWRITTEN: usize = 20_000;
 /// Launches looked at for a profile's figures.
@@ -377,8 +379,15 @@ impl Learner {
     }
 
     /// History is worth having, but no launch fails for want of it: what cannot be written
-    /// now is kept for later.
+    /// now is kept for later, and a disk that does not answer keeps no VM from ending.
     async fn append(&self, events: &[Event]) {
+        let appended = tokio::time::timeout(APPEND_LIMIT, self.append_unlimited(events)).await;
+        if appended.is_err() {
+            tracing::error!("the history was not written within {APPEND_LIMIT:?}");
+        }
+    }
+
+    async fn append_unlimited(&self, events: &[Event]) {
         let mut unwritten = self.unwritten.lock().await;
         unwritten.extend(events.iter().cloned());
         let excess = unwritten.len().saturating_sub(MOST_UNWRITTEN);

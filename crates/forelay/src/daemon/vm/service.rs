@@ -92,9 +92,14 @@ impl VmService {
         }
         // A launch that was handed over a moment ago cannot be cancelled any more.
         if let Some(handle) = instance.launched().await {
-            self.supervisor.scan_now(instance).await;
-            handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
-            instance.ended().await;
+            let stopping = async {
+                self.supervisor.scan_now(instance).await;
+                handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
+                instance.ended().await;
+                Ok(())
+            };
+            let stopped = tokio::time::timeout(STOP_GRACE + 2 * KILL_LIMIT, stopping).await;
+            return stopped.unwrap_or_else(|_| Err(not_ended(&vm, None)));
         }
         Ok(())
     }
@@ -132,7 +137,7 @@ pub fn kill_recorded(runtime_dir: &Path) -> std::io::Result<()> {
 /// Why a VM lives on that was to be killed, and what is left to do.
 fn not_ended(vm: &Vm, error: Option<std::io::Error>) -> HostError {
     let why = error.map_or_else(
-        || format!("was killed and has not ended in {KILL_LIMIT:?}, so it hangs in the kernel"),
+        || "was killed and has not ended, so it hangs in the kernel".to_owned(),
         |error| format!("cannot be killed: {error}"),
     );
     let pid = vm.pid.map_or("PID".to_owned(), |pid| pid.to_string());
