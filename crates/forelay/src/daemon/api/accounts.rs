@@ -27,7 +27,7 @@ use crate::daemon::vm::instance::Instance;
 use crate::daemon::vm::registry::VmRegistry;
 
 /// Tells what shared memory is used for.
-pub(in crate::daemon) struct MemoryAccounts {
+pub struct MemoryAccounts {
     pub store: Store,
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,

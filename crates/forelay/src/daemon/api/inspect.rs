@@ -28,7 +28,7 @@ use crate::recipe::Reader;
 const BAR_PARTS: u64 = 48;
 
 /// Looks into the mapping tables of VMs.
-pub(in crate::daemon) struct VmMaps {
+pub struct VmMaps {
     pub store: Store,
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,

@@ -37,7 +37,7 @@ const INHERIT_AHEAD_LIMIT: Duration = Duration::from_secs(5);
 
 /// The newest version of each component that can be attached.
 #[derive(Clone, Default)]
-pub(in crate::daemon) struct Catalogue {
+pub struct Catalogue {
     /// Every version of every component.
     listed: Vec<Arc<Component>>,
     by_name: BTreeMap<String, Present>,
@@ -69,7 +69,7 @@ impl Catalogue {
 }
 
 /// The forecast of one profile's next launch, or of one running VM.
-pub(in crate::daemon) struct Upcoming {
+pub struct Upcoming {
     pub of: ProfileRef,
     pub domain: Domain,
     pub need: Need,
@@ -77,7 +77,7 @@ pub(in crate::daemon) struct Upcoming {
 }
 
 /// For what components will be needed.
-pub(in crate::daemon) enum Need {
+pub enum Need {
     /// The next launch of a profile: what it will ask for, and why it is expected.
     Launch(Arc<Order>, LaunchForecast),
     /// Attachments to the running VM of this name.
@@ -138,7 +138,7 @@ pub trait LiveVms: Send + Sync {
 }
 
 /// Asks the models what is needed next.
-pub(in crate::daemon) struct Forecasts {
+pub struct Forecasts {
     pub store: Store,
     pub learner: Arc<Learner>,
     pub last_launches: Arc<LastLaunches>,

@@ -119,7 +119,7 @@ impl Inheritance {
 
     /// Lets the components of an order inherit what its profile knows of their predecessors;
     /// returns after `limit` at the latest.
-    pub(in crate::daemon) async fn prepare_order(self: &Arc<Self>, order: &Order, limit: Duration) {
+    pub async fn prepare_order(self: &Arc<Self>, order: &Order, limit: Duration) {
         let alone = order.lock.components.iter().filter(|component| {
             // Of what is in a bundle, the bundle's pages are learned, not the members'.
             order.devices.iter().any(|one| one.image == component.image)

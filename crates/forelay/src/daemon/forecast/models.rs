@@ -262,7 +262,7 @@ impl Models {
 }
 
 impl Needs {
-    pub(in crate::daemon) fn context(&self, of: &ProfileRef, at: Timestamp) -> Context {
+    pub fn context(&self, of: &ProfileRef, at: Timestamp) -> Context {
         let profile = model_key(of);
         let memory_mib = self.memory_mib.get(&profile).copied();
         Context {

@@ -63,7 +63,7 @@ fn is_same(a: &ProfileForecast, b: &ProfileForecast) -> bool {
 }
 
 /// Announces forecasts to the planner in time.
-pub(in crate::daemon) struct PrefetchLoop {
+pub struct PrefetchLoop {
     pub forecasts: Arc<Forecasts>,
     pub announced: Arc<AnnouncedLaunches>,
     pub mapper: Arc<Mapper>,

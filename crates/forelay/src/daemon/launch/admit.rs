@@ -17,7 +17,7 @@ use crate::daemon::vm::registry::{Claim, VmRegistry, WantedName};
 use crate::history::{ComponentRef, LaunchId};
 
 /// Admits launches.
-pub(in crate::daemon) struct Admission {
+pub struct Admission {
     pub registry: Arc<VmRegistry>,
     pub learner: Arc<Learner>,
     pub last_launches: Arc<LastLaunches>,

@@ -23,7 +23,7 @@ use crate::recipe::{KernelFiles, Recipe, kernel_files};
 const KEEP_RECIPES: usize = 64;
 
 /// Composes map images.
-pub(in crate::daemon) struct Composer {
+pub struct Composer {
     store: Store,
     /// Where kernels are extracted to, each in a directory of its own.
     kernels_dir: PathBuf,
@@ -32,7 +32,7 @@ pub(in crate::daemon) struct Composer {
 
 /// A composed map image as a file.
 #[derive(Clone, Debug)]
-pub(in crate::daemon) struct MapImage {
+pub struct MapImage {
     /// The device that it becomes.
     pub record: DeviceRecord,
     /// UUID of its superblock.

@@ -62,7 +62,7 @@ use start::{StartedVmm, Starter};
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Launches VMs.
-pub(in crate::daemon) struct LaunchService {
+pub struct LaunchService {
     pub resolver: Resolver,
     pub admission: Admission,
     pub mapper: Arc<Mapper>,
@@ -86,7 +86,7 @@ struct Launch {
 }
 
 /// A launch that was prefetched, not made.
-pub(in crate::daemon) struct PrefetchedLaunch {
+pub struct PrefetchedLaunch {
     pub order: Arc<Order>,
     /// Its components' devices, in slot order.
     pub devices: Vec<DeviceRecord>,

@@ -30,7 +30,7 @@ const WHOLE_BYTES: u64 = 16 << 20;
 const INHERIT_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a launch wants in shared memory.
-pub(in crate::daemon) struct PrefetchPlan {
+pub struct PrefetchPlan {
     pub mode: LaunchMode,
     pub working_set: Vec<PlannedExtent>,
     /// Of it, what was neither there nor on its way.
@@ -53,7 +53,7 @@ impl PrefetchPlan {
 }
 
 /// Asks for what launches will touch.
-pub(in crate::daemon) struct LaunchPrefetcher {
+pub struct LaunchPrefetcher {
     pub memory: Arc<PlannerHandle>,
     pub learner: Arc<Learner>,
     pub inheritance: Arc<Inheritance>,

@@ -36,7 +36,7 @@ const KEEP: usize = 32;
 
 /// All that a launch needs before its VMM can start.
 #[derive(Debug)]
-pub(in crate::daemon) struct Preparation {
+pub struct Preparation {
     manifest: Digest,
     lock: Digest,
     hostname: String,
@@ -65,14 +65,14 @@ impl Drop for Preparation {
 }
 
 /// The name that a VM of this order has inside.
-pub(in crate::daemon) fn hostname(order: &Order, vm_name: &str) -> String {
+pub fn hostname(order: &Order, vm_name: &str) -> String {
     let own = order.manifest.hostname.clone();
     own.unwrap_or_else(|| vm_name.to_owned())
 }
 
 /// What is known of likely launches, and what is prepared for them.
 #[derive(Debug)]
-pub(in crate::daemon) struct Preparations {
+pub struct Preparations {
     dir: PathBuf,
     state: Mutex<State>,
 }
@@ -148,7 +148,7 @@ impl Preparations {
 }
 
 /// Prepares launches that are likely.
-pub(in crate::daemon) struct Preparer {
+pub struct Preparer {
     pub preparations: Arc<Preparations>,
     pub announced: Arc<AnnouncedLaunches>,
     pub mapper: Arc<Mapper>,
@@ -216,7 +216,7 @@ impl Preparer {
 }
 
 #[cfg(test)]
-pub(in crate::daemon) mod tests {
+pub mod tests {
     use forelay_image::component::Role;
     use forelay_image::lock::{Lock, LockedComponent};
     use forelay_image::manifest::Manifest;

@@ -16,7 +16,7 @@ use crate::daemon::order::Order;
 use crate::recipe::{check_architectures, for_this_host, runs_here};
 
 /// Finds out what a request asks for.
-pub(in crate::daemon) struct Resolver {
+pub struct Resolver {
     pub store: Store,
     pub pmem_slots: usize,
 }

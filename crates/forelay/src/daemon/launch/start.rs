@@ -22,7 +22,7 @@ use crate::recipe::KernelFiles;
 const FIRST_AUTO_PORT: u16 = 20_000;
 
 /// Starts VMMs.
-pub(in crate::daemon) struct Starter {
+pub struct Starter {
     driver: Arc<QemuDriver>,
     pub ports: Ports,
     accelerator: Mutex<Option<String>>,
@@ -58,7 +58,7 @@ impl Starter {
 }
 
 /// A VMM that nobody supervises yet: killed when dropped.
-pub(in crate::daemon) struct StartedVmm(Option<VmHandle>);
+pub struct StartedVmm(Option<VmHandle>);
 
 impl StartedVmm {
     /// Its handle.
@@ -101,7 +101,7 @@ fn kill(handle: &VmHandle) {
 
 /// Host ports that forwards without one get.
 #[derive(Debug, Default)]
-pub(in crate::daemon) struct Ports {
+pub struct Ports {
     next: Mutex<u16>,
 }
 
@@ -143,7 +143,7 @@ impl Ports {
 }
 
 /// The VM to start.
-pub(in crate::daemon) fn spec(
+pub fn spec(
     order: &Order,
     vm: &Vm,
     devices: &[DeviceRecord],

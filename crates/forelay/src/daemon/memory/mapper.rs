@@ -14,7 +14,7 @@ use crate::daemon::memory::domains::{DomainMemory, Domains};
 use crate::daemon::order::{DeviceRecord, Order, PlannedDevice, label};
 
 /// Makes images reachable in shared memory.
-pub(in crate::daemon) struct Mapper {
+pub struct Mapper {
     pub store: Store,
     pub domains: Arc<Domains>,
 }

@@ -225,7 +225,7 @@ impl Drop for PlannerHandle {
 }
 
 /// Starts a thread that lives until its work is over.
-pub(in crate::daemon) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     thread.spawn(work).map(drop)
 }

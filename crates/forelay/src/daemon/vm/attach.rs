@@ -32,7 +32,7 @@ use crate::history::ComponentRef;
 use crate::recipe::for_this_host;
 
 /// Attaches components to running VMs, and detaches them.
-pub(in crate::daemon) struct AttachService {
+pub struct AttachService {
     pub store: Store,
     pub mapper: Arc<Mapper>,
     pub memory: Arc<PlannerHandle>,
@@ -312,7 +312,7 @@ fn uuid(component: &LockedComponent) -> String {
 }
 
 /// The VMM of a VM that runs.
-pub(in crate::daemon) fn running(instance: &Instance) -> Result<VmHandle, HostError> {
+pub fn running(instance: &Instance) -> Result<VmHandle, HostError> {
     instance.handle().ok_or_else(|| {
         let (name, state) = (instance.name(), instance.state());
         HostError::Busy(format!("VM {name} has no VMM to talk to: it is {state:?}"))

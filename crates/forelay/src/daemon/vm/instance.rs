@@ -430,7 +430,7 @@ impl Instance {
 }
 
 #[cfg(test)]
-pub(in crate::daemon) mod tests {
+pub mod tests {
     use std::path::Path;
 
     use super::*;

@@ -26,7 +26,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(20);
 const STOP_ALL: Duration = Duration::from_secs(30);
 
 /// Lists and stops VMs.
-pub(in crate::daemon) struct VmService {
+pub struct VmService {
     pub registry: Arc<VmRegistry>,
     pub domains: Arc<Domains>,
     pub supervisor: Arc<Supervisor>,

@@ -45,7 +45,7 @@ pub struct Observed {
 }
 
 /// What was expected of a launch.
-pub(in crate::daemon) struct ExpectedLaunch {
+pub struct ExpectedLaunch {
     /// What it was expected to touch.
     pub plan: Plan,
     /// Of it, what has to be prefetched.
@@ -71,7 +71,7 @@ struct WatchedLaunch {
 }
 
 /// Watches over VMs.
-pub(in crate::daemon) struct Supervisor {
+pub struct Supervisor {
     pub store: Store,
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,

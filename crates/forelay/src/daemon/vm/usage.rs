@@ -81,7 +81,7 @@ impl Usage {
 }
 
 /// Samples what VMs use.
-pub(in crate::daemon) struct UsageSampler {
+pub struct UsageSampler {
     pub registry: Arc<VmRegistry>,
     pub learner: Arc<Learner>,
     pub forecasts: Arc<Forecasts>,

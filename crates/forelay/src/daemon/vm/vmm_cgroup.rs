@@ -15,7 +15,7 @@ use crate::host_stats::HostStats;
 
 /// What a group was charged since it was made; `None` for what its controllers do not tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::daemon) struct Charged {
+pub struct Charged {
     /// CPU time, in milliseconds.
     pub cpu_ms: Option<u64>,
     /// Memory in use now, without mapped files: those of a VMM are shared component pages.
@@ -26,7 +26,7 @@ pub(in crate::daemon) struct Charged {
 
 /// Where groups are mounted.
 #[derive(Clone, Debug, Default)]
-pub(in crate::daemon) struct Groups {
+pub struct Groups {
     host: HostStats,
     /// Mount points of v1 hierarchies with their controllers; v2's has none.
     mounts: Vec<(Vec<String>, PathBuf)>,
