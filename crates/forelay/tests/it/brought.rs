@@ -168,8 +168,8 @@ impl Place {
 }
 
 /// What the disk has at a path: mode, owner, content or target.
-fn at(disk: &Vec<u8>, path: &str) -> Option<(u16, u32, String)> {
-    let image = Image::open(disk).unwrap();
+fn at(disk: &[u8], path: &str) -> Option<(u16, u32, String)> {
+    let image = Image::open(&disk).unwrap();
     let inode = image.lookup(path.as_bytes()).unwrap()?;
     let bytes = image
         .read_whole(&inode, 1 << 20)
@@ -179,7 +179,7 @@ fn at(disk: &Vec<u8>, path: &str) -> Option<(u16, u32, String)> {
     Some((inode.record.mode, inode.record.uid, text))
 }
 
-fn text(disk: &Vec<u8>, path: &str) -> Option<String> {
+fn text(disk: &[u8], path: &str) -> Option<String> {
     at(disk, path).map(|(_, _, text)| text)
 }
 
