@@ -198,12 +198,12 @@ fn a_program_ends_with_its_client(host: &Host) {
     for (options, script) in [
         (
             &[][..],
-            "echo $$; trap 'echo ended > /run/ended; exit' TERM; while :; do sleep 0.01; done",
+            "trap 'echo ended > /run/ended; exit' TERM; echo $$; while :; do sleep 0.01; done",
         ),
         // One that takes none of its input, and will not be asked.
         (
             &["-i"][..],
-            "echo $$; trap '' TERM; while :; do sleep 0.01; done",
+            "trap '' TERM; echo $$; while :; do sleep 0.01; done",
         ),
     ] {
         let mut child = spawn(exec(host, options, script));
