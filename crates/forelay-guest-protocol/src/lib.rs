@@ -1,7 +1,7 @@
 //! What host and guest agree on: the messages of the guest channel ([`messages`]) and
 //! the frames beside them ([`frames`]), the per-VM configuration file ([`config`]), the account fragments of components and how they
-//! merge ([`accounts`]), and where an EROFS superblock keeps its UUID and device slots
-//! ([`superblock`]).
+//! merge ([`accounts`]), where an EROFS superblock keeps its UUID and device slots
+//! ([`superblock`]), and how a boot is held for a snapshot and resumed ([`snapshot`]).
 //!
 //! This crate is compiled into the static guest binary, so what it depends on is in every
 //! initramfs. It does no I/O and knows neither VMMs nor the store. Everything in it parses bytes that the other
@@ -13,4 +13,5 @@ pub mod accounts;
 pub mod config;
 pub mod frames;
 pub mod messages;
+pub mod snapshot;
 pub mod superblock;

@@ -21,10 +21,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::{Resume, Resumed, Tier};
+
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "org.forelay.channel";
-/// Version of these messages; reported in [`Status`]. Programs are run by 2 and later.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// Version of these messages; reported in [`Status`]. Programs are run by 2 and later,
+/// and 3 can be held for a snapshot.
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Longest line that a guest accepts, newline included: more than arguments and environment
 /// of a program can be.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -69,6 +72,8 @@ pub enum GuestCommand {
     },
     /// What its network interfaces have carried.
     Traffic,
+    /// Makes a held guest a machine of its own and lets it go on.
+    Resume(Resume),
     /// Flushes and powers off.
     Poweroff,
 }
@@ -118,6 +123,11 @@ pub enum GuestMessage {
         /// When the steps before were done.
         #[serde(default)]
         steps: BootSteps,
+    },
+    /// Held for a snapshot, until [`GuestCommand::Resume`].
+    Held {
+        /// How far it has come.
+        tier: Tier,
     },
     /// The entrypoint ended.
     Exited(ExitStatus),
@@ -254,6 +264,8 @@ pub enum Reply {
     Detached,
     /// To [`GuestCommand::Traffic`].
     Traffic(Traffic),
+    /// To [`GuestCommand::Resume`].
+    Resumed(Resumed),
     /// To [`GuestCommand::Poweroff`].
     PoweringOff,
     /// The request failed.
@@ -289,6 +301,8 @@ pub enum ErrorKind {
 pub struct Status {
     /// [`PROTOCOL_VERSION`] of the guest.
     pub protocol: u32,
+    /// Held for a snapshot at this tier; what else is said here is its maker's then.
+    pub held: Option<Tier>,
     /// How the root came up.
     pub mounted: Mounted,
     /// When the ready probe succeeded.

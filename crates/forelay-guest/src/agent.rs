@@ -298,6 +298,7 @@ impl Agent {
                 self.reply(id, Reply::PoweringOff);
                 self.power_off()
             }
+            GuestCommand::Resume(_) => refuse(ErrorKind::BadRequest, "this VM is not held"),
             GuestCommand::Start(_)
             | GuestCommand::Credit { .. }
             | GuestCommand::End

@@ -14,6 +14,7 @@ use forelay_guest_protocol::messages::{
     BootSteps, ErrorKind, Exec, GuestCommand, GuestMessage, GuestRequest, Line, MAX_MESSAGE_BYTES,
     MAX_REQUEST_BYTES, Mounted, Reply, Status, encode_line,
 };
+use forelay_guest_protocol::snapshot::Tier;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::exec::{Execs, Execution};
@@ -339,6 +340,7 @@ impl Events {
         match event {
             GuestMessage::Mounted(mounted) => self.mounted(mounted),
             GuestMessage::Ready { uptime_ms, steps } => self.ready(uptime_ms, steps),
+            GuestMessage::Held { tier } => self.held(tier),
             GuestMessage::Exited(status) => {
                 self.progress.send_modify(|progress| {
                     progress.entrypoint.get_or_insert(status);
@@ -377,7 +379,15 @@ impl Events {
         });
     }
 
+    fn held(&self, tier: Tier) {
+        self.progress
+            .send_modify(|progress| progress.held = Some(tier));
+    }
+
     fn status(&self, status: Status) {
+        if let Some(tier) = status.held {
+            return self.held(tier);
+        }
         let steps = status.mounted.steps;
         self.mounted(status.mounted);
         if let Some(uptime_ms) = status.ready_uptime_ms {

@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use crate::channel::ChannelError;
 use crate::handle::VmHandle;
 use crate::lifecycle::Ended;
+use crate::snapshot::SnapshotError;
 use crate::spec::{PmemDevice, VmSpec};
 
 /// A kind of VMM.
@@ -43,6 +44,21 @@ pub trait VmControl: Send + Sync {
 
     /// Ids of hot-plugged devices.
     async fn hotplugged(&self) -> Vec<String>;
+
+    /// Stops the guest for good and returns the state of its devices; its memory stays in
+    /// the file of [`crate::GuestMemory::Shared`].
+    async fn save(&self) -> Result<Vec<u8>, SnapshotError>;
+
+    /// Gives a VMM that waits for it a state that [`Self::save`] returned, and lets the guest
+    /// run.
+    async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError>;
+
+    /// Hot-plugs all devices of a launch, the scratch disk with them if there is one.
+    async fn plug_all(
+        &self,
+        devices: &[PmemDevice],
+        scratch: Option<&Path>,
+    ) -> Result<(), AttachError>;
 
     /// Tells the VMM to end without asking the guest.
     async fn quit(&self) -> Result<(), AttachError>;

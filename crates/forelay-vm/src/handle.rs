@@ -226,7 +226,7 @@ impl VmHandle {
         })
     }
 
-    async fn wait(
+    pub(crate) async fn wait(
         &self,
         wanted: &'static str,
         limit: Duration,
@@ -277,7 +277,11 @@ impl VmHandle {
         UnixStream::connect(self.inner.runtime_dir.join("console.sock")).await
     }
 
-    fn channel_error(&self, source: ChannelError) -> VmError {
+    pub(crate) fn channel(&self) -> &Channel {
+        &self.inner.channel
+    }
+
+    pub(crate) fn channel_error(&self, source: ChannelError) -> VmError {
         VmError::Channel {
             name: self.name().to_owned(),
             source,

@@ -26,6 +26,7 @@ pub mod lines;
 pub mod process;
 pub mod qemu;
 pub mod scratch;
+pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod stray;
@@ -46,4 +47,5 @@ pub const RUNTIME_FILES: [&str; 7] = [
     qemu::command_line::CONSOLE_SOCKET,
 ];
 
-pub use spec::{Boot, Disk, DiskFormat, Forward, PmemDevice, Upper, VmSpec, Wrap};
+pub use snapshot::SnapshotError;
+pub use spec::{Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Upper, VmSpec, Wrap};

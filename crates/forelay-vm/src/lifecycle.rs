@@ -16,6 +16,7 @@ use std::fmt;
 use std::time::Duration;
 
 use forelay_guest_protocol::messages::{BootSteps, ExitStatus, Mounted};
+use forelay_guest_protocol::snapshot::Tier;
 use serde::{Deserialize, Serialize};
 
 /// Where a VM is.
@@ -58,6 +59,8 @@ pub struct Progress {
     pub ready: Option<Moment>,
     /// When the guest's steps before that were done: in order, none after it.
     pub steps: Option<BootSteps>,
+    /// Where the guest is held for a snapshot.
+    pub held: Option<Tier>,
     /// How the entrypoint ended.
     pub entrypoint: Option<ExitStatus>,
     /// The guest's own words on why its boot failed.

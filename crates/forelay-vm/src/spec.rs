@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
+use forelay_guest_protocol::snapshot::Tier;
 use serde::{Deserialize, Serialize};
 
 /// Sizes of pmem devices are multiples of this.
@@ -23,8 +24,12 @@ const MAX_SOCKET_PATH_BYTES: usize = 107;
 pub struct VmSpec {
     /// Name for people and for the VMM's process title.
     pub name: String,
-    /// Guest memory.
+    /// Size of the guest's memory.
     pub memory_mib: u32,
+    /// Where that memory lies.
+    pub memory: GuestMemory,
+    /// Where the boot is held for a snapshot; for a clone, where its maker was.
+    pub hold: Option<Tier>,
     /// Virtual CPUs.
     pub cpus: u32,
     /// Kernel: a bzImage, or an ELF image with a PVH entry (faster to boot).
@@ -62,6 +67,8 @@ impl VmSpec {
         let runtime_dir = PathBuf::from("/run/forelay/vms").join(&name);
         Self {
             memory_mib: 512,
+            memory: GuestMemory::Private,
+            hold: None,
             cpus: 1,
             kernel,
             initrd,
@@ -118,6 +125,24 @@ impl VmSpec {
         }
         Ok(())
     }
+}
+
+/// Where a VM's memory lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestMemory {
+    /// With the VMM alone.
+    Private,
+    /// In a file that is made (sparse) for it: of a VM from which a snapshot is made.
+    Shared {
+        /// The file, on a tmpfs.
+        path: PathBuf,
+    },
+    /// A copy on write of a snapshot's memory. The VMM waits for the rest of the snapshot
+    /// ([`crate::VmHandle::restore`]).
+    Snapshot {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// What the root comes from.

@@ -100,12 +100,12 @@ pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString
     Ok(line.arguments)
 }
 
-/// No device that a VM without a screen does not need: each takes the guest time to find.
-pub(crate) const MACHINE: &str = "q35,usb=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off";
+/// The machine; no device that a VM without a screen does not need: each takes the guest time to find.
+pub const MACHINE: &str = "q35,usb=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off";
 
-/// x86-64-v2 as far as TCG has it, from AMD: with `max`, saving AVX state makes every task
+/// The CPU under TCG: x86-64-v2 as far as TCG has it, from AMD: with `max`, saving AVX state makes every task
 /// switch slower, and a kernel on an old Intel CPU switches page tables at each system call.
-const TCG_CPU: &str = "qemu64,ssse3=on,sse4.1=on,sse4.2=on,popcnt=on,lahf-lm=on,rdrand=on";
+pub const TCG_CPU: &str = "qemu64,ssse3=on,sse4.1=on,sse4.2=on,popcnt=on,lahf-lm=on,rdrand=on";
 
 /// On a loaded host the kernel's check of its timer panics (`IO-APIC + timer doesn't work`).
 /// Self-tests of ciphers and work-arounds for speculation are of no use on an emulated CPU,

@@ -28,7 +28,7 @@ use crate::accelerator::{Accelerator, Probe, probe_accelerator};
 use crate::driver::{LaunchError, ReattachError, VmmDriver};
 use crate::handle::{Parts, VmHandle, file_tail};
 use crate::lifecycle::{Cause, Ended};
-use crate::process::{Exit, Process, ProcessId};
+use crate::process::{Exit, Process, ProcessId, output_within};
 use crate::spec::{Boot, Upper, VmSpec};
 use crate::state::{STATE_FILE, VmState};
 use crate::{kernel, lines, scratch, stray};
@@ -51,6 +51,8 @@ pub struct QemuDriver {
     pub accelerator: Option<Accelerator>,
     /// Where probe results are cached.
     pub state_dir: PathBuf,
+    /// What the program says of its version, once asked.
+    version: Arc<tokio::sync::OnceCell<String>>,
     /// Kernels are prepared one after the other: who asks for one that is being prepared waits.
     preparing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -71,8 +73,25 @@ impl QemuDriver {
             binary: "qemu-system-x86_64".into(),
             accelerator: None,
             state_dir: state_dir.into(),
+            version: Arc::default(),
             preparing: Arc::default(),
         }
+    }
+
+    /// What QEMU says of its version; asked once, so a QEMU that was upgraded since is taken
+    /// for the old one until its snapshots do not restore.
+    pub async fn version(&self) -> std::io::Result<String> {
+        let ask = || async {
+            let mut command = tokio::process::Command::new(&self.binary);
+            let output = output_within(command.arg("--version"), START).await?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            let line = text.lines().next().unwrap_or_default().trim();
+            if !output.status.success() || line.is_empty() {
+                return Err(std::io::Error::other("QEMU does not say its version"));
+            }
+            Ok(line.to_owned())
+        };
+        self.version.get_or_try_init(ask).await.cloned()
     }
 
     /// Finds out what VMs with this kernel run under and unpacks it, unless that was done

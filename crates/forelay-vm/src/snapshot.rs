@@ -1,0 +1,93 @@
+//! A VM that is saved, and one that is made from what was saved.
+//!
+//! ```text
+//! maker: launch (GuestMemory::Shared, hold) -> wait_held -> save -> its memory file, a state
+//! clone: launch (GuestMemory::Snapshot)     -> restore(state) [-> plug_all] -> resume
+//! ```
+//! Whoever launches a clone has verified both; what the guest in it says is not trusted. A
+//! step that fails leaves a VMM that is of no use: it is to be killed.
+
+use std::path::Path;
+use std::time::Duration;
+
+use forelay_guest_protocol::messages::{GuestCommand, Reply};
+use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
+
+use crate::channel::ChannelError;
+use crate::driver::AttachError;
+use crate::handle::{VmError, VmHandle};
+use crate::qemu::QmpError;
+use crate::spec::PmemDevice;
+
+/// Largest state of devices, memory aside; some 100 KiB is usual.
+pub const MAX_STATE_BYTES: usize = 16 << 20;
+/// How long a clone may take to be a machine of its own, hooks of its image included.
+const RESUME: Duration = Duration::from_secs(60);
+
+/// Why a VM could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The VMM refused or did not answer.
+    #[error("the VMM's monitor")]
+    Monitor(#[from] QmpError),
+    /// The state could not be read from the VMM or written to it.
+    #[error("the VMM's state")]
+    State(#[source] std::io::Error),
+    /// More than a state can be.
+    #[error("the VMM's state has more than {MAX_STATE_BYTES} bytes")]
+    TooLong,
+    /// The VMM says that it failed.
+    #[error("the VMM could not {0}")]
+    Failed(String),
+    /// The VMM did not come to an end.
+    #[error("the VMM was not done within {0:?}")]
+    TimedOut(Duration),
+    /// The guest did not do its part.
+    #[error(transparent)]
+    Guest(#[from] VmError),
+    /// What the guest was to be told makes no sense.
+    #[error("{0}")]
+    Resume(String),
+}
+
+impl VmHandle {
+    /// Waits until the guest is held for a snapshot.
+    pub async fn wait_held(&self, limit: Duration) -> Result<Tier, VmError> {
+        let progress = self
+            .wait("held", limit, |progress| progress.held.is_some())
+            .await?;
+        let unexpected = || self.channel_error(ChannelError::Unexpected);
+        progress.held.ok_or_else(unexpected)
+    }
+
+    /// Stops the guest for good and returns the state of its devices.
+    pub async fn save(&self) -> Result<Vec<u8>, SnapshotError> {
+        self.control().save().await
+    }
+
+    /// Gives a clone's VMM the state of its devices and lets the guest run.
+    pub async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError> {
+        self.control().restore(state).await
+    }
+
+    /// Hot-plugs all devices of a launch into a clone of tier `kernel`.
+    pub async fn plug_all(
+        &self,
+        devices: &[PmemDevice],
+        scratch: Option<&Path>,
+    ) -> Result<(), AttachError> {
+        self.control().plug_all(devices, scratch).await
+    }
+
+    /// Makes a clone a machine of its own and lets it go on; what it could not be given is
+    /// in the answer.
+    pub async fn resume(&self, resume: Resume) -> Result<Resumed, SnapshotError> {
+        resume.validate().map_err(SnapshotError::Resume)?;
+        let command = GuestCommand::Resume(resume);
+        match self.channel().request(command, RESUME).await {
+            Ok(Reply::Resumed(resumed)) => Ok(resumed),
+            Ok(_) => Err(self.channel_error(ChannelError::Unexpected).into()),
+            Err(error) => Err(self.channel_error(error).into()),
+        }
+    }
+}
