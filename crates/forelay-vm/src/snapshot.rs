@@ -4,7 +4,7 @@
 //! maker: launch (GuestMemory::Shared, hold) -> wait_held -> save -> its memory file, a state
 //! clone: launch (GuestMemory::Snapshot)     -> restore(state) [-> plug_all] -> resume
 //! ```
-//! Whoever launches a clone has verified both; what the guest in it says is not trusted. A
+//! Both were verified before a clone is launched; what the guest in it says is not trusted. A
 //! step that fails leaves a VMM that is of no use: it is to be killed.
 
 use std::path::Path;
