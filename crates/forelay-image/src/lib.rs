@@ -5,6 +5,7 @@
 //! from or go to: no network, no clock, no threads, no mounts.
 #![forbid(unsafe_code)]
 
+pub mod aggregate;
 pub mod bundle;
 pub mod chunk;
 pub mod component;

@@ -183,7 +183,9 @@ impl AptCache {
         report: Reporter<'_>,
     ) -> Result<PathBuf, ImportError> {
         let config = self.write_config(None)?;
+        // In a directory without archives: of one that lies where it runs apt says nothing.
         let shown = Tool::new("apt-get", "apt", format!("looking up {package}"))
+            .directory(&self.directory.join("empty"))
             .env("APT_CONFIG", &config)
             .args(["-q", "--print-uris", "download", package])
             .output();
@@ -202,12 +204,10 @@ impl AptCache {
             return Err(self.no_such_package(package));
         };
         let path = self.archives().join(name);
-        let script = "cd \"$1\" && exec apt-get -q -o APT::Status-Fd=1 download \"$2\"";
-        Tool::new("sh", "dash", format!("downloading {package}"))
+        Tool::new("apt-get", "apt", format!("downloading {package}"))
+            .directory(&self.archives())
             .env("APT_CONFIG", &config)
-            .args(["-c", script, "sh"])
-            .arg(self.archives())
-            .arg(package)
+            .args(["-q", "-o", "APT::Status-Fd=1", "download", package])
             .run(|line| report_line(line, report))
             .map_err(network_error)?;
         if path.is_file() {

@@ -21,7 +21,7 @@ use crate::deb::{merge_usr, read_deb};
 use crate::dir::{Ownership, name_from_path, read_directory};
 use crate::draft::{Draft, Files, Imported, Part, plain_files};
 use crate::error::{ImportError, io_error, tree_error};
-use crate::kernel::{KernelOptions, build_kernel};
+use crate::kernel::{KERNEL_NAME, KernelOptions, build_kernel};
 use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::rootfs::{describe_base, put_fragments, release_version};
@@ -113,12 +113,13 @@ pub struct BuiltComponent {
 pub struct BuiltComponents {
     /// The component that was asked for.
     pub main: BuiltComponent,
-    /// Components that were split off it. It requires them, so they are published first.
+    /// Components that were split off it, which are published first: where one requires the
+    /// other, it is the main one.
     pub split_off: Vec<BuiltComponent>,
 }
 
 impl BuiltComponents {
-    /// All of them, each after those that it requires.
+    /// All of them, the main one last.
     pub fn in_order(&self) -> impl Iterator<Item = &BuiltComponent> {
         self.split_off.iter().chain([&self.main])
     }
@@ -208,7 +209,8 @@ impl Builder {
             }
             BuildSource::Kernel(options) => {
                 let apt = self.apt(&options.suite)?;
-                build_kernel(options, &apt, &scratch, report)
+                let name = name(KERNEL_NAME.to_owned());
+                build_kernel(options, &name, &apt, &scratch, report)
             }
             BuildSource::Directory { path, ownership } => {
                 report(Progress::Started(BuildPhase::Read));

@@ -8,11 +8,12 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use forelay_image::component::{Component, Role};
+use forelay_image::component::{Capability, Component, Role};
 use forelay_image::erofs::read::Image;
 use forelay_image::{Digest, Extent};
 
 use super::*;
+use crate::apt::AptCache;
 use crate::base::BaseOptions;
 use crate::deb::read_small_file;
 use crate::dir::Ownership;
@@ -345,12 +346,52 @@ fn privileged_a_full_disk_is_named_and_nothing_is_left() {
 }
 
 #[test]
+fn privileged_an_archive_where_the_caller_stands_hides_no_package() {
+    let test = "privileged_an_archive_where_the_caller_stands_hides_no_package";
+    if let Some(why) = missing() {
+        println!("SKIPPED {test}: {why}");
+        return;
+    }
+    let apt = AptCache::open(&test_cache(), "bookworm", Duration::from_secs(6 * 3600)).unwrap();
+    let lock = apt.lock().unwrap();
+    apt.refresh(&lock, &silent).unwrap();
+    let archive = apt.download(&lock, "hostname", &silent).unwrap();
+    // Of an archive in its own directory, apt prints nothing.
+    let (here, caller) = (
+        std::env::current_dir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
+    fs::copy(&archive, caller.path().join(archive.file_name().unwrap())).unwrap();
+    std::env::set_current_dir(caller.path()).unwrap();
+    let again = apt.download(&lock, "hostname", &silent);
+    std::env::set_current_dir(here).unwrap();
+    assert_eq!(again.unwrap(), archive);
+}
+
+#[test]
 fn privileged_the_kernel_component_holds_what_a_guest_needs_to_boot() {
     require_debian!("privileged_the_kernel_component_holds_what_a_guest_needs_to_boot");
     // Any executable stands in for init here; VMs boot the real one in forelay-vm's tests.
     let options = KernelOptions::new(Path::new("/bin/true"));
     let request = BuildRequest::new(BuildSource::Kernel(options));
-    let built = builder().build(&request, &silent).unwrap().main;
+    let built = builder().build(&request, &silent).unwrap();
+    let [modules] = &built.split_off[..] else {
+        panic!("one component of modules");
+    };
+    let kernel = &built.main.component;
+    assert_eq!(modules.component.name, "linux-cloud-modules");
+    let package = modules.component.requires.iter().flatten();
+    let package = package.filter(|one| one.name.starts_with("linux-image-"));
+    let offered = package.map(|one| Capability {
+        name: one.name.clone(),
+        version: one.range.strip_prefix("= ").map(str::to_owned),
+    });
+    assert!(
+        offered
+            .into_iter()
+            .all(|one| kernel.provides.contains(&one))
+    );
+    let built = built.main;
     assert_eq!(built.component.role, Role::Kernel);
     assert!(built.component.cmdline.is_some());
     let image = File::open(&built.image).unwrap();

@@ -48,7 +48,7 @@ pub struct Part {
 pub struct Imported {
     /// The component that was asked for.
     pub main: Part,
-    /// Components that were split off it, which it requires.
+    /// Components that were split off it.
     pub split_off: Vec<Part>,
     /// Temporary files that the trees point into.
     pub spools: Vec<Spool>,

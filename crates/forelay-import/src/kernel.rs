@@ -1,24 +1,25 @@
-//! The Debian cloud kernel as a component: kernel, modules and an initramfs with the
-//! guest's init.
+//! The Debian cloud kernel as a component, kernel and an initramfs with the guest's init,
+//! and its modules as another, for VMs that load some (a container engine does).
 //!
 //! The package is unpacked, not installed: its scripts would build an initramfs for the
 //! host. Modules go below `/usr/lib` (on a merged-usr base `/lib` is a link, which a
-//! directory would hide). The initramfs is part of the image, so a new guest init gives
+//! directory would hide), with the lists that modprobe wants. A kernel is no part of its
+//! VMs' tree; the component of its modules is, if a manifest names it, and requires the very
+//! kernel that they are of. The initramfs is part of the image, so a new guest init gives
 //! a new component.
 //!
 //! Invariant: the same package and the same init give the same image.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use forelay_image::component::{Capability, Role};
+use forelay_image::component::{Capability, NameRange, Role};
 use forelay_image::tree::Tree;
 
 use crate::apt::AptCache;
 use crate::base::{DEFAULT_SUITE, made};
 use crate::deb::{Deb, merge_usr, read_deb};
-use crate::draft::{Draft, Imported};
+use crate::draft::{Draft, Imported, Part};
 use crate::error::{ImportError, archive_error, io_error, text_of, tree_error};
 use crate::initramfs::build_initramfs;
 use crate::modules::{ModuleError, Modules, module_name};
@@ -26,6 +27,8 @@ use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::spool::{Compression, DEFAULT_LIMIT_BYTES, Spool};
 use forelay_image::control::{Paragraph, parse_relations, sbom_package};
 
+/// What a kernel is called unless the request says otherwise.
+pub(crate) const KERNEL_NAME: &str = "linux-cloud";
 /// Where the kernel is in the component.
 pub const KERNEL_PATH: &str = "boot/vmlinuz";
 /// Where the initramfs is in the component.
@@ -50,47 +53,6 @@ const BOOT_MODULES: &[&str] = &[
     "ext4",
 ];
 
-/// Modules that are there for a VM to load when it wants them.
-const EXTRA_MODULES: &[&str] = &[
-    "loop",
-    "fuse",
-    "virtiofs",
-    "virtio_mmio",
-    "virtio_scsi",
-    "vmw_vsock_virtio_transport",
-    "9p",
-    "9pnet_virtio",
-    "tun",
-    "veth",
-    "bridge",
-    "br_netfilter",
-    "nf_tables",
-    "nft_compat",
-    "nft_chain_nat",
-    "nft_masq",
-    "nf_nat",
-    "nf_conntrack",
-    "ip_tables",
-    "iptable_nat",
-    "iptable_filter",
-    "xt_conntrack",
-    "xt_MASQUERADE",
-    "xt_addrtype",
-    "autofs4",
-    "binfmt_misc",
-    "configfs",
-    "dm_mod",
-    "isofs",
-    "vfat",
-    "nls_ascii",
-    "nls_cp437",
-    "nls_utf8",
-    "squashfs",
-    "xfs",
-    "wireguard",
-    "zram",
-];
-
 /// What kernel to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelOptions {
@@ -100,8 +62,6 @@ pub struct KernelOptions {
     pub package: String,
     /// The static guest init on the host, which becomes `/init` of the initramfs.
     pub init: PathBuf,
-    /// All modules of the package instead of a selection.
-    pub all_modules: bool,
 }
 
 impl KernelOptions {
@@ -111,14 +71,14 @@ impl KernelOptions {
             suite: DEFAULT_SUITE.to_owned(),
             package: format!("linux-image-cloud-{}", crate::host_architecture()),
             init: init.to_owned(),
-            all_modules: false,
         }
     }
 }
 
-/// Builds the kernel component.
+/// Builds the kernel component `name` and `name`-modules.
 pub fn build_kernel(
     options: &KernelOptions,
+    name: &str,
     apt: &AptCache,
     scratch: &Path,
     report: Reporter<'_>,
@@ -138,8 +98,8 @@ pub fn build_kernel(
     merge_usr(&mut tree, &path)?;
     let release = kernel_release(&tree, &path)?;
     let modules = read_modules(&tree, &release, &path)?;
-    let kept = choose(&modules, options.all_modules).map_err(module_error(&path))?;
-    arrange(&mut tree, &release, &modules, &kept, &path)?;
+    check_modules(&modules).map_err(module_error(&path))?;
+    arrange(&mut tree, &release, &modules, &path)?;
     let order = modules
         .load_order(&boot_modules(&modules))
         .map_err(module_error(&path))?;
@@ -157,8 +117,13 @@ pub fn build_kernel(
     let initrd = build_initramfs(&init, &loaded).map_err(io_error("building", INITRD_PATH))?;
     tree.put_file(INITRD_PATH, initrd, made(0o644))
         .map_err(tree_error(&path))?;
-    let draft = describe(&control, &release);
-    Ok(Imported::alone(tree, draft, vec![spool]))
+    let split_off = vec![take_modules(&mut tree, &control, name, &release)];
+    let draft = describe(&control, name, &release);
+    Ok(Imported {
+        main: Part { tree, draft },
+        split_off,
+        spools: vec![spool],
+    })
 }
 
 /// Downloads the kernel package, through the metapackage that depends on it.
@@ -287,14 +252,8 @@ fn boot_modules(modules: &Modules) -> Vec<&'static str> {
     BOOT_MODULES.iter().filter(known).copied().collect()
 }
 
-/// The modules that stay in the component.
-fn choose(modules: &Modules, all: bool) -> Result<BTreeSet<String>, ModuleError> {
-    if all {
-        return Ok(modules.names().map(str::to_owned).collect());
-    }
-    let known = |name: &&&str| modules.has(&module_name(name));
-    let wanted = BOOT_MODULES.iter().chain(EXTRA_MODULES).filter(known);
-    let wanted: Vec<&str> = wanted.copied().collect();
+/// Checks that the kernel has what no VM does without.
+fn check_modules(modules: &Modules) -> Result<(), ModuleError> {
     for needed in ["virtio_pmem", "erofs", "overlay", "virtio_console"] {
         if !modules.has(needed) {
             return Err(ModuleError::Missing {
@@ -303,23 +262,17 @@ fn choose(modules: &Modules, all: bool) -> Result<BTreeSet<String>, ModuleError>
             });
         }
     }
-    Ok(modules.load_order(&wanted)?.into_iter().collect())
+    Ok(())
 }
 
-/// Leaves the kernel, the kept modules and their list; documentation goes.
+/// Leaves the kernel, its modules and their lists; documentation goes.
 fn arrange(
     tree: &mut Tree,
     release: &str,
     modules: &Modules,
-    kept: &BTreeSet<String>,
     path: &Path,
 ) -> Result<(), ImportError> {
     let directory = format!("usr/lib/modules/{release}");
-    for name in modules.names().filter(|name| !kept.contains(*name)) {
-        let place = modules.path(name).unwrap_or_default();
-        tree.remove_path(format!("{directory}/{place}").as_bytes());
-    }
-    remove_empty_directories(tree, directory.as_bytes());
     let vmlinuz = format!("boot/vmlinuz-{release}");
     let Some(kernel) = tree.lookup(vmlinuz.as_bytes()) else {
         return Err(archive_error(path, format!("has no /{vmlinuz}")));
@@ -338,43 +291,44 @@ fn arrange(
     ] {
         tree.remove_path(gone.as_bytes());
     }
-    let list = modules.dep_file(kept).map_err(module_error(path))?;
-    let place = format!("{directory}/modules.dep");
-    tree.put_file(&place, list.into_bytes(), made(0o644))
-        .map(drop)
-        .map_err(tree_error(path))
+    for (name, bytes) in modules.lists().map_err(module_error(path))? {
+        tree.put_file(&format!("{directory}/{name}"), bytes, made(0o644))
+            .map_err(tree_error(path))?;
+    }
+    Ok(())
 }
 
-/// Removes directories below `top` that hold nothing.
-fn remove_empty_directories(tree: &mut Tree, top: &[u8]) {
-    let Some(top) = tree.lookup(top) else {
-        return;
+/// Takes the modules out of the kernel's tree, as a component that goes with this kernel.
+fn take_modules(tree: &mut Tree, control: &Paragraph, kernel: &str, release: &str) -> Part {
+    let mut part = tree.clone();
+    part.remove_path(b"boot");
+    tree.remove_path(b"usr/lib");
+    let version = control.field("Version").to_owned();
+    let name = format!("{kernel}-modules");
+    let architecture = control.field("Architecture");
+    let mut draft = Draft::new(&name, &version, Role::Package, architecture, ());
+    draft.description = format!("Modules of {release}, loaded when they are wanted");
+    let range = format!("= {version}");
+    let any = |name: &str, range: String| {
+        vec![NameRange {
+            name: name.to_owned(),
+            range,
+        }]
     };
-    let mut walked = vec![(top, None)];
-    let mut at = 0;
-    while at < walked.len() {
-        let (id, _) = walked[at];
-        for (name, &child) in tree.entries(id).into_iter().flatten() {
-            if tree.entries(child).is_some() {
-                walked.push((child, Some((id, name.clone()))));
-            }
-        }
-        at += 1;
-    }
-    for (id, parent) in walked.into_iter().rev() {
-        let empty = tree.entries(id).is_some_and(|entries| entries.is_empty());
-        if let Some((parent, name)) = parent
-            && empty
-        {
-            tree.remove(parent, &name);
-        }
-    }
+    // What the kernel's own package depends on to load modules.
+    draft.requires = vec![
+        any(control.field("Package"), range),
+        any("kmod", String::new()),
+    ];
+    draft.requires.sort();
+    draft.sbom = vec![sbom_package(control)];
+    Part { tree: part, draft }
 }
 
-fn describe(control: &Paragraph, release: &str) -> Draft {
+fn describe(control: &Paragraph, name: &str, release: &str) -> Draft {
     let version = control.field("Version").to_owned();
     let architecture = control.field("Architecture");
-    let mut draft = Draft::new("linux-cloud", &version, Role::Kernel, architecture, ());
+    let mut draft = Draft::new(name, &version, Role::Kernel, architecture, ());
     draft.description = control.summary().to_owned();
     draft.cmdline = Some(CMDLINE.to_owned());
     draft.provides = vec![
@@ -398,20 +352,6 @@ fn describe(control: &Paragraph, release: &str) -> Draft {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use forelay_image::tree::{Attributes, FileData, Kind, Node};
-
-    #[test]
-    fn empty_directories_go_all_the_way_up() {
-        let mut tree = Tree::new();
-        tree.make_directories(b"m/6.1/kernel/net/a").unwrap();
-        let kind = Kind::File(FileData::Bytes(Vec::new().into()));
-        let attributes = Attributes::with_mode(0o644);
-        tree.insert_path(b"m/6.1/kernel/fs/x.ko", Node { attributes, kind })
-            .unwrap();
-        remove_empty_directories(&mut tree, b"m/6.1");
-        assert!(tree.lookup(b"m/6.1/kernel/net").is_none());
-        assert!(tree.lookup(b"m/6.1/kernel/fs/x.ko").is_some());
-    }
 
     #[test]
     fn a_module_loses_its_signature_and_one_without_stays_as_it_is() {
@@ -447,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_kernel_without_pmem_is_refused() {
-        let error = choose(&Modules::new(""), false).unwrap_err();
+        let error = check_modules(&Modules::new("")).unwrap_err();
         assert!(error.to_string().contains("every Forelay VM"), "{error}");
     }
 }

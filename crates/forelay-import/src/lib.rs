@@ -22,6 +22,7 @@ pub mod entrypoint;
 mod error;
 pub mod initramfs;
 pub mod kernel;
+mod kmod_index;
 pub mod modules;
 pub mod packages;
 mod progress;

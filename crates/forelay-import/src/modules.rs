@@ -1,13 +1,14 @@
 //! Kernel modules: what a module depends on, and the order to load a set of them in.
 //!
 //! Owns the meaning of a module's `.modinfo` section (64-bit little-endian ELF) and of
-//! `modules.builtin`; `modules.dep`, which depmod would make, is derived from those.
+//! `modules.builtin`; the lists that depmod would make for modprobe are derived from those.
 //! Module names count `-` and `_` as the same character, as the kernel does.
 //!
 //! Invariant: bytes of a module are untrusted; a damaged one is an error, not a panic.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::kmod_index::kmod_index;
 use object::read::elf::ElfFile64;
 use object::{LittleEndian, Object, ObjectSection};
 
@@ -42,6 +43,8 @@ pub fn module_name(path: &str) -> String {
 pub struct Modules {
     paths: BTreeMap<String, String>,
     dependencies: BTreeMap<String, Vec<String>>,
+    /// By module: other names for it, with wildcards.
+    aliases: BTreeMap<String, Vec<String>>,
     builtin: BTreeSet<String>,
 }
 
@@ -64,22 +67,22 @@ impl Modules {
         let Some(info) = modinfo(bytes) else {
             return Err(ModuleError::NotAModule(path.to_owned()));
         };
-        let mut needs = Vec::new();
+        let (mut needs, mut aliases) = (Vec::new(), Vec::new());
         for (key, value) in info {
-            if key == "depends" {
-                let names = value.split(',').filter(|name| !name.is_empty());
-                needs.extend(names.map(module_name));
+            match key.as_str() {
+                "depends" => {
+                    let names = value.split(',').filter(|name| !name.is_empty());
+                    needs.extend(names.map(module_name));
+                }
+                "alias" => aliases.push(alias_name(&value)),
+                _ => {}
             }
         }
         let name = module_name(path);
+        self.aliases.insert(name.clone(), aliases);
         self.dependencies.insert(name.clone(), needs);
         self.paths.insert(name, path.to_owned());
         Ok(())
-    }
-
-    /// Names of all modules that are files.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.paths.keys().map(String::as_str)
     }
 
     /// The path of a module that is a file.
@@ -130,20 +133,46 @@ impl Modules {
         Ok(())
     }
 
-    /// The text of `modules.dep` for the modules in `kept`.
-    pub fn dep_file(&self, kept: &BTreeSet<String>) -> Result<String, ModuleError> {
+    /// The lists by which modprobe finds the modules: name and content.
+    pub fn lists(&self) -> Result<[(&'static str, Vec<u8>); 4], ModuleError> {
         let mut text = String::new();
-        for name in kept {
+        let mut dependencies = BTreeMap::new();
+        let mut aliases: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for name in self.paths.keys() {
             let order = self.load_order(&[name])?;
             let (own, needs) = order.split_last().map_or((name, &[][..]), |(o, n)| (o, n));
             let path = |name: &String| self.path(name).unwrap_or_default().to_owned();
             // Nearest dependency first, as depmod writes them.
             let needs: Vec<String> = needs.iter().rev().map(path).collect();
-            text.push_str(format!("{}: {}", path(own), needs.join(" ")).trim_end());
+            let line = format!("{}: {}", path(own), needs.join(" "));
+            text.push_str(line.trim_end());
             text.push('\n');
+            dependencies.insert(name.clone(), vec![line.trim_end().to_owned()]);
+            for alias in self.aliases.get(name).into_iter().flatten() {
+                aliases.entry(alias.clone()).or_default().push(name.clone());
+            }
         }
-        Ok(text)
+        let builtin = self
+            .builtin
+            .iter()
+            .map(|name| (name.clone(), vec![String::new()]));
+        Ok([
+            ("modules.dep", text.into_bytes()),
+            ("modules.dep.bin", kmod_index(&dependencies)),
+            ("modules.alias.bin", kmod_index(&aliases)),
+            ("modules.builtin.bin", kmod_index(&builtin.collect())),
+        ])
     }
+}
+
+/// An alias as it is looked up: `-` is `_` but for what stands in brackets.
+fn alias_name(alias: &str) -> String {
+    let mut in_brackets = false;
+    let normal = |c: char| {
+        in_brackets = c == '[' || in_brackets && c != ']';
+        if c == '-' && !in_brackets { '_' } else { c }
+    };
+    alias.chars().map(normal).collect()
 }
 
 /// The `key=value` strings of the `.modinfo` section.
@@ -215,8 +244,8 @@ pub(crate) mod tests {
     fn dependencies_come_first_and_built_in_ones_are_left_out() {
         let order = kernel().load_order(&["nd_pmem", "virtio"]).unwrap();
         assert_eq!(order, ["virtio", "virtio_ring", "libnvdimm", "nd_pmem"]);
-        let kept = order.into_iter().collect();
-        let text = kernel().dep_file(&kept).unwrap();
+        let [(_, text), ..] = kernel().lists().unwrap();
+        let text = String::from_utf8(text).unwrap();
         let line = "kernel/nvdimm/nd_pmem.ko: kernel/nvdimm/libnvdimm.ko \
                     kernel/virtio/virtio-ring.ko kernel/virtio/virtio.ko\n";
         assert!(text.contains(line), "{text}");

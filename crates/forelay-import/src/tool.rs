@@ -1,12 +1,13 @@
 //! Running host tools: one place that captures output, tells failures apart and never
 //! leaves a child behind.
 //!
-//! Invariant: a tool's standard input is empty and its locale is C, so its output does
-//! not depend on the host.
+//! Invariant: a tool's standard input is empty, its locale is C and its directory not the
+//! caller's, so its output does not depend on the host.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::error::ImportError;
@@ -39,6 +40,7 @@ impl Tool {
             .env("HOME", "/root")
             .env("DEBIAN_FRONTEND", "noninteractive")
             .env("DEBCONF_NONINTERACTIVE_SEEN", "true")
+            .current_dir("/")
             .stdin(Stdio::null());
         for (name, value) in std::env::vars_os() {
             // Reaching the mirror through a proxy is the host's business.
@@ -65,6 +67,12 @@ impl Tool {
 
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.command.args(args);
+        self
+    }
+
+    /// Runs it in this directory.
+    pub fn directory(mut self, directory: &Path) -> Self {
+        self.command.current_dir(directory);
         self
     }
 

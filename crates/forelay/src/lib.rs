@@ -4,6 +4,7 @@
 //! VMM together. Each of these knows nothing of the others; only this crate knows all.
 #![forbid(unsafe_code)]
 
+mod aggregates;
 pub mod api;
 pub mod cli;
 pub mod client;

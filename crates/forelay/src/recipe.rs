@@ -28,9 +28,11 @@ use forelay_image::erofs::read::{Image, ReadAt, ReadError};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::{Manifest, Ready};
 use forelay_image::package_status::{merged_status, status_path};
-use forelay_image::tree::{Attributes, Tree, TreeError};
+use forelay_image::tree::{Attributes, Kind, Node, Tree, TreeError};
 use forelay_import::NEEDS_LDCONFIG;
 use forelay_store::{ImageMap, ImageReader, Store, StoreError};
+
+use crate::aggregates::{self, Aggregates};
 
 /// Largest fragments file that is read.
 const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
@@ -46,12 +48,15 @@ struct Part {
     component: Arc<Component>,
     metadata: Bytes,
     map: Arc<ImageMap>,
+    reader: Reader,
 }
 
 /// What composing a lock's map image needs.
 pub struct Recipe {
     parts: Vec<Part>,
     merged: Vec<MergedFile>,
+    /// Paths and targets of links that lead elsewhere than in the topmost component.
+    links: Vec<(String, Vec<u8>)>,
     entrypoint: Vec<String>,
 }
 
@@ -144,6 +149,7 @@ impl Recipe {
             .map(|component| load_part(store, component, full_system));
         let loaded = futures_util::future::try_join_all(parts).await?;
         let (parts, texts): (Vec<Part>, Vec<PartTexts>) = loaded.into_iter().unzip();
+        let (parts, aggregates) = load_aggregates(parts).await?;
         let mut fragments = Vec::new();
         let mut statuses = Vec::new();
         for text in texts {
@@ -151,6 +157,7 @@ impl Recipe {
             statuses.extend(text.package_status);
         }
         let mut merged = merged_files(&fragments)?;
+        merged.extend(aggregates.files);
         if let [base, added @ ..] = &statuses[..]
             && !added.is_empty()
         {
@@ -177,6 +184,7 @@ impl Recipe {
         Ok(Self {
             parts,
             merged,
+            links: aggregates.links,
             entrypoint,
         })
     }
@@ -251,6 +259,11 @@ impl Recipe {
             let attributes = Attributes::with_mode(file.mode).owned_by(file.uid, file.gid);
             tree.put_file(&file.path, &file.bytes[..], attributes)?;
         }
+        for (path, target) in &self.links {
+            let attributes = Attributes::with_mode(0o777);
+            let kind = Kind::Symlink(target.clone());
+            tree.insert_path(path.as_bytes(), Node { attributes, kind })?;
+        }
         let plain = Attributes::with_mode(0o644);
         let name = format!("{hostname}\n").into_bytes();
         tree.put_file("etc/hostname", name, plain.clone())?;
@@ -317,6 +330,21 @@ pub fn for_this_host(components: &[Arc<Component>]) -> Vec<Component> {
     here.map(|one| (**one).clone()).collect()
 }
 
+/// Solves with what this host's VMs can run. What that lacks is told as it is with all
+/// components: one for other machines is there, and is refused as such.
+pub fn solve_for_this_host<E>(
+    components: &[Arc<Component>],
+    solve: impl Fn(&[Component]) -> Result<Lock, E>,
+) -> Result<Lock, E> {
+    let all = || {
+        components
+            .iter()
+            .map(|one| (**one).clone())
+            .collect::<Vec<_>>()
+    };
+    solve(&for_this_host(components)).or_else(|_| solve(&all()))
+}
+
 /// Checks that components, the base first, are for the same machines.
 pub fn check_architectures<'a>(
     components: impl IntoIterator<Item = &'a Component>,
@@ -373,16 +401,40 @@ async fn load_part(
     let metadata = store.image_metadata(image).await.map_err(failed)?;
     let reader = Reader(store.image_reader(image).await.map_err(failed)?);
     let locked = component.clone();
-    let read = tokio::task::spawn_blocking(move || read_texts(&reader, &locked, full_system)).await;
-    let texts = read.map_err(|_| RecipeError::Interrupted)??;
+    let read = tokio::task::spawn_blocking(move || {
+        read_texts(&reader, &locked, full_system).map(|texts| (reader, texts))
+    });
+    let (reader, texts) = read.await.map_err(|_| RecipeError::Interrupted)??;
     Ok((
         Part {
             component: pinned,
             metadata,
             map,
+            reader,
         },
         texts,
     ))
+}
+
+/// Makes one of the files that several components have made entries in.
+async fn load_aggregates(parts: Vec<Part>) -> Result<(Vec<Part>, Aggregates), RecipeError> {
+    let read = tokio::task::spawn_blocking(move || {
+        let layers = parts.iter().map(|part| aggregates::Layer {
+            metadata: &part.metadata,
+            chunks: &part.map.index,
+            reader: &part.reader,
+        });
+        let layers: Vec<_> = layers.collect();
+        match aggregates::merge(&layers) {
+            Ok(merged) => Ok((parts, merged)),
+            Err((number, source)) => {
+                let Component { name, version, .. } = &*parts[number].component;
+                let component = format!("{name} {version}");
+                Err(RecipeError::Image { component, source })
+            }
+        }
+    });
+    read.await.map_err(|_| RecipeError::Interrupted)?
 }
 
 fn read_texts(

@@ -23,6 +23,8 @@ const MAY_FAIL: usize = 5;
 /// A service that is started in a VM and asked something.
 struct Service {
     package: &'static str,
+    /// Packages that it does not depend on, and does not start without.
+    besides: &'static [&'static str],
     /// Its command in the foreground, where the component names none.
     entrypoint: &'static [&'static str],
     /// Further lines of the manifest.
@@ -42,6 +44,7 @@ const fn service(
 ) -> Service {
     Service {
         package,
+        besides: &[],
         entrypoint: &[],
         manifest: "",
         port,
@@ -129,7 +132,11 @@ const SERVICES: [Service; 22] = [
     },
     service("dovecot-imapd", 143, "", "* OK"),
     service("bind9", 53, DNS_VERSION, "9."),
-    service("unbound", 53, DNS_VERSION, "unbound"),
+    Service {
+        // Its configuration names the root's key.
+        besides: &["dns-root-data"],
+        ..service("unbound", 53, DNS_VERSION, "unbound")
+    },
     service(
         "prometheus-node-exporter",
         9100,
@@ -230,7 +237,8 @@ fn start_all(
 ) -> Result<Value> {
     let chosen = SERVICES.iter().filter(|service| wanted(service.package));
     let chosen: Vec<&Service> = chosen.collect();
-    let packages: Vec<[&str; 2]> = chosen.iter().map(|one| ["--deb", one.package]).collect();
+    let words = |one: &&Service| [&["--deb", one.package], one.besides].concat();
+    let packages: Vec<Vec<&str>> = chosen.iter().map(words).collect();
     let mut needed: Vec<(&[&str], &str)> = vec![(&["--kernel"], "linux-cloud")];
     needed.extend(packages.iter().map(|words| (&words[..], words[1])));
     demo::build_lacking(programs, &settings.repository, &needed)?;

@@ -62,6 +62,11 @@ fn privileged_a_component_is_attached_used_and_detached() {
     );
     let refused = host.refused(["attach", "plain", "forelay-needy"]);
     assert!(refused.contains("forelay-absent"), "{refused}");
+    let refused = host.refused(["attach", "plain", "forelay-foreign"]);
+    assert!(
+        refused.contains("forelay-foreign 1.0 for s390x"),
+        "{refused}"
+    );
     let refused = host.refused(["attach", "plain", "forelay-toll"]);
     assert!(refused.contains("did you mean forelay-tool?"), "{refused}");
     let refused = host.refused(["attach", "absent-vm", "forelay-tool"]);

@@ -77,6 +77,12 @@ fn privileged_senseless_requests_are_refused_in_words() {
     let said = host.refused(["run", "/absent/manifest.toml"]);
     assert!(said.contains("/absent/manifest.toml"), "{said}");
 
+    let said = run(&idle("foreign", "[\"forelay-foreign\"]", ""), &[]);
+    assert!(said.contains("forelay-foreign 1.0 for s390x"), "{said}");
+    let (manifest, lock) = foreign_lock(&host);
+    let said = run(&manifest, &["--lock", lock.to_str().unwrap()]);
+    assert!(said.contains("forelay-foreign 1.0 is for s390x"), "{said}");
+
     for command in ["map", "logs", "console"] {
         let said = host.refused([command, "nobody"]);
         assert!(said.contains("no VM is called \"nobody\""), "{said}");
@@ -94,6 +100,30 @@ fn privileged_senseless_requests_are_refused_in_words() {
         serde_json::json!([]),
         "the first daemon goes on"
     );
+}
+
+/// A manifest, and a lock of it that pins a component for other machines.
+fn foreign_lock(host: &Host) -> (String, PathBuf) {
+    let text = idle("pinned", "[\"forelay-tool\"]", "");
+    let manifest = host.write("pinned.toml", &text);
+    let lock = host.json(["lock", manifest.to_str().unwrap()]);
+    let pinned = lock["component"].as_array().unwrap();
+    let pinned = pinned.iter().find(|one| one["name"] == "forelay-tool");
+    let (pinned, foreign) = (
+        pinned.unwrap(),
+        host.json(["component", "show", "forelay-foreign"]),
+    );
+    let path = host.dir().join("pinned.lock");
+    let mut lock = std::fs::read_to_string(&path).unwrap();
+    for (old, new) in [
+        (&pinned["name"], &foreign["name"]),
+        (&pinned["id"], &foreign["id"]),
+        (&pinned["image"], &foreign["image"]["digest"]),
+    ] {
+        lock = lock.replace(old.as_str().unwrap(), new.as_str().unwrap());
+    }
+    std::fs::write(&path, lock).unwrap();
+    (text, path)
 }
 
 #[test]

@@ -297,6 +297,73 @@ fn directories_keep_their_owner_and_files_that_two_have_are_told() {
     );
 }
 
+/// What dpkg keeps of the alternative `editor` with one choice, and its links.
+fn editor(choice: &str, priority: &str) -> (String, [(String, String); 2]) {
+    let page = format!("/usr/share/man/man1/{choice}.1");
+    let text = format!(
+        "auto\n/usr/bin/editor\neditor.1\n/usr/share/man/man1/editor.1\n\n\
+         /usr/bin/{choice}\n{priority}\n{page}\n\n"
+    );
+    let links = [("editor", format!("/usr/bin/{choice}")), ("editor.1", page)];
+    (
+        text,
+        links.map(|(name, to)| (format!("etc/alternatives/{name}"), to)),
+    )
+}
+
+#[test]
+fn files_in_which_several_have_entries_are_one() {
+    let place = Place::new();
+    let bundle = "etc/ssl/certs/ca-certificates.crt";
+    let certificate =
+        |name: &str| format!("-----BEGIN CERTIFICATE-----\n{name}\n-----END CERTIFICATE-----\n");
+    // The later of the two is the worse choice.
+    for (name, choice, priority) in [("one", "nano", "40"), ("two", "vim", "30")] {
+        let (text, links) = editor(choice, priority);
+        let trusted = [certificate("all"), certificate(name)].concat();
+        let program = format!("usr/bin/{choice}");
+        let root = place.tree(
+            name,
+            &[
+                (bundle, &trusted),
+                ("var/lib/dpkg/alternatives/editor", &text),
+                ("etc/nsswitch.conf", name),
+                (&program, choice),
+            ],
+        );
+        fs::create_dir_all(root.join("etc/alternatives")).unwrap();
+        for (link, to) in links {
+            symlink(to, root.join(link)).unwrap();
+        }
+        symlink("/etc/alternatives/editor", root.join("usr/bin/editor")).unwrap();
+        let archive = place.tar(&root, &format!("{name}.tar"), &["--owner=0", "--group=0"]);
+        place.build(&["--tar", &archive, "--name", name]);
+    }
+    let (disk, said) = place.compose("['one', 'two']", "").unwrap();
+    let trusted = ["all", "one", "two"].map(certificate).concat();
+    assert_eq!(text(&disk, bundle), Some(trusted));
+    for (path, expected) in editor("nano", "40").1 {
+        assert_eq!(text(&disk, &path), Some(expected));
+    }
+    let known = text(&disk, "var/lib/dpkg/alternatives/editor").unwrap();
+    assert!(known.contains("/usr/bin/nano\n40\n") && known.contains("/usr/bin/vim\n30\n"));
+    // What cannot be made one is told, and nothing else is.
+    let notes: Vec<&str> = said
+        .lines()
+        .filter(|line| line.starts_with("note:"))
+        .collect();
+    assert_eq!(
+        notes,
+        ["note: /etc/nsswitch.conf is in one and in two, whose is used"]
+    );
+    // One alone is as it is.
+    let (disk, _) = place.compose("['two']", "").unwrap();
+    assert_eq!(
+        text(&disk, "etc/alternatives/editor").as_deref(),
+        Some("/usr/bin/vim")
+    );
+}
+
 #[test]
 fn packages_for_other_machines_are_refused() {
     let place = Place::new();

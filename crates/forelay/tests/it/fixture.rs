@@ -86,8 +86,8 @@ struct Deb {
     program: Option<(&'static str, &'static str)>,
 }
 
-/// Components made of packages of our own: two that can be attached, and three that cannot.
-const DEBS: [Deb; 5] = [
+/// Components made of packages of our own: two that can be attached, and four that cannot.
+const DEBS: [Deb; 6] = [
     Deb {
         name: "forelay-tool",
         fields: "Version: 1.0",
@@ -113,6 +113,11 @@ const DEBS: [Deb; 5] = [
         name: "forelay-clash",
         fields: "Version: 1.0\nDepends: forelay-part",
         program: Some(("bash", "no shell at all")),
+    },
+    Deb {
+        name: "forelay-foreign",
+        fields: "Version: 1.0\nArchitecture: s390x",
+        program: Some(("forelay-foreign", "hello from elsewhere")),
     },
 ];
 
@@ -185,8 +190,12 @@ impl Bench {
 fn package(dir: &Path, deb: &Deb) -> PathBuf {
     let root = dir.join(deb.name);
     std::fs::create_dir_all(root.join("DEBIAN")).unwrap();
+    let architecture = match deb.fields.contains("Architecture:") {
+        true => "",
+        false => "\nArchitecture: amd64",
+    };
     let control = format!(
-        "Package: {}\n{}\nArchitecture: amd64\nMaintainer: Tests <tests@example.org>\n\
+        "Package: {}\n{}{architecture}\nMaintainer: Tests <tests@example.org>\n\
          Description: a package of the tests\n",
         deb.name, deb.fields
     );

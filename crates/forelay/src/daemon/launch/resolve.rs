@@ -13,7 +13,7 @@ use forelay_store::Store;
 
 use crate::daemon::error::HostError;
 use crate::daemon::order::Order;
-use crate::recipe::{check_architectures, for_this_host, runs_here};
+use crate::recipe::{check_architectures, runs_here, solve_for_this_host};
 
 /// Finds out what a request asks for.
 pub struct Resolver {
@@ -38,13 +38,8 @@ impl Resolver {
             }
             None => {
                 let components = self.store.components().await.map_err(HostError::failed)?;
-                let solved = solve(&manifest, &for_this_host(&components));
-                // What only others can solve is refused below, with the component's name.
-                let others = |error| {
-                    let all: Vec<_> = components.iter().map(|one| (**one).clone()).collect();
-                    solve(&manifest, &all).map_err(|_| error)
-                };
-                solved.or_else(others).map_err(HostError::invalid)?
+                solve_for_this_host(&components, |components| solve(&manifest, components))
+                    .map_err(HostError::invalid)?
             }
         };
         self.check_machine(&lock).await?;

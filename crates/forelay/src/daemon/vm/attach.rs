@@ -29,7 +29,7 @@ use crate::daemon::order::{DeviceRecord, PlannedDevice, vm_component};
 use crate::daemon::vm::instance::Instance;
 use crate::daemon::vm::supervise::Supervisor;
 use crate::history::ComponentRef;
-use crate::recipe::for_this_host;
+use crate::recipe::solve_for_this_host;
 
 /// Attaches components to running VMs, and detaches them.
 pub struct AttachService {
@@ -201,8 +201,8 @@ impl AttachService {
         let previous = Lock::parse(&lock).map_err(HostError::failed)?;
         manifest.components.push(range);
         let components = self.store.components().await.map_err(HostError::failed)?;
-        let components = for_this_host(&components);
-        let lock = relock(&manifest, &components, &previous).map_err(HostError::invalid)?;
+        let solve = |components: &'_ _| relock(&manifest, components, &previous);
+        let lock = solve_for_this_host(&components, solve).map_err(HostError::invalid)?;
         let kept = |one: &LockedComponent| lock.components.iter().any(|new| new.id == one.id);
         if let Some(changed) = previous.components.iter().find(|one| !kept(one)) {
             return Err(HostError::Invalid(format!(
