@@ -288,7 +288,7 @@ fn ask(host: &Host, service: &Service) -> Result<String> {
     let name = service.package;
     host.launch(&manifest, name, &["--timeout", "240"])?;
     let script = "exec 3<>/dev/tcp/127.0.0.1/$1; printf \"$2\" >&3; \
-                  timeout 60 dd bs=4096 count=1 <&3 2>/dev/null | od -An -v -tx1";
+                  timeout 120 dd bs=4096 count=1 <&3 2>/dev/null | od -An -v -tx1";
     let port = service.port.to_string();
     let mut asked = host.forelay(["exec", name, "--", "bash", "-c", script, "bash", &port]);
     let output = asked.arg(service.say).stderr(Stdio::inherit()).output()?;

@@ -5,8 +5,6 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 
-use serde_json::Value;
-
 use crate::fixture::{Host, Settings, bench, idle, lives, md5, signal};
 
 #[test]
@@ -15,7 +13,8 @@ fn privileged_a_program_has_its_streams_as_they_are() {
         return;
     };
     let host = Host::started(&bench, &Settings::default());
-    let manifest = host.write("exec.toml", &idle("exec", "[]", ""));
+    let components = "[\"kmod\", \"linux-cloud-modules\"]";
+    let manifest = host.write("exec.toml", &idle("exec", components, ""));
     host.launch(&manifest, "exec", &[]);
     bytes_come_as_they_are(&host);
     input_goes_as_it_is(&host);
@@ -272,5 +271,23 @@ fn the_root_does_what_others_do(host: &Host) {
         controllers.contains("memory") && controllers.contains("pids"),
         "{controllers}"
     );
-    let _: Value = host.vm("exec");
+    modules_are_there_when_wanted(host);
+}
+
+fn modules_are_there_when_wanted(host: &Host) {
+    // By name with what it needs, by another name, and by the kernel itself.
+    let script = "modprobe br_netfilter && modprobe nft-chain-2-nat && modprobe overlay && \
+                  mount -t squashfs none /mnt 2> /dev/null; cat /proc/modules /proc/filesystems";
+    let said = host.sh("exec", script);
+    for module in [
+        "br_netfilter ",
+        "bridge ",
+        "nft_chain_nat ",
+        "nf_nat ",
+        "\tsquashfs\n",
+    ] {
+        assert!(said.contains(module), "{module}: {said}");
+    }
+    let missing = host.run(["exec", "exec", "--", "modprobe", "no-such-module"]);
+    assert_eq!(missing.code, Some(1), "{}", missing.stderr);
 }

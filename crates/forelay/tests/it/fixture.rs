@@ -149,13 +149,14 @@ impl Bench {
         if lacks("debian-systemd") {
             build(&["--base", "debian", "--systemd", "--name", "debian-systemd"]);
         }
-        if lacks("nginx") {
-            build(&["--deb", "nginx"]);
+        for package in ["nginx", "kmod"].into_iter().filter(|name| lacks(name)) {
+            build(&["--deb", package]);
         }
         // The kernel component holds the guest init, which may have changed.
         let stamp = cache.join("guest-init");
         let init = std::fs::read(&self.guest).unwrap();
-        if lacks("linux-cloud") || std::fs::read(&stamp).ok().as_ref() != Some(&init) {
+        let lacks_kernel = lacks("linux-cloud") || lacks("linux-cloud-modules");
+        if lacks_kernel || std::fs::read(&stamp).ok().as_ref() != Some(&init) {
             if !lacks("linux-cloud") {
                 host.ok(["component", "remove", "linux-cloud"]);
             }
