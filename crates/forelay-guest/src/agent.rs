@@ -11,7 +11,7 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd as _;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -23,12 +23,13 @@ use forelay_guest_protocol::messages::{
     BootSteps, ErrorKind, Exec, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line,
     LineBuffer, MAX_REQUEST_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic,
 };
+use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
 
-use crate::boot::console;
+use crate::boot::{console, context};
 use crate::exec::{self, Execs, Port};
 use crate::graft::Grafts;
 use crate::process::{self, Reaper};
-use crate::{devices, ready, sys};
+use crate::{devices, freezer, hold, identity, ready, sys};
 
 /// Messages that may wait for the writer.
 const QUEUE_MESSAGES: usize = 256;
@@ -38,6 +39,12 @@ const MAX_RUNNING: usize = 32;
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Environment variable that carries [`Mounted`] to an agent beside an init.
 const MOUNTED_VARIABLE: &str = "FORELAY_MOUNTED";
+
+/// In a clone, when it began; its standard input is the guest channel.
+const BEGINNING_VARIABLE: &str = "FORELAY_BEGINNING_US";
+/// How long a VM that is ready is left to itself before it is held: programs go on setting
+/// themselves up after they answer first.
+const SETTLE: Duration = Duration::from_secs(1);
 
 enum Outgoing {
     Message(GuestMessage),
@@ -56,8 +63,32 @@ struct Agent {
     running: AtomicUsize,
 }
 
-/// Runs the agent for ever; `is_init` if it is PID 1.
-pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T> {
+/// How the agent starts.
+pub struct Start {
+    /// The VM's configuration.
+    pub config: VmConfig,
+    /// How the root came up.
+    pub mounted: Mounted,
+    /// It is PID 1.
+    pub is_init: bool,
+    /// The guest channel, if it was opened before.
+    pub port: Option<File>,
+    /// The VM is held for a snapshot when it is ready.
+    pub is_held: bool,
+}
+
+/// Runs the agent for ever.
+pub fn run<T>(start: Start) -> io::Result<T> {
+    let Start {
+        config,
+        mounted,
+        is_init,
+        port,
+        is_held,
+    } = start;
+    if is_held {
+        freezer::separate()?;
+    }
     let reaper = Reaper::start()?;
     let (outgoing, queue) = mpsc::sync_channel(QUEUE_MESSAGES);
     let status = Status {
@@ -79,16 +110,16 @@ pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T
     agent.note_step(|steps| &mut steps.agent_us);
     agent.send(GuestMessage::Mounted(mounted));
     let for_channel = Arc::clone(&agent);
-    thread("channel", move || channel(&for_channel, queue))?;
+    thread("channel", move || channel(&for_channel, port, queue))?;
     let started = agent.start_entrypoint();
     agent.note_step(|steps| &mut steps.entrypoint_us);
     agent.start_console()?;
     match started.and_then(|()| agent.wait_ready()) {
         Ok(()) => {
-            let uptime_ms = sys::uptime_us() / 1000;
-            agent.status().ready_uptime_ms = Some(uptime_ms);
-            let steps = agent.status().mounted.steps;
-            agent.send(GuestMessage::Ready { uptime_ms, steps });
+            agent.tell_ready();
+            if is_held {
+                agent.hold();
+            }
         }
         Err(text) => {
             agent.send(GuestMessage::Failed { text });
@@ -101,7 +132,7 @@ pub fn run<T>(config: VmConfig, mounted: Mounted, is_init: bool) -> io::Result<T
 }
 
 /// Starts the agent as a child before the image's own init takes over.
-pub fn spawn_beside_init(mounted: &Mounted) -> io::Result<()> {
+pub fn spawn_beside_init(mounted: &Mounted, port: Option<File>) -> io::Result<()> {
     use std::os::unix::process::CommandExt;
     let text = serde_json::to_string(mounted)?;
     let mut command = std::process::Command::new("/proc/self/exe");
@@ -110,11 +141,18 @@ pub fn spawn_beside_init(mounted: &Mounted) -> io::Result<()> {
         .arg("agent")
         .env_clear()
         .env(MOUNTED_VARIABLE, text);
+    let stdin = match port {
+        Some(port) => {
+            command.env(BEGINNING_VARIABLE, sys::beginning_us().to_string());
+            Stdio::from(port)
+        }
+        None => Stdio::null(),
+    };
     sys::prepare_child(&mut command, sys::ChildSetup::default());
     command
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .spawn()
-        .map_err(crate::boot::context("start the agent"))?;
+        .map_err(context("start the agent"))?;
     Ok(())
 }
 
@@ -123,7 +161,21 @@ pub fn run_from_environment() -> io::Result<Infallible> {
     let mounted = std::env::var(MOUNTED_VARIABLE).unwrap_or_default();
     let mounted = serde_json::from_str(&mounted).unwrap_or_default();
     let config = serde_json::from_slice(&std::fs::read(VM_CONFIG_PATH)?)?;
-    run(config, mounted, false)
+    let beginning_us = std::env::var(BEGINNING_VARIABLE).ok();
+    let port = match beginning_us.and_then(|text| text.parse().ok()) {
+        Some(beginning_us) => {
+            sys::set_beginning_us(beginning_us);
+            Some(File::from(io::stdin().as_fd().try_clone_to_owned()?))
+        }
+        None => None,
+    };
+    run(Start {
+        config,
+        mounted,
+        is_init: false,
+        port,
+        is_held: false,
+    })
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
@@ -133,17 +185,18 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
         .map(drop)
 }
 
-fn channel(agent: &Arc<Agent>, queue: Receiver<Outgoing>) {
-    let Some(port) = devices::wait_for(Duration::from_secs(20), devices::channel_port) else {
-        return console("no guest channel: the host cannot talk to this VM");
-    };
-    let opened = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&port);
+fn open_port() -> io::Result<File> {
+    let port = devices::wait_for(Duration::from_secs(20), devices::channel_port)
+        .ok_or_else(|| io::Error::other("no port: the host cannot talk to this VM"))?;
+    let opened = File::options().read(true).write(true).open(&port);
+    opened.map_err(context(port.display()))
+}
+
+fn channel(agent: &Arc<Agent>, port: Option<File>, queue: Receiver<Outgoing>) {
+    let opened = port.map_or_else(open_port, Ok);
     let (reader, writer) = match opened.and_then(|file| Ok((file.try_clone()?, file))) {
         Ok(both) => both,
-        Err(error) => return console(&format!("guest channel {}: {error}", port.display())),
+        Err(error) => return console(&format!("guest channel: {error}")),
     };
     let port = Arc::clone(agent.port.get_or_init(|| Arc::new(Port::new(writer))));
     if let Err(error) = thread("channel-writer", move || write_queue(&port, &queue)) {
@@ -225,6 +278,15 @@ impl Agent {
         };
         match request {
             Ok(GuestRequest { id, command }) => match command {
+                GuestCommand::Start(_)
+                | GuestCommand::Attach(_)
+                | GuestCommand::Detach { .. }
+                | GuestCommand::Traffic
+                    if self.is_held() =>
+                {
+                    let result = refuse(ErrorKind::Busy, hold::HELD);
+                    self.send(GuestMessage::Reply { id, result });
+                }
                 GuestCommand::Start(exec) => self.start_program(id, exec),
                 GuestCommand::Credit { stdout, stderr } => self.execs.credit(id, stdout, stderr),
                 GuestCommand::End => self.execs.end(id),
@@ -266,14 +328,97 @@ impl Agent {
         }
         let agent = Arc::clone(self);
         let started = thread("request", move || {
-            let reply = agent.perform(id, command);
+            let reply = match command {
+                GuestCommand::Resume(resume) => match agent.resume(id, &resume) {
+                    Ok(()) => None,
+                    Err(text) => Some(refuse(ErrorKind::BadRequest, text)),
+                },
+                command => Some(agent.perform(id, command)),
+            };
             agent.running.fetch_sub(1, Ordering::SeqCst);
-            agent.reply(id, reply);
+            match reply {
+                Some(reply) => agent.reply(id, reply),
+                None => agent.ready_again(),
+            }
         });
         if let Err(error) = started {
             self.running.fetch_sub(1, Ordering::SeqCst);
             let result = refuse(ErrorKind::Failed, format!("start a thread: {error}"));
             self.send(GuestMessage::Reply { id, result });
+        }
+    }
+
+    fn is_held(&self) -> bool {
+        self.status().held.is_some()
+    }
+
+    fn tell_ready(&self) {
+        let uptime_ms = sys::uptime_us() / 1000;
+        let steps = {
+            let mut status = self.status();
+            status.ready_uptime_ms = Some(uptime_ms);
+            status.mounted.steps
+        };
+        self.send(GuestMessage::Ready { uptime_ms, steps });
+    }
+
+    /// Stops what the image runs and waits for the host to save this VM.
+    fn hold(&self) {
+        std::thread::sleep(SETTLE);
+        self.execs.end_all();
+        if let Err(error) = freezer::freeze() {
+            let text = format!("hold for a snapshot: {error}");
+            self.send(GuestMessage::Failed { text });
+            self.power_off();
+        }
+        hold::give_back();
+        self.status().held = Some(Tier::Ready);
+        self.send(GuestMessage::Held { tier: Tier::Ready });
+    }
+
+    /// Makes this clone a machine of its own and lets its processes go on.
+    fn resume(&self, id: u64, resume: &Resume) -> Result<(), String> {
+        resume.validate()?;
+        if !self.is_held() {
+            return Err("this VM is not held for a snapshot".to_owned());
+        }
+        sys::count_uptime_from_now();
+        let mut failures = Vec::new();
+        let failed = |error: io::Error| format!("this clone must not run on: {error}");
+        identity::kernel(resume, &mut failures).map_err(failed)?;
+        let run = |command: &mut Command, limit| {
+            match process::run_within(&self.reaper, command, limit)? {
+                status if status.success() => Ok(()),
+                status => Err(identity::ended(status.code())),
+            }
+        };
+        identity::files(resume, &run, &mut failures);
+        freezer::thaw().map_err(failed)?;
+        let mounted = {
+            let mut status = self.status();
+            status.held = None;
+            status.ready_uptime_ms = None;
+            let now_us = sys::uptime_us();
+            status.mounted.uptime_ms = now_us / 1000;
+            status.mounted.steps = BootSteps {
+                kernel_us: now_us,
+                ..BootSteps::default()
+            };
+            status.mounted.clone()
+        };
+        self.reply(id, Reply::Resumed(Resumed { failures }));
+        self.send(GuestMessage::Mounted(mounted));
+        Ok(())
+    }
+
+    /// After [`Self::resume`]: tells when the VM is ready, or that it will not be.
+    fn ready_again(&self) {
+        match self.wait_ready() {
+            Ok(()) => self.tell_ready(),
+            Err(text) => {
+                self.send(GuestMessage::Failed { text });
+                self.power_off();
+            }
         }
     }
 
@@ -298,8 +443,8 @@ impl Agent {
                 self.reply(id, Reply::PoweringOff);
                 self.power_off()
             }
-            GuestCommand::Resume(_) => refuse(ErrorKind::BadRequest, "this VM is not held"),
-            GuestCommand::Start(_)
+            GuestCommand::Resume(_)
+            | GuestCommand::Start(_)
             | GuestCommand::Credit { .. }
             | GuestCommand::End
             | GuestCommand::EndAll => refuse(ErrorKind::BadRequest, "handled by the reader"),

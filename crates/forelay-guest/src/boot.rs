@@ -10,6 +10,7 @@
 //! `forelay.flat=1` mounts a flat image from the disk with serial `forelay-flat`,
 //! `forelay.root=<device>` mounts a disk with an ext4 root. `forelay.scratch=1` puts the
 //! overlay's upper on the disk with serial `forelay-scratch`, else it is a tmpfs.
+//! `forelay.hold=<tier>` holds the boot for a snapshot (see hold.rs).
 //!
 //! Invariant: any failure ends in a message on the console and a power-off, never a hang.
 
@@ -20,8 +21,10 @@ use std::time::Duration;
 
 use forelay_guest_protocol::config::{Run, VM_CONFIG_PATH, VmConfig};
 use forelay_guest_protocol::messages::{BootSteps, GuestMessage, encode_line};
+use forelay_guest_protocol::snapshot::Tier;
 
-use crate::{agent, devices, network, root, sys};
+use crate::hold::{self, Held};
+use crate::{agent, devices, identity, network, root, sys};
 
 /// List of modules in the initramfs: one path a line, in load order.
 const MODULE_LIST: &str = "/modules.list";
@@ -68,29 +71,105 @@ fn boot() -> io::Result<Never> {
         ..BootSteps::default()
     };
     mount_kernel_file_systems()?;
-    let parameters = parameters(&fs::read_to_string("/proc/cmdline")?);
+    let mut parameters = parameters(&fs::read_to_string("/proc/cmdline")?);
     load_modules();
+    let tier = hold::tier(&parameters);
+    let mut clone = None;
+    if tier == Some(Tier::Kernel) {
+        let held = Clone::begin(Tier::Kernel, &mut steps)?;
+        held.boot_parameters(&mut parameters);
+        clone = Some(held);
+    }
     let (mounted, lower) = root::mount(&parameters, &mut steps)?;
     steps.mount_us = sys::uptime_us();
     let config = read_config(&lower)?;
+    // A scratch disk is the clone's own: nothing of it may be mounted before.
+    let has_scratch = parameters.get("forelay.scratch").is_some();
+    if tier == Some(Tier::Composed) && has_scratch {
+        clone = Some(Clone::begin(Tier::Composed, &mut steps)?);
+    }
     root::overlay(&parameters, &config, &lower, &mounted)?;
     root::switch(&mounted)?;
     prepare_root(&config);
+    if tier == Some(Tier::Composed) && !has_scratch {
+        clone = Some(Clone::begin(Tier::Composed, &mut steps)?);
+    }
     if let Err(error) = sys::limit_open_files(OPEN_FILES_SOFT, OPEN_FILES_HARD) {
         console(&format!("limit of open files: {error}"));
     }
+    let port = clone.map(Clone::finish).transpose()?;
     steps.overlay_us = sys::uptime_us();
     if let Err(error) = network::configure(config.network.as_ref()) {
         console(&format!("network: {error}"));
     }
     steps.network_us = sys::uptime_us();
-    let report = root::report(&mounted, steps);
+    let mounted = root::report(&mounted, steps);
     match &config.run {
         Run::Init { path } => {
-            agent::spawn_beside_init(&report)?;
+            agent::spawn_beside_init(&mounted, port)?;
             Err(exec_init(path))
         }
-        Run::Entrypoint(_) | Run::AgentOnly => agent::run(config, report, true),
+        Run::Entrypoint(_) | Run::AgentOnly => agent::run(agent::Start {
+            config,
+            mounted,
+            is_init: true,
+            port,
+            is_held: tier == Some(Tier::Ready),
+        }),
+    }
+}
+
+/// A boot that was held and goes on in a clone: the machine begins there.
+struct Clone {
+    held: Held,
+    failures: Vec<String>,
+}
+
+impl Clone {
+    fn begin(tier: Tier, steps: &mut BootSteps) -> io::Result<Self> {
+        let held = Held::until_resumed(tier)?;
+        let mut failures = Vec::new();
+        identity::kernel(&held.resume, &mut failures)?;
+        *steps = BootSteps {
+            kernel_us: sys::uptime_us(),
+            ..BootSteps::default()
+        };
+        Ok(Self { held, failures })
+    }
+
+    /// Replaces what its maker's kernel was told by what the clone is.
+    fn boot_parameters(&self, parameters: &mut Parameters) {
+        let resume = &self.held.resume;
+        if let Some(map) = &resume.map {
+            parameters.insert("forelay.map".to_owned(), map.clone());
+        }
+        if resume.scratch {
+            parameters.insert("forelay.scratch".to_owned(), "1".to_owned());
+        }
+    }
+
+    /// Gives the root what is the clone's; returns the guest channel.
+    fn finish(mut self) -> io::Result<fs::File> {
+        // The placeholder's, which `prepare_root` has set.
+        sys::set_hostname(&self.held.resume.hostname)?;
+        identity::files(&self.held.resume, &run_alone, &mut self.failures);
+        self.held.resumed(self.failures)
+    }
+}
+
+/// Runs a program where nothing else runs yet.
+fn run_alone(command: &mut std::process::Command, limit: Duration) -> io::Result<()> {
+    let mut child = command.spawn()?;
+    match devices::wait_for(limit, || child.try_wait().transpose()) {
+        Some(status) => match status?.code() {
+            Some(0) => Ok(()),
+            code => Err(identity::ended(code.unwrap_or(-1))),
+        },
+        None => {
+            let _ = sys::kill(-(child.id() as i32), libc::SIGKILL);
+            child.wait()?;
+            Err(io::Error::other(format!("it did not end within {limit:?}")))
+        }
     }
 }
 
@@ -123,7 +202,9 @@ fn mount_kernel_file_systems() -> io::Result<()> {
 }
 
 /// `key=value` words of the kernel command line.
-fn parameters(cmdline: &str) -> BTreeMap<String, String> {
+pub type Parameters = BTreeMap<String, String>;
+
+fn parameters(cmdline: &str) -> Parameters {
     cmdline
         .split_ascii_whitespace()
         .filter_map(|word| word.split_once('='))

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use forelay_guest_protocol::superblock::{self, Superblock};
 
 /// Interval of polls for devices.
-const POLL: Duration = Duration::from_millis(5);
+pub const POLL: Duration = Duration::from_millis(5);
 
 /// Calls `find` until it gives something or `limit` has passed.
 pub fn wait_for<T>(limit: Duration, mut find: impl FnMut() -> Option<T>) -> Option<T> {

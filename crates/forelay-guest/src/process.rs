@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use forelay_guest_protocol::messages::ExitStatus;
 
-use crate::sys;
+use crate::{freezer, sys};
 
 /// Search path when the VM's environment has none.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Told how a child ended.
 type Ended = Box<dyn FnOnce(ExitStatus) + Send>;
@@ -155,6 +155,7 @@ pub fn command(
         sys::ChildSetup {
             credentials,
             controlling_terminal,
+            processes: freezer::processes(),
         },
     );
     Ok(command)
@@ -242,16 +243,25 @@ pub fn succeeds(
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        let (sender, ended) = mpsc::channel();
-        let child = reaper.spawn(&mut command, move |status| {
-            let _ = sender.send(status);
-        })?;
-        ended.recv_timeout(limit).map_err(|late| {
-            reaper.signal_group(child.id() as i32, libc::SIGKILL);
-            io::Error::other(late)
-        })
+        run_within(reaper, &mut command, limit)
     };
     run().is_ok_and(|status| status.success())
+}
+
+/// Runs a command to its end; kills its process group when `limit` has passed.
+pub fn run_within(
+    reaper: &Reaper,
+    command: &mut Command,
+    limit: Duration,
+) -> io::Result<ExitStatus> {
+    let (sender, ended) = mpsc::channel();
+    let child = reaper.spawn(command, move |status| {
+        let _ = sender.send(status);
+    })?;
+    ended.recv_timeout(limit).map_err(|_| {
+        reaper.signal_group(child.id() as i32, libc::SIGKILL);
+        io::Error::other(format!("it did not end within {limit:?}"))
+    })
 }
 
 #[cfg(test)]

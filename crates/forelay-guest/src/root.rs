@@ -7,7 +7,6 @@
 //! ```
 //! A `forelay.root=` disk is writable itself and becomes / without an overlay.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +16,7 @@ use forelay_guest_protocol::config::VmConfig;
 use forelay_guest_protocol::messages::{BootSteps, Mounted};
 use forelay_guest_protocol::superblock;
 
-use crate::boot::{console, context};
+use crate::boot::{Parameters, console, context};
 use crate::{devices, sys};
 
 const LOWER: &str = "/lower";
@@ -36,8 +35,6 @@ const ENGINES: [(&str, &str); 3] = [
 /// How long the VM's own devices may take to appear, unless `forelay.device_wait_ms=` says
 /// otherwise.
 const DEVICE_LIMIT: Duration = Duration::from_secs(20);
-
-type Parameters = BTreeMap<String, String>;
 
 fn device_limit(parameters: &Parameters) -> Duration {
     let given = parameters

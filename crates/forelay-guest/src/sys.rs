@@ -1,12 +1,15 @@
 //! The system calls of the guest binary: mounts, modules, network configuration, signals,
 //! power. The only unsafe code of this crate.
 //!
-//! Knows no Forelay concepts. Every wrapper returns `io::Error` with the call's errno.
+//! Knows no Forelay concepts but how much entropy a clone is given. Every wrapper returns `io::Error` with the call's errno.
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use forelay_guest_protocol::snapshot::ENTROPY_BYTES;
 
 fn c_string(text: impl AsRef<std::ffi::OsStr>) -> io::Result<CString> {
     use std::os::unix::ffi::OsStrExt;
@@ -85,6 +88,54 @@ pub fn chroot(path: &str) -> io::Result<()> {
 pub fn set_hostname(name: &str) -> io::Result<()> {
     // SAFETY: pointer and length describe `name`.
     check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) })
+}
+
+/// Sets the wall clock: microseconds since the epoch.
+pub fn set_clock(unix_time_us: u64) -> io::Result<()> {
+    let time = libc::timespec {
+        tv_sec: (unix_time_us / 1_000_000) as libc::time_t,
+        tv_nsec: (unix_time_us % 1_000_000) as libc::c_long * 1000,
+    };
+    // SAFETY: `time` outlives the call.
+    check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) })
+}
+
+/// Mixes `entropy` into the kernel's random numbers and has it use that at once.
+pub fn reseed(entropy: &[u8; ENTROPY_BYTES]) -> io::Result<()> {
+    // From linux/random.h; the kernel's `rand_pool_info` with its buffer.
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: libc::c_int,
+        bytes: libc::c_int,
+        buffer: [u8; ENTROPY_BYTES],
+    }
+    let info = PoolInfo {
+        entropy_bits: 8 * ENTROPY_BYTES as libc::c_int,
+        bytes: ENTROPY_BYTES as libc::c_int,
+        buffer: *entropy,
+    };
+    let device = std::fs::File::options().write(true).open("/dev/random")?;
+    // SAFETY: the kernel reads `info`, which says how long its buffer is and outlives the call.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY as _, &raw const info) })?;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG as _) })
+}
+
+/// Gives an interface another MAC address.
+pub fn set_mac(name: &str, address: [u8; 6]) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let mut data = [0 as libc::c_char; 14];
+    for (to, from) in data.iter_mut().zip(address) {
+        *to = from as libc::c_char;
+    }
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_hwaddr = libc::sockaddr {
+        sa_family: libc::ARPHRD_ETHER,
+        sa_data: data,
+    };
+    interface_ioctl(&socket, libc::SIOCSIFHWADDR, &mut request)
 }
 
 /// Sets the soft and hard limit of open files, for this process and all that it starts.
@@ -198,8 +249,30 @@ pub fn systemd_poweroff_signal() -> i32 {
     libc::SIGRTMIN() + 4
 }
 
-/// Microseconds since the kernel started.
+/// What the kernel's time was when this machine began: not 0 in a clone.
+static BEGINNING_US: AtomicU64 = AtomicU64::new(0);
+
+/// Counts the uptime from now on: this is a clone, and what was before is its maker's.
+pub fn count_uptime_from_now() {
+    BEGINNING_US.store(kernel_time_us(), Ordering::Relaxed);
+}
+
+/// When this machine began, for [`set_beginning_us`] of a child.
+pub fn beginning_us() -> u64 {
+    BEGINNING_US.load(Ordering::Relaxed)
+}
+
+/// Counts the uptime from there on.
+pub fn set_beginning_us(beginning_us: u64) {
+    BEGINNING_US.store(beginning_us, Ordering::Relaxed);
+}
+
+/// Microseconds since the kernel started, or the clone was resumed.
 pub fn uptime_us() -> u64 {
+    kernel_time_us().saturating_sub(beginning_us())
+}
+
+fn kernel_time_us() -> u64 {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -274,6 +347,8 @@ pub struct ChildSetup {
     pub credentials: Option<(u32, u32, Vec<u32>)>,
     /// Make standard input the controlling terminal.
     pub controlling_terminal: bool,
+    /// The open `cgroup.procs` of the control group to be in.
+    pub processes: Option<RawFd>,
 }
 
 /// Makes `command` start in its own session with an empty signal mask.
@@ -289,6 +364,11 @@ pub fn prepare_child(command: &mut std::process::Command, setup: ChildSetup) {
             libc::sigprocmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
             if setup.controlling_terminal {
                 libc::ioctl(0, libc::TIOCSCTTY, 0);
+            }
+            if let Some(processes) = setup.processes {
+                let itself = b"0";
+                let written = libc::write(processes, itself.as_ptr().cast(), itself.len());
+                check(written as libc::c_int)?;
             }
             if let Some((uid, gid, groups)) = &setup.credentials {
                 check(libc::setgroups(groups.len(), groups.as_ptr()))?;

@@ -37,7 +37,7 @@ pub use exec::{ExecEvent, Execution};
 pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
 /// Files that a launched VM may leave in its runtime directory.
-pub const RUNTIME_FILES: [&str; 7] = [
+pub const RUNTIME_FILES: [&str; 8] = [
     state::STATE_FILE,
     state::UNFINISHED_STATE_FILE,
     "console.log",
@@ -45,6 +45,7 @@ pub const RUNTIME_FILES: [&str; 7] = [
     qemu::command_line::MONITOR_SOCKET,
     qemu::command_line::CHANNEL_SOCKET,
     qemu::command_line::CONSOLE_SOCKET,
+    qemu::migration::STATE_SOCKET,
 ];
 
 pub use snapshot::SnapshotError;

@@ -8,19 +8,22 @@
 //! step that fails leaves a VMM that is of no use: it is to be killed.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use forelay_guest_protocol::messages::{GuestCommand, Reply};
 use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
 
-use crate::channel::ChannelError;
+use crate::channel::{ChannelError, bounded};
 use crate::driver::AttachError;
 use crate::handle::{VmError, VmHandle};
+use crate::lifecycle::Progress;
 use crate::qemu::QmpError;
 use crate::spec::PmemDevice;
 
 /// Largest state of devices, memory aside; some 100 KiB is usual.
 pub const MAX_STATE_BYTES: usize = 16 << 20;
+/// Most failures of a clone's that are listened to.
+const MAX_FAILURES: usize = 32;
 /// How long a clone may take to be a machine of its own, hooks of its image included.
 const RESUME: Duration = Duration::from_secs(60);
 
@@ -51,13 +54,15 @@ pub enum SnapshotError {
 }
 
 impl VmHandle {
-    /// Waits until the guest is held for a snapshot.
+    /// Waits until the guest is held for a snapshot where the launch wanted it.
     pub async fn wait_held(&self, limit: Duration) -> Result<Tier, VmError> {
-        let progress = self
-            .wait("held", limit, |progress| progress.held.is_some())
-            .await?;
+        let wanted = self.state().hold;
+        // An agent that knows of no snapshots boots on.
+        let passed = |progress: &Progress| progress.mounted.is_some() && wanted < Some(Tier::Ready);
+        let over = |progress: &Progress| progress.held.is_some() || passed(progress);
+        let held = self.wait("held", limit, over).await?.held;
         let unexpected = || self.channel_error(ChannelError::Unexpected);
-        progress.held.ok_or_else(unexpected)
+        held.filter(|tier| Some(*tier) == wanted).ok_or_else(unexpected)
     }
 
     /// Stops the guest for good and returns the state of its devices.
@@ -80,12 +85,20 @@ impl VmHandle {
     }
 
     /// Makes a clone a machine of its own and lets it go on; what it could not be given is
-    /// in the answer.
-    pub async fn resume(&self, resume: Resume) -> Result<Resumed, SnapshotError> {
+    /// in the answer. The time that it is told is that of this call.
+    pub async fn resume(&self, mut resume: Resume) -> Result<Resumed, SnapshotError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_micros();
+        resume.unix_time_us = u64::try_from(now).unwrap_or(u64::MAX);
         resume.validate().map_err(SnapshotError::Resume)?;
         let command = GuestCommand::Resume(resume);
         match self.channel().request(command, RESUME).await {
-            Ok(Reply::Resumed(resumed)) => Ok(resumed),
+            Ok(Reply::Resumed(mut resumed)) => {
+                resumed.failures.truncate(MAX_FAILURES);
+                let failures = resumed.failures.into_iter().map(bounded);
+                let failures = failures.collect();
+                Ok(Resumed { failures })
+            }
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected).into()),
             Err(error) => Err(self.channel_error(error).into()),
         }

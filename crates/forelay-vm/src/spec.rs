@@ -112,9 +112,7 @@ impl VmSpec {
                 return Err(format!("two pmem devices are called {:?}", device.id));
             }
         }
-        if matches!(self.boot, Boot::Map { .. }) && self.pmem.is_empty() {
-            return Err("a VM that boots from a map image needs its pmem device".to_owned());
-        }
+        self.validate_hold()?;
         let socket = self.runtime_dir.join("console.sock");
         if socket.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
             return Err(format!(
@@ -124,6 +122,26 @@ impl VmSpec {
             ));
         }
         Ok(())
+    }
+}
+
+impl VmSpec {
+    fn validate_hold(&self) -> Result<(), String> {
+        let has_image = !self.pmem.is_empty();
+        match (self.hold, &self.memory) {
+            (Some(Tier::Kernel), _) if has_image => {
+                Err("a VM that is held without an image gets its devices later".to_owned())
+            }
+            (None, _) | (Some(Tier::Composed | Tier::Ready), _)
+                if matches!(self.boot, Boot::Map { .. }) && !has_image =>
+            {
+                Err("a VM that boots from a map image needs its pmem device".to_owned())
+            }
+            (None, GuestMemory::Shared { .. } | GuestMemory::Snapshot { .. }) => {
+                Err("a snapshot's VM needs the tier at which it is held".to_owned())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -273,7 +291,12 @@ mod tests {
     fn bad_specs_are_refused_with_what_to_change() {
         assert_eq!(spec().validate(), Ok(()));
         type Change = fn(&mut VmSpec);
-        let cases: [(Change, &str); 6] = [
+        let cases: [(Change, &str); 8] = [
+            (|spec| spec.hold = Some(Tier::Kernel), "later"),
+            (
+                |spec| spec.memory = GuestMemory::Shared { path: "/m".into() },
+                "tier",
+            ),
             (|spec| spec.name = "a,b".into(), "name"),
             (|spec| spec.cpus = 0, "CPU"),
             (|spec| spec.pmem[0].bytes += 4096, "2 MiB"),

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use forelay_host::atomic_write;
+use forelay_guest_protocol::snapshot::Tier;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessId;
@@ -37,6 +38,12 @@ pub struct VmState {
     pub pmem: Vec<PmemDevice>,
     /// Ports.
     pub forwards: Vec<Forward>,
+    /// Where its boot, or its maker's, was to be held for a snapshot.
+    #[serde(default)]
+    pub hold: Option<Tier>,
+    /// Slots that devices of the launch have there, from the first on.
+    #[serde(default)]
+    pub launch_slots: u8,
     /// Where it takes more of them.
     #[serde(default)]
     pub hotplug_bus: HotplugBus,

@@ -19,10 +19,11 @@ use std::ffi::{OsStr, OsString};
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+use forelay_guest_protocol::snapshot::{HOLD_WORD, Tier};
 use serde::{Deserialize, Serialize};
 
 use crate::accelerator::Accelerator;
-use crate::spec::{Boot, Disk, DiskFormat, PmemDevice, Upper, VmSpec};
+use crate::spec::{Boot, Disk, DiskFormat, GuestMemory, PmemDevice, Upper, VmSpec};
 
 /// The bridge for hot-plugged devices, and the name of the bus behind it.
 const HOTPLUG_BRIDGE: &str = "hotplug";
@@ -58,6 +59,12 @@ pub const MAX_PMEM: usize = 88;
 /// Most disks.
 pub const MAX_DISKS: usize = 8;
 
+/// Functions of a slot.
+pub const FUNCTIONS: usize = 8;
+
+/// Name of the guest's memory.
+const RAM: &str = "ram";
+
 const FIRST_PMEM_SLOT: usize = 3;
 const DISK_SLOT: usize = 14;
 
@@ -68,9 +75,19 @@ pub const CHANNEL_SOCKET: &str = "channel.sock";
 /// Console socket in the runtime directory.
 pub const CONSOLE_SOCKET: &str = "console.sock";
 
+/// What the arguments depend on besides the VM.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// How the VM runs.
+    pub accelerator: Accelerator,
+    /// This QEMU maps a file that it may not write to privately (8.2 and later).
+    pub copies_read_only_files: bool,
+}
+
 /// The arguments, without the program.
-pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString>, String> {
+pub fn arguments(spec: &VmSpec, target: Target) -> Result<Vec<OsString>, String> {
     spec.validate()?;
+    let accelerator = target.accelerator;
     let mut line = Line::default();
     line.plain(&[
         "-nodefaults",
@@ -80,16 +97,22 @@ pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString
         "-no-reboot",
     ]);
     line.option("-name", &[("guest=", OsStr::new(&spec.name))]);
-    line.plain(&["-M", MACHINE]);
+    line.plain(&["-M", &format!("{MACHINE},memory-backend={RAM}")]);
+    guest_memory(&mut line, spec, target);
     match accelerator {
         Accelerator::Kvm => line.plain(&["-accel", "kvm", "-cpu", "host"]),
         Accelerator::Tcg => line.plain(&["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]),
     }
     line.plain(&["-smp", &spec.cpus.to_string()]);
     line.plain(&["-m", &memory(spec)]);
-    line.path("-kernel", &spec.kernel);
-    line.path("-initrd", &spec.initrd);
-    line.plain(&["-append", &kernel_command_line(spec, accelerator)]);
+    if matches!(spec.memory, GuestMemory::Snapshot { .. }) {
+        // The kernel is in the memory; reading it again would take longer than all else.
+        line.plain(&["-S", "-incoming", "defer"]);
+    } else {
+        line.path("-kernel", &spec.kernel);
+        line.path("-initrd", &spec.initrd);
+        line.plain(&["-append", &kernel_command_line(spec, accelerator)]);
+    }
     line.device(&format!(
         "pci-bridge,id={HOTPLUG_BRIDGE},chassis_nr=1,addr=0x1"
     ));
@@ -120,6 +143,30 @@ const TCG_KERNEL_WORDS: [&str; 5] = [
     "tsc=reliable",
 ];
 
+/// The guest's memory: called the same in all VMs, since a state refers to it by name.
+fn guest_memory(line: &mut Line, spec: &VmSpec, target: Target) {
+    let size = spec.memory_mib;
+    let file = |options: &str| format!("memory-backend-file,id={RAM},size={size}M,{options}");
+    let (backend, path) = match &spec.memory {
+        GuestMemory::Private => (
+            format!("memory-backend-ram,id={RAM},size={size}M"),
+            OsString::new(),
+        ),
+        GuestMemory::Shared { path } => {
+            (file("share=on,mem-path="), escape(path.as_os_str()))
+        }
+        GuestMemory::Snapshot { path } => {
+            let read_only = match target.copies_read_only_files {
+                true => "readonly=on,rom=off,",
+                false => "",
+            };
+            let options = format!("share=off,{read_only}mem-path=");
+            (file(&options), escape(path.as_os_str()))
+        }
+    };
+    line.raw("-object", &[OsStr::new(&backend), &path]);
+}
+
 fn memory(spec: &VmSpec) -> String {
     if spec.pmem.is_empty() && spec.hotplug_bytes == 0 {
         return format!("{}M", spec.memory_mib);
@@ -148,13 +195,19 @@ pub fn kernel_command_line(spec: &VmSpec, accelerator: Accelerator) -> String {
     if accelerator == Accelerator::Tcg {
         words.extend(TCG_KERNEL_WORDS.map(str::to_owned));
     }
-    words.push(match &spec.boot {
-        Boot::Map { uuid } => format!("forelay.map={uuid}"),
-        Boot::Flat { .. } => "forelay.flat=1".to_owned(),
-        Boot::Root(_) => "forelay.root=/dev/vda".to_owned(),
-    });
-    if matches!(spec.upper, Upper::Scratch { .. }) {
-        words.push("forelay.scratch=1".to_owned());
+    if let Some(tier) = spec.hold {
+        words.push(format!("{HOLD_WORD}={}", tier.name()));
+    }
+    // One that is held before there is an image is told of it when it is resumed.
+    if spec.hold != Some(Tier::Kernel) {
+        words.push(match &spec.boot {
+            Boot::Map { uuid } => format!("forelay.map={uuid}"),
+            Boot::Flat { .. } => "forelay.flat=1".to_owned(),
+            Boot::Root(_) => "forelay.root=/dev/vda".to_owned(),
+        });
+        if matches!(spec.upper, Upper::Scratch { .. }) {
+            words.push("forelay.scratch=1".to_owned());
+        }
     }
     words.extend(spec.append.iter().cloned());
     words.join(" ")
@@ -186,8 +239,17 @@ fn sockets(line: &mut Line, spec: &VmSpec) {
         "virtserialport,bus=serial.0,nr=1,chardev=channel,name={name}"
     ));
     line.device("virtio-rng-pci,addr=0x2.1,multifunction=on");
-    // Never inflated: the guest reports what it frees, and the host has it back.
-    line.device("virtio-balloon-pci,free-page-reporting=on,addr=0x2.3,multifunction=on");
+    // Never inflated: the guest reports what it frees, and the host has it back. In a clone
+    // what was given back is not zero but what the snapshot has there: a guest that wants
+    // zeros, or a pattern, must not report.
+    let poison = if spec.hold.is_some() { ",page-poison=off" } else { "" };
+    line.device(&format!(
+        "virtio-balloon-pci,free-page-reporting=on{poison},addr=0x2.3,multifunction=on"
+    ));
+    if spec.hold.is_some() {
+        // Tells a kernel that knows the device that it is a clone.
+        line.device("vmgenid,guid=auto");
+    }
 }
 
 fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
@@ -245,13 +307,16 @@ fn disks(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
         }
         Boot::Root(disk) => all.push(("forelay-root", disk.clone())),
     }
-    if let Upper::Scratch { path, .. } = &spec.upper {
+    if let Upper::Scratch { path, .. } = &spec.upper
+        && spec.hold != Some(Tier::Kernel)
+    {
         all.push(("forelay-scratch", raw_disk(path, false)));
     }
     all.extend(spec.disks.iter().map(|disk| ("", disk.clone())));
     if all.len() > MAX_DISKS {
         return Err(format!("{} disks, but {MAX_DISKS} is the most", all.len()));
     }
+    let (discard, features) = discards(spec);
     for (index, (serial, disk)) in all.iter().enumerate() {
         let format = match disk.format {
             DiskFormat::Raw => "raw",
@@ -259,16 +324,25 @@ fn disks(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
         };
         let read_only = if disk.read_only { "on" } else { "off" };
         let prefix = format!(
-            "if=none,id=disk{index},format={format},readonly={read_only},discard=unmap,file="
+            "if=none,id=disk{index},format={format},readonly={read_only},discard={discard},file="
         );
         let path = escape(disk.path.as_os_str());
         line.raw("-drive", &[OsStr::new(&prefix), &path]);
         line.device(&format!(
             "virtio-blk-pci,drive=disk{index},serial={serial},addr={DISK_SLOT:#x}.{index},\
-             multifunction=on"
+             multifunction=on{features}"
         ));
     }
     Ok(())
+}
+
+/// Whether disks take discards, and what their devices say of it. Not where a snapshot is
+/// made: the host lets no clone's VMM punch holes, since it would do so in the snapshot.
+fn discards(spec: &VmSpec) -> (&'static str, &'static str) {
+    match spec.hold {
+        None => ("unmap", ""),
+        Some(_) => ("ignore", ",discard=off,write-zeroes=off"),
+    }
 }
 
 fn raw_disk(path: &Path, read_only: bool) -> Disk {
@@ -292,15 +366,58 @@ pub fn hotplug_backend(device: &PmemDevice) -> serde_json::Value {
     })
 }
 
-/// QMP arguments of a hot-plugged device.
-pub fn hotplug_device(device: &PmemDevice, bus: HotplugBus, slot: u8) -> serde_json::Value {
-    serde_json::json!({
+/// Where a hot-plugged device goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The bus.
+    pub bus: HotplugBus,
+    /// Slot on it.
+    pub slot: u8,
+    /// Function of the slot, of many; 0 is told to the guest with all others in its slot.
+    pub function: Option<u8>,
+}
+
+impl Place {
+    fn put(self, mut device: serde_json::Value) -> serde_json::Value {
+        device["bus"] = self.bus.bus_and_slots().0.into();
+        device["addr"] = match self.function {
+            Some(function) => format!("{:#x}.{function}", self.slot),
+            None => format!("{:#x}", self.slot),
+        }
+        .into();
+        device["multifunction"] = self.function.is_some().into();
+        device
+    }
+}
+
+/// QMP arguments of a hot-plugged pmem device.
+pub fn hotplug_device(device: &PmemDevice, place: Place) -> serde_json::Value {
+    place.put(serde_json::json!({
         "driver": "virtio-pmem-pci",
         "id": format!("d-{}", device.id),
         "memdev": format!("m-{}", device.id),
-        "bus": bus.bus_and_slots().0,
-        "addr": format!("{slot:#x}"),
+    }))
+}
+
+/// QMP arguments of the backend of a hot-plugged scratch disk.
+pub fn scratch_backend(path: &Path) -> serde_json::Value {
+    serde_json::json!({
+        "driver": "raw",
+        "node-name": "scratch",
+        "file": { "driver": "file", "filename": path.to_string_lossy() },
     })
+}
+
+/// QMP arguments of a hot-plugged scratch disk.
+pub fn scratch_device(place: Place) -> serde_json::Value {
+    place.put(serde_json::json!({
+        "driver": "virtio-blk-pci",
+        "id": "d-scratch",
+        "drive": "scratch",
+        "serial": "forelay-scratch",
+        "discard": false,
+        "write-zeroes": false,
+    }))
 }
 
 /// QEMU's option syntax takes a comma in a value doubled.
@@ -360,6 +477,11 @@ mod tests {
     use super::*;
     use crate::spec::{Forward, PMEM_ALIGN_BYTES};
 
+    const TARGET: Target = Target {
+        accelerator: Accelerator::Tcg,
+        copies_read_only_files: false,
+    };
+
     fn spec(devices: usize) -> VmSpec {
         let boot = Boot::Map {
             uuid: "ab".repeat(16),
@@ -376,7 +498,7 @@ mod tests {
     }
 
     fn text(spec: &VmSpec) -> String {
-        let words = arguments(spec, Accelerator::Tcg).unwrap();
+        let words = arguments(spec, TARGET).unwrap();
         words
             .iter()
             .map(|word| word.to_string_lossy())
@@ -399,7 +521,7 @@ mod tests {
         assert_eq!(addresses.len(), count);
         assert!(text.contains("mem-path=/f,,39"), "commas are doubled");
         assert!(
-            arguments(&spec(MAX_PMEM + 1), Accelerator::Tcg)
+            arguments(&spec(MAX_PMEM + 1), TARGET)
                 .unwrap_err()
                 .contains("bundle")
         );
@@ -423,6 +545,59 @@ mod tests {
         assert!(text.contains("serial=forelay-scratch"));
         assert!(text.contains("forelay.scratch=1 systemd.log_level=debug"));
         spec.network = false;
-        assert!(arguments(&spec, Accelerator::Tcg).is_err());
+        assert!(arguments(&spec, TARGET).is_err());
+    }
+
+    #[test]
+    fn a_clone_has_its_makers_devices_and_a_private_copy_of_its_memory() {
+        let mut maker = spec(2);
+        maker.hold = Some(Tier::Ready);
+        maker.memory = GuestMemory::Shared {
+            path: "/t/a,b".into(),
+        };
+        let mut clone = maker.clone();
+        clone.name = "other".into();
+        clone.memory = GuestMemory::Snapshot { path: "/s".into() };
+        let (maker, clone) = (text(&maker), text(&clone));
+        let memory = "memory-backend-file,id=ram,size=512M,share";
+        assert!(maker.contains(&format!("{memory}=on,mem-path=/t/a,,b ")));
+        assert!(clone.contains(&format!("{memory}=off,mem-path=/s ")));
+        assert!(maker.contains("forelay.hold=ready"));
+        assert!(!clone.contains("-kernel") && clone.contains("-incoming defer"));
+        let devices = |text: &str| {
+            let words = text.split(" -").filter(|word| word.starts_with("device "));
+            words.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(devices(&maker), devices(&clone));
+        assert!(maker.contains("vmgenid") && !text(&spec(2)).contains("vmgenid"));
+    }
+
+    #[test]
+    fn a_vm_that_is_held_without_an_image_names_none() {
+        let mut held = spec(0);
+        held.hold = Some(Tier::Kernel);
+        held.upper = Upper::Scratch {
+            path: "/s".into(),
+            bytes: 1 << 30,
+        };
+        let text = text(&held);
+        assert!(text.contains("forelay.hold=kernel"));
+        for word in ["forelay.map", "scratch", "virtio-blk"] {
+            assert!(!text.contains(word), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_qemu_that_can_opens_a_snapshots_memory_for_reading() {
+        let mut clone = spec(0);
+        clone.hold = Some(Tier::Kernel);
+        clone.memory = GuestMemory::Snapshot { path: "/s".into() };
+        let newer = Target {
+            copies_read_only_files: true,
+            ..TARGET
+        };
+        let words = arguments(&clone, newer).unwrap();
+        let found = "memory-backend-file,id=ram,size=512M,share=off,readonly=on,rom=off,mem-path=/s";
+        assert!(words.contains(&found.into()), "{words:?}");
     }
 }

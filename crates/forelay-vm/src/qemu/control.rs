@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::command_line::{self, HotplugBus};
-use super::{Qmp, QmpError};
+use super::command_line::{self, FUNCTIONS, HotplugBus, Place};
+use super::{Qmp, QmpError, migration};
 use crate::driver::{AttachError, Detachment, VmControl};
 use crate::lifecycle::Cause;
 use crate::snapshot::SnapshotError;
@@ -39,21 +39,35 @@ impl QemuControl {
         }
     }
 
-    async fn plug(
-        &self,
-        device: &PmemDevice,
-        bus: HotplugBus,
-        slot: u8,
-    ) -> Result<(), AttachError> {
+    async fn plug(&self, device: &PmemDevice, place: Place) -> Result<(), AttachError> {
         self.qmp
             .command("object-add", command_line::hotplug_backend(device))
             .await?;
-        let arguments = command_line::hotplug_device(device, bus, slot);
+        let arguments = command_line::hotplug_device(device, place);
         let added = self.qmp.command("device_add", arguments).await;
         if added.is_err() {
             let _ = self.delete_backend(&device.id).await;
         }
         added?;
+        Ok(())
+    }
+
+    /// Plugs devices into one slot; the guest looks at it when its function 0 is there, so
+    /// that comes last.
+    async fn plug_slot(
+        &self,
+        devices: &[PmemDevice],
+        bus: HotplugBus,
+        slot: u8,
+    ) -> Result<(), AttachError> {
+        for (function, device) in (0..FUNCTIONS as u8).zip(devices).rev() {
+            let place = Place {
+                bus,
+                slot,
+                function: Some(function),
+            };
+            self.plug(device, place).await?;
+        }
         Ok(())
     }
 
@@ -122,11 +136,17 @@ impl VmControl for QemuControl {
         } else {
             let used = |slot: &u8| state.hotplugged.iter().any(|known| known.slot == *slot);
             let bus = state.hotplug_bus;
-            let slot = bus.slots().find(|slot| !used(slot));
+            let mut slots = bus.slots().skip(state.launch_slots.into());
+            let slot = slots.find(|slot| !used(slot));
             let slot = slot.ok_or(AttachError::NoSlot {
                 used: state.hotplugged.len(),
             })?;
-            self.plug(device, bus, slot).await?;
+            let place = Place {
+                bus,
+                slot,
+                function: None,
+            };
+            self.plug(device, place).await?;
             let device = device.clone();
             state.hotplugged.push(Hotplugged {
                 device,
@@ -175,19 +195,54 @@ impl VmControl for QemuControl {
     }
 
     async fn save(&self) -> Result<Vec<u8>, SnapshotError> {
-        Err(SnapshotError::Failed("save: not there yet".to_owned()))
+        let _no_change_meanwhile = self.state.lock().await;
+        migration::save(&self.qmp, &self.runtime_dir).await
     }
 
-    async fn restore(&self, _state: &[u8]) -> Result<(), SnapshotError> {
-        Err(SnapshotError::Failed("restore: not there yet".to_owned()))
+    async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError> {
+        let _no_change_meanwhile = self.state.lock().await;
+        migration::restore(&self.qmp, &self.runtime_dir, state).await
     }
 
     async fn plug_all(
         &self,
-        _devices: &[PmemDevice],
-        _scratch: Option<&Path>,
+        devices: &[PmemDevice],
+        scratch: Option<&Path>,
     ) -> Result<(), AttachError> {
-        Err(AttachError::Device("not there yet".to_owned()))
+        let mut state = self.state.lock().await;
+        for (index, device) in devices.iter().enumerate() {
+            device.validate().map_err(AttachError::Device)?;
+            let earlier = state.pmem.iter().chain(&devices[..index]);
+            if earlier.into_iter().any(|known| known.id == device.id) {
+                let text = format!("the VM has a device {} already", device.id);
+                return Err(AttachError::Device(text));
+            }
+        }
+        let mut slots = state.hotplug_bus.slots().skip(state.launch_slots.into());
+        for group in devices.chunks(FUNCTIONS) {
+            let slot = slots.next().ok_or(AttachError::NoSlot {
+                used: state.pmem.len(),
+            })?;
+            self.plug_slot(group, state.hotplug_bus, slot).await?;
+            state.launch_slots = slot;
+            state.pmem.extend_from_slice(group);
+        }
+        if let Some(path) = scratch {
+            let slot = slots.next().ok_or(AttachError::NoSlot {
+                used: state.pmem.len(),
+            })?;
+            let place = Place {
+                bus: state.hotplug_bus,
+                slot,
+                function: None,
+            };
+            let backend = command_line::scratch_backend(path);
+            self.qmp.command("blockdev-add", backend).await?;
+            let device = command_line::scratch_device(place);
+            self.qmp.command("device_add", device).await?;
+            state.launch_slots = slot;
+        }
+        state.write(&self.runtime_dir).map_err(AttachError::State)
     }
 
     async fn quit(&self) -> Result<(), AttachError> {

@@ -9,9 +9,11 @@
 
 pub mod command_line;
 mod control;
+pub(crate) mod migration;
 mod qmp;
 
 pub use command_line::HotplugBus;
+use command_line::Target;
 pub use control::QemuControl;
 pub use qmp::{Event, Qmp, QmpError};
 
@@ -29,7 +31,7 @@ use crate::driver::{LaunchError, ReattachError, VmmDriver};
 use crate::handle::{Parts, VmHandle, file_tail};
 use crate::lifecycle::{Cause, Ended};
 use crate::process::{Exit, Process, ProcessId, output_within};
-use crate::spec::{Boot, Upper, VmSpec};
+use crate::spec::{Boot, GuestMemory, Upper, VmSpec};
 use crate::state::{STATE_FILE, VmState};
 use crate::{kernel, lines, scratch, stray};
 
@@ -132,8 +134,13 @@ impl QemuDriver {
         let prepared = self.prepare(&spec.kernel).await;
         let (accelerator, mut spec) = (prepared.probe.accelerator, spec.clone());
         spec.kernel = prepared.kernel;
+        let target = Target {
+            accelerator,
+            copies_read_only_files: matches!(spec.memory, GuestMemory::Snapshot { .. })
+                && self.version().await.is_ok_and(|version| copies_read_only_files(&version)),
+        };
         let arguments =
-            command_line::arguments(&spec, accelerator).map_err(|reason| LaunchError::Spec {
+            command_line::arguments(&spec, target).map_err(|reason| LaunchError::Spec {
                 name: spec.name.clone(),
                 reason,
             })?;
@@ -177,6 +184,14 @@ impl QemuDriver {
     }
 }
 
+/// True for a QEMU that says this of its version and has `readonly=on,rom=off`.
+fn copies_read_only_files(version: &str) -> bool {
+    let number = version.split_whitespace().skip_while(|word| *word != "version");
+    let number = number.skip(1).next().unwrap_or_default();
+    let mut parts = number.split('.').map_while(|part| part.parse::<u32>().ok());
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (8, 2)
+}
+
 /// A VMM that has no handle yet: killed when dropped, also if the launch is given up.
 struct Started(Option<Process>);
 
@@ -200,7 +215,10 @@ impl Drop for Started {
 
 /// Checks the files that a VM needs, since QEMU's own words for a missing one are poor.
 fn check_files(spec: &VmSpec) -> Result<(), LaunchError> {
-    let mut paths = vec![&spec.kernel, &spec.initrd];
+    let mut paths = match &spec.memory {
+        GuestMemory::Snapshot { path } => vec![path],
+        GuestMemory::Private | GuestMemory::Shared { .. } => vec![&spec.kernel, &spec.initrd],
+    };
     paths.extend(spec.pmem.iter().map(|device| &device.path));
     paths.extend(spec.disks.iter().map(|disk| &disk.path));
     match &spec.boot {
@@ -225,6 +243,15 @@ fn prepare_directory(spec: &VmSpec) -> Result<(), LaunchError> {
     std::fs::create_dir_all(&spec.runtime_dir).map_err(file_error(&spec.runtime_dir))?;
     if let Some(parent) = spec.console_log.parent() {
         std::fs::create_dir_all(parent).map_err(file_error(parent))?;
+    }
+    if let GuestMemory::Shared { path } = &spec.memory {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let mut options = std::fs::File::options();
+        let options = options.write(true).create(true).truncate(true).mode(0o600);
+        options
+            .open(path)
+            .and_then(|file| file.set_len(u64::from(spec.memory_mib) << 20))
+            .map_err(file_error(path))?;
     }
     // A dead predecessor's sockets and state must not be taken for the new VM's.
     use command_line::{CHANNEL_SOCKET, CONSOLE_SOCKET, MONITOR_SOCKET};
@@ -274,6 +301,8 @@ impl VmmDriver for QemuDriver {
             console_log: spec.console_log.clone(),
             pmem: spec.pmem.clone(),
             forwards: spec.forwards.clone(),
+            hold: spec.hold,
+            launch_slots: 0,
             hotplug_bus: HotplugBus::Bridge,
             hotplugged: Vec::new(),
         };
@@ -425,5 +454,25 @@ fn died(spec: &VmSpec, exit: Exit) -> LaunchError {
         name: spec.name.clone(),
         ended,
         output: file_tail(&spec.runtime_dir.join(LOG_FILE)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_qemu_can_follows_from_its_version() {
+        let versions = [
+            ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)", false),
+            ("QEMU emulator version 8.1.5", false),
+            ("QEMU emulator version 8.2.0", true),
+            ("QEMU emulator version 10.0", true),
+            ("QEMU emulator version", false),
+            ("", false),
+        ];
+        for (version, expected) in versions {
+            assert_eq!(copies_read_only_files(version), expected, "{version}");
+        }
     }
 }

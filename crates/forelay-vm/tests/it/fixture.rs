@@ -469,7 +469,7 @@ impl Bench {
         self.plain_spec(assets, boot)
     }
 
-    fn plain_spec(&self, assets: &Assets, boot: Boot) -> VmSpec {
+    pub fn plain_spec(&self, assets: &Assets, boot: Boot) -> VmSpec {
         let mut spec = VmSpec::new("test", assets.kernel.clone(), assets.initrd.clone(), boot);
         spec.memory_mib = 256;
         spec.runtime_dir = self.dir.path().join("run");

@@ -7,3 +7,4 @@ mod disks;
 mod failures;
 mod fixture;
 mod init;
+mod snapshot;

@@ -1,0 +1,76 @@
+//! The control group of what the image runs, in a VM that is to be held when it is ready:
+//! frozen while it is held, so that a clone is a machine of its own before any of it runs on.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::boot::context;
+use crate::devices;
+
+const ROOT: &str = "/sys/fs/cgroup";
+const IMAGE: &str = "/sys/fs/cgroup/image";
+/// How long processes may take to stand still: one waits for a disk at the longest.
+const FREEZE: Duration = Duration::from_secs(10);
+
+/// What processes write themselves into.
+static PROCESSES: OnceLock<File> = OnceLock::new();
+
+/// Has the image's processes started in a group of their own from now on.
+pub fn separate() -> io::Result<()> {
+    fs::create_dir_all(IMAGE).map_err(context(IMAGE))?;
+    let path = Path::new(IMAGE).join("cgroup.procs");
+    let processes = File::options().write(true).open(path)?;
+    let _ = PROCESSES.set(processes);
+    Ok(())
+}
+
+/// Where a process of the image is to write its number, if it has a group.
+pub fn processes() -> Option<RawFd> {
+    Some(PROCESSES.get()?.as_raw_fd())
+}
+
+/// Stops all processes but the agent; returns when they stand still. Groups that the image
+/// has made stand beside its own.
+pub fn freeze() -> io::Result<()> {
+    let groups = groups()?;
+    set(&groups, "1")?;
+    let is_frozen = |group: &PathBuf| {
+        fs::read_to_string(group.join("cgroup.events"))
+            .is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+    };
+    let all = || groups.iter().all(is_frozen).then_some(());
+    devices::wait_for(FREEZE, all)
+        .ok_or_else(|| io::Error::other(format!("not all processes stopped in {FREEZE:?}")))
+}
+
+/// Lets them go on.
+pub fn thaw() -> io::Result<()> {
+    set(&groups()?, "0")
+}
+
+fn groups() -> io::Result<Vec<PathBuf>> {
+    let mut groups = Vec::new();
+    for entry in fs::read_dir(ROOT)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            groups.push(entry.path());
+        }
+    }
+    Ok(groups)
+}
+
+fn set(groups: &[PathBuf], value: &str) -> io::Result<()> {
+    for group in groups {
+        let file = group.join("cgroup.freeze");
+        match fs::write(&file, value) {
+            // It was removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            written => written.map_err(context(file.display()))?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! What makes a clone a machine of its own: applied before anything of the image runs on.
+//!
+//! Two halves: what the kernel knows ([`kernel`]), which a clone without a root has too, and
+//! what lies in files ([`files`]). What cannot be done is said and holds nothing up, except
+//! entropy: clones that draw the same random numbers must not run.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use forelay_guest_protocol::snapshot::Resume;
+
+use crate::boot::context;
+use crate::{process, sys};
+
+/// Host name of the maker, where an image was composed before its VM had a name.
+const PLACEHOLDER: &str = "forelay";
+/// Programs that an image wants run in a clone, in the order of their names.
+const HOOKS: &str = "/etc/forelay/resume.d";
+/// How long one of them may take, and all that a clone runs of its image.
+const HOOK_LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Runs a program to its end; kills it after a time.
+pub type Run<'a> = &'a dyn Fn(&mut Command, Duration) -> io::Result<()>;
+
+/// A program that ended with this code.
+pub fn ended(code: i32) -> io::Error {
+    io::Error::other(format!("it ended with code {code}"))
+}
+
+/// Gives this kernel what is the clone's; what failed is added to `failures`.
+pub fn kernel(resume: &Resume, failures: &mut Vec<String>) -> io::Result<()> {
+    let entropy = resume.entropy_bytes().ok_or(io::ErrorKind::InvalidData)?;
+    sys::reseed(&entropy).map_err(context("entropy"))?;
+    let mut note = |what: &str, done: io::Result<()>| {
+        failures.extend(done.err().map(|error| format!("{what}: {error}")));
+    };
+    note("clock", sys::set_clock(resume.unix_time_us));
+    note("host name", sys::set_hostname(&resume.hostname));
+    if let Some(mac) = resume.mac_address() {
+        note("MAC address", sys::set_mac("eth0", mac));
+    }
+    Ok(())
+}
+
+/// Gives the root's files what is the clone's, and runs the image's hooks.
+pub fn files(resume: &Resume, run: Run<'_>, failures: &mut Vec<String>) {
+    let mut note = |what: &str, done: io::Result<()>| {
+        failures.extend(done.err().map(|error| format!("{what}: {error}")));
+    };
+    let Resume {
+        hostname,
+        machine_id,
+        ..
+    } = resume;
+    note(
+        "/etc/hostname",
+        replace("/etc/hostname", &format!("{hostname}\n"), 0o644),
+    );
+    note("/etc/hosts", rename_in_hosts(hostname));
+    let id = format!("{machine_id}\n");
+    note("/etc/machine-id", replace("/etc/machine-id", &id, 0o444));
+    let dbus = "/var/lib/dbus/machine-id";
+    if fs::symlink_metadata(dbus).is_ok_and(|found| found.is_file()) {
+        note(dbus, replace(dbus, &id, 0o644));
+    }
+    let deadline = Instant::now() + LIMIT;
+    let within = |command: &mut Command| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        run(command, left.min(HOOK_LIMIT))
+    };
+    for key in host_keys() {
+        note(&key.display().to_string(), make_host_key(&key, &within));
+    }
+    for hook in hooks() {
+        note(&hook.display().to_string(), within(&mut command(&hook)));
+    }
+}
+
+/// A file with this content and mode; what was there is replaced, not followed.
+fn replace(path: &str, text: &str, mode: u32) -> io::Result<()> {
+    let new = format!("{path}.forelay-new");
+    fs::write(&new, text)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
+    fs::rename(&new, path)
+}
+
+fn rename_in_hosts(hostname: &str) -> io::Result<()> {
+    match fs::read_to_string("/etc/hosts") {
+        Ok(hosts) => match with_name(&hosts, hostname) {
+            Some(hosts) => replace("/etc/hosts", &hosts, 0o644),
+            None => Ok(()),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The hosts file with `hostname` for the placeholder; `None` if it is not there.
+fn with_name(hosts: &str, hostname: &str) -> Option<String> {
+    let rename = |word: &str| match word.trim_end() {
+        PLACEHOLDER => word.replace(PLACEHOLDER, hostname),
+        _ => word.to_owned(),
+    };
+    let line = |line: &str| match line.trim_start().starts_with('#') {
+        true => line.to_owned(),
+        false => line.split_inclusive([' ', '\t']).map(rename).collect(),
+    };
+    let renamed: String = hosts.split_inclusive('\n').map(line).collect();
+    (renamed != hosts).then_some(renamed)
+}
+
+/// The private keys of the SSH server.
+fn host_keys() -> Vec<PathBuf> {
+    let is_key = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("ssh_host_") && name.ends_with("_key")
+    };
+    sorted("/etc/ssh", is_key)
+}
+
+fn make_host_key(
+    key: &Path,
+    run: &dyn Fn(&mut Command) -> io::Result<()>,
+) -> io::Result<()> {
+    let name = key.file_name().unwrap_or_default().to_string_lossy();
+    let kind = name.trim_start_matches("ssh_host_").trim_end_matches("_key");
+    // Rather none than the maker's, which other clones would have too.
+    fs::remove_file(key)?;
+    let mut command = command(Path::new("ssh-keygen"));
+    run(command.args(["-q", "-N", "", "-t", kind, "-f"]).arg(key))
+}
+
+fn hooks() -> Vec<PathBuf> {
+    let runs = |path: &PathBuf| {
+        fs::metadata(path)
+            .is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+    };
+    sorted(HOOKS, runs)
+}
+
+fn sorted(directory: &str, wanted: impl Fn(&PathBuf) -> bool) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(wanted).collect();
+    paths.sort();
+    paths
+}
+
+fn command(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env("PATH", process::DEFAULT_PATH)
+        .env("HOME", "/root")
+        .current_dir("/")
+        .stdin(Stdio::null());
+    sys::prepare_child(&mut command, sys::ChildSetup::default());
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_placeholder_among_the_names_of_a_hosts_file_is_replaced() {
+        let hosts = "127.0.0.1\tlocalhost\n127.0.1.1\tforelay forelay.example\n# forelay\n";
+        let expected = "127.0.0.1\tlocalhost\n127.0.1.1\tweb-1 forelay.example\n# forelay\n";
+        assert_eq!(with_name(hosts, "web-1").as_deref(), Some(expected));
+        assert_eq!(with_name("127.0.1.1 x\n", "web-1"), None);
+        let last = with_name("::1 a forelay", "b");
+        assert_eq!(last.as_deref(), Some("::1 a b"));
+    }
+}

@@ -1,0 +1,413 @@
+//! Snapshots of each tier: made, restored as several clones, refused when damaged.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use forelay_guest_protocol::config::{Entrypoint, Network, ReadyProbe, Run, VmConfig};
+use forelay_guest_protocol::messages::Attach;
+use forelay_guest_protocol::snapshot::{Resume, Tier};
+use forelay_image::tree::Tree;
+use forelay_vm::{GuestMemory, SnapshotError, Upper, VmHandle, VmSpec, VmmDriver};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use crate::fixture::{Assets, Bench, Guard, Image, LIMIT, assets, base_tree, file, sh};
+
+/// Memory and state of a VM that was held. The memory's file cannot be written, as on the
+/// daemon's mount.
+struct Saved {
+    memory: File,
+    state: Vec<u8>,
+    spec: VmSpec,
+}
+
+impl Saved {
+    /// Boots a maker, waits until it is held, saves it.
+    async fn make(bench: &Bench, mut spec: VmSpec, tier: Tier) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("memory");
+        spec.hold = Some(tier);
+        spec.memory = GuestMemory::Shared { path: path.clone() };
+        let begun = Instant::now();
+        let maker = Guard(bench.driver.launch(&spec).await.unwrap());
+        let held = maker.wait_held(LIMIT).await;
+        assert_eq!(held.unwrap_or_else(|error| panic!("{error}")), tier);
+        let held_after = begun.elapsed();
+        assert!(maker.exec(&["true"], LIMIT).await.is_err(), "it is held");
+        let begun = Instant::now();
+        let state = maker.save().await.unwrap();
+        let saved_in = begun.elapsed();
+        maker.kill().unwrap();
+        maker.wait_ended().await;
+        let file = File::open(path).unwrap();
+        let used_mib = file.metadata().unwrap().blocks() >> 11;
+        let (memory, content_mib) = sealed_copy(&file, u64::from(spec.memory_mib) << 20);
+        println!(
+            "{}: held after {held_after:?}, saved in {saved_in:?}; {used_mib} MiB of {} in use, \
+             {content_mib} not zero; state {} bytes",
+            tier.name(),
+            spec.memory_mib,
+            state.len()
+        );
+        assert!(used_mib < u64::from(spec.memory_mib) * 3 / 4, "free memory is given back");
+        Self {
+            memory,
+            state,
+            spec,
+        }
+    }
+
+    fn memory_path(&self) -> PathBuf {
+        let fd = self.memory.as_raw_fd();
+        format!("/proc/{}/fd/{fd}", std::process::id()).into()
+    }
+
+    fn clone_spec(&self, bench: &Bench, index: u8) -> VmSpec {
+        let mut spec = self.spec.clone();
+        let dir = bench.dir.path().join(format!("clone{index}"));
+        spec.name = format!("clone{index}");
+        spec.console_log = dir.join("console.log");
+        spec.runtime_dir = dir;
+        spec.memory = GuestMemory::Snapshot {
+            path: self.memory_path(),
+        };
+        spec
+    }
+}
+
+/// A copy that nobody can write to, and how many MiB of its pages are not zero.
+fn sealed_copy(from: &File, bytes: u64) -> (File, u64) {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = File::from(rustix::fs::memfd_create("snapshot", flags).unwrap());
+    memory.set_len(bytes).unwrap();
+    let mut page = [0; 4096];
+    let mut pages = 0;
+    for offset in (0..bytes).step_by(4096) {
+        from.read_exact_at(&mut page, offset).unwrap();
+        if page != [0; 4096] {
+            memory.write_all_at(&page, offset).unwrap();
+            pages += 1;
+        }
+    }
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW;
+    rustix::fs::fcntl_add_seals(&memory, seals).unwrap();
+    (memory, pages >> 8)
+}
+
+fn identity(index: u8) -> Resume {
+    let mut entropy = [0; 64];
+    getrandom(&mut entropy);
+    Resume {
+        hostname: format!("clone{index}"),
+        machine_id: format!("{index:032x}"),
+        mac: Some(format!("52:54:00:00:00:{index:02x}")),
+        entropy: entropy.iter().map(|byte| format!("{byte:02x}")).collect(),
+        ..Resume::default()
+    }
+}
+
+fn getrandom(bytes: &mut [u8]) {
+    File::open("/dev/urandom").unwrap().read_exact_at(bytes, 0).unwrap();
+}
+
+/// What a clone took.
+#[derive(Debug)]
+struct Took {
+    /// The VMM's start, the state, the resume, and until ready after that.
+    _parts: [Duration; 4],
+    _all: Duration,
+    _private_mib: u64,
+}
+
+/// A clone that is ready; `prepare` comes between the restore and the resume.
+async fn clone_of(
+    bench: &Bench,
+    saved: &Saved,
+    spec: &VmSpec,
+    resume: Resume,
+    plug: &[&Image],
+) -> (Guard, Took) {
+    let begun = Instant::now();
+    let mut parts = [Duration::ZERO; 4];
+    let vm = Guard(bench.driver.launch(spec).await.unwrap());
+    parts[0] = begun.elapsed();
+    vm.restore(&saved.state).await.unwrap();
+    if !plug.is_empty() {
+        let devices: Vec<_> = plug.iter().map(|image| image.device.clone()).collect();
+        let scratch = match &spec.upper {
+            Upper::Scratch { path, .. } => Some(path.as_path()),
+            Upper::Tmpfs => None,
+        };
+        vm.plug_all(&devices, scratch).await.unwrap();
+    }
+    parts[1] = begun.elapsed() - parts[0];
+    let resumed = vm.resume(resume).await;
+    let resumed = resumed.unwrap_or_else(|error| panic!("{error}: {}", vm.console_tail()));
+    assert_eq!(resumed.failures, expected_failures(saved));
+    parts[2] = begun.elapsed() - parts[0] - parts[1];
+    let progress = vm.wait_ready(LIMIT).await;
+    let progress = progress.unwrap_or_else(|error| panic!("{error}"));
+    let all = begun.elapsed();
+    parts[3] = all - parts[0] - parts[1] - parts[2];
+    let uptime = progress.ready.unwrap().guest_uptime;
+    assert!(uptime <= all, "{uptime:?} counts from the resume");
+    let took = Took {
+        _parts: parts,
+        _all: all,
+        _private_mib: private_mib(&vm),
+    };
+    (vm, took)
+}
+
+fn expected_failures(saved: &Saved) -> Vec<String> {
+    let hook = "/etc/forelay/resume.d/20-fails: it ended with code 3";
+    match saved.spec.hold {
+        Some(Tier::Ready) => vec![hook.to_owned()],
+        _ => Vec::new(),
+    }
+}
+
+fn private_mib(vm: &VmHandle) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.unwrap().trim().trim_end_matches(" kB");
+    kib.parse::<u64>().unwrap() >> 10
+}
+
+/// What must differ between clones.
+async fn facts(vm: &VmHandle) -> Vec<String> {
+    let script = "busybox head -c16 /dev/urandom | busybox hexdump -e '16/1 \"%02x\"'; echo; \
+                  cat /proc/sys/kernel/random/uuid /proc/sys/kernel/hostname /etc/hostname \
+                  /etc/machine-id /sys/class/net/eth0/address";
+    let facts: Vec<String> = sh(vm, script).await.lines().map(str::to_owned).collect();
+    assert_eq!(facts.len(), 6, "{facts:?}");
+    facts
+}
+
+fn all_differ(clones: &[Vec<String>]) {
+    for fact in 0..clones[0].len() {
+        let distinct: BTreeSet<&String> = clones.iter().map(|facts| &facts[fact]).collect();
+        assert_eq!(distinct.len(), clones.len(), "{distinct:?}");
+    }
+}
+
+/// The guest's clock may be off by 100 ms, and by what it took to ask it.
+async fn clock_is_right(vm: &VmHandle) {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let limit = Duration::from_millis(100);
+    let before = now();
+    // The shell's own builtins cannot tell the time below a second.
+    let text = sh(vm, "busybox adjtimex | busybox grep -E 'time.tv_'").await;
+    let after = now();
+    let number = |name: &str| -> u64 {
+        let line = text.lines().find(|line| line.contains(name)).unwrap();
+        line.split_whitespace().last().unwrap().parse().unwrap()
+    };
+    let guest = Duration::from_secs(number("tv_sec")) + Duration::from_micros(number("tv_usec"));
+    assert!(
+        guest + limit > before && guest < after + limit,
+        "{before:?} {guest:?} {after:?}"
+    );
+}
+
+fn config(tree_script: &str) -> VmConfig {
+    let entrypoint = Entrypoint {
+        argv: ["sh", "-c", tree_script].map(str::to_owned).into(),
+        ..Entrypoint::default()
+    };
+    VmConfig {
+        hostname: "forelay".into(),
+        run: Run::Entrypoint(entrypoint),
+        ready: Some(ReadyProbe::Path("/run/serving".into())),
+        network: Some(Network::default()),
+        ..VmConfig::default()
+    }
+}
+
+fn tree(assets: &Assets, hooks: bool) -> Tree {
+    let mut tree = base_tree(assets);
+    let hosts = "127.0.0.1 localhost\n127.0.1.1 forelay\n";
+    tree.insert_path(b"etc/hosts", file(hosts, 0o644)).unwrap();
+    if hooks {
+        let note = "#!/bin/sh\ncat /proc/sys/kernel/hostname /run/count > /run/hook\n";
+        for (name, script) in [("10-note", note), ("20-fails", "#!/bin/sh\nexit 3\n")] {
+            let path = format!("etc/forelay/resume.d/{name}");
+            tree.insert_path(path.as_bytes(), file(script, 0o755))
+                .unwrap();
+        }
+    }
+    tree
+}
+
+#[tokio::test]
+async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
+    let Some(assets) = assets("privileged_clones_of_a_ready_vm_are_machines_of_their_own") else {
+        return;
+    };
+    let bench = Bench::new();
+    let base = bench.image("base", &tree(assets, true));
+    // It counts, and draws a random number each time.
+    let script = "i=0; touch /run/serving; while :; do i=$((i+1)); echo $i > /run/count; \
+                  read r < /proc/sys/kernel/random/uuid; echo $r > /run/drawn; \
+                  busybox usleep 20000; done";
+    let spec = bench.spec(assets, &[&base], &config(script));
+    let saved = Saved::make(&bench, spec, Tier::Ready).await;
+
+    let specs: Vec<VmSpec> = (0..3).map(|index| saved.clone_spec(&bench, index)).collect();
+    let mut clones = Vec::new();
+    for (index, spec) in (0..).zip(&specs) {
+        let (vm, took) = clone_of(&bench, &saved, spec, identity(index), &[]).await;
+        println!("ready: {took:?}");
+        clock_is_right(&vm).await;
+        clones.push(vm);
+    }
+    let mut all = Vec::new();
+    for (index, vm) in (0_u8..).zip(&clones) {
+        let found = facts(vm).await;
+        let name = format!("clone{index}");
+        assert_eq!(found[2..4], [name.clone(), name.clone()]);
+        assert_eq!(found[4], format!("{index:032x}"));
+        assert_eq!(found[5], format!("52:54:00:00:00:{index:02x}"));
+        let hosts = sh(vm, "cat /etc/hosts").await;
+        assert_eq!(hosts, format!("127.0.0.1 localhost\n127.0.1.1 {name}\n"));
+        // The hook ran as this machine, while the entrypoint stood still; now it goes on.
+        let hook = sh(vm, "cat /run/hook").await;
+        let (hook_name, count) = hook.trim().split_once('\n').unwrap();
+        assert_eq!(hook_name, name);
+        let count: u64 = count.parse().unwrap();
+        let deadline = Instant::now() + LIMIT;
+        while sh(vm, "cat /run/count").await.trim().parse::<u64>().unwrap_or(0) <= count {
+            assert!(Instant::now() < deadline, "the entrypoint does not go on");
+        }
+        all.push(found);
+    }
+    all_differ(&all);
+
+    let extra = {
+        let mut tree = Tree::new();
+        tree.insert_path(b"opt/extra/data", file("hot\n", 0o644))
+            .unwrap();
+        bench.image("extra", &tree)
+    };
+    let request = Attach {
+        uuid: extra.uuid(),
+        name: "extra".into(),
+        ..Attach::default()
+    };
+    clones[0].attach(&extra.device, request).await.unwrap();
+    assert_eq!(sh(&clones[0], "cat /opt/extra/data").await, "hot\n");
+    // One that runs is no clone to be resumed.
+    let again = clones[1].resume(identity(9)).await.unwrap_err();
+    assert!(again.to_string().contains("not held"), "{again}");
+    let ended = clones[2].stop(LIMIT).await.unwrap();
+    assert_eq!(ended.exit_code, Some(0));
+}
+
+#[tokio::test]
+async fn privileged_clones_of_a_composed_vm_start_its_entrypoint() {
+    let Some(assets) = assets("privileged_clones_of_a_composed_vm_start_its_entrypoint") else {
+        return;
+    };
+    let bench = Bench::new();
+    let base = bench.image("base", &tree(assets, false));
+    let script = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/hostname > /run/drawn; \
+                  touch /run/serving; sleep 1000";
+    let spec = bench.spec(assets, &[&base], &config(script));
+    let saved = Saved::make(&bench, spec, Tier::Composed).await;
+    let mut drawn = Vec::new();
+    for index in 0..2 {
+        let spec = saved.clone_spec(&bench, index);
+        let (vm, took) = clone_of(&bench, &saved, &spec, identity(index), &[]).await;
+        println!("composed: {took:?}");
+        let found = sh(&vm, "cat /run/drawn").await;
+        drawn.push(found.lines().map(str::to_owned).collect::<Vec<_>>());
+        assert_eq!(drawn[usize::from(index)][1], format!("clone{index}"));
+        clock_is_right(&vm).await;
+    }
+    all_differ(&drawn);
+}
+
+#[tokio::test]
+async fn privileged_a_kernel_that_booted_without_an_image_becomes_any_vm() {
+    let Some(assets) = assets("privileged_a_kernel_that_booted_without_an_image_becomes_any_vm")
+    else {
+        return;
+    };
+    let bench = Bench::new();
+    let spec = {
+        let mut spec = VmSpec::new(
+            "maker",
+            assets.kernel.clone(),
+            assets.initrd.clone(),
+            forelay_vm::Boot::Map {
+                uuid: "0".repeat(32),
+            },
+        );
+        spec.memory_mib = 256;
+        spec.runtime_dir = bench.dir.path().join("run");
+        spec.console_log = bench.dir.path().join("console.log");
+        spec
+    };
+    let saved = Saved::make(&bench, spec, Tier::Kernel).await;
+
+    let damaged = |change: fn(&mut Vec<u8>)| {
+        let mut state = saved.state.clone();
+        change(&mut state);
+        state
+    };
+    let states = [
+        damaged(|state| state.truncate(state.len() / 2)),
+        damaged(|state| state.clear()),
+        damaged(|state| state[..64].fill(7)),
+    ];
+    for (index, state) in (10..).zip(&states) {
+        let spec = saved.clone_spec(&bench, index);
+        let vm = Guard(bench.driver.launch(&spec).await.unwrap());
+        let refused = vm.restore(state).await.unwrap_err();
+        println!("refused: {refused}");
+        assert!(matches!(refused, SnapshotError::Failed(_)), "{refused:?}");
+        vm.wait_ended().await;
+    }
+
+    let base = bench.image("base", &tree(assets, false));
+    let script = "touch /run/serving; sleep 1000";
+    let composed = bench.spec(assets, &[&base], &config(script));
+    let map = &composed.pmem[0];
+    let forelay_vm::Boot::Map { uuid } = &composed.boot else {
+        panic!("no map image");
+    };
+    let mut clones = Vec::new();
+    for index in 0..2 {
+        let mut spec = saved.clone_spec(&bench, index);
+        if index == 1 {
+            let path = spec.runtime_dir.join("scratch");
+            std::fs::create_dir_all(&spec.runtime_dir).unwrap();
+            spec.upper = Upper::Scratch {
+                path,
+                bytes: 64 << 20,
+            };
+        }
+        let resume = Resume {
+            map: Some(uuid.clone()),
+            scratch: index == 1,
+            ..identity(index)
+        };
+        let map = Image {
+            reference: base.reference.clone(),
+            metadata: Vec::new(),
+            device: map.clone(),
+        };
+        let (vm, took) = clone_of(&bench, &saved, &spec, resume, &[&base, &map]).await;
+        println!("kernel: {took:?}");
+        let root = vm.progress().root.unwrap();
+        assert_eq!((root.source.as_str(), root.devices, root.dax), ("pmem", 1, true));
+        let disks = sh(&vm, "ls /sys/block").await;
+        assert_eq!(disks.contains("vda"), index == 1, "{disks}");
+        clock_is_right(&vm).await;
+        clones.push(facts(&vm).await);
+    }
+    all_differ(&clones);
+}
