@@ -386,12 +386,12 @@ impl Agent {
         let mut failures = Vec::new();
         let failed = |error: io::Error| format!("this clone must not run on: {error}");
         identity::kernel(resume, &mut failures).map_err(failed)?;
-        let run = |command: &mut Command, limit| {
-            match process::run_within(&self.reaper, command, limit)? {
+        let run =
+            |command: &mut Command, limit| match process::run_within(&self.reaper, command, limit)?
+            {
                 status if status.success() => Ok(()),
                 status => Err(identity::ended(status.code())),
-            }
-        };
+            };
         identity::files(resume, &run, &mut failures);
         freezer::thaw().map_err(failed)?;
         let mounted = {

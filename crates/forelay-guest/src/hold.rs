@@ -67,7 +67,9 @@ impl Held {
                 std::thread::sleep(devices::POLL);
             }
             for line in lines.push(&buffer[..count]) {
-                let Some(request) = request(line) else { continue };
+                let Some(request) = request(line) else {
+                    continue;
+                };
                 match answer(tier, request.command) {
                     Answer::Resume(resume) => {
                         sys::count_uptime_from_now();

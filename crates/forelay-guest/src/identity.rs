@@ -123,12 +123,11 @@ fn host_keys() -> Vec<PathBuf> {
     sorted("/etc/ssh", is_key)
 }
 
-fn make_host_key(
-    key: &Path,
-    run: &dyn Fn(&mut Command) -> io::Result<()>,
-) -> io::Result<()> {
+fn make_host_key(key: &Path, run: &dyn Fn(&mut Command) -> io::Result<()>) -> io::Result<()> {
     let name = key.file_name().unwrap_or_default().to_string_lossy();
-    let kind = name.trim_start_matches("ssh_host_").trim_end_matches("_key");
+    let kind = name
+        .trim_start_matches("ssh_host_")
+        .trim_end_matches("_key");
     // Rather none than the maker's, which other clones would have too.
     fs::remove_file(key)?;
     let mut command = command(Path::new("ssh-keygen"));

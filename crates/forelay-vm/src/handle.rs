@@ -277,6 +277,10 @@ impl VmHandle {
         UnixStream::connect(self.inner.runtime_dir.join("console.sock")).await
     }
 
+    pub(crate) fn note(&self, change: impl FnOnce(&mut Progress)) {
+        self.inner.progress.send_modify(change);
+    }
+
     pub(crate) fn channel(&self) -> &Channel {
         &self.inner.channel
     }

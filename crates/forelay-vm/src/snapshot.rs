@@ -62,7 +62,8 @@ impl VmHandle {
         let over = |progress: &Progress| progress.held.is_some() || passed(progress);
         let held = self.wait("held", limit, over).await?.held;
         let unexpected = || self.channel_error(ChannelError::Unexpected);
-        held.filter(|tier| Some(*tier) == wanted).ok_or_else(unexpected)
+        held.filter(|tier| Some(*tier) == wanted)
+            .ok_or_else(unexpected)
     }
 
     /// Stops the guest for good and returns the state of its devices.
@@ -87,6 +88,10 @@ impl VmHandle {
     /// Makes a clone a machine of its own and lets it go on; what it could not be given is
     /// in the answer. The time that it is told is that of this call.
     pub async fn resume(&self, mut resume: Resume) -> Result<Resumed, SnapshotError> {
+        // A guest that was just restored takes a while for its first message; after that its
+        // clock is told a time that is not so old.
+        let answers = |progress: &Progress| progress.held.is_some() || progress.mounted.is_some();
+        self.wait("restored", RESUME, answers).await?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default().as_micros();
         resume.unix_time_us = u64::try_from(now).unwrap_or(u64::MAX);
@@ -94,6 +99,7 @@ impl VmHandle {
         let command = GuestCommand::Resume(resume);
         match self.channel().request(command, RESUME).await {
             Ok(Reply::Resumed(mut resumed)) => {
+                self.note(|progress| progress.held = None);
                 resumed.failures.truncate(MAX_FAILURES);
                 let failures = resumed.failures.into_iter().map(bounded);
                 let failures = failures.collect();

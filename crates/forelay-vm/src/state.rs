@@ -6,8 +6,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use forelay_host::atomic_write;
 use forelay_guest_protocol::snapshot::Tier;
+use forelay_host::atomic_write;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessId;

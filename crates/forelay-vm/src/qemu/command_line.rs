@@ -152,9 +152,7 @@ fn guest_memory(line: &mut Line, spec: &VmSpec, target: Target) {
             format!("memory-backend-ram,id={RAM},size={size}M"),
             OsString::new(),
         ),
-        GuestMemory::Shared { path } => {
-            (file("share=on,mem-path="), escape(path.as_os_str()))
-        }
+        GuestMemory::Shared { path } => (file("share=on,mem-path="), escape(path.as_os_str())),
         GuestMemory::Snapshot { path } => {
             let read_only = match target.copies_read_only_files {
                 true => "readonly=on,rom=off,",
@@ -242,7 +240,11 @@ fn sockets(line: &mut Line, spec: &VmSpec) {
     // Never inflated: the guest reports what it frees, and the host has it back. In a clone
     // what was given back is not zero but what the snapshot has there: a guest that wants
     // zeros, or a pattern, must not report.
-    let poison = if spec.hold.is_some() { ",page-poison=off" } else { "" };
+    let poison = if spec.hold.is_some() {
+        ",page-poison=off"
+    } else {
+        ""
+    };
     line.device(&format!(
         "virtio-balloon-pci,free-page-reporting=on{poison},addr=0x2.3,multifunction=on"
     ));
@@ -597,7 +599,8 @@ mod tests {
             ..TARGET
         };
         let words = arguments(&clone, newer).unwrap();
-        let found = "memory-backend-file,id=ram,size=512M,share=off,readonly=on,rom=off,mem-path=/s";
+        let found =
+            "memory-backend-file,id=ram,size=512M,share=off,readonly=on,rom=off,mem-path=/s";
         assert!(words.contains(&found.into()), "{words:?}");
     }
 }

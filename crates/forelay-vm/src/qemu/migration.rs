@@ -78,7 +78,10 @@ pub async fn restore(qmp: &Qmp, runtime_dir: &Path, state: &[u8]) -> Result<(), 
         qmp.command("migrate-incoming", socket.uri()?).await?;
         let connected = UnixStream::connect(&socket.0).await;
         let mut stream = connected.map_err(SnapshotError::State)?;
-        stream.write_all(state).await.map_err(SnapshotError::State)?;
+        stream
+            .write_all(state)
+            .await
+            .map_err(SnapshotError::State)?;
         stream.shutdown().await.map_err(SnapshotError::State)?;
         done(qmp, "restore a state").await?;
         qmp.command("cont", Value::Null).await?;
@@ -109,7 +112,9 @@ async fn done(qmp: &Qmp, what: &str) -> Result<(), SnapshotError> {
         match found["status"].as_str() {
             Some("completed") => return Ok(()),
             Some("failed" | "cancelled") => {
-                let why = found["error-desc"].as_str().unwrap_or("it does not say why");
+                let why = found["error-desc"]
+                    .as_str()
+                    .unwrap_or("it does not say why");
                 return Err(SnapshotError::Failed(format!("{what}: {why}")));
             }
             _ => tokio::time::sleep(POLL).await,

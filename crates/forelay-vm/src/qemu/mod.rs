@@ -137,7 +137,10 @@ impl QemuDriver {
         let target = Target {
             accelerator,
             copies_read_only_files: matches!(spec.memory, GuestMemory::Snapshot { .. })
-                && self.version().await.is_ok_and(|version| copies_read_only_files(&version)),
+                && self
+                    .version()
+                    .await
+                    .is_ok_and(|version| copies_read_only_files(&version)),
         };
         let arguments =
             command_line::arguments(&spec, target).map_err(|reason| LaunchError::Spec {
@@ -186,7 +189,9 @@ impl QemuDriver {
 
 /// True for a QEMU that says this of its version and has `readonly=on,rom=off`.
 fn copies_read_only_files(version: &str) -> bool {
-    let number = version.split_whitespace().skip_while(|word| *word != "version");
+    let number = version
+        .split_whitespace()
+        .skip_while(|word| *word != "version");
     let number = number.skip(1).next().unwrap_or_default();
     let mut parts = number.split('.').map_while(|part| part.parse::<u32>().ok());
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (8, 2)
