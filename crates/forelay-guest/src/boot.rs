@@ -23,7 +23,7 @@ use forelay_guest_protocol::config::{Run, VM_CONFIG_PATH, VmConfig};
 use forelay_guest_protocol::messages::{BootSteps, GuestMessage, encode_line};
 use forelay_guest_protocol::snapshot::Tier;
 
-use crate::hold::{self, Held};
+use crate::hold::{self, HeldBoot};
 use crate::{agent, devices, identity, network, root, sys};
 
 /// List of modules in the initramfs: one path a line, in load order.
@@ -121,13 +121,13 @@ fn boot() -> io::Result<Never> {
 
 /// A boot that was held and goes on in a clone: the machine begins there.
 struct Clone {
-    held: Held,
+    held: HeldBoot,
     failures: Vec<String>,
 }
 
 impl Clone {
     fn begin(tier: Tier, steps: &mut BootSteps) -> io::Result<Self> {
-        let held = Held::until_resumed(tier)?;
+        let held = HeldBoot::until_resumed(tier)?;
         let mut failures = Vec::new();
         identity::kernel(&held.resume, &mut failures)?;
         *steps = BootSteps {

@@ -41,7 +41,7 @@ pub fn give_back() {
 }
 
 /// The guest channel of a boot that is held before there is an agent.
-pub struct Held {
+pub struct HeldBoot {
     port: File,
     /// The request by which it was resumed.
     id: u64,
@@ -49,7 +49,7 @@ pub struct Held {
     pub resume: Resume,
 }
 
-impl Held {
+impl HeldBoot {
     /// Holds the boot at `tier`; returns in a clone.
     pub fn until_resumed(tier: Tier) -> io::Result<Self> {
         let path = devices::wait_for(Duration::from_secs(20), devices::channel_port)
@@ -71,16 +71,16 @@ impl Held {
                     continue;
                 };
                 match answer(tier, request.command) {
-                    Answer::Resume(resume) => {
+                    HeldAnswer::Resume(resume) => {
                         sys::count_uptime_from_now();
                         let id = request.id;
                         return Ok(Self { port, id, resume });
                     }
-                    Answer::Reply(result) => {
+                    HeldAnswer::Reply(result) => {
                         let id = request.id;
                         port.write_all(&encode_line(&GuestMessage::Reply { id, result }))?;
                     }
-                    Answer::None => {}
+                    HeldAnswer::None => {}
                 }
             }
         }
@@ -108,25 +108,25 @@ fn request(line: Line) -> Option<GuestRequest> {
     serde_json::from_slice(&line).ok()
 }
 
-enum Answer {
+enum HeldAnswer {
     Resume(Resume),
     Reply(Reply),
     None,
 }
 
-fn answer(tier: Tier, command: GuestCommand) -> Answer {
-    let refuse = |kind, text: String| Answer::Reply(Reply::Error { kind, text });
+fn answer(tier: Tier, command: GuestCommand) -> HeldAnswer {
+    let refuse = |kind, text: String| HeldAnswer::Reply(Reply::Error { kind, text });
     match command {
         GuestCommand::Resume(resume) => match resume.validate() {
-            Ok(()) => Answer::Resume(resume),
+            Ok(()) => HeldAnswer::Resume(resume),
             Err(text) => refuse(ErrorKind::BadRequest, text),
         },
-        GuestCommand::Status => Answer::Reply(Reply::Status(Status {
+        GuestCommand::Status => HeldAnswer::Reply(Reply::Status(Status {
             protocol: PROTOCOL_VERSION,
             held: Some(tier),
             ..Status::default()
         })),
-        GuestCommand::Credit { .. } | GuestCommand::End | GuestCommand::EndAll => Answer::None,
+        GuestCommand::Credit { .. } | GuestCommand::End | GuestCommand::EndAll => HeldAnswer::None,
         _ => refuse(ErrorKind::Busy, HELD.to_owned()),
     }
 }
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_held_boot_says_so_and_takes_only_a_resume_that_makes_sense() {
-        let Answer::Reply(Reply::Status(status)) = answer(Tier::Kernel, GuestCommand::Status)
+        let HeldAnswer::Reply(Reply::Status(status)) = answer(Tier::Kernel, GuestCommand::Status)
         else {
             panic!("no status");
         };
@@ -148,11 +148,11 @@ mod tests {
         let nonsense = GuestCommand::Resume(Resume::default());
         for command in [nonsense, GuestCommand::Traffic] {
             let answer = answer(Tier::Composed, command);
-            assert!(matches!(answer, Answer::Reply(Reply::Error { .. })));
+            assert!(matches!(answer, HeldAnswer::Reply(Reply::Error { .. })));
         }
         assert!(matches!(
             answer(Tier::Composed, GuestCommand::EndAll),
-            Answer::None
+            HeldAnswer::None
         ));
         for garbage in [&b""[..], b"{", b"<x", b"null"] {
             assert!(request(Line::Complete(garbage.to_vec())).is_none());

@@ -370,7 +370,7 @@ pub fn hotplug_backend(device: &PmemDevice) -> serde_json::Value {
 
 /// Where a hot-plugged device goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct PciPlace {
     /// The bus.
     pub bus: HotplugBus,
     /// Slot on it.
@@ -379,7 +379,7 @@ pub struct Place {
     pub function: Option<u8>,
 }
 
-impl Place {
+impl PciPlace {
     fn put(self, mut device: serde_json::Value) -> serde_json::Value {
         device["bus"] = self.bus.bus_and_slots().0.into();
         device["addr"] = match self.function {
@@ -393,7 +393,7 @@ impl Place {
 }
 
 /// QMP arguments of a hot-plugged pmem device.
-pub fn hotplug_device(device: &PmemDevice, place: Place) -> serde_json::Value {
+pub fn hotplug_device(device: &PmemDevice, place: PciPlace) -> serde_json::Value {
     place.put(serde_json::json!({
         "driver": "virtio-pmem-pci",
         "id": format!("d-{}", device.id),
@@ -411,7 +411,7 @@ pub fn scratch_backend(path: &Path) -> serde_json::Value {
 }
 
 /// QMP arguments of a hot-plugged scratch disk.
-pub fn scratch_device(place: Place) -> serde_json::Value {
+pub fn scratch_device(place: PciPlace) -> serde_json::Value {
     place.put(serde_json::json!({
         "driver": "virtio-blk-pci",
         "id": "d-scratch",

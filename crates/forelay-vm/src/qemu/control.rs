@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::command_line::{self, FUNCTIONS, HotplugBus, Place};
+use super::command_line::{self, FUNCTIONS, HotplugBus, PciPlace};
 use super::{Qmp, QmpError, migration};
 use crate::driver::{AttachError, Detachment, VmControl};
 use crate::lifecycle::Cause;
@@ -39,7 +39,7 @@ impl QemuControl {
         }
     }
 
-    async fn plug(&self, device: &PmemDevice, place: Place) -> Result<(), AttachError> {
+    async fn plug(&self, device: &PmemDevice, place: PciPlace) -> Result<(), AttachError> {
         self.qmp
             .command("object-add", command_line::hotplug_backend(device))
             .await?;
@@ -61,7 +61,7 @@ impl QemuControl {
         slot: u8,
     ) -> Result<(), AttachError> {
         for (function, device) in (0..FUNCTIONS as u8).zip(devices).rev() {
-            let place = Place {
+            let place = PciPlace {
                 bus,
                 slot,
                 function: Some(function),
@@ -141,7 +141,7 @@ impl VmControl for QemuControl {
             let slot = slot.ok_or(AttachError::NoSlot {
                 used: state.hotplugged.len(),
             })?;
-            let place = Place {
+            let place = PciPlace {
                 bus,
                 slot,
                 function: None,
@@ -231,7 +231,7 @@ impl VmControl for QemuControl {
             let slot = slots.next().ok_or(AttachError::NoSlot {
                 used: state.pmem.len(),
             })?;
-            let place = Place {
+            let place = PciPlace {
                 bus: state.hotplug_bus,
                 slot,
                 function: None,

@@ -161,6 +161,8 @@ mod tests {
                 console_log: dir.join("console.log"),
                 pmem: Vec::new(),
                 forwards: Vec::new(),
+                hold: None,
+                launch_slots: 0,
                 hotplug_bus: Default::default(),
                 hotplugged: Vec::new(),
             };
