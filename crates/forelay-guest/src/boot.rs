@@ -84,7 +84,7 @@ fn boot() -> io::Result<Never> {
     steps.mount_us = sys::uptime_us();
     let config = read_config(&lower)?;
     // A scratch disk is the clone's own: nothing of it may be mounted before.
-    let has_scratch = parameters.get("forelay.scratch").is_some();
+    let has_scratch = parameters.contains_key("forelay.scratch");
     if tier == Some(Tier::Composed) && has_scratch {
         clone = Some(Clone::begin(Tier::Composed, &mut steps)?);
     }

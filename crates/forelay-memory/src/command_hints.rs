@@ -24,6 +24,10 @@ pub struct Hints {
     /// Length of the guest's RAM region: huge pages asked for on exactly that many bytes
     /// are granted.
     pub guest_ram_bytes: Option<u64>,
+    /// The guest's memory is a private copy of a file. What the guest gives back is then
+    /// dropped from the copy alone: the VMM also punches holes in the file, which would
+    /// either fail and be logged each time, or destroy it for all others.
+    pub copies_memory: bool,
     /// Descriptors (above 2) that the VMM is to inherit; all others are closed.
     pub keep_fds: Vec<RawFd>,
 }
@@ -36,6 +40,7 @@ impl Hints {
         keep_fds.sort_unstable();
         keep_fds.dedup();
         let filter = huge_page_filter(self.guest_ram_bytes);
+        let holes = self.copies_memory.then(hole_filter);
         // SAFETY: the closure runs between fork and exec and makes only system calls on
         // memory allocated before the fork: no allocation, no locks.
         unsafe {
@@ -44,6 +49,9 @@ impl Hints {
                 libc::setsid();
                 close_on_exec_except(&keep_fds);
                 install(&filter);
+                if let Some(holes) = &holes {
+                    install(holes);
+                }
                 Ok(())
             });
         }
@@ -72,17 +80,40 @@ fn close_on_exec_except(keep: &[RawFd]) {
     close(first, libc::c_uint::MAX);
 }
 
+const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
+const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+const ALLOW: u32 = 0x7fff_0000;
+const SUCCEED: u32 = 0x0005_0000; // SECCOMP_RET_ERRNO with errno 0
+
+fn load(offset: u32) -> libc::sock_filter {
+    instruction(LOAD, 0, 0, offset)
+}
+
+/// A check that jumps `to_allow` instructions ahead if it fails.
+fn require(value: u32, to_allow: u8) -> libc::sock_filter {
+    instruction(JUMP_EQUAL, 0, to_allow, value)
+}
+
+/// Punching a hole succeeds and does nothing. Disks of such a VM take no discards, so that
+/// it is never a disk's.
+fn hole_filter() -> Vec<libc::sock_filter> {
+    let hole = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
+    vec![
+        load(4),
+        require(AUDIT_ARCH, 5),
+        load(0),
+        require(libc::SYS_fallocate as u32, 3),
+        load(24), // mode
+        require(hole, 1),
+        instruction(RETURN, 0, 0, SUCCEED),
+        instruction(RETURN, 0, 0, ALLOW),
+    ]
+}
+
 /// Classic BPF over `struct seccomp_data` (seccomp(2)): number at 0, architecture at 4,
 /// arguments from 16, 8 bytes each, low half first (little endian).
 fn huge_page_filter(guest_ram_bytes: Option<u64>) -> Vec<libc::sock_filter> {
-    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-    const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
-    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
-    const ALLOW: u32 = 0x7fff_0000;
-    const SUCCEED: u32 = 0x0005_0000; // SECCOMP_RET_ERRNO with errno 0
-    let load = |offset| instruction(LOAD, 0, 0, offset);
-    // Each check jumps `to_allow` instructions ahead if it fails.
-    let require = |value, to_allow| instruction(JUMP_EQUAL, 0, to_allow, value);
     let ram = guest_ram_bytes.unwrap_or(0);
     vec![
         load(4),
@@ -161,8 +192,25 @@ mod tests {
     }
 
     #[test]
+    fn only_holes_are_swallowed_where_memory_is_a_copy() {
+        let filter = hole_filter();
+        let call = |mode: i32| {
+            let mut data = call(libc::SYS_fallocate, 0, 0);
+            data[24..28].copy_from_slice(&mode.to_ne_bytes());
+            data
+        };
+        let (hole, keep) = (libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_KEEP_SIZE);
+        assert_eq!(verdict(&filter, &call(hole | keep)), SUCCEED);
+        for mode in [0, keep, libc::FALLOC_FL_ZERO_RANGE | keep] {
+            assert_eq!(verdict(&filter, &call(mode)), ALLOW, "{mode}");
+        }
+        let mut other = call(hole | keep);
+        other[..4].copy_from_slice(&(libc::SYS_read as u32).to_ne_bytes());
+        assert_eq!(verdict(&filter, &other), ALLOW);
+    }
+
+    #[test]
     fn only_huge_page_wishes_are_swallowed_and_guest_ram_keeps_them() {
-        const ALLOW: u32 = 0x7fff_0000;
         let ram = (5u64 << 32) | 0x2000_0000;
         let filter = huge_page_filter(Some(ram));
         let huge = libc::MADV_HUGEPAGE;

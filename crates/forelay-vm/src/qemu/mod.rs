@@ -189,10 +189,9 @@ impl QemuDriver {
 
 /// True for a QEMU that says this of its version and has `readonly=on,rom=off`.
 fn copies_read_only_files(version: &str) -> bool {
-    let number = version
-        .split_whitespace()
-        .skip_while(|word| *word != "version");
-    let number = number.skip(1).next().unwrap_or_default();
+    let mut words = version.split_whitespace();
+    let number = words.find(|word| *word == "version").and(words.next());
+    let number = number.unwrap_or_default();
     let mut parts = number.split('.').map_while(|part| part.parse::<u32>().ok());
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (8, 2)
 }

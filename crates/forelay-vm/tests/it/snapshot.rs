@@ -5,13 +5,15 @@ use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use forelay_guest_protocol::config::{Entrypoint, Network, ReadyProbe, Run, VmConfig};
-use forelay_guest_protocol::messages::Attach;
+use forelay_guest_protocol::messages::{Attach, BootSteps};
 use forelay_guest_protocol::snapshot::{Resume, Tier};
 use forelay_image::tree::Tree;
-use forelay_vm::{GuestMemory, SnapshotError, Upper, VmHandle, VmSpec, VmmDriver};
+use forelay_memory::command_hints::Hints;
+use forelay_vm::{GuestMemory, SnapshotError, Upper, VmHandle, VmSpec, VmmDriver, Wrap};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::fixture::{Assets, Bench, Guard, Image, LIMIT, assets, base_tree, file, sh};
@@ -77,6 +79,11 @@ impl Saved {
         spec.memory = GuestMemory::Snapshot {
             path: self.memory_path(),
         };
+        let hints = Hints {
+            copies_memory: true,
+            ..Hints::default()
+        };
+        spec.wrap = Some(Wrap(Arc::new(move |command| hints.apply(command))));
         spec
     }
 }
@@ -125,6 +132,8 @@ struct Took {
     /// The VMM's start, the state, the resume, and until ready after that.
     _parts: [Duration; 4],
     _all: Duration,
+    /// Guest's steps.
+    _steps: Option<BootSteps>,
     _private_mib: u64,
 }
 
@@ -163,6 +172,7 @@ async fn clone_of(
     let took = Took {
         _parts: parts,
         _all: all,
+        _steps: progress.steps,
         _private_mib: private_mib(&vm),
     };
     (vm, took)
@@ -321,8 +331,27 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
     // One that runs is no clone to be resumed.
     let again = clones[1].resume(identity(9)).await.unwrap_err();
     assert!(format!("{again:?}").contains("not held"), "{again:?}");
+    what_a_clone_frees_goes_back(&clones[0]).await;
     let ended = clones[2].stop(LIMIT).await.unwrap();
     assert_eq!(ended.exit_code, Some(0));
+}
+
+/// To the host, not into the snapshot, and without a line in the VMM's log.
+async fn what_a_clone_frees_goes_back(vm: &VmHandle) {
+    sh(vm, "dd if=/dev/zero of=/dev/shm/used bs=1M count=64").await;
+    let used = private_mib(vm);
+    sh(vm, "busybox rm /dev/shm/used").await;
+    let deadline = Instant::now() + LIMIT;
+    while private_mib(vm) + 48 > used {
+        assert!(
+            Instant::now() < deadline,
+            "{used} MiB stay {}",
+            private_mib(vm)
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let log = std::fs::read_to_string(vm.runtime_dir().join("qemu.log")).unwrap();
+    assert_eq!(log, "");
 }
 
 #[tokio::test]
@@ -415,7 +444,7 @@ async fn privileged_a_kernel_that_booted_without_an_image_becomes_any_vm() {
             ..identity(index)
         };
         let map = Image {
-            reference: base.reference.clone(),
+            reference: base.reference,
             metadata: Vec::new(),
             device: map.clone(),
         };
