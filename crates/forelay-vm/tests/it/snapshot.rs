@@ -342,7 +342,7 @@ async fn what_a_clone_frees_goes_back(vm: &VmHandle) {
     let used = private_mib(vm);
     sh(vm, "busybox rm /dev/shm/used").await;
     let deadline = Instant::now() + LIMIT;
-    while private_mib(vm) + 48 > used {
+    while private_mib(vm) + 32 > used {
         assert!(
             Instant::now() < deadline,
             "{used} MiB stay {}",
