@@ -141,6 +141,9 @@ impl Alternative {
             if name.is_empty() {
                 break;
             }
+            if name.contains('/') {
+                return None;
+            }
             names.push(name.to_owned());
             followers.insert(name.to_owned(), lines.next()?.to_owned());
         }
@@ -294,6 +297,8 @@ mod tests {
     #[test]
     fn what_was_settled_by_hand_or_is_damaged_is_no_alternative() {
         assert_eq!(Alternative::parse(&NANO.replace("auto", "manual")), None);
+        let elsewhere = NANO.replace("editor.1.gz\n/usr", "../editor\n/usr");
+        assert_eq!(Alternative::parse(&elsewhere), None);
         for cut in 0..NANO.len() - 40 {
             assert_eq!(Alternative::parse(&NANO[..cut]), None, "{cut}");
         }

@@ -18,7 +18,7 @@ use forelay_image::{ChunkIndex, Digest};
 use crate::recipe::Reader;
 
 /// Largest file that is made one with others.
-const LIMIT_BYTES: u64 = 16 << 20;
+const LIMIT_BYTES: u64 = 4 << 20;
 
 /// One component's image: metadata at hand, content where it is.
 pub struct Layer<'a> {
@@ -97,8 +97,8 @@ impl Images<'_> {
             let Some(inode) = image.lookup(path.as_bytes()).map_err(fail)? else {
                 continue;
             };
-            // A link, or a directory: laid as such.
-            if inode.record.file_type != FileType::File {
+            // A link, a directory, or no list that a package made: laid as such.
+            if inode.record.file_type != FileType::File || inode.record.size > LIMIT_BYTES {
                 return Ok(Vec::new());
             }
             let extents = image.extents_of(&inode).map_err(fail)?;

@@ -550,6 +550,37 @@ fn links_that_the_archive_made_are_followed_as_gnu_tar_does() {
 }
 
 #[test]
+fn owners_and_times_that_octal_digits_do_not_hold_are_kept() {
+    let mut builder = Builder::new(Vec::new());
+    for (name, mode, time) in [(b"late", 0o4755, Some(1 << 33)), (b"past", 0o1777, None)] {
+        let mut header = Header::new_gnu();
+        header.as_old_mut().name[..4].copy_from_slice(name);
+        header.set_entry_type(EntryType::Regular);
+        header.set_size(0);
+        header.set_mode(mode);
+        header.set_uid(70_000);
+        header.set_gid(3_000_000_000);
+        match time {
+            Some(time) => header.set_mtime(time),
+            // Before 1970: a negative number, in base 256.
+            None => {
+                header.as_old_mut().mtime = [0xff; 12];
+                header.as_old_mut().mtime[11] = 0xfb;
+            }
+        }
+        header.set_cksum();
+        builder.append(&header, &b""[..]).unwrap();
+    }
+    let imported = import(&builder.into_inner().unwrap()).unwrap();
+    for (name, mode, time) in [("late", 0o4755, 1 << 33), ("past", 0o1777, -5)] {
+        let id = imported.tree.lookup(name.as_bytes()).unwrap();
+        let kept = &imported.tree.node(id).attributes;
+        let found = (kept.mode, kept.uid, kept.gid, kept.mtime_s);
+        assert_eq!(found, (mode, 70_000, 3_000_000_000, time), "{name}");
+    }
+}
+
+#[test]
 fn of_a_name_that_comes_again_the_last_counts() {
     use EntryType::{Directory, Link, Regular, Symlink};
     let imported = import(&archive(&[

@@ -271,6 +271,11 @@ fn the_root_does_what_others_do(host: &Host) {
         controllers.contains("memory") && controllers.contains("pids"),
         "{controllers}"
     );
+    let script = "getent hosts exec > /dev/null && flock -n /etc/passwd echo locked; \
+                  grep -c ^0*1 /proc/net/if_inet6; (true &); \
+                  while grep -q 'State:.Z' /proc/[0-9]*/status 2> /dev/null; do :; done; echo reaped";
+    let said = host.ok(["exec", "--timeout", "60", "exec", "--", "sh", "-c", script]);
+    assert_eq!(said, "locked\n1\nreaped\n");
     modules_are_there_when_wanted(host);
 }
 
