@@ -16,29 +16,40 @@ pub fn of_process(pid: u64) -> Option<f64> {
     Some(cpu_s(&process(pid)?.stat().ok()?))
 }
 
-/// CPU seconds of a process and of its descendants that run the same program.
+/// CPU seconds that children of this process have used which have ended.
+pub fn of_ended_children() -> f64 {
+    let stat = process(u64::from(std::process::id())).and_then(|own| own.stat().ok());
+    stat.map_or(0.0, |stat| {
+        (stat.cutime + stat.cstime) as f64 / procfs::ticks_per_second() as f64
+    })
+}
+
+/// CPU seconds of a process's [`family`].
 pub fn of_family(root: u64) -> f64 {
+    family(root).into_iter().filter_map(of_process).sum()
+}
+
+/// A process and its descendants that run the same program.
+pub fn family(root: u64) -> Vec<u64> {
     let Some((root, own)) = process(root).and_then(|root| Some((root.pid(), root.exe().ok()?)))
     else {
-        return 0.0;
+        return Vec::new();
     };
     let alive = all_processes().into_iter().flatten().flatten();
-    let alive = alive.filter_map(|process| {
-        let stat = process.stat().ok()?;
-        let same_program = process.exe().is_ok_and(|program| program == own);
-        Some((stat, same_program))
-    });
-    let alive: Vec<(Stat, bool)> = alive.collect();
+    let same = alive.filter(|process| process.exe().is_ok_and(|program| program == own));
+    let parents = same.filter_map(|process| Some((process.pid(), process.stat().ok()?.ppid)));
+    let parents: Vec<(i32, i32)> = parents.collect();
     let mut family = vec![root];
     let mut at = 0;
     while let Some(&member) = family.get(at) {
         at += 1;
-        let children = alive.iter().filter(|(stat, _)| stat.ppid == member);
-        let same = children.filter(|(_, same_program)| *same_program);
-        family.extend(same.map(|(stat, _)| stat.pid));
+        let children = parents.iter().filter(|(_, parent)| *parent == member);
+        family.extend(children.map(|(pid, _)| *pid));
     }
-    let of_family = alive.iter().filter(|(stat, _)| family.contains(&stat.pid));
-    of_family.map(|(stat, _)| cpu_s(stat)).sum()
+    family
+        .into_iter()
+        .filter_map(|pid| u64::try_from(pid).ok())
+        .collect()
 }
 
 #[cfg(test)]

@@ -173,6 +173,14 @@ impl Host {
         daemon.map_or(0.0, |daemon| crate::cpu::of_family(u64::from(daemon.id())))
     }
 
+    /// The daemon's processes.
+    pub fn pids(&self) -> Vec<u64> {
+        let daemon = self.daemon.as_ref();
+        daemon.map_or_else(Vec::new, |daemon| {
+            crate::cpu::family(u64::from(daemon.id()))
+        })
+    }
+
     /// What the daemon logged.
     pub fn daemon_log(&self) -> String {
         std::fs::read_to_string(self.scratch.join("daemon.log")).unwrap_or_default()

@@ -24,9 +24,26 @@ const NEEDED: &[(&str, &str)] = &[
     ("losetup", "mount"),
 ];
 
+/// What `bench peers` compares with, beside those.
+const PEERS: &[(&str, &str)] = &[
+    ("nbdkit", "nbdkit"),
+    ("zstd", "zstd"),
+    ("cpio", "cpio"),
+    ("busybox", "busybox-static"),
+];
+
 /// Installs whatever is missing.
 pub fn install() -> Result<()> {
-    let missing: Vec<_> = NEEDED
+    install_missing(NEEDED)
+}
+
+/// Installs what of the peers is missing.
+pub fn install_peers() -> Result<()> {
+    install_missing(PEERS)
+}
+
+fn install_missing(needed: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = needed
         .iter()
         .filter(|(program, _)| !on_path(program))
         .collect();

@@ -1,9 +1,10 @@
 //! Boots a VM from a disk with the same kernel, guest init and VMM settings that composed
 //! VMs get, and tells how long it took: what composed VMs are compared with.
 //!
-//! Usage: `boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB] [--hold]`. Prints one JSON line
-//! with `ready_s`, `cpu_s`, `guest_cached_bytes` and `pid`; the VM is stopped, with `--hold` when
-//! standard input ends, and its runtime directory removed.
+//! Usage: `boot_disk KERNEL INITRD DISK.qcow2 [MEMORY_MIB] [--hold] [--forward PORT]`. Prints
+//! one JSON line with `ready_s`, `cpu_s`, `guest_cached_bytes` and `pid`; the VM is stopped, with
+//! `--hold` when standard input ends, and its runtime directory removed. `--forward` leads a port
+//! of the host to port 80 of the guest.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -32,9 +33,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     spec.console_log = runtime_dir.join("console.log");
     spec.runtime_dir.clone_from(&runtime_dir);
     let hold = rest.iter().any(|argument| argument == "--hold");
-    if !hold {
+    let forward = rest.iter().skip_while(|argument| *argument != "--forward");
+    if let Some(port) = forward.skip(1).next() {
         spec.forwards = vec![Forward {
-            host: 18_080,
+            host: port.parse()?,
             guest: 80,
             udp: false,
         }];

@@ -1,23 +1,17 @@
-//! `bench boot`: where the time of a launch goes. `bench peers`: launches beside what else
-//! boots the same files with the same kernel and the same VMM.
+//! `bench boot`: where the time of a launch of `examples/web.toml` goes.
 //!
-//! Both measure `examples/web.toml`, in rounds that take the ways in a new order each. Wall
-//! time on a busy machine is noise, so CPU seconds of the VMM until `ready` stand beside it.
-//! Forelay's repository is throttled as in the demo; the peer's disk is local, and `cold`
-//! means that the host's page cache has none of it.
+//! Wall time on a busy machine is noise, so CPU seconds of the VMM until `ready` stand beside
+//! it.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use super::draw::Draw;
 use super::statistics::median;
-use super::{disks, write};
+use super::write;
 use crate::demo;
 use crate::host::{Host, Programs, Settings};
-use crate::process::{output, run_quiet, target_dir};
 
 const PROFILE: &str = "web";
 const ROUNDS: usize = 7;
@@ -33,14 +27,16 @@ impl BootSamples {
     }
 }
 
-struct WebBench {
+/// `examples/web.toml` and a host to launch it on.
+pub(super) struct WebBench {
     programs: Programs,
     settings: Settings,
     manifest: PathBuf,
 }
 
 impl WebBench {
-    fn new(name: &str) -> Result<Self> {
+    /// A host with state of its own below `bench/NAME-state`.
+    pub fn new(name: &str) -> Result<Self> {
         let (programs, settings) = super::prepare(name)?;
         Ok(Self {
             programs,
@@ -49,24 +45,37 @@ impl WebBench {
         })
     }
 
-    fn host(&self) -> Result<Host> {
+    /// The manifest.
+    pub fn manifest(&self) -> &Path {
+        &self.manifest
+    }
+
+    /// A host without a daemon.
+    pub fn host(&self) -> Result<Host> {
         Host::new(&self.programs, &self.settings)
     }
 
-    /// A daemon that has its kernel ready, with what of its state is kept.
-    fn start(&self, keep_history: bool) -> Result<Host> {
-        let state = &self.settings.state;
-        let gone = match keep_history {
-            true => vec![state.join("cache")],
-            false => vec![
-                state.join("cache"),
-                state.join("profiles"),
-                state.join("history.db"),
-                state.join("history.db-wal"),
-                state.join("history.db-shm"),
-            ],
-        };
-        for path in gone {
+    /// A daemon that has its kernel ready and nothing else.
+    pub fn start(&self) -> Result<Host> {
+        let gone = [
+            "cache",
+            "profiles",
+            "history.db",
+            "history.db-wal",
+            "history.db-shm",
+        ];
+        self.start_without(&gone)
+    }
+
+    /// A daemon that has its kernel ready and the history of the one before; its disk cache
+    /// too, if that is kept.
+    pub fn restart(&self, keep_cache: bool) -> Result<Host> {
+        self.start_without(if keep_cache { &[] } else { &["cache"] })
+    }
+
+    fn start_without(&self, gone: &[&str]) -> Result<Host> {
+        for name in gone {
+            let path = self.settings.state.join(name);
             let removed = match path.is_dir() {
                 true => std::fs::remove_dir_all(&path),
                 false => std::fs::remove_file(&path),
@@ -96,7 +105,7 @@ impl WebBench {
 /// Runs `bench boot` and writes its figures to `out`.
 pub fn run_boot(out: &Path) -> Result<()> {
     let bench = WebBench::new("boot")?;
-    let host = bench.start(false)?;
+    let host = bench.start()?;
     let mut samples = BootSamples::default();
     for round in 0..=ROUNDS {
         let figures = bench.launch(&host)?;
@@ -127,153 +136,4 @@ pub fn run_boot(out: &Path) -> Result<()> {
         "steps": steps,
     });
     write(out, &document)
-}
-
-const FORELAY: &str = "forelay";
-const QCOW2: &str = "qcow2";
-
-/// One launch: who, and from what.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// Nothing known, nothing here.
-    Cold,
-    /// History known, nothing here.
-    Predicted,
-    /// All that it touches in shared memory.
-    Again,
-    /// A local disk, none of it in the page cache.
-    DiskCold,
-    /// A local disk, all of it in the page cache.
-    DiskWarm,
-}
-
-const WAYS: [Way; 5] = [
-    Way::Cold,
-    Way::Predicted,
-    Way::Again,
-    Way::DiskCold,
-    Way::DiskWarm,
-];
-
-/// Runs `bench peers` and writes its figures to `out`.
-pub fn run_peers(out: &Path) -> Result<()> {
-    let bench = WebBench::new("peers")?;
-    let disk = Disk::make(&bench)?;
-    let mut samples: [BootSamples; 5] = Default::default();
-    let mut draw = Draw(3);
-    for round in 1..=ROUNDS {
-        let mut order = [0, 1, 2, 3, 4];
-        draw.shuffle(&mut order);
-        for way in order {
-            let figures = match WAYS[way] {
-                Way::DiskCold => disk.boot(true)?,
-                Way::DiskWarm => disk.boot(false)?,
-                forelay => bench.launch_way(forelay)?,
-            };
-            println!(
-                "round {round}: {:<10} ready {:.2} s, CPU {:.2} s",
-                ["cold", "predicted", "again", "disk cold", "disk warm"][way],
-                figures["ready_s"].as_f64().unwrap_or(f64::NAN),
-                figures["cpu_s"].as_f64().unwrap_or(f64::NAN),
-            );
-            samples[way].0.push(figures);
-        }
-    }
-    let [cold, predicted, again, disk_cold, disk_warm] = &samples;
-    let best = |samples: &BootSamples, field: &str| samples.median(field);
-    let document = json!({
-        "rounds": ROUNDS,
-        "launch": [
-            row(FORELAY, cold, again),
-            row("forelay predicted", predicted, again),
-            row(QCOW2, disk_cold, disk_warm),
-        ],
-        "predicted_ratio_to_best_warm": best(predicted, "/ready_s") / best(disk_warm, "/ready_s"),
-        "predicted_cpu_ratio_to_best_warm": best(predicted, "/cpu_s") / best(disk_warm, "/cpu_s"),
-        "cold_ratio_to_best_cold": best(cold, "/ready_s") / best(disk_cold, "/ready_s"),
-        "cold_cpu_ratio_to_best_cold": best(cold, "/cpu_s") / best(disk_cold, "/cpu_s"),
-    });
-    write(out, &document)
-}
-
-fn row(way: &str, cold: &BootSamples, warm: &BootSamples) -> Value {
-    json!({
-        "way": way,
-        "cold_s": cold.median("/ready_s"),
-        "warm_s": warm.median("/ready_s"),
-        "cold_cpu_s": cold.median("/cpu_s"),
-        "warm_cpu_s": warm.median("/cpu_s"),
-        "bytes": cold.median("/repository_bytes"),
-        "demand_fetches": cold.median("/demand_fetches"),
-        "stall_s": cold.median("/stall_s"),
-    })
-}
-
-impl WebBench {
-    fn launch_way(&self, way: Way) -> Result<Value> {
-        let host = self.start(false)?;
-        let mut figures = self.launch(&host)?;
-        if way == Way::Cold {
-            return stopped(host, figures);
-        }
-        demo::wait_for_working_set(&host, PROFILE)?;
-        host.stop_all()?;
-        if way == Way::Again {
-            figures = self.launch(&host)?;
-            return stopped(host, figures);
-        }
-        stopped(host, Value::Null)?;
-        let host = self.start(true)?;
-        figures = self.launch(&host)?;
-        stopped(host, figures)
-    }
-}
-
-fn stopped(mut host: Host, figures: Value) -> Result<Value> {
-    host.stop_all()?;
-    host.stop_daemon()?;
-    Ok(figures)
-}
-
-/// The same root file system as a qcow2 image with an overlay for each boot.
-struct Disk {
-    dir: PathBuf,
-    boot_disk: PathBuf,
-}
-
-impl Disk {
-    fn make(bench: &WebBench) -> Result<Self> {
-        let dir = target_dir().join("bench/peers-disk");
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir_all(&dir)?;
-        let layout = dir.join("composed");
-        disks::compose(&bench.host()?, &bench.manifest, &layout)?;
-        disks::make_qcow2(&layout, &dir.join("root.qcow2"))?;
-        let boot_disk = super::build_example("forelay-vm", "boot_disk")?;
-        let disk = Self { dir, boot_disk };
-        // Its kernel is unpacked and KVM probed before anything is measured.
-        disk.boot(false)?;
-        Ok(disk)
-    }
-
-    fn boot(&self, cold: bool) -> Result<Value> {
-        let (backing, overlay) = (self.dir.join("root.qcow2"), self.dir.join("overlay.qcow2"));
-        disks::make_overlay(&backing, &overlay)?;
-        let mut evict = Command::new("dd");
-        let input = format!("if={}", backing.display());
-        evict.arg(input).args(match cold {
-            true => ["of=/dev/null", "iflag=nocache", "count=0", "status=none"],
-            false => ["of=/dev/null", "bs=1M", "conv=noerror", "status=none"],
-        });
-        run_quiet(&mut evict)?;
-        let composed = self.dir.join("composed");
-        let text = output(
-            Command::new(&self.boot_disk)
-                .arg(composed.join("vmlinuz"))
-                .arg(composed.join("initrd"))
-                .arg(&overlay)
-                .stderr(Stdio::inherit()),
-        )?;
-        serde_json::from_slice(&text).context("boot_disk printed no JSON")
-    }
 }

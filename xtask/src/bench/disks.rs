@@ -51,10 +51,15 @@ pub fn in_tree(layout: &Path, script: &str) -> Command {
     shell
 }
 
+/// Makes a disk with an ext4 file system of the image in `layout`.
+pub fn make_raw(layout: &Path, raw: &Path) -> Result<()> {
+    run(in_tree(layout, COPY_TO_EXT4).arg(raw))
+}
+
 /// Makes a qcow2 image, for backing files, of the image in `layout`.
 pub fn make_qcow2(layout: &Path, image: &Path) -> Result<()> {
     let raw = image.with_extension("raw");
-    run(in_tree(layout, COPY_TO_EXT4).arg(&raw))?;
+    make_raw(layout, &raw)?;
     run_quiet(
         Command::new("qemu-img")
             .args(["convert", "-O", "qcow2"])
@@ -64,12 +69,16 @@ pub fn make_qcow2(layout: &Path, image: &Path) -> Result<()> {
     Ok(std::fs::remove_file(&raw)?)
 }
 
-/// Makes an empty qcow2 overlay on `backing`.
+/// Makes an empty qcow2 overlay on the qcow2 image `backing`.
 pub fn make_overlay(backing: &Path, overlay: &Path) -> Result<()> {
+    make_overlay_of(&backing.to_string_lossy(), "qcow2", overlay)
+}
+
+/// Makes an empty qcow2 overlay on what QEMU finds at `backing`.
+pub fn make_overlay_of(backing: &str, format: &str, overlay: &Path) -> Result<()> {
     run_quiet(
         Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
-            .arg(backing)
+            .args(["create", "-q", "-f", "qcow2", "-F", format, "-b", backing])
             .arg(overlay),
     )
 }

@@ -135,7 +135,7 @@ fn resident(host: &Host) -> Result<u64> {
 }
 
 /// Bytes of files in the host's page cache, by util-linux's `fincore`.
-fn cached_bytes(files: &[PathBuf]) -> Result<u64> {
+pub(super) fn cached_bytes(files: &[PathBuf]) -> Result<u64> {
     let mut command = Command::new("fincore");
     let text = output(
         command
@@ -428,7 +428,7 @@ fn meminfo(name: &str) -> Result<u64> {
 }
 
 /// A line of a file whose lines are `NAME KIB kB`.
-fn status_bytes(path: &str, name: &str) -> Result<u64> {
+pub(super) fn status_bytes(path: &str, name: &str) -> Result<u64> {
     let text = std::fs::read_to_string(path).context(path.to_owned())?;
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     let kib: u64 = line
@@ -449,7 +449,7 @@ fn processor_lists_bytes() -> Result<u64> {
 }
 
 /// The kernel's proportional set size of a process's mappings of files below `dir`.
-fn proportional_bytes(pid: u64, dir: &Path) -> Result<u64> {
+pub(super) fn proportional_bytes(pid: u64, dir: &Path) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let (mut inside, mut bytes) = (false, 0);
     for line in text.lines() {

@@ -11,6 +11,7 @@ mod images;
 mod launch;
 mod memory;
 mod packages;
+mod peers;
 mod policy;
 mod premap;
 mod pressure;
@@ -39,7 +40,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
     match name {
         "launch" => launch::run_bench(&out)?,
         "boot" => boot::run_boot(&out)?,
-        "peers" => boot::run_peers(&out)?,
+        "peers" => peers::run_bench(&out)?,
         "memory" => memory::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
         "burst" => burst::run_bench(&out)?,
