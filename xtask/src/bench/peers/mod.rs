@@ -28,7 +28,7 @@ use super::write;
 use disk::{Disks, Source};
 use virtiofs::SharedTree;
 
-const ROUNDS: usize = 1;
+const ROUNDS: usize = 7;
 
 /// The page's port on the host, as the manifest forwards it.
 const PORT: u16 = 8080;

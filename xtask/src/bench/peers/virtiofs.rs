@@ -17,14 +17,16 @@ use crate::process::{output, run_quiet};
 
 const PROGRAM: &str = "/usr/lib/qemu/virtiofsd";
 
-/// Puts the initramfs of the composed image, with another init, to `$2/initrd`. `$1` is the
-/// mounted tree, `$3` the initramfs.
+/// Puts the initramfs `$2` of the composed image, with another init and the modules that it
+/// lacks (from the kernel's package), to `$1/initrd`.
 const MAKE_INITRD: &str = r#"
-rm -rf "$2/root"; mkdir -p "$2/root/bin" "$2/root/virtiofs"
-cd "$2/root"
-cpio -idm --quiet < "$3"
+rm -rf "$1"; mkdir -p "$1/root/bin" "$1/root/virtiofs" "$1/package"
+cd "$1/root"
+cpio -idm --quiet < "$2"
 cp /bin/busybox bin/busybox
-for m in fuse virtiofs; do cp "$(find "$1/lib/modules/" "$1/usr/lib/modules/" -name "$m.ko" | head -n 1)" "virtiofs/$m.ko"; done
+release=$(ls lib/modules)
+(cd "$1/package" && apt-get -q download "linux-image-$release" && dpkg-deb -x linux-image-*.deb .) >&2
+for m in fuse virtiofs; do cp "$(find "$1/package" -name "$m.ko" | head -n 1)" "virtiofs/$m.ko"; done
 cat > init <<'INIT'
 #!/bin/busybox sh
 b=/bin/busybox
@@ -40,7 +42,8 @@ $b mount -o bind /dev /root/dev; $b mount -o bind /proc /root/proc; $b mount -t 
 exec $b chroot /root /usr/sbin/nginx -g 'daemon off;'
 INIT
 chmod 755 init
-find . | cpio -o -H newc --quiet > "$2/initrd"
+find . | cpio -o -H newc --quiet > "$1/initrd"
+rm -rf "$1/package"
 "#;
 
 /// The image's files in a directory.
@@ -62,12 +65,10 @@ impl SharedTree {
             machine: machine(disks)?,
         };
         std::fs::create_dir_all(&shared.tree)?;
-        std::fs::create_dir_all(disks.path("virtiofs"))?;
         shared.mount()?;
         output(
             Command::new("sh")
                 .args(["-euc", MAKE_INITRD, "sh"])
-                .arg(&shared.tree)
                 .arg(disks.path("virtiofs"))
                 .arg(disks.path("composed/initrd")),
         )?;
