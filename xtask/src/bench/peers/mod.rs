@@ -91,11 +91,14 @@ impl Way {
     }
 }
 
+/// A figure of a start.
+type Figure = fn(&Served) -> f64;
+
 /// The samples of all ways.
 struct Samples(Vec<(Way, Vec<Served>)>);
 
 impl Samples {
-    fn median(&self, name: &str, warm: bool, of: fn(&Served) -> f64) -> f64 {
+    fn median(&self, name: &str, warm: bool, of: Figure) -> f64 {
         let found = self
             .0
             .iter()
@@ -116,7 +119,7 @@ impl Samples {
     }
 
     /// The best of the peers.
-    fn best_peer(&self, warm: bool, of: fn(&Served) -> f64) -> f64 {
+    fn best_peer(&self, warm: bool, of: Figure) -> f64 {
         let peers = self
             .0
             .iter()
@@ -127,7 +130,7 @@ impl Samples {
         medians.fold(f64::INFINITY, f64::min)
     }
 
-    fn ratio(&self, name: &str, warm: bool, peers_warm: bool, of: fn(&Served) -> f64) -> f64 {
+    fn ratio(&self, name: &str, warm: bool, peers_warm: bool, of: Figure) -> f64 {
         self.median(name, warm, of) / self.best_peer(peers_warm, of)
     }
 }
@@ -172,7 +175,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let mut names: Vec<&str> = samples.0.iter().map(|(way, _)| way.name()).collect();
     names.dedup();
     names.truncate(samples.0.len() / 2);
-    let (page, cpu): (fn(&Served) -> f64, fn(&Served) -> f64) = (|one| one.page_s, |one| one.cpu_s);
+    let (page, cpu): (Figure, Figure) = (|one| one.page_s, |one| one.cpu_s);
     let document = json!({
         "rounds": ROUNDS,
         "launch": names.iter().map(|name| samples.row(name)).collect::<Vec<_>>(),
