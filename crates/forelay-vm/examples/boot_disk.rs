@@ -33,8 +33,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     spec.console_log = runtime_dir.join("console.log");
     spec.runtime_dir.clone_from(&runtime_dir);
     let hold = rest.iter().any(|argument| argument == "--hold");
-    let forward = rest.iter().skip_while(|argument| *argument != "--forward");
-    if let Some(port) = forward.skip(1).next() {
+    let mut forward = rest.iter().skip_while(|argument| *argument != "--forward");
+    if let Some(port) = forward.nth(1) {
         spec.forwards = vec![Forward {
             host: port.parse()?,
             guest: 80,
