@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::line::Line;
+use super::line::ThrottledLine;
 use super::{PORT, Served, page};
 use crate::bench::boot::WebBench;
 use crate::bench::disks;
@@ -16,7 +16,7 @@ use crate::process::{output, run_quiet, target_dir};
 
 /// Where the disk's content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum DiskSource {
     /// A qcow2 image on this host.
     Local,
     /// Over the line, as it is asked for.
@@ -25,7 +25,7 @@ pub enum Source {
     Pulled,
 }
 
-impl Source {
+impl DiskSource {
     pub const ALL: [Self; 3] = [Self::Local, Self::Nbd, Self::Pulled];
 
     pub const fn name(self) -> &'static str {
@@ -67,8 +67,8 @@ impl Disks {
         )?;
         let boot_disk = crate::bench::build_example("forelay-vm", "boot_disk")?;
         let disks = Self { dir, boot_disk };
-        disks.boot(Source::Local, true)?;
-        disks.boot(Source::Pulled, false)?;
+        disks.boot(DiskSource::Local, true)?;
+        disks.boot(DiskSource::Pulled, false)?;
         Ok(disks)
     }
 
@@ -78,51 +78,51 @@ impl Disks {
     }
 
     /// Boots once.
-    pub fn boot(&self, source: Source, warm: bool) -> Result<Served> {
+    pub fn boot(&self, source: DiskSource, warm: bool) -> Result<Served> {
         let scratch = tempdir()?;
         let served = self.boot_in(&scratch, source, warm);
         let _ = std::fs::remove_dir_all(&scratch);
         served
     }
 
-    fn boot_in(&self, scratch: &Path, source: Source, warm: bool) -> Result<Served> {
+    fn boot_in(&self, scratch: &Path, source: DiskSource, warm: bool) -> Result<Served> {
         let overlay = self.path("overlay.qcow2");
         let cached = match source {
-            Source::Local => "root.qcow2",
-            Source::Nbd => "root.raw",
-            Source::Pulled => "pulled.raw",
+            DiskSource::Local => "root.qcow2",
+            DiskSource::Nbd => "root.raw",
+            DiskSource::Pulled => "pulled.raw",
         };
         let line = match source {
-            Source::Local => None,
-            Source::Nbd => Some(Line::to(&self.path("root.raw"), scratch)?),
-            Source::Pulled if warm => None,
-            Source::Pulled => Some(Line::to(&self.path("root.zst"), scratch)?),
+            DiskSource::Local => None,
+            DiskSource::Nbd => Some(ThrottledLine::to(&self.path("root.raw"), scratch)?),
+            DiskSource::Pulled if warm => None,
+            DiskSource::Pulled => Some(ThrottledLine::to(&self.path("root.zst"), scratch)?),
         };
-        if warm || source == Source::Nbd {
+        if warm || source == DiskSource::Nbd {
             keep_in_page_cache(&self.path(cached))?;
-        } else if source == Source::Local {
+        } else if source == DiskSource::Local {
             drop_from_page_cache(&self.path(cached))?;
         }
         let children_before_s = crate::cpu::of_ended_children();
         let asked = Instant::now();
         match (&line, source) {
-            (Some(line), Source::Pulled) => self.pull(line)?,
+            (Some(line), DiskSource::Pulled) => self.pull(line)?,
             (Some(line), _) => disks::make_overlay_of(&line.address(), "raw", &overlay)?,
             (None, _) => {}
         }
         match source {
-            Source::Local => disks::make_overlay(&self.path(cached), &overlay)?,
-            Source::Pulled => {
+            DiskSource::Local => disks::make_overlay(&self.path(cached), &overlay)?,
+            DiskSource::Pulled => {
                 disks::make_overlay_of(&self.path(cached).to_string_lossy(), "raw", &overlay)?
             }
-            Source::Nbd => {}
+            DiskSource::Nbd => {}
         }
         let children_s = crate::cpu::of_ended_children() - children_before_s;
         let mut vm = self.start(&overlay, Some(PORT), 256)?;
         let page_s = page::wait(PORT, asked, || vm.failed())?;
         let cpu_s = vm.ready()?["cpu_s"].as_f64().unwrap_or(f64::NAN) + children_s;
         vm.end()?;
-        let (bytes, requests) = line.map_or(Ok((0, 0)), Line::end)?;
+        let (bytes, requests) = line.map_or(Ok((0, 0)), ThrottledLine::end)?;
         Ok(Served {
             page_s,
             cpu_s,
@@ -132,7 +132,7 @@ impl Disks {
     }
 
     /// What a user does who has an image far away.
-    fn pull(&self, line: &Line) -> Result<()> {
+    fn pull(&self, line: &ThrottledLine) -> Result<()> {
         let (compressed, raw) = (self.path("pulled.zst"), self.path("pulled.raw"));
         let _ = std::fs::remove_file(&raw);
         let convert = ["convert", "-f", "raw", "-O", "raw"];

@@ -10,13 +10,13 @@ use anyhow::{Context, Result, ensure};
 use crate::demo;
 
 /// A file served over the line until this is dropped.
-pub struct Line {
+pub struct ThrottledLine {
     server: Child,
     socket: PathBuf,
     statistics: PathBuf,
 }
 
-impl Line {
+impl ThrottledLine {
     /// Serves `file`; `scratch` is for its socket and its figures.
     pub fn to(file: &Path, scratch: &Path) -> Result<Self> {
         let socket = scratch.join("line.sock");
@@ -64,7 +64,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for ThrottledLine {
     fn drop(&mut self) {
         let _ = self.server.kill();
         let _ = self.server.wait();

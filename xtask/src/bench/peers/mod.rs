@@ -25,7 +25,7 @@ use super::boot::WebBench;
 use super::draw::Draw;
 use super::statistics::median;
 use super::write;
-use disk::{Disks, Source};
+use disk::{DiskSource, Disks};
 use virtiofs::SharedTree;
 
 const ROUNDS: usize = 7;
@@ -55,7 +55,7 @@ enum Way {
     /// bytes in its disk cache and none in memory.
     Predicted { warm: bool },
     /// A disk.
-    Disk { source: Source, warm: bool },
+    Disk { source: DiskSource, warm: bool },
     /// virtiofsd.
     Tree { warm: bool },
 }
@@ -66,7 +66,7 @@ impl Way {
         let mut ways = Vec::new();
         for warm in [false, true] {
             ways.extend([Self::Forelay { warm }, Self::Predicted { warm }]);
-            ways.extend(Source::ALL.map(|source| Self::Disk { source, warm }));
+            ways.extend(DiskSource::ALL.map(|source| Self::Disk { source, warm }));
             ways.push(Self::Tree { warm });
         }
         ways
@@ -95,9 +95,9 @@ impl Way {
 type Figure = fn(&Served) -> f64;
 
 /// The samples of all ways.
-struct Samples(Vec<(Way, Vec<Served>)>);
+struct WaySamples(Vec<(Way, Vec<Served>)>);
 
-impl Samples {
+impl WaySamples {
     fn median(&self, name: &str, warm: bool, of: Figure) -> f64 {
         let found = self
             .0
@@ -141,7 +141,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let bench = WebBench::new("peers")?;
     let disks = Disks::make(&bench)?;
     let tree = SharedTree::make(&bench, &disks)?;
-    let mut samples = Samples(
+    let mut samples = WaySamples(
         Way::all()
             .into_iter()
             .map(|way| (way, Vec::new()))
