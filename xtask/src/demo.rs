@@ -1,6 +1,6 @@
 //! The main job, shown: real Debian packages become components, VMs are composed from
 //! them and boot, the second launch finds its bytes in shared memory, four VMs share one
-//! copy.
+//! copy, and a launch of which a snapshot was made resumes.
 //!
 //! Leaves its repository in `target/demo/repository`, so that a second run only boots.
 
@@ -67,6 +67,7 @@ pub fn run_all() -> Result<()> {
     let mut launches = Vec::new();
     twice(&mut host, &mut launches)?;
     let (sharing, checks) = side_by_side(&mut host, &mut launches)?;
+    resumed(&mut host, &mut launches)?;
     report(&launches, &sharing, &checks)?;
     println!("\ndemo took {:.0} s", started.elapsed().as_secs_f64());
     Ok(())
@@ -126,9 +127,11 @@ pub fn manifest(profile: &str) -> PathBuf {
 fn launch(host: &Host, profile: &str, launches: &mut Vec<Value>) -> Result<Value> {
     let vm = host.launch(&manifest(profile), profile, &[])?;
     let figures = &vm["launch"];
+    let resumed = figures["resumed"].as_str();
     println!(
-        "{profile}: {} launch, ready after {:.2} s, {} demand fetches, stalled {:.3} s",
+        "{profile}: {} launch{}, ready after {:.2} s, {} demand fetches, stalled {:.3} s",
         figures["mode"].as_str().unwrap_or("?"),
+        resumed.map_or_else(String::new, |tier| format!(" from snapshot at {tier}")),
         figures["ready_s"].as_f64().unwrap_or(f64::NAN),
         figures["demand_fetches"],
         figures["stall_s"].as_f64().unwrap_or(f64::NAN),
@@ -136,6 +139,7 @@ fn launch(host: &Host, profile: &str, launches: &mut Vec<Value>) -> Result<Value
     launches.push(json!({
         "profile": profile,
         "mode": figures["mode"],
+        "resumed": resumed,
         "ready_s": figures["ready_s"],
         "demand_fetches": figures["demand_fetches"],
         "stall_s": figures["stall_s"],
@@ -199,6 +203,27 @@ fn side_by_side(host: &mut Host, launches: &mut Vec<Value>) -> Result<(Sharing, 
     ))
 }
 
+/// `web` from a snapshot of its composed image: nothing boots.
+fn resumed(host: &mut Host, launches: &mut Vec<Value>) -> Result<()> {
+    host.start_daemon()?;
+    host.wait_for_kernel()?;
+    let path = manifest("web").display().to_string();
+    host.json(["snapshot", "create", &path])?;
+    // The first one finds out what a clone touches.
+    for _ in 0..2 {
+        let vm = launch(host, "web", launches)?;
+        let tier = &vm["launch"]["resumed"];
+        ensure!(tier == "composed", "web did not resume: {}", vm["launch"]);
+        let page = http_get(8080, "/")?;
+        ensure!(
+            page.contains("hello from a composed VM"),
+            "a clone's page: {page}"
+        );
+        host.stop_all()?;
+    }
+    host.stop_daemon()
+}
+
 fn talk(port: u16, request: &[u8]) -> Result<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -233,10 +258,11 @@ fn report(launches: &[Value], sharing: &Sharing, checks: &Value) -> Result<()> {
     );
     let mib = |value: &Value| value.as_f64().unwrap_or(0.0) / 1048576.0;
     for launch in launches {
+        let mode = launch["resumed"].as_str().or(launch["mode"].as_str());
         println!(
             "{:<8} {:<10} {:>7.2} s {:>8} {:>7.3} s {:>11.1} MiB {:>8.1} MiB",
             launch["profile"].as_str().unwrap_or("?"),
-            launch["mode"].as_str().unwrap_or("?"),
+            mode.unwrap_or("?"),
             launch["ready_s"].as_f64().unwrap_or(f64::NAN),
             launch["demand_fetches"].as_u64().unwrap_or(0),
             launch["stall_s"].as_f64().unwrap_or(f64::NAN),

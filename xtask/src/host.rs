@@ -79,7 +79,7 @@ impl Host {
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\
              bandwidth_bytes_per_s = {}\n\n[memory]\nbudget_bytes = {}\n\n\
-             [forecast]\nprefetch = {}\nahead = {}\n",
+             [forecast]\nprefetch = {}\nahead = {}\n\n[snapshots]\nmake = false\n",
             settings.state,
             scratch.join("run"),
             settings.repository,

@@ -3,8 +3,11 @@
 //! Invariants (checked by [`ChunkIndex::validate`]): chunks are contiguous from byte 0
 //! to the image's end, none is empty or longer than [`MAX_CHUNK_BYTES`].
 
+use std::io;
+
 use serde::{Deserialize, Serialize};
 
+use crate::digest::Hasher;
 use crate::{Digest, Extent};
 
 mod codec;
@@ -81,6 +84,36 @@ pub enum ChunkIndexError {
 }
 
 impl ChunkIndex {
+    /// The index of an image without files, cut into chunks of `chunk_bytes` each; `read` fills a
+    /// buffer from an offset. The image's digest is that of its bytes.
+    pub fn of_plain(
+        image_bytes: u64,
+        chunk_bytes: u32,
+        mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let mut whole = Hasher::new();
+        let mut buffer = vec![0; chunk_bytes as usize];
+        let zeros = Digest::of(&buffer);
+        let mut chunks = Vec::new();
+        for offset in (0..image_bytes).step_by(chunk_bytes as usize) {
+            let len = u64::from(chunk_bytes).min(image_bytes - offset) as usize;
+            let bytes = &mut buffer[..len];
+            read(bytes, offset)?;
+            whole.update(bytes);
+            let is_zero = len == chunk_bytes as usize && bytes.iter().all(|byte| *byte == 0);
+            chunks.push(Chunk {
+                offset,
+                len: len as u32,
+                digest: if is_zero { zeros } else { Digest::of(bytes) },
+            });
+        }
+        Ok(Self {
+            image: whole.finish(),
+            image_bytes,
+            chunks,
+        })
+    }
+
     /// SHA-256 of the encoded index.
     pub fn digest(&self) -> Digest {
         Digest::of(&self.encode())
@@ -155,6 +188,24 @@ mod tests {
             image_bytes: offset,
             chunks,
         }
+    }
+
+    #[test]
+    fn a_plain_image_is_cut_into_equal_chunks_and_its_last_may_be_shorter() {
+        let mut image = vec![0; 10_000];
+        image[5000] = 1;
+        let read = |buffer: &mut [u8], at: u64| {
+            buffer.copy_from_slice(&image[at as usize..][..buffer.len()]);
+            Ok(())
+        };
+        let index = ChunkIndex::of_plain(10_000, 4096, read).unwrap();
+        index.validate().unwrap();
+        assert_eq!(index.image, Digest::of(&image));
+        let lengths: Vec<u32> = index.chunks.iter().map(|one| one.len).collect();
+        assert_eq!(lengths, [4096, 4096, 1808]);
+        assert!(index.chunks.iter().all(|one| {
+            one.digest == Digest::of(&image[one.offset as usize..one.extent().end() as usize])
+        }));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::SnapshotOf;
 use crate::{Digest, NameError, NameOf};
 
 /// Digest of a component's canonical metadata.
@@ -29,6 +30,8 @@ pub enum Role {
     Library,
     /// Configuration.
     Config,
+    /// A VM's memory and the state of its devices; no file tree.
+    Snapshot,
 }
 
 /// A name that a component offers, with the version it offers it at, if any.
@@ -42,7 +45,7 @@ pub struct Capability {
 }
 
 /// One alternative of a requirement, or a conflict: a name and a range of versions.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NameRange {
     /// Real or virtual name.
     pub name: String,
@@ -71,6 +74,7 @@ pub struct SbomPackage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRef {
     /// Identity of the EROFS image: SHA-256 of its bytes with the superblock's UUID zeroed.
+    /// A snapshot's image has no superblock: all of its bytes.
     pub digest: Digest,
     /// Size in bytes, a multiple of 4096.
     pub bytes: u64,
@@ -121,6 +125,9 @@ pub struct Component<I = ImageRef> {
     /// Packages it was built from.
     #[serde(default)]
     pub sbom: Vec<SbomPackage>,
+    /// What it holds, for role `snapshot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Box<SnapshotOf>>,
 }
 
 impl<I> Component<I> {
@@ -152,6 +159,7 @@ impl<I> Component<I> {
             cmdline: None,
             notes: Vec::new(),
             sbom: Vec::new(),
+            snapshot: None,
         }
     }
 
@@ -171,6 +179,7 @@ impl<I> Component<I> {
             cmdline: self.cmdline,
             notes: self.notes,
             sbom: self.sbom,
+            snapshot: self.snapshot,
         }
     }
 }
@@ -226,6 +235,7 @@ mod tests {
             cmdline: None,
             notes: vec![],
             sbom: vec![],
+            snapshot: None,
         }
     }
 

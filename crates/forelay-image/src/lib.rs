@@ -19,6 +19,7 @@ pub mod name;
 pub mod numbers;
 pub mod package_status;
 pub mod pages;
+pub mod snapshot;
 pub mod solve;
 pub mod touch;
 pub mod tree;

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use forelay_guest_protocol::snapshot::Tier;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::Digest;
@@ -67,6 +68,9 @@ pub struct Manifest {
     /// The virtual machine.
     #[serde(default)]
     pub vm: VmSettings,
+    /// From what its launches may resume instead of booting.
+    #[serde(default, skip_serializing_if = "SnapshotSettings::is_default")]
+    pub snapshot: SnapshotSettings,
     /// Files of this VM alone, by absolute path.
     #[serde(
         default,
@@ -102,6 +106,41 @@ impl Default for VmSettings {
             forward: Vec::new(),
             scratch: Scratch::Tmpfs,
         }
+    }
+}
+
+/// The `[snapshot]` table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SnapshotSettings {
+    /// The latest tier that a launch resumes from; `"off"` boots always.
+    #[serde(with = "snapshot_at")]
+    pub at: Option<Tier>,
+    /// What clones may share with the VM that a snapshot was made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Secrets>,
+}
+
+/// Whether a VM's environment and files may be in a snapshot that a program has seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Secrets {
+    /// They may.
+    Shared,
+}
+
+impl Default for SnapshotSettings {
+    fn default() -> Self {
+        Self {
+            at: Some(Tier::Composed),
+            secrets: None,
+        }
+    }
+}
+
+impl SnapshotSettings {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 
@@ -194,6 +233,17 @@ impl Manifest {
                 "keep `entrypoint` to run one command, or `init` to boot the image's own init";
             return Err(refused("init", message, Some(help.to_owned())));
         }
+        let has_secrets = !(manifest.env.is_empty() && manifest.files.is_empty());
+        let shared = manifest.snapshot.secrets == Some(Secrets::Shared);
+        if manifest.snapshot.at == Some(Tier::Ready) && has_secrets && !shared {
+            let message =
+                "a snapshot at \"ready\" holds `env` and `files` as its VM's program has \
+                           read them, and each clone has the same"
+                    .to_owned();
+            let help = "add `secrets = \"shared\"` to [snapshot] if none of them is a secret of one \
+                        VM, or stay with `at = \"composed\"`";
+            return Err(refused("at", message, Some(help.to_owned())));
+        }
         manifest.check_names().map_err(|(key, error)| {
             let help = (key == "base")
                 .then(|| "the base names the profile here: give a `name` or a `profile`".into());
@@ -230,6 +280,28 @@ impl Manifest {
     /// Digest of what the manifest says (comments and layout do not count).
     pub fn digest(&self) -> Digest {
         Digest::of(&serde_json::to_vec(self).expect("a manifest always serialises"))
+    }
+
+    /// Digest of what the machine shows of it: without names, ports of the host and wishes that
+    /// the lock has settled.
+    pub fn machine_digest(&self) -> Digest {
+        let mut machine = self.clone();
+        for name in [
+            &mut machine.name,
+            &mut machine.profile,
+            &mut machine.owner,
+            &mut machine.hostname,
+        ] {
+            *name = None;
+        }
+        machine.base = NameRange::default();
+        machine.kernel = None;
+        machine.components = Vec::new();
+        machine.snapshot = SnapshotSettings::default();
+        for forward in &mut machine.vm.forward {
+            forward.host = 0;
+        }
+        machine.digest()
     }
 
     /// The manifest as TOML.
@@ -444,6 +516,30 @@ mod wanted_list {
     ) -> Result<Vec<NameRange>, D::Error> {
         let list = Vec::<wanted::Wanted>::deserialize(deserializer)?;
         Ok(list.into_iter().map(|wanted| wanted.0).collect())
+    }
+}
+
+mod snapshot_at {
+    use super::*;
+
+    const OFF: &str = "off";
+
+    pub fn serialize<S: Serializer>(at: &Option<Tier>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(at.map_or(OFF, Tier::name))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Tier>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == OFF {
+            return Ok(None);
+        }
+        Tier::named(&text).map(Some).ok_or_else(|| {
+            custom(format!(
+                "`at` is \"kernel\", \"composed\", \"ready\" or \"off\", not {text:?}"
+            ))
+        })
     }
 }
 

@@ -182,3 +182,49 @@ fn sizes_parse() {
         assert!(parse_bytes(bad).is_err(), "{bad}");
     }
 }
+
+#[test]
+fn what_a_launch_may_resume_from_is_said_in_the_manifest() {
+    let parse = |text: &str| Manifest::parse(&format!("base = \"debian\"\n{text}"));
+    let at = |text: &str| parse(text).unwrap().snapshot.at;
+    assert_eq!(at(""), Some(Tier::Composed));
+    assert_eq!(at("[snapshot]\nat = \"kernel\"\n"), Some(Tier::Kernel));
+    assert_eq!(at("[snapshot]\nat = \"off\"\n"), None);
+    assert_eq!(at("[snapshot]\nat = \"ready\"\n"), Some(Tier::Ready));
+    let error = parse("[snapshot]\nat = \"later\"\n").unwrap_err();
+    assert_eq!((error.line, error.column), (3, 6), "{error}");
+    assert!(error.message.contains("\"off\", not \"later\""), "{error}");
+    let error = parse("[snapshot]\nsecrets = \"mine\"\n").unwrap_err();
+    assert_eq!((error.line, error.column), (3, 11), "{error}");
+    assert!(parse("[snapshot]\nwhen = 1\n").is_err());
+
+    let secret = "env = { TOKEN = \"x\" }\n[snapshot]\nat = \"ready\"\n";
+    let error = parse(secret).unwrap_err();
+    assert_eq!((error.line, error.column), (4, 1), "{error}");
+    assert!(error.help.unwrap().contains("secrets = \"shared\""));
+    let shared = parse(&format!("{secret}secrets = \"shared\"\n")).unwrap();
+    assert_eq!(Manifest::parse(&shared.to_toml()).unwrap(), shared);
+    assert!(parse(&secret.replace("ready", "composed")).is_ok());
+}
+
+#[test]
+fn two_manifests_that_differ_in_names_and_host_ports_alone_make_the_same_machine() {
+    let machine = |text: &str| Manifest::parse(text).unwrap().machine_digest();
+    let one = machine(
+        "name = \"a\"\nowner = \"me\"\nhostname = \"h\"\nbase = \"debian\"\nentrypoint = [\"x\"]\n\
+         [vm]\nforward = [\"8080:80\"]\n[snapshot]\nat = \"kernel\"\n",
+    );
+    let other = machine(
+        "profile = \"b\"\nbase = \"debian@>= 12\"\nentrypoint = [\"x\"]\n[vm]\nforward = [\":80\"]\n",
+    );
+    assert_eq!(one, other);
+    for further in [
+        "env = { A = \"1\" }\n",
+        "ssh_keys = [\"ssh-ed25519 AAAA\"]\n",
+    ] {
+        let text = format!(
+            "base = \"debian\"\nentrypoint = [\"x\"]\n{further}[vm]\nforward = [\":80\"]\n"
+        );
+        assert_ne!(machine(&text), one, "{further}");
+    }
+}

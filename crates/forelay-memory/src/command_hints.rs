@@ -18,6 +18,9 @@ const AUDIT_ARCH: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const AUDIT_ARCH: u32 = 0xc000_00b7;
 
+/// Niceness of what gives way to others.
+const BACKGROUND_NICENESS: libc::c_int = 10;
+
 /// What a VMM is given on its way.
 #[derive(Clone, Debug, Default)]
 pub struct Hints {
@@ -28,6 +31,8 @@ pub struct Hints {
     /// dropped from the copy alone: the VMM also punches holes in the file, which would
     /// either fail and be logged each time, or destroy it for all others.
     pub copies_memory: bool,
+    /// It gives way to others on a busy host.
+    pub background: bool,
     /// Descriptors (above 2) that the VMM is to inherit; all others are closed.
     pub keep_fds: Vec<RawFd>,
 }
@@ -41,6 +46,11 @@ impl Hints {
         keep_fds.dedup();
         let filter = huge_page_filter(self.guest_ram_bytes);
         let holes = self.copies_memory.then(hole_filter);
+        let niceness = if self.background {
+            BACKGROUND_NICENESS
+        } else {
+            0
+        };
         // SAFETY: the closure runs between fork and exec and makes only system calls on
         // memory allocated before the fork: no allocation, no locks.
         unsafe {
@@ -48,6 +58,10 @@ impl Hints {
                 // Fails only for a group leader, which a fresh child is not.
                 libc::setsid();
                 close_on_exec_except(&keep_fds);
+                if niceness > 0 {
+                    // A wish: refused, it runs as all others do.
+                    libc::setpriority(libc::PRIO_PROCESS, 0, niceness);
+                }
                 install(&filter);
                 if let Some(holes) = &holes {
                     install(holes);

@@ -25,7 +25,9 @@ use rustix::io::Errno;
 
 use crate::counters::Tally;
 use crate::files::{FileKey, Files, SharedFile};
-use crate::fuse::abi::{self, Attributes, InitIn, ReadIn, RequestHeader, notify, opcode};
+use crate::fuse::abi::{
+    self, Attributes, GetXattrIn, InitIn, ReadIn, RequestHeader, notify, opcode,
+};
 use crate::fuse::connection::{Connection, REQUEST_BYTES, Received, Waiter};
 
 /// Answers READs that the page cache could not.
@@ -236,6 +238,20 @@ pub(crate) fn zero_parts<'a>(len: usize) -> impl Iterator<Item = &'a [u8]> {
     full.chain(std::iter::once(&ZEROS[..len % ZEROS.len()]))
 }
 
+/// Every file has file capabilities as far as the kernel asks before a write(2): it must take
+/// them off first, and that is refused, before any byte has reached the page cache that others
+/// map. Nobody reads or runs these files by them: the mount is `nosuid`.
+fn guarding_attribute(body: &[u8]) -> Result<Vec<u8>, Errno> {
+    const CAPABILITIES: &[u8] = b"security.capability";
+    const CAPABILITY_BYTES: usize = 20;
+    let asked = GetXattrIn::parse(body).ok_or(Errno::INVAL)?;
+    match asked.room {
+        _ if asked.name != CAPABILITIES => Err(Errno::NODATA),
+        0 => Ok(abi::xattr_size_reply(CAPABILITY_BYTES as u32)),
+        _ => Err(Errno::RANGE),
+    }
+}
+
 impl Core {
     pub fn new(connection: Connection, settings: Settings, handler: Arc<dyn FaultHandler>) -> Self {
         Self {
@@ -316,6 +332,7 @@ impl Core {
             },
             opcode::STATFS => Ok(abi::statfs_reply(self.files.read().len() as u64)),
             opcode::RELEASE | opcode::RELEASEDIR | opcode::DESTROY => Ok(Vec::new()),
+            opcode::GETXATTR => guarding_attribute(body),
             opcode::SETATTR
             | opcode::SYMLINK
             | opcode::MKNOD

@@ -145,6 +145,8 @@ pub enum MemoryError {
 pub struct SharedMemory {
     core: Arc<Core>,
     mountpoint: PathBuf,
+    /// Where its files can be opened for writing, though not written.
+    writable: Option<PathBuf>,
     unmount_on_drop: bool,
     domain: String,
     pinner: Option<Arc<pinner::PinnerClient>>,
@@ -199,6 +201,7 @@ impl SharedMemory {
         let mut memory = Self {
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?,
             mountpoint: config.mountpoint.clone(),
+            writable: mount::writable_path(&config.mountpoint)?,
             unmount_on_drop: false,
             closed_once: AtomicBool::new(false),
             domain: config.domain.clone(),
@@ -258,6 +261,12 @@ impl SharedMemory {
     /// Where `key` is, once added.
     pub fn path(&self, key: &FileKey) -> PathBuf {
         self.mountpoint.join(file_name(key))
+    }
+
+    /// Where a VMM opens `key` that maps it privately and insists on opening it for writing;
+    /// `None` in a mount that an earlier version made.
+    pub fn private_path(&self, key: &FileKey) -> Option<PathBuf> {
+        Some(self.writable.as_ref()?.join(file_name(key)))
     }
 
     /// Adds the file of an image; adding it again with equal sizes changes nothing. Call

@@ -5,7 +5,8 @@
 //! temporary name and renamed; one that does not decode is fetched again.
 //!
 //! A component's metadata pins the chunk index; an image opens only after its component
-//! was made known ([`Images::add`]), so a repository cannot pass off another index.
+//! was made known ([`Images::add`]), so a repository cannot pass off another index. An image
+//! may come from a repository of its own (a snapshot's does); all else comes from the host's.
 //!
 //! Invariant: an [`ImageMap`]'s chunk index is valid, the one that was pinned, and has as
 //! many chunks as locations.
@@ -88,12 +89,19 @@ impl ImageMap {
     }
 }
 
+/// An image that may be opened.
+struct KnownImage {
+    image: ImageRef,
+    /// Where its objects and packs are.
+    repository: Arc<dyn Repository>,
+}
+
 /// The images in use on this host.
 pub(crate) struct Images {
     repository: Arc<dyn Repository>,
     folder: PathBuf,
     open: RwLock<HashMap<Digest, Arc<ImageMap>>>,
-    known: RwLock<HashMap<Digest, ImageRef>>,
+    known: RwLock<HashMap<Digest, KnownImage>>,
     bundles: RwLock<HashMap<Digest, Bundle>>,
 }
 
@@ -143,13 +151,42 @@ impl Images {
     /// Two components may have the same image cut into different chunks; on one host the
     /// first counts, since both would fill the same shared memory.
     pub(crate) fn add(&self, image: ImageRef) -> Result<(), StoreError> {
-        let first = *self.known.write().entry(image.digest).or_insert(image);
+        self.add_from(image, &self.repository)
+    }
+
+    /// As [`Images::add`], of an image that comes from another repository.
+    pub(crate) fn add_from(
+        &self,
+        image: ImageRef,
+        repository: &Arc<dyn Repository>,
+    ) -> Result<(), StoreError> {
+        let mut known = self.known.write();
+        let first = known.entry(image.digest).or_insert_with(|| KnownImage {
+            image,
+            repository: Arc::clone(repository),
+        });
+        let first = first.image;
         if first == image {
             return Ok(());
         }
         Err(StoreError::Disputed {
             image: image.digest,
         })
+    }
+
+    /// Forgets an image that nobody will ask for again.
+    pub(crate) fn forget(&self, image: Digest) {
+        self.known.write().remove(&image);
+        self.open.write().remove(&image);
+    }
+
+    /// Where an image's bytes come from.
+    pub(crate) fn repository_of(&self, image: Digest) -> Arc<dyn Repository> {
+        let known = self.known.read();
+        let repository = known
+            .get(&image)
+            .map_or(&self.repository, |one| &one.repository);
+        Arc::clone(repository)
     }
 
     /// Makes a bundle known: from now on its digest opens like an image's.
@@ -218,16 +255,17 @@ impl Images {
             }
             other => other,
         };
-        let known = self.known.read().get(&image).copied();
+        let known = self.known.read().get(&image).map(|one| one.image);
         let known = known.ok_or(StoreError::ImageUnknown { image })?;
         let index_key = layout::chunk_index(known.chunk_index);
         let locations_key = layout::locations(known.chunk_index);
         let decode_index = |bytes: &[u8]| decode_chunk_index(known.chunk_index, bytes);
         let decode_locations =
             |bytes: &[u8]| Locations::decode(bytes).map_err(|error| error.to_string());
+        let repository = self.repository_of(image);
         let (index, locations) = tokio::try_join!(
-            self.object(&index_key, cached, decode_index),
-            self.object(&locations_key, cached, decode_locations),
+            self.object_of(&repository, &index_key, cached, decode_index),
+            self.object_of(&repository, &locations_key, cached, decode_locations),
         )
         .map_err(missing)?;
         ImageMap::new(known, index, locations).map_err(|problem| StoreError::Corrupted {
@@ -243,6 +281,16 @@ impl Images {
         cached: bool,
         decode: impl Fn(&[u8]) -> Result<T, String>,
     ) -> Result<T, StoreError> {
+        self.object_of(&self.repository, key, cached, decode).await
+    }
+
+    async fn object_of<T>(
+        &self,
+        repository: &Arc<dyn Repository>,
+        key: &str,
+        cached: bool,
+        decode: impl Fn(&[u8]) -> Result<T, String>,
+    ) -> Result<T, StoreError> {
         let path = self.folder.join(key.replace('/', "-"));
         if cached {
             let local = fs::read(&path).ok().and_then(|bytes| decode(&bytes).ok());
@@ -250,7 +298,7 @@ impl Images {
                 return Ok(value);
             }
         }
-        let bytes: Bytes = self.repository.get(key).await?;
+        let bytes: Bytes = repository.get(key).await?;
         let value = decode(&bytes).map_err(|problem| StoreError::Corrupted {
             key: key.to_owned(),
             problem,

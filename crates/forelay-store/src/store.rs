@@ -221,6 +221,16 @@ impl Store {
         self.0.images.add(image)
     }
 
+    /// As [`Store::add_image`], of an image whose bytes come from another store's repository.
+    pub fn add_image_of(&self, image: ImageRef, of: &Self) -> Result<(), StoreError> {
+        self.0.images.add_from(image, of.repository())
+    }
+
+    /// Forgets an image whose bytes are about to go; nothing may map it.
+    pub fn forget_image(&self, image: Digest) {
+        self.0.images.forget(image);
+    }
+
     /// Opens a component's image by the component's id, which pins all of it. Content with
     /// this host's copy of the metadata.
     pub async fn open_component(&self, id: ComponentId) -> Result<Arc<ImageMap>, StoreError> {

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 
-use forelay_image::Digest;
+use forelay_image::{ComponentId, Digest};
 
 use crate::error::StoreError;
 use crate::images::{ImageMap, decode_chunk_index};
@@ -86,6 +86,30 @@ impl Store {
             progress(report.progress);
         }
         report.findings.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(report)
+    }
+
+    /// Reads and checks one component with the packs that its bytes are in.
+    pub async fn verify_one(&self, id: ComponentId) -> Result<VerifyReport, StoreError> {
+        let mut report = VerifyReport::default();
+        let mut indexes = HashMap::new();
+        let component = self.component(id).await?;
+        let key = layout::locations(component.image.chunk_index);
+        let problem = match Locations::decode(&self.0.repository.get(&key).await?) {
+            Ok(locations) => {
+                for pack in locations.packs {
+                    if let Some(index) = self.verify_pack(pack, &mut report).await {
+                        indexes.insert(pack, index);
+                    }
+                }
+                self.verify_component(id, &indexes).await.err()
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        let key = layout::component(id);
+        report
+            .findings
+            .extend(problem.map(|problem| Finding { key, problem }));
         Ok(report)
     }
 

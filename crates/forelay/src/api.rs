@@ -6,7 +6,9 @@
 use std::path::PathBuf;
 
 use forelay_guest_protocol::messages::BootSteps;
+use forelay_guest_protocol::snapshot::Tier;
 use forelay_image::Digest;
+use forelay_image::snapshot::SnapshotOrigin;
 use forelay_vm::Forward;
 use serde::{Deserialize, Serialize};
 
@@ -347,6 +349,12 @@ pub struct AttachFigures {
 pub struct LaunchFigures {
     /// Whether its bytes were there.
     pub mode: Option<LaunchMode>,
+    /// The snapshot that the VM resumed from, if it did not boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed: Option<Tier>,
+    /// Snapshots that it should have resumed from and did not, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshot_problems: Vec<String>,
     /// Solving the manifest, if no lock was given.
     pub solve_s: f64,
     /// Composing the map image and its devices.
@@ -408,6 +416,8 @@ pub struct LaunchTimings {
     pub compose_s: f64,
     /// Starting the VMM, until its monitor answers.
     pub vmm_s: f64,
+    /// Restoring a snapshot, and plugging devices into it; 0 for a boot.
+    pub restore_s: f64,
     /// Firmware, and the kernel until it has a clock.
     pub firmware_s: f64,
     /// The kernel, until it starts the guest's init.
@@ -430,7 +440,7 @@ pub struct LaunchTimings {
 
 impl LaunchTimings {
     /// The steps with their names.
-    pub fn steps(&self) -> [(&'static str, f64); 15] {
+    pub fn steps(&self) -> [(&'static str, f64); 16] {
         [
             ("solve", self.solve_s),
             ("request", self.request_s),
@@ -438,6 +448,7 @@ impl LaunchTimings {
             ("plan", self.plan_s),
             ("compose", self.compose_s),
             ("VMM", self.vmm_s),
+            ("restore", self.restore_s),
             ("firmware", self.firmware_s),
             ("kernel", self.kernel_s),
             ("devices", self.devices_s),
@@ -467,6 +478,51 @@ impl LaunchTimings {
         self.entrypoint_s = since(steps.agent_us, steps.entrypoint_us);
         self.ready_s = since(steps.entrypoint_us, ready_us);
     }
+}
+
+/// A snapshot to make.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// The manifest's text (TOML).
+    pub manifest: String,
+    /// A lock's text; solved again if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<String>,
+    /// How far its VM is to come; as far as the manifest says if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Tier>,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its component's id.
+    pub id: Digest,
+    /// How far its VM had come.
+    pub tier: Tier,
+    /// Trust domain, which alone may use it.
+    pub domain: String,
+    /// Profile or kernel that it was made of.
+    pub made_of: String,
+    /// When, milliseconds since the epoch.
+    pub made_ms: i64,
+    /// Its memory image, the key of shared memory.
+    pub image: Digest,
+    /// Size of the memory image.
+    pub image_bytes: u64,
+    /// Bytes of it that are the state of devices.
+    pub state_bytes: u64,
+    /// Bytes on disk of all snapshots of the domain, which share what is the same in them.
+    pub domain_stored_bytes: u64,
+    /// All that a launch must have the same.
+    pub origin: SnapshotOrigin,
+    /// Launches that resumed from it since the daemon started.
+    pub uses: u64,
+    /// VMs that run on its memory.
+    pub vms: Vec<String>,
+    /// Why it is not used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// A command to run in the guest.
@@ -526,6 +582,9 @@ pub struct MemoryReport {
     pub charged_bytes: u64,
     /// Resident and mapped by no VM; with what is charged this is all that is resident.
     pub unclaimed_bytes: u64,
+    /// Of what is resident, bytes of snapshots' memory images.
+    #[serde(default)]
+    pub snapshot_resident_bytes: u64,
     /// Sum over VMs of what they map, as if nothing were shared.
     pub mapped_sum_bytes: u64,
     /// Host's available memory.
@@ -607,6 +666,9 @@ pub struct ComponentMemory {
     pub pinned_bytes: u64,
     /// Bytes prefetched and not touched yet.
     pub prefetched_unused_bytes: u64,
+    /// It is a snapshot's memory, not a component's files.
+    #[serde(default)]
+    pub snapshot: bool,
     /// Number of VMs that map it.
     pub mapped_by: usize,
     /// Bytes mapped by at least one VM.
@@ -824,7 +886,7 @@ mod tests {
         timings.note_guest(steps, 1_900_000, 2.5);
         let told = timings.steps().map(|(_, s)| (s * 1e3).round());
         let expected = [
-            0., 0., 0., 0., 0., 0., 600., 1000., 300., 10., 40., 10., 10., 30., 500.,
+            0., 0., 0., 0., 0., 0., 0., 600., 1000., 300., 10., 40., 10., 10., 30., 500.,
         ];
         assert_eq!(told, expected);
     }

@@ -28,6 +28,8 @@ pub struct Config {
     pub memory: MemoryConfig,
     /// Learning and forecasting.
     pub forecast: ForecastConfig,
+    /// Snapshots that launches resume from.
+    pub snapshots: SnapshotConfig,
     /// VMM defaults.
     pub vmm: VmmConfig,
 }
@@ -88,6 +90,18 @@ pub struct ForecastConfig {
     pub time_starts_ms: Option<i64>,
 }
 
+/// Snapshots that launches resume from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SnapshotConfig {
+    /// Make them in the background for what is launched again and again, while memory is
+    /// plentiful; with `false`, `forelay snapshot create` alone makes them.
+    pub make: bool,
+    /// Most bytes on disk that the snapshots of one trust domain may take; the least useful go
+    /// first.
+    pub cap_bytes: u64,
+}
+
 /// VMM defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -110,6 +124,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             memory: MemoryConfig::default(),
             forecast: ForecastConfig::default(),
+            snapshots: SnapshotConfig::default(),
             vmm: VmmConfig::default(),
         }
     }
@@ -169,6 +184,15 @@ impl Default for ForecastConfig {
             time_scale: 1.0,
             time_origin_ms: 0,
             time_starts_ms: None,
+        }
+    }
+}
+
+impl Default for SnapshotConfig {
+    fn default() -> Self {
+        Self {
+            make: true,
+            cap_bytes: 4 << 30,
         }
     }
 }
@@ -277,6 +301,16 @@ impl Config {
     /// Where trust domains are mounted.
     pub fn mounts_dir(&self) -> PathBuf {
         self.runtime_dir.join("memory")
+    }
+
+    /// Where snapshots are kept, those of each trust domain apart.
+    pub fn snapshots_dir(&self) -> PathBuf {
+        self.state_dir.join("snapshots")
+    }
+
+    /// Where the VMs that snapshots are made from keep their runtime files.
+    pub fn makers_dir(&self) -> PathBuf {
+        self.runtime_dir.join("makers")
     }
 
     /// Where instances keep their runtime files.

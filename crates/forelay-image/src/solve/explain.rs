@@ -32,6 +32,7 @@ fn role_name(role: Role) -> &'static str {
         Role::Package => "package",
         Role::Library => "library",
         Role::Config => "config",
+        Role::Snapshot => "snapshot",
     }
 }
 

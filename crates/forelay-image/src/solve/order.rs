@@ -17,7 +17,8 @@ fn rank(role: Role) -> u8 {
         Role::Runtime => 2,
         Role::Package => 3,
         Role::Config => 4,
-        Role::Kernel => 5,
+        // Neither is composed.
+        Role::Kernel | Role::Snapshot => 5,
     }
 }
 

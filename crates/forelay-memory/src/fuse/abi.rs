@@ -41,6 +41,7 @@ pub mod opcode {
     pub const RELEASE: u32 = 18;
     pub const FSYNC: u32 = 20;
     pub const SETXATTR: u32 = 21;
+    pub const GETXATTR: u32 = 22;
     pub const REMOVEXATTR: u32 = 24;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
@@ -164,6 +165,24 @@ impl ReadIn {
     }
 }
 
+/// Body of GETXATTR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GetXattrIn<'a> {
+    /// Room that there is for the value; 0 asks for its size.
+    pub room: u32,
+    /// The attribute's name.
+    pub name: &'a [u8],
+}
+
+impl<'a> GetXattrIn<'a> {
+    /// `None` if cut short.
+    pub fn parse(body: &'a [u8]) -> Option<Self> {
+        let room = Fields(body).u32()?;
+        let name = name(body.get(8..)?)?;
+        Some(Self { room, name })
+    }
+}
+
 /// Body of INIT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InitIn {
@@ -269,6 +288,13 @@ impl Attributes {
         out.zeros(4 * 4 + 14 * 8); // devices, spare
         out.0
     }
+}
+
+/// Reply to GETXATTR that asks for the value's size.
+pub fn xattr_size_reply(bytes: u32) -> Vec<u8> {
+    let mut out = Encoder::with_capacity(8);
+    out.u32(bytes).u32(0);
+    out.0
 }
 
 /// Reply to OPENDIR: no handle, nothing cached.
@@ -413,6 +439,7 @@ mod tests {
                 prop_assert_eq!(&read.offset.to_ne_bytes()[..], &bytes[8..16]);
             }
             let _ = InitIn::parse(&bytes);
+            let _ = GetXattrIn::parse(&bytes);
             if let Some(found) = name(&bytes) {
                 prop_assert!(!found.contains(&0));
             }

@@ -11,7 +11,7 @@ use forelay_image::extent::Extent;
 use forelay_memory::mapping::FileMapping;
 use forelay_memory::{Config, Session, SharedMemory, pinner};
 
-use crate::support::{Images, MIB, Mapper, PAGE, TestImage, example, skipped};
+use crate::support::{Images, MIB, Mapper, PAGE, TestImage, example, skipped, unmount_both};
 
 /// How far a cgroup's usage may be off: the kernel charges each CPU 64 pages ahead
 /// (`MEMCG_CHARGE_BATCH`), so that up to that many are charged before they are touched.
@@ -124,8 +124,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let mountpoint = self.dir.path().join("mount");
-        let _ = Command::new("umount").arg("-l").arg(mountpoint).status();
+        unmount_both(&self.dir.path().join("mount"));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Bytes, names, sizes, counters: what a single daemon serves while nothing goes wrong.
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 
 use forelay_image::extent::{Extent, total_bytes};
 
@@ -105,4 +105,99 @@ fn privileged_pushed_pages_need_no_read_and_residency_is_exact() {
     eventually("readahead is answered", || {
         mount.memory.counters().in_flight == 0
     });
+}
+
+fn punch_hole(file: &File) -> std::io::Result<()> {
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, 0, PAGE)?)
+}
+
+/// Maps a whole file, writable, shared with others or not.
+fn map_writable(file: &File, bytes: u64, flags: rustix::mm::MapFlags) -> *mut u8 {
+    use rustix::mm::{ProtFlags, mmap};
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let address = unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            bytes as usize,
+            protection,
+            flags,
+            file,
+            0,
+        )
+        .unwrap()
+    };
+    address.cast()
+}
+
+#[test]
+fn privileged_files_that_open_for_writing_are_mapped_privately_and_change_for_nobody() {
+    if skipped("privileged_files_that_open_for_writing_are_mapped_privately_and_change_for_nobody")
+    {
+        return;
+    }
+    let image = TestImage::new(1, 4 * MIB);
+    let mount = TestMount::new(&[image]);
+    let path = mount.memory.private_path(&image.key()).unwrap();
+    let closed = path.ancestors().nth(2).unwrap();
+    assert_eq!(std::fs::metadata(closed).unwrap().mode() & 0o777, 0o700);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+
+    let other = mount.map(&image);
+    assert!(image.page_is_right(&other, 0));
+    let own = map_writable(&file, 4 * MIB, rustix::mm::MapFlags::PRIVATE);
+    for page in 0..64 {
+        // SAFETY: inside the mapping, which nobody else has.
+        unsafe { own.add((page * PAGE) as usize).write(0xaa) };
+    }
+    // SAFETY: as above.
+    assert_eq!(unsafe { own.read() }, 0xaa);
+    let unchanged = |what: &str| {
+        for offset in (0..64).map(|page| page * PAGE) {
+            assert!(
+                image.page_is_right(&other, offset),
+                "{what}: mapped at {offset}"
+            );
+        }
+        let mut read = vec![0; 64 * PAGE as usize];
+        File::open(mount.memory.path(&image.key()))
+            .unwrap()
+            .read_exact_at(&mut read, 0)
+            .unwrap();
+        assert_eq!(read, image.content(0, read.len()), "{what}: read");
+    };
+    unchanged("private writes");
+    type Change = fn(&File) -> std::io::Result<()>;
+    let changes: [(&str, Change); 5] = [
+        ("truncation", |file| file.set_len(0)),
+        ("punching a hole", punch_hole),
+        ("mode", |file| {
+            file.set_permissions(Permissions::from_mode(0o666))
+        }),
+        ("write", |file| file.write_at(&[0xbb; 8192], 0).map(drop)),
+        ("appending", |file| {
+            file.write_at(&[0xbb; 1], 4 * MIB).map(drop)
+        }),
+    ];
+    for (what, change) in changes {
+        let refused = change(&file).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{what}");
+        unchanged(what);
+    }
+    assert!(File::create(path.with_file_name("x")).is_err());
+    assert!(std::fs::remove_file(&path).is_err());
+    // The one way that is left, as the module of the mounts says; what is dropped comes back.
+    let shared = map_writable(&file, 4 * MIB, rustix::mm::MapFlags::SHARED);
+    // SAFETY: inside the mapping; others may read the byte, and do only below.
+    unsafe { shared.write(0xcc) };
+    assert!(
+        !image.page_is_right(&other, 0),
+        "it changes for others after all"
+    );
+    mount
+        .memory
+        .evict(&image.key(), &[Extent::new(0, PAGE)])
+        .unwrap();
+    unchanged("a shared mapping, after eviction");
 }

@@ -120,6 +120,16 @@ impl TestMount {
     }
 }
 
+/// Unmounts what a process that was killed had mounted: as all see it, and as it can be opened
+/// for writing.
+pub fn unmount_both(mountpoint: &Path) {
+    let second = mountpoint.with_file_name(".writable");
+    let second = second.join(mountpoint.file_name().unwrap());
+    let mut command = std::process::Command::new("umount");
+    // One that is not mounted any more is what was wanted.
+    let _ = command.arg("-l").arg(second).arg(mountpoint).status();
+}
+
 /// Waits for something that has to happen soon; how soon is not asserted.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     for _ in 0..2000 {

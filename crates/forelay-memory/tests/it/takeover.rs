@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use forelay_memory::{Config, Session, SharedMemory};
 
-use crate::support::{Images, PAGE, TestImage, eventually, example, skipped};
+use crate::support::{Images, PAGE, TestImage, eventually, example, skipped, unmount_both};
 
 const IMAGES: &str = "3";
 const IMAGE_MIB: &str = "12";
@@ -156,10 +156,7 @@ impl Drop for Holder {
         signal(self.process.id(), "TERM");
         let _ = self.process.wait();
         if self.is_mounted() {
-            let _ = Command::new("umount")
-                .arg("-l")
-                .arg(self.mountpoint())
-                .status();
+            unmount_both(&self.mountpoint());
         }
     }
 }

@@ -96,11 +96,16 @@ impl Scheduler {
     async fn get(&self, request: &RangeRequest) -> Result<Bytes, (RepositoryError, u32)> {
         let key = layout::pack(request.pack);
         let config = &self.0.config;
+        // Parts of one request are in one pack, and so in one repository.
+        let repository = match request.parts.first() {
+            Some(part) => self.0.images.repository_of(part.image),
+            None => Arc::clone(&self.0.repository),
+        };
         let mut attempts = 0;
         let mut in_trouble = false;
         let outcome = loop {
             let started = Instant::now();
-            let result = self.0.repository.get_range(&key, request.extent).await;
+            let result = repository.get_range(&key, request.extent).await;
             attempts += 1;
             let error = match result {
                 Ok(bytes) => {

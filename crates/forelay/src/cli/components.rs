@@ -111,7 +111,9 @@ pub struct BuildArguments {
 
 fn parse_role(text: &str) -> Result<Role, String> {
     serde_json::from_value(serde_json::Value::String(text.to_owned()))
-        .map_err(|_| "one of base, kernel, runtime, package, library, config".to_owned())
+        .ok()
+        .filter(|role| *role != Role::Snapshot)
+        .ok_or_else(|| "one of base, kernel, runtime, package, library, config".to_owned())
 }
 
 /// Runs a `component` command.

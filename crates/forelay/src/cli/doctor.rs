@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use super::output;
-use crate::api::{Degraded, Health, MemoryReport, NOT_PROBED, Takeover, Vm, WaitCulprit};
+use crate::api::{Degraded, Health, MemoryReport, NOT_PROBED, Snapshot, Takeover, Vm, WaitCulprit};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -98,6 +98,9 @@ pub async fn run(config: &Config, client: &Client, json: bool) -> Result<()> {
     if let Ok(vms) = client.get::<Vec<Vm>>("/v1/vms").await {
         findings.extend(vms.iter().filter_map(waiting));
     }
+    if let Ok(snapshots) = client.get::<Vec<Snapshot>>("/v1/snapshots").await {
+        findings.extend(snapshots.iter().filter_map(set_aside));
+    }
     if json {
         output::json(&findings)?;
     } else {
@@ -173,6 +176,22 @@ fn waiting(vm: &Vm) -> Option<Finding> {
         "waiting VM",
         format!("{} {wait}", vm.name),
         fix,
+    ))
+}
+
+/// A snapshot that does not restore.
+fn set_aside(snapshot: &Snapshot) -> Option<Finding> {
+    let problem = snapshot.problem.as_ref()?;
+    let Snapshot {
+        id, tier, made_of, ..
+    } = snapshot;
+    Some(Finding::reduced(
+        "snapshot",
+        format!("{} of {made_of} is set aside: {problem}", tier.name()),
+        format!(
+            "forelay snapshot remove {}, then create it again",
+            id.short()
+        ),
     ))
 }
 

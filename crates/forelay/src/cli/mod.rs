@@ -15,6 +15,7 @@ mod history;
 mod inspect;
 mod manifests;
 mod simulate;
+mod snapshots;
 mod vms;
 
 use std::path::PathBuf;
@@ -52,6 +53,9 @@ enum Command {
     /// Build, list and show components.
     #[command(subcommand)]
     Component(components::ComponentCommand),
+    /// Make, list and remove what launches resume from instead of booting.
+    #[command(subcommand)]
+    Snapshot(snapshots::SnapshotCommand),
     /// Resolve a manifest into a digest-pinned lock.
     Lock(manifests::LockArguments),
     /// Compose a manifest's image and print how to start a VMM with it.
@@ -238,6 +242,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
     match command {
         Command::Doctor { json } => doctor::run(config, client, json).await?,
         Command::Component(command) => components::run(command, config).await?,
+        Command::Snapshot(command) => snapshots::run(command, client).await?,
         Command::Lock(arguments) => manifests::lock(arguments, config).await?,
         Command::Compose(arguments) => manifests::compose(arguments, config).await?,
         Command::Run(arguments) => return vms::run(client, arguments).await,

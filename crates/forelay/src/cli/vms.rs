@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use forelay_guest_protocol::snapshot::Tier;
 use forelay_vm::Forward;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
@@ -162,14 +163,19 @@ pub async fn run(client: &Client, arguments: RunArguments) -> Result<i32> {
 }
 
 fn print_ready(vm: &Vm) {
-    for note in &vm.launch.notes {
+    for note in vm.launch.notes.iter().chain(&vm.launch.snapshot_problems) {
         complain!("note: {note}");
     }
+    let resumed = vm.launch.resumed;
     say!(
-        "{} is {:?}, pid {}",
+        "{} is {:?}, pid {}{}",
         vm.name,
         vm.state,
-        output::optional(vm.pid, |p| p.to_string())
+        output::optional(vm.pid, |p| p.to_string()),
+        resumed.map_or_else(String::new, |tier| format!(
+            ", resumed from {}",
+            tier.name()
+        ))
     );
     say!(
         "  ready after {}, {} demand fetches ({} stalled), {} prefetched, {} from the repository",
@@ -258,6 +264,7 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
                 state(vm),
                 output::optional(vm.pid, |pid| pid.to_string()),
                 output::optional(vm.launch.ready_s, output::seconds),
+                vm.launch.resumed.map_or("boot", Tier::name).to_owned(),
                 vm.launch.demand_fetches.to_string(),
                 output::seconds(vm.launch.stall_s),
                 forwards(vm),
@@ -265,12 +272,15 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
         })
         .collect();
     let headings = [
-        "name", "profile", "state", "pid", "ready", "demand", "stall", "ports",
+        "name", "profile", "state", "pid", "ready", "from", "demand", "stall", "ports",
     ];
     output::table(&headings, rows);
     for vm in &vms {
         if let Some(wait) = &vm.waiting {
             println!("{} {wait}", vm.name);
+        }
+        for problem in &vm.launch.snapshot_problems {
+            println!("{}: {problem}", vm.name);
         }
     }
     let health: Health = client.get("/v1/health").await?;

@@ -20,6 +20,7 @@ mod launch;
 mod memory;
 mod order;
 mod process;
+mod snapshot;
 #[cfg(test)]
 mod spine_tests;
 mod vm;
@@ -30,7 +31,7 @@ use std::time::{Duration, Instant};
 use forelay_store::Store;
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use crate::api::{Degraded, Takeover};
@@ -47,7 +48,9 @@ use forecast::prefetch_loop::PrefetchLoop;
 use forelay_cache::plan::PreparedLaunch;
 use launch::LaunchService;
 use launch::admit::Admission;
+use launch::ahead::{Booted, SnapshotsAhead};
 use launch::compose::Composer;
+use launch::maker::Maker;
 use launch::prefetch::LaunchPrefetcher;
 use launch::prepared::{Preparations, Preparer};
 use launch::resolve::Resolver;
@@ -58,6 +61,7 @@ use memory::planner::{PlannerHandle, PlannerSender};
 use memory::residency::Reconciler;
 use memory::samples::ForecastDemand;
 use process::health::Health;
+use snapshot::service::Snapshots;
 use vm::attach::AttachService;
 use vm::registry::VmRegistry;
 use vm::service::VmService;
@@ -91,6 +95,7 @@ pub struct Host {
     mapper: Arc<Mapper>,
     forecasts: Arc<Forecasts>,
     supervisor: Arc<Supervisor>,
+    snapshots: Arc<Snapshots>,
     launches: Arc<LaunchService>,
     attachments: AttachService,
     vms: VmService,
@@ -156,6 +161,49 @@ impl Parts {
         })
     }
 
+    fn snapshots(&self) -> Arc<Snapshots> {
+        Arc::new(Snapshots {
+            dir: self.config.snapshots_dir(),
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+            registry: Arc::clone(&self.instances),
+            shelves: Default::default(),
+        })
+    }
+
+    fn maker(
+        &self,
+        mapper: &Arc<Mapper>,
+        composer: &Arc<Composer>,
+        starter: &Arc<Starter>,
+        snapshots: &Arc<Snapshots>,
+    ) -> Arc<Maker> {
+        let maker = Maker {
+            dir: self.config.makers_dir(),
+            cap_bytes: self.config.snapshots.cap_bytes,
+            composer: Arc::clone(composer),
+            mapper: Arc::clone(mapper),
+            starter: Arc::clone(starter),
+            snapshots: Arc::clone(snapshots),
+            turn: Default::default(),
+        };
+        maker.clear();
+        Arc::new(maker)
+    }
+
+    /// Has snapshots made of the launches that are sent.
+    fn keep_snapshots(&self, maker: &Arc<Maker>) -> UnboundedSender<Booted> {
+        let (sender, booted) = unbounded_channel();
+        let ahead = SnapshotsAhead {
+            maker: Arc::clone(maker),
+            learner: Arc::clone(&self.learner),
+            memory: Arc::clone(&self.memory),
+            registry: Arc::clone(&self.instances),
+        };
+        tokio::spawn(ahead.run(booted));
+        sender
+    }
+
     fn launches(
         &self,
         mapper: &Arc<Mapper>,
@@ -163,7 +211,10 @@ impl Parts {
         supervisor: &Arc<Supervisor>,
         forecasts: &Forecasts,
         announced: &Arc<AnnouncedLaunches>,
+        snapshots: &Arc<Snapshots>,
     ) -> Arc<LaunchService> {
+        let starter = Arc::new(Starter::new(Arc::clone(&self.driver)));
+        let maker = self.maker(mapper, &composer, &starter, snapshots);
         Arc::new(LaunchService {
             resolver: Resolver {
                 store: self.store.clone(),
@@ -185,7 +236,14 @@ impl Parts {
             },
             composer,
             preparations: Arc::clone(&self.preparations),
-            starter: Starter::new(Arc::clone(&self.driver)),
+            starter,
+            snapshots: Arc::clone(snapshots),
+            booted: self
+                .config
+                .snapshots
+                .make
+                .then(|| self.keep_snapshots(&maker)),
+            maker,
             supervisor: Arc::clone(supervisor),
         })
     }
@@ -225,7 +283,15 @@ impl Host {
             composer: Arc::clone(&composer),
             registry: Arc::clone(&parts.instances),
         };
-        let launches = parts.launches(&mapper, composer, &supervisor, &forecasts, &announced);
+        let snapshots = parts.snapshots();
+        let launches = parts.launches(
+            &mapper,
+            composer,
+            &supervisor,
+            &forecasts,
+            &announced,
+            &snapshots,
+        );
         let (accounts, maps) = (parts.accounts(&takeover), parts.maps());
         tokio::spawn(preparer.run(parts.likely));
         Self {
@@ -259,6 +325,7 @@ impl Host {
             mapper,
             forecasts,
             supervisor,
+            snapshots,
             launches,
         }
     }
@@ -276,6 +343,8 @@ impl Host {
         }
         let launches = Arc::clone(&self.launches);
         tokio::spawn(launches.keep_kernels_prepared(self.forecasts.listed.subscribe()));
+        let snapshots = Arc::clone(&self.snapshots);
+        tokio::spawn(async move { snapshots.verify_all().await });
         let sampler = UsageSampler {
             registry: Arc::clone(&self.instances),
             learner: Arc::clone(&self.forecasts.learner),

@@ -153,7 +153,7 @@ fn bundle_smallest(lock: &Lock, slots: usize) -> Option<Bundle> {
     Bundle::new(&images)
 }
 
-/// One pmem device.
+/// One pmem device, or the VM's memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DeviceRecord {
     /// Image, the key of shared memory.
@@ -169,6 +169,9 @@ pub struct DeviceRecord {
     /// Images and sizes of a bundle's members, in order; empty for a plain image.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub members: Vec<(Digest, u64)>,
+    /// No device: a snapshot's memory, from which the VM's own is copied on write.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub memory: bool,
 }
 
 impl DeviceRecord {
@@ -200,10 +203,32 @@ pub fn vm_component(component: &LockedComponent) -> VmComponent {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use forelay_image::component::Role;
 
     use super::*;
+
+    /// The order of a manifest of this profile, with a base image of this name.
+    pub fn order(profile: &str, further: &str, image: &str) -> Order {
+        let text = format!("base = \"debian\"\nprofile = \"{profile}\"\n{further}");
+        let manifest = Manifest::parse(&text).unwrap();
+        let locked = |name: &str, role| LockedComponent {
+            name: name.into(),
+            version: "1".into(),
+            role,
+            id: Digest::of(name.as_bytes()),
+            image: Digest::of(name.as_bytes()),
+            image_bytes: 4096,
+            metadata_bytes: 4096,
+        };
+        let lock = Lock {
+            format: 1,
+            manifest_digest: manifest.digest(),
+            kernel: locked("kernel", Role::Kernel),
+            components: vec![locked(image, Role::Base)],
+        };
+        Order::new(manifest, lock, 0.0, 8).unwrap()
+    }
 
     fn locked(name: &str, role: Role, image_bytes: u64) -> LockedComponent {
         let image = Digest::of(name.as_bytes());

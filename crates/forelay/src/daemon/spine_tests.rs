@@ -71,9 +71,11 @@ struct Spine {
 impl Drop for Spine {
     fn drop(&mut self) {
         let mounts = self.dir.path().join("run").join("memory");
+        // As it is shown to VMMs, and as it can be opened for writing.
+        let both = [mounts.join(".writable"), mounts].map(|dir| dir.join(domain().as_str()));
         let unmounted = std::process::Command::new("umount")
             .arg("--lazy")
-            .arg(mounts.join(domain().as_str()))
+            .args(both)
             .status();
         assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
     }

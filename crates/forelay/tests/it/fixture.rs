@@ -254,6 +254,8 @@ pub struct Settings {
     pub vmm: Option<&'static str>,
     /// Longest time for an answer of the repository, in seconds.
     pub timeout_s: Option<f64>,
+    /// Makes snapshots in the background of what is launched again.
+    pub makes_snapshots: bool,
     /// Every launch fails at starting its VMM, after all that comes before.
     pub no_vmm: bool,
 }
@@ -312,7 +314,7 @@ impl Host {
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n{}\n\
              [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n{}\n\
-             [vmm]\n{}{vmm}",
+             [snapshots]\nmake = {}\n\n[vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             repository,
@@ -321,6 +323,7 @@ impl Host {
             settings.budget_bytes,
             settings.ahead,
             clock.unwrap_or_default(),
+            settings.makes_snapshots,
             slots.unwrap_or_default(),
         );
         std::fs::write(dir.path().join("forelay.toml"), text).unwrap();

@@ -23,6 +23,7 @@ mod life_of_a_page;
 mod memory;
 mod premap;
 mod self_control;
+mod snapshots;
 mod systemd;
 mod waiting;
 mod worker_serves;

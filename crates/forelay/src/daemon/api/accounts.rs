@@ -23,6 +23,7 @@ use crate::daemon::error::HostError;
 use crate::daemon::launch::prepared::Preparations;
 use crate::daemon::memory::domains::{DomainMemory, Domains};
 use crate::daemon::memory::planner::PlannerHandle;
+use crate::daemon::order::DeviceRecord;
 use crate::daemon::vm::instance::Instance;
 use crate::daemon::vm::registry::VmRegistry;
 
@@ -56,6 +57,8 @@ impl MemoryAccounts {
             .map(|domain| self.domain_report(domain, &accounting))
             .collect();
         let components = domains.iter().flat_map(|one| &one.components);
+        let of_snapshots = components.clone().filter(|one| one.snapshot);
+        let snapshot_resident_bytes = of_snapshots.map(|one| one.resident_bytes).sum();
         let prefetched_unused_bytes = components.map(|one| one.prefetched_unused_bytes).sum();
         api::MemoryReport {
             budget_bytes: status.budget_bytes,
@@ -64,6 +67,7 @@ impl MemoryAccounts {
             prefetched_unused_bytes,
             charged_bytes: host.charged_bytes,
             unclaimed_bytes: host.unclaimed_bytes,
+            snapshot_resident_bytes,
             mapped_sum_bytes: accounting.vms.iter().map(|vm| vm.resident_bytes).sum(),
             available_bytes: sample.mem_available_bytes,
             cgroup_usage_bytes: sample.cgroup.map(|cgroup| cgroup.usage_bytes),
@@ -107,15 +111,15 @@ impl MemoryAccounts {
 
     fn component_report(&self, account: &ImageAccount) -> api::ComponentMemory {
         let image = &account.image;
+        let device = self.device(&image.image);
         let (image_bytes, unused) = self.memory.table().read(|table| {
             let image_bytes = table.image_bytes(image).unwrap_or(0);
             let whole = Extent::new(0, image_bytes);
             (image_bytes, table.prefetched_unused_bytes(image, whole))
         });
         api::ComponentMemory {
-            component: self
-                .label(&image.image)
-                .unwrap_or_else(|| image.image.short()),
+            snapshot: device.as_ref().is_some_and(|device| device.memory),
+            component: device.map_or_else(|| image.image.short(), |device| device.component),
             image: image.image,
             image_bytes: image_bytes
                 .max(account.mapped_bytes / u64::from(account.mapped_by.max(1))),
@@ -128,14 +132,11 @@ impl MemoryAccounts {
         }
     }
 
-    fn label(&self, image: &Digest) -> Option<String> {
+    fn device(&self, image: &Digest) -> Option<DeviceRecord> {
         let all = self.registry.all();
         all.iter().find_map(|instance| {
-            let devices = instance.devices();
-            devices
-                .into_iter()
-                .find(|device| device.image == *image)
-                .map(|one| one.component)
+            let mut devices = instance.devices().into_iter();
+            devices.find(|device| device.image == *image)
         })
     }
 

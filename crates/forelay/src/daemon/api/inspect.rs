@@ -91,7 +91,8 @@ impl VmMaps {
         let touches = touches(instance);
         let touched = touched(&touches);
         let mut readers = Vec::new();
-        for (slot, record) in devices.iter().enumerate().skip(1) {
+        let devices_with_files = devices.iter().enumerate().skip(1);
+        for (slot, record) in devices_with_files.filter(|(_, one)| !one.memory) {
             let whole = [(record.image, record.image_bytes)];
             let members = if record.members.is_empty() {
                 &whole[..]

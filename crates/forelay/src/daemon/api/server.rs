@@ -11,7 +11,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use serde::Deserialize;
 
-use crate::api::{ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, WaitingVm};
+use crate::api::{
+    ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, SnapshotRequest, WaitingVm,
+};
 use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::exec;
@@ -35,10 +37,13 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/attach", post(attach))
         .route("/v1/vms/{name}/detach", post(detach))
         .route("/v1/prefetch", post(prefetch))
+        .route("/v1/snapshots", post(make_snapshot))
         .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
         .route("/v1/vms/{name}", get(show))
         .route("/v1/vms/{name}", delete(stop).layer(stops))
         .route("/v1/vms/{name}/map", get(map))
+        .route("/v1/snapshots", get(snapshots))
+        .route("/v1/snapshots/{id}", get(snapshot).delete(remove_snapshot))
         .route("/v1/memory", get(memory))
         .route("/v1/memory/drop", post(drop_memory))
         .route("/v1/forecast", get(forecast))
@@ -195,6 +200,38 @@ async fn prefetch(
     let launch = host.launches.prefetch_only(request).await?;
     let took_s = started.elapsed().as_secs_f64();
     Ok(Json(host.maps.prefetched(&launch, took_s)))
+}
+
+async fn make_snapshot(
+    State(host): Shared,
+    Json(request): Json<SnapshotRequest>,
+) -> Answer<crate::api::Snapshot> {
+    let launches = Arc::clone(&host.launches);
+    // A client that goes away must not leave it half done.
+    let making = tokio::spawn(async move { launches.make_snapshot(request).await });
+    let made = making.await.map_err(HostError::failed)??;
+    Ok(Json(host.snapshots.show(&made).await?))
+}
+
+async fn snapshots(State(host): Shared) -> Response {
+    Json(host.snapshots.list().await).into_response()
+}
+
+async fn snapshot(State(host): Shared, Path(id): Path<String>) -> Answer<crate::api::Snapshot> {
+    let (_, kept) = host.snapshots.named(&id).await?;
+    Ok(Json(host.snapshots.show(&kept).await?))
+}
+
+async fn remove_snapshot(
+    State(host): Shared,
+    Path(id): Path<String>,
+) -> Answer<crate::api::Snapshot> {
+    let removing = tokio::spawn(async move {
+        let (shelf, kept) = host.snapshots.named(&id).await?;
+        let shown = host.snapshots.show(&kept).await?;
+        host.snapshots.remove(&shelf, &kept).await.map(|()| shown)
+    });
+    Ok(Json(removing.await.map_err(HostError::failed)??))
 }
 
 #[derive(Debug, Deserialize)]

@@ -93,7 +93,7 @@ mod tests {
 
     use super::*;
     use crate::config::ForecastConfig;
-    use crate::daemon::launch::prepared::tests::order;
+    use crate::daemon::order::tests::order;
 
     async fn admission(dir: &std::path::Path) -> Admission {
         let config = ForecastConfig::default();

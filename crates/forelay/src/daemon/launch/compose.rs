@@ -139,6 +139,7 @@ fn write_map_image(
         path: path.to_path_buf(),
         component: "map image".to_owned(),
         members: Vec::new(),
+        memory: false,
     };
     Ok(MapImage {
         record,

@@ -11,6 +11,7 @@
 //! prefetch  the planner is told of the launch    prefetch.rs
 //! compose   map image, kernel                    compose.rs   (or taken from prepared.rs)
 //! start     VM's directory, record, VMM          start.rs
+//! resume    instead, from a snapshot             restore.rs   (made by maker.rs)
 //! hand_over record again, supervision            here
 //! ```
 //! The prefetch is asked for before anything is composed, so that it runs beside the rest
@@ -21,10 +22,13 @@
 //! the instance ends with the reason.
 
 pub(super) mod admit;
+pub(super) mod ahead;
 pub(super) mod compose;
+pub(super) mod maker;
 pub(super) mod prefetch;
 pub(super) mod prepared;
 pub(super) mod resolve;
+pub(super) mod restore;
 pub(super) mod start;
 
 use std::collections::BTreeMap;
@@ -32,30 +36,40 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use forelay_guest_protocol::snapshot::Tier;
 use forelay_image::NameOf;
 use forelay_image::component::{Component, Role};
 use forelay_image::extent::total_bytes;
 use forelay_image::lock::LockedComponent;
+use forelay_vm::VmSpec;
 use forelay_vm::process::Process;
 use futures_util::future::join_all;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::api::{LaunchRequest, LaunchTimings, PrefetchMode, PrefetchRequest, Vm};
+use crate::api::{
+    LaunchRequest, LaunchTimings, PrefetchMode, PrefetchRequest, SnapshotRequest, Vm,
+};
 use crate::daemon::error::HostError;
 use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::order::{DeviceRecord, Order};
+use crate::daemon::snapshot::service::{Resumable, Snapshots};
+use crate::daemon::snapshot::shelf::Kept;
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir, VmDirError};
-use crate::daemon::vm::instance::VmEnd;
+use crate::daemon::vm::instance::{VmData, VmEnd};
 use crate::daemon::vm::registry::Claim;
 use crate::daemon::vm::supervise::{ExpectedLaunch, Supervisor};
 use crate::recipe::KernelFiles;
 use admit::Admission;
+use ahead::Booted;
 use compose::{Composer, MapImage};
+use maker::Maker;
 use prefetch::{LaunchPrefetcher, PrefetchPlan};
 use prepared::{Preparation, Preparations, hostname};
 use resolve::Resolver;
+use restore::NotResumed;
 use start::{StartedVmm, Starter};
 
 /// How long a VMM that was killed may take to end.
@@ -69,7 +83,11 @@ pub struct LaunchService {
     pub prefetcher: LaunchPrefetcher,
     pub composer: Arc<Composer>,
     pub preparations: Arc<Preparations>,
-    pub starter: Starter,
+    pub starter: Arc<Starter>,
+    pub snapshots: Arc<Snapshots>,
+    pub maker: Arc<Maker>,
+    /// Takes launches that booted, where snapshots are made of them.
+    pub booted: Option<UnboundedSender<Booted>>,
     pub supervisor: Arc<Supervisor>,
 }
 
@@ -175,7 +193,7 @@ impl LaunchService {
             .resolve(&request.manifest, request.lock.as_deref());
         let order = Arc::new(resolving.await?);
         let devices = self.mapper.map_images(&order).await?;
-        let plan = self.prefetcher.plan(&order, request.mode);
+        let plan = self.prefetcher.plan(&order, None, request.mode);
         self.prefetcher.announce(&order, &plan);
         if request.wait {
             let waiting = self
@@ -189,6 +207,14 @@ impl LaunchService {
             devices,
             planned_bytes: total_bytes(&planned),
         })
+    }
+
+    /// Makes a snapshot, or finds the one that there is.
+    pub async fn make_snapshot(&self, request: SnapshotRequest) -> Result<Kept, HostError> {
+        let lock = request.lock.as_deref();
+        let order = self.resolver.resolve(&request.manifest, lock).await?;
+        let at = request.at.or(order.manifest.snapshot.at);
+        self.maker.make(&order, at.unwrap_or(Tier::Composed)).await
     }
 
     /// Runs a launch to its end: handed over, or undone.
@@ -206,17 +232,107 @@ impl LaunchService {
 
     /// The way of a page from the lock to a VMM that maps it.
     async fn run(&self, launch: &Launch) -> Result<(), HostError> {
+        let snapshot = self.find_snapshot(launch).await;
         let prepared = self.preparations.take(&launch.order, launch.name());
         let reading = self.read_ahead(launch, prepared.as_ref());
         let mapped = self.map(launch, prepared.as_ref()).await?;
         launch.note_step(|timings| &mut timings.map_s);
-        let plan = self.prefetch(launch, prepared.is_some()).await;
+        let memory = snapshot.as_ref().map(|one| &one.memory);
+        let plan = self.prefetch(launch, prepared.is_some(), memory).await;
         launch.note_step(|timings| &mut timings.plan_s);
+        launch.make_dir()?;
+        if let Some(from) = &snapshot
+            && let Some(vmm) = self.resume(launch, &mapped, from).await
+        {
+            return self.hand_over(launch, vmm, plan).await;
+        }
         let boots = self.compose(launch, prepared, reading).await?;
         launch.note_step(|timings| &mut timings.compose_s);
-        let vmm = self.start(launch, mapped, boots).await?;
+        let vmm = self.start(launch, &mapped, boots).await?;
         launch.note_step(|timings| &mut timings.vmm_s);
+        launch.note_started();
         self.hand_over(launch, vmm, plan).await
+    }
+
+    /// The best snapshot that there is for a launch. One that there is none for boots.
+    async fn find_snapshot(&self, launch: &Launch) -> Option<Resumable> {
+        let finding = async {
+            let kernel = self.composer.kernel(&launch.order.lock.kernel).await?;
+            let runtime = self.starter.runtime(&kernel.kernel).await?;
+            self.snapshots.best(&launch.order, &runtime).await
+        };
+        match finding.await {
+            Ok((found, problems)) => {
+                launch.note_problems(problems);
+                found
+            }
+            Err(error) => {
+                launch.note_problems([format!("snapshots cannot be used: {error}")]);
+                None
+            }
+        }
+    }
+
+    /// Has the VM go on from a snapshot. If that fails nothing of it is left, and it boots.
+    async fn resume(
+        &self,
+        launch: &Launch,
+        mapped: &[DeviceRecord],
+        from: &Resumable,
+    ) -> Option<StartedVmm> {
+        let (kept, tier) = (&from.kept, from.tier());
+        let error = match self.try_resume(launch, mapped, from).await {
+            Ok(vmm) => {
+                self.snapshots.note_use(kept).await;
+                let update = |vm: &mut VmData| vm.launch.resumed = Some(tier);
+                launch.claim.instance().update(update);
+                return Some(vmm);
+            }
+            Err(error) => error,
+        };
+        if let NotResumed::Snapshot(error) = &error {
+            self.snapshots.set_aside(kept, &error.to_string()).await;
+        }
+        let told = format!("not resumed from the snapshot at {}: {error}", tier.name());
+        launch.note_problems([told]);
+        launch.note_step(|timings| &mut timings.restore_s);
+        None
+    }
+
+    async fn try_resume(
+        &self,
+        launch: &Launch,
+        mapped: &[DeviceRecord],
+        from: &Resumable,
+    ) -> Result<StartedVmm, NotResumed> {
+        let order = &launch.order;
+        let own = hostname(order, launch.name());
+        let inside = match from.tier() {
+            Tier::Kernel => own.as_str(),
+            Tier::Composed | Tier::Ready => restore::HOSTNAME,
+        };
+        let boots = self.compose_files(launch, inside).await?;
+        launch.note_step(|timings| &mut timings.compose_s);
+        let spec = self.record(launch, mapped, &boots, Some(from))?;
+        let vmm = self.starter.start(&restore::clone_of(&spec, from)).await?;
+        launch.note_step(|timings| &mut timings.vmm_s);
+        let steps = async {
+            restore::restore(&vmm, &spec, from).await?;
+            launch.note_step(|timings| &mut timings.restore_s);
+            launch.note_started();
+            restore::resume(&vmm, &spec, &own, from).await
+        };
+        match steps.await {
+            Ok(failures) => {
+                let update = |vm: &mut VmData| vm.launch.notes.extend(failures);
+                launch.claim.instance().update(update);
+                Ok(vmm)
+            }
+            Err(error) => {
+                vmm.end().await;
+                Err(NotResumed::Snapshot(error))
+            }
+        }
     }
 
     /// Begins to read what composing takes, beside the mapping: behind an empty disk cache
@@ -245,15 +361,21 @@ impl LaunchService {
     }
 
     /// Tells the planner of the launch, and waits for its bytes if that was asked for.
-    async fn prefetch(&self, launch: &Launch, prepared: bool) -> PrefetchPlan {
+    async fn prefetch(
+        &self,
+        launch: &Launch,
+        prepared: bool,
+        memory: Option<&DeviceRecord>,
+    ) -> PrefetchPlan {
         self.prefetcher.inherit(&launch.order).await;
-        let plan = self.prefetcher.plan(&launch.order, launch.mode);
+        let plan = self.prefetcher.plan(&launch.order, memory, launch.mode);
         launch.claim.instance().update(|vm| {
             vm.launch.mode = Some(plan.mode);
             vm.launch.prepared = prepared;
             vm.launch.prefetched_bytes = plan.missing_bytes();
         });
-        self.prefetcher.request(launch.name(), &launch.order, &plan);
+        let order = &launch.order;
+        self.prefetcher.request(launch.name(), order, memory, &plan);
         if matches!(
             launch.mode,
             PrefetchMode::Everything | PrefetchMode::ForecastFirst
@@ -266,74 +388,82 @@ impl LaunchService {
         plan
     }
 
-    /// Makes the VM's directory with its map image, and its kernel.
+    /// Makes the map image that the VM boots from, and its kernel.
     async fn compose(
         &self,
         launch: &Launch,
         prepared: Option<Preparation>,
         reading: Option<JoinHandle<()>>,
     ) -> Result<Boots, HostError> {
-        let composing = Instant::now();
-        let (order, dir) = (&launch.order, launch.dir()?);
-        dir.make().map_err(|error| match error {
-            VmDirError::InUse { .. } => HostError::Busy(error.to_string()),
-            error => HostError::failed(error),
-        })?;
-        launch.made_dir.store(true, Ordering::Relaxed);
-        let path = dir.path().join(MAP_IMAGE);
-        let boots = match prepared {
-            Some(prepared) => Boots {
-                map: prepared.move_map(&path).map_err(HostError::failed)?,
-                kernel: prepared.kernel.clone(),
-            },
-            None => {
-                if let Some(reading) = reading {
-                    // What failed there fails below, with its reason.
-                    let _ = reading.await;
-                }
-                let hostname = hostname(order, launch.name());
-                Boots {
-                    map: self.composer.compose(order, &hostname, path).await?,
-                    kernel: self.composer.kernel(&order.lock.kernel).await?,
-                }
+        let Some(prepared) = prepared else {
+            if let Some(reading) = reading {
+                // What failed there fails below, with its reason.
+                let _ = reading.await;
             }
+            let hostname = hostname(&launch.order, launch.name());
+            return self.compose_files(launch, &hostname).await;
         };
-        launch.claim.instance().update(|vm| {
-            vm.launch.compose_s = composing.elapsed().as_secs_f64();
-            vm.launch.map_bytes = boots.map.record.image_bytes;
-            vm.launch.notes.clone_from(&boots.map.notes);
-        });
+        let path = launch.dir()?.path().join(MAP_IMAGE);
+        let boots = Boots {
+            map: prepared.move_map(&path).map_err(HostError::failed)?,
+            kernel: prepared.kernel.clone(),
+        };
+        launch.note_composed(&boots, Duration::ZERO);
         Ok(boots)
     }
 
-    /// Starts the VMM. The record is on disk before: a daemon that dies in between is found
-    /// out by its successor.
-    async fn start(
+    /// Composes the map image of a VM that calls itself `hostname`.
+    async fn compose_files(&self, launch: &Launch, hostname: &str) -> Result<Boots, HostError> {
+        let composing = Instant::now();
+        let (order, path) = (&launch.order, launch.dir()?.path().join(MAP_IMAGE));
+        let boots = Boots {
+            map: self.composer.compose(order, hostname, path).await?,
+            kernel: self.composer.kernel(&order.lock.kernel).await?,
+        };
+        launch.note_composed(&boots, composing.elapsed());
+        Ok(boots)
+    }
+
+    /// Writes down what the VM will have. The record is on disk before its VMM is executed: a
+    /// daemon that dies in between is found out by its successor.
+    fn record(
         &self,
         launch: &Launch,
-        mapped: Vec<DeviceRecord>,
-        boots: Boots,
-    ) -> Result<StartedVmm, HostError> {
+        mapped: &[DeviceRecord],
+        boots: &Boots,
+        from: Option<&Resumable>,
+    ) -> Result<VmSpec, NotResumed> {
         let instance = launch.claim.instance();
         let forwards = self.starter.ports.forwards(&launch.order.manifest)?;
-        let mut devices = vec![boots.map.record];
-        devices.extend(mapped);
-        let vm = instance.vm();
-        let spec = start::spec(
-            &launch.order,
-            &vm,
-            &devices,
-            boots.map.uuid,
-            boots.kernel,
-            &forwards,
-        );
+        let mut devices = vec![boots.map.record.clone()];
+        devices.extend_from_slice(mapped);
+        if let Some(from) = from {
+            from.check_devices(&devices).map_err(NotResumed::Snapshot)?;
+        }
+        let (order, kernel) = (&launch.order, boots.kernel.clone());
+        let dir = launch.dir()?.path();
+        let place = (launch.name(), dir.as_path());
+        let mut spec = start::spec(order, place, &devices, Some(&boots.map), kernel);
+        spec.forwards.clone_from(&forwards);
+        devices.extend(from.map(|from| from.memory.clone()));
         instance.update(|vm| vm.devices = devices);
         instance.save().map_err(HostError::failed)?;
         instance.update(|vm| {
             vm.forwards = forwards;
             vm.launch.prepared_s = launch.asked.elapsed().as_secs_f64();
         });
-        self.starter.start(&spec).await
+        Ok(spec)
+    }
+
+    /// Starts the VMM.
+    async fn start(
+        &self,
+        launch: &Launch,
+        mapped: &[DeviceRecord],
+        boots: Boots,
+    ) -> Result<StartedVmm, HostError> {
+        let spec = self.record(launch, mapped, &boots, None);
+        self.starter.start(&spec.map_err(HostError::from)?).await
     }
 
     /// From here on the VM is supervised, and lives whatever becomes of this daemon.
@@ -344,15 +474,19 @@ impl LaunchService {
         plan: PrefetchPlan,
     ) -> Result<(), HostError> {
         let instance = launch.claim.instance();
-        instance.update(|vm| {
-            vm.launch.vmm_started_s = launch.asked.elapsed().as_secs_f64();
-        });
         instance.started(vmm.handle().pid());
         if let Err(error) = instance.save() {
             vmm.end().await;
             return Err(HostError::failed(error));
         }
         self.prefetcher.started(launch.name());
+        if let Some(booted) = &self.booted
+            && instance.read(|vm| vm.launch.resumed.is_none())
+        {
+            let (order, instance) = (launch.order.clone(), Arc::clone(instance));
+            // Nobody takes it: the daemon ends.
+            let _ = booted.send(Booted { order, instance });
+        }
         let (instance, handle) = (Arc::clone(instance), vmm.commit());
         let expected = ExpectedLaunch {
             plan: plan.expected(),
@@ -397,8 +531,38 @@ impl Launch {
         self.claim.instance().update(|vm| {
             let timings = &mut vm.launch.timings;
             let before_s: f64 = timings.steps().iter().map(|(_, s)| s).sum();
-            *step(timings) = (now_s - before_s).max(0.0);
+            *step(timings) += (now_s - before_s).max(0.0);
         });
+    }
+
+    /// Notes that the guest runs from here on, on its own or from where it was.
+    fn note_started(&self) {
+        let now_s = self.asked.elapsed().as_secs_f64();
+        let instance = self.claim.instance();
+        instance.update(|vm| vm.launch.vmm_started_s = now_s);
+    }
+
+    fn note_composed(&self, boots: &Boots, took: Duration) {
+        self.claim.instance().update(|vm| {
+            vm.launch.compose_s = took.as_secs_f64();
+            vm.launch.map_bytes = boots.map.record.image_bytes;
+            vm.launch.notes.clone_from(&boots.map.notes);
+        });
+    }
+
+    fn note_problems(&self, problems: impl IntoIterator<Item = String>) {
+        let instance = self.claim.instance();
+        instance.update(|vm| vm.launch.snapshot_problems.extend(problems));
+    }
+
+    /// Makes the VM's directory.
+    fn make_dir(&self) -> Result<(), HostError> {
+        self.dir()?.make().map_err(|error| match error {
+            VmDirError::InUse { .. } => HostError::Busy(error.to_string()),
+            error => HostError::failed(error),
+        })?;
+        self.made_dir.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn name(&self) -> &str {

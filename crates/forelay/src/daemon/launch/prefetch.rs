@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use forelay_cache::mapping_table::Absent;
 use forelay_cache::plan::LaunchRequested;
-use forelay_cache::{Domain, PlannerEvent, SharedImage};
+use forelay_cache::{DeviceImage, Domain, PlannerEvent, SharedImage};
 use forelay_image::component::Role;
 use forelay_image::{Digest, Extent, PlannedExtent};
 
@@ -18,7 +18,7 @@ use crate::daemon::forecast::inherit::Inheritance;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::memory::faults::Plan;
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
-use crate::daemon::order::Order;
+use crate::daemon::order::{DeviceRecord, Order};
 
 /// How long a launch waits for what it is told to have resident first.
 const RESIDENT_PATIENCE: Duration = Duration::from_secs(600);
@@ -69,13 +69,24 @@ impl LaunchPrefetcher {
         self.inheritance.prepare_order(order, INHERIT_LIMIT).await;
     }
 
-    /// Tells the planner that a launch was asked for.
-    pub fn request(&self, vm: &str, order: &Order, plan: &PrefetchPlan) {
+    /// Tells the planner that a launch was asked for, which may resume from `memory`.
+    pub fn request(
+        &self,
+        vm: &str,
+        order: &Order,
+        memory: Option<&DeviceRecord>,
+        plan: &PrefetchPlan,
+    ) {
+        let memory = memory.map(|one| DeviceImage {
+            image: one.image,
+            image_bytes: one.image_bytes,
+        });
+        let devices = order.device_images().into_iter().chain(memory);
         let requested = LaunchRequested {
             vm: vm.into(),
             domain: order.domain.clone(),
             profile: order.of.profile.as_str().into(),
-            devices: order.device_images(),
+            devices: devices.collect(),
             working_set: plan.working_set.clone(),
         };
         self.memory.tell(PlannerEvent::LaunchRequested(requested));
@@ -102,9 +113,16 @@ impl LaunchPrefetcher {
         self.memory.tell(PlannerEvent::VmStopped(vm.into()));
     }
 
-    /// What a launch of this order wants in shared memory.
-    pub fn plan(&self, order: &Order, mode: PrefetchMode) -> PrefetchPlan {
-        let images = order.images();
+    /// What a launch of this order wants in shared memory, if it resumes from `memory`.
+    pub fn plan(
+        &self,
+        order: &Order,
+        memory: Option<&DeviceRecord>,
+        mode: PrefetchMode,
+    ) -> PrefetchPlan {
+        let mut images = order.images();
+        // First: a clone needs its own memory before anything else.
+        images.splice(0..0, memory.map(|one| one.image));
         let working_set = match mode {
             PrefetchMode::None => Vec::new(),
             _ if !self.enabled && mode != PrefetchMode::Everything => Vec::new(),
@@ -226,7 +244,7 @@ mod tests {
     use forelay_image::lock::LockedComponent;
 
     use super::*;
-    use crate::daemon::launch::prepared::tests::order;
+    use crate::daemon::order::tests::order;
 
     #[test]
     fn small_components_that_nobody_has_touched_come_whole_and_bases_do_not() {

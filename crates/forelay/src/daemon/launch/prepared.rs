@@ -216,34 +216,9 @@ impl Preparer {
 }
 
 #[cfg(test)]
-pub mod tests {
-    use forelay_image::component::Role;
-    use forelay_image::lock::{Lock, LockedComponent};
-    use forelay_image::manifest::Manifest;
-
+mod tests {
     use super::*;
-
-    /// The order of a manifest of this profile, with a base image of this name.
-    pub fn order(profile: &str, further: &str, image: &str) -> Order {
-        let text = format!("base = \"debian\"\nprofile = \"{profile}\"\n{further}");
-        let manifest = Manifest::parse(&text).unwrap();
-        let locked = |name: &str, role| LockedComponent {
-            name: name.into(),
-            version: "1".into(),
-            role,
-            id: Digest::of(name.as_bytes()),
-            image: Digest::of(name.as_bytes()),
-            image_bytes: 4096,
-            metadata_bytes: 4096,
-        };
-        let lock = Lock {
-            format: 1,
-            manifest_digest: manifest.digest(),
-            kernel: locked("kernel", Role::Kernel),
-            components: vec![locked(image, Role::Base)],
-        };
-        Order::new(manifest, lock, 0.0, 8).unwrap()
-    }
+    use crate::daemon::order::tests::order;
 
     fn preparation(dir: &Path, order: &Order, name: &str) -> Preparation {
         let path = dir.join(format!("{name}.img"));
@@ -255,6 +230,7 @@ pub mod tests {
             path,
             component: String::new(),
             members: vec![],
+            memory: false,
         };
         Preparation {
             manifest: order.manifest.digest(),

@@ -5,16 +5,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use forelay_image::ImageUuid;
 use forelay_image::manifest::{Manifest, Scratch};
 use forelay_memory::command_hints::Hints;
 use forelay_vm::qemu::QemuDriver;
 use forelay_vm::{Boot, Forward, Upper, VmHandle, VmSpec, VmmDriver as _, Wrap};
 use parking_lot::Mutex;
 
-use crate::api::Vm;
 use crate::daemon::error::HostError;
+use crate::daemon::launch::compose::MapImage;
 use crate::daemon::order::{DeviceRecord, Order};
+use crate::daemon::snapshot::origin::Runtime;
 use crate::daemon::vm::directory::SCRATCH;
 use crate::recipe::KernelFiles;
 
@@ -47,6 +47,15 @@ impl Starter {
     pub async fn prepare(&self, kernel: &Path) {
         let prepared = self.driver.prepare(kernel).await;
         *self.accelerator.lock() = Some(prepared.probe.accelerator.to_string());
+    }
+
+    /// How VMs of this kernel run.
+    pub async fn runtime(&self, kernel: &Path) -> Result<Runtime, HostError> {
+        let prepared = self.driver.prepare(kernel).await;
+        Ok(Runtime {
+            accelerator: prepared.probe.accelerator,
+            vmm: self.driver.version().await.map_err(HostError::failed)?,
+        })
     }
 
     /// Starts the VMM; returns when it runs, not when the guest does.
@@ -142,42 +151,41 @@ impl Ports {
     }
 }
 
-/// The VM to start.
+/// The VM to start, with its pmem devices, the map image first; no ports lead into it yet.
+/// Without a map image it is one that is held before it needs one.
 pub fn spec(
     order: &Order,
-    vm: &Vm,
+    (name, runtime_dir): (&str, &Path),
     devices: &[DeviceRecord],
-    uuid: ImageUuid,
+    map: Option<&MapImage>,
     kernel: KernelFiles,
-    forwards: &[Forward],
 ) -> VmSpec {
     let settings = &order.manifest.vm;
-    let boot = Boot::Map {
-        uuid: uuid.to_string(),
-    };
-    let mut spec = VmSpec::new(vm.name.clone(), kernel.kernel, kernel.initrd, boot);
+    let uuid = map.map_or_else(|| "0".repeat(32), |map| map.uuid.to_string());
+    let boot = Boot::Map { uuid };
+    let mut spec = VmSpec::new(name, kernel.kernel, kernel.initrd, boot);
     spec.memory_mib = u32::try_from(settings.memory_mib).unwrap_or(u32::MAX);
     spec.cpus = settings.cpus;
-    spec.console_log = vm.runtime_dir.join("console.log");
-    spec.runtime_dir.clone_from(&vm.runtime_dir);
-    spec.forwards = forwards.to_vec();
+    spec.console_log = runtime_dir.join("console.log");
+    spec.runtime_dir = runtime_dir.to_owned();
     spec.upper = match settings.scratch {
         Scratch::Tmpfs => Upper::Tmpfs,
         Scratch::Disk { bytes } => Upper::Scratch {
-            path: vm.runtime_dir.join(SCRATCH),
+            path: runtime_dir.join(SCRATCH),
             bytes,
         },
     };
     spec.pmem = devices.iter().map(DeviceRecord::pmem).collect();
-    let guest_ram_bytes = Some(settings.memory_mib << 20);
-    spec.wrap = Some(Wrap(Arc::new(move |command| {
-        Hints {
-            guest_ram_bytes,
-            ..Hints::default()
-        }
-        .apply(command);
-    })));
+    spec.wrap = Some(wrapped(Hints {
+        guest_ram_bytes: Some(settings.memory_mib << 20),
+        ..Hints::default()
+    }));
     spec
+}
+
+/// Has a VMM start with these hints.
+pub fn wrapped(hints: Hints) -> Wrap {
+    Wrap(Arc::new(move |command| hints.apply(command)))
 }
 
 #[cfg(test)]

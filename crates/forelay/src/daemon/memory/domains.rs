@@ -68,8 +68,10 @@ impl FaultHandler for DomainFaults {
         if let Some(bytes) = self.scheduler.try_cached(file, extent) {
             let stall = arrived.elapsed();
             answer(fault, &bytes);
-            self.attribution
-                .answered(vm.as_deref(), &image, extent, stall);
+            if holds_something(&bytes) {
+                self.attribution
+                    .answered(vm.as_deref(), &image, extent, stall);
+            }
             self.planner.tell(fetched);
             return;
         }
@@ -79,7 +81,9 @@ impl FaultHandler for DomainFaults {
             Ok(bytes) => {
                 let stall = arrived.elapsed();
                 answer(fault, &bytes);
-                attribution.answered(vm.as_deref(), &image, extent, stall);
+                if holds_something(&bytes) {
+                    attribution.answered(vm.as_deref(), &image, extent, stall);
+                }
                 planner.tell(fetched);
             }
             // It stays pending and is retried on a timer; a wait that lasts is logged.
@@ -88,6 +92,12 @@ impl FaultHandler for DomainFaults {
         self.scheduler
             .demand(file, extent, !planned, Box::new(answered));
     }
+}
+
+/// Empty pages of a snapshot's memory are on no disk and in no repository: a guest that begins to
+/// use one waits for no fetch.
+fn holds_something(bytes: &[u8]) -> bool {
+    bytes.iter().any(|byte| *byte != 0)
 }
 
 fn answer(fault: Fault, bytes: &[u8]) {

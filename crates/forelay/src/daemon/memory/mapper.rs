@@ -78,5 +78,6 @@ fn add(
         path,
         component: device.label.clone(),
         members: device.members.clone(),
+        memory: false,
     })
 }

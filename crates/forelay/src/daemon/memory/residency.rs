@@ -164,9 +164,12 @@ impl Reconciler {
             return Vec::new();
         };
         let files = memory.shared.files().into_iter().map(|(image, ..)| image);
-        files
-            .filter(|image| mapped.contains(&memory.shared.path(image)))
-            .collect()
+        let is_mapped = |image: &Digest| {
+            let private = memory.shared.private_path(image);
+            mapped.contains(&memory.shared.path(image))
+                || private.is_some_and(|path| mapped.contains(&path))
+        };
+        files.filter(is_mapped).collect()
     }
 }
 

@@ -130,6 +130,21 @@ async fn know_images(host: &Host, record: &Record) -> bool {
             all = false;
         }
     }
+    all & know_memory(host, record).await
+}
+
+/// The same of the memory that a VM resumed from.
+async fn know_memory(host: &Host, record: &Record) -> bool {
+    let domain = Domain::from(record.vm.domain.as_str());
+    let mut all = true;
+    for device in record.devices.iter().filter(|device| device.memory) {
+        let known = host.snapshots.know(&domain, device.image).await;
+        if !matches!(known, Ok(true)) {
+            let (vm, why) = (&record.vm.name, known.err().map(|error| error.to_string()));
+            tracing::error!(vm, why, "a running VM's snapshot cannot be opened");
+            all = false;
+        }
+    }
     all
 }
 

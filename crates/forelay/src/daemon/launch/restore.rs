@@ -1,0 +1,146 @@
+//! Resuming: a VM that goes on from a snapshot instead of booting.
+//!
+//! ```text
+//! VMM waits -> state of the devices -> (tier kernel: all devices plugged) -> told who it is -> runs on
+//! ```
+//! Refuses to know which snapshot is best and what becomes of a launch that cannot use it.
+//! Invariant: a step that fails or takes too long leaves a VMM that nobody may go on with.
+
+use std::time::Duration;
+
+use forelay_guest_protocol::snapshot::{ENTROPY_BYTES, Resume, Tier};
+use forelay_memory::command_hints::Hints;
+use forelay_vm::{Boot, GuestMemory, Upper, VmSpec};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::daemon::error::HostError;
+use crate::daemon::launch::start::{StartedVmm, wrapped};
+use crate::daemon::snapshot::service::Resumable;
+
+/// Host name in the map image of a snapshot; a clone is told its own.
+pub const HOSTNAME: &str = "forelay";
+
+/// How long each step may take, the guest's last one with the hooks of its image.
+const RESTORE_LIMIT: Duration = Duration::from_secs(10);
+const PLUG_LIMIT: Duration = Duration::from_secs(10);
+const RESUME_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why a launch could not resume.
+#[derive(Debug, thiserror::Error)]
+pub enum NotResumed {
+    /// The snapshot is of no use: it is not to be tried again.
+    #[error("{0}")]
+    Snapshot(HostError),
+    /// Something else, which a boot may meet as well.
+    #[error("{0}")]
+    Other(HostError),
+}
+
+impl From<HostError> for NotResumed {
+    fn from(error: HostError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<NotResumed> for HostError {
+    fn from(error: NotResumed) -> Self {
+        match error {
+            NotResumed::Snapshot(error) | NotResumed::Other(error) => error,
+        }
+    }
+}
+
+/// Gives a clone's VMM what the snapshot holds and, in tier `kernel`, its devices.
+pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Result<(), HostError> {
+    let handle = vmm.handle();
+    let restoring = handle.restore(&from.state);
+    within(RESTORE_LIMIT, "take the state of its devices", restoring).await?;
+    if from.tier() > Tier::Kernel {
+        return Ok(());
+    }
+    let scratch = match &spec.upper {
+        Upper::Scratch { path, .. } => Some(path.as_path()),
+        Upper::Tmpfs => None,
+    };
+    let plugging = handle.plug_all(&spec.pmem, scratch);
+    within(PLUG_LIMIT, "take its devices", plugging).await
+}
+
+/// Tells the guest who it is; from then on it runs. What it could not be given is returned.
+pub async fn resume(
+    vmm: &StartedVmm,
+    spec: &VmSpec,
+    hostname: &str,
+    from: &Resumable,
+) -> Result<Vec<String>, HostError> {
+    let map = match &spec.boot {
+        Boot::Map { uuid } if from.tier() == Tier::Kernel => Some(uuid.clone()),
+        _ => None,
+    };
+    let identity = identity(spec, hostname, map)?;
+    let resuming = vmm.handle().resume(identity);
+    let resumed = within(RESUME_LIMIT, "go on", resuming).await?;
+    Ok(resumed.failures)
+}
+
+async fn within<T, E: std::error::Error>(
+    limit: Duration,
+    what: &str,
+    step: impl Future<Output = Result<T, E>>,
+) -> Result<T, HostError> {
+    match tokio::time::timeout(limit, step).await {
+        Ok(done) => done.map_err(HostError::failed),
+        Err(_) => Err(HostError::Failed(format!(
+            "its VM did not {what} within {limit:?}"
+        ))),
+    }
+}
+
+/// The VM that the snapshot's was, with its memory copied on write.
+pub fn clone_of(spec: &VmSpec, from: &Resumable) -> VmSpec {
+    let mut spec = spec.clone();
+    spec.hold = Some(from.tier());
+    spec.memory = GuestMemory::Snapshot {
+        path: from.memory.path.clone(),
+    };
+    if from.tier() == Tier::Kernel {
+        spec.pmem.clear();
+    }
+    spec.wrap = Some(wrapped(Hints {
+        copies_memory: true,
+        ..Hints::default()
+    }));
+    spec
+}
+
+/// What makes the clone a machine of its own.
+fn identity(spec: &VmSpec, hostname: &str, map: Option<String>) -> Result<Resume, HostError> {
+    let mut random = [0; ENTROPY_BYTES + 16 + 3];
+    let filled = getrandom(&mut random, GetRandomFlags::empty()).map_err(HostError::failed)?;
+    if filled != random.len() {
+        return Err(HostError::Failed(
+            "the kernel gives no random bytes".to_owned(),
+        ));
+    }
+    let hex = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
+    let (entropy, rest) = random.split_at(ENTROPY_BYTES);
+    let (machine_id, mac) = rest.split_at(16);
+    Ok(Resume {
+        hostname: hostname.to_owned(),
+        machine_id: hex(machine_id),
+        // QEMU's prefix, as every guest has it.
+        mac: Some(format!(
+            "52:54:00:{:02x}:{:02x}:{:02x}",
+            mac[0], mac[1], mac[2]
+        )),
+        entropy: hex(entropy),
+        scratch: map.is_some() && matches!(spec.upper, Upper::Scratch { .. }),
+        map,
+        ..Resume::default()
+    })
+}

@@ -1,0 +1,348 @@
+//! All snapshots of this host: found, read, listed, removed.
+//!
+//! Invariants: a snapshot is used in its own trust domain alone; the VMM sees none of it before
+//! all of it was verified; none that a VM maps is removed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forelay_cache::Domain;
+use forelay_guest_protocol::snapshot::Tier;
+use forelay_image::{ChunkIndex, Component, Digest};
+use forelay_store::{Priority, Store};
+
+use crate::api;
+use crate::daemon::error::HostError;
+use crate::daemon::memory::domains::Domains;
+use crate::daemon::order::{DeviceRecord, Order};
+use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
+use crate::daemon::snapshot::shelf::{Kept, Shelf};
+use crate::daemon::vm::registry::VmRegistry;
+
+/// See the module's header.
+pub struct Snapshots {
+    pub dir: PathBuf,
+    /// The host's store, through which all images are read.
+    pub store: Store,
+    pub domains: Arc<Domains>,
+    pub registry: Arc<VmRegistry>,
+    pub shelves: tokio::sync::Mutex<BTreeMap<Domain, Arc<Shelf>>>,
+}
+
+/// A snapshot that a launch can resume from: all of it is right, its memory can be mapped.
+pub struct Resumable {
+    pub kept: Kept,
+    /// State of the devices.
+    pub state: Bytes,
+    /// The memory image as the VMM opens it.
+    pub memory: DeviceRecord,
+}
+
+impl Resumable {
+    /// How far its maker had come.
+    pub fn tier(&self) -> Tier {
+        self.kept.of.origin.tier
+    }
+
+    /// A clone finds its devices where its maker had them.
+    pub fn check_devices(&self, devices: &[DeviceRecord]) -> Result<(), HostError> {
+        let here = devices.iter().map(|one| (one.image, one.device_bytes));
+        let there = self.kept.of.devices.iter().copied();
+        match self.tier() == Tier::Kernel || here.eq(there) {
+            true => Ok(()),
+            false => Err(HostError::Failed(
+                "what this version composes for it is not what it was made with".to_owned(),
+            )),
+        }
+    }
+}
+
+impl Snapshots {
+    /// The snapshots of a domain.
+    pub async fn shelf(&self, domain: &Domain) -> Result<Arc<Shelf>, HostError> {
+        let mut shelves = self.shelves.lock().await;
+        if let Some(shelf) = shelves.get(domain) {
+            return Ok(Arc::clone(shelf));
+        }
+        let shelf = Arc::new(Shelf::open(&self.dir, domain).await?);
+        shelves.insert(domain.clone(), Arc::clone(&shelf));
+        Ok(shelf)
+    }
+
+    /// Those of all domains that have any.
+    async fn all_shelves(&self) -> Vec<Arc<Shelf>> {
+        let mut shelves = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
+                continue;
+            };
+            match self.shelf(&Domain::from(name.as_str())).await {
+                Ok(shelf) => shelves.push(shelf),
+                Err(error) => tracing::warn!(domain = name, %error, "its snapshots are not read"),
+            }
+        }
+        shelves
+    }
+
+    /// The best snapshot that this launch can resume from; and what was set aside on the way.
+    pub async fn best(
+        &self,
+        order: &Order,
+        runtime: &Runtime,
+    ) -> Result<(Option<Resumable>, Vec<String>), HostError> {
+        // Most domains have none; a launch makes no place for them.
+        let any = self.dir.join(order.domain.as_str()).exists();
+        let Some(latest) = latest_tier(order).filter(|_| any) else {
+            return Ok((None, Vec::new()));
+        };
+        let shelf = self.shelf(&order.domain).await?;
+        let mut problems = Vec::new();
+        for tier in Tier::ALL.into_iter().rev().filter(|tier| *tier <= latest) {
+            let Some(kept) = shelf.find(origin(order, tier, runtime).key()) else {
+                continue;
+            };
+            match self.open(&shelf, kept.clone()).await {
+                Ok(Some(found)) => return Ok((Some(found), problems)),
+                Ok(None) => break,
+                Err(error) => {
+                    let why = error.to_string();
+                    shelf.set_aside(kept.id, &why);
+                    problems.push(format!(
+                        "the snapshot at {} is set aside: {why}",
+                        tier.name()
+                    ));
+                }
+            }
+        }
+        Ok((None, problems))
+    }
+
+    /// Verifies all snapshots, so that no launch has to: each is read once.
+    pub async fn verify_all(&self) {
+        for shelf in self.all_shelves().await {
+            for kept in shelf.all().into_iter().filter(|one| one.aside.is_none()) {
+                if let Err(error) = self.verify(&shelf, &kept).await {
+                    shelf.set_aside(kept.id, &error.to_string());
+                }
+            }
+        }
+    }
+
+    /// Verifies one, unless that was done before.
+    async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), HostError> {
+        let image = kept.component.image;
+        let adding = self.store.add_image_of(image, shelf.store());
+        adding.map_err(HostError::failed)?;
+        let map = self.store.open_image(image.digest).await;
+        let map = map.map_err(HostError::failed)?;
+        shelf.verify(kept, &map.locations.packs).await
+    }
+
+    /// Verifies a snapshot and makes its memory reachable; `None` in a domain whose mount an
+    /// earlier version made.
+    async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Option<Resumable>, HostError> {
+        self.verify(shelf, &kept).await?;
+        let image = kept.component.image;
+        let state = self
+            .store
+            .read_image(image.digest, kept.of.state(), Priority::Demand);
+        let state = state.await.map_err(HostError::failed)?;
+        let (domains, domain) = (Arc::clone(&self.domains), kept.domain.clone());
+        let mapped = tokio::task::spawn_blocking(move || {
+            let memory = domains.ensure(&domain)?;
+            let (_, device_bytes) = domains.add_image(&memory, image.digest, image.bytes)?;
+            let path = memory.shared.private_path(&image.digest);
+            Ok::<_, HostError>(path.map(|path| (path, device_bytes)))
+        });
+        let mapped = mapped.await.map_err(HostError::failed)??;
+        Ok(mapped.map(|(path, device_bytes)| Resumable {
+            memory: DeviceRecord {
+                image: image.digest,
+                image_bytes: image.bytes,
+                device_bytes,
+                path,
+                component: format!("memory at {}", kept.of.origin.tier.name()),
+                members: Vec::new(),
+                memory: true,
+            },
+            kept,
+            state,
+        }))
+    }
+
+    /// Makes the memory image of a VM that runs known again; false if it is not there.
+    pub async fn know(&self, domain: &Domain, image: Digest) -> Result<bool, HostError> {
+        let shelf = self.shelf(domain).await?;
+        let Some(kept) = shelf.of_image(image) else {
+            return Ok(false);
+        };
+        let adding = self.store.add_image_of(kept.component.image, shelf.store());
+        adding.map_err(HostError::failed)?;
+        let opened = self.store.open_image(image).await;
+        opened.map_err(HostError::failed)?;
+        Ok(true)
+    }
+
+    /// All snapshots, as clients see them, by domain and age.
+    pub async fn list(&self) -> Vec<api::Snapshot> {
+        let mut listed = Vec::new();
+        for shelf in self.all_shelves().await {
+            let stored_bytes = shelf.stored_bytes();
+            let mut all = shelf.all();
+            all.sort_by_key(Kept::made_ms);
+            listed.extend(all.iter().map(|kept| self.view(kept, stored_bytes)));
+        }
+        listed
+    }
+
+    /// One snapshot, as clients see it.
+    pub async fn show(&self, kept: &Kept) -> Result<api::Snapshot, HostError> {
+        let shelf = self.shelf(&kept.domain).await?;
+        Ok(self.view(kept, shelf.stored_bytes()))
+    }
+
+    fn view(&self, kept: &Kept, domain_stored_bytes: u64) -> api::Snapshot {
+        api::Snapshot {
+            id: kept.id,
+            tier: kept.of.origin.tier,
+            domain: kept.domain.as_str().to_owned(),
+            made_of: kept.component.description.clone(),
+            made_ms: kept.made_ms(),
+            image: kept.component.image.digest,
+            image_bytes: kept.component.image.bytes,
+            state_bytes: kept.of.state_bytes,
+            domain_stored_bytes,
+            origin: kept.of.origin.clone(),
+            uses: kept.uses,
+            vms: self.users(kept),
+            problem: kept.aside.clone(),
+        }
+    }
+
+    /// VMs that run on a snapshot's memory.
+    fn users(&self, kept: &Kept) -> Vec<String> {
+        let image = kept.component.image.digest;
+        let uses = |vm: &crate::daemon::vm::instance::VmData| {
+            vm.devices
+                .iter()
+                .any(|device| device.memory && device.image == image)
+        };
+        let live = self.registry.live().into_iter();
+        let users = live.filter(|instance| instance.read(uses));
+        users.map(|instance| instance.name().to_owned()).collect()
+    }
+
+    /// The one whose id begins with `prefix`.
+    pub async fn named(&self, prefix: &str) -> Result<(Arc<Shelf>, Kept), HostError> {
+        let wanted = prefix.strip_prefix("sha256:").unwrap_or(prefix);
+        let mut found = Vec::new();
+        for shelf in self.all_shelves().await {
+            let all = shelf.all().into_iter();
+            let matching = all.filter(|one| !wanted.is_empty() && one.id.hex().starts_with(wanted));
+            found.extend(matching.map(|one| (Arc::clone(&shelf), one)));
+        }
+        match found.len() {
+            1 => Ok(found.swap_remove(0)),
+            0 => Err(HostError::Invalid(format!(
+                "no snapshot's id begins with {prefix:?}: `forelay snapshot list` shows them"
+            ))),
+            count => Err(HostError::Invalid(format!(
+                "the ids of {count} snapshots begin with {prefix:?}: give more of it"
+            ))),
+        }
+    }
+
+    /// Removes a snapshot that no VM runs on.
+    pub async fn remove(&self, shelf: &Shelf, kept: &Kept) -> Result<(), HostError> {
+        let users = self.users(kept);
+        if !users.is_empty() {
+            let vms = users.join(", ");
+            return Err(HostError::Busy(format!(
+                "the memory of {vms} comes from this snapshot: stop them first"
+            )));
+        }
+        let image = kept.component.image.digest;
+        if let Some(memory) = self.domains.get(&kept.domain) {
+            // Only if a launch looked at it since the daemon started.
+            let _ = memory.shared.remove_file(&image);
+        }
+        self.store.forget_image(image);
+        shelf.remove(kept.id).await
+    }
+
+    /// Publishes a snapshot in place of those like it that were set aside, and verifies it.
+    pub async fn publish(
+        &self,
+        shelf: &Shelf,
+        component: &Component,
+        image: &Path,
+        chunks: &ChunkIndex,
+    ) -> Result<Kept, HostError> {
+        let key = component.snapshot.as_ref().map(|of| of.origin.key());
+        self.remove_aside(shelf, |one| Some(one.of.origin.key()) == key)
+            .await;
+        let kept = shelf.publish(component, image, chunks).await?;
+        let Err(error) = self.verify(shelf, &kept).await else {
+            return Ok(kept);
+        };
+        // It shares what is damaged with others: all that is goes, and it is written again.
+        shelf.set_aside(kept.id, &error.to_string());
+        self.verify_all().await;
+        self.remove_aside(shelf, |_| true).await;
+        let kept = shelf.publish(component, image, chunks).await?;
+        self.verify(shelf, &kept).await.map(|()| kept)
+    }
+
+    async fn remove_aside(&self, shelf: &Shelf, wanted: impl Fn(&Kept) -> bool) {
+        let all = shelf.all().into_iter();
+        for kept in all.filter(|one| one.aside.is_some() && wanted(one)) {
+            if let Err(error) = self.remove(shelf, &kept).await {
+                tracing::warn!(snapshot = %kept.id, %error, "what was set aside stays");
+            }
+        }
+    }
+
+    /// Removes the least useful snapshots until all take at most `cap_bytes`.
+    pub async fn keep_within(&self, cap_bytes: u64) {
+        for shelf in self.all_shelves().await {
+            let mut all = shelf.all();
+            // What was set aside is of no use at all.
+            all.sort_by_key(|one| {
+                (
+                    one.aside.is_none(),
+                    one.uses,
+                    one.last_used_ms,
+                    one.made_ms(),
+                )
+            });
+            for kept in all {
+                if shelf.stored_bytes() <= cap_bytes {
+                    break;
+                }
+                match self.remove(&shelf, &kept).await {
+                    Ok(()) => {
+                        tracing::info!(snapshot = %kept.id, "removed: snapshots take too much")
+                    }
+                    Err(error) => tracing::info!(snapshot = %kept.id, %error, "kept"),
+                }
+            }
+        }
+    }
+
+    /// A snapshot was of no use to a launch.
+    pub async fn set_aside(&self, kept: &Kept, why: &str) {
+        match self.shelf(&kept.domain).await {
+            Ok(shelf) => shelf.set_aside(kept.id, why),
+            Err(error) => tracing::error!(%error, "a snapshot cannot be set aside"),
+        }
+    }
+
+    /// A launch resumed from it.
+    pub async fn note_use(&self, kept: &Kept) {
+        if let Ok(shelf) = self.shelf(&kept.domain).await {
+            shelf.note_use(kept.id);
+        }
+    }
+}

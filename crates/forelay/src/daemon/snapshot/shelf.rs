@@ -1,0 +1,295 @@
+//! The snapshots of one trust domain: a store of its own, which nobody else can read.
+//!
+//! ```text
+//! state_dir/snapshots/<domain>/repository/   as any repository's
+//!                              cache/        of its metadata
+//!                              aside.json    what does not restore, and why
+//! ```
+//! Invariant: a snapshot that was set aside is not used again, by no daemon, until another takes
+//! its place.
+
+use std::collections::BTreeMap;
+use std::fs::Permissions;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use forelay_cache::Domain;
+use forelay_image::snapshot::SnapshotOf;
+use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
+use forelay_store::gc::GcOptions;
+use forelay_store::{DirectoryRepository, FetchConfig, Store, StoreConfig};
+use parking_lot::Mutex;
+
+use crate::daemon::error::HostError;
+use crate::daemon::memory::planner::now_ms;
+
+/// What a store of snapshots may keep of them a second time: nothing is read through it.
+const CACHE_BYTES: u64 = 1 << 20;
+
+/// A snapshot that there is.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    pub domain: Domain,
+    pub id: ComponentId,
+    pub component: Arc<Component>,
+    pub of: SnapshotOf,
+    /// Why it is not used any more.
+    pub aside: Option<String>,
+    /// Launches that resumed from it, and when the last did, since this daemon started.
+    pub uses: u64,
+    pub last_used_ms: i64,
+    /// The files that hold it, as they were when all of them were right.
+    verified: Vec<FileStamp>,
+}
+
+impl Kept {
+    /// A component as one; in words why it is none.
+    fn new(domain: &Domain, id: ComponentId, component: Arc<Component>) -> Result<Self, String> {
+        let of = component.snapshot.as_deref().cloned();
+        let of = of.ok_or("it is no snapshot")?;
+        of.check(&component.image)?;
+        Ok(Self {
+            domain: domain.clone(),
+            id,
+            component,
+            of,
+            aside: None,
+            uses: 0,
+            last_used_ms: 0,
+            verified: Vec::new(),
+        })
+    }
+
+    /// When it was made, milliseconds since the epoch.
+    pub fn made_ms(&self) -> i64 {
+        self.component.version.parse().unwrap_or(0)
+    }
+}
+
+/// What a file looked like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct FileStamp {
+    inode: u64,
+    bytes: u64,
+    changed_ns: (i64, i64),
+}
+
+/// See the module's header.
+pub struct Shelf {
+    domain: Domain,
+    dir: PathBuf,
+    store: Store,
+    kept: Mutex<BTreeMap<ComponentId, Kept>>,
+}
+
+impl Shelf {
+    /// Opens a domain's, made if there is none.
+    pub async fn open(snapshots_dir: &Path, domain: &Domain) -> Result<Self, HostError> {
+        let dir = snapshots_dir.join(domain.as_str());
+        private_dir(&dir).map_err(|error| failed("make", &dir, &error))?;
+        let repository = DirectoryRepository::create(dir.join("repository"));
+        let opening = Store::open(StoreConfig {
+            repository: Arc::new(repository.map_err(HostError::failed)?),
+            cache_dir: dir.join("cache"),
+            cache_cap_bytes: CACHE_BYTES,
+            fetch: FetchConfig::default(),
+        });
+        let store = opening.await.map_err(HostError::failed)?;
+        store.initialise().await.map_err(HostError::failed)?;
+        let listed = store.components().await.map_err(HostError::failed)?;
+        let mut aside: BTreeMap<ComponentId, String> = std::fs::read(dir.join("aside.json"))
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok())
+            .unwrap_or_default();
+        let mut kept = BTreeMap::new();
+        for component in listed {
+            let id = component.id();
+            match Kept::new(domain, id, component) {
+                Ok(mut one) => {
+                    one.aside = aside.remove(&id);
+                    kept.insert(id, one);
+                }
+                Err(problem) => tracing::warn!(snapshot = %id, problem, "left alone"),
+            }
+        }
+        Ok(Self {
+            domain: domain.clone(),
+            dir,
+            store,
+            kept: Mutex::new(kept),
+        })
+    }
+
+    /// Where its snapshots' bytes are.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// All there are.
+    pub fn all(&self) -> Vec<Kept> {
+        self.kept.lock().values().cloned().collect()
+    }
+
+    /// The newest with this key that was not set aside.
+    pub fn find(&self, key: Digest) -> Option<Kept> {
+        let all = self.all().into_iter();
+        let usable = all.filter(|one| one.aside.is_none() && one.of.origin.key() == key);
+        usable.max_by_key(Kept::made_ms)
+    }
+
+    /// The one with this image.
+    pub fn of_image(&self, image: Digest) -> Option<Kept> {
+        let mut all = self.all().into_iter();
+        all.find(|one| one.component.image.digest == image)
+    }
+
+    /// A launch resumed from it.
+    pub fn note_use(&self, id: ComponentId) {
+        if let Some(one) = self.kept.lock().get_mut(&id) {
+            one.uses += 1;
+            one.last_used_ms = now_ms();
+        }
+    }
+
+    /// Uses a snapshot no more.
+    pub fn set_aside(&self, id: ComponentId, why: &str) {
+        tracing::error!(snapshot = %id, domain = %self.domain, why, "a snapshot is set aside");
+        if let Some(one) = self.kept.lock().get_mut(&id) {
+            one.aside = Some(why.to_owned());
+        }
+        self.save_aside();
+    }
+
+    fn save_aside(&self) {
+        let all = self.all().into_iter();
+        let aside: BTreeMap<ComponentId, String> = all
+            .filter_map(|one| one.aside.map(|why| (one.id, why)))
+            .collect();
+        let save = || -> std::io::Result<()> {
+            let text = serde_json::to_vec(&aside)?;
+            forelay_host::atomic_write(&self.dir.join("aside.json"), &text).map(drop)
+        };
+        if let Err(error) = save() {
+            tracing::warn!(%error, "the next daemon will try what was set aside once more");
+        }
+    }
+
+    /// Publishes a snapshot whose image is in the file `image`.
+    pub async fn publish(
+        &self,
+        component: &Component,
+        image: &Path,
+        chunks: &ChunkIndex,
+    ) -> Result<Kept, HostError> {
+        let id = component.id();
+        let component = Arc::new(component.clone());
+        let kept = Kept::new(&self.domain, id, component).map_err(HostError::Failed)?;
+        let publishing = self.store.publish(&kept.component, image, chunks, &|_| {});
+        publishing.await.map_err(HostError::failed)?;
+        self.close_files();
+        self.kept.lock().insert(id, kept.clone());
+        Ok(kept)
+    }
+
+    /// Removes a snapshot, which no VM may map, and its bytes.
+    pub async fn remove(&self, id: ComponentId) -> Result<(), HostError> {
+        let removing = self.store.remove_component(id);
+        removing.await.map_err(HostError::failed)?;
+        self.kept.lock().remove(&id);
+        self.save_aside();
+        // This daemon alone publishes here, one snapshot after the other.
+        let at_once = GcOptions {
+            grace: Duration::ZERO,
+            ..GcOptions::default()
+        };
+        // One run condemns, the next deletes; a dead image keeps its packs for one more.
+        for _ in 0..3 {
+            self.store.gc(&at_once).await.map_err(HostError::failed)?;
+        }
+        Ok(())
+    }
+
+    /// Reads all of a snapshot and checks it, unless its files are as they were when that was
+    /// done before.
+    pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), HostError> {
+        let stamps = self.stamps(packs)?;
+        if kept.verified == stamps {
+            return Ok(());
+        }
+        let report = self.store.verify_one(kept.id).await;
+        let report = report.map_err(HostError::failed)?;
+        if let Some(found) = report.findings.first() {
+            return Err(HostError::Failed(format!(
+                "{}: {}",
+                found.key, found.problem
+            )));
+        }
+        if let Some(one) = self.kept.lock().get_mut(&kept.id) {
+            one.verified = stamps;
+        }
+        Ok(())
+    }
+
+    fn stamps(&self, packs: &[Digest]) -> Result<Vec<FileStamp>, HostError> {
+        let stamp = |pack: &Digest| {
+            let path = self
+                .dir
+                .join("repository/packs")
+                .join(format!("{}.pack", pack.hex()));
+            let meta = std::fs::metadata(&path).map_err(|error| failed("find", &path, &error))?;
+            Ok(FileStamp {
+                inode: meta.ino(),
+                bytes: meta.len(),
+                changed_ns: (meta.ctime(), meta.ctime_nsec()),
+            })
+        };
+        packs.iter().map(stamp).collect()
+    }
+
+    /// Bytes that its snapshots take on disk.
+    pub fn stored_bytes(&self) -> u64 {
+        files(&self.dir.join("repository"))
+            .iter()
+            .filter_map(|path| path.metadata().ok())
+            .map(|meta| meta.len())
+            .sum()
+    }
+
+    /// They hold memory: for their owner alone, wherever somebody may move them.
+    fn close_files(&self) {
+        for path in files(&self.dir) {
+            // One that went meanwhile is closed enough.
+            let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
+        }
+    }
+}
+
+fn failed(doing: &str, path: &Path, error: &std::io::Error) -> HostError {
+    HostError::Failed(format!("cannot {doing} {}: {error}", path.display()))
+}
+
+fn private_dir(dir: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)?;
+    std::fs::set_permissions(dir, Permissions::from_mode(0o700))
+}
+
+/// The regular files below a directory.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                Ok(kind) if kind.is_file() => found.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,237 @@
+//! Launches that resume: from a snapshot that was made of their kernel, of their image, of their
+//! program; and that boot when a snapshot is of no use.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::fixture::{Host, Settings, bench, http_get, signal, web};
+use crate::frames::frames;
+
+/// Launches, sees the page served, and says what the launch did.
+fn served(host: &Host, manifest: &Path, name: &str, port: u16) -> Value {
+    let vm = host.launch(manifest, name, &[]);
+    let page = http_get(port, "/");
+    assert!(page.contains("hello from a test"), "{page}");
+    vm
+}
+
+fn seconds(vm: &Value) -> f64 {
+    vm["launch"]["ready_s"].as_f64().unwrap()
+}
+
+#[test]
+fn privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot() {
+    let test = "privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let (text, port) = web();
+    let manifest = host.write("web.toml", &text);
+    let booted = served(&host, &manifest, "web", port);
+    assert_eq!(booted["launch"]["resumed"], Value::Null);
+    host.ok(["stop", "web"]);
+
+    let path = manifest.to_str().unwrap();
+    let made = host.json(["snapshot", "create", path]);
+    assert_eq!(
+        (&made["tier"], &made["problem"]),
+        (&"composed".into(), &Value::Null)
+    );
+    let again = host.json(["snapshot", "create", path]);
+    assert_eq!(again["id"], made["id"], "there is one already");
+    let first = served(&host, &manifest, "web", port);
+    assert_eq!(
+        first["launch"]["resumed"], "composed",
+        "{}",
+        first["launch"]
+    );
+    assert_eq!(host.sh("web", "cat /proc/sys/kernel/hostname"), "web\n");
+    assert!(host.ok(["ps"]).contains("composed"));
+
+    // The worker dies; the clone's memory is served by the next one, which makes clones too.
+    let worker = host.worker().unwrap();
+    signal("KILL", worker);
+    host.until("another worker answers", |host| {
+        host.worker().is_some_and(|next| next != worker) && host.run(["ps"]).code == Some(0)
+    });
+    assert_eq!(host.sh("web", "grep -c processor /proc/cpuinfo"), "1\n");
+    let takeover = &host.json(["memory"])["takeover"];
+    assert_eq!(
+        takeover["disagreements"],
+        serde_json::json!([]),
+        "{takeover}"
+    );
+
+    let other = text.replace(&format!("{port}:80"), ":80");
+    let other_manifest = host.write("other.toml", &other);
+    let second = host.launch(&other_manifest, "web-2", &[]);
+    assert_eq!(
+        second["launch"]["resumed"], "composed",
+        "{}",
+        second["launch"]
+    );
+    // What the first has touched is there; guests' allocators differ in what they use besides.
+    let fetches = |vm: &Value| vm["launch"]["demand_fetches"].as_u64().unwrap();
+    assert!(fetches(&second) * 2 < fetches(&first), "{first} {second}");
+    assert_eq!(host.sh("web-2", "cat /proc/sys/kernel/hostname"), "web-2\n");
+    let identity = "cat /etc/machine-id; head -c 16 /dev/urandom | md5sum";
+    assert_ne!(host.sh("web", identity), host.sh("web-2", identity));
+
+    // One copy of the memory image, as far as neither has written to it.
+    let image = made["image"]
+        .as_str()
+        .unwrap()
+        .strip_prefix("sha256:")
+        .unwrap();
+    let pages = |vm: &Value| {
+        let all = frames(vm["pid"].as_u64().unwrap(), &host.dir().join("run/memory")).unwrap();
+        let of_memory = all
+            .into_iter()
+            .filter(|((path, _), _)| path.to_str().unwrap().contains(image));
+        of_memory.collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let (one, two) = (pages(&first), pages(&second));
+    let shared = one
+        .iter()
+        .filter(|(page, frame)| two.get(*page) == Some(*frame))
+        .count();
+    assert!(
+        shared > 1000,
+        "{shared} shared pages of {} and {}",
+        one.len(),
+        two.len()
+    );
+    let memory = host.json(["memory"]);
+    assert!(
+        memory["snapshot_resident_bytes"].as_u64().unwrap() > 4 << 20,
+        "{memory}"
+    );
+    assert!(
+        host.refused(["snapshot", "remove", image_id(&made)])
+            .contains("stop them first")
+    );
+
+    // Damaged, it is not used: the launch boots and says so.
+    host.ok(["stop", "web", "web-2"]);
+    damage(&host.dir().join("state/snapshots/tests/repository/packs"));
+    let third = served(&host, &manifest, "web", port);
+    assert_eq!(third["launch"]["resumed"], Value::Null);
+    let told = third["launch"]["snapshot_problems"].to_string();
+    assert!(told.contains("set aside"), "{told}");
+    assert!(host.ok(["ps"]).contains("set aside"));
+    assert!(host.run(["doctor"]).stdout.contains("set aside"));
+    assert!(seconds(&first) < seconds(&booted), "{first} {booted}");
+    host.ok(["stop", "web"]);
+    let made_again = host.json(["snapshot", "create", path]);
+    assert_ne!(made_again["id"], made["id"]);
+    let all = host.json(["snapshot", "list"]);
+    assert_eq!(
+        all.as_array().unwrap().len(),
+        1,
+        "it took the place of the other: {all}"
+    );
+    host.ok(["snapshot", "remove", image_id(&made_again)]);
+    assert_eq!(host.json(["snapshot", "list"]), serde_json::json!([]));
+}
+
+fn image_id(snapshot: &Value) -> &str {
+    snapshot["id"].as_str().unwrap()
+}
+
+/// Flips a byte in the middle of each pack.
+fn damage(packs: &Path) {
+    for entry in std::fs::read_dir(packs).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|ending| ending == "pack") {
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        }
+    }
+}
+
+#[test]
+fn privileged_the_kernels_snapshot_serves_any_manifest_and_the_programs_only_where_it_may() {
+    let test =
+        "privileged_the_kernels_snapshot_serves_any_manifest_and_the_programs_only_where_it_may";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let (text, port) = web();
+    let manifest = host.write("web.toml", &text);
+    let path = manifest.to_str().unwrap();
+    // A page of its own is a file that the program has read.
+    let refused = host.refused(["snapshot", "create", "--at", "ready", path]);
+    assert!(
+        refused.contains("composed") || refused.contains("shared"),
+        "{refused}"
+    );
+    host.json(["snapshot", "create", "--at", "kernel", path]);
+    let of_kernel = served(&host, &manifest, "web", port);
+    assert_eq!(
+        of_kernel["launch"]["resumed"], "kernel",
+        "{}",
+        of_kernel["launch"]
+    );
+    host.ok(["stop", "web"]);
+    let scratch = text.replace("memory_mib = 192", "memory_mib = 192\nscratch = \"64M\"");
+    let scratch = host.write("scratch.toml", &scratch);
+    let on_disk = served(&host, &scratch, "web", port);
+    assert_eq!(
+        on_disk["launch"]["resumed"], "kernel",
+        "{}",
+        on_disk["launch"]
+    );
+    assert!(host.sh("web", "mount").contains("upperdir"));
+    host.ok(["stop", "web"]);
+
+    let ready = format!("{text}\n[snapshot]\nat = \"ready\"\nsecrets = \"shared\"\n");
+    let ready = host.write("ready.toml", &ready);
+    host.json(["snapshot", "create", ready.to_str().unwrap()]);
+    let of_program = served(&host, &ready, "web", port);
+    assert_eq!(
+        of_program["launch"]["resumed"], "ready",
+        "{}",
+        of_program["launch"]
+    );
+    println!(
+        "ready after: kernel {:.2} s, program {:.2} s",
+        seconds(&of_kernel),
+        seconds(&of_program)
+    );
+    let listed = host.json(["snapshot", "list"]);
+    let listed = listed.as_array().unwrap();
+    println!(
+        "{} bytes on disk for both",
+        listed[0]["domain_stored_bytes"]
+    );
+    assert_eq!(listed.len(), 2);
+}
+
+#[test]
+fn privileged_what_is_launched_again_resumes_without_being_told() {
+    let test = "privileged_what_is_launched_again_resumes_without_being_told";
+    let Some(bench) = bench(test) else { return };
+    let settings = Settings {
+        makes_snapshots: true,
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    let (text, port) = web();
+    let manifest = host.write("web.toml", &text);
+    served(&host, &manifest, "web", port);
+    host.ok(["stop", "web"]);
+    assert_eq!(host.json(["snapshot", "list"]), serde_json::json!([]));
+    let second = served(&host, &manifest, "web", port);
+    assert_eq!(second["launch"]["resumed"], Value::Null);
+    host.until("both snapshots are made beside the VM", |host| {
+        host.json(["snapshot", "list"]).as_array().unwrap().len() == 2
+    });
+    host.ok(["stop", "web"]);
+    let third = served(&host, &manifest, "web", port);
+    assert_eq!(
+        third["launch"]["resumed"], "composed",
+        "{}",
+        third["launch"]
+    );
+}
