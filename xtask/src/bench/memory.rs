@@ -448,7 +448,8 @@ fn processor_lists_bytes() -> Result<u64> {
     Ok(pages?.into_iter().sum::<u64>() * 4096)
 }
 
-/// The kernel's proportional set size of a process's mappings of files below `dir`.
+/// The kernel's proportional set size of the pages of files below `dir` that a process maps;
+/// what it has copied of them on writing is its own.
 pub(super) fn proportional_bytes(pid: u64, dir: &Path) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let (mut inside, mut bytes) = (false, 0);
@@ -459,9 +460,12 @@ pub(super) fn proportional_bytes(pid: u64, dir: &Path) -> Result<u64> {
             inside = words
                 .nth(4)
                 .is_some_and(|path| Path::new(path).starts_with(dir));
-        } else if inside && first == "Pss:" {
+        } else if inside && ["Pss:", "Anonymous:"].contains(&first) {
             let kib: u64 = words.next().context("malformed line in smaps")?.parse()?;
-            bytes += kib * 1024;
+            match first {
+                "Pss:" => bytes += kib * 1024,
+                _ => bytes = bytes.saturating_sub(kib * 1024),
+            }
         }
     }
     Ok(bytes)

@@ -15,6 +15,7 @@ mod peers;
 mod policy;
 mod premap;
 mod pressure;
+mod snapshot;
 mod statistics;
 
 use std::path::{Path, PathBuf};
@@ -28,9 +29,9 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 15] = [
+pub const NAMES: [&str; 16] = [
     "launch", "boot", "peers", "compose", "forecast", "policy", "table", "plan", "memory",
-    "pressure", "burst", "attach", "premap", "day", "packages",
+    "pressure", "burst", "attach", "premap", "day", "packages", "snapshot",
 ];
 
 /// Runs one benchmark.
@@ -42,6 +43,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "boot" => boot::run_boot(&out)?,
         "peers" => peers::run_bench(&out)?,
         "memory" => memory::run_bench(&out)?,
+        "snapshot" => snapshot::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
         "burst" => burst::run_bench(&out)?,
         "attach" => attach::run_bench(&out)?,

@@ -16,6 +16,7 @@ use super::virtiofs::SharedTree;
 use crate::bench::boot::WebBench;
 use crate::bench::disks;
 use crate::bench::memory::{cached_bytes, proportional_bytes, status_bytes};
+use crate::host::Host;
 use crate::process::output;
 
 const COUNTS: [usize; 2] = [4, 12];
@@ -74,22 +75,26 @@ fn of_forelay(bench: &WebBench, vms: usize) -> Result<[u64; 2]> {
         let vm = host.launch(&manifest, &name, &[])?;
         pids.push(vm["pid"].as_u64().context("a running VM has a pid")?);
     }
-    let mount = host.scratch().join("run/memory");
-    let bytes = idle_and_merged(|| {
-        let mut bytes = share_bytes(&pids)? + share_bytes(&host.pids())?;
-        for pid in pids.iter().copied().chain(host.pids()) {
-            bytes = bytes.saturating_sub(proportional_bytes(pid, &mount)?);
-        }
-        let report = host.json(["memory"])?;
-        let shared = report["resident_bytes"]
-            .as_u64()
-            .context("resident_bytes")?;
-        // Map images are mapped by their VMMs, and so in their shares.
-        Ok(bytes + shared)
-    })?;
+    let bytes = idle_and_merged(|| forelay_bytes(&host, &pids))?;
     host.stop_all()?;
     host.stop_daemon()?;
     Ok(bytes)
+}
+
+/// All that VMs and their daemon take: each process's share of what it maps, without its share
+/// of shared memory, of which each page counts once.
+pub fn forelay_bytes(host: &Host, vmms: &[u64]) -> Result<u64> {
+    let mount = host.scratch().join("run/memory");
+    let mut bytes = 0;
+    for pid in vmms.iter().copied().chain(host.pids()) {
+        bytes += share_bytes(&[pid])?.saturating_sub(proportional_bytes(pid, &mount)?);
+    }
+    let report = host.json(["memory"])?;
+    // Map images are mapped by their VMMs, and so in their shares.
+    Ok(bytes
+        + report["resident_bytes"]
+            .as_u64()
+            .context("resident_bytes")?)
 }
 
 fn of_disks(disks: &Disks, vms: usize) -> Result<[u64; 2]> {

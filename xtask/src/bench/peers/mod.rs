@@ -9,11 +9,11 @@
 //! time on a busy machine is noise, so CPU seconds stand beside it: the VMM's, and those of the
 //! processes on this host that serve it.
 
-mod disk;
+pub(super) mod disk;
 mod forelay;
 mod line;
-mod memory;
-mod page;
+pub(super) mod memory;
+pub(super) mod page;
 mod virtiofs;
 
 use std::path::Path;
@@ -35,9 +35,9 @@ const PORT: u16 = 8080;
 
 /// What one start took.
 #[derive(Clone, Copy, Debug, Default)]
-struct Served {
+pub(super) struct Served {
     /// Seconds from the request to the page.
-    page_s: f64,
+    pub page_s: f64,
     /// CPU seconds of the VMM and of what serves it.
     cpu_s: f64,
     /// Bytes that came over the line.

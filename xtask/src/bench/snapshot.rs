@@ -1,0 +1,304 @@
+//! `bench snapshot`: launches that resume beside launches that boot, and beside a local qcow2
+//! disk, in one run: until the page of `examples/web.toml` is served, private memory of a clone,
+//! all host memory of twenty clones of the four examples, bytes on disk of their snapshots.
+//!
+//! Everything is resident and known, as after a few launches; rounds take the ways in a new order
+//! each.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+
+use super::boot::WebBench;
+use super::draw::Draw;
+use super::memory::status_bytes;
+use super::peers::disk::{DiskSource, Disks};
+use super::peers::memory::forelay_bytes;
+use super::peers::page;
+use super::statistics::median;
+use super::write;
+use crate::demo;
+use crate::host::Host;
+use crate::process::{output, run_quiet};
+
+const ROUNDS: usize = 10;
+const PORT: u16 = 8080;
+const TIERS: [&str; 3] = ["kernel", "composed", "ready"];
+const PROFILES: [&str; 4] = ["web", "cache", "python", "node"];
+const CLONES_OF_EACH: usize = 5;
+/// Idle VMs settle this long before they are measured.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// What a guest has that no other may have.
+const IDENTITY: &str = "cat /proc/sys/kernel/hostname /etc/machine-id \
+    /proc/sys/kernel/random/uuid /sys/class/net/eth0/address; \
+    head -c 16 /dev/urandom | od -An -tx1; date +%s%N";
+
+/// One launch.
+#[derive(Clone, Copy)]
+struct Launched {
+    page_s: f64,
+    private_bytes: f64,
+    demand_fetches: f64,
+}
+
+/// The launches of each way: `booted`, then the tiers, then the local disk's seconds.
+#[derive(Default)]
+struct Rounds {
+    ways: [Vec<Launched>; 4],
+    qcow2_s: Vec<f64>,
+}
+
+impl Rounds {
+    fn median(&self, way: usize, of: fn(&Launched) -> f64) -> f64 {
+        median(&self.ways[way].iter().map(of).collect::<Vec<_>>())
+    }
+
+    /// Seconds of each way over `base_s`.
+    fn ratios(&self, base_s: f64) -> Value {
+        let names = std::iter::once("booted").chain(TIERS);
+        let ratios = names.enumerate().map(|(way, name)| {
+            (
+                name.to_owned(),
+                json!(self.median(way, |one| one.page_s) / base_s),
+            )
+        });
+        ratios.collect::<Map<_, _>>().into()
+    }
+}
+
+/// Runs the benchmark and writes its figures to `out`.
+pub fn run_bench(out: &Path) -> Result<()> {
+    let bench = WebBench::new("snapshot")?;
+    crate::prerequisites::install_peers()?;
+    let disks = Disks::make(&bench)?;
+    let mut host = bench.start()?;
+    let rounds = rounds(&host, &disks)?;
+    let stored = stored(&host)?;
+    let memory = memory(&host)?;
+    host.stop_daemon()?;
+    let boot_s = rounds.median(0, |one| one.page_s);
+    let qcow2_s = median(&rounds.qcow2_s);
+    let private = |way| rounds.median(way, |one| one.private_bytes);
+    let per_way = |of: fn(&Launched) -> f64| {
+        let values = TIERS.iter().enumerate();
+        let values =
+            values.map(|(at, name)| ((*name).to_owned(), json!(rounds.median(at + 1, of))));
+        Value::from(values.collect::<Map<_, _>>())
+    };
+    let document = json!({
+        "rounds": ROUNDS,
+        "qcow2_s": qcow2_s,
+        "boot_s": boot_s,
+        "ready_ratio_to_qcow2": rounds.ratios(qcow2_s),
+        "ready_ratio_to_boot": rounds.ratios(boot_s),
+        "private_ratio_to_boot": private(3) / private(0),
+        "private_bytes": { "booted": private(0), "clones": per_way(|one| one.private_bytes) },
+        "restore_demand_fetches": per_way(|one| one.demand_fetches),
+        "host_memory_ratio": memory["ratio"],
+        "host_memory": memory,
+        "stored": stored,
+    });
+    write(out, &document)
+}
+
+/// The manifest of an example whose launches resume at `tier` at the latest.
+fn manifest(host: &Host, profile: &str, tier: &str, any_port: bool) -> Result<PathBuf> {
+    let mut text = std::fs::read_to_string(demo::manifest(profile))?;
+    if any_port {
+        // `forward = ["8080:80"]` becomes `[":80"]`.
+        let at = text
+            .find("forward = [\"")
+            .context("an example forwards a port")?
+            + 12;
+        let colon = text[at..].find(':').context("a forward has a colon")?;
+        text.replace_range(at..at + colon, "");
+    }
+    text.push_str(&format!(
+        "\n[snapshot]\nat = \"{tier}\"\nsecrets = \"shared\"\n"
+    ));
+    let path = host
+        .scratch()
+        .join(format!("{profile}-{tier}-{any_port}.toml"));
+    std::fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn rounds(host: &Host, disks: &Disks) -> Result<Rounds> {
+    let mut manifests = Vec::new();
+    for tier in ["off"].into_iter().chain(TIERS) {
+        let path = manifest(host, "web", tier, false)?;
+        if tier != "off" {
+            create(host, &path, tier)?;
+        }
+        manifests.push((path, tier));
+    }
+    let mut rounds = Rounds::default();
+    let mut draw = Draw(5);
+    // The first round finds out what launches touch.
+    for round in 0..=ROUNDS {
+        let mut order = [0, 1, 2, 3, 4];
+        draw.shuffle(&mut order);
+        for way in order {
+            if way == 4 {
+                let served = disks.boot(DiskSource::Local, true)?;
+                println!("round {round}: qcow2    {:5.2} s", served.page_s);
+                if round > 0 {
+                    rounds.qcow2_s.push(served.page_s);
+                }
+                continue;
+            }
+            let (path, tier) = &manifests[way];
+            let launched = launch(host, path, tier)?;
+            println!(
+                "round {round}: {tier:<8} {:5.2} s, {:5.1} MiB private, {} demand fetches",
+                launched.page_s,
+                launched.private_bytes / 1048576.0,
+                launched.demand_fetches,
+            );
+            if round > 0 {
+                rounds.ways[way].push(launched);
+            }
+        }
+    }
+    Ok(rounds)
+}
+
+fn create(host: &Host, manifest: &Path, tier: &str) -> Result<Value> {
+    host.json([
+        "snapshot".as_ref(),
+        "create".as_ref(),
+        "--at".as_ref(),
+        tier.as_ref(),
+        manifest.as_os_str(),
+    ])
+}
+
+fn launch(host: &Host, manifest: &Path, tier: &str) -> Result<Launched> {
+    let asked = Instant::now();
+    let mut child = host
+        .forelay(["run", "--detach", "--json", "--name", "web"])
+        .arg(manifest)
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let page_s = page::wait(PORT, asked, || {
+        let status = child.try_wait().ok().flatten()?;
+        (!status.success()).then(|| status.to_string())
+    })?;
+    let answer = child.wait_with_output()?;
+    let vm: Value = serde_json::from_slice(&answer.stdout).context("run printed no JSON")?;
+    let resumed = vm["launch"]["resumed"].as_str().unwrap_or("off");
+    ensure!(resumed == tier, "resumed from {resumed}: {}", vm["launch"]);
+    let pid = vm["pid"].as_u64().context("a running VM has a pid")?;
+    let launched = Launched {
+        page_s,
+        private_bytes: status_bytes(&format!("/proc/{pid}/status"), "RssAnon:")? as f64,
+        demand_fetches: vm["launch"]["demand_fetches"].as_f64().unwrap_or(f64::NAN),
+    };
+    host.stop_all()?;
+    Ok(launched)
+}
+
+/// Bytes on disk of all profiles' snapshots at all tiers, beside each memory image as a zstd
+/// file of its own.
+fn stored(host: &Host) -> Result<Value> {
+    let mut apart = 0;
+    let mut seen = BTreeSet::new();
+    for profile in PROFILES {
+        for tier in TIERS {
+            let made = create(host, &manifest(host, profile, tier, true)?, tier)?;
+            if !seen.insert(made["id"].to_string()) {
+                continue;
+            }
+            let hex = made["image"].as_str().unwrap_or_default();
+            let name = format!("{}.img", hex.trim_start_matches("sha256:"));
+            let mounts = host.scratch().join("run/memory");
+            let script = r#"f=$(find "$1" -name "$2" | head -n 1); zstd -q -3 -c "$f" | wc -c"#;
+            let text = output(
+                Command::new("sh")
+                    .args(["-euc", script, "sh"])
+                    .arg(&mounts)
+                    .arg(&name),
+            );
+            // A snapshot is in shared memory once something resumed from it.
+            let text = match text {
+                Ok(text) => text,
+                Err(error) => return Err(error).context("the memory image is not mapped"),
+            };
+            apart += String::from_utf8(text)?.trim().parse::<u64>().unwrap_or(0);
+        }
+    }
+    let all = host.json(["snapshot", "list"])?;
+    let together = all[0]["domain_stored_bytes"]
+        .as_u64()
+        .context("what snapshots take")?;
+    Ok(json!({
+        "snapshots": seen.len(),
+        "bytes": together,
+        "as_zstd_files_bytes": apart,
+        "ratio": together as f64 / apart.max(1) as f64,
+    }))
+}
+
+/// All host memory of twenty clones, and of the same twenty VMs booted; clones are machines of
+/// their own.
+fn memory(host: &Host) -> Result<Value> {
+    let clones = twenty(host, "ready")?;
+    let booted = twenty(host, "off")?;
+    Ok(json!({
+        "vms": PROFILES.len() * CLONES_OF_EACH,
+        "clones_bytes": clones,
+        "booted_bytes": booted,
+        "ratio": clones as f64 / booted as f64,
+    }))
+}
+
+fn twenty(host: &Host, tier: &str) -> Result<u64> {
+    run_quiet(&mut host.forelay(["memory", "--drop-idle"]))?;
+    let mut pids = Vec::new();
+    let mut identities = Vec::new();
+    for profile in PROFILES {
+        let path = manifest(host, profile, tier, true)?;
+        for number in 0..CLONES_OF_EACH {
+            let name = format!("{profile}-{number}");
+            let vm = host.launch(&path, &name, &[])?;
+            let resumed = vm["launch"]["resumed"].as_str().unwrap_or("off");
+            ensure!(
+                resumed == tier,
+                "{name} resumed from {resumed}: {}",
+                vm["launch"]
+            );
+            pids.push(vm["pid"].as_u64().context("a running VM has a pid")?);
+            let text = output(
+                host.forelay(["exec", &name, "--", "sh", "-c", IDENTITY])
+                    .stderr(std::process::Stdio::inherit()),
+            )?;
+            identities.push(String::from_utf8(text)?);
+        }
+    }
+    if tier != "off" {
+        distinct(&identities)?;
+    }
+    std::thread::sleep(IDLE);
+    let bytes = forelay_bytes(host, &pids)?;
+    println!(
+        "{} VMs at {tier}: {:.1} MiB",
+        pids.len(),
+        bytes as f64 / 1048576.0
+    );
+    host.stop_all()?;
+    Ok(bytes)
+}
+
+/// No line of one is a line of another.
+fn distinct(identities: &[String]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for line in identities.iter().flat_map(|one| one.lines()) {
+        ensure!(seen.insert(line), "two VMs have {line:?}");
+    }
+    Ok(())
+}
