@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::bench;
 use crate::host::{self, Host, Programs, Settings};
 use crate::pages::{self, Sharing};
 use crate::prerequisites;
@@ -50,19 +51,8 @@ pub fn run_all() -> Result<()> {
     );
 
     let state = dir.join("state");
-    match std::fs::remove_dir_all(&state) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
-    }
-    let settings = Settings {
-        repository,
-        state,
-        latency_ms: LATENCY_MS,
-        bandwidth_bytes_per_s: BANDWIDTH_BYTES_PER_S,
-        budget_bytes: 0,
-        prefetch: true,
-        ahead: true,
-    };
+    bench::remove_all(&state)?;
+    let settings = Settings::throttled(repository, state);
     let mut host = Host::new(&programs, &settings)?;
     let mut launches = Vec::new();
     twice(&mut host, &mut launches)?;
@@ -85,15 +75,7 @@ pub fn build_lacking(
     repository: &Path,
     components: &[(&[&str], &str)],
 ) -> Result<()> {
-    let settings = Settings {
-        repository: repository.to_path_buf(),
-        state: target_dir().join("build-state"),
-        latency_ms: 0,
-        bandwidth_bytes_per_s: 0,
-        budget_bytes: 0,
-        prefetch: true,
-        ahead: true,
-    };
+    let settings = Settings::local(repository.to_path_buf(), target_dir().join("build-state"));
     let host = Host::new(programs, &settings)?;
     let present = if repository.exists() {
         host.json(["component", "list"])?

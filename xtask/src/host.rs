@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cgroup::MemoryCgroup;
+use crate::demo::{BANDWIDTH_BYTES_PER_S, LATENCY_MS};
 use crate::process::{cargo, output, run, run_quiet, target_dir};
 
 /// Programs the tasks run.
@@ -56,6 +57,30 @@ pub struct Settings {
     pub prefetch: bool,
     /// Prefetch before launches are asked for.
     pub ahead: bool,
+}
+
+impl Settings {
+    /// A repository at hand, memory as the host has it, all forecasting.
+    pub fn local(repository: PathBuf, state: PathBuf) -> Self {
+        Self {
+            repository,
+            state,
+            latency_ms: 0,
+            bandwidth_bytes_per_s: 0,
+            budget_bytes: 0,
+            prefetch: true,
+            ahead: true,
+        }
+    }
+
+    /// A repository behind the demo's line.
+    pub fn throttled(repository: PathBuf, state: PathBuf) -> Self {
+        Self {
+            latency_ms: LATENCY_MS,
+            bandwidth_bytes_per_s: BANDWIDTH_BYTES_PER_S,
+            ..Self::local(repository, state)
+        }
+    }
 }
 
 /// A daemon and its command line.

@@ -121,11 +121,6 @@ impl BudgetController {
         self.budget_bytes = self.budget_bytes.min(cap_bytes);
     }
 
-    /// The budget as last decided, in bytes.
-    pub const fn budget_bytes(&self) -> u64 {
-        self.budget_bytes
-    }
-
     /// Memory that VMs could get without the pool giving anything back, in bytes.
     pub fn free_bytes(sample: &MemorySample) -> u64 {
         let reclaimable = sample.pool_bytes.saturating_sub(sample.pinned_bytes);

@@ -70,11 +70,6 @@ impl AptCache {
         self
     }
 
-    /// The release.
-    pub fn suite(&self) -> &str {
-        &self.suite
-    }
-
     /// Where downloaded package archives are.
     pub fn archives(&self) -> PathBuf {
         self.directory.join("archives")

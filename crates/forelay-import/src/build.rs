@@ -158,11 +158,6 @@ impl Builder {
         self
     }
 
-    /// The cache directory.
-    pub fn cache(&self) -> &Path {
-        &self.cache
-    }
-
     /// Where temporary files of builds are.
     fn scratch(&self) -> PathBuf {
         self.cache.join("tmp")

@@ -112,14 +112,6 @@ pub enum ImportError {
         /// What needs them.
         doing: &'static str,
     },
-    /// Package metadata does not parse.
-    #[error("{}: {problem}", path.display())]
-    Metadata {
-        /// Where it was read.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
     /// The request does not make a valid component.
     #[error("{0}")]
     Request(String),

@@ -1,8 +1,8 @@
 //! The files of a mount: one per image, flat, named by digest.
 //!
 //! Invariant: a file's node id follows from its key, so that every later daemon derives
-//! the same; only a collision (two digests with equal leading 63 bits) depends on the
-//! order of adding, and then the caller gets the id back to hand it in again.
+//! the same. (Of two digests with equal leading 63 bits, which nobody will see, the second
+//! one added gets another.)
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -18,10 +18,6 @@ use crate::mapping::FileMapping;
 
 /// Which file: the digest of the image it holds.
 pub type FileKey = Digest;
-
-/// A file's node id, also its inode number in the mount.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileId(pub u64);
 
 /// Sizes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +66,7 @@ pub enum AddFileError {
         /// The sizes it has.
         spec: FileSpec,
     },
-    /// The node id wanted, or each one derived from the digest, is another file's.
+    /// Each node id that can be derived from the digest is another file's.
     #[error("{0}: no free node id")]
     NoNodeId(FileKey),
     /// The file cannot be opened through the mount.
@@ -87,7 +83,8 @@ pub enum AddFileError {
 #[derive(Debug)]
 pub(crate) struct SharedFile {
     pub key: FileKey,
-    pub id: FileId,
+    /// Its node id, also its inode number in the mount.
+    pub node: u64,
     pub spec: FileSpec,
     /// What was pushed and not evicted since.
     pub pushed: Mutex<PageSet>,
@@ -147,12 +144,7 @@ fn candidates(key: &FileKey) -> impl Iterator<Item = u64> + '_ {
 
 impl Files {
     /// Adds a file, or finds it if it is there with the same sizes.
-    pub fn add(
-        &mut self,
-        key: FileKey,
-        spec: FileSpec,
-        id: Option<FileId>,
-    ) -> Result<Arc<SharedFile>, AddFileError> {
+    pub fn add(&mut self, key: FileKey, spec: FileSpec) -> Result<Arc<SharedFile>, AddFileError> {
         if !spec.is_sound() {
             return Err(AddFileError::Size { key, spec });
         }
@@ -166,14 +158,11 @@ impl Files {
             return Ok(Arc::clone(file));
         }
         let free = |node: &u64| *node >= FIRST_NODE && !self.by_node.contains_key(node);
-        let node = match id {
-            Some(FileId(node)) => Some(node).filter(free),
-            None => candidates(&key).find(free),
-        };
+        let node = candidates(&key).find(free);
         let node = node.ok_or(AddFileError::NoNodeId(key))?;
         let file = Arc::new(SharedFile {
             key,
-            id: FileId(node),
+            node,
             spec,
             pushed: Mutex::default(),
             used: Mutex::default(),
@@ -188,7 +177,7 @@ impl Files {
 
     pub fn remove(&mut self, key: &FileKey) -> Option<Arc<SharedFile>> {
         let file = self.by_key.remove(key)?;
-        self.by_node.remove(&file.id.0);
+        self.by_node.remove(&file.node);
         Some(file)
     }
 
@@ -255,17 +244,16 @@ mod tests {
     fn node_ids_follow_from_the_digest_and_survive_collisions() {
         let mut files = Files::default();
         let mut bytes = *Digest::of(b"one").as_bytes();
-        let first = files.add(Digest::from_bytes(bytes), spec(), None).unwrap();
+        let first = files.add(Digest::from_bytes(bytes), spec()).unwrap();
         bytes[31] ^= 1;
-        let second = files.add(Digest::from_bytes(bytes), spec(), None).unwrap();
-        assert_ne!(first.id, second.id);
-        assert_eq!(first.id.0 >> 63, 0);
+        let second = files.add(Digest::from_bytes(bytes), spec()).unwrap();
+        assert_ne!(first.node, second.node);
+        assert_eq!(first.node >> 63, 0);
 
         let mut later = Files::default();
-        let same = later
-            .add(Digest::from_bytes(bytes), spec(), Some(second.id))
-            .unwrap();
-        assert_eq!(same.id, second.id);
+        bytes[31] ^= 1;
+        let same = later.add(Digest::from_bytes(bytes), spec()).unwrap();
+        assert_eq!(same.node, first.node);
     }
 
     #[test]
@@ -277,13 +265,13 @@ mod tests {
             device_bytes: 4096,
         };
         assert!(matches!(
-            files.add(key, unpadded, None),
+            files.add(key, unpadded),
             Err(AddFileError::Size { .. })
         ));
-        files.add(key, spec(), None).unwrap();
-        assert!(files.add(key, spec(), None).is_ok());
+        files.add(key, spec()).unwrap();
+        assert!(files.add(key, spec()).is_ok());
         assert!(matches!(
-            files.add(key, FileSpec::padded(3 << 20), None),
+            files.add(key, FileSpec::padded(3 << 20)),
             Err(AddFileError::Differs { .. })
         ));
     }
@@ -292,9 +280,7 @@ mod tests {
     fn a_directory_is_listed_completely_in_small_pieces() {
         let mut files = Files::default();
         for n in 0..50u32 {
-            files
-                .add(Digest::of(&n.to_le_bytes()), spec(), None)
-                .unwrap();
+            files.add(Digest::of(&n.to_le_bytes()), spec()).unwrap();
         }
         let (mut cookie, mut names) = (0, 0);
         loop {

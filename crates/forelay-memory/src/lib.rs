@@ -7,7 +7,6 @@
 //! which bytes go where and asks a [`FaultHandler`] for those that are missing. Threads
 //! only, no async runtime. The one crate with unsafe code besides the guest.
 
-pub mod capabilities;
 pub mod command_hints;
 pub mod counters;
 pub mod files;
@@ -22,7 +21,7 @@ mod session;
 mod shared;
 
 pub use counters::Counters;
-pub use files::{AddFileError, FileId, FileKey, FileSpec};
+pub use files::{AddFileError, FileKey, FileSpec};
 pub use fuse::mount::MountError;
 pub use session::{AnswerFailure, Fault, FaultHandler, Reply, ReplyError, WaitingRead};
 pub use shared::{Config, MemoryError, Session, SharedMemory, StartError};

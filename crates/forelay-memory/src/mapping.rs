@@ -193,12 +193,6 @@ fn push_joined(found: &mut Vec<Extent>, extent: Extent) {
     }
 }
 
-/// Whether the kernel knows cachestat and lets us ask of a file of ours.
-pub(crate) fn cachestat_works() -> bool {
-    let memory = rustix::fs::memfd_create(c"forelay", rustix::fs::MemfdFlags::CLOEXEC);
-    memory.is_ok_and(|fd| cached_pages(&File::from(fd), Extent::new(0, PAGE_BYTES)).is_some())
-}
-
 /// Pages of `extent` in the page cache; `None` where the kernel (before 6.5) or the
 /// file's owner does not let us ask.
 fn cached_pages(file: &File, extent: Extent) -> Option<u64> {

@@ -16,8 +16,6 @@ use std::path::Path;
 
 use forelay_image::extent::{Extent, PAGE_BYTES, normalise};
 
-use crate::capabilities::is_unknown;
-
 /// Which file a mapping is of, as `/proc/PID/maps` tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileIdentity {
@@ -34,17 +32,6 @@ pub struct MappedRange {
     pub address: u64,
     /// The part of the file.
     pub extent: Extent,
-}
-
-/// What a process's mappings of one file weigh.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Weight {
-    /// Pages mapped.
-    pub rss_bytes: u64,
-    /// Pages mapped, each divided by the number of its mappers.
-    pub pss_bytes: u64,
-    /// Pages locked.
-    pub locked_bytes: u64,
 }
 
 /// Why a process could not be observed.
@@ -105,30 +92,6 @@ pub fn touched(pid: u32, file: FileIdentity) -> Result<Vec<Extent>, ObserveError
     Ok(normalise(pages))
 }
 
-/// What `pid`'s mappings of the file weigh, by smaps.
-pub fn weight(pid: u32, file: FileIdentity) -> Result<Weight, ObserveError> {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))
-        .map_err(fail(pid, "reading smaps"))?;
-    Ok(sum_smaps(&smaps, file))
-}
-
-/// The processes that map the file, by number.
-pub fn mappers(file: FileIdentity) -> io::Result<Vec<u32>> {
-    let mut pids = Vec::new();
-    for entry in std::fs::read_dir("/proc")? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        // Processes that ended meanwhile or are none of our business map nothing.
-        if mappings(pid, file).is_ok_and(|ranges| !ranges.is_empty()) {
-            pids.push(pid);
-        }
-    }
-    pids.sort_unstable();
-    Ok(pids)
-}
-
 fn fail(pid: u32, what: &'static str) -> impl Fn(io::Error) -> ObserveError {
     move |source| ObserveError { pid, what, source }
 }
@@ -157,31 +120,6 @@ fn parse_mapping(line: &str) -> Option<(FileIdentity, MappedRange)> {
         extent: Extent::new(offset, end.checked_sub(start)?),
     };
     Some((identity, range))
-}
-
-fn sum_smaps(smaps: &str, file: FileIdentity) -> Weight {
-    let mut weight = Weight::default();
-    let mut ours = false;
-    for line in smaps.lines() {
-        if let Some((identity, _)) = parse_mapping(line) {
-            ours = identity == file;
-            continue;
-        }
-        let mut fields = line.split_ascii_whitespace();
-        let (Some(name), Some(value)) = (fields.next(), fields.next()) else {
-            continue;
-        };
-        let (true, Ok(kib)) = (ours, value.parse::<u64>()) else {
-            continue;
-        };
-        match name {
-            "Rss:" => weight.rss_bytes += kib * 1024,
-            "Pss:" => weight.pss_bytes += kib * 1024,
-            "Locked:" => weight.locked_bytes += kib * 1024,
-            _ => {}
-        }
-    }
-    weight
 }
 
 /// `struct pm_scan_arg` of `linux/fs.h`.
@@ -247,15 +185,9 @@ fn scan(pagemap: &File, range: MappedRange, pages: &mut Vec<Extent>) -> io::Resu
     Ok(())
 }
 
-/// Whether the kernel knows PAGEMAP_SCAN.
-pub(crate) fn scan_works() -> bool {
-    let nothing = MappedRange {
-        address: 0,
-        extent: Extent::new(0, PAGE_BYTES),
-    };
-    File::open("/proc/self/pagemap")
-        .and_then(|pagemap| scan(&pagemap, nothing, &mut Vec::new()))
-        .is_ok()
+/// Whether an error says that the kernel does not know the call at all.
+fn is_unknown(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::ENOTTY))
 }
 
 /// The mapped pages of `range`, from one entry for each.
@@ -279,31 +211,16 @@ fn entries(pagemap: &File, range: MappedRange) -> io::Result<Vec<Extent>> {
 mod tests {
     use super::*;
 
-    const SMAPS: &str = "\
-7f0000000000-7f0000200000 r--s 00001000 00:2a 123456 /run/x.img
-Size:               2048 kB
-Rss:                  64 kB
-Pss:                  32 kB
-Locked:                4 kB
-7f0000400000-7f0000600000 r--s 00000000 00:2b 123456 /run/y.img
-Rss:                 100 kB
-Pss:                 100 kB
-";
-
     #[test]
-    fn maps_and_smaps_are_understood() {
+    fn maps_are_understood() {
         let file = FileIdentity {
             device: (0, 0x2a),
             inode: 123_456,
         };
-        let (identity, range) = parse_mapping(SMAPS.lines().next().unwrap()).unwrap();
+        let line = "7f0000000000-7f0000200000 r--s 00001000 00:2a 123456 /run/x.img";
+        let (identity, range) = parse_mapping(line).unwrap();
         assert_eq!(identity, file);
         assert_eq!(range.extent, Extent::new(4096, 2 << 20));
-        let weight = sum_smaps(SMAPS, file);
-        assert_eq!(
-            (weight.rss_bytes, weight.pss_bytes, weight.locked_bytes),
-            (65536, 32768, 4096)
-        );
         assert_eq!(parse_mapping("Rss:     64 kB"), None);
     }
 
@@ -324,7 +241,6 @@ Pss:                 100 kB
                 .any(|extent| extent.intersection(&page) == Some(page)),
             "{seen:?}"
         );
-        assert_eq!(mappers(identity).unwrap(), [pid]);
         // As kernels without the scan are asked.
         let (pagemap, range) = (
             open_pagemap(pid).unwrap(),

@@ -49,19 +49,6 @@ pub struct Stall {
     pub some_total_us: u64,
 }
 
-impl Sample {
-    /// What may still be used before the nearer of host and cgroup is exhausted.
-    pub fn headroom_bytes(&self) -> u64 {
-        let cgroup = self.cgroup.and_then(|cgroup| {
-            let used_bytes = cgroup
-                .usage_bytes
-                .saturating_sub(cgroup.inactive_file_bytes);
-            Some(cgroup.limit_bytes?.saturating_sub(used_bytes))
-        });
-        self.mem_available_bytes.min(cgroup.unwrap_or(u64::MAX))
-    }
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Cgroup {
     V1(Vec<PathBuf>),
@@ -103,14 +90,6 @@ impl Probe {
                 some_total_us: stall.some.total,
             }),
         })
-    }
-
-    /// Which cgroup is watched, if any: its directory and the hierarchy's version.
-    pub fn cgroup(&self) -> Option<(&Path, u8)> {
-        match self.cgroup.as_ref()? {
-            Cgroup::V1(dirs) => Some((dirs.first()?, 1)),
-            Cgroup::V2(dirs) => Some((dirs.first()?, 2)),
-        }
     }
 }
 
@@ -282,6 +261,17 @@ impl AsFd for Trigger {
 mod tests {
     use super::*;
 
+    /// What may still be used before the nearer of host and cgroup is exhausted.
+    fn headroom_bytes(sample: &Sample) -> u64 {
+        let cgroup = sample.cgroup.and_then(|cgroup| {
+            let used_bytes = cgroup
+                .usage_bytes
+                .saturating_sub(cgroup.inactive_file_bytes);
+            Some(cgroup.limit_bytes?.saturating_sub(used_bytes))
+        });
+        sample.mem_available_bytes.min(cgroup.unwrap_or(u64::MAX))
+    }
+
     fn host(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (path, text) in files {
@@ -304,7 +294,7 @@ mod tests {
     fn this_host_is_sane() {
         let sample = Probe::new().sample().unwrap();
         assert!(sample.mem_available_bytes <= sample.mem_total_bytes);
-        assert!(sample.headroom_bytes() <= sample.mem_available_bytes);
+        assert!(headroom_bytes(&sample) <= sample.mem_available_bytes);
         assert!(sample.mem_available_bytes > 0);
     }
 
@@ -328,7 +318,7 @@ mod tests {
     fn a_host_without_cgroups_and_stall_information_still_samples() {
         let root = host(&[MEMINFO]);
         let sample = Probe::at(root.path()).sample().unwrap();
-        assert_eq!(sample.headroom_bytes(), 600 * 1024);
+        assert_eq!(headroom_bytes(&sample), 600 * 1024);
         assert_eq!((sample.cgroup, sample.stall), (None, None));
     }
 
@@ -356,7 +346,7 @@ mod tests {
         let sample = Probe::at(root.path()).sample().unwrap();
         let cgroup = sample.cgroup.unwrap();
         assert_eq!((cgroup.usage_bytes, cgroup.limit_bytes), (5000, Some(8000)));
-        assert_eq!(sample.headroom_bytes(), 3100);
+        assert_eq!(headroom_bytes(&sample), 3100);
         let stall = sample.stall.unwrap();
         assert_eq!(
             (stall.some_avg10, stall.full_avg10, stall.some_total_us),
@@ -384,9 +374,8 @@ mod tests {
             ),
         ]);
         let probe = Probe::at(root.path());
-        assert_eq!(probe.cgroup().unwrap().1, 1);
         let sample = probe.sample().unwrap();
         assert_eq!(sample.cgroup.unwrap().limit_bytes, None);
-        assert_eq!(sample.headroom_bytes(), 600 * 1024);
+        assert_eq!(headroom_bytes(&sample), 600 * 1024);
     }
 }

@@ -381,7 +381,7 @@ impl Core {
 
     fn attributes(&self, file: &SharedFile) -> Attributes {
         Attributes {
-            node: file.id.0,
+            node: file.node,
             size_bytes: file.spec.device_bytes,
             mode: libc::S_IFREG | 0o440,
             ..self.root()
@@ -552,7 +552,7 @@ impl Core {
             let uniques: Vec<u64> = table
                 .iter()
                 .filter(|(_, waiting)| {
-                    waiting.file.id == file.id
+                    waiting.file.node == file.node
                         && waiting.extent.offset >= offset
                         && waiting.extent.offset + waiting.content_len() as u64 <= pushed.end()
                 })
@@ -575,7 +575,9 @@ impl Core {
     /// The pages of `file` that unanswered READs hold locked.
     pub fn locked_by_reads(&self, file: &SharedFile) -> PageSet {
         let table = self.waiting.lock();
-        let reads = table.values().filter(|waiting| waiting.file.id == file.id);
+        let reads = table
+            .values()
+            .filter(|waiting| waiting.file.node == file.node);
         reads.map(|waiting| waiting.extent).collect()
     }
 

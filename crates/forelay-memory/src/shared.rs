@@ -23,7 +23,7 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
 use crate::counters::Counters;
-use crate::files::{AddFileError, FileId, FileKey, FileSpec, SharedFile, file_name};
+use crate::files::{AddFileError, FileKey, FileSpec, SharedFile, file_name};
 use crate::fuse::abi::{self, notify};
 use crate::fuse::connection::{Connection, Waiter};
 use crate::fuse::mount::{self, MountError};
@@ -271,17 +271,8 @@ impl SharedMemory {
 
     /// Adds the file of an image; adding it again with equal sizes changes nothing. Call
     /// it from no thread that answers faults: it opens the file through the mount.
-    pub fn add_file(&self, key: FileKey, spec: FileSpec) -> Result<FileId, AddFileError> {
-        self.add(key, spec, None)
-    }
-
-    fn add(
-        &self,
-        key: FileKey,
-        spec: FileSpec,
-        id: Option<FileId>,
-    ) -> Result<FileId, AddFileError> {
-        let file = self.core.files.write().add(key, spec, id)?;
+    pub fn add_file(&self, key: FileKey, spec: FileSpec) -> Result<(), AddFileError> {
+        let file = self.core.files.write().add(key, spec)?;
         if let Some(extents) = self.inherited_pins.lock().remove(&key) {
             file.pinned.lock().extend(extents);
         }
@@ -293,7 +284,7 @@ impl SharedMemory {
                 .map_err(|source| AddFileError::Open { key, source })?;
             *file.mapping.lock() = Some(Arc::new(mapping));
         }
-        Ok(file.id)
+        Ok(())
     }
 
     /// Opens a file through the mount. The first close in a session asks whether anybody
@@ -310,7 +301,6 @@ impl SharedMemory {
     pub fn remove_file(&self, key: &FileKey) -> Result<(), MemoryError> {
         let removed = self.core.files.write().remove(key);
         let file = removed.ok_or(MemoryError::UnknownFile(*key))?;
-        let node = file.id.0;
         file.mapping.lock().take();
         if let Some(pinner) = &self.pinner {
             pinner.forget(&self.domain, *key)?;
@@ -321,19 +311,16 @@ impl SharedMemory {
             Err(error) => Err(MemoryError::Kernel {
                 key: *key,
                 what: "removing the entry",
-                offset: node,
+                offset: file.node,
                 source: error.into(),
             }),
         }
     }
 
     /// The files in this mount, by node id.
-    pub fn files(&self) -> Vec<(FileKey, FileId, FileSpec)> {
+    pub fn files(&self) -> Vec<(FileKey, FileSpec)> {
         let files = self.core.files.read();
-        files
-            .iter()
-            .map(|file| (file.key, file.id, file.spec))
-            .collect()
+        files.iter().map(|file| (file.key, file.spec)).collect()
     }
 
     fn file(&self, key: &FileKey) -> Result<Arc<SharedFile>, MemoryError> {
@@ -384,7 +371,7 @@ impl SharedMemory {
         let mut at = offset;
         for piece in data.chunks(STORE_BYTES) {
             let padding = piece.len().next_multiple_of(PAGE_BYTES as usize) - piece.len();
-            let body = abi::store_body(file.id.0, at, (piece.len() + padding) as u32);
+            let body = abi::store_body(file.node, at, (piece.len() + padding) as u32);
             let mut parts: Vec<&[u8]> = vec![&body, piece];
             parts.extend(zero_parts(padding));
             self.core
@@ -508,7 +495,7 @@ impl SharedMemory {
     }
 
     fn invalidate(&self, file: &SharedFile, extent: Extent) -> Result<(), MemoryError> {
-        let body = abi::inval_inode_body(file.id.0, extent.offset, extent.len);
+        let body = abi::inval_inode_body(file.node, extent.offset, extent.len);
         match self.core.connection.notify(notify::INVAL_INODE, &[&body]) {
             // Not looked up: nothing is cached.
             Ok(()) | Err(Errno::NOENT) => Ok(()),

@@ -15,9 +15,6 @@ pub const MINUTE_MS: i64 = 60 * SECOND_MS;
 pub const HOUR_MS: i64 = 60 * MINUTE_MS;
 /// Milliseconds in a day.
 pub const DAY_MS: i64 = 24 * HOUR_MS;
-/// Milliseconds in a week.
-pub const WEEK_MS: i64 = 7 * DAY_MS;
-
 /// Milliseconds since the Unix epoch (or since a trace's own zero).
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,

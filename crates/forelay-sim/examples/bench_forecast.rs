@@ -6,9 +6,13 @@
 
 use forelay_predict::arrivals::{ArrivalsConfig, Forecaster};
 use forelay_predict::time::Timestamp;
-use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 use forelay_sim::{Policy, SimulateConfig, simulate};
 use std::path::{Path, PathBuf};
+use synthetic_traces::{ArrivalProcess, SyntheticProfile, generate};
+
+#[allow(dead_code)]
+#[path = "../tests/synthetic.rs"]
+mod synthetic_traces;
 
 const PROFILES: usize = 10_000;
 

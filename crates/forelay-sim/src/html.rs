@@ -326,39 +326,34 @@ fn outcomes(title: &str, outcomes: &[ProfileOutcome], reference: &str) -> String
     if outcomes.is_empty() {
         return format!("<h3>{title}</h3><p>None.</p>");
     }
-    let mut html = format!(
-        "<h3>{title}</h3><table><tr><th>profile</th><th>launches</th><th>cold, Forelay</th>\
-         <th>cold, {}</th></tr>",
-        escape(reference)
-    );
-    for outcome in outcomes {
-        let _ = write!(
-            html,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-            escape(&outcome.profile),
-            outcome.launches,
-            outcome.cold_forelay,
-            outcome.cold_reference
-        );
-    }
-    html + "</table>"
+    let cold = format!("cold, {reference}");
+    let rows = outcomes.iter().map(|one| {
+        let counts = [
+            one.launches,
+            one.cold_forelay.into(),
+            one.cold_reference.into(),
+        ];
+        [one.profile.clone()]
+            .into_iter()
+            .chain(counts.map(|n| n.to_string()))
+            .collect()
+    });
+    let headings = ["profile", "launches", "cold, Forelay", &cold];
+    format!("<h3>{title}</h3>{}", table(&headings, rows))
 }
 
-fn table(report: &Report) -> String {
-    let (headings, rows) = report.table();
-    let mut html = String::from("<table><tr>");
-    for heading in headings {
-        let _ = write!(html, "<th>{heading}</th>");
+fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let row = |tag: &str, cells: &mut dyn Iterator<Item = &str>| {
+        let cells: String = cells
+            .map(|cell| format!("<{tag}>{}</{tag}>", escape(cell)))
+            .collect();
+        format!("<tr>{cells}</tr>")
+    };
+    let mut html = row("th", &mut headings.iter().copied());
+    for cells in rows {
+        html.push_str(&row("td", &mut cells.iter().map(String::as_str)));
     }
-    html.push_str("</tr>");
-    for row in rows {
-        html.push_str("<tr>");
-        for cell in row {
-            let _ = write!(html, "<td>{}</td>", escape(&cell));
-        }
-        html.push_str("</tr>");
-    }
-    html + "</table>"
+    format!("<table>{html}</table>")
 }
 
 /// The page.
@@ -405,7 +400,8 @@ pub(crate) fn page(report: &Report) -> String {
         html.push_str(&outcomes("Lost most", &report.worst_profiles, reference));
     }
     html.push_str("<h2>All settings</h2>");
-    html.push_str(&table(report));
+    let (headings, rows) = report.table();
+    html.push_str(&table(&headings, rows));
     html.push_str("</body></html>\n");
     html
 }

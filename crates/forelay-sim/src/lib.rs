@@ -8,7 +8,6 @@
 
 pub mod eviction;
 pub mod launch_rows;
-pub mod synthetic;
 pub mod trace;
 
 mod bounded;
@@ -23,7 +22,7 @@ mod windows;
 
 pub use needs::{Found, NeedsOutcome};
 pub use policy::{Policy, PolicyError};
-pub use report::{Report, SimulateError};
+pub use report::{ProfileOutcome, Report, SimulateError};
 pub use sides::{SharedComponents, Sides, SidesError};
 pub use tally::{Half, Row};
 

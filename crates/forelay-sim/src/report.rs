@@ -240,12 +240,6 @@ impl Comparison {
 }
 
 impl Report {
-    /// The stable JSON form.
-    #[must_use]
-    pub fn to_json(&self) -> serde_json::Value {
-        serde_json::to_value(self).unwrap_or(serde_json::Value::Null)
-    }
-
     /// Headings and cells for a table.
     #[must_use]
     pub fn table(&self) -> (Vec<&'static str>, Vec<Vec<String>>) {

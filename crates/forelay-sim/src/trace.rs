@@ -177,7 +177,7 @@ impl Trace {
 
     /// Orders launches and fixes the horizon: the end of the last minute for traces of whole
     /// minutes, the last launch otherwise.
-    pub(crate) fn finish(&mut self) {
+    pub fn finish(&mut self) {
         self.launches.sort_by_key(|launch| launch.at);
         let whole_minutes = self
             .launches

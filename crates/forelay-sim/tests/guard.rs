@@ -4,8 +4,9 @@
 //! The bounds lie a tenth above what the forecaster reaches. One that always tells the same
 //! probability holds everything always or nothing ever, and misses one of the two sides.
 
-use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 use forelay_sim::{Report, Row, SimulateConfig, simulate_trace};
+
+use crate::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 
 /// 48 profiles of six owners over ten days.
 fn host() -> forelay_sim::trace::Trace {

@@ -8,3 +8,4 @@ mod needs;
 mod prices;
 mod recovery;
 mod reference;
+mod synthetic;

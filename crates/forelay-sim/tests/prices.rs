@@ -3,9 +3,10 @@
 //! and each launch is judged once.
 
 use forelay_predict::time::Timestamp;
-use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 use forelay_sim::trace::{Trace, TracedLaunch};
 use forelay_sim::{Policy, Row, SimulateConfig, simulate_trace};
+
+use crate::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 
 /// Profiles that announce each other, repeat, drift and come at random.
 fn host(seed: u64) -> Trace {

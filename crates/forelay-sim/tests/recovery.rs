@@ -1,8 +1,9 @@
 //! The learner recovers what generated a synthetic trace.
 
 use forelay_predict::arrivals::{ArrivalsConfig, Forecaster};
-use forelay_sim::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 use forelay_sim::{Policy, Row, SimulateConfig, simulate_trace};
+
+use crate::synthetic::{ArrivalProcess, SyntheticProfile, generate};
 
 /// Log-loss per launch of the learner and of the generator itself, over the later half.
 fn log_losses(process: ArrivalProcess, days: f64, seed: u64) -> (f64, f64) {

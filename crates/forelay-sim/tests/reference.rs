@@ -34,7 +34,7 @@ fn run(file: &str, min_launches: u64, policies: &[&str]) -> Option<Report> {
 #[test]
 #[should_panic(expected = "left == right")]
 fn a_report_without_rows_is_not_like_the_reference() {
-    let trace = forelay_sim::synthetic::generate(&[], 1.0, 1);
+    let trace = crate::synthetic::generate(&[], 1.0, 1);
     let mut report = simulate_trace(&trace, &SimulateConfig::new("none".into())).unwrap();
     report.rows.clear();
     compare(&report, 0, &[("fixed:10", 0.0, 0.0, 0.0, 100.0)]);

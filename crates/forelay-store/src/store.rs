@@ -97,11 +97,6 @@ impl Store {
         &self.0.cache
     }
 
-    /// The repository.
-    pub fn repository(&self) -> &Arc<dyn Repository> {
-        &self.0.repository
-    }
-
     /// Makes the repository one, if it is not yet.
     pub async fn initialise(&self) -> Result<(), StoreError> {
         let new = Descriptor::current().to_json();
@@ -223,7 +218,7 @@ impl Store {
 
     /// As [`Store::add_image`], of an image whose bytes come from another store's repository.
     pub fn add_image_of(&self, image: ImageRef, of: &Self) -> Result<(), StoreError> {
-        self.0.images.add_from(image, of.repository())
+        self.0.images.add_from(image, &of.0.repository)
     }
 
     /// Forgets an image whose bytes are about to go; nothing may map it.

@@ -3,7 +3,7 @@
 //! One connection per request; no retries: a request either has an answer or an error
 //! that names the socket and what to do.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use bytes::Bytes;
 use forelay_image::{NameError, NameOf};
@@ -67,11 +67,6 @@ impl Client {
         Self {
             socket: socket.into(),
         }
-    }
-
-    /// The socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// `GET path`.

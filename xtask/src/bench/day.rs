@@ -202,13 +202,10 @@ fn wall_ms() -> Result<i64> {
 impl DayBench {
     fn host(&self, state: PathBuf, prefetch: bool, ahead: bool) -> Result<Host> {
         let settings = Settings {
-            repository: self.repository.clone(),
-            state,
-            latency_ms: demo::LATENCY_MS,
-            bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
             budget_bytes: BUDGET_BYTES,
             prefetch,
             ahead,
+            ..Settings::throttled(self.repository.clone(), state)
         };
         let host = Host::new(&self.programs, &settings)?;
         host.configure("cache", &format!("cap_bytes = {CACHE_BYTES}"))?;

@@ -3,13 +3,14 @@
 //!
 //! Mounts are made in a mount namespace of their own and loop devices are given back.
 
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::host::Host;
-use crate::process::{output, run, run_quiet};
+use crate::process::{output, run, run_quiet, target_dir};
 
 /// Mounts the composed image `$1` at `$1/tree`.
 const MOUNT: &str = r#"
@@ -81,4 +82,44 @@ pub fn make_overlay_of(backing: &str, format: &str, overlay: &Path) -> Result<()
             .args(["create", "-q", "-f", "qcow2", "-F", format, "-b", backing])
             .arg(overlay),
     )
+}
+
+/// The root file system of a manifest as a qcow2 image, with an overlay for each boot.
+pub struct PlainDisk {
+    dir: PathBuf,
+    boot_disk: PathBuf,
+}
+
+impl PlainDisk {
+    /// Makes it in `target/bench/NAME`.
+    pub fn make(host: &Host, manifest: &Path, name: &str) -> Result<Self> {
+        let dir = target_dir().join("bench").join(name);
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir)?;
+        let boot_disk = super::build_example("forelay-vm", "boot_disk")?;
+        let disk = Self { dir, boot_disk };
+        compose(host, manifest, &disk.composed())?;
+        make_qcow2(&disk.composed(), &disk.backing())?;
+        Ok(disk)
+    }
+
+    fn composed(&self) -> PathBuf {
+        self.dir.join("composed")
+    }
+
+    /// The image below the overlays.
+    pub fn backing(&self) -> PathBuf {
+        self.dir.join("root.qcow2")
+    }
+
+    /// Boots a VM from a new overlay; what it took.
+    pub fn boot(&self) -> Result<Value> {
+        let overlay = self.dir.join("overlay.qcow2");
+        make_overlay(&self.backing(), &overlay)?;
+        let mut boot = Command::new(&self.boot_disk);
+        boot.arg(self.composed().join("vmlinuz"));
+        boot.arg(self.composed().join("initrd")).arg(&overlay);
+        let text = output(boot.stderr(Stdio::inherit()))?;
+        serde_json::from_slice(&text).context("boot_disk printed no JSON")
+    }
 }

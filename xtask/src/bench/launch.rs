@@ -12,18 +12,18 @@
 //! and daemon is reported beside wall time; it scatters less.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::disks;
+use super::disks::PlainDisk;
 use super::draw::Draw;
-use super::statistics::{Paired, median, ratio};
+use super::statistics::{Paired, VmSamples, median, ratio};
 use crate::cpu;
 use crate::demo;
 use crate::host::{Host, Programs, Settings};
-use crate::process::{output, target_dir};
+use crate::process::output;
 
 const PROFILE: &str = "web";
 /// Rounds with all four ways; what follows takes the two that are compared closest.
@@ -40,59 +40,35 @@ const RESIDENT: usize = 2;
 const QCOW2: usize = 3;
 const WAYS: [&str; 4] = ["on_demand", "predicted", "resident", "qcow2"];
 
-/// What was measured of the launches of one way, one entry a round.
-#[derive(Default)]
-struct LaunchSamples {
-    ready_s: Vec<f64>,
-    demand_fetches: Vec<f64>,
-    stall_s: Vec<f64>,
-    /// From the request to the start of the VMM.
-    prepared_s: Vec<f64>,
-    /// Of the VMM, until it was ready.
-    vmm_cpu_s: Vec<f64>,
-    /// Of the daemon's processes, from the request until the VM was ready.
-    daemon_cpu_s: Vec<f64>,
+/// CPU seconds of VMM and daemon; nobody tells what the VMM of a plain disk used.
+fn cpu_s(samples: &VmSamples) -> Vec<f64> {
+    let told = |field| samples.all(field, f64::NAN).into_iter();
+    let both = told("/vmm_cpu_s").zip(told("/daemon_cpu_s"));
+    both.map(|(vmm, daemon)| vmm + daemon).collect()
 }
 
-impl LaunchSamples {
-    fn add(&mut self, figures: &Value) -> Result<()> {
-        let number = |field: &str| figures[field].as_f64().unwrap_or(0.0);
-        let ready_s = figures["ready_s"].as_f64();
-        self.ready_s.push(ready_s.context("a ready VM has a time")?);
-        self.demand_fetches.push(number("demand_fetches"));
-        self.stall_s.push(number("stall_s"));
-        self.prepared_s.push(number("prepared_s"));
-        // Nobody tells what the VMM of a plain disk used.
-        let told = |field: &str| figures[field].as_f64().unwrap_or(f64::NAN);
-        self.vmm_cpu_s.push(told("vmm_cpu_s"));
-        self.daemon_cpu_s.push(told("daemon_cpu_s"));
-        Ok(())
-    }
+fn ready_s(samples: &VmSamples) -> Vec<f64> {
+    samples.all("/ready_s", f64::NAN)
+}
 
-    fn cpu_s(&self) -> Vec<f64> {
-        let both = self.vmm_cpu_s.iter().zip(&self.daemon_cpu_s);
-        both.map(|(vmm, daemon)| vmm + daemon).collect()
-    }
-
-    fn figures(&self) -> Value {
-        json!({
-            "ready_s": self.ready_s,
-            "ready_median_s": median(&self.ready_s),
-            "demand_fetches_median": median(&self.demand_fetches),
-            "stall_median_s": median(&self.stall_s),
-            "prepared_median_s": median(&self.prepared_s),
-            "vmm_cpu_median_s": median(&self.vmm_cpu_s),
-            "daemon_cpu_median_s": median(&self.daemon_cpu_s),
-        })
-    }
+fn figures(samples: &VmSamples) -> Value {
+    let zero_median = |field| median(&samples.all(field, 0.0));
+    json!({
+        "ready_s": ready_s(samples),
+        "ready_median_s": samples.median("/ready_s"),
+        "demand_fetches_median": zero_median("/demand_fetches"),
+        "stall_median_s": zero_median("/stall_s"),
+        "prepared_median_s": zero_median("/prepared_s"),
+        "vmm_cpu_median_s": samples.median("/vmm_cpu_s"),
+        "daemon_cpu_median_s": samples.median("/daemon_cpu_s"),
+    })
 }
 
 struct LaunchBench {
     programs: Programs,
     settings: Settings,
     manifest: PathBuf,
-    disk: PathBuf,
-    boot_disk: PathBuf,
+    disk: PlainDisk,
     replay: PathBuf,
 }
 
@@ -103,20 +79,21 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let samples = bench.rounds()?;
     let replay = bench.replays(&touches)?;
     let [on_demand, predicted, resident, qcow2] = &samples;
-    let to = |other: &LaunchSamples| Paired::new(&predicted.ready_s, &other.ready_s).median();
-    let to_resident = Paired::new(&predicted.ready_s, &resident.ready_s);
-    let cpu = Paired::new(&predicted.cpu_s(), &resident.cpu_s());
+    let paired = |other: &VmSamples| Paired::new(&ready_s(predicted), &ready_s(other));
+    let to = |other: &VmSamples| paired(other).median();
+    let to_resident = paired(resident);
+    let cpu = Paired::new(&cpu_s(predicted), &cpu_s(resident));
     let ways = WAYS.iter().zip(&samples);
-    let ways = ways.map(|(way, samples)| ((*way).to_owned(), samples.figures()));
+    let ways = ways.map(|(way, samples)| ((*way).to_owned(), figures(samples)));
     let document = json!({
-        "rounds": resident.ready_s.len(),
+        "rounds": resident.0.len(),
         "demand_fetch_ratio":
-            ratio(median(&predicted.demand_fetches), median(&on_demand.demand_fetches)),
-        "stall_ratio": ratio(median(&predicted.stall_s), median(&on_demand.stall_s)),
+            ratio(predicted.median("/demand_fetches"), on_demand.median("/demand_fetches")),
+        "stall_ratio": ratio(predicted.median("/stall_s"), on_demand.median("/stall_s")),
         "ready_ratio_to_resident": to_resident.median(),
         "ready_ratio_to_resident_interval": to_resident.interval(),
         "ready_ratio_to_resident_of_medians":
-            median(&predicted.ready_s) / median(&resident.ready_s),
+            predicted.median("/ready_s") / resident.median("/ready_s"),
         "cpu_ratio_to_resident": cpu.median(),
         "cpu_ratio_to_resident_interval": cpu.interval(),
         "ready_ratio_to_on_demand": to(on_demand),
@@ -129,24 +106,24 @@ pub fn run_bench(out: &Path) -> Result<()> {
 
 fn prepare() -> Result<LaunchBench> {
     let (programs, settings) = super::prepare("launch")?;
-    let mut bench = LaunchBench {
+    let manifest = demo::manifest(PROFILE);
+    let host = Host::new(&programs, &settings)?;
+    Ok(LaunchBench {
+        disk: PlainDisk::make(&host, &manifest, "launch-disk")?,
+        replay: super::build_example("forelay-memory", "replay")?,
         programs,
         settings,
-        manifest: demo::manifest(PROFILE),
-        disk: target_dir().join("bench/launch-disk"),
-        boot_disk: super::build_example("forelay-vm", "boot_disk")?,
-        replay: super::build_example("forelay-memory", "replay")?,
-    };
-    bench.disk = bench.make_disk()?;
-    Ok(bench)
+        manifest,
+    })
 }
 
 impl LaunchBench {
-    fn rounds(&self) -> Result<[LaunchSamples; 4]> {
-        let mut samples: [LaunchSamples; 4] = Default::default();
+    fn rounds(&self) -> Result<[VmSamples; 4]> {
+        let mut samples: [VmSamples; 4] = Default::default();
         let mut draw = Draw(1);
         for round in 0..MOST_ROUNDS {
-            let to_resident = Paired::new(&samples[PREDICTED].ready_s, &samples[RESIDENT].ready_s);
+            let to_resident =
+                Paired::new(&ready_s(&samples[PREDICTED]), &ready_s(&samples[RESIDENT]));
             if round >= ROUNDS && to_resident.width() <= WIDTH {
                 break;
             }
@@ -157,7 +134,7 @@ impl LaunchBench {
             draw.shuffle(&mut ways);
             for way in ways {
                 let figures = self.launch(WAYS[way])?;
-                samples[way].add(&figures)?;
+                ensure!(figures["ready_s"].is_f64(), "a ready VM has a time");
                 println!(
                     "round {}: {:<10} ready {:.2} s, CPU {:.2} + {:.2} s, {} demand fetches, \
                      stall {:.3} s",
@@ -169,6 +146,7 @@ impl LaunchBench {
                     figures["demand_fetches"],
                     figures["stall_s"].as_f64().unwrap_or(0.0),
                 );
+                samples[way].0.push(figures);
             }
         }
         Ok(samples)
@@ -179,22 +157,7 @@ impl LaunchBench {
     }
 
     fn forget_disk_cache(&self) -> Result<()> {
-        match std::fs::remove_dir_all(self.settings.state.join("cache")) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// The same root file system as an ext4 image in qcow2 form.
-    fn make_disk(&self) -> Result<PathBuf> {
-        let dir = &self.disk;
-        let _ = std::fs::remove_dir_all(dir);
-        std::fs::create_dir_all(dir)?;
-        let host = self.host()?;
-        let layout = dir.join("composed");
-        disks::compose(&host, &self.manifest, &layout)?;
-        disks::make_qcow2(&layout, &dir.join("root.qcow2"))?;
-        Ok(layout)
+        super::remove_all(&self.settings.state.join("cache"))
     }
 
     /// Launches until the working set is known; returns what was touched.
@@ -220,7 +183,7 @@ impl LaunchBench {
     fn launch(&self, way: &str) -> Result<Value> {
         self.forget_disk_cache()?;
         if way == "qcow2" {
-            return self.launch_qcow2();
+            return self.disk.boot();
         }
         let mut host = self.host()?;
         host.start_daemon()?;
@@ -242,28 +205,6 @@ impl LaunchBench {
         host.stop_all()?;
         host.stop_daemon()?;
         Ok(figures)
-    }
-
-    fn launch_qcow2(&self) -> Result<Value> {
-        let overlay = self
-            .disk
-            .parent()
-            .context("has a parent")?
-            .join("launch-overlay.qcow2");
-        let backing = self
-            .disk
-            .parent()
-            .context("has a parent")?
-            .join("root.qcow2");
-        disks::make_overlay(&backing, &overlay)?;
-        let text = output(
-            Command::new(&self.boot_disk)
-                .arg(self.disk.join("vmlinuz"))
-                .arg(self.disk.join("initrd"))
-                .arg(&overlay)
-                .stderr(Stdio::inherit()),
-        )?;
-        serde_json::from_slice(&text).context("boot_disk printed no JSON")
     }
 
     /// Maps the manifest's devices and loads ahead of a launch; returns the devices.

@@ -75,13 +75,8 @@ fn prepare(name: &str) -> Result<(Programs, Settings)> {
     let state = target_dir().join("bench").join(format!("{name}-state"));
     let _ = std::fs::remove_dir_all(&state);
     let settings = Settings {
-        repository,
-        state,
-        latency_ms: demo::LATENCY_MS,
-        bandwidth_bytes_per_s: demo::BANDWIDTH_BYTES_PER_S,
-        budget_bytes: 0,
-        prefetch: true,
         ahead: false,
+        ..Settings::throttled(repository, state)
     };
     Ok((programs, settings))
 }
@@ -105,6 +100,20 @@ fn build_example(package: &str, name: &str) -> Result<PathBuf> {
         name,
     ]))?;
     Ok(target_dir().join("release/examples").join(name))
+}
+
+/// Removes a file, or a directory with all that is in it, if it is there.
+pub fn remove_all(path: &Path) -> Result<()> {
+    let removed = match path.is_dir() {
+        true => std::fs::remove_dir_all(path),
+        false => std::fs::remove_file(path),
+    };
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| path.display().to_string())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn write(out: &Path, document: &Value) -> Result<()> {

@@ -4,6 +4,7 @@
 //!
 //! Names after `packages` (and `--services`) restrict either to those.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Instant;
@@ -20,131 +21,37 @@ const PACKAGES: &str = include_str!("packages.txt");
 /// So many of them may fail to build.
 const MAY_FAIL: usize = 5;
 
+/// The services, and what they are asked.
+const SERVICES: &str = include_str!("services.toml");
+
 /// A service that is started in a VM and asked something.
+#[derive(serde::Deserialize)]
 struct Service {
-    package: &'static str,
+    package: String,
     /// Packages that it does not depend on, and does not start without.
-    besides: &'static [&'static str],
-    /// Its command in the foreground, where the component names none.
-    entrypoint: &'static [&'static str],
-    /// Further lines of the manifest.
-    manifest: &'static str,
+    #[serde(default)]
+    besides: Vec<String>,
     port: u16,
+    /// Its command in the foreground, where the component names none.
+    #[serde(default)]
+    entrypoint: Vec<String>,
     /// What is said to it, as `printf` takes it; nothing if it speaks first.
-    say: &'static str,
+    #[serde(default)]
+    say: String,
     /// What its answer has in it.
-    expect: &'static str,
+    expect: String,
 }
 
-const fn service(
-    package: &'static str,
-    port: u16,
-    say: &'static str,
-    expect: &'static str,
-) -> Service {
-    Service {
-        package,
-        besides: &[],
-        entrypoint: &[],
-        manifest: "",
-        port,
-        say,
-        expect,
+impl Service {
+    /// What `component build` is told.
+    fn words(&self) -> Vec<&str> {
+        let besides = self.besides.iter().map(String::as_str);
+        ["--deb", &self.package]
+            .into_iter()
+            .chain(besides)
+            .collect()
     }
 }
-
-/// `version.bind` in class CH, as a question over TCP.
-const DNS_VERSION: &str = concat!(
-    "\\000\\036\\001\\002\\000\\000\\000\\001\\000\\000\\000\\000\\000\\000",
-    "\\007version\\004bind\\000\\000\\020\\000\\003"
-);
-/// A client that introduces itself to a broker.
-const MQTT_CONNECT: &str = "\\020\\016\\000\\004MQTT\\004\\002\\000\\074\\000\\002me";
-
-const SERVICES: [Service; 22] = [
-    service(
-        "nginx",
-        80,
-        "GET / HTTP/1.0\\r\\n\\r\\n",
-        "Welcome to nginx",
-    ),
-    service(
-        "apache2",
-        80,
-        "GET / HTTP/1.0\\r\\n\\r\\n",
-        "Server: Apache",
-    ),
-    service(
-        "lighttpd",
-        80,
-        "GET / HTTP/1.0\\r\\n\\r\\n",
-        "Server: lighttpd",
-    ),
-    service("caddy", 80, "GET / HTTP/1.0\\r\\n\\r\\n", "Server: Caddy"),
-    Service {
-        entrypoint: &[
-            "/usr/sbin/privoxy",
-            "--no-daemon",
-            "--user",
-            "privoxy",
-            "/etc/privoxy/config",
-        ],
-        ..service(
-            "privoxy",
-            8118,
-            "GET http://p.p/ HTTP/1.0\\r\\n\\r\\n",
-            "Privoxy",
-        )
-    },
-    service("redis-server", 6379, "PING\\r\\n", "+PONG"),
-    service("memcached", 11211, "version\\r\\n", "VERSION 1."),
-    // Asked for encryption: there is none, since the build's key is left out.
-    service(
-        "postgresql",
-        5432,
-        "\\000\\000\\000\\010\\004\\322\\026\\057",
-        "N",
-    ),
-    service("mariadb-server", 3306, "", "MariaDB"),
-    service("mosquitto", 1883, MQTT_CONNECT, "\u{20}\u{2}\0\0"),
-    service("nats-server", 4222, "", "INFO {"),
-    service(
-        "etcd-server",
-        2379,
-        "GET /version HTTP/1.0\\r\\n\\r\\n",
-        "etcdserver",
-    ),
-    service(
-        "influxdb",
-        8086,
-        "GET /ping HTTP/1.0\\r\\n\\r\\n",
-        "204 No Content",
-    ),
-    service("openssh-server", 22, "", "SSH-2.0-OpenSSH"),
-    service("vsftpd", 21, "", "220 "),
-    Service {
-        entrypoint: &["/usr/sbin/postfix", "start-fg"],
-        ..service("postfix", 25, "", "ESMTP Postfix")
-    },
-    Service {
-        entrypoint: &["/usr/sbin/exim4", "-bdf", "-q30m"],
-        ..service("exim4-daemon-light", 25, "", "ESMTP Exim")
-    },
-    service("dovecot-imapd", 143, "", "* OK"),
-    service("bind9", 53, DNS_VERSION, "9."),
-    Service {
-        // Its configuration names the root's key.
-        besides: &["dns-root-data"],
-        ..service("unbound", 53, DNS_VERSION, "unbound")
-    },
-    service(
-        "prometheus-node-exporter",
-        9100,
-        "GET /metrics HTTP/1.0\\r\\n\\r\\n",
-        "200 OK",
-    ),
-    service("munin-node", 4949, "", "# munin node"),
-];
 
 /// Runs the benchmark and writes its figures to `out`.
 pub fn run_bench(out: &Path, arguments: &[&str]) -> Result<()> {
@@ -153,13 +60,11 @@ pub fn run_bench(out: &Path, arguments: &[&str]) -> Result<()> {
     crate::prerequisites::install()?;
     let programs = host::build()?;
     let settings = Settings {
-        repository: target_dir().join("bench/packages/repository"),
-        state: target_dir().join("build-state"),
-        latency_ms: 0,
-        bandwidth_bytes_per_s: 0,
-        budget_bytes: 0,
-        prefetch: true,
         ahead: false,
+        ..Settings::local(
+            target_dir().join("bench/packages/repository"),
+            target_dir().join("build-state"),
+        )
     };
     let base: (&[&str], &str) = (&["--base", "debian"], "debian");
     demo::build_lacking(&programs, &settings.repository, &[base])?;
@@ -235,10 +140,10 @@ fn start_all(
     settings: Settings,
     wanted: impl Fn(&str) -> bool,
 ) -> Result<Value> {
-    let chosen = SERVICES.iter().filter(|service| wanted(service.package));
-    let chosen: Vec<&Service> = chosen.collect();
-    let words = |one: &&Service| [&["--deb", one.package], one.besides].concat();
-    let packages: Vec<Vec<&str>> = chosen.iter().map(words).collect();
+    let mut services: BTreeMap<String, Vec<Service>> = toml::from_str(SERVICES)?;
+    let mut chosen = services.remove("service").unwrap_or_default();
+    chosen.retain(|service| wanted(&service.package));
+    let packages: Vec<Vec<&str>> = chosen.iter().map(Service::words).collect();
     let mut needed: Vec<(&[&str], &str)> = vec![(&["--kernel"], "linux-cloud")];
     needed.extend(packages.iter().map(|words| (&words[..], words[1])));
     demo::build_lacking(programs, &settings.repository, &needed)?;
@@ -246,13 +151,13 @@ fn start_all(
     let mut host = Host::new(programs, &Settings { state, ..settings })?;
     host.start_daemon()?;
     let mut rows = Vec::new();
-    for service in chosen {
+    for service in &chosen {
         let began = Instant::now();
         let answer = ask(&host, service);
         let seconds = began.elapsed().as_secs_f64();
         let good = answer
             .as_ref()
-            .is_ok_and(|answer| answer.contains(service.expect));
+            .is_ok_and(|answer| answer.contains(&service.expect));
         let said = match &answer {
             Ok(answer) => answer.clone(),
             Err(error) => format!("{error:#}"),
@@ -275,23 +180,23 @@ fn start_all(
 /// Starts a service in a VM of its own and asks it, from within.
 fn ask(host: &Host, service: &Service) -> Result<String> {
     let manifest = host.scratch().join(format!("{}.toml", service.package));
-    let entrypoint = match service.entrypoint {
+    let entrypoint = match &service.entrypoint[..] {
         [] => String::new(),
         words => format!("entrypoint = {words:?}\n"),
     };
     let text = format!(
-        "base = \"debian\"\ncomponents = [{:?}]\n{entrypoint}ready = {{ tcp = {} }}\n{}\n\
+        "base = \"debian\"\ncomponents = [{:?}]\n{entrypoint}ready = {{ tcp = {} }}\n\n\
          [vm]\nmemory_mib = 512\n",
-        service.package, service.port, service.manifest
+        service.package, service.port
     );
     std::fs::write(&manifest, text)?;
-    let name = service.package;
+    let name = &service.package;
     host.launch(&manifest, name, &["--timeout", "240"])?;
     let script = "exec 3<>/dev/tcp/127.0.0.1/$1; printf \"$2\" >&3; \
                   timeout 120 dd bs=4096 count=1 <&3 2>/dev/null | od -An -v -tx1";
     let port = service.port.to_string();
     let mut asked = host.forelay(["exec", name, "--", "bash", "-c", script, "bash", &port]);
-    let output = asked.arg(service.say).stderr(Stdio::inherit()).output()?;
+    let output = asked.arg(&service.say).stderr(Stdio::inherit()).output()?;
     let hex = String::from_utf8(output.stdout).context("od prints text")?;
     let bytes: Vec<u8> = hex
         .split_whitespace()

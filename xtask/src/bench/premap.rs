@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::statistics::median;
+use super::statistics::VmSamples;
 use crate::demo;
 use crate::host::Host;
 use crate::process::output;
@@ -20,7 +20,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let (programs, settings) = super::prepare("premap")?;
     let state = settings.state.clone();
     // `first`: the daemon has just started and has launched nothing yet.
-    let mut samples: [[Vec<Value>; 2]; 2] = Default::default();
+    let mut samples: [[VmSamples; 2]; 2] = Default::default();
     for round in 0..ROUNDS {
         for (way, _) in WAYS.iter().enumerate() {
             let _ = std::fs::remove_dir_all(state.join("cache"));
@@ -36,21 +36,14 @@ pub fn run_bench(out: &Path) -> Result<()> {
                     figures["prepared_s"],
                     figures["vmm_started_s"],
                 );
-                samples[again][way].push(figures);
+                samples[again][way].0.push(figures);
             }
             host.stop_daemon()?;
         }
     }
-    let figure = |samples: &[Value], name: &str| {
-        let all: Vec<f64> = samples
-            .iter()
-            .filter_map(|one| one[name].as_f64())
-            .collect();
-        median(&all)
-    };
-    let side = |[usual, ahead]: &[Vec<Value>; 2]| {
-        let pair = |name: &str| (figure(usual, name), figure(ahead, name));
-        let (prepared, started) = (pair("prepared_s"), pair("vmm_started_s"));
+    let side = |[usual, ahead]: &[VmSamples; 2]| {
+        let pair = |name: &str| (usual.median(name), ahead.median(name));
+        let (prepared, started) = (pair("/prepared_s"), pair("/vmm_started_s"));
         json!({
             "prepared_s": { WAYS[0]: prepared.0, WAYS[1]: prepared.1 },
             "prepared_ratio": prepared.1 / prepared.0,

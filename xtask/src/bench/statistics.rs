@@ -1,5 +1,7 @@
 //! Medians and ratios of samples, and how well they are known.
 
+use serde_json::Value;
+
 use super::draw::Draw;
 
 /// The median; NaN of nothing.
@@ -27,6 +29,26 @@ pub fn quantile(samples: &[f64], quantile: f64) -> f64 {
 /// `a / b`, with 0 / 0 = 0.
 pub fn ratio(a: f64, b: f64) -> f64 {
     if a == 0.0 { 0.0 } else { a / b }
+}
+
+/// Figures of launches of one kind, one entry a round.
+#[derive(Default)]
+pub struct VmSamples(pub Vec<Value>);
+
+impl VmSamples {
+    /// A figure of each, `absent` where nobody tells it.
+    pub fn all(&self, field: &str, absent: f64) -> Vec<f64> {
+        let told = self.0.iter().map(|one| one.pointer(field));
+        told.map(|value| value.and_then(Value::as_f64).unwrap_or(absent))
+            .collect()
+    }
+
+    /// The median of a figure over those that tell it.
+    pub fn median(&self, field: &str) -> f64 {
+        let mut told = self.all(field, f64::NAN);
+        told.retain(|figure| !figure.is_nan());
+        median(&told)
+    }
 }
 
 /// Resamplings of a bootstrap.

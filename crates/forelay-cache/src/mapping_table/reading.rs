@@ -110,13 +110,6 @@ impl MappingTable {
         states
     }
 
-    /// Parts of `extent` that are neither resident nor on their way.
-    pub fn missing(&self, image: &SharedImage, extent: Extent) -> Vec<Extent> {
-        let absent = self.absent(image, extent).into_iter();
-        let missing = absent.filter(|part| !part.fetching);
-        missing.map(|part| part.extent).collect()
-    }
-
     /// What running VMs have touched of each image, as far as it was observed.
     pub fn touched_by_running(&self) -> BTreeMap<&SharedImage, PageSet> {
         let mut touched: BTreeMap<&SharedImage, PageSet> = BTreeMap::new();

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
 use crate::reuse::training::{FittedReuse, ReuseTraining};
-use crate::reuse::{ObjectRequest, ReuseMemory, ReuseSettings};
+use crate::reuse::{EvictionPolicy as _, ObjectRequest, ReuseMemory, ReuseSettings};
 
 /// Images after which all is forgotten: each has a past of some hundred bytes.
 const MOST_OBJECTS: usize = 1 << 16;

@@ -10,7 +10,7 @@ use forelay_image::Digest;
 use forelay_image::pages::PageRun;
 
 use crate::names::{DeviceImage, Domain, ProfileName, SharedImage};
-use crate::reuse::ObjectRequest;
+use crate::reuse::{EvictionPolicy, ObjectRequest};
 
 use super::benefit::BenefitModel;
 use super::config::PlanConfig;
@@ -75,9 +75,8 @@ impl ByWorth {
     }
 }
 
-impl ByWorth {
-    /// Serves a request; true if the object was held already.
-    pub fn request(&mut self, request: &ObjectRequest) -> bool {
+impl EvictionPolicy for ByWorth {
+    fn request(&mut self, request: &ObjectRequest) -> bool {
         let digest = Digest::of(&request.object.to_le_bytes());
         let image = SharedImage::new(self.domain.clone(), digest);
         let device = DeviceImage {
@@ -109,18 +108,15 @@ impl ByWorth {
         false
     }
 
-    /// Whether an object is held.
-    pub fn contains(&self, object: u32) -> bool {
+    fn contains(&self, object: u32) -> bool {
         self.held.contains_key(&object)
     }
 
-    /// Bytes held.
-    pub fn used_bytes(&self) -> u64 {
+    fn used_bytes(&self) -> u64 {
         self.used_bytes
     }
 
-    /// Most bytes that may be held.
-    pub fn capacity_bytes(&self) -> u64 {
+    fn capacity_bytes(&self) -> u64 {
         self.capacity_bytes
     }
 }

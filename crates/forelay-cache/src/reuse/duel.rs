@@ -121,6 +121,7 @@ impl Duel {
 
 #[cfg(test)]
 mod tests {
+    use super::super::EvictionPolicy as _;
     use super::*;
 
     const SLOTS: u64 = 10;

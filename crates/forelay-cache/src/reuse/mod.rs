@@ -53,6 +53,22 @@ pub struct ObjectRequest {
     pub now_ms: i64,
 }
 
+/// Decides which objects stay in a bounded memory: what the simulator compares.
+pub trait EvictionPolicy {
+    /// Serves a request; true if the object was held already.
+    fn request(&mut self, request: &ObjectRequest) -> bool;
+    /// Whether an object is held.
+    fn contains(&self, object: u32) -> bool;
+    /// Bytes held.
+    fn used_bytes(&self) -> u64;
+    /// Most bytes that may be held.
+    fn capacity_bytes(&self) -> u64;
+    /// Bytes brought in before they were requested; most policies never do that.
+    fn prefetched_bytes(&self) -> u64 {
+        0
+    }
+}
+
 /// Settings; one set serves all traces and sizes.
 #[derive(Clone, Copy, Debug)]
 pub struct ReuseSettings {
@@ -387,9 +403,8 @@ impl ReuseMemory {
     }
 }
 
-impl ReuseMemory {
-    /// Serves a request; true if the object was held already.
-    pub fn request(&mut self, request: &ObjectRequest) -> bool {
+impl EvictionPolicy for ReuseMemory {
+    fn request(&mut self, request: &ObjectRequest) -> bool {
         let hit = self.observe(request);
         if self
             .learner
@@ -400,28 +415,19 @@ impl ReuseMemory {
         hit
     }
 
-    /// Whether objects come back before they are requested.
-    pub const fn prefetches(&self) -> bool {
-        self.config.prefetch
-    }
-
-    /// Whether an object is held.
-    pub fn contains(&self, object: u32) -> bool {
+    fn contains(&self, object: u32) -> bool {
         self.held.contains(object)
     }
 
-    /// Bytes held.
-    pub const fn used_bytes(&self) -> u64 {
+    fn used_bytes(&self) -> u64 {
         self.held.used_bytes()
     }
 
-    /// Most bytes that may be held.
-    pub const fn capacity_bytes(&self) -> u64 {
+    fn capacity_bytes(&self) -> u64 {
         self.held.capacity_bytes()
     }
 
-    /// Bytes brought in before they were requested.
-    pub const fn prefetched_bytes(&self) -> u64 {
+    fn prefetched_bytes(&self) -> u64 {
         self.prefetched_bytes
     }
 }

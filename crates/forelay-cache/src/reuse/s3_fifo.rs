@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::ObjectRequest;
+use super::{EvictionPolicy, ObjectRequest};
 
 /// Uses in the small queue from which an object moves on to the main queue.
 const PROMOTE_USES: u8 = 2;
@@ -170,25 +170,21 @@ impl S3Fifo {
     }
 }
 
-impl S3Fifo {
-    /// Serves a request; true if the object was held already.
-    pub fn request(&mut self, request: &ObjectRequest) -> bool {
+impl EvictionPolicy for S3Fifo {
+    fn request(&mut self, request: &ObjectRequest) -> bool {
         self.request_telling(request, &mut Vec::new())
     }
 
-    /// Whether an object is held.
-    pub fn contains(&self, object: u32) -> bool {
+    fn contains(&self, object: u32) -> bool {
         let entry = self.objects.get(&object);
         entry.is_some_and(|entry| entry.place != QueueOf::Ghost)
     }
 
-    /// Bytes held.
-    pub fn used_bytes(&self) -> u64 {
+    fn used_bytes(&self) -> u64 {
         self.small.bytes + self.main.bytes
     }
 
-    /// Most bytes that may be held.
-    pub fn capacity_bytes(&self) -> u64 {
+    fn capacity_bytes(&self) -> u64 {
         self.capacity_bytes
     }
 }

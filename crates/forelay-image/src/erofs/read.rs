@@ -23,14 +23,11 @@ mod mapping;
 mod source;
 mod tree;
 
-pub use extents::{FileExtents, Owners, PlacedExtent};
+pub use extents::{FileExtents, PlacedExtent};
 pub use source::ReadAt;
 
 /// Longest path that a walk follows, in bytes: deeper trees are taken for an attack.
 const PATH_BYTES_MAX: usize = 16 << 10;
-
-/// Symbolic links that one path may lead through, as in Linux.
-const SYMLINKS_MAX: u32 = 40;
 
 /// Why an image cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -186,16 +183,6 @@ impl<'a> Image<'a> {
         Ok(())
     }
 
-    /// The superblock.
-    pub fn superblock(&self) -> &Superblock {
-        &self.superblock
-    }
-
-    /// The device slots of a map image, in device order.
-    pub fn devices(&self) -> impl Iterator<Item = &DeviceSlot> {
-        self.devices.iter().map(|device| &device.slot)
-    }
-
     /// The root directory.
     pub fn root(&self) -> Result<Inode, ReadError> {
         self.directory(self.superblock.root_nid.into())
@@ -253,39 +240,6 @@ impl<'a> Image<'a> {
             }
         }
         Ok(Some(inode))
-    }
-
-    /// Finds a path as a process in the VM would: symbolic links are followed within the
-    /// image. `None` also for links that lead nowhere or in circles.
-    pub fn resolve(&self, path: &[u8]) -> Result<Option<Inode>, ReadError> {
-        let mut links = 0;
-        let mut parents = vec![self.root()?];
-        let mut todo: Vec<Vec<u8>> = split_path(path).map(<[u8]>::to_vec).collect();
-        todo.reverse();
-        while let Some(name) = todo.pop() {
-            if name == b".." {
-                parents.truncate((parents.len() - 1).max(1));
-                continue;
-            }
-            let Some(child) = self.child(&parents[parents.len() - 1], &name)? else {
-                return Ok(None);
-            };
-            if child.record.file_type != FileType::Symlink {
-                parents.push(child);
-                continue;
-            }
-            links += 1;
-            if links > SYMLINKS_MAX {
-                return Ok(None);
-            }
-            let target = self.read_link(&child)?;
-            if target.first() == Some(&b'/') {
-                parents.truncate(1);
-            }
-            let parts: Vec<Vec<u8>> = split_path(&target).map(<[u8]>::to_vec).collect();
-            todo.extend(parts.into_iter().rev());
-        }
-        Ok(parents.pop())
     }
 
     /// The entry `name` of a directory; `None` for anything that is not a directory.

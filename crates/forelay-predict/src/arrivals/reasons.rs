@@ -172,25 +172,6 @@ impl Forecaster {
             .collect()
     }
 
-    /// The forecast of one profile with its reasons; `None` if it was never launched.
-    #[must_use]
-    pub fn forecast(
-        &self,
-        profile: ProfileKey,
-        now: Timestamp,
-        horizon_s: f64,
-    ) -> Option<LaunchForecast> {
-        let record = self.records.get(profile.0 as usize)?;
-        (record.launches > 0).then(|| {
-            self.describe(
-                profile,
-                now,
-                horizon_s,
-                self.probability(profile, now, horizon_s),
-            )
-        })
-    }
-
     fn describe(
         &self,
         key: ProfileKey,

@@ -60,9 +60,8 @@ fn a_launch_announces_the_one_that_used_to_follow() {
         announced > 0.6 && unannounced < 0.2,
         "{announced} {unannounced}"
     );
-    let forecast = forecaster
-        .forecast(deploy, now.plus_seconds(1.0), 300.0)
-        .unwrap();
+    let forecasts = forecaster.next_launches(now.plus_seconds(1.0), 300.0, 0.0);
+    let forecast = forecasts.iter().find(|one| one.key == deploy).unwrap();
     let reason = forecast.reasons[0].to_string();
     assert!(reason.starts_with("follows `build` by"), "{reason}");
 }
@@ -119,7 +118,7 @@ fn the_kill_switch_is_told() {
         forecaster.observe_launch(profile, owner, Timestamp(hour * HOUR_MS), 0);
     }
     let due = Timestamp(20 * HOUR_MS - MINUTE_MS);
-    let forecast = forecaster.forecast(profile, due, 600.0).unwrap();
+    let forecast = &forecaster.next_launches(due, 600.0, 0.0)[0];
     assert!(forecast.fallen_back);
     assert_eq!(forecast.reasons[0], Reason::SwitchedOff);
 }

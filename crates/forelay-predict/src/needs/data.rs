@@ -122,11 +122,6 @@ impl Rows {
         &self.items[self.starts[i] as usize..self.starts[i + 1] as usize]
     }
 
-    /// Weight of a row.
-    pub fn weight(&self, i: usize) -> f32 {
-        self.weights[i]
-    }
-
     /// Sum of the weights.
     pub fn total(&self) -> f64 {
         self.weights.iter().map(|w| f64::from(*w)).sum()

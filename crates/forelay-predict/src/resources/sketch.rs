@@ -31,11 +31,6 @@ impl Sketch {
         self.weight
     }
 
-    /// Whether nothing was added.
-    pub fn is_empty(&self) -> bool {
-        self.buckets.is_empty()
-    }
-
     /// Adds `value` with `weight`; values that are no number and weights not above zero are
     /// ignored.
     pub fn add(&mut self, value: f64, weight: f64) {

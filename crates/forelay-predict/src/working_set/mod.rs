@@ -126,11 +126,6 @@ impl WorkingSets {
         }
     }
 
-    /// The bounds in force.
-    pub fn config(&self) -> &WorkingSetConfig {
-        &self.config
-    }
-
     /// A number that is another one whenever a plan may be another one.
     pub fn revision(&self) -> u64 {
         self.revision

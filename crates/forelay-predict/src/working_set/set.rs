@@ -33,11 +33,6 @@ impl WorkingSet {
             .map(|s| (s.extent(), s.weight / self.weight.max(s.weight), s.first_ms))
     }
 
-    /// Bytes this set takes in memory, for the host's accounting.
-    pub fn memory_bytes(&self) -> usize {
-        size_of::<Self>() + self.spans.capacity() * size_of::<Span>()
-    }
-
     /// Adds one launch that touched `seen` (disjoint, sorted).
     pub(super) fn observe(&mut self, seen: Vec<Seen>, config: &WorkingSetConfig) {
         let decay = 0.5_f32.powf(1.0 / config.half_life_launches.max(1.0));

@@ -22,8 +22,6 @@ impl Ranking for Value {
     /// Bits of non-negative floats, which sort like the floats.
     type Rank = (u64, u64);
 
-    const NAME: &'static str = "gdsf";
-
     fn used(&mut self, request: &ObjectRequest, _: Option<(u64, u64)>) -> (u64, u64) {
         self.requests += 1;
         let uses = self.uses.entry(request.object).or_insert(0);

@@ -3,9 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use forelay_cache::reuse::ObjectRequest;
-
-use super::EvictionPolicy;
+use forelay_cache::reuse::{EvictionPolicy, ObjectRequest};
 
 /// A component that may be evicted.
 #[derive(Clone, Copy, Debug)]
@@ -65,10 +63,6 @@ impl LeastUsed {
 }
 
 impl EvictionPolicy for LeastUsed {
-    fn name(&self) -> &'static str {
-        "least-used"
-    }
-
     fn request(&mut self, request: &ObjectRequest) -> bool {
         let uses = self.uses.entry(request.object).or_insert(0);
         *uses += 1;

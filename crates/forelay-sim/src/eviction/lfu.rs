@@ -17,8 +17,6 @@ pub struct Frequency {
 impl Ranking for Frequency {
     type Rank = (u64, u64);
 
-    const NAME: &'static str = "lfu";
-
     fn used(&mut self, _: &ObjectRequest, held: Option<(u64, u64)>) -> (u64, u64) {
         self.requests += 1;
         (held.map_or(0, |(uses, _)| uses) + 1, self.requests)

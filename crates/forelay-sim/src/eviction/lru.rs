@@ -16,8 +16,6 @@ pub struct Recency {
 impl Ranking for Recency {
     type Rank = u64;
 
-    const NAME: &'static str = "lru";
-
     fn used(&mut self, _: &ObjectRequest, _: Option<u64>) -> u64 {
         self.requests += 1;
         self.requests

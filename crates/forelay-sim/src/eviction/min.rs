@@ -7,10 +7,8 @@
 
 use std::collections::HashMap;
 
-use forelay_cache::reuse::ObjectRequest;
 use forelay_cache::reuse::ranked::Ranked;
-
-use super::EvictionPolicy;
+use forelay_cache::reuse::{EvictionPolicy, ObjectRequest};
 
 /// Belady's rule.
 #[derive(Clone, Debug)]
@@ -45,10 +43,6 @@ impl Min {
 }
 
 impl EvictionPolicy for Min {
-    fn name(&self) -> &'static str {
-        "min"
-    }
-
     fn request(&mut self, request: &ObjectRequest) -> bool {
         let next = self.next.get(self.at).copied().unwrap_or(u64::MAX);
         self.at += 1;

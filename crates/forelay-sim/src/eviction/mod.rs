@@ -21,6 +21,7 @@ pub mod ranked;
 use std::fmt;
 
 use forelay_cache::plan::ByWorth;
+pub use forelay_cache::reuse::EvictionPolicy;
 use forelay_cache::reuse::s3_fifo::S3Fifo;
 use forelay_cache::reuse::{ObjectRequest, ReuseMemory, ReuseSettings};
 
@@ -110,64 +111,3 @@ impl fmt::Display for EvictionKind {
         f.write_str(self.name())
     }
 }
-
-/// Decides which objects stay in a bounded memory. See the module's header.
-pub trait EvictionPolicy {
-    /// The policy's name, as tables and `--policy` show it.
-    fn name(&self) -> &'static str;
-    /// Serves a request; true if the object was held already.
-    fn request(&mut self, request: &ObjectRequest) -> bool;
-    /// Whether an object is held.
-    fn contains(&self, object: u32) -> bool;
-    /// Bytes held.
-    fn used_bytes(&self) -> u64;
-    /// Most bytes that may be held.
-    fn capacity_bytes(&self) -> u64;
-    /// Bytes brought in before they were requested; most policies never do that.
-    fn prefetched_bytes(&self) -> u64 {
-        0
-    }
-}
-
-/// The three that live in [`forelay_cache`].
-macro_rules! delegate {
-    ($memory:ty, $name:expr $(, $prefetched:ident)?) => {
-        impl EvictionPolicy for $memory {
-            fn name(&self) -> &'static str {
-                let name: fn(&Self) -> EvictionKind = $name;
-                name(self).name()
-            }
-
-            fn request(&mut self, request: &ObjectRequest) -> bool {
-                <$memory>::request(self, request)
-            }
-
-            fn contains(&self, object: u32) -> bool {
-                <$memory>::contains(self, object)
-            }
-
-            fn used_bytes(&self) -> u64 {
-                <$memory>::used_bytes(self)
-            }
-
-            fn capacity_bytes(&self) -> u64 {
-                <$memory>::capacity_bytes(self)
-            }
-
-            $(fn prefetched_bytes(&self) -> u64 {
-                <$memory>::$prefetched(self)
-            })?
-        }
-    };
-}
-
-delegate!(S3Fifo, |_| EvictionKind::S3Fifo);
-delegate!(ByWorth, |_| EvictionKind::Planner);
-delegate!(
-    ReuseMemory,
-    |memory| match memory.prefetches() {
-        true => EvictionKind::ForecastPrefetch,
-        false => EvictionKind::Forecast,
-    },
-    prefetched_bytes
-);

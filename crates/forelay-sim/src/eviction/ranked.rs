@@ -1,18 +1,13 @@
 //! What LRU, LFU and GDSF have in common: the lowest rank leaves first. They differ in the rank
 //! alone.
 
-use forelay_cache::reuse::ObjectRequest;
 use forelay_cache::reuse::ranked::Ranked;
-
-use super::EvictionPolicy;
+use forelay_cache::reuse::{EvictionPolicy, ObjectRequest};
 
 /// What a policy that goes by rank ranks by.
 pub trait Ranking: Default {
     /// A rank; the lowest leaves first.
     type Rank: Ord + Copy;
-
-    /// The policy's name.
-    const NAME: &'static str;
 
     /// The rank of an object that is requested; `held` is its rank until now.
     fn used(&mut self, request: &ObjectRequest, held: Option<Self::Rank>) -> Self::Rank;
@@ -39,10 +34,6 @@ impl<R: Ranking> RankedPolicy<R> {
 }
 
 impl<R: Ranking> EvictionPolicy for RankedPolicy<R> {
-    fn name(&self) -> &'static str {
-        R::NAME
-    }
-
     fn request(&mut self, request: &ObjectRequest) -> bool {
         if let Some(held) = self.objects.rank(request.object) {
             let rank = self.ranking.used(request, Some(held));

@@ -20,9 +20,6 @@ use forelay_image::Digest;
 /// A pack is closed once it has this many bytes.
 pub const PACK_TARGET_BYTES: u64 = 32 << 20;
 
-/// No pack is longer; offsets in packs fit 32 bits.
-pub const PACK_MAX_BYTES: u64 = 1 << 31;
-
 /// zstd's level: its default, fast enough that publishing is bound by reading and hashing.
 pub const ZSTD_LEVEL: i32 = 3;
 

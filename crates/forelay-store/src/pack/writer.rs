@@ -62,11 +62,6 @@ impl PackWriter {
         Ok(entry)
     }
 
-    /// Bytes written so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// True once the pack has its target size.
     pub fn is_full(&self) -> bool {
         self.bytes >= PACK_TARGET_BYTES

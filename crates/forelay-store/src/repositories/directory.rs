@@ -63,11 +63,6 @@ impl DirectoryRepository {
         Ok(Self::open(root))
     }
 
-    /// The directory.
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
     fn path(&self, key: &str) -> Result<PathBuf, RepositoryError> {
         check_key(key)?;
         Ok(self.root.join(key))

@@ -158,21 +158,18 @@ async fn list(store: &Store, json: bool) -> Result<()> {
             .collect();
         return output::json(&all);
     }
-    let rows = components.iter().map(|component| {
-        vec![
-            component.name.clone(),
-            component.version.clone(),
-            format!("{:?}", component.role).to_lowercase(),
-            component.id().short(),
-            bytes(component.image.bytes),
-            component.image.inodes.to_string(),
-            component.description.clone(),
-        ]
-    });
-    let headings = [
-        "name", "version", "role", "id", "size", "inodes", "function",
-    ];
-    output::table(&headings, rows.collect());
+    output::table(
+        components.iter().map(|component| &**component),
+        &[
+            ("name", |one: &Component| one.name.clone()),
+            ("version", |one| one.version.clone()),
+            ("role", |one| format!("{:?}", one.role).to_lowercase()),
+            ("id", |one| one.id().short()),
+            ("size", |one| bytes(one.image.bytes)),
+            ("inodes", |one| one.image.inodes.to_string()),
+            ("function", |one| one.description.clone()),
+        ],
+    );
     Ok(())
 }
 

@@ -3,7 +3,10 @@
 use anyhow::Result;
 
 use super::output::{self, bytes, optional, seconds};
-use crate::api::{ForecastEntry, HistoryEntry, MapDevice, MemoryReport, SelfControl, VmMap};
+use crate::api::{
+    ComponentMemory, ForecastEntry, HistoryEntry, MapDevice, MapFile, MemoryReport, SelfControl,
+    VmMap, VmMemory,
+};
 use crate::client::{Client, vm_path};
 
 /// `forelay memory`.
@@ -31,41 +34,30 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
     );
     for domain in &report.domains {
         say!("\ntrust domain {}", domain.domain);
-        let rows = domain.components.iter().map(|component| {
-            vec![
-                component.component.clone(),
-                component.image.short(),
-                bytes(component.image_bytes),
-                bytes(component.resident_bytes),
-                bytes(component.pinned_bytes),
-                component.mapped_by.to_string(),
-                bytes(component.mapped_bytes),
-                bytes(component.shared_bytes),
-            ]
-        });
-        let headings = [
-            "component",
-            "image",
-            "size",
-            "resident",
-            "pinned",
-            "vms",
-            "mapped",
-            "shared",
-        ];
-        output::table(&headings, rows.collect());
+        output::table(
+            &domain.components,
+            &[
+                ("component", |one: &ComponentMemory| one.component.clone()),
+                ("image", |one| one.image.short()),
+                ("size", |one| bytes(one.image_bytes)),
+                ("resident", |one| bytes(one.resident_bytes)),
+                ("pinned", |one| bytes(one.pinned_bytes)),
+                ("vms", |one| one.mapped_by.to_string()),
+                ("mapped", |one| bytes(one.mapped_bytes)),
+                ("shared", |one| bytes(one.shared_bytes)),
+            ],
+        );
     }
     if !report.vms.is_empty() {
         say!();
-        let rows = report.vms.iter();
-        let rows = rows.map(|vm| {
-            vec![
-                vm.vm.clone(),
-                bytes(vm.mapped_bytes),
-                bytes(vm.charged_bytes),
-            ]
-        });
-        output::table(&["vm", "maps", "charged"], rows.collect());
+        output::table(
+            &report.vms,
+            &[
+                ("vm", |one: &VmMemory| one.vm.clone()),
+                ("maps", |one| bytes(one.mapped_bytes)),
+                ("charged", |one| bytes(one.charged_bytes)),
+            ],
+        );
     }
     Ok(())
 }
@@ -76,27 +68,18 @@ pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
     if json {
         return output::json(&map);
     }
-    let rows = map.devices.iter().map(|device| {
-        vec![
-            device.slot.to_string(),
-            device.component.clone(),
-            device.image.short(),
-            bytes(device.image_bytes),
-            bytes(device.resident_bytes),
-            bytes(device.touched_bytes),
-            bar(device),
-        ]
-    });
-    let headings = [
-        "slot",
-        "component",
-        "image",
-        "size",
-        "resident",
-        "touched",
-        "in memory",
-    ];
-    output::table(&headings, rows.collect());
+    output::table(
+        &map.devices,
+        &[
+            ("slot", |one: &MapDevice| one.slot.to_string()),
+            ("component", |one| one.component.clone()),
+            ("image", |one| one.image.short()),
+            ("size", |one| bytes(one.image_bytes)),
+            ("resident", |one| bytes(one.resident_bytes)),
+            ("touched", |one| bytes(one.touched_bytes)),
+            ("in memory", bar),
+        ],
+    );
     let mut touched: Vec<_> = map
         .files
         .iter()
@@ -108,18 +91,17 @@ pub async fn map(client: &Client, name: &str, json: bool) -> Result<()> {
         map.files.len(),
         touched.len()
     );
-    let rows = touched.iter().take(20).map(|file| {
-        vec![
-            file.path.clone(),
-            format!("{}+{:#x}", file.slot, file.offset),
-            bytes(file.bytes),
-            bytes(file.resident_bytes),
-            bytes(file.touched_bytes),
-        ]
-    });
     output::table(
-        &["guest file", "slot+offset", "size", "resident", "touched"],
-        rows.collect(),
+        touched.into_iter().take(20),
+        &[
+            ("guest file", |one: &MapFile| one.path.clone()),
+            ("slot+offset", |one| {
+                format!("{}+{:#x}", one.slot, one.offset)
+            }),
+            ("size", |one| bytes(one.bytes)),
+            ("resident", |one| bytes(one.resident_bytes)),
+            ("touched", |one| bytes(one.touched_bytes)),
+        ],
     );
     Ok(())
 }
@@ -146,29 +128,21 @@ pub async fn forecast(client: &Client, profile: Option<&str>, json: bool) -> Res
     if json {
         return output::json(&entries);
     }
-    let rows = entries.iter().map(|entry| {
-        vec![
-            entry.profile.clone(),
-            entry.vm.clone().unwrap_or_else(|| "next launch".to_owned()),
-            entry.component.clone(),
-            format!("{:.2}", entry.probability),
-            optional(entry.expected_in_s, seconds),
-            bytes(entry.bytes),
-            bytes(entry.resident_bytes),
-            entry.reasons.join("; "),
-        ]
-    });
-    let headings = [
-        "profile",
-        "for",
-        "component",
-        "p",
-        "expected in",
-        "needs",
-        "resident",
-        "because",
-    ];
-    output::table(&headings, rows.collect());
+    output::table(
+        &entries,
+        &[
+            ("profile", |one: &ForecastEntry| one.profile.clone()),
+            ("for", |one| {
+                one.vm.clone().unwrap_or_else(|| "next launch".to_owned())
+            }),
+            ("component", |one| one.component.clone()),
+            ("p", |one| format!("{:.2}", one.probability)),
+            ("expected in", |one| optional(one.expected_in_s, seconds)),
+            ("needs", |one| bytes(one.bytes)),
+            ("resident", |one| bytes(one.resident_bytes)),
+            ("because", |one| one.reasons.join("; ")),
+        ],
+    );
     let mut profiles: Vec<&ForecastEntry> = entries.iter().collect();
     profiles.sort_by_key(|entry| (&entry.owner, &entry.profile));
     profiles.dedup_by_key(|entry| (&entry.owner, &entry.profile));
@@ -207,25 +181,17 @@ pub async fn history(client: &Client, profile: Option<&str>, json: bool) -> Resu
     if json {
         return output::json(&entries);
     }
-    let rows = entries.iter().map(|entry| {
-        vec![
-            entry.profile.clone(),
-            entry.owner.clone(),
-            entry.launches.to_string(),
-            format!("{:.0}%", 100.0 * entry.warm_share),
-            optional(entry.ready_p50_s, seconds),
-            bytes(entry.working_set_bytes),
-        ]
-    });
-    let headings = [
-        "profile",
-        "owner",
-        "launches",
-        "warm",
-        "ready p50",
-        "working set",
-    ];
-    output::table(&headings, rows.collect());
+    output::table(
+        &entries,
+        &[
+            ("profile", |one: &HistoryEntry| one.profile.clone()),
+            ("owner", |one| one.owner.clone()),
+            ("launches", |one| one.launches.to_string()),
+            ("warm", |one| format!("{:.0}%", 100.0 * one.warm_share)),
+            ("ready p50", |one| optional(one.ready_p50_s, seconds)),
+            ("working set", |one| bytes(one.working_set_bytes)),
+        ],
+    );
     Ok(())
 }
 

@@ -12,16 +12,19 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints rows under headings, in columns.
-pub fn table(headings: &[&str], rows: Vec<Vec<String>>) {
+/// A column of a table: its heading, and what it says of a thing.
+pub type Column<'a, T> = (&'a str, fn(&T) -> String);
+
+/// Prints a table with a row for each thing.
+pub fn table<'a, T: 'a>(things: impl IntoIterator<Item = &'a T>, columns: &[Column<'_, T>]) {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(headings.iter().map(|heading| heading.to_uppercase()));
-    for row in rows {
+    table.set_header(columns.iter().map(|(heading, _)| heading.to_uppercase()));
+    for thing in things {
         // Before the columns are measured; a cell is one line.
-        table.add_row(row.iter().map(|cell| printable(cell)));
+        table.add_row(columns.iter().map(|(_, say)| printable(&say(thing))));
     }
     for row in table.to_string().lines() {
         line(row.trim_end());

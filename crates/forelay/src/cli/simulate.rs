@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use forelay_sim::launch_rows::OnBadRow;
-use forelay_sim::{Policy, Report, SimulateConfig, simulate};
+use forelay_sim::{Found, Policy, ProfileOutcome, Report, Row, SimulateConfig, simulate};
 
 use super::output;
 
@@ -85,38 +85,33 @@ pub fn run(arguments: Arguments) -> Result<()> {
 }
 
 fn print_report(report: &Report) {
-    let rows = report.rows.iter().map(|row| {
-        vec![
-            row.policy.clone(),
-            output::optional(row.knob, |knob| format!("{knob}")),
-            format!("{:.2}", row.cold_p50),
-            format!("{:.2}", row.cold_p75),
-            format!("{:.3}", row.cold_total_pct),
-            format!("{:.1}", row.memory_pct_of_fixed10),
-        ]
-    });
-    let headings = [
-        "policy",
-        "knob",
-        "cold p50 %",
-        "cold p75 %",
-        "cold total %",
-        "memory %",
-    ];
-    output::table(&headings, rows.collect());
+    output::table(
+        &report.rows,
+        &[
+            ("policy", |row: &Row| row.policy.clone()),
+            ("knob", |row| {
+                output::optional(row.knob, |knob| knob.to_string())
+            }),
+            ("cold p50 %", |row| format!("{:.2}", row.cold_p50)),
+            ("cold p75 %", |row| format!("{:.2}", row.cold_p75)),
+            ("cold total %", |row| format!("{:.3}", row.cold_total_pct)),
+            ("memory %", |row| {
+                format!("{:.1}", row.memory_pct_of_fixed10)
+            }),
+        ],
+    );
     if let Some(outcomes) = &report.per_profile {
         let (own, reference) = report.compared.clone().unwrap_or_default();
         say!("\ncold launches under {own} and under {reference}:");
-        let rows = outcomes.iter().map(|of| {
-            vec![
-                of.profile.clone(),
-                of.launches.to_string(),
-                of.cold_forelay.to_string(),
-                of.cold_reference.to_string(),
-            ]
-        });
-        let headings = ["profile", "launches", "cold", "cold, reference"];
-        output::table(&headings, rows.collect());
+        output::table(
+            outcomes,
+            &[
+                ("profile", |of: &ProfileOutcome| of.profile.clone()),
+                ("launches", |of| of.launches.to_string()),
+                ("cold", |of| of.cold_forelay.to_string()),
+                ("cold, reference", |of| of.cold_reference.to_string()),
+            ],
+        );
     }
     if let Some(needs) = &report.needs {
         let figures = [
@@ -124,23 +119,18 @@ fn print_report(report: &Report) {
             ("first launches of a profile", needs.first_launches),
             ("attachments", needs.attachments),
         ];
-        let rows = figures.map(|(of, found)| {
-            vec![
-                of.to_owned(),
-                found.judged.to_string(),
-                found.components.to_string(),
-                format!("{:.1}", found.found_pct),
-                format!("{:.1}", found.found_by_popularity_pct),
-            ]
-        });
-        let headings = [
-            "components of",
-            "judged",
-            "components",
-            "found %",
-            "by popularity %",
-        ];
-        output::table(&headings, rows.to_vec());
+        output::table(
+            &figures,
+            &[
+                ("components of", |(of, _): &(&str, Found)| (*of).to_owned()),
+                ("judged", |(_, found)| found.judged.to_string()),
+                ("components", |(_, found)| found.components.to_string()),
+                ("found %", |(_, found)| format!("{:.1}", found.found_pct)),
+                ("by popularity %", |(_, found)| {
+                    format!("{:.1}", found.found_by_popularity_pct)
+                }),
+            ],
+        );
     }
     if let Some(calibration) = &report.calibration {
         say!(

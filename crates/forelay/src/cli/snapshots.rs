@@ -111,20 +111,23 @@ fn short(id: &Digest) -> String {
     id.short()
 }
 
+fn state(one: &Snapshot) -> String {
+    one.problem.clone().unwrap_or_else(|| "usable".to_owned())
+}
+
 fn list(all: &[Snapshot]) {
-    let rows = all.iter().map(|one| {
-        vec![
-            short(&one.id),
-            one.tier.name().to_owned(),
-            one.made_of.clone(),
-            one.domain.clone(),
-            output::bytes(one.image_bytes),
-            one.uses.to_string(),
-            one.problem.clone().unwrap_or_else(|| "usable".to_owned()),
-        ]
-    });
-    let headings = ["id", "tier", "of", "domain", "memory", "uses", "state"];
-    output::table(&headings, rows.collect());
+    output::table(
+        all,
+        &[
+            ("id", |one: &Snapshot| short(&one.id)),
+            ("tier", |one| one.tier.name().to_owned()),
+            ("of", |one| one.made_of.clone()),
+            ("domain", |one| one.domain.clone()),
+            ("memory", |one| output::bytes(one.image_bytes)),
+            ("uses", |one| one.uses.to_string()),
+            ("state", state),
+        ],
+    );
     let mut domains: Vec<(&str, u64)> = all
         .iter()
         .map(|one| (one.domain.as_str(), one.domain_stored_bytes))
@@ -166,13 +169,13 @@ fn show(one: &Snapshot) {
             format!("{} under {}", origin.vmm, origin.accelerator),
         ),
         ("VMs on it", one.vms.join(", ")),
-        (
-            "state",
-            one.problem.clone().unwrap_or_else(|| "usable".to_owned()),
-        ),
+        ("state", state(one)),
     ];
-    let rows = rows
-        .into_iter()
-        .map(|(name, value)| vec![name.to_owned(), value]);
-    output::table(&["", ""], rows.collect());
+    output::table(
+        &rows,
+        &[
+            ("", |row: &(&str, String)| row.0.to_owned()),
+            ("", |row| row.1.clone()),
+        ],
+    );
 }

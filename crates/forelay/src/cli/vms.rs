@@ -192,9 +192,13 @@ fn print_ready(vm: &Vm) {
 }
 
 fn print_timings(vm: &Vm) {
-    let steps = vm.launch.timings.steps().into_iter();
-    let rows = steps.map(|(name, s)| vec![name.to_owned(), output::seconds(s)]);
-    output::table(&["step", "took"], rows.collect());
+    output::table(
+        &vm.launch.timings.steps(),
+        &[
+            ("step", |(name, _): &(&str, f64)| (*name).to_owned()),
+            ("took", |(_, took_s)| output::seconds(*took_s)),
+        ],
+    );
 }
 
 fn spinner(quiet: bool) -> ProgressBar {
@@ -255,26 +259,24 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
     if json {
         return output::json(&vms);
     }
-    let rows = vms
-        .iter()
-        .map(|vm| {
-            vec![
-                vm.name.clone(),
-                vm.profile.clone(),
-                state(vm),
-                output::optional(vm.pid, |pid| pid.to_string()),
-                output::optional(vm.launch.ready_s, output::seconds),
-                vm.launch.resumed.map_or("boot", Tier::name).to_owned(),
-                vm.launch.demand_fetches.to_string(),
-                output::seconds(vm.launch.stall_s),
-                forwards(vm),
-            ]
-        })
-        .collect();
-    let headings = [
-        "name", "profile", "state", "pid", "ready", "from", "demand", "stall", "ports",
-    ];
-    output::table(&headings, rows);
+    output::table(
+        &vms,
+        &[
+            ("name", |vm: &Vm| vm.name.clone()),
+            ("profile", |vm| vm.profile.clone()),
+            ("state", state),
+            ("pid", |vm| output::optional(vm.pid, |pid| pid.to_string())),
+            ("ready", |vm| {
+                output::optional(vm.launch.ready_s, output::seconds)
+            }),
+            ("from", |vm| {
+                vm.launch.resumed.map_or("boot", Tier::name).to_owned()
+            }),
+            ("demand", |vm| vm.launch.demand_fetches.to_string()),
+            ("stall", |vm| output::seconds(vm.launch.stall_s)),
+            ("ports", forwards),
+        ],
+    );
     for vm in &vms {
         if let Some(wait) = &vm.waiting {
             println!("{} {wait}", vm.name);

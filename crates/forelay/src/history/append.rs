@@ -221,22 +221,6 @@ impl SqliteHistory {
     }
 }
 
-/// Every table that names a profile.
-pub(super) const PROFILE_TABLES: [&str; 12] = [
-    "launch",
-    "ready",
-    "stop",
-    "attachment",
-    "touched",
-    "sample",
-    "demand_fetch",
-    "prefetch",
-    "rollup",
-    "working_set",
-    "composition_use",
-    "memory_use",
-];
-
 /// Names of the raw tables.
 pub(super) fn raw_tables() -> impl Iterator<Item = &'static str> {
     RAW_TABLES.iter().map(|(name, _)| *name)

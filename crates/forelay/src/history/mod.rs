@@ -272,27 +272,12 @@ pub struct RolledUp {
     pub clock_suspect: bool,
 }
 
-/// Size of the history.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HistorySize {
-    /// Bytes in use in the database.
-    pub bytes: u64,
-    /// Profiles known.
-    pub profiles: u64,
-    /// Raw events.
-    pub raw_events: u64,
-    /// Rows of rolled-up days and weeks.
-    pub rollup_rows: u64,
-}
-
 /// Receives the history at daemon start, oldest first.
 ///
 /// Rolled-up state comes before raw events; launches come in order of time.
 pub trait Sink {
     /// `count` launches at about `at`; the time is exact to `resolution_ms`.
-    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, resolution_ms: i64) {
-        let _ = (of, at, count, resolution_ms);
-    }
+    fn launches(&mut self, of: &ProfileRef, at: Timestamp, count: u32, resolution_ms: i64);
 
     /// VMs that in the end had `components`, counted `weight` times, as rolled up, with the time
     /// they were last seen.
@@ -302,9 +287,7 @@ pub trait Sink {
         at: Timestamp,
         components: &[ComponentRef],
         weight: f64,
-    ) {
-        let _ = (of, at, components, weight);
-    }
+    );
 
     /// One VM that was launched with `components`; told after [`Sink::launches`], if its
     /// components are known.
@@ -314,44 +297,28 @@ pub trait Sink {
         at: Timestamp,
         vm: u64,
         components: &[ComponentRef],
-    ) {
-        let _ = (of, at, vm, components);
-    }
+    );
 
     /// A component was attached to a running VM.
-    fn attached(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef) {
-        let _ = (of, at, vm, component);
-    }
+    fn attached(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, component: &ComponentRef);
 
     /// The working set of a profile on an image, as rolled up.
-    fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet) {
-        let _ = (of, image, set);
-    }
+    fn working_set(&mut self, of: &ProfileRef, image: Digest, set: WorkingSet);
 
     /// What one launch touched.
-    fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]) {
-        let _ = (of, images, touches);
-    }
+    fn touched(&mut self, of: &ProfileRef, images: &[Digest], touches: &[Touch]);
 
     /// What one launch touched after that.
-    fn touched_late(&mut self, of: &ProfileRef, touches: &[Touch]) {
-        let _ = (of, touches);
-    }
+    fn touched_late(&mut self, of: &ProfileRef, touches: &[Touch]);
 
     /// Memory in use over time, as rolled up.
-    fn memory_sketch(&mut self, of: &ProfileRef, sketch: Sketch) {
-        let _ = (of, sketch);
-    }
+    fn memory_sketch(&mut self, of: &ProfileRef, sketch: Sketch);
 
     /// One sample of a VM.
-    fn sample(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample) {
-        let _ = (of, at, vm, sample);
-    }
+    fn sample(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, sample: &ResourceSample);
 
     /// A VM stopped after `ran_ms`.
-    fn stopped(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, ran_ms: u64) {
-        let _ = (of, at, vm, ran_ms);
-    }
+    fn stopped(&mut self, of: &ProfileRef, at: Timestamp, vm: u64, ran_ms: u64);
 }
 
 /// How much [`History::replay`] gave.
@@ -456,12 +423,6 @@ pub trait History: Send + Sync {
 
     /// Totals per profile, ordered by owner and name.
     async fn profiles(&self) -> Result<Vec<ProfileSummary>, HistoryError>;
-
-    /// How large the history is.
-    async fn size(&self) -> Result<HistorySize, HistoryError>;
-
-    /// Deletes everything about a profile. Returns whether it was known.
-    async fn forget(&self, of: &ProfileRef) -> Result<bool, HistoryError>;
 }
 
 #[cfg(test)]

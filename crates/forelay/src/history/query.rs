@@ -2,10 +2,9 @@
 
 use forelay_predict::time::Timestamp;
 use serde::{Deserialize, Serialize};
-use sqlx::{AssertSqlSafe, Row, SqliteConnection};
+use sqlx::{Row, SqliteConnection};
 
-use super::append::{PROFILE_TABLES, raw_tables};
-use super::{HistorySize, ProfileRef, SqliteHistory};
+use super::{ProfileRef, SqliteHistory};
 
 /// One launch and what it cost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,49 +120,6 @@ impl SqliteHistory {
             })
             .collect()
     }
-
-    pub(super) async fn measure(&self) -> Result<HistorySize, sqlx::Error> {
-        let mut db = self.pool.acquire().await?;
-        let mut raw_events = 0;
-        for table in raw_tables() {
-            raw_events += count(&mut db, table).await?;
-        }
-        Ok(HistorySize {
-            bytes: used_bytes(&mut db).await?,
-            profiles: count(&mut db, "profile").await?,
-            raw_events,
-            rollup_rows: count(&mut db, "rollup").await?,
-        })
-    }
-
-    pub(super) async fn delete_profile(&self, of: &ProfileRef) -> Result<bool, sqlx::Error> {
-        let _writer = self.writer.lock().await;
-        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await?;
-        let row = sqlx::query("DELETE FROM profile WHERE owner = ? AND name = ? RETURNING id")
-            .bind(of.owner.clone())
-            .bind(of.profile.clone())
-            .fetch_optional(&mut *tx)
-            .await?;
-        let Some(row) = row else { return Ok(false) };
-        let id: i64 = row.try_get(0)?;
-        for table in PROFILE_TABLES {
-            sqlx::query(AssertSqlSafe(format!(
-                "DELETE FROM {table} WHERE profile = ?"
-            )))
-            .bind(id)
-            .execute(&mut *tx)
-            .await?;
-        }
-        tx.commit().await?;
-        Ok(true)
-    }
-}
-
-async fn count(db: &mut SqliteConnection, table: &str) -> Result<u64, sqlx::Error> {
-    let row = sqlx::query(AssertSqlSafe(format!("SELECT count(*) FROM {table}")))
-        .fetch_one(db)
-        .await?;
-    Ok(u64::try_from(row.try_get::<i64, _>(0)?).unwrap_or(0))
 }
 
 /// Bytes of the pages in use.

@@ -18,8 +18,8 @@ use tokio::sync::Mutex;
 use super::names::Names;
 use super::schema::{APPLICATION_ID, STEPS};
 use super::{
-    Appended, Event, History, HistoryError, HistorySize, LaunchRecord, Limits, ProfileRef,
-    ProfileSummary, Replayed, RolledUp, Sink,
+    Appended, Event, History, HistoryError, LaunchRecord, Limits, ProfileSummary, Replayed,
+    RolledUp, Sink,
 };
 
 /// What to do with a corrupt database.
@@ -94,16 +94,6 @@ impl SqliteHistory {
         self.pool.close().await;
     }
 
-    /// Checks every page of the database; the message of the first damage, if any.
-    pub async fn verify(&self) -> Result<(), HistoryError> {
-        let mut db = self
-            .pool
-            .acquire()
-            .await
-            .map_err(|e| self.failed("verify", e))?;
-        check(&self.path, &mut db).await
-    }
-
     pub(super) fn failed(&self, operation: &'static str, source: sqlx::Error) -> HistoryError {
         database(&self.path, operation, source)
     }
@@ -171,7 +161,7 @@ async fn inspect(path: &Path) -> Result<(), HistoryError> {
             known,
         })
     } else {
-        // A full check of a large file takes seconds: `verify` is there for it.
+        // A full check of a large file takes seconds.
         match std::fs::metadata(path) {
             Ok(file) if file.len() <= 64 << 20 => check(path, &mut db).await,
             _ => Ok(()),
@@ -294,15 +284,5 @@ impl History for SqliteHistory {
         self.profile_summaries()
             .await
             .map_err(|e| self.failed("list profiles", e))
-    }
-
-    async fn size(&self) -> Result<HistorySize, HistoryError> {
-        self.measure().await.map_err(|e| self.failed("measure", e))
-    }
-
-    async fn forget(&self, of: &ProfileRef) -> Result<bool, HistoryError> {
-        let result = self.delete_profile(of).await;
-        self.writer.lock().await.clear();
-        result.map_err(|e| self.failed("forget", e))
     }
 }

@@ -121,38 +121,4 @@ impl Image<'_> {
             Ok(())
         })
     }
-
-    /// The reverse of [`Image::file_extents`], for many questions.
-    pub fn owners(&self) -> Result<Owners, ReadError> {
-        let mut ranges = Vec::new();
-        let mut paths = Vec::new();
-        for file in self.file_extents()? {
-            let extents = file.extents.iter();
-            ranges.extend(extents.map(|extent| (*extent, paths.len())));
-            paths.push(file.path);
-        }
-        ranges.sort();
-        ranges.dedup_by_key(|(extent, _)| extent.offset);
-        Ok(Owners { ranges, paths })
-    }
-}
-
-/// Byte offsets to paths.
-#[derive(Clone, Debug, Default)]
-pub struct Owners {
-    ranges: Vec<(Extent, usize)>,
-    paths: Vec<Vec<u8>>,
-}
-
-impl Owners {
-    /// The path of the file whose content covers byte `offset`; of files that share their
-    /// blocks the first by name; `None` for metadata.
-    pub fn owner(&self, offset: u64) -> Option<&[u8]> {
-        let after = self
-            .ranges
-            .partition_point(|(extent, _)| extent.offset <= offset);
-        let (extent, path) = self.ranges.get(after.checked_sub(1)?)?;
-        // Padding of the last block belongs to the file.
-        (offset < extent.page_aligned().end()).then(|| self.paths[*path].as_slice())
-    }
 }

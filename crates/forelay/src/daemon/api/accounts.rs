@@ -178,7 +178,7 @@ fn vm_report(vm: &forelay_cache::accounting::VmAccount) -> api::VmMemory {
 
 /// Adds a domain's images with the pages that the kernel holds and locks.
 fn add_resident(table: &mut MappingTable, memory: &DomainMemory) {
-    for (image, _, spec) in memory.shared.files() {
+    for (image, spec) in memory.shared.files() {
         let device = DeviceImage {
             image,
             image_bytes: spec.image_bytes,

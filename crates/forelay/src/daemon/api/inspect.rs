@@ -144,7 +144,7 @@ impl VmMaps {
     fn drop_idle(&self) -> Result<(), HostError> {
         let live = self.registry.live();
         for memory in self.domains.all() {
-            for (image, ..) in memory.shared.files() {
+            for (image, _) in memory.shared.files() {
                 if live.iter().any(|one| has_image(one, &image)) {
                     continue;
                 }

@@ -35,7 +35,7 @@ pub struct Look {
 pub fn look(table: &SharedTable, domains: &Domains) -> Look {
     let mut look = Look::default();
     for memory in domains.all() {
-        for (image, _, spec) in memory.shared.files() {
+        for (image, spec) in memory.shared.files() {
             let key = SharedImage::new(memory.domain.clone(), image);
             let believed: PageSet = table.read(|table| table.resident(&key).collect());
             let Ok(resident) = memory.shared.resident(&image) else {
@@ -107,7 +107,7 @@ impl Reconciler {
         let mut truth = KernelTruth::default();
         let mut unpinned_bytes = 0;
         for memory in self.domains.all() {
-            for (image, _, spec) in memory.shared.files() {
+            for (image, spec) in memory.shared.files() {
                 let key = SharedImage::new(memory.domain.clone(), image);
                 unpinned_bytes += self.take_pins_off(&memory, &key, spec.image_bytes);
                 let resident = memory.shared.resident(&image).unwrap_or_default();
@@ -163,7 +163,7 @@ impl Reconciler {
         let Some(memory) = self.domains.get(domain) else {
             return Vec::new();
         };
-        let files = memory.shared.files().into_iter().map(|(image, ..)| image);
+        let files = memory.shared.files().into_iter().map(|(image, _)| image);
         let is_mapped = |image: &Digest| {
             let private = memory.shared.private_path(image);
             mapped.contains(&memory.shared.path(image))

@@ -141,7 +141,7 @@ async fn many_events_of_ten_thousand_profiles_are_imported_in_few_bytes_each() {
         .unwrap();
     let peak = std::fs::read_to_string("/proc/self/status").unwrap();
     let peak = peak.lines().find(|l| l.starts_with("VmHWM"));
-    let size = history.size().await.unwrap();
+    let size = size(&history).await;
     println!(
         "{:?} in {:?}; {}; {size:?}",
         report.appended,

@@ -36,20 +36,7 @@ async fn events_come_back_and_a_second_append_changes_nothing() {
     history.close().await;
     let reopened = scratch.open().await;
     assert_eq!(replay(&reopened).await, notes);
-    assert!(
-        reopened
-            .forget(&ProfileRef::new("ci", "ann"))
-            .await
-            .unwrap()
-    );
-    assert!(
-        !reopened
-            .forget(&ProfileRef::new("ci", "ann"))
-            .await
-            .unwrap()
-    );
-    assert_eq!(reopened.profiles().await.unwrap().len(), 1);
-    reopened.verify().await.unwrap();
+    assert_eq!(reopened.profiles().await.unwrap().len(), 2);
 }
 
 #[tokio::test]
@@ -121,6 +108,13 @@ impl Sink for Sets {
     fn touched_late(&mut self, of: &ProfileRef, touches: &[Touch]) {
         self.0.observe_late(&of.profile, touches);
     }
+    fn launches(&mut self, _: &ProfileRef, _: Timestamp, _: u32, _: i64) {}
+    fn composition(&mut self, _: &ProfileRef, _: Timestamp, _: &[ComponentRef], _: f64) {}
+    fn launched_with(&mut self, _: &ProfileRef, _: Timestamp, _: u64, _: &[ComponentRef]) {}
+    fn attached(&mut self, _: &ProfileRef, _: Timestamp, _: u64, _: &ComponentRef) {}
+    fn memory_sketch(&mut self, _: &ProfileRef, _: Sketch) {}
+    fn sample(&mut self, _: &ProfileRef, _: Timestamp, _: u64, _: &ResourceSample) {}
+    fn stopped(&mut self, _: &ProfileRef, _: Timestamp, _: u64, _: u64) {}
 }
 
 #[tokio::test]
@@ -187,7 +181,7 @@ async fn a_clock_that_jumps_destroys_nothing() {
     // The daemon believes it is 1970: nothing happens.
     let past = history.roll_up(Timestamp(0)).await.unwrap();
     assert!(past.clock_suspect);
-    assert_eq!(history.size().await.unwrap().raw_events, 80);
+    assert_eq!(size(&history).await.raw_events, 80);
     // One launch was dated ten years ahead: only it goes.
     history
         .append(&life(5000 * DAY_MS, 7700, "web"))
@@ -231,7 +225,7 @@ async fn size_is_bounded_whatever_is_appended() {
             .roll_up(Timestamp((day + 1) * DAY_MS))
             .await
             .unwrap();
-        let size = history.size().await.unwrap();
+        let size = size(&history).await;
         assert!(size.bytes <= limits.max_bytes, "day {day}: {size:?}");
     }
     let kept: u32 = replay(&history).await.launches.iter().map(|l| l.2).sum();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use forelay_image::{Extent, PAGE_BYTES};
 use forelay_predict::time::{DAY_MS, HOUR_MS};
 use forelay_predict::working_set::WorkingSets;
+use sqlx::Row as _;
 use tempfile::TempDir;
 
 use super::*;
@@ -38,6 +39,32 @@ impl Scratch {
             ..OpenOptions::default()
         };
         SqliteHistory::open(&self.path(), options).await.unwrap()
+    }
+}
+
+/// Size of a history.
+#[derive(Debug)]
+struct HistorySize {
+    bytes: u64,
+    profiles: u64,
+    raw_events: u64,
+}
+
+async fn size(history: &SqliteHistory) -> HistorySize {
+    let mut db = history.pool.acquire().await.unwrap();
+    let mut count = async |table: &str| {
+        let sql = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}"));
+        let row = sqlx::query(sql).fetch_one(&mut *db).await.unwrap();
+        row.try_get::<i64, _>(0).unwrap().unsigned_abs()
+    };
+    let mut raw_events = 0;
+    for table in append::raw_tables() {
+        raw_events += count(table).await;
+    }
+    HistorySize {
+        profiles: count("profile").await,
+        raw_events,
+        bytes: query::used_bytes(&mut db).await.unwrap(),
     }
 }
 

@@ -76,7 +76,7 @@ async fn a_year_of_ten_thousand_profiles_fits_in_a_gibibyte() {
             history.roll_up(now).await.unwrap();
         }
     }
-    let size = history.size().await.unwrap();
+    let size = size(&history).await;
     let gib = size.bytes as f64 * (10_000 / PROFILES) as f64 / f64::from(1 << 30);
     println!("{size:?}: a year of 10,000 profiles is {gib:.3} GiB");
     let notes = replay(&history).await;

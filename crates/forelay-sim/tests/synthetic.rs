@@ -4,8 +4,8 @@
 //! Each tells its true hazard where there is one, so that a learner's log-loss can be held against
 //! the generator's own. Invariant: the same seed gives the same trace on every machine.
 
-use crate::trace::{Trace, TracedLaunch};
 use forelay_predict::time::Timestamp;
+use forelay_sim::trace::{Trace, TracedLaunch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -1,0 +1,123 @@
+//! Health of the daemon: what it does without, and who waits for bytes.
+
+use forelay_image::Digest;
+use serde::{Deserialize, Serialize};
+
+/// An accelerator that is not known: no kernel has been listed yet.
+pub const NOT_PROBED: &str = "not probed yet";
+
+/// The daemon's state of health.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Health {
+    /// Version of the daemon.
+    pub version: String,
+    /// Process that answers.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: f64,
+    /// What VMs run under, or [`NOT_PROBED`].
+    pub accelerator: String,
+    /// What the daemon does without; empty if all is well.
+    #[serde(default)]
+    pub degraded: Vec<Degraded>,
+    /// VMs that wait for bytes.
+    #[serde(default)]
+    pub waiting: Vec<WaitingVm>,
+}
+
+/// A VM that waits for bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WaitingVm {
+    /// Its name.
+    pub vm: String,
+    /// What it waits for.
+    #[serde(flatten)]
+    pub wait: PendingFault,
+}
+
+/// Something that the daemon does without.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Degraded {
+    /// What is missing.
+    pub what: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// Since when, milliseconds since the epoch.
+    pub since_ms: i64,
+}
+
+/// Bytes that a VM waits for; its vCPU stands still until they are there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PendingFault {
+    /// Since when, milliseconds since the epoch. A daemon that took the VM over counts from
+    /// then.
+    pub since_ms: i64,
+    /// For how long.
+    pub waited_s: f64,
+    /// Component that the bytes belong to.
+    pub component: Option<String>,
+    /// Its image.
+    pub image: Digest,
+    /// First byte in the image.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+    /// What holds them up.
+    pub culprit: WaitCulprit,
+    /// What the last attempt failed with; absent while the first one has not ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// What holds up bytes that a VM waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitCulprit {
+    /// The repository is unreachable, does not answer, or lacks them.
+    Repository,
+    /// The repository has other bytes than it should.
+    Content,
+    /// The disk cache does not answer.
+    DiskCache,
+    /// Something else; `error` says what.
+    Other,
+}
+
+impl std::fmt::Display for WaitCulprit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Repository => "the repository",
+            Self::Content => "the repository's content",
+            Self::DiskCache => "the disk cache",
+            Self::Other => "the daemon",
+        })
+    }
+}
+
+impl std::fmt::Display for PendingFault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let component = self.component.as_deref().unwrap_or("its image");
+        let Self {
+            waited_s,
+            len,
+            offset,
+            culprit,
+            ..
+        } = self;
+        write!(
+            f,
+            "waits {waited_s:.1} s for {len} bytes of {component} at {offset}: {culprit}"
+        )?;
+        match &self.error {
+            Some(error) => write!(f, " fails: {error}"),
+            None => f.write_str(" has not answered"),
+        }
+    }
+}
+
+/// An error as the API reports it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ApiError {
+    /// What failed, why, and what to do.
+    pub error: String,
+}
