@@ -2,6 +2,11 @@
 //!
 //! Written before the launch is reported and after each hot-plug, always by rename, so a
 //! reader sees a whole file. The file is host-private; the guest cannot reach it.
+//!
+//! Not a part of the daemon's record of the VM (`instance.json`), though both name its devices
+//! and ports: this crate takes a VMM over without knowing what runs in it, and what it needs
+//! for that must be on disk at other moments (before the guest is heard of, and between a plug
+//! and its answer) than a daemon's record is whole.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -20,6 +20,8 @@ mod launch;
 mod memory;
 mod order;
 mod process;
+#[cfg(test)]
+mod service_tests;
 mod snapshot;
 #[cfg(test)]
 mod spine_tests;

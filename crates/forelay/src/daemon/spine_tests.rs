@@ -23,7 +23,7 @@ use forelay_cache::{DeviceImage, Domain, Planner, PlannerEvent, SharedImage, VmN
 use forelay_image::pages::PageSet;
 use forelay_image::{Component, Extent, PlannedExtent, Touch};
 use forelay_import::dir::Ownership;
-use forelay_import::{BuildRequest, BuildSource, Builder};
+use forelay_import::{BuildRequest, BuildSource, Builder, BuiltComponent};
 use forelay_memory::mapping::FileMapping;
 use forelay_store::repository::{Body, Description, Object, Put};
 use forelay_store::{
@@ -38,7 +38,7 @@ use super::memory::domains::{DomainMemory, Domains};
 use super::memory::executors::Executors;
 use super::memory::faults::Plan;
 use super::memory::journal::{Journal, JournalWriter};
-use super::memory::planner::{PlannerHandle, PlannerParts, now_ms, planner_channel};
+use super::memory::planner::{PlannerHandle, PlannerParts, PlannerSender, now_ms, planner_channel};
 use super::memory::samples::Sampler;
 use super::memory::sessions::Sessions;
 use crate::api::WaitCauses;
@@ -51,38 +51,42 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const CAP_BYTES: u64 = 1 << 30;
 
 /// A daemon without a VMM, and one component in its repository.
-struct Spine {
-    dir: tempfile::TempDir,
-    domains: Arc<Domains>,
-    memory: PlannerHandle,
+pub(super) struct Spine {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) store: Store,
+    pub(super) domains: Arc<Domains>,
+    pub(super) sender: PlannerSender,
+    pub(super) memory: Arc<PlannerHandle>,
     /// Whether the repository answers.
     answers: watch::Sender<bool>,
     learner: Learner,
-    component: Component,
+    pub(super) component: Component,
     /// The component's image.
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     /// The one file's data in it: what the page's story is about.
-    data: Extent,
+    pub(super) data: Extent,
     _prepared: UnboundedReceiver<PreparedLaunch>,
 }
 
-/// The mount goes with the test, however it ends: threads of the daemon's services hold its
+/// The mounts go with the test, however it ends: threads of the daemon's services hold its
 /// memory for as long as this process lives.
 impl Drop for Spine {
     fn drop(&mut self) {
         let mounts = self.dir.path().join("run").join("memory");
-        // As it is shown to VMMs, and as it can be opened for writing.
-        let both = [mounts.join(".writable"), mounts].map(|dir| dir.join(domain().as_str()));
-        let unmounted = std::process::Command::new("umount")
-            .arg("--lazy")
-            .args(both)
-            .status();
-        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+        for memory in self.domains.all() {
+            // As it is shown to VMMs, and as it can be opened for writing.
+            let both = [mounts.join(".writable"), mounts.clone()];
+            let unmounted = std::process::Command::new("umount")
+                .arg("--lazy")
+                .args(both.map(|dir| dir.join(memory.domain.as_str())))
+                .status();
+            assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+        }
     }
 }
 
 impl Spine {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let config = Config {
             state_dir: dir.path().join("state"),
@@ -131,15 +135,17 @@ impl Spine {
             executors: executors.unwrap(),
             journal: Some(JournalWriter::start(journal, table).unwrap()),
         };
-        let memory = PlannerHandle::start(parts, sender, inbox).unwrap();
+        let memory = PlannerHandle::start(parts, sender.clone(), inbox).unwrap();
         let forecast = ForecastConfig::default();
         let learner = Learner::new(&config.state_dir, &forecast, HashMap::new());
         learner.open_history().await.unwrap();
         Self {
             learner,
             dir,
+            store,
             domains,
-            memory,
+            sender,
+            memory: Arc::new(memory),
             answers,
             component,
             bytes,
@@ -245,8 +251,22 @@ impl Repository for Valve {
     }
 }
 
-/// Builds a component of one directory and publishes it: the component, its image, and
-/// where the file's data is in that.
+/// Builds a component of the directory `files` and publishes it.
+pub(super) async fn publish_directory(files: &Path, store: &Store) -> BuiltComponent {
+    let source = BuildSource::Directory {
+        path: files.to_path_buf(),
+        ownership: Ownership::Keep,
+    };
+    let builder = Builder::new(&files.with_file_name("build")).unwrap();
+    let built = builder.build(&BuildRequest::new(source), &|_| {});
+    let built = built.unwrap().main;
+    let published = store.publish(&built.component, &built.image, &built.chunks, &|_| {});
+    published.await.unwrap();
+    built
+}
+
+/// Publishes a component of one file: the component, its image, and where the file's data is
+/// in that.
 async fn publish(dir: &Path, store: &Store) -> (Component, Vec<u8>, Extent) {
     let content: Vec<u8> = (0..16_384_u32)
         .flat_map(|n| n.wrapping_mul(n).to_le_bytes())
@@ -254,17 +274,7 @@ async fn publish(dir: &Path, store: &Store) -> (Component, Vec<u8>, Extent) {
     let files = dir.join("files");
     std::fs::create_dir(&files).unwrap();
     std::fs::write(files.join("data"), &content).unwrap();
-    let source = BuildSource::Directory {
-        path: files,
-        ownership: Ownership::Keep,
-    };
-    let builder = Builder::new(&dir.join("build")).unwrap();
-    let built = builder
-        .build(&BuildRequest::new(source), &|_| {})
-        .unwrap()
-        .main;
-    let published = store.publish(&built.component, &built.image, &built.chunks, &|_| {});
-    published.await.unwrap();
+    let built = publish_directory(&files, store).await;
     let bytes = std::fs::read(&built.image).unwrap();
     let of_data = |extent: &Extent| bytes[extent.offset as usize..].starts_with(&content[..4096]);
     let mut chunks = built.chunks.chunks.iter().map(|chunk| chunk.extent());
@@ -272,7 +282,7 @@ async fn publish(dir: &Path, store: &Store) -> (Component, Vec<u8>, Extent) {
     (built.component, bytes, data)
 }
 
-fn domain() -> Domain {
+pub(super) fn domain() -> Domain {
     "me".into()
 }
 
@@ -281,7 +291,7 @@ fn vm_name() -> VmName {
 }
 
 /// Waits until the page, or what is told of it, has got there.
-async fn until(what: &str, arrived: impl Fn() -> bool) {
+pub(super) async fn until(what: &str, arrived: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !arrived() {
         assert!(Instant::now() < deadline, "never seen: {what}");
@@ -332,7 +342,7 @@ fn covers(found: &PageSet, extent: Extent) -> bool {
 }
 
 /// Whether this can run here; says so if not.
-fn can_run(test: &str) -> bool {
+pub(super) fn can_run(test: &str) -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root || !Path::new("/dev/fuse").exists() {
         println!("SKIPPED {test}: needs root and /dev/fuse");
@@ -342,7 +352,7 @@ fn can_run(test: &str) -> bool {
 }
 
 /// Runs the walk on a runtime of its own, whose end takes the mount down.
-fn walk<F: Future<Output = ()>>(steps: F) {
+pub(super) fn walk<F: Future<Output = ()>>(steps: F) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -114,3 +114,22 @@ impl Sessions {
         &self.pinner
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_holder_nothing_is_held_and_nobody_is_told() {
+        let sessions = Sessions::connect().unwrap();
+        let session = sessions.open("me", Path::new("/nonexistent")).unwrap();
+        assert!(matches!(session, Session::New), "made when it is mounted");
+        assert_eq!(sessions.held().unwrap(), Vec::<String>::new());
+        for told in [sessions.ready(), sessions.alive(), sessions.restart()] {
+            told.unwrap();
+        }
+        assert!(!sessions.wait_for_holders_end(Duration::ZERO));
+        assert!(!sessions.renew_pinner().unwrap(), "the first one lives");
+        assert!(sessions.pinner().table().unwrap().is_empty());
+    }
+}

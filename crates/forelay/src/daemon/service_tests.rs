@@ -1,0 +1,283 @@
+//! The services of a launch and of `forelay memory`, each with the real store, shared memory
+//! and planner of the spine's test; this process maps what a VMM would.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use forelay_cache::Domain;
+use forelay_cache::plan::PreparedLaunch;
+use forelay_image::lock::{Lock, LockedComponent};
+use forelay_image::manifest::Manifest;
+use forelay_image::{Component, Digest};
+use forelay_memory::mapping::FileMapping;
+use tokio::sync::mpsc::unbounded_channel;
+
+use super::api::accounts::MemoryAccounts;
+use super::forecast::announced::{AnnouncedLaunches, ProfileId};
+use super::launch::compose::Composer;
+use super::launch::prepared::{Preparations, Preparer};
+use super::memory::mapper::Mapper;
+use super::order::{Order, PlannedDevice};
+use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
+use super::vm::instance::{self, VmData};
+use super::vm::registry::{VmRegistry, WantedName};
+
+impl Spine {
+    fn mapper(&self) -> Arc<Mapper> {
+        Arc::new(Mapper {
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+        })
+    }
+
+    fn composer(&self) -> Arc<Composer> {
+        let kernels = self.dir.path().join("kernels");
+        Arc::new(Composer::new(self.store.clone(), kernels))
+    }
+
+    /// A component that a VM can be booted with, as far as files go.
+    async fn publish_kernel(&self) -> Component {
+        let files = self.dir.path().join("kernel");
+        std::fs::create_dir_all(files.join("boot")).unwrap();
+        std::fs::write(files.join("boot/vmlinuz"), "a kernel").unwrap();
+        std::fs::write(files.join("boot/initrd.cpio"), "an initramfs").unwrap();
+        publish_directory(&files, &self.store).await.component
+    }
+}
+
+/// The order of a profile's launch with these components, in so many slots.
+fn order(profile: &str, kernel: &Component, components: &[&Component], slots: usize) -> Order {
+    let text = format!("base = \"files\"\nprofile = \"{profile}\"\nowner = \"me\"\n");
+    let manifest = Manifest::parse(&text).unwrap();
+    let lock = Lock {
+        format: 1,
+        manifest_digest: manifest.digest(),
+        kernel: kernel.into(),
+        components: components
+            .iter()
+            .map(|one| LockedComponent::from(*one))
+            .collect(),
+    };
+    Order::new(manifest, lock, 0.0, slots).unwrap()
+}
+
+#[test]
+fn privileged_images_are_mapped_where_they_are_asked_for_and_one_that_is_gone_is_told() {
+    let test = "privileged_images_are_mapped_where_they_are_asked_for_and_one_that_is_gone_is_told";
+    if can_run(test) {
+        walk(images_are_mapped());
+    }
+}
+
+async fn images_are_mapped() {
+    let spine = Spine::start().await;
+    let (mapper, kernel) = (spine.mapper(), spine.publish_kernel().await);
+    let one = order("web", &kernel, &[&spine.component], 8);
+    assert!(spine.domains.get(&domain()).is_none(), "mounted for nobody");
+    let mapped = mapper.map_images(&one).await.unwrap();
+    let [device] = &mapped[..] else {
+        panic!("{mapped:?}");
+    };
+    assert_eq!(
+        (device.image, device.members.len()),
+        (spine.component.image.digest, 0)
+    );
+    assert_eq!(device.component, "files 0");
+    let file = File::open(&device.path).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), device.device_bytes);
+    let mut bytes = vec![0; spine.bytes.len()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == spine.bytes, "wrong bytes");
+
+    // Again, and in a domain that exists: the same file of the same mount.
+    let memory = spine.domains.ensure(&domain()).unwrap();
+    assert!(Arc::ptr_eq(&memory, &spine.domains.get(&domain()).unwrap()));
+    assert_eq!(mapper.map_images(&one).await.unwrap()[0].path, device.path);
+
+    // Two components in one slot are one file.
+    let bundled = order("web", &kernel, &[&spine.component, &kernel], 2);
+    let mapped = mapper.map_images(&bundled).await.unwrap();
+    assert_eq!((mapped.len(), mapped[0].members.len()), (1, 2));
+    let bundle = bundled.bundle.unwrap();
+    let at = bundle.offset_of(&spine.component.image.digest).unwrap();
+    let file = File::open(&mapped[0].path).unwrap();
+    file.read_exact_at(&mut bytes, at).unwrap();
+    assert!(bytes == spine.bytes, "wrong bytes in the bundle");
+
+    // Another owner's VMs share no memory with these.
+    let device = PlannedDevice::from(&one.lock.components[0]);
+    let other = Domain::from("other");
+    let theirs = mapper.map_component(&other, spine.component.id(), device);
+    assert_ne!(theirs.await.unwrap().path, mapped[0].path);
+    assert_eq!(spine.domains.all().len(), 2);
+
+    let gone = gone(&spine.component);
+    let refused = mapper.map_images(&order("web", &kernel, &[&gone], 8)).await;
+    let error = refused.unwrap_err().to_string();
+    assert!(error.contains("component gone 0"), "{error}");
+    assert_eq!(spine.domains.last_repository_failure(), None);
+}
+
+/// A component that no repository has.
+fn gone(like: &Component) -> Component {
+    let mut gone = like.clone();
+    gone.name = "gone".to_owned();
+    gone.image.digest = Digest::of(b"gone");
+    gone
+}
+
+#[test]
+fn privileged_a_likely_launch_is_composed_ahead_and_released_when_it_is_not() {
+    let test = "privileged_a_likely_launch_is_composed_ahead_and_released_when_it_is_not";
+    if can_run(test) {
+        walk(launches_are_prepared());
+    }
+}
+
+async fn launches_are_prepared() {
+    let spine = Spine::start().await;
+    let (composer, kernel) = (spine.composer(), spine.publish_kernel().await);
+    let order =
+        |profile: &str, component: &Component| Arc::new(order(profile, &kernel, &[component], 8));
+    let web = order("web", &spine.component);
+
+    // What is composed depends on the lock and the host name alone.
+    let compose = async |hostname: &str, file: &str| {
+        let path = spine.dir.path().join(file);
+        composer.compose(&web, hostname, path).await.unwrap()
+    };
+    let (one, same) = (compose("web", "one").await, compose("web", "same").await);
+    assert_eq!((one.uuid, one.record.image), (same.uuid, same.record.image));
+    assert_ne!(compose("web-2", "other").await.uuid, one.uuid);
+    let file = std::fs::metadata(&one.record.path).unwrap();
+    assert_eq!(file.len(), one.record.device_bytes);
+
+    let announced = Arc::new(AnnouncedLaunches::new(spine.sender.clone()));
+    let preparations = Preparations::open(spine.dir.path().join("prepared"));
+    let preparations = Arc::new(preparations);
+    let preparer = Preparer {
+        preparations: Arc::clone(&preparations),
+        announced: Arc::clone(&announced),
+        mapper: spine.mapper(),
+        composer: Arc::clone(&composer),
+        registry: Arc::default(),
+    };
+    let (planner, launches) = unbounded_channel();
+    let running = tokio::spawn(preparer.run(launches));
+    let prepare = |profile: &str| {
+        planner
+            .send(PreparedLaunch::Prepare(domain(), profile.into()))
+            .unwrap();
+    };
+    // One that nobody announced, one that cannot be prepared, and one that can.
+    announced.offer(&order("lost", &gone(&spine.component)));
+    announced.offer(&web);
+    for profile in ["unheard", "lost", "web"] {
+        prepare(profile);
+    }
+    until("prepared", || preparations.len() == 1).await;
+    assert!(
+        preparations.take(&web, "web-2").is_none(),
+        "of another host name"
+    );
+    prepare("web");
+    until("prepared again", || preparations.len() == 1).await;
+    let taken = preparations.take(&web, "web").unwrap();
+    assert_eq!(taken.devices[0].image, spine.component.image.digest);
+    assert_eq!(std::fs::read(&taken.kernel.kernel).unwrap(), b"a kernel");
+    assert_eq!(
+        std::fs::read(&taken.kernel.initrd).unwrap(),
+        b"an initramfs"
+    );
+    let map = taken.move_map(&spine.dir.path().join("map")).unwrap();
+    assert_eq!(map.uuid, one.uuid);
+
+    for release in [
+        PreparedLaunch::ReleaseAll,
+        PreparedLaunch::Release(domain(), "web".into()),
+    ] {
+        prepare("web");
+        until("prepared once more", || preparations.len() == 1).await;
+        planner.send(release).unwrap();
+        until("released", || preparations.len() == 0).await;
+    }
+    let id = ProfileId::of(&web);
+    until("forgotten", || announced.order(&id).is_none()).await;
+    drop(planner);
+    running.await.unwrap();
+}
+
+#[test]
+fn privileged_what_is_resident_is_charged_to_who_touches_it() {
+    if can_run("privileged_what_is_resident_is_charged_to_who_touches_it") {
+        walk(memory_is_accounted_for());
+    }
+}
+
+async fn memory_is_accounted_for() {
+    let spine = Spine::start().await;
+    let kernel = spine.publish_kernel().await;
+    let order = order("web", &kernel, &[&spine.component], 8);
+    let devices = spine.mapper().map_images(&order).await.unwrap();
+    let registry = Arc::new(VmRegistry::default());
+    let preparations = Preparations::open(spine.dir.path().join("prepared"));
+    let accounts = Arc::new(MemoryAccounts {
+        store: spine.store.clone(),
+        domains: Arc::clone(&spine.domains),
+        memory: Arc::clone(&spine.memory),
+        registry: Arc::clone(&registry),
+        preparations: Arc::new(preparations),
+        takeover: Arc::default(),
+    });
+    let report = async || accounts.report().await.unwrap();
+    let empty = report().await;
+    assert_eq!((empty.resident_bytes, empty.vms.len()), (0, 0));
+
+    let memory = spine.domains.get(&domain()).unwrap();
+    let (image, data) = (spine.component.image.digest, spine.data);
+    let bytes = &spine.bytes[data.offset as usize..data.end() as usize];
+    memory.shared.push(&image, data.offset, bytes).unwrap();
+    let pushed = report().await;
+    assert_eq!(
+        (pushed.resident_bytes, pushed.unclaimed_bytes),
+        (data.len, data.len)
+    );
+    assert_eq!(
+        (pushed.charged_bytes, pushed.totals.pushed_bytes),
+        (0, data.len)
+    );
+
+    // This process is the VMM of a VM that maps the component behind its map image.
+    let claim = registry.claim(WantedName::Given("web-1"), |name| {
+        let devices = [&devices[0], &devices[0]].map(Clone::clone).to_vec();
+        let dir = spine.dir.path();
+        Ok(VmData {
+            devices,
+            ..instance::tests::data(name, dir)
+        })
+    });
+    let claim = claim.unwrap();
+    claim.instance().started(std::process::id());
+    let file = File::open(&devices[0].path).unwrap();
+    let mapping = FileMapping::new(file, devices[0].device_bytes).unwrap();
+    let mut read = vec![0; data.len as usize];
+    mapping.read_at(&mut read, data.offset);
+    assert!(read == bytes, "wrong bytes");
+    let used = report().await;
+    assert_eq!((used.resident_bytes, used.unclaimed_bytes), (data.len, 0));
+    assert_eq!(
+        (used.charged_bytes, used.vms[0].charged_bytes),
+        (data.len, data.len)
+    );
+    assert_eq!(
+        (used.vms[0].vm.as_str(), used.vms[0].shared_bytes),
+        ("web-1", 0)
+    );
+    let component = &used.domains[0].components[0];
+    assert_eq!(
+        (component.component.as_str(), component.mapped_by),
+        ("files 0", 1)
+    );
+    assert_eq!((component.mapped_bytes, component.image), (data.len, image));
+}
