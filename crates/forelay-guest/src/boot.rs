@@ -83,6 +83,12 @@ fn boot() -> io::Result<Never> {
     let (mounted, lower) = root::mount(&parameters, &mut steps)?;
     steps.mount_us = sys::uptime_us();
     let config = read_config(&lower)?;
+    if tier == Some(Tier::Ready) && matches!(config.run, Run::Init { .. }) {
+        return Err(io::Error::other(
+            "a VM with an init of its own cannot be held when it is ready: tier composed is the \
+             best for it",
+        ));
+    }
     // A scratch disk is the clone's own: nothing of it may be mounted before.
     let has_scratch = parameters.contains_key("forelay.scratch");
     if tier == Some(Tier::Composed) && has_scratch {
