@@ -371,7 +371,7 @@ impl Agent {
             self.send(GuestMessage::Failed { text });
             self.power_off();
         }
-        hold::give_back();
+        hold::prepare();
         self.status().held = Some(Tier::Ready);
         self.send(GuestMessage::Held { tier: Tier::Ready });
     }

@@ -17,7 +17,7 @@ use forelay_guest_protocol::messages::{
 use forelay_guest_protocol::snapshot::{HOLD_WORD, Resume, Resumed, Tier};
 
 use crate::boot::{Parameters, console, context};
-use crate::{devices, sys};
+use crate::{devices, pmem_state, sys};
 
 /// How long the kernel may take to tell the host what is free: it waits for two seconds
 /// after memory was freed, and does it in the background.
@@ -29,8 +29,11 @@ pub fn tier(parameters: &Parameters) -> Option<Tier> {
 }
 
 /// Gives memory back that a clone would carry for nothing: what is cached can be read again,
-/// and what is free is told to the host.
-pub fn give_back() {
+/// and what is free is told to the host. Notes what the VMM does not save.
+pub fn prepare() {
+    if let Err(error) = pmem_state::note() {
+        console(&format!("state of pmem devices: {error}"));
+    }
     sys::sync();
     for (file, value) in [("drop_caches", "3"), ("compact_memory", "1")] {
         if let Err(error) = fs::write(format!("/proc/sys/vm/{file}"), value) {
@@ -56,7 +59,7 @@ impl HeldBoot {
             .ok_or_else(|| io::Error::other("no guest channel: nobody could resume this VM"))?;
         let opened = File::options().read(true).write(true).open(&path);
         let mut port = opened.map_err(context(path.display()))?;
-        give_back();
+        prepare();
         port.write_all(&encode_line(&GuestMessage::Held { tier }))?;
         let mut lines = LineBuffer::new(MAX_REQUEST_BYTES);
         let mut buffer = vec![0; 8 << 10];

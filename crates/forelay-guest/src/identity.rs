@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use forelay_guest_protocol::snapshot::Resume;
 
 use crate::boot::context;
-use crate::{process, sys};
+use crate::{pmem_state, process, sys};
 
 /// Host name of the maker, where an image was composed before its VM had a name.
 const PLACEHOLDER: &str = "forelay";
@@ -44,6 +44,7 @@ pub fn kernel(resume: &Resume, failures: &mut Vec<String>) -> io::Result<()> {
     if let Some(mac) = resume.mac_address() {
         note("MAC address", sys::set_mac("eth0", mac));
     }
+    note("pmem devices", pmem_state::set_again());
     Ok(())
 }
 

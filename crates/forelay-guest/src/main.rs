@@ -17,6 +17,7 @@ mod graft;
 mod hold;
 mod identity;
 mod network;
+mod pmem_state;
 mod process;
 mod ready;
 mod root;
