@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -252,12 +253,26 @@ fn config(tree_script: &str) -> VmConfig {
     }
 }
 
+/// A program that has its kernel reseed its random numbers now.
+fn reseed_program(bench: &Bench) -> Vec<u8> {
+    let source = bench.dir.path().join("reseed.c");
+    let program = bench.dir.path().join("reseed");
+    let text = "#include <fcntl.h>\n#include <sys/ioctl.h>\n#include <linux/random.h>\n\
+                int main(void) { return ioctl(open(\"/dev/random\", O_RDWR), RNDRESEEDCRNG); }\n";
+    std::fs::write(&source, text).unwrap();
+    let mut compiler = Command::new("cc");
+    let made = compiler.arg("-static").arg("-o").args([&program, &source]);
+    assert!(made.status().unwrap().success());
+    std::fs::read(program).unwrap()
+}
+
 fn tree(assets: &Assets, hooks: bool) -> Tree {
     let mut tree = base_tree(assets);
     let hosts = "127.0.0.1 localhost\n127.0.1.1 forelay\n";
     tree.insert_path(b"etc/hosts", file(hosts, 0o644)).unwrap();
     if hooks {
-        let note = "#!/bin/sh\ncat /proc/sys/kernel/hostname /run/count > /run/hook\n";
+        let note = "#!/bin/sh\ncat /proc/sys/kernel/hostname /run/count > /run/hook\n\
+                    cat /run/drawn > /run/before\n";
         for (name, script) in [("10-note", note), ("20-fails", "#!/bin/sh\nexit 3\n")] {
             let path = format!("etc/forelay/resume.d/{name}");
             tree.insert_path(path.as_bytes(), file(script, 0o755))
@@ -273,11 +288,19 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
         return;
     };
     let bench = Bench::new();
-    let base = bench.image("base", &tree(assets, true));
-    // It counts, and draws a random number each time.
-    let script = "i=0; touch /run/serving; while :; do i=$((i+1)); echo $i > /run/count; \
-                  read r < /proc/sys/kernel/random/uuid; echo $r > /run/drawn; \
-                  busybox usleep 200000; done";
+    let base = {
+        let mut tree = tree(assets, true);
+        tree.insert_path(b"usr/bin/reseed", file(reseed_program(&bench), 0o755))
+            .unwrap();
+        bench.image("base", &tree)
+    };
+    // A young kernel reseeds itself every few seconds, which would hide that a clone was not
+    // reseeded: this one is ready when it does so less often, and was reseeded just before.
+    // (The shell reads byte by byte, and each read draws: each digit is of a number of its own.)
+    let script = "while read up rest < /proc/uptime; [ ${up%.*} -lt 12 ]; do busybox usleep 200000; \
+                  done; reseed || exit 1; touch /run/serving; i=0; while :; do i=$((i+1)); \
+                  read r < /proc/sys/kernel/random/uuid; echo $r >> /run/drawn; \
+                  echo $i > /run/count; busybox usleep 200000; done";
     let spec = bench.spec(assets, &[&base], &config(script));
     let saved = Saved::make(&bench, spec, Tier::Ready).await;
 
@@ -291,7 +314,7 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
         clock_is_right(&vm).await;
         clones.push(vm);
     }
-    let mut all = Vec::new();
+    let (mut all, mut first) = (Vec::new(), Vec::new());
     for (index, vm) in (0_u8..).zip(&clones) {
         let found = facts(vm).await;
         let name = format!("clone{index}");
@@ -316,8 +339,12 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
             assert!(Instant::now() < deadline, "the entrypoint does not go on");
         }
         all.push(found);
+        // The first number that the entrypoint drew as this machine.
+        let script = "busybox sed -n \"$(( $(busybox wc -l < /run/before) + 1 ))p\" /run/drawn";
+        first.push(vec![sh(vm, script).await]);
     }
     all_differ(&all);
+    all_differ(&first);
 
     let extra = {
         let mut tree = Tree::new();
