@@ -22,6 +22,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("dpkg-deb", "dpkg"),
     ("unshare", "util-linux"),
     ("losetup", "mount"),
+    ("ssh-keygen", "openssh-client"),
 ];
 
 /// What `bench peers` compares with, beside those.

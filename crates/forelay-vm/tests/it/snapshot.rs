@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,6 +21,9 @@ use crate::fixture::{Assets, Bench, Guard, Image, LIMIT, assets, base_tree, file
 
 /// How long a clone may take to power off.
 const STOP: Duration = Duration::from_secs(30);
+
+/// The clone in which a hook hangs.
+const HANGS: &str = "clone2";
 
 /// Memory and state of a VM that was held. The memory's file cannot be written, as on the
 /// daemon's mount.
@@ -151,6 +154,7 @@ async fn clone_of(
 ) -> (Guard, Took) {
     let begun = Instant::now();
     let mut parts = [Duration::ZERO; 4];
+    let expected = expected_failures(saved, &resume.hostname);
     let vm = Guard(bench.driver.launch(spec).await.unwrap());
     parts[0] = begun.elapsed();
     vm.restore(&saved.state).await.unwrap();
@@ -165,7 +169,7 @@ async fn clone_of(
     parts[1] = begun.elapsed() - parts[0];
     let resumed = vm.resume(resume).await;
     let resumed = resumed.unwrap_or_else(|error| panic!("{error}: {}", vm.console_tail()));
-    assert_eq!(resumed.failures, expected_failures(saved));
+    assert_eq!(resumed.failures, expected);
     parts[2] = begun.elapsed() - parts[0] - parts[1];
     let progress = vm.wait_ready(LIMIT).await;
     let progress = progress.unwrap_or_else(|error| panic!("{error}"));
@@ -182,12 +186,16 @@ async fn clone_of(
     (vm, took)
 }
 
-fn expected_failures(saved: &Saved) -> Vec<String> {
-    let hook = "/etc/forelay/resume.d/20-fails: it ended with code 3";
-    match saved.spec.hold {
-        Some(Tier::Ready) => vec![hook.to_owned()],
-        _ => Vec::new(),
+fn expected_failures(saved: &Saved, hostname: &str) -> Vec<String> {
+    let mut failures = Vec::new();
+    if saved.spec.hold == Some(Tier::Ready) {
+        failures.push("20-fails: it ended with code 3");
+        if hostname == HANGS {
+            failures.push("30-hangs: it did not end within 10s");
+        }
     }
+    let full = |failure| format!("/etc/forelay/resume.d/{failure}");
+    failures.into_iter().map(full).collect()
 }
 
 fn private_mib(vm: &VmHandle) -> u64 {
@@ -273,13 +281,41 @@ fn tree(assets: &Assets, hooks: bool) -> Tree {
     if hooks {
         let note = "#!/bin/sh\ncat /proc/sys/kernel/hostname /run/count > /run/hook\n\
                     cat /run/drawn > /run/before\n";
-        for (name, script) in [("10-note", note), ("20-fails", "#!/bin/sh\nexit 3\n")] {
+        let hangs = format!("#!/bin/sh\n! busybox grep {HANGS} /etc/hostname || sleep 1000\n");
+        for (name, script) in [
+            ("10-note", note),
+            ("20-fails", "#!/bin/sh\nexit 3\n"),
+            ("30-hangs", &hangs),
+        ] {
             let path = format!("etc/forelay/resume.d/{name}");
             tree.insert_path(path.as_bytes(), file(script, 0o755))
                 .unwrap();
         }
+        add_program(&mut tree, Path::new("/usr/bin/ssh-keygen"));
+        let key = file("the maker's", 0o600);
+        tree.insert_path(b"etc/ssh/ssh_host_ed25519_key", key)
+            .unwrap();
     }
     tree
+}
+
+/// A program of this machine's, with its libraries.
+fn add_program(tree: &mut Tree, program: &Path) {
+    let listed = Command::new("ldd").arg(program).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let libraries = listed
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'));
+    for path in libraries.map(Path::new).chain([program]) {
+        // `/lib` is a link to `/usr/lib`.
+        let place = match path.strip_prefix("/lib") {
+            Ok(rest) => Path::new("usr/lib").join(rest),
+            Err(_) => path.strip_prefix("/").unwrap().to_owned(),
+        };
+        let node = file(std::fs::read(path).unwrap(), 0o755);
+        let place = place.as_os_str().as_encoded_bytes();
+        tree.insert_path(place, node).unwrap();
+    }
 }
 
 #[tokio::test]
@@ -314,7 +350,7 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
         clock_is_right(&vm).await;
         clones.push(vm);
     }
-    let (mut all, mut first) = (Vec::new(), Vec::new());
+    let (mut all, mut first, mut keys) = (Vec::new(), Vec::new(), Vec::new());
     for (index, vm) in (0_u8..).zip(&clones) {
         let found = facts(vm).await;
         let name = format!("clone{index}");
@@ -338,6 +374,16 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
         {
             assert!(Instant::now() < deadline, "the entrypoint does not go on");
         }
+        let key = sh(vm, "ssh-keygen -y -f /etc/ssh/ssh_host_ed25519_key").await;
+        assert!(key.starts_with("ssh-ed25519 "), "{key}");
+        keys.push(vec![key]);
+        if name == HANGS {
+            sh(
+                vm,
+                "while busybox pgrep -f '[s]leep 1000'; do busybox usleep 50000; done",
+            )
+            .await;
+        }
         all.push(found);
         // The first number that the entrypoint drew as this machine.
         let script = "busybox sed -n \"$(( $(busybox wc -l < /run/before) + 1 ))p\" /run/drawn";
@@ -345,6 +391,7 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
     }
     all_differ(&all);
     all_differ(&first);
+    all_differ(&keys);
 
     let extra = {
         let mut tree = Tree::new();
