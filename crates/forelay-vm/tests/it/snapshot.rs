@@ -17,7 +17,7 @@ use forelay_memory::command_hints::Hints;
 use forelay_vm::{Cause, GuestMemory, SnapshotError, Upper, VmHandle, VmSpec, VmmDriver, Wrap};
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use crate::fixture::{Assets, Bench, Guard, Image, LIMIT, assets, base_tree, file, sh};
+use crate::fixture::{Assets, Bench, Guard, Image, LIMIT, assets, base_tree, file, sh, symlink};
 
 /// How long a clone may take to power off.
 const STOP: Duration = Duration::from_secs(30);
@@ -462,6 +462,38 @@ async fn privileged_clones_of_a_composed_vm_start_its_entrypoint() {
         stops(&vm).await;
     }
     all_differ(&drawn);
+}
+
+#[tokio::test]
+async fn privileged_a_clone_of_a_composed_vm_starts_an_init_of_its_own() {
+    let Some(assets) = assets("privileged_a_clone_of_a_composed_vm_starts_an_init_of_its_own")
+    else {
+        return;
+    };
+    let bench = Bench::new();
+    let base = {
+        let mut tree = tree(assets, false);
+        let init = b"usr/bin/init";
+        tree.insert_path(init, symlink("busybox")).unwrap();
+        let started = "::sysinit:/bin/sh -c 'cat /etc/hostname > /run/drawn; touch /run/serving'\n";
+        tree.insert_path(b"etc/inittab", file(started, 0o644))
+            .unwrap();
+        bench.image("base", &tree)
+    };
+    let mut config = config("");
+    config.run = Run::Init {
+        path: "/sbin/init".into(),
+    };
+    let spec = bench.spec(assets, &[&base], &config);
+    let saved = Saved::make(&bench, spec, Tier::Composed).await;
+    let spec = saved.clone_spec(&bench, 0);
+    let (vm, took) = clone_of(&bench, &saved, &spec, identity(0), &[]).await;
+    println!("init: {took:?}");
+    let found = sh(&vm, "cat /proc/1/comm /run/drawn").await;
+    assert_eq!(found, "init\nclone0\n");
+    assert_eq!(facts(&vm).await[3], "clone0");
+    // A flush is answered: the device works, and not its memory alone.
+    sh(&vm, "busybox sync -d /dev/pmem0 /dev/pmem1").await;
 }
 
 #[tokio::test]
