@@ -120,10 +120,13 @@ impl Disks {
         let children_s = crate::cpu::of_ended_children() - children_before_s;
         let mut vm = self.start(&overlay, Some(PORT), 256)?;
         let page_s = page::wait(PORT, asked, || vm.failed())?;
-        let cpu_s = vm.ready()?["cpu_s"].as_f64().unwrap_or(f64::NAN) + children_s;
+        let said = vm.ready()?;
+        let figure = |name: &str| said[name].as_f64().unwrap_or(f64::NAN);
+        let (ready_s, cpu_s) = (figure("ready_s"), figure("cpu_s") + children_s);
         vm.end()?;
         let (bytes, requests) = line.map_or(Ok((0, 0)), ThrottledLine::end)?;
         Ok(Served {
+            ready_s,
             page_s,
             cpu_s,
             bytes,

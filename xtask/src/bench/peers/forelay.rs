@@ -51,6 +51,7 @@ fn launch_once(bench: &WebBench, host: &Host) -> Result<Served> {
     let cpu_s = vm["pid"].as_u64().and_then(crate::cpu::of_process);
     let figure = |name: &str| vm["launch"][name].as_u64().unwrap_or(0);
     Ok(Served {
+        ready_s: vm["launch"]["ready_s"].as_f64().unwrap_or(f64::NAN),
         page_s,
         cpu_s: cpu_s.unwrap_or(f64::NAN) + host.cpu_s() - daemon_before_s,
         bytes: figure("repository_bytes"),

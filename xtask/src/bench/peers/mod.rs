@@ -36,6 +36,8 @@ const PORT: u16 = 8080;
 /// What one start took.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Served {
+    /// Seconds from the request until the VM said that it is ready; 0 where it does not.
+    pub ready_s: f64,
     /// Seconds from the request to the page.
     pub page_s: f64,
     /// CPU seconds of the VMM and of what serves it.
