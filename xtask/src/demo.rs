@@ -23,11 +23,14 @@ pub const LATENCY_MS: u64 = 20;
 /// See [`LATENCY_MS`].
 pub const BANDWIDTH_BYTES_PER_S: u64 = 100_000_000;
 
+/// The component that holds the guest's init.
+const KERNEL: &str = "linux-cloud";
+
 /// Components of the demo: what `forelay component build` is asked for, and the name
 /// under which the repository then lists it.
 const COMPONENTS: &[(&[&str], &str)] = &[
     (&["--base", "debian"], "debian"),
-    (&["--kernel"], "linux-cloud"),
+    (&["--kernel"], KERNEL),
     (&["--deb", "nginx"], "nginx"),
     (&["--deb", "redis"], "redis"),
     (&["--deb", "python3"], "python3"),
@@ -69,7 +72,8 @@ pub fn build_components(programs: &Programs, repository: &Path) -> Result<()> {
 }
 
 /// Builds those of the components that the repository lacks: what `forelay component build` is
-/// asked for, and the name under which the repository then lists it.
+/// asked for, and the name under which the repository then lists it. Kernels with another guest's
+/// init go first: launches might get them.
 pub fn build_lacking(
     programs: &Programs,
     repository: &Path,
@@ -82,15 +86,27 @@ pub fn build_lacking(
     } else {
         Value::Array(Vec::new())
     };
-    let names: Vec<&str> = present
+    let mut names: Vec<&str> = present
         .as_array()
         .into_iter()
         .flatten()
         .filter_map(|c| c["name"].as_str())
         .collect();
+    let stamp = repository.with_extension("guest");
+    let guest = std::fs::read(&programs.guest)?;
+    if std::fs::read(&stamp).ok().as_ref() != Some(&guest) {
+        // Each has the same name and version.
+        for _ in names.iter().filter(|name| **name == KERNEL) {
+            run(&mut host.forelay(["component", "remove", KERNEL]))?;
+        }
+        names.retain(|name| *name != KERNEL);
+        if let Some(dir) = stamp.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        std::fs::write(&stamp, &guest)?;
+    }
     for (arguments, name) in components {
-        // The kernel component holds the guest's init, which may have changed.
-        if names.contains(name) && *name != "linux-cloud" {
+        if names.contains(name) {
             println!("component {name} is there from an earlier run");
             continue;
         }
