@@ -1,4 +1,4 @@
-//! How short memory is: the host's, and that of the cgroup we are charged in.
+//! How short memory is: the host's, and that of the cgroup we are charged in. And the host's CPUs.
 //!
 //! A [`Probe`] samples what the kernel says; a [`Trigger`] waits for the kernel to say
 //! that tasks stall. Neither judges: thresholds belong to the cache policy. What a host
@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use procfs::{FromRead, Meminfo, MemoryPressure, MountEntry, ProcessCGroups};
+use procfs::{
+    CpuPressure, FromRead, LoadAverage, Meminfo, MemoryPressure, MountEntry, ProcessCGroups,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -89,6 +91,18 @@ impl Probe {
                 full_avg10: stall.full.avg10.into(),
                 some_total_us: stall.some.total,
             }),
+        })
+    }
+
+    /// Share of the last 10 s in which some task waited for one of `cpus` CPUs, in percent. Where
+    /// the kernel does not say: the share of the tasks of the last minute that had none.
+    pub fn cpu_stall(&self, cpus: usize) -> Option<f64> {
+        let told = CpuPressure::from_file(self.proc.join("pressure/cpu"));
+        let told = told.ok().map(|pressure| pressure.some.avg10.into());
+        told.or_else(|| {
+            let load = LoadAverage::from_file(self.proc.join("loadavg")).ok()?;
+            let tasks = f64::from(load.one).max(cpus as f64);
+            Some(100.0 * (1.0 - cpus as f64 / tasks))
         })
     }
 }
@@ -320,6 +334,20 @@ mod tests {
         let sample = Probe::at(root.path()).sample().unwrap();
         assert_eq!(headroom_bytes(&sample), 600 * 1024);
         assert_eq!((sample.cgroup, sample.stall), (None, None));
+    }
+
+    #[test]
+    fn cpus_are_short_as_the_kernel_says_or_as_its_load_tells() {
+        let load = ("proc/loadavg", "4.00 1.00 1.00 5/100 4242\n");
+        let root = host(&[load]);
+        let probe = Probe::at(root.path());
+        assert_eq!(probe.cpu_stall(1), Some(75.0));
+        assert_eq!(probe.cpu_stall(8), Some(0.0));
+        let stall = "some avg10=12.50 avg60=0.00 avg300=0.00 total=77\n\
+                     full avg10=0.00 avg60=0.00 avg300=0.00 total=0\n";
+        let root = host(&[load, ("proc/pressure/cpu", stall)]);
+        assert_eq!(Probe::at(root.path()).cpu_stall(1), Some(12.5));
+        assert_eq!(Probe::at(&root.path().join("none")).cpu_stall(1), None);
     }
 
     #[test]

@@ -97,6 +97,8 @@ pub struct SnapshotConfig {
     /// Make them in the background for what is launched again and again, while memory is
     /// plentiful; with `false`, `forelay snapshot create` alone makes them.
     pub make: bool,
+    /// Not while tasks wait for a CPU for more of the time than this, in percent; 100 is never.
+    pub cpu_stall: f64,
     /// Most bytes on disk that the snapshots of one trust domain may take; the least useful go
     /// first.
     pub cap_bytes: u64,
@@ -192,6 +194,7 @@ impl Default for SnapshotConfig {
     fn default() -> Self {
         Self {
             make: true,
+            cpu_stall: 50.0,
             cap_bytes: 4 << 30,
         }
     }

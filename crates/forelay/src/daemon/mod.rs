@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 use forelay_store::Store;
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Sender, UnboundedReceiver, channel};
 use tokio::sync::watch;
 
 use crate::api::{Degraded, Takeover};
@@ -50,7 +50,7 @@ use forecast::prefetch_loop::PrefetchLoop;
 use forelay_cache::plan::PreparedLaunch;
 use launch::LaunchService;
 use launch::admit::Admission;
-use launch::ahead::{Booted, SnapshotsAhead};
+use launch::ahead::{Improvable, MOST_WAITING, SnapshotsAhead};
 use launch::compose::Composer;
 use launch::maker::Maker;
 use launch::prefetch::LaunchPrefetcher;
@@ -194,15 +194,16 @@ impl Parts {
     }
 
     /// Has snapshots made of the launches that are sent.
-    fn keep_snapshots(&self, maker: &Arc<Maker>) -> UnboundedSender<Booted> {
-        let (sender, booted) = unbounded_channel();
+    fn keep_snapshots(&self, maker: &Arc<Maker>) -> Sender<Improvable> {
+        let (sender, launches) = channel(MOST_WAITING);
         let ahead = SnapshotsAhead {
             maker: Arc::clone(maker),
             learner: Arc::clone(&self.learner),
             memory: Arc::clone(&self.memory),
             registry: Arc::clone(&self.instances),
+            cpu_stall: self.config.snapshots.cpu_stall,
         };
-        tokio::spawn(ahead.run(booted));
+        tokio::spawn(ahead.run(launches));
         sender
     }
 
@@ -240,7 +241,7 @@ impl Parts {
             preparations: Arc::clone(&self.preparations),
             starter,
             snapshots: Arc::clone(snapshots),
-            booted: self
+            improvable: self
                 .config
                 .snapshots
                 .make

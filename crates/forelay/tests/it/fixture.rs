@@ -316,7 +316,7 @@ impl Host {
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n{}\n\
              [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n{}\n\
-             [snapshots]\nmake = {}\n\n[vmm]\n{}{vmm}",
+             [snapshots]\nmake = {}\ncpu_stall = 100.0\n\n[vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             repository,

@@ -224,14 +224,38 @@ fn privileged_what_is_launched_again_resumes_without_being_told() {
     assert_eq!(host.json(["snapshot", "list"]), serde_json::json!([]));
     let second = served(&host, &manifest, "web", port);
     assert_eq!(second["launch"]["resumed"], Value::Null);
-    host.until("both snapshots are made beside the VM", |host| {
-        host.json(["snapshot", "list"]).as_array().unwrap().len() == 2
-    });
+    let made = |count: usize| {
+        host.until("all snapshots are made beside the VM", |host| {
+            host.json(["snapshot", "list"]).as_array().unwrap().len() == count
+        });
+    };
+    made(2);
     host.ok(["stop", "web"]);
     let third = served(&host, &manifest, "web", port);
     assert_eq!(
         third["launch"]["resumed"], "composed",
         "{}",
         third["launch"]
+    );
+    host.ok(["stop", "web"]);
+
+    // Another profile has the kernel's snapshot from the start, and gets its own in turn. Its
+    // program is not started for nobody, though it says that it may be cloned.
+    let other = text.replacen("web", "other", 1).replace("hello", "HELLO");
+    let other = format!("{other}\n[snapshot]\nat = \"ready\"\nsecrets = \"shared\"\n");
+    let other = host.write("other.toml", &other);
+    for from in ["kernel", "kernel", "composed", "composed"] {
+        let vm = host.launch(&other, "other", &[]);
+        assert_eq!(vm["launch"]["resumed"], from, "{}", vm["launch"]);
+        if from == "kernel" && host.json(["history", "other"])[0]["launches"] == 2 {
+            made(3);
+        }
+        host.ok(["stop", "other"]);
+    }
+    let tiers = host.json(["snapshot", "list"]);
+    let tiers = tiers.as_array().unwrap().iter().map(|one| &one["tier"]);
+    assert_eq!(
+        tiers.collect::<Vec<_>>(),
+        ["kernel", "composed", "composed"]
     );
 }

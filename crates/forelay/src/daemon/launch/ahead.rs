@@ -1,25 +1,30 @@
 //! Snapshots that are made before anybody asks: of what is launched again and again.
 //!
-//! A launch that booted, though a snapshot could have served it, is handed here. Once its VM is
-//! ready, its profile has been launched before, memory is plentiful and no other launch is under
-//! way, the snapshots that its next launch will look for are made.
+//! A launch is handed here if its next one could resume from a later snapshot than it did, which
+//! may be none. Once its VM is ready, its profile has been launched before, memory is plentiful,
+//! the CPUs have time and no other launch is under way, what its next launch will look for is made.
 //!
-//! Refuses to be in anybody's way: whatever fails is logged, and not tried again for that profile
-//! while this daemon runs.
+//! Refuses to be in anybody's way: whatever fails is logged, and tried again later and later. And
+//! to start a program that nobody asked for: a snapshot at `ready` is left to its owner.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
 
 use forelay_cache::budget::PressureLevel;
 use forelay_guest_protocol::snapshot::Tier;
-use tokio::sync::mpsc::UnboundedReceiver;
+use forelay_image::Digest;
+use forelay_memory::pressure::Probe;
+use tokio::sync::mpsc::Receiver;
+use tokio::time::MissedTickBehavior;
 
 use crate::api::VmState;
+use crate::daemon::error::HostError;
 use crate::daemon::forecast::announced::ProfileId;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::launch::maker::Maker;
-use crate::daemon::memory::planner::PlannerHandle;
+use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::order::Order;
 use crate::daemon::snapshot::origin::latest_tier;
 use crate::daemon::vm::instance::Instance;
@@ -29,11 +34,23 @@ use crate::daemon::vm::registry::VmRegistry;
 const LAUNCHES: u64 = 2;
 /// Between two looks whether the host has time for a maker.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A VM that is not ready by then is not waited for.
+const STARTING_LIMIT_MS: i64 = 60_000;
+/// Launches that wait here, and as many again on their way: more are left to their next time.
+pub const MOST_WAITING: usize = 256;
+/// Until the same snapshot is made a second time; twice as long for each time more.
+const AGAIN_AFTER: Duration = Duration::from_secs(60);
+const AGAIN_AFTER_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A launch that booted.
-pub struct Booted {
+/// A launch whose next one could resume, or from later on.
+pub struct Improvable {
     pub order: Order,
     pub instance: Arc<Instance>,
+}
+
+/// The latest tier that is made of an order unasked.
+pub fn unasked_tier(order: &Order) -> Option<Tier> {
+    latest_tier(order).map(|tier| tier.min(Tier::Composed))
 }
 
 /// See the module's header.
@@ -42,62 +59,201 @@ pub struct SnapshotsAhead {
     pub learner: Arc<Learner>,
     pub memory: Arc<PlannerHandle>,
     pub registry: Arc<VmRegistry>,
+    /// Most of the time that tasks may wait for a CPU, in percent.
+    pub cpu_stall: f64,
 }
 
 impl SnapshotsAhead {
     /// Makes what launches lack, one after the other.
-    pub async fn run(self, mut booted: UnboundedReceiver<Booted>) {
-        let mut given_up = BTreeSet::new();
-        while let Some(Booted { order, instance }) = booted.recv().await {
-            let profile = ProfileId::of(&order);
-            let Some(latest) = latest_tier(&order) else {
-                continue;
-            };
-            if given_up.contains(&profile) || !self.will_return(&order, &instance).await {
-                continue;
-            }
-            // The kernel's serves whatever else is launched.
-            for tier in [Tier::Kernel, latest] {
-                self.wait_for_quiet().await;
-                if let Err(error) = self.maker.make(&order, tier).await {
-                    let (profile_name, tier) = (&order.of.profile, tier.name());
-                    tracing::warn!(profile = profile_name, tier, %error, "no snapshot is made");
-                    given_up.insert(profile);
-                    break;
+    pub async fn run(self, mut launches: Receiver<Improvable>) {
+        let (mut waiting, mut attempts) = (Waiting::default(), Attempts::default());
+        let mut looks = tokio::time::interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                launch = launches.recv() => match launch {
+                    Some(launch) => waiting.add(launch),
+                    None => return,
+                },
+                _ = looks.tick(), if !waiting.0.is_empty() => {
+                    self.look(&mut waiting, &mut attempts).await;
                 }
             }
         }
     }
 
-    /// Whether a launch came to be ready, of a profile that is launched again.
-    async fn will_return(&self, order: &Order, instance: &Instance) -> bool {
-        while matches!(
-            instance.state(),
-            VmState::Launching | VmState::Booting | VmState::Mounted
-        ) {
-            instance.state_changed().await;
+    /// Makes what one launch lacks, if there is time for it now.
+    async fn look(&self, waiting: &mut Waiting, attempts: &mut Attempts) {
+        if !self.is_quiet() {
+            return;
         }
-        let was_ready = instance.read(|vm| vm.launch.ready_s.is_some());
-        let entries = self.learner.entries(Some(&order.of.profile)).await;
+        let Some(launch) = waiting.take(now_ms()) else {
+            return;
+        };
+        if !self.will_return(&launch).await {
+            return;
+        }
+        match self.make_next(&launch.order, attempts).await {
+            Ok(true) => waiting.add(launch),
+            Ok(false) => {}
+            Err(error) => {
+                let profile = &launch.order.of.profile;
+                tracing::warn!(profile, %error, "no snapshot is made");
+            }
+        }
+    }
+
+    /// Makes the first snapshot that an order lacks and that may be tried; false if there is none.
+    async fn make_next(&self, order: &Order, attempts: &mut Attempts) -> Result<bool, HostError> {
+        // The kernel's serves whatever else is launched.
+        for tier in [Some(Tier::Kernel), unasked_tier(order)] {
+            let Some(tier) = tier else { continue };
+            let Some(key) = self.maker.lacks(order, tier).await? else {
+                continue;
+            };
+            if attempts.begin(key, Instant::now()) {
+                let made = self.maker.make(order, tier).await;
+                if let Err(HostError::Invalid(_)) = &made {
+                    attempts.give_up(key);
+                }
+                return made.map(|_| true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether a launch came to be ready, of a profile that is launched again.
+    async fn will_return(&self, launch: &Improvable) -> bool {
+        let was_ready = launch.instance.read(|vm| vm.launch.ready_s.is_some());
+        let of = &launch.order.of;
+        let entries = self.learner.entries(Some(&of.profile)).await;
         let entries = entries.unwrap_or_default();
-        let mut own = entries.iter().filter(|one| one.owner == order.of.owner);
+        let mut own = entries.iter().filter(|one| one.owner == of.owner);
         was_ready && own.any(|one| one.launches >= LAUNCHES)
     }
 
-    async fn wait_for_quiet(&self) {
-        loop {
-            let starting = |state| {
-                matches!(
-                    state,
-                    VmState::Launching | VmState::Booting | VmState::Mounted
-                )
-            };
-            let live = self.registry.live();
-            let quiet = !live.iter().any(|instance| starting(instance.state()));
-            if quiet && self.memory.status().level == PressureLevel::Plenty {
-                return;
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
+    fn is_quiet(&self) -> bool {
+        let (live, now_ms) = (self.registry.live(), now_ms());
+        let cpus = available_parallelism().map_or(1, usize::from);
+        let stall = Probe::new().cpu_stall(cpus).unwrap_or(0.0);
+        !live.iter().any(|instance| is_starting(instance, now_ms))
+            && self.memory.status().level == PressureLevel::Plenty
+            && stall <= self.cpu_stall
+    }
+}
+
+fn is_starting(instance: &Instance, now_ms: i64) -> bool {
+    let state = instance.state();
+    let launched_ms = instance.read(|vm| vm.launched_ms);
+    matches!(
+        state,
+        VmState::Launching | VmState::Booting | VmState::Mounted
+    ) && now_ms - launched_ms < STARTING_LIMIT_MS
+}
+
+/// Launches of which something may be made: of each profile the last.
+#[derive(Default)]
+struct Waiting(BTreeMap<ProfileId, Improvable>);
+
+impl Waiting {
+    fn add(&mut self, launch: Improvable) {
+        let id = ProfileId::of(&launch.order);
+        if self.0.len() < MOST_WAITING || self.0.contains_key(&id) {
+            self.0.insert(id, launch);
         }
+    }
+
+    /// One whose VM has come as far as it will.
+    fn take(&mut self, now_ms: i64) -> Option<Improvable> {
+        let mut all = self.0.iter();
+        let settled = all.find(|(_, one)| !is_starting(&one.instance, now_ms));
+        let id = settled.map(|(id, _)| id.clone())?;
+        self.0.remove(&id)
+    }
+}
+
+/// How often each snapshot was made, failures and those that did not last, and when it may be
+/// made again, if ever.
+#[derive(Default)]
+struct Attempts(BTreeMap<Digest, (u32, Option<Instant>)>);
+
+impl Attempts {
+    /// Whether the snapshot with this key may be made now, which is noted.
+    fn begin(&mut self, key: Digest, now: Instant) -> bool {
+        // What is over for so long does not count any more.
+        let counts = |next: &Option<Instant>| next.is_none_or(|next| now < next + AGAIN_AFTER_LIMIT);
+        self.0.retain(|_, (_, next)| counts(next));
+        let (count, next) = self.0.entry(key).or_insert((0, Some(now)));
+        if next.is_none_or(|next| now < next) {
+            return false;
+        }
+        let wait = AGAIN_AFTER * 2_u32.pow((*count).min(16));
+        *next = Some(now + wait.min(AGAIN_AFTER_LIMIT));
+        *count += 1;
+        true
+    }
+
+    fn give_up(&mut self, key: Digest) {
+        self.0.insert(key, (0, None));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::order::tests::order;
+    use crate::daemon::vm::instance::tests::data;
+
+    #[test]
+    fn what_does_not_last_is_made_less_and_less_often_and_what_makes_no_sense_never() {
+        let (mut attempts, start) = (Attempts::default(), Instant::now());
+        let key = Digest::of(b"web");
+        let mut begun = |minute: u32| attempts.begin(key, start + AGAIN_AFTER * minute);
+        let made: Vec<u32> = (0..40).filter(|minute| begun(*minute)).collect();
+        assert_eq!(made, [0, 1, 3, 7, 15, 31]);
+        assert!(attempts.begin(Digest::of(b"other"), start));
+        // After a day without, it is as new.
+        let later = start + AGAIN_AFTER_LIMIT * 2;
+        assert!(attempts.begin(key, later) && attempts.begin(key, later + AGAIN_AFTER));
+        attempts.give_up(key);
+        assert!(!attempts.begin(key, later + AGAIN_AFTER_LIMIT * 9));
+    }
+
+    #[test]
+    fn a_vm_that_never_gets_ready_is_in_nobodys_way_and_each_profile_waits_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let launch = |name: &str, profile: &str, launched_ms| {
+            let mut data = data(name, dir.path());
+            data.launched_ms = launched_ms;
+            Improvable {
+                order: order(profile, "", "base"),
+                instance: Arc::new(Instance::launching(name, data)),
+            }
+        };
+        let mut waiting = Waiting::default();
+        waiting.add(launch("hangs", "a", 0));
+        waiting.add(launch("web", "b", 50_000));
+        waiting.add(launch("web-2", "b", 55_000));
+        assert!(waiting.take(59_999).is_none(), "both may get ready");
+        let name = |launch: Option<Improvable>| launch.unwrap().instance.name().to_owned();
+        assert_eq!(name(waiting.take(60_000)), "hangs");
+        assert!(waiting.take(60_000).is_none());
+        assert_eq!(name(waiting.take(115_000)), "web-2");
+        assert!(waiting.take(i64::MAX).is_none());
+        for number in 0..=MOST_WAITING {
+            waiting.add(launch("web", &format!("p{number}"), 0));
+        }
+        assert_eq!(waiting.0.len(), MOST_WAITING);
+    }
+
+    #[test]
+    fn nobodys_program_is_started_unasked() {
+        let tier = |at: &str| {
+            let snapshot = format!("[snapshot]\nat = {at:?}");
+            unasked_tier(&order("web", &snapshot, "base"))
+        };
+        let all = ["ready", "composed", "kernel", "off"].map(tier);
+        let composed = Some(Tier::Composed);
+        assert_eq!(all, [composed, composed, Some(Tier::Kernel), None]);
     }
 }

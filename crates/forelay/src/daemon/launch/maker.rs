@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forelay_guest_protocol::snapshot::Tier;
-use forelay_image::ChunkIndex;
+use forelay_image::{ChunkIndex, Digest};
 use forelay_image::component::{Component, ImageRef, Role};
 use forelay_image::snapshot::SnapshotOf;
 use forelay_memory::command_hints::Hints;
@@ -63,7 +63,7 @@ struct Saved {
     memory: File,
     state: Vec<u8>,
     map: Option<MapImage>,
-    devices: Vec<(forelay_image::Digest, u64)>,
+    devices: Vec<(Digest, u64)>,
 }
 
 impl Maker {
@@ -121,8 +121,18 @@ impl Maker {
         let path = path_of(&memory);
         let publishing = self.snapshots.publish(&shelf, &component, &path, &index);
         let kept = publishing.await?;
-        self.snapshots.keep_within(self.cap_bytes).await;
+        let fitting = self.snapshots.keep_within(&shelf, &kept, self.cap_bytes);
+        fitting.await?;
         Ok(kept)
+    }
+
+    /// The key of this order's snapshot at a tier, if there is none.
+    pub async fn lacks(&self, order: &Order, tier: Tier) -> Result<Option<Digest>, HostError> {
+        let kernel = self.composer.kernel(&order.lock.kernel).await?;
+        let runtime = self.starter.runtime(&kernel.kernel).await?;
+        let key = origin(order, tier, &runtime).key();
+        let shelf = self.snapshots.shelf(&order.domain).await?;
+        Ok(shelf.find(key).is_none().then_some(key))
     }
 
     fn vm_dir(&self) -> Result<VmDir, HostError> {

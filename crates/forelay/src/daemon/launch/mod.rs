@@ -44,7 +44,7 @@ use forelay_image::lock::LockedComponent;
 use forelay_vm::VmSpec;
 use forelay_vm::process::Process;
 use futures_util::future::join_all;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -63,7 +63,7 @@ use crate::daemon::vm::registry::Claim;
 use crate::daemon::vm::supervise::{ExpectedLaunch, Supervisor};
 use crate::recipe::KernelFiles;
 use admit::Admission;
-use ahead::Booted;
+use ahead::{Improvable, unasked_tier};
 use compose::{Composer, MapImage};
 use maker::Maker;
 use prefetch::{LaunchPrefetcher, PrefetchPlan};
@@ -86,8 +86,8 @@ pub struct LaunchService {
     pub starter: Arc<Starter>,
     pub snapshots: Arc<Snapshots>,
     pub maker: Arc<Maker>,
-    /// Takes launches that booted, where snapshots are made of them.
-    pub booted: Option<UnboundedSender<Booted>>,
+    /// Takes launches of which snapshots may be made, where any are unasked.
+    pub improvable: Option<Sender<Improvable>>,
     pub supervisor: Arc<Supervisor>,
 }
 
@@ -480,12 +480,12 @@ impl LaunchService {
             return Err(HostError::failed(error));
         }
         self.prefetcher.started(launch.name());
-        if let Some(booted) = &self.booted
-            && instance.read(|vm| vm.launch.resumed.is_none())
+        if let Some(improvable) = &self.improvable
+            && instance.read(|vm| vm.launch.resumed) < unasked_tier(&launch.order)
         {
             let (order, instance) = (launch.order.clone(), Arc::clone(instance));
-            // Nobody takes it: the daemon ends.
-            let _ = booted.send(Booted { order, instance });
+            // Nobody takes it: the daemon ends, or many wait.
+            let _ = improvable.try_send(Improvable { order, instance });
         }
         let (instance, handle) = (Arc::clone(instance), vmm.commit());
         let expected = ExpectedLaunch {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use forelay_cache::Domain;
 use forelay_guest_protocol::snapshot::Tier;
-use forelay_image::{ChunkIndex, Component, Digest};
+use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
 use forelay_store::{Priority, Store};
 
 use crate::api;
@@ -304,31 +304,40 @@ impl Snapshots {
         }
     }
 
-    /// Removes the least useful snapshots until all take at most `cap_bytes`.
-    pub async fn keep_within(&self, cap_bytes: u64) {
-        for shelf in self.all_shelves().await {
-            let mut all = shelf.all();
-            // What was set aside is of no use at all.
-            all.sort_by_key(|one| {
-                (
-                    one.aside.is_none(),
-                    one.uses,
-                    one.last_used_ms,
-                    one.made_ms(),
-                )
-            });
-            for kept in all {
-                if shelf.stored_bytes() <= cap_bytes {
-                    break;
-                }
-                match self.remove(&shelf, &kept).await {
-                    Ok(()) => {
-                        tracing::info!(snapshot = %kept.id, "removed: snapshots take too much")
-                    }
-                    Err(error) => tracing::info!(snapshot = %kept.id, %error, "kept"),
-                }
+    /// Removes those snapshots of a domain that were of no use for longest until all take at most
+    /// `cap_bytes`. If `made` does not fit, it goes itself.
+    pub async fn keep_within(
+        &self,
+        shelf: &Shelf,
+        made: &Kept,
+        cap_bytes: u64,
+    ) -> Result<(), HostError> {
+        for kept in expendable(shelf.all(), made.id) {
+            if shelf.stored_bytes() <= cap_bytes {
+                break;
+            }
+            match self.remove(shelf, &kept).await {
+                Ok(()) => tracing::info!(snapshot = %kept.id, "removed: snapshots take too much"),
+                Err(error) => tracing::info!(snapshot = %kept.id, %error, "kept"),
             }
         }
+        let stored_bytes = shelf.stored_bytes();
+        if stored_bytes <= cap_bytes {
+            return Ok(());
+        }
+        let alone = shelf.all().len() == 1;
+        self.remove(shelf, made).await?;
+        let told = format!(
+            "this snapshot would make those of {} take {} MiB on disk, and `cap_bytes` in \
+             [snapshots] of the configuration allows {}: ",
+            made.domain,
+            stored_bytes >> 20,
+            cap_bytes >> 20
+        );
+        Err(match alone {
+            true => HostError::Invalid(told + "raise it"),
+            false => HostError::Busy(told + "raise it, or stop VMs that run on others"),
+        })
     }
 
     /// A snapshot was of no use to a launch.
@@ -345,4 +354,11 @@ impl Snapshots {
             shelf.note_use(kept.id);
         }
     }
+}
+
+/// All but one, those that go first at first: what was set aside is of no use at all.
+fn expendable(mut all: Vec<Kept>, but: ComponentId) -> Vec<Kept> {
+    all.retain(|one| one.id != but);
+    all.sort_by_key(|one| (one.aside.is_none(), one.last_used_ms.max(one.made_ms())));
+    all
 }

@@ -4,9 +4,11 @@
 //! state_dir/snapshots/<domain>/repository/   as any repository's
 //!                              cache/        of its metadata
 //!                              aside.json    what does not restore, and why
+//!                              used/<id>     changed when a launch last resumed from it
 //! ```
 //! Invariant: a snapshot that was set aside is not used again, by no daemon, until another takes
-//! its place.
+//! its place. What is published and what is removed wait for each other: what a publication has
+//! stored so far looks like nobody's.
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
@@ -37,8 +39,9 @@ pub struct Kept {
     pub of: SnapshotOf,
     /// Why it is not used any more.
     pub aside: Option<String>,
-    /// Launches that resumed from it, and when the last did, since this daemon started.
+    /// Launches that resumed from it since this daemon started.
     pub uses: u64,
+    /// When the last one did, whatever daemon it was of; 0 if none has.
     pub last_used_ms: i64,
     /// The files that hold it, as they were when all of them were right.
     verified: Vec<FileStamp>,
@@ -82,13 +85,17 @@ pub struct Shelf {
     dir: PathBuf,
     store: Store,
     kept: Mutex<BTreeMap<ComponentId, Kept>>,
+    /// Held by who changes what the store has.
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl Shelf {
     /// Opens a domain's, made if there is none.
     pub async fn open(snapshots_dir: &Path, domain: &Domain) -> Result<Self, HostError> {
         let dir = snapshots_dir.join(domain.as_str());
-        private_dir(&dir).map_err(|error| failed("make", &dir, &error))?;
+        for dir in [&dir, &dir.join(USED)] {
+            private_dir(dir).map_err(|error| failed("make", dir, &error))?;
+        }
         let repository = DirectoryRepository::create(dir.join("repository"));
         let opening = Store::open(StoreConfig {
             repository: Arc::new(repository.map_err(HostError::failed)?),
@@ -109,17 +116,22 @@ impl Shelf {
             match Kept::new(domain, id, component) {
                 Ok(mut one) => {
                     one.aside = aside.remove(&id);
+                    one.last_used_ms = last_used_ms(&dir, id);
                     kept.insert(id, one);
                 }
                 Err(problem) => tracing::warn!(snapshot = %id, problem, "left alone"),
             }
         }
-        Ok(Self {
+        let shelf = Self {
             domain: domain.clone(),
             dir,
             store,
             kept: Mutex::new(kept),
-        })
+            turn: Default::default(),
+        };
+        // What a daemon has stored that ended before it had published it.
+        shelf.collect_or_warn().await;
+        Ok(shelf)
     }
 
     /// Where its snapshots' bytes are.
@@ -150,6 +162,10 @@ impl Shelf {
         if let Some(one) = self.kept.lock().get_mut(&id) {
             one.uses += 1;
             one.last_used_ms = now_ms();
+            // Its time is all there is to it: no launch waits for a disk.
+            if let Err(error) = std::fs::write(used_file(&self.dir, id), "") {
+                tracing::warn!(%error, "the next daemon will not know that a snapshot was used");
+            }
         }
     }
 
@@ -186,8 +202,12 @@ impl Shelf {
         let id = component.id();
         let component = Arc::new(component.clone());
         let kept = Kept::new(&self.domain, id, component).map_err(HostError::Failed)?;
+        let _turn = self.turn.lock().await;
         let publishing = self.store.publish(&kept.component, image, chunks, &|_| {});
-        publishing.await.map_err(HostError::failed)?;
+        if let Err(error) = publishing.await {
+            self.collect_or_warn().await;
+            return Err(HostError::failed(error));
+        }
         self.close_files();
         self.kept.lock().insert(id, kept.clone());
         Ok(kept)
@@ -195,11 +215,25 @@ impl Shelf {
 
     /// Removes a snapshot, which no VM may map, and its bytes.
     pub async fn remove(&self, id: ComponentId) -> Result<(), HostError> {
+        let _turn = self.turn.lock().await;
         let removing = self.store.remove_component(id);
         removing.await.map_err(HostError::failed)?;
         self.kept.lock().remove(&id);
         self.save_aside();
-        // This daemon alone publishes here, one snapshot after the other.
+        // It may never have been used.
+        let _ = std::fs::remove_file(used_file(&self.dir, id));
+        self.collect().await
+    }
+
+    async fn collect_or_warn(&self) {
+        if let Err(error) = self.collect().await {
+            let domain = &self.domain;
+            tracing::warn!(%domain, %error, "bytes of no snapshot may be left");
+        }
+    }
+
+    /// Deletes the bytes of no snapshot. This daemon alone publishes here, and has the turn.
+    async fn collect(&self) -> Result<(), HostError> {
         let at_once = GcOptions {
             grace: Duration::ZERO,
             ..GcOptions::default()
@@ -264,6 +298,20 @@ impl Shelf {
             let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
         }
     }
+}
+
+/// Folder of the files that say when snapshots were used.
+const USED: &str = "used";
+
+fn used_file(shelf: &Path, id: ComponentId) -> PathBuf {
+    shelf.join(USED).join(id.hex())
+}
+
+fn last_used_ms(shelf: &Path, id: ComponentId) -> i64 {
+    let meta = used_file(shelf, id).metadata();
+    meta.map_or(0, |meta| {
+        meta.mtime() * 1000 + meta.mtime_nsec() / 1_000_000
+    })
 }
 
 fn failed(doing: &str, path: &Path, error: &std::io::Error) -> HostError {
