@@ -181,7 +181,8 @@ impl Attempts {
     /// Whether the snapshot with this key may be made now, which is noted.
     fn begin(&mut self, key: Digest, now: Instant) -> bool {
         // What is over for so long does not count any more.
-        let counts = |next: &Option<Instant>| next.is_none_or(|next| now < next + AGAIN_AFTER_LIMIT);
+        let counts =
+            |next: &Option<Instant>| next.is_none_or(|next| now < next + AGAIN_AFTER_LIMIT);
         self.0.retain(|_, (_, next)| counts(next));
         let (count, next) = self.0.entry(key).or_insert((0, Some(now)));
         if next.is_none_or(|next| now < next) {

@@ -17,9 +17,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forelay_guest_protocol::snapshot::Tier;
-use forelay_image::{ChunkIndex, Digest};
 use forelay_image::component::{Component, ImageRef, Role};
 use forelay_image::snapshot::SnapshotOf;
+use forelay_image::{ChunkIndex, Digest};
 use forelay_memory::command_hints::Hints;
 use forelay_memory::pressure::Probe;
 use forelay_vm::{GuestMemory, Upper, VmSpec};
