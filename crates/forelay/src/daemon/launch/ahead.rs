@@ -66,7 +66,7 @@ pub struct SnapshotsAhead {
 impl SnapshotsAhead {
     /// Makes what launches lack, one after the other.
     pub async fn run(self, mut launches: Receiver<Improvable>) {
-        let (mut waiting, mut attempts) = (Waiting::default(), Attempts::default());
+        let (mut waiting, mut attempts) = (WaitingLaunches::default(), Attempts::default());
         let mut looks = tokio::time::interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -83,7 +83,7 @@ impl SnapshotsAhead {
     }
 
     /// Makes what one launch lacks, if there is time for it now.
-    async fn look(&self, waiting: &mut Waiting, attempts: &mut Attempts) {
+    async fn look(&self, waiting: &mut WaitingLaunches, attempts: &mut Attempts) {
         if !self.is_quiet() {
             return;
         }
@@ -153,9 +153,9 @@ fn is_starting(instance: &Instance, now_ms: i64) -> bool {
 
 /// Launches of which something may be made: of each profile the last.
 #[derive(Default)]
-struct Waiting(BTreeMap<ProfileId, Improvable>);
+struct WaitingLaunches(BTreeMap<ProfileId, Improvable>);
 
-impl Waiting {
+impl WaitingLaunches {
     fn add(&mut self, launch: Improvable) {
         let id = ProfileId::of(&launch.order);
         if self.0.len() < MOST_WAITING || self.0.contains_key(&id) {
@@ -231,7 +231,7 @@ mod tests {
                 instance: Arc::new(Instance::launching(name, data)),
             }
         };
-        let mut waiting = Waiting::default();
+        let mut waiting = WaitingLaunches::default();
         waiting.add(launch("hangs", "a", 0));
         waiting.add(launch("web", "b", 50_000));
         waiting.add(launch("web-2", "b", 55_000));
