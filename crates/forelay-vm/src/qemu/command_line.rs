@@ -75,19 +75,9 @@ pub const CHANNEL_SOCKET: &str = "channel.sock";
 /// Console socket in the runtime directory.
 pub const CONSOLE_SOCKET: &str = "console.sock";
 
-/// What the arguments depend on besides the VM.
-#[derive(Clone, Copy, Debug)]
-pub struct Target {
-    /// How the VM runs.
-    pub accelerator: Accelerator,
-    /// This QEMU maps a file that it may not write to privately (8.2 and later).
-    pub copies_read_only_files: bool,
-}
-
 /// The arguments, without the program.
-pub fn arguments(spec: &VmSpec, target: Target) -> Result<Vec<OsString>, String> {
+pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString>, String> {
     spec.validate()?;
-    let accelerator = target.accelerator;
     let mut line = Line::default();
     line.plain(&[
         "-nodefaults",
@@ -98,7 +88,7 @@ pub fn arguments(spec: &VmSpec, target: Target) -> Result<Vec<OsString>, String>
     ]);
     line.option("-name", &[("guest=", OsStr::new(&spec.name))]);
     line.plain(&["-M", &format!("{MACHINE},memory-backend={RAM}")]);
-    guest_memory(&mut line, spec, target);
+    guest_memory(&mut line, spec);
     match accelerator {
         Accelerator::Kvm => line.plain(&["-accel", "kvm", "-cpu", "host"]),
         Accelerator::Tcg => line.plain(&["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]),
@@ -124,11 +114,11 @@ pub fn arguments(spec: &VmSpec, target: Target) -> Result<Vec<OsString>, String>
 }
 
 /// The machine; no device that a VM without a screen does not need: each takes the guest time to find.
-pub const MACHINE: &str = "q35,usb=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off";
+pub(crate) const MACHINE: &str = "q35,usb=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off";
 
 /// The CPU under TCG: x86-64-v2 as far as TCG has it, from AMD: with `max`, saving AVX state makes every task
 /// switch slower, and a kernel on an old Intel CPU switches page tables at each system call.
-pub const TCG_CPU: &str = "qemu64,ssse3=on,sse4.1=on,sse4.2=on,popcnt=on,lahf-lm=on,rdrand=on";
+const TCG_CPU: &str = "qemu64,ssse3=on,sse4.1=on,sse4.2=on,popcnt=on,lahf-lm=on,rdrand=on";
 
 /// On a loaded host the kernel's check of its timer panics (`IO-APIC + timer doesn't work`).
 /// Self-tests of ciphers and work-arounds for speculation are of no use on an emulated CPU,
@@ -144,7 +134,7 @@ const TCG_KERNEL_WORDS: [&str; 5] = [
 ];
 
 /// The guest's memory: called the same in all VMs, since a state refers to it by name.
-fn guest_memory(line: &mut Line, spec: &VmSpec, target: Target) {
+fn guest_memory(line: &mut Line, spec: &VmSpec) {
     let size = spec.memory_mib;
     let file = |options: &str| format!("memory-backend-file,id={RAM},size={size}M,{options}");
     let (backend, path) = match &spec.memory {
@@ -153,14 +143,9 @@ fn guest_memory(line: &mut Line, spec: &VmSpec, target: Target) {
             OsString::new(),
         ),
         GuestMemory::Shared { path } => (file("share=on,mem-path="), escape(path.as_os_str())),
-        GuestMemory::Snapshot { path } => {
-            let read_only = match target.copies_read_only_files {
-                true => "readonly=on,rom=off,",
-                false => "",
-            };
-            let options = format!("share=off,{read_only}mem-path=");
-            (file(&options), escape(path.as_os_str()))
-        }
+        // Opened for writing, though no byte is written: QEMU before 8.2 maps no other file
+        // privately, and later ones do not give back what a guest frees of a read-only one.
+        GuestMemory::Snapshot { path } => (file("share=off,mem-path="), escape(path.as_os_str())),
     };
     line.raw("-object", &[OsStr::new(&backend), &path]);
 }
@@ -174,6 +159,35 @@ fn memory(spec: &VmSpec) -> String {
     let room = pmem + (spec.pmem.len() as u64 + 16) * (1 << 30) / 16 + spec.hotplug_bytes;
     let most_mib = u64::from(spec.memory_mib) + room.div_ceil(1 << 20);
     format!("{}M,slots=1,maxmem={most_mib}M", spec.memory_mib)
+}
+
+/// What of the command line a guest that is held there could notice, the image's devices aside:
+/// a state fits no other machine. Names and paths are none of it.
+pub fn held_machine(
+    held: Tier,
+    cpus: u32,
+    memory_mib: u32,
+    accelerator: Accelerator,
+) -> Result<String, String> {
+    let boot = Boot::Map {
+        uuid: "0".repeat(32),
+    };
+    let mut spec = VmSpec::new("held", "/kernel".into(), "/initrd".into(), boot);
+    (spec.cpus, spec.memory_mib) = (cpus, memory_mib);
+    spec.memory = GuestMemory::Shared {
+        path: "/memory".into(),
+    };
+    spec.hold = Some(held);
+    if held > Tier::Kernel {
+        spec.pmem.push(PmemDevice {
+            id: "map".to_owned(),
+            path: "/map".into(),
+            bytes: crate::spec::PMEM_ALIGN_BYTES,
+        });
+    }
+    let words = arguments(&spec, accelerator)?;
+    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+    Ok(words.join(" "))
 }
 
 /// The kernel's command line.
@@ -479,11 +493,6 @@ mod tests {
     use super::*;
     use crate::spec::{Forward, PMEM_ALIGN_BYTES};
 
-    const TARGET: Target = Target {
-        accelerator: Accelerator::Tcg,
-        copies_read_only_files: false,
-    };
-
     fn spec(devices: usize) -> VmSpec {
         let boot = Boot::Map {
             uuid: "ab".repeat(16),
@@ -500,7 +509,7 @@ mod tests {
     }
 
     fn text(spec: &VmSpec) -> String {
-        let words = arguments(spec, TARGET).unwrap();
+        let words = arguments(spec, Accelerator::Tcg).unwrap();
         words
             .iter()
             .map(|word| word.to_string_lossy())
@@ -523,7 +532,7 @@ mod tests {
         assert_eq!(addresses.len(), count);
         assert!(text.contains("mem-path=/f,,39"), "commas are doubled");
         assert!(
-            arguments(&spec(MAX_PMEM + 1), TARGET)
+            arguments(&spec(MAX_PMEM + 1), Accelerator::Tcg)
                 .unwrap_err()
                 .contains("bundle")
         );
@@ -547,7 +556,7 @@ mod tests {
         assert!(text.contains("serial=forelay-scratch"));
         assert!(text.contains("forelay.scratch=1 systemd.log_level=debug"));
         spec.network = false;
-        assert!(arguments(&spec, TARGET).is_err());
+        assert!(arguments(&spec, Accelerator::Tcg).is_err());
     }
 
     #[test]
@@ -587,20 +596,5 @@ mod tests {
         for word in ["forelay.map", "scratch", "virtio-blk"] {
             assert!(!text.contains(word), "{word}");
         }
-    }
-
-    #[test]
-    fn a_qemu_that_can_opens_a_snapshots_memory_for_reading() {
-        let mut clone = spec(0);
-        clone.hold = Some(Tier::Kernel);
-        clone.memory = GuestMemory::Snapshot { path: "/s".into() };
-        let newer = Target {
-            copies_read_only_files: true,
-            ..TARGET
-        };
-        let words = arguments(&clone, newer).unwrap();
-        let found =
-            "memory-backend-file,id=ram,size=512M,share=off,readonly=on,rom=off,mem-path=/s";
-        assert!(words.contains(&found.into()), "{words:?}");
     }
 }

@@ -13,7 +13,6 @@ pub(crate) mod migration;
 mod qmp;
 
 pub use command_line::HotplugBus;
-use command_line::Target;
 pub use control::QemuControl;
 pub use qmp::{Event, Qmp, QmpError};
 
@@ -134,16 +133,8 @@ impl QemuDriver {
         let prepared = self.prepare(&spec.kernel).await;
         let (accelerator, mut spec) = (prepared.probe.accelerator, spec.clone());
         spec.kernel = prepared.kernel;
-        let target = Target {
-            accelerator,
-            copies_read_only_files: matches!(spec.memory, GuestMemory::Snapshot { .. })
-                && self
-                    .version()
-                    .await
-                    .is_ok_and(|version| copies_read_only_files(&version)),
-        };
         let arguments =
-            command_line::arguments(&spec, target).map_err(|reason| LaunchError::Spec {
+            command_line::arguments(&spec, accelerator).map_err(|reason| LaunchError::Spec {
                 name: spec.name.clone(),
                 reason,
             })?;
@@ -185,15 +176,6 @@ impl QemuDriver {
             }
         }
     }
-}
-
-/// True for a QEMU that says this of its version and has `readonly=on,rom=off`.
-fn copies_read_only_files(version: &str) -> bool {
-    let mut words = version.split_whitespace();
-    let number = words.find(|word| *word == "version").and(words.next());
-    let number = number.unwrap_or_default();
-    let mut parts = number.split('.').map_while(|part| part.parse::<u32>().ok());
-    (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (8, 2)
 }
 
 /// A VMM that has no handle yet: killed when dropped, also if the launch is given up.
@@ -458,25 +440,5 @@ fn died(spec: &VmSpec, exit: Exit) -> LaunchError {
         name: spec.name.clone(),
         ended,
         output: file_tail(&spec.runtime_dir.join(LOG_FILE)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_qemu_can_follows_from_its_version() {
-        let versions = [
-            ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)", false),
-            ("QEMU emulator version 8.1.5", false),
-            ("QEMU emulator version 8.2.0", true),
-            ("QEMU emulator version 10.0", true),
-            ("QEMU emulator version", false),
-            ("", false),
-        ];
-        for (version, expected) in versions {
-            assert_eq!(copies_read_only_files(version), expected, "{version}");
-        }
     }
 }

@@ -8,7 +8,7 @@ use forelay_image::Digest;
 use forelay_image::manifest::Scratch;
 use forelay_image::snapshot::SnapshotOrigin;
 use forelay_vm::Accelerator;
-use forelay_vm::qemu::command_line::{MACHINE, TCG_CPU};
+use forelay_vm::qemu::command_line::held_machine;
 
 use crate::daemon::order::Order;
 
@@ -36,19 +36,22 @@ pub fn latest_tier(order: &Order) -> Option<Tier> {
 /// What a snapshot of this order's VM at this tier is made from.
 pub fn origin(order: &Order, tier: Tier, runtime: &Runtime) -> SnapshotOrigin {
     let has_image = tier > Tier::Kernel;
-    let cpu = match runtime.accelerator {
-        Accelerator::Tcg => TCG_CPU.to_owned(),
-        Accelerator::Kvm => host_cpu(),
-    };
+    let cpus = order.manifest.vm.cpus;
+    let memory_mib = order.memory_mib();
+    // What no VM can be is refused when it is started.
+    let mut machine = held_machine(tier, cpus, memory_mib, runtime.accelerator).unwrap_or_default();
+    if runtime.accelerator == Accelerator::Kvm {
+        machine.push_str(&host_cpu());
+    }
     SnapshotOrigin {
         tier,
         kernel: order.lock.kernel.id,
         components: has_image.then(|| components(order)),
         manifest: has_image.then(|| order.manifest.machine_digest()),
-        memory_mib: order.memory_mib(),
-        cpus: order.manifest.vm.cpus,
+        memory_mib,
+        cpus,
         accelerator: runtime.accelerator.to_string(),
-        machine: format!("{MACHINE} {cpu}"),
+        machine: Digest::of(machine.as_bytes()).hex(),
         vmm: runtime.vmm.clone(),
     }
 }
@@ -59,7 +62,8 @@ fn components(order: &Order) -> Digest {
     Digest::of(&serde_json::to_vec(&ids).expect("digests always serialise"))
 }
 
-/// Model and flags of this host's first CPU, which VMs under KVM have.
+/// Model and flags of this host's first CPU, which VMs under KVM have, as far as the host's kernel
+/// has them.
 fn host_cpu() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let first = info.split("\n\n").next().unwrap_or_default();
@@ -68,7 +72,10 @@ fn host_cpu() -> String {
             .iter()
             .any(|name| line.starts_with(name))
     };
-    let told: Vec<&str> = first.lines().filter(named).collect();
+    let mut told: Vec<&str> = first.lines().filter(named).collect();
+    let kernel = rustix::system::uname();
+    let release = kernel.release().to_string_lossy();
+    told.push(&release);
     Digest::of(told.join("\n").as_bytes()).hex()
 }
 
