@@ -1,6 +1,7 @@
 //! The services of a launch and of `forelay memory`, each with the real store, shared memory
 //! and planner of the spine's test; this process maps what a VMM would.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
@@ -14,11 +15,14 @@ use forelay_memory::mapping::FileMapping;
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::api::accounts::MemoryAccounts;
+use super::error::HostError;
 use super::forecast::announced::{AnnouncedLaunches, ProfileId};
 use super::launch::compose::Composer;
 use super::launch::prepared::{Preparations, Preparer};
 use super::memory::mapper::Mapper;
 use super::order::{Order, PlannedDevice};
+use super::snapshot::service::Snapshots;
+use super::snapshot::shelf::tests::snapshot;
 use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
 use super::vm::instance::{self, VmData};
 use super::vm::registry::{VmRegistry, WantedName};
@@ -280,4 +284,46 @@ async fn memory_is_accounted_for() {
         ("files 0", 1)
     );
     assert_eq!((component.mapped_bytes, component.image), (data.len, image));
+}
+
+#[test]
+fn privileged_the_snapshot_that_was_made_stays_and_what_was_used_least_lately_goes() {
+    let test = "privileged_the_snapshot_that_was_made_stays_and_what_was_used_least_lately_goes";
+    if can_run(test) {
+        walk(snapshots_are_kept_within());
+    }
+}
+
+async fn snapshots_are_kept_within() {
+    let spine = Spine::start().await;
+    let dir = spine.dir.path();
+    let snapshots = Snapshots {
+        dir: dir.join("snapshots"),
+        store: spine.store.clone(),
+        domains: Arc::clone(&spine.domains),
+        registry: Arc::new(VmRegistry::default()),
+        shelves: Default::default(),
+    };
+    let shelf = snapshots.shelf(&domain()).await.unwrap();
+    let publish = async |name: &str, made_ms| {
+        let (component, image, chunks) = snapshot(dir, name, made_ms);
+        let publishing = snapshots.publish(&shelf, &component, &image, &chunks);
+        publishing.await.unwrap()
+    };
+    let used = publish("used", 1).await;
+    let one_bytes = shelf.stored_bytes();
+    shelf.note_use(used.id);
+    publish("unused", 2).await;
+    let made = publish("made", 3).await;
+    let ids = || -> BTreeSet<_> { shelf.all().iter().map(|one| one.id).collect() };
+    let within = snapshots.keep_within(&shelf, &made, one_bytes * 5 / 2);
+    within.await.unwrap();
+    assert_eq!(ids(), BTreeSet::from([used.id, made.id]));
+    assert!(shelf.stored_bytes() <= one_bytes * 5 / 2);
+
+    // One that cannot fit goes, and no other for it.
+    let refused = snapshots.keep_within(&shelf, &made, one_bytes / 2).await;
+    let error = refused.unwrap_err();
+    assert!(matches!(&error, HostError::Invalid(why) if why.contains("cap_bytes")));
+    assert_eq!(ids(), BTreeSet::from([used.id]));
 }

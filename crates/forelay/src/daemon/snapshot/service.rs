@@ -305,16 +305,32 @@ impl Snapshots {
     }
 
     /// Removes those snapshots of a domain that were of no use for longest until all take at most
-    /// `cap_bytes`. If `made` does not fit, it goes itself.
+    /// `cap_bytes`. If `made` cannot fit, it goes itself, and no other for it.
     pub async fn keep_within(
         &self,
         shelf: &Shelf,
         made: &Kept,
         cap_bytes: u64,
     ) -> Result<(), HostError> {
+        let map = self.store.open_image(made.component.image.digest).await;
+        let packs = map.map_err(HostError::failed)?.locations.packs.clone();
+        let own_bytes = shelf.bytes_of(&packs)?;
+        let told = |bytes: u64| {
+            format!(
+                "snapshots of {} would take {} MiB on disk with this one, and `cap_bytes` in \
+                 [snapshots] of the configuration allows {}: raise it",
+                made.domain,
+                bytes >> 20,
+                cap_bytes >> 20
+            )
+        };
+        if own_bytes > cap_bytes {
+            self.remove(shelf, made).await?;
+            return Err(HostError::Invalid(told(own_bytes)));
+        }
         for kept in expendable(shelf.all(), made.id) {
             if shelf.stored_bytes() <= cap_bytes {
-                break;
+                return Ok(());
             }
             match self.remove(shelf, &kept).await {
                 Ok(()) => tracing::info!(snapshot = %kept.id, "removed: snapshots take too much"),
@@ -325,19 +341,9 @@ impl Snapshots {
         if stored_bytes <= cap_bytes {
             return Ok(());
         }
-        let alone = shelf.all().len() == 1;
         self.remove(shelf, made).await?;
-        let told = format!(
-            "this snapshot would make those of {} take {} MiB on disk, and `cap_bytes` in \
-             [snapshots] of the configuration allows {}: ",
-            made.domain,
-            stored_bytes >> 20,
-            cap_bytes >> 20
-        );
-        Err(match alone {
-            true => HostError::Invalid(told + "raise it"),
-            false => HostError::Busy(told + "raise it, or stop VMs that run on others"),
-        })
+        let told = told(stored_bytes);
+        Err(HostError::Busy(told + ", or stop VMs that run on others"))
     }
 
     /// A snapshot was of no use to a launch.

@@ -238,8 +238,8 @@ impl Shelf {
             grace: Duration::ZERO,
             ..GcOptions::default()
         };
-        // One run condemns, the next deletes; a dead image keeps its packs for one more.
-        for _ in 0..3 {
+        // One run condemns an image, the next deletes it; then the same for its packs.
+        for _ in 0..4 {
             self.store.gc(&at_once).await.map_err(HostError::failed)?;
         }
         Ok(())
@@ -280,6 +280,12 @@ impl Shelf {
             })
         };
         packs.iter().map(stamp).collect()
+    }
+
+    /// Bytes of packs, as they are on disk.
+    pub fn bytes_of(&self, packs: &[Digest]) -> Result<u64, HostError> {
+        let stamps = self.stamps(packs)?;
+        Ok(stamps.iter().map(|stamp| stamp.bytes).sum())
     }
 
     /// Bytes that its snapshots take on disk.
@@ -340,4 +346,124 @@ fn files(dir: &Path) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+#[cfg(test)]
+pub mod tests {
+    use forelay_guest_protocol::snapshot::Tier;
+    use forelay_image::component::{ImageRef, Role};
+    use forelay_image::snapshot::SnapshotOrigin;
+
+    use super::*;
+
+    /// A snapshot of nobody's that is like no other, made at a time; its image is in `dir`.
+    pub fn snapshot(dir: &Path, name: &str, made_ms: i64) -> (Component, PathBuf, ChunkIndex) {
+        let of = SnapshotOf {
+            origin: SnapshotOrigin {
+                tier: Tier::Kernel,
+                kernel: Digest::of(name.as_bytes()),
+                components: None,
+                manifest: None,
+                memory_mib: 2,
+                cpus: 1,
+                accelerator: "tcg".into(),
+                machine: "q35".into(),
+                vmm: "7.2".into(),
+            },
+            ram_bytes: 2 << 20,
+            state_bytes: 1000,
+            map: None,
+            devices: Vec::new(),
+        };
+        // Nothing that can be compressed.
+        let words = (0_u64..).map(|number| Digest::of(format!("{name} {number}").as_bytes()).hex());
+        let mut image: Vec<u8> = words
+            .take((2 << 20) / 64)
+            .flat_map(String::into_bytes)
+            .collect();
+        image.resize(of.image_bytes() as usize, 0);
+        let path = dir.join(name);
+        std::fs::write(&path, &image).unwrap();
+        let read = |buffer: &mut [u8], offset: u64| {
+            let there = &image[offset as usize..];
+            buffer.copy_from_slice(&there[..buffer.len()]);
+            Ok(())
+        };
+        let index = ChunkIndex::of_plain(of.image_bytes(), 64 << 10, read).unwrap();
+        let image = ImageRef {
+            digest: index.image,
+            bytes: index.image_bytes,
+            metadata_bytes: 0,
+            inodes: 0,
+            chunk_index: index.digest(),
+        };
+        let version = made_ms.to_string();
+        let mut component = Component::new("kept", &version, Role::Snapshot, "amd64", image);
+        component.snapshot = Some(Box::new(of));
+        (component, path, index)
+    }
+
+    async fn open(dir: &Path) -> Shelf {
+        let (dir, domain) = (dir.join("snapshots"), Domain::from("me"));
+        Shelf::open(&dir, &domain).await.unwrap()
+    }
+
+    async fn publish(shelf: &Shelf, dir: &Path, name: &str) -> Kept {
+        let (component, image, index) = snapshot(dir, name, 1);
+        let publishing = shelf.publish(&component, &image, &index);
+        publishing.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_published_while_another_is_removed_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let shelf = open(dir.path()).await;
+        let mut before = publish(&shelf, dir.path(), "first").await;
+        for round in 0..8 {
+            let name = format!("round {round}");
+            let publishing = publish(&shelf, dir.path(), &name);
+            let (next, removed) = tokio::join!(publishing, shelf.remove(before.id));
+            removed.unwrap();
+            // What the removal left condemned would go now.
+            shelf.collect().await.unwrap();
+            let report = shelf.store.verify_one(next.id).await.unwrap();
+            assert!(report.findings.is_empty(), "{:?}", report.findings);
+            let condemned = dir.path().join("snapshots/me/repository/condemned");
+            assert_eq!(files(&condemned), Vec::<PathBuf>::new());
+            before = next;
+        }
+    }
+
+    #[tokio::test]
+    async fn the_next_daemon_knows_what_was_used_and_deletes_what_is_nobodys() {
+        let dir = tempfile::tempdir().unwrap();
+        let shelf = open(dir.path()).await;
+        let used = publish(&shelf, dir.path(), "used").await;
+        shelf.note_use(used.id);
+        let at = |ms| std::time::UNIX_EPOCH + Duration::from_millis(ms);
+        let set = |ms| {
+            let file = std::fs::File::options()
+                .write(true)
+                .open(used_file(&shelf.dir, used.id));
+            file.unwrap().set_modified(at(ms)).unwrap();
+        };
+        set(1_234_567);
+        let whole_bytes = shelf.stored_bytes();
+        // One that was not published to its end.
+        let lost = publish(&shelf, dir.path(), "lost").await;
+        let listed = shelf.dir.join("repository/components");
+        std::fs::remove_file(listed.join(format!("{}.json", lost.id.hex()))).unwrap();
+        assert!(shelf.stored_bytes() > whole_bytes * 3 / 2);
+
+        let next = open(dir.path()).await;
+        let [kept] = &next.all()[..] else {
+            panic!("{:?}", next.all());
+        };
+        assert_eq!((kept.id, kept.last_used_ms), (used.id, 1_234_567));
+        assert_eq!(next.stored_bytes(), whole_bytes);
+        next.note_use(used.id);
+        assert!(last_used_ms(&next.dir, used.id) > 1_234_567);
+        next.remove(used.id).await.unwrap();
+        assert_eq!(last_used_ms(&next.dir, used.id), 0);
+    }
 }
