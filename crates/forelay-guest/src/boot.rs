@@ -128,19 +128,28 @@ fn boot() -> io::Result<Never> {
 /// A boot that was held and goes on in a clone: the machine begins there.
 struct Clone {
     held: HeldBoot,
+    tier: Tier,
     failures: Vec<String>,
 }
 
 impl Clone {
     fn begin(tier: Tier, steps: &mut BootSteps) -> io::Result<Self> {
-        let held = HeldBoot::until_resumed(tier)?;
+        let mut held = HeldBoot::until_resumed(tier)?;
         let mut failures = Vec::new();
         identity::kernel(&held.resume, &mut failures)?;
+        if tier == Tier::Kernel {
+            // What follows is a boot like any other, however long its image takes.
+            held.resumed(std::mem::take(&mut failures))?;
+        }
         *steps = BootSteps {
             kernel_us: sys::uptime_us(),
             ..BootSteps::default()
         };
-        Ok(Self { held, failures })
+        Ok(Self {
+            held,
+            tier,
+            failures,
+        })
     }
 
     /// Replaces what its maker's kernel was told by what the clone is.
@@ -159,7 +168,11 @@ impl Clone {
         // The placeholder's, which `prepare_root` has set.
         sys::set_hostname(&self.held.resume.hostname)?;
         identity::files(&self.held.resume, &run_alone, &mut self.failures);
-        self.held.resumed(self.failures)
+        match self.tier {
+            Tier::Kernel => self.failures.iter().for_each(|failure| console(failure)),
+            Tier::Composed | Tier::Ready => self.held.resumed(self.failures)?,
+        }
+        Ok(self.held.into_port())
     }
 }
 

@@ -89,15 +89,19 @@ impl HeldBoot {
         }
     }
 
-    /// Tells the host that the clone is a machine of its own; gives the channel to the agent.
-    pub fn resumed(mut self, failures: Vec<String>) -> io::Result<File> {
+    /// Tells the host that the clone is a machine of its own.
+    pub fn resumed(&mut self, failures: Vec<String>) -> io::Result<()> {
         let result = Reply::Resumed(Resumed { failures });
         let reply = GuestMessage::Reply {
             id: self.id,
             result,
         };
-        self.port.write_all(&encode_line(&reply))?;
-        Ok(self.port)
+        self.port.write_all(&encode_line(&reply))
+    }
+
+    /// Gives the channel to the agent.
+    pub fn into_port(self) -> File {
+        self.port
     }
 }
 

@@ -39,6 +39,9 @@ pub enum SnapshotError {
     /// More than a state can be.
     #[error("the VMM's state has more than {MAX_STATE_BYTES} bytes")]
     TooLong,
+    /// The VMM says that it cannot use the state that it was given.
+    #[error("the VMM refuses the state: {0}")]
+    Refused(String),
     /// The VMM says that it failed.
     #[error("the VMM could not {0}")]
     Failed(String),

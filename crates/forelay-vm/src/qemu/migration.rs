@@ -21,6 +21,8 @@ use crate::snapshot::{MAX_STATE_BYTES, SnapshotError};
 pub const STATE_SOCKET: &str = "state.sock";
 /// How long a state may take, in either direction.
 const MIGRATION: Duration = Duration::from_secs(30);
+/// What a QEMU says last that cannot use a state.
+const REFUSAL: &str = "load of migration failed";
 /// Interval of questions whether it is done.
 const POLL: Duration = Duration::from_millis(1);
 
@@ -88,8 +90,13 @@ pub async fn restore(qmp: &Qmp, runtime_dir: &Path, state: &[u8]) -> Result<(), 
         Ok(())
     };
     match tokio::time::timeout(MIGRATION, restoring).await {
+        Ok(Err(SnapshotError::Failed(why))) => Err(SnapshotError::Refused(why)),
         Ok(Err(SnapshotError::Monitor(_) | SnapshotError::State(_))) => {
             let words = file_tail(&runtime_dir.join(LOG_FILE));
+            // Else it may have ended for any reason, such as want of memory.
+            if words.contains(REFUSAL) {
+                return Err(SnapshotError::Refused(words));
+            }
             let text = format!("restore a state; its last words: {words}");
             Err(SnapshotError::Failed(text))
         }

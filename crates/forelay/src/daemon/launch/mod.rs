@@ -55,8 +55,8 @@ use crate::daemon::error::HostError;
 use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::order::{DeviceRecord, Order};
-use crate::daemon::snapshot::service::{Resumable, Snapshots};
-use crate::daemon::snapshot::shelf::Kept;
+use crate::daemon::snapshot::service::{Resumable, Snapshots, failure};
+use crate::daemon::snapshot::shelf::{Kept, NotResumed};
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir, VmDirError};
 use crate::daemon::vm::instance::{VmData, VmEnd};
 use crate::daemon::vm::registry::Claim;
@@ -69,11 +69,7 @@ use maker::Maker;
 use prefetch::{LaunchPrefetcher, PrefetchPlan};
 use prepared::{Preparation, Preparations, hostname};
 use resolve::Resolver;
-use restore::NotResumed;
-use start::{StartedVmm, Starter};
-
-/// How long a VMM that was killed may take to end.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
+use start::{KILL_LIMIT, StartedVmm, Starter};
 
 /// Launches VMs.
 pub struct LaunchService {
@@ -290,11 +286,8 @@ impl LaunchService {
             }
             Err(error) => error,
         };
-        if let NotResumed::Snapshot(error) = &error {
-            self.snapshots.set_aside(kept, &error.to_string()).await;
-        }
-        let told = format!("not resumed from the snapshot at {}: {error}", tier.name());
-        launch.note_problems([told]);
+        let aside = self.snapshots.note_failure(kept, &error).await;
+        launch.note_problems([failure(tier, &error, aside)]);
         launch.note_step(|timings| &mut timings.restore_s);
         None
     }
@@ -320,7 +313,7 @@ impl LaunchService {
             restore::restore(&vmm, &spec, from).await?;
             launch.note_step(|timings| &mut timings.restore_s);
             launch.note_started();
-            restore::resume(&vmm, &spec, &own, from).await
+            Ok::<_, NotResumed>(restore::resume(&vmm, &spec, &own, from).await?)
         };
         match steps.await {
             Ok(failures) => {
@@ -330,7 +323,7 @@ impl LaunchService {
             }
             Err(error) => {
                 vmm.end().await;
-                Err(NotResumed::Snapshot(error))
+                Err(error)
             }
         }
     }

@@ -10,51 +10,40 @@ use std::time::Duration;
 
 use forelay_guest_protocol::snapshot::{ENTROPY_BYTES, Resume, Tier};
 use forelay_memory::command_hints::Hints;
+use forelay_vm::snapshot::SnapshotError;
 use forelay_vm::{Boot, GuestMemory, Upper, VmSpec};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::daemon::error::HostError;
 use crate::daemon::launch::start::{StartedVmm, wrapped};
 use crate::daemon::snapshot::service::Resumable;
+use crate::daemon::snapshot::shelf::NotResumed;
 
 /// Host name in the map image of a snapshot; a clone is told its own.
 pub const HOSTNAME: &str = "forelay";
 
-/// How long each step may take, the guest's last one with the hooks of its image.
+/// How long each step may take, the guest's last one with the hooks of its image: longer than the
+/// guest gives them.
 const RESTORE_LIMIT: Duration = Duration::from_secs(10);
 const PLUG_LIMIT: Duration = Duration::from_secs(10);
-const RESUME_LIMIT: Duration = Duration::from_secs(30);
-
-/// Why a launch could not resume.
-#[derive(Debug, thiserror::Error)]
-pub enum NotResumed {
-    /// The snapshot is of no use: it is not to be tried again.
-    #[error("{0}")]
-    Snapshot(HostError),
-    /// Something else, which a boot may meet as well.
-    #[error("{0}")]
-    Other(HostError),
-}
-
-impl From<HostError> for NotResumed {
-    fn from(error: HostError) -> Self {
-        Self::Other(error)
-    }
-}
-
-impl From<NotResumed> for HostError {
-    fn from(error: NotResumed) -> Self {
-        match error {
-            NotResumed::Snapshot(error) | NotResumed::Other(error) => error,
-        }
-    }
-}
+const RESUME_LIMIT: Duration = Duration::from_secs(45);
 
 /// Gives a clone's VMM what the snapshot holds and, in tier `kernel`, its devices.
-pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Result<(), HostError> {
+pub async fn restore(
+    vmm: &StartedVmm,
+    spec: &VmSpec,
+    from: &Resumable,
+) -> Result<(), NotResumed> {
     let handle = vmm.handle();
-    let restoring = handle.restore(&from.state);
-    within(RESTORE_LIMIT, "take the state of its devices", restoring).await?;
+    let restoring = async {
+        match handle.restore(&from.state).await {
+            Err(error @ SnapshotError::Refused(_)) => {
+                Ok(Err(NotResumed::Snapshot(HostError::failed(error))))
+            }
+            other => other.map(Ok),
+        }
+    };
+    within(RESTORE_LIMIT, "take the state of its devices", restoring).await??;
     if from.tier() > Tier::Kernel {
         return Ok(());
     }
@@ -63,7 +52,7 @@ pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Resul
         Upper::Tmpfs => None,
     };
     let plugging = handle.plug_all(&spec.pmem, scratch);
-    within(PLUG_LIMIT, "take its devices", plugging).await
+    Ok(within(PLUG_LIMIT, "take its devices", plugging).await?)
 }
 
 /// Tells the guest who it is; from then on it runs. What it could not be given is returned.

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forelay_image::manifest::{Manifest, Scratch};
 use forelay_memory::command_hints::Hints;
@@ -17,6 +18,9 @@ use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::Runtime;
 use crate::daemon::vm::directory::SCRATCH;
 use crate::recipe::KernelFiles;
+
+/// How long a VMM that was killed may take to end.
+pub const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// First host port given to a forward that names none.
 const FIRST_AUTO_PORT: u16 = 20_000;
@@ -80,11 +84,14 @@ impl StartedVmm {
         self.0.take().expect("taken by `commit` and `end` alone")
     }
 
-    /// Kills it and waits until it is gone.
+    /// Kills it and waits until it is gone, for as long as one may take.
     pub async fn end(mut self) {
         if let Some(handle) = self.0.take() {
             kill(&handle);
-            handle.wait_ended().await;
+            let ended = tokio::time::timeout(KILL_LIMIT, handle.wait_ended()).await;
+            if ended.is_err() {
+                tracing::error!(vm = handle.name(), "its VMM was killed and does not end");
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use anyhow::Result;
 use forelay_cache::{Domain, PlannerEvent};
 use forelay_image::bundle::Bundle;
 use forelay_image::lock::Lock;
+use forelay_vm::process::Process;
 use forelay_vm::state::VmState as VmmState;
 use forelay_vm::{ReattachError, VmHandle, VmmDriver as _};
 use futures_util::future::join_all;
@@ -24,9 +25,10 @@ use super::health::Dependency;
 use super::startup::memory_settings;
 use crate::daemon::Host;
 use crate::daemon::error::HostError;
+use crate::daemon::launch::start::KILL_LIMIT;
 use crate::daemon::memory::journal::Replayed;
 use crate::daemon::vm::directory::RECORD;
-use crate::daemon::vm::instance::{Instance, VmEnd};
+use crate::daemon::vm::instance::{Instance, VmData, VmEnd};
 use crate::daemon::vm::registry::{Record, load_records};
 use crate::daemon::vm::service::kill_recorded;
 
@@ -184,7 +186,7 @@ async fn attempt(host: &Host, runtime_dir: &Path, limit: Duration) -> Attempt {
         Ok(_) => Attempt::Ended(why),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             // Started a moment before the worker died, so that nobody knows how to talk to it.
-            end_unknown(runtime_dir);
+            end_unknown(runtime_dir).await;
             Attempt::Ended(why)
         }
         // Which process it is, its mark tells.
@@ -224,6 +226,10 @@ pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<
                     .to_owned(),
             );
         }
+        if instance.read(is_half_resumed) {
+            end_unknown(&vm.runtime_dir).await;
+            return Attempt::Ended(HALF_RESUMED.to_owned());
+        }
         attempt(&host, &vm.runtime_dir, ANSWER_LIMIT).await
     }));
     let mut reattached = Vec::new();
@@ -257,6 +263,17 @@ pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<
         let budget_bytes = memory_settings(&host.config).0.budget_bytes;
         host.memory.tell(PlannerEvent::BudgetChanged(budget_bytes));
     }
+}
+
+/// Why a VM ends whose daemon died before it had made it of its snapshot.
+const HALF_RESUMED: &str = "the daemon ended while this VM was resuming from a snapshot, which \
+                            nobody can go on with: launch it again";
+
+/// Whether a VM's guest waits to be restored or to be told who it is: its launch writes down that
+/// it resumed only after that.
+fn is_half_resumed(vm: &VmData) -> bool {
+    let is_clone = vm.devices.iter().any(|device| device.memory);
+    is_clone && vm.launch.resumed.is_none()
 }
 
 fn note_reattached(instance: &Instance, handle: &VmHandle) {
@@ -295,17 +312,20 @@ async fn keep_trying(host: Arc<Host>, instance: Arc<Instance>, mut why: String) 
 }
 
 /// Ends a VMM that was started in `runtime_dir` a moment before the daemon died, so that
-/// nobody knows how to talk to it.
-fn end_unknown(runtime_dir: &Path) {
-    match forelay_vm::stray::end_all(runtime_dir) {
-        Ok(ended) => {
-            for pid in ended.iter().map(|process| process.id().pid) {
-                tracing::warn!(pid, "ended a VMM that nobody knows");
-            }
-        }
+/// nobody can go on with it.
+async fn end_unknown(runtime_dir: &Path) {
+    let dir = runtime_dir.display();
+    let ended = match forelay_vm::stray::end_all(runtime_dir) {
+        Ok(ended) => ended,
         Err(error) => {
-            let dir = runtime_dir.display();
-            tracing::error!(%error, %dir, "a VMM that nobody knows lives on");
+            return tracing::error!(%error, %dir, "a VMM that nobody knows lives on");
         }
+    };
+    for pid in ended.iter().map(|process| process.id().pid) {
+        tracing::warn!(pid, "ended a VMM that nobody knows");
+    }
+    let gone = join_all(ended.iter().map(Process::wait));
+    if tokio::time::timeout(KILL_LIMIT, gone).await.is_err() {
+        tracing::error!(%dir, "its VMM was killed and does not end");
     }
 }

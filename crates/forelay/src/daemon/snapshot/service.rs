@@ -18,7 +18,7 @@ use crate::daemon::error::HostError;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
-use crate::daemon::snapshot::shelf::{Kept, Shelf};
+use crate::daemon::snapshot::shelf::{Kept, NotResumed, Shelf};
 use crate::daemon::vm::registry::VmRegistry;
 
 /// See the module's header.
@@ -57,6 +57,12 @@ impl Resumable {
             )),
         }
     }
+}
+
+/// What a launch says of a snapshot that was of no use to it.
+pub fn failure(tier: Tier, error: &NotResumed, aside: bool) -> String {
+    let aside = if aside { ", which is set aside" } else { "" };
+    format!("not resumed from the snapshot at {}{aside}: {error}", tier.name())
 }
 
 impl Snapshots {
@@ -107,12 +113,8 @@ impl Snapshots {
                 Ok(Some(found)) => return Ok((Some(found), problems)),
                 Ok(None) => break,
                 Err(error) => {
-                    let why = error.to_string();
-                    shelf.set_aside(kept.id, &why);
-                    problems.push(format!(
-                        "the snapshot at {} is set aside: {why}",
-                        tier.name()
-                    ));
+                    let aside = shelf.note_failure(kept.id, &error);
+                    problems.push(failure(tier, &error, aside));
                 }
             }
         }
@@ -124,14 +126,14 @@ impl Snapshots {
         for shelf in self.all_shelves().await {
             for kept in shelf.all().into_iter().filter(|one| one.aside.is_none()) {
                 if let Err(error) = self.verify(&shelf, &kept).await {
-                    shelf.set_aside(kept.id, &error.to_string());
+                    shelf.note_failure(kept.id, &error);
                 }
             }
         }
     }
 
     /// Verifies one, unless that was done before.
-    async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), HostError> {
+    async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), NotResumed> {
         let image = kept.component.image;
         let adding = self.store.add_image_of(image, shelf.store());
         adding.map_err(HostError::failed)?;
@@ -142,7 +144,7 @@ impl Snapshots {
 
     /// Verifies a snapshot and makes its memory reachable; `None` in a domain whose mount an
     /// earlier version made.
-    async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Option<Resumable>, HostError> {
+    async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Option<Resumable>, NotResumed> {
         self.verify(shelf, &kept).await?;
         let image = kept.component.image;
         let state = self
@@ -292,7 +294,7 @@ impl Snapshots {
         self.verify_all().await;
         self.remove_aside(shelf, |_| true).await;
         let kept = shelf.publish(component, image, chunks).await?;
-        self.verify(shelf, &kept).await.map(|()| kept)
+        Ok(self.verify(shelf, &kept).await.map(|()| kept)?)
     }
 
     async fn remove_aside(&self, shelf: &Shelf, wanted: impl Fn(&Kept) -> bool) {
@@ -346,11 +348,14 @@ impl Snapshots {
         Err(HostError::Busy(told + ", or stop VMs that run on others"))
     }
 
-    /// A snapshot was of no use to a launch.
-    pub async fn set_aside(&self, kept: &Kept, why: &str) {
+    /// A launch could not resume from a snapshot. True if it is set aside for that.
+    pub async fn note_failure(&self, kept: &Kept, error: &NotResumed) -> bool {
         match self.shelf(&kept.domain).await {
-            Ok(shelf) => shelf.set_aside(kept.id, why),
-            Err(error) => tracing::error!(%error, "a snapshot cannot be set aside"),
+            Ok(shelf) => shelf.note_failure(kept.id, error),
+            Err(error) => {
+                tracing::error!(%error, "what a snapshot is worth cannot be noted");
+                false
+            }
         }
     }
 

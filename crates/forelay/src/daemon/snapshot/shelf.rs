@@ -30,6 +30,34 @@ use crate::daemon::memory::planner::now_ms;
 /// What a store of snapshots may keep of them a second time: nothing is read through it.
 const CACHE_BYTES: u64 = 1 << 20;
 
+/// Failed launches in a row after which a snapshot is not tried again, whatever the causes were.
+const MOST_FAILURES: u32 = 3;
+
+/// Why a launch could not resume from a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum NotResumed {
+    /// It is wrong: it is not to be tried again.
+    #[error("{0}")]
+    Snapshot(HostError),
+    /// Something else, such as the host or what the guest did.
+    #[error("{0}")]
+    Other(HostError),
+}
+
+impl From<HostError> for NotResumed {
+    fn from(error: HostError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<NotResumed> for HostError {
+    fn from(error: NotResumed) -> Self {
+        match error {
+            NotResumed::Snapshot(error) | NotResumed::Other(error) => error,
+        }
+    }
+}
+
 /// A snapshot that there is.
 #[derive(Clone, Debug)]
 pub struct Kept {
@@ -43,6 +71,8 @@ pub struct Kept {
     pub uses: u64,
     /// When the last one did, whatever daemon it was of; 0 if none has.
     pub last_used_ms: i64,
+    /// Launches that could not resume from it since one did.
+    failures: u32,
     /// The files that hold it, as they were when all of them were right.
     verified: Vec<FileStamp>,
 }
@@ -61,6 +91,7 @@ impl Kept {
             aside: None,
             uses: 0,
             last_used_ms: 0,
+            failures: 0,
             verified: Vec::new(),
         })
     }
@@ -161,12 +192,30 @@ impl Shelf {
     pub fn note_use(&self, id: ComponentId) {
         if let Some(one) = self.kept.lock().get_mut(&id) {
             one.uses += 1;
+            one.failures = 0;
             one.last_used_ms = now_ms();
             // Its time is all there is to it: no launch waits for a disk.
             if let Err(error) = std::fs::write(used_file(&self.dir, id), "") {
                 tracing::warn!(%error, "the next daemon will not know that a snapshot was used");
             }
         }
+    }
+
+    /// A launch could not resume from it. True if it is set aside for that.
+    pub fn note_failure(&self, id: ComponentId, error: &NotResumed) -> bool {
+        let failures = match (error, self.kept.lock().get_mut(&id)) {
+            (NotResumed::Other(_), Some(one)) => {
+                one.failures += 1;
+                one.failures
+            }
+            _ => MOST_FAILURES,
+        };
+        if failures < MOST_FAILURES {
+            tracing::warn!(snapshot = %id, %error, failures, "a launch could not resume from it");
+            return false;
+        }
+        self.set_aside(id, &error.to_string());
+        true
     }
 
     /// Uses a snapshot no more.
@@ -247,7 +296,7 @@ impl Shelf {
 
     /// Reads all of a snapshot and checks it, unless its files are as they were when that was
     /// done before.
-    pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), HostError> {
+    pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), NotResumed> {
         let stamps = self.stamps(packs)?;
         if kept.verified == stamps {
             return Ok(());
@@ -255,10 +304,8 @@ impl Shelf {
         let report = self.store.verify_one(kept.id).await;
         let report = report.map_err(HostError::failed)?;
         if let Some(found) = report.findings.first() {
-            return Err(HostError::Failed(format!(
-                "{}: {}",
-                found.key, found.problem
-            )));
+            let text = format!("{}: {}", found.key, found.problem);
+            return Err(NotResumed::Snapshot(HostError::Failed(text)));
         }
         if let Some(one) = self.kept.lock().get_mut(&kept.id) {
             one.verified = stamps;
