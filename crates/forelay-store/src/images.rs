@@ -180,6 +180,15 @@ impl Images {
         self.open.write().remove(&image);
     }
 
+    /// Whether an image's bytes are on this host already, in a repository of its own: they are
+    /// kept nowhere else, and say nothing of the host's repository.
+    pub(crate) fn is_elsewhere(&self, image: Digest) -> bool {
+        !std::ptr::addr_eq(
+            Arc::as_ptr(&self.repository_of(image)),
+            Arc::as_ptr(&self.repository),
+        )
+    }
+
     /// Where an image's bytes come from.
     pub(crate) fn repository_of(&self, image: Digest) -> Arc<dyn Repository> {
         let known = self.known.read();

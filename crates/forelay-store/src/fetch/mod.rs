@@ -229,6 +229,7 @@ impl Scheduler {
     /// image come along: it is in the disk cache when it is asked for.
     pub fn demand(&self, image: Digest, extent: Extent, widened: bool, callback: Callback) {
         let this = self.clone();
+        let widened = widened && !self.0.images.is_elsewhere(image);
         let ahead_bytes = if widened { AHEAD_BYTES } else { 0 };
         self.0.handle.spawn(async move {
             let read = this.read_with(image, extent, Priority::Demand, ahead_bytes);
@@ -296,9 +297,12 @@ impl Scheduler {
     }
 
     /// What the disk cache lacks of an image that is open, disjoint and sorted (what it has
-    /// may still turn out corrupt). Cheap to ask again while the cache does not change.
+    /// may still turn out corrupt); nothing of one that is on this host anyway. Cheap to ask again while the cache does not change.
     pub fn absent_on_disk(&self, image: Digest) -> Option<Arc<[Extent]>> {
         let map = self.0.images.get(image)?;
+        if self.0.images.is_elsewhere(image) {
+            return Some(Arc::new([]));
+        }
         Some(self.0.presence.absent(&self.0.cache, &map))
     }
 

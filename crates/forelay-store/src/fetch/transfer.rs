@@ -109,7 +109,9 @@ impl Scheduler {
             attempts += 1;
             let error = match result {
                 Ok(bytes) => {
-                    self.observe(request, started);
+                    if !is_elsewhere(self, request) {
+                        self.observe(request, started);
+                    }
                     break Ok(bytes);
                 }
                 Err(error) => error,
@@ -180,6 +182,7 @@ impl Scheduler {
         let this = self.clone();
         let parts = request.parts.clone();
         let start = request.extent.offset;
+        let keep = !is_elsewhere(self, request);
         let work = move || {
             let mut bad = Vec::new();
             for source in parts {
@@ -188,7 +191,7 @@ impl Scheduler {
                     .get(from..from + source.stored_bytes as usize)
                     .unwrap_or_default();
                 match open_frame(frame, source.chunk_bytes, source.chunk) {
-                    Ok(chunk) => this.deliver(source.chunk, chunk.into()),
+                    Ok(chunk) => this.deliver(source.chunk, chunk.into(), keep),
                     Err(error) => bad.push((source, error_chain(&error))),
                 }
             }
@@ -198,13 +201,13 @@ impl Scheduler {
         tokio::task::spawn_blocking(work).await.unwrap_or_default()
     }
 
-    /// Hands a chunk out, then keeps it on disk.
-    fn deliver(&self, chunk: Digest, bytes: Bytes) {
+    /// Hands a chunk out, then keeps it on disk if it is to be kept.
+    fn deliver(&self, chunk: Digest, bytes: Bytes, keep: bool) {
         let waiters = self.0.state.lock().queue.delivered(chunk, bytes.clone());
         for waiter in waiters {
             waiter(Ok(bytes.clone()));
         }
-        if let Err(error) = self.0.cache.insert(chunk, &bytes) {
+        if keep && let Err(error) = self.0.cache.insert(chunk, &bytes) {
             tracing::warn!(%chunk, %error, "cannot keep a chunk in the disk cache");
         }
         self.0.state.lock().queue.finished(chunk);
@@ -265,6 +268,12 @@ impl Scheduler {
             waiter(Err(error.clone()));
         }
     }
+}
+
+/// Whether a request's parts, all in one repository, are in another than the host's.
+fn is_elsewhere(scheduler: &Scheduler, request: &RangeRequest) -> bool {
+    let first = request.parts.first();
+    first.is_some_and(|part| scheduler.0.images.is_elsewhere(part.image))
 }
 
 enum Failure {

@@ -534,7 +534,7 @@ async fn privileged_a_kernel_that_booted_without_an_image_becomes_any_vm() {
         let vm = Guard(bench.driver.launch(&spec).await.unwrap());
         let refused = vm.restore(state).await.unwrap_err();
         println!("refused: {refused}");
-        assert!(matches!(refused, SnapshotError::Failed(_)), "{refused:?}");
+        assert!(matches!(refused, SnapshotError::Refused(_)), "{refused:?}");
         vm.wait_ended().await;
     }
 

@@ -45,6 +45,8 @@ pub struct Snapshot {
     pub uses: u64,
     /// VMs that run on its memory.
     pub vms: Vec<String>,
+    /// Whether all of it was read and found right since the daemon started: only then is it used.
+    pub verified: bool,
     /// Why it is not used any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,

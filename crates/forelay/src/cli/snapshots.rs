@@ -112,7 +112,12 @@ fn short(id: &Digest) -> String {
 }
 
 fn state(one: &Snapshot) -> String {
-    one.problem.clone().unwrap_or_else(|| "usable".to_owned())
+    let usable = if one.verified {
+        "usable"
+    } else {
+        "not verified yet"
+    };
+    one.problem.clone().unwrap_or_else(|| usable.to_owned())
 }
 
 fn list(all: &[Snapshot]) {

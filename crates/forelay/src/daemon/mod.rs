@@ -168,6 +168,7 @@ impl Parts {
             dir: self.config.snapshots_dir(),
             store: self.store.clone(),
             domains: Arc::clone(&self.domains),
+            memory: Arc::clone(&self.memory),
             registry: Arc::clone(&self.instances),
             shelves: Default::default(),
         })
@@ -188,6 +189,7 @@ impl Parts {
             starter: Arc::clone(starter),
             snapshots: Arc::clone(snapshots),
             turn: Default::default(),
+            closed: Default::default(),
         };
         maker.clear();
         Arc::new(maker)

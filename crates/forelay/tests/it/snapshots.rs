@@ -62,6 +62,9 @@ fn privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot() 
         "{takeover}"
     );
 
+    host.until("the next one has verified it", |host| {
+        host.json(["snapshot", "list"])[0]["verified"] == true
+    });
     let other = text.replace(&format!("{port}:80"), ":80");
     let other_manifest = host.write("other.toml", &other);
     let second = host.launch(&other_manifest, "web-2", &[]);
@@ -111,14 +114,18 @@ fn privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot() 
             .contains("stop them first")
     );
 
+    dies_with_its_daemon(&host, &other_manifest);
+
     // Damaged, it is not used: the launch boots and says so.
     host.ok(["stop", "web", "web-2"]);
     damage(&host.dir().join("state/snapshots/tests/repository/packs"));
     let third = served(&host, &manifest, "web", port);
     assert_eq!(third["launch"]["resumed"], Value::Null);
     let told = third["launch"]["snapshot_problems"].to_string();
-    assert!(told.contains("set aside"), "{told}");
-    assert!(host.ok(["ps"]).contains("set aside"));
+    assert!(told.contains("not verified yet"), "{told}");
+    host.until("it is set aside", |host| {
+        host.json(["snapshot", "list"])[0]["problem"].is_string()
+    });
     assert!(host.run(["doctor"]).stdout.contains("set aside"));
     assert!(seconds(&first) < seconds(&booted), "{first} {booted}");
     host.ok(["stop", "web"]);
@@ -132,6 +139,34 @@ fn privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot() 
     );
     host.ok(["snapshot", "remove", image_id(&made_again)]);
     assert_eq!(host.json(["snapshot", "list"]), serde_json::json!([]));
+}
+
+/// A VM whose daemon dies between its VMM's start and its resume ends with the reason.
+fn dies_with_its_daemon(host: &Host, manifest: &Path) {
+    let before = host.vmms();
+    let mut asking = host
+        .command(["run", "--detach", "--name", "half"])
+        .arg(manifest)
+        .spawn()
+        .unwrap();
+    let mut stopped = None;
+    host.until("its VMM starts", |host| {
+        let new = host.vmms().into_iter().find(|pid| !before.contains(pid));
+        stopped = new.inspect(|pid| signal("STOP", *pid));
+        stopped.is_some()
+    });
+    let worker = host.worker().unwrap();
+    signal("KILL", worker);
+    let _ = asking.wait();
+    host.until("its VM has failed", |host| {
+        let ended = |vm: &Value| vm["name"] == "half" && vm["state"] == "failed";
+        let all = host.run(["ps", "--all", "--json"]);
+        let all: Value = serde_json::from_str(&all.stdout).unwrap_or_default();
+        all.as_array().is_some_and(|all| all.iter().any(ended))
+    });
+    let error = host.vm("half")["error"].to_string();
+    assert!(error.contains("resuming from a snapshot"), "{error}");
+    assert!(!host.vmms().contains(&stopped.unwrap()));
 }
 
 fn image_id(snapshot: &Value) -> &str {
@@ -226,7 +261,9 @@ fn privileged_what_is_launched_again_resumes_without_being_told() {
     assert_eq!(second["launch"]["resumed"], Value::Null);
     let made = |count: usize| {
         host.until("all snapshots are made beside the VM", |host| {
-            host.json(["snapshot", "list"]).as_array().unwrap().len() == count
+            let all = host.json(["snapshot", "list"]);
+            let all = all.as_array().unwrap();
+            all.len() == count && all.iter().all(|one| one["verified"] == true)
         });
     };
     made(2);

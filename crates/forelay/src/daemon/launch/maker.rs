@@ -22,12 +22,15 @@ use forelay_image::snapshot::SnapshotOf;
 use forelay_image::{ChunkIndex, Digest};
 use forelay_memory::command_hints::Hints;
 use forelay_memory::pressure::Probe;
+use forelay_vm::process::Process;
 use forelay_vm::{GuestMemory, Upper, VmSpec};
+use futures_util::future::join_all;
+use tokio::sync::watch;
 
 use crate::daemon::error::HostError;
 use crate::daemon::launch::compose::{Composer, MapImage};
 use crate::daemon::launch::restore::HOSTNAME;
-use crate::daemon::launch::start::{Starter, spec, wrapped};
+use crate::daemon::launch::start::{KILL_LIMIT, Starter, spec, wrapped};
 use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::order::Order;
@@ -56,6 +59,8 @@ pub struct Maker {
     pub starter: Arc<Starter>,
     pub snapshots: Arc<Snapshots>,
     pub turn: tokio::sync::Mutex<()>,
+    /// Set when none is to be made any more.
+    pub closed: watch::Sender<bool>,
 }
 
 /// What a maker was saved as.
@@ -75,6 +80,24 @@ impl Maker {
             Ok(_) => {}
             Err(error) => tracing::error!(%error, "a maker's VM of before lives on"),
         }
+    }
+
+    /// Makes none any more, and ends the one that is being made.
+    pub async fn close(&self) {
+        self.closed.send_replace(true);
+        // Its task kills it; it is gone when that has given its turn back.
+        let _turn = tokio::time::timeout(KILL_LIMIT, self.turn.lock()).await;
+        let ended = forelay_vm::stray::end_all(&self.dir.join(NAME)).unwrap_or_default();
+        let gone = join_all(ended.iter().map(Process::wait));
+        if tokio::time::timeout(KILL_LIMIT, gone).await.is_err() {
+            tracing::error!("a maker's VMM was killed and does not end");
+        }
+    }
+
+    async fn closing(&self) {
+        let mut closed = self.closed.subscribe();
+        // It lives as long as this does.
+        let _ = closed.wait_for(|closed| *closed).await;
     }
 
     /// The snapshot of this order at a tier: the one there is, or one that is made now.
@@ -98,7 +121,11 @@ impl Maker {
             return Ok(kept);
         }
         check_memory(order)?;
-        let saved = self.save(order, tier, kernel).await;
+        let saved = tokio::select! {
+            biased;
+            () = self.closing() => Err(HostError::Busy("the daemon is stopping".to_owned())),
+            saved = self.save(order, tier, kernel) => saved,
+        };
         // Whatever became of it, its files are of no use.
         let cleared = self
             .vm_dir()

@@ -71,6 +71,9 @@ use prepared::{Preparation, Preparations, hostname};
 use resolve::Resolver;
 use start::{KILL_LIMIT, StartedVmm, Starter};
 
+/// How long a launch looks for a snapshot; a boot takes little longer.
+const FIND_LIMIT: Duration = Duration::from_secs(1);
+
 /// Launches VMs.
 pub struct LaunchService {
     pub resolver: Resolver,
@@ -252,10 +255,18 @@ impl LaunchService {
 
     /// The best snapshot that there is for a launch. One that there is none for boots.
     async fn find_snapshot(&self, launch: &Launch) -> Option<Resumable> {
+        if !self.snapshots.any(&launch.order) {
+            return None;
+        }
         let finding = async {
             let kernel = self.composer.kernel(&launch.order.lock.kernel).await?;
             let runtime = self.starter.runtime(&kernel.kernel).await?;
-            self.snapshots.best(&launch.order, &runtime).await
+            let best = self.snapshots.best(&launch.order, &runtime);
+            let found = tokio::time::timeout(FIND_LIMIT, best).await;
+            found.unwrap_or_else(|_| {
+                let text = format!("opening one takes longer than {FIND_LIMIT:?}");
+                Err(HostError::Failed(text))
+            })
         };
         match finding.await {
             Ok((found, problems)) => {
@@ -288,6 +299,8 @@ impl LaunchService {
         };
         let aside = self.snapshots.note_failure(kept, &error).await;
         launch.note_problems([failure(tier, &error, aside)]);
+        let image = from.memory.image;
+        self.prefetcher.without_memory(launch.name(), image);
         launch.note_step(|timings| &mut timings.restore_s);
         None
     }

@@ -113,6 +113,11 @@ impl LaunchPrefetcher {
         self.memory.tell(PlannerEvent::VmStopped(vm.into()));
     }
 
+    /// Tells the planner that a launch boots which was to resume from a memory image.
+    pub fn without_memory(&self, vm: &str, image: Digest) {
+        self.memory.tell(PlannerEvent::Detached(vm.into(), image));
+    }
+
     /// What a launch of this order wants in shared memory, if it resumes from `memory`.
     pub fn plan(
         &self,

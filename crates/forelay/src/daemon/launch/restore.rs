@@ -29,11 +29,7 @@ const PLUG_LIMIT: Duration = Duration::from_secs(10);
 const RESUME_LIMIT: Duration = Duration::from_secs(45);
 
 /// Gives a clone's VMM what the snapshot holds and, in tier `kernel`, its devices.
-pub async fn restore(
-    vmm: &StartedVmm,
-    spec: &VmSpec,
-    from: &Resumable,
-) -> Result<(), NotResumed> {
+pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Result<(), NotResumed> {
     let handle = vmm.handle();
     let restoring = async {
         match handle.restore(&from.state).await {

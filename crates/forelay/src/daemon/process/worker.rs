@@ -108,7 +108,7 @@ async fn finish(host: &Arc<Host>, socket: &Path, end: End) -> Result<()> {
     match end {
         End::Stop => {
             tracing::info!("stopping all VMs");
-            host.vms.stop_all().await;
+            tokio::join!(host.vms.stop_all(), host.launches.maker.close());
             host.finish_learning().await;
         }
         End::Restart => {

@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use forelay_cache::Domain;
+use forelay_cache::plan::SharedExtent;
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_guest_protocol::snapshot::Tier;
-use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
-use forelay_store::{Priority, Store};
+use forelay_image::{ChunkIndex, Component, ComponentId, Digest, Extent};
+use forelay_store::{ImageMap, Priority, Store};
 
 use crate::api;
 use crate::daemon::error::HostError;
 use crate::daemon::memory::domains::Domains;
+use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
 use crate::daemon::snapshot::shelf::{Kept, NotResumed, Shelf};
@@ -27,6 +29,7 @@ pub struct Snapshots {
     /// The host's store, through which all images are read.
     pub store: Store,
     pub domains: Arc<Domains>,
+    pub memory: Arc<PlannerHandle>,
     pub registry: Arc<VmRegistry>,
     pub shelves: tokio::sync::Mutex<BTreeMap<Domain, Arc<Shelf>>>,
 }
@@ -38,6 +41,17 @@ pub struct Resumable {
     pub state: Bytes,
     /// The memory image as the VMM opens it.
     pub memory: DeviceRecord,
+    /// Until the VM's own record says that it maps it.
+    _hold: Arc<()>,
+}
+
+/// What opening a snapshot came to.
+enum Opened {
+    Here(Box<Resumable>),
+    /// Nobody has read all of it since its files changed.
+    Unverified,
+    /// It was removed a moment ago, or its domain's mount is one that an earlier version made.
+    Unreachable,
 }
 
 impl Resumable {
@@ -62,7 +76,10 @@ impl Resumable {
 /// What a launch says of a snapshot that was of no use to it.
 pub fn failure(tier: Tier, error: &NotResumed, aside: bool) -> String {
     let aside = if aside { ", which is set aside" } else { "" };
-    format!("not resumed from the snapshot at {}{aside}: {error}", tier.name())
+    format!(
+        "not resumed from the snapshot at {}{aside}: {error}",
+        tier.name()
+    )
 }
 
 impl Snapshots {
@@ -92,26 +109,34 @@ impl Snapshots {
         shelves
     }
 
-    /// The best snapshot that this launch can resume from; and what was set aside on the way.
+    /// Whether there may be a snapshot for a launch. Most domains have none; a launch makes no
+    /// place for them.
+    pub fn any(&self, order: &Order) -> bool {
+        latest_tier(order).is_some() && self.dir.join(order.domain.as_str()).exists()
+    }
+
+    /// The best snapshot that this launch can resume from at once; and why others cannot be.
     pub async fn best(
-        &self,
+        self: &Arc<Self>,
         order: &Order,
         runtime: &Runtime,
     ) -> Result<(Option<Resumable>, Vec<String>), HostError> {
-        // Most domains have none; a launch makes no place for them.
-        let any = self.dir.join(order.domain.as_str()).exists();
-        let Some(latest) = latest_tier(order).filter(|_| any) else {
-            return Ok((None, Vec::new()));
-        };
         let shelf = self.shelf(&order.domain).await?;
+        let latest = latest_tier(order);
         let mut problems = Vec::new();
-        for tier in Tier::ALL.into_iter().rev().filter(|tier| *tier <= latest) {
-            let Some(kept) = shelf.find(origin(order, tier, runtime).key()) else {
+        for tier in Tier::ALL.into_iter().rev() {
+            let found = shelf.find(origin(order, tier, runtime).key());
+            let Some(kept) = found.filter(|_| Some(tier) <= latest) else {
                 continue;
             };
             match self.open(&shelf, kept.clone()).await {
-                Ok(Some(found)) => return Ok((Some(found), problems)),
-                Ok(None) => break,
+                Ok(Opened::Here(found)) => return Ok((Some(*found), problems)),
+                Ok(Opened::Unverified) => {
+                    let name = tier.name();
+                    problems.push(format!("the snapshot at {name} is not verified yet"));
+                    self.verify_later(&shelf, kept);
+                }
+                Ok(Opened::Unreachable) => break,
                 Err(error) => {
                     let aside = shelf.note_failure(kept.id, &error);
                     problems.push(failure(tier, &error, aside));
@@ -119,6 +144,19 @@ impl Snapshots {
             }
         }
         Ok((None, problems))
+    }
+
+    /// Verifies one beside the launch that found it, unless that shelf is being verified.
+    fn verify_later(self: &Arc<Self>, shelf: &Arc<Shelf>, kept: Kept) {
+        if shelf.is_verifying() {
+            return;
+        }
+        let (this, shelf) = (Arc::clone(self), Arc::clone(shelf));
+        tokio::spawn(async move {
+            if let Err(error) = this.verify(&shelf, &kept).await {
+                shelf.note_failure(kept.id, &error);
+            }
+        });
     }
 
     /// Verifies all snapshots, so that no launch has to: each is read once.
@@ -134,18 +172,27 @@ impl Snapshots {
 
     /// Verifies one, unless that was done before.
     async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), NotResumed> {
-        let image = kept.component.image;
-        let adding = self.store.add_image_of(image, shelf.store());
-        adding.map_err(HostError::failed)?;
-        let map = self.store.open_image(image.digest).await;
-        let map = map.map_err(HostError::failed)?;
+        let map = self.map_of(shelf, kept).await?;
         shelf.verify(kept, &map.locations.packs).await
     }
 
-    /// Verifies a snapshot and makes its memory reachable; `None` in a domain whose mount an
-    /// earlier version made.
-    async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Option<Resumable>, NotResumed> {
-        self.verify(shelf, &kept).await?;
+    async fn map_of(&self, shelf: &Shelf, kept: &Kept) -> Result<Arc<ImageMap>, HostError> {
+        let image = kept.component.image;
+        let adding = self.store.add_image_of(image, shelf.store());
+        adding.map_err(HostError::failed)?;
+        let opened = self.store.open_image(image.digest).await;
+        opened.map_err(HostError::failed)
+    }
+
+    /// Makes the memory of a snapshot reachable that was verified.
+    async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened, NotResumed> {
+        let map = self.map_of(shelf, &kept).await?;
+        if !shelf.is_verified(kept.id, &map.locations.packs)? {
+            return Ok(Opened::Unverified);
+        }
+        let Some(hold) = shelf.hold(kept.id) else {
+            return Ok(Opened::Unreachable);
+        };
         let image = kept.component.image;
         let state = self
             .store
@@ -159,7 +206,10 @@ impl Snapshots {
             Ok::<_, HostError>(path.map(|path| (path, device_bytes)))
         });
         let mapped = mapped.await.map_err(HostError::failed)??;
-        Ok(mapped.map(|(path, device_bytes)| Resumable {
+        let Some((path, device_bytes)) = mapped else {
+            return Ok(Opened::Unreachable);
+        };
+        Ok(Opened::Here(Box::new(Resumable {
             memory: DeviceRecord {
                 image: image.digest,
                 image_bytes: image.bytes,
@@ -171,7 +221,8 @@ impl Snapshots {
             },
             kept,
             state,
-        }))
+            _hold: hold,
+        })))
     }
 
     /// Makes the memory image of a VM that runs known again; false if it is not there.
@@ -180,11 +231,7 @@ impl Snapshots {
         let Some(kept) = shelf.of_image(image) else {
             return Ok(false);
         };
-        let adding = self.store.add_image_of(kept.component.image, shelf.store());
-        adding.map_err(HostError::failed)?;
-        let opened = self.store.open_image(image).await;
-        opened.map_err(HostError::failed)?;
-        Ok(true)
+        self.map_of(&shelf, &kept).await.map(|_| true)
     }
 
     /// All snapshots, as clients see them, by domain and age.
@@ -219,6 +266,7 @@ impl Snapshots {
             origin: kept.of.origin.clone(),
             uses: kept.uses,
             vms: self.users(kept),
+            verified: kept.was_verified(),
             problem: kept.aside.clone(),
         }
     }
@@ -258,20 +306,38 @@ impl Snapshots {
 
     /// Removes a snapshot that no VM runs on.
     pub async fn remove(&self, shelf: &Shelf, kept: &Kept) -> Result<(), HostError> {
-        let users = self.users(kept);
-        if !users.is_empty() {
-            let vms = users.join(", ");
-            return Err(HostError::Busy(format!(
-                "the memory of {vms} comes from this snapshot: stop them first"
-            )));
-        }
-        let image = kept.component.image.digest;
+        // From here on no launch finds it; those that did are in the registry.
+        let taken = shelf.take(kept.id).ok_or_else(|| {
+            HostError::Busy("a launch is resuming from this snapshot: try again".to_owned())
+        })?;
+        let removed = match &*self.users(kept) {
+            [] => {
+                self.forget(kept);
+                shelf.remove(kept.id).await
+            }
+            users => Err(HostError::Busy(format!(
+                "the memory of {} comes from this snapshot: stop them first",
+                users.join(", ")
+            ))),
+        };
+        removed.inspect_err(|_| shelf.put_back(taken))
+    }
+
+    /// Takes a snapshot's image out of shared memory.
+    fn forget(&self, kept: &Kept) {
+        let image = kept.component.image;
         if let Some(memory) = self.domains.get(&kept.domain) {
             // Only if a launch looked at it since the daemon started.
-            let _ = memory.shared.remove_file(&image);
+            let _ = memory.shared.remove_file(&image.digest);
         }
-        self.store.forget_image(image);
-        shelf.remove(kept.id).await
+        self.memory.tell(PlannerEvent::Evicted(SharedExtent {
+            image: SharedImage {
+                domain: kept.domain.clone(),
+                image: image.digest,
+            },
+            extent: Extent::new(0, image.bytes),
+        }));
+        self.store.forget_image(image.digest);
     }
 
     /// Publishes a snapshot in place of those like it that were set aside, and verifies it.

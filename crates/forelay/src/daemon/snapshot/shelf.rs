@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use forelay_cache::Domain;
@@ -75,6 +75,8 @@ pub struct Kept {
     failures: u32,
     /// The files that hold it, as they were when all of them were right.
     verified: Vec<FileStamp>,
+    /// Launches that are about to resume from it.
+    held: Weak<()>,
 }
 
 impl Kept {
@@ -93,7 +95,13 @@ impl Kept {
             last_used_ms: 0,
             failures: 0,
             verified: Vec::new(),
+            held: Weak::new(),
         })
+    }
+
+    /// Whether all of it was found to be right since this daemon started.
+    pub fn was_verified(&self) -> bool {
+        !self.verified.is_empty()
     }
 
     /// When it was made, milliseconds since the epoch.
@@ -118,6 +126,8 @@ pub struct Shelf {
     kept: Mutex<BTreeMap<ComponentId, Kept>>,
     /// Held by who changes what the store has.
     turn: tokio::sync::Mutex<()>,
+    /// Held while one is verified.
+    verifying: tokio::sync::Mutex<()>,
 }
 
 impl Shelf {
@@ -159,6 +169,7 @@ impl Shelf {
             store,
             kept: Mutex::new(kept),
             turn: Default::default(),
+            verifying: Default::default(),
         };
         // What a daemon has stored that ended before it had published it.
         shelf.collect_or_warn().await;
@@ -180,6 +191,27 @@ impl Shelf {
         let all = self.all().into_iter();
         let usable = all.filter(|one| one.aside.is_none() && one.of.origin.key() == key);
         usable.max_by_key(Kept::made_ms)
+    }
+
+    /// Keeps one from being removed, for as long as what is returned lives.
+    pub fn hold(&self, id: ComponentId) -> Option<Arc<()>> {
+        let mut kept = self.kept.lock();
+        let one = kept.get_mut(&id)?;
+        let hold = one.held.upgrade().unwrap_or_default();
+        one.held = Arc::downgrade(&hold);
+        Some(hold)
+    }
+
+    /// Has no launch find one any more, unless one is about to resume from it.
+    pub fn take(&self, id: ComponentId) -> Option<Kept> {
+        let mut kept = self.kept.lock();
+        let is_held = kept.get(&id)?.held.strong_count() > 0;
+        (!is_held).then(|| kept.remove(&id))?
+    }
+
+    /// Undoes [`Shelf::take`].
+    pub fn put_back(&self, kept: Kept) {
+        self.kept.lock().insert(kept.id, kept);
     }
 
     /// The one with this image.
@@ -262,16 +294,16 @@ impl Shelf {
         Ok(kept)
     }
 
-    /// Removes a snapshot, which no VM may map, and its bytes.
+    /// Removes a snapshot that was taken, which no VM may map, and its bytes.
     pub async fn remove(&self, id: ComponentId) -> Result<(), HostError> {
         let _turn = self.turn.lock().await;
         let removing = self.store.remove_component(id);
         removing.await.map_err(HostError::failed)?;
-        self.kept.lock().remove(&id);
         self.save_aside();
         // It may never have been used.
         let _ = std::fs::remove_file(used_file(&self.dir, id));
-        self.collect().await
+        self.collect_or_warn().await;
+        Ok(())
     }
 
     async fn collect_or_warn(&self) {
@@ -294,13 +326,25 @@ impl Shelf {
         Ok(())
     }
 
-    /// Reads all of a snapshot and checks it, unless its files are as they were when that was
-    /// done before.
-    pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), NotResumed> {
+    /// Whether a snapshot's files are as they were when all of it was read and checked.
+    pub fn is_verified(&self, id: ComponentId, packs: &[Digest]) -> Result<bool, HostError> {
         let stamps = self.stamps(packs)?;
-        if kept.verified == stamps {
+        let kept = self.kept.lock();
+        Ok(kept.get(&id).is_some_and(|one| one.verified == stamps))
+    }
+
+    /// Whether one is being verified.
+    pub fn is_verifying(&self) -> bool {
+        self.verifying.try_lock().is_err()
+    }
+
+    /// Reads all of a snapshot and checks it, unless that was done before; one after the other.
+    pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), NotResumed> {
+        let _turn = self.verifying.lock().await;
+        if self.is_verified(kept.id, packs)? {
             return Ok(());
         }
+        let stamps = self.stamps(packs)?;
         let report = self.store.verify_one(kept.id).await;
         let report = report.map_err(HostError::failed)?;
         if let Some(found) = report.findings.first() {
@@ -347,8 +391,11 @@ impl Shelf {
     /// They hold memory: for their owner alone, wherever somebody may move them.
     fn close_files(&self) {
         for path in files(&self.dir) {
-            // One that went meanwhile is closed enough.
-            let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
+            // Those that are keep their stamps. One that went meanwhile is closed enough.
+            let is_open = |meta: std::fs::Metadata| meta.mode() & 0o077 != 0;
+            if path.metadata().is_ok_and(is_open) {
+                let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
+            }
         }
     }
 }
@@ -461,6 +508,12 @@ pub mod tests {
         publishing.await.unwrap()
     }
 
+    async fn with_one(dir: &Path) -> (Shelf, Kept) {
+        let shelf = open(dir).await;
+        let kept = publish(&shelf, dir, "one").await;
+        (shelf, kept)
+    }
+
     #[tokio::test]
     async fn what_is_published_while_another_is_removed_is_whole() {
         let dir = tempfile::tempdir().unwrap();
@@ -512,5 +565,64 @@ pub mod tests {
         assert!(last_used_ms(&next.dir, used.id) > 1_234_567);
         next.remove(used.id).await.unwrap();
         assert_eq!(last_used_ms(&next.dir, used.id), 0);
+    }
+
+    #[tokio::test]
+    async fn the_third_failure_in_a_row_or_a_wrong_byte_sets_aside_for_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let (shelf, kept) = with_one(dir.path()).await;
+        let key = kept.of.origin.key();
+        let late = || NotResumed::Other(HostError::Failed("too late".to_owned()));
+        let fails = || shelf.note_failure(kept.id, &late());
+        assert_eq!([fails(), fails()], [false, false]);
+        shelf.note_use(kept.id);
+        assert_eq!([fails(), fails(), fails()], [false, false, true]);
+        assert!(shelf.find(key).is_none());
+        let next = open(dir.path()).await;
+        assert!(next.find(key).is_none(), "nor does the next daemon");
+
+        let dir = tempfile::tempdir().unwrap();
+        let (shelf, kept) = with_one(dir.path()).await;
+        let wrong = NotResumed::Snapshot(HostError::Failed("wrong".to_owned()));
+        assert!(shelf.note_failure(kept.id, &wrong));
+    }
+
+    #[tokio::test]
+    async fn what_a_launch_is_about_to_resume_from_is_not_removed_and_what_goes_is_not_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (shelf, kept) = with_one(dir.path()).await;
+        let key = kept.of.origin.key();
+        let holds = (shelf.hold(kept.id), shelf.hold(kept.id));
+        assert!(shelf.take(kept.id).is_none());
+        drop(holds.0);
+        assert!(shelf.take(kept.id).is_none(), "another launch holds it");
+        drop(holds.1);
+        let taken = shelf.take(kept.id).unwrap();
+        assert!(shelf.find(key).is_none() && shelf.hold(kept.id).is_none());
+        shelf.put_back(taken);
+        assert!(shelf.find(key).is_some());
+    }
+
+    #[tokio::test]
+    async fn one_that_was_verified_is_not_read_again_until_its_files_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let (shelf, kept) = with_one(dir.path()).await;
+        let packs = dir.path().join("snapshots/me/repository/packs");
+        let found = files(&packs);
+        let is_pack = |path: &&PathBuf| path.extension().is_some_and(|end| end == "pack");
+        let pack = found.iter().find(is_pack).unwrap();
+        let hex = pack.file_stem().unwrap().to_str().unwrap();
+        let packs = [format!("sha256:{hex}").parse::<Digest>().unwrap()];
+        assert!(!shelf.is_verified(kept.id, &packs).unwrap());
+        shelf.verify(&kept, &packs).await.unwrap();
+        shelf.close_files();
+        assert!(shelf.is_verified(kept.id, &packs).unwrap(), "closed before");
+        let mut bytes = std::fs::read(pack).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(pack, bytes).unwrap();
+        assert!(!shelf.is_verified(kept.id, &packs).unwrap());
+        let found = shelf.verify(&kept, &packs).await;
+        assert!(matches!(found, Err(NotResumed::Snapshot(_))), "{found:?}");
     }
 }
