@@ -301,6 +301,7 @@ async fn snapshots_are_kept_within() {
         dir: dir.join("snapshots"),
         store: spine.store.clone(),
         domains: Arc::clone(&spine.domains),
+        memory: Arc::clone(&spine.memory),
         registry: Arc::new(VmRegistry::default()),
         shelves: Default::default(),
     };
