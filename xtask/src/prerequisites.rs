@@ -23,6 +23,10 @@ const NEEDED: &[(&str, &str)] = &[
     ("unshare", "util-linux"),
     ("losetup", "mount"),
     ("ssh-keygen", "openssh-client"),
+    ("skopeo", "skopeo"),
+    ("umoci", "umoci"),
+    ("docker-registry", "docker-registry"),
+    ("busybox", "busybox-static"),
 ];
 
 /// What `bench peers` compares with, beside those.

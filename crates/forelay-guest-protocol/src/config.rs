@@ -59,6 +59,8 @@ pub struct Entrypoint {
     pub user: String,
     /// Power the VM off when the entrypoint ends.
     pub poweroff_on_exit: bool,
+    /// Signal that asks the entrypoint to end; 0 is SIGTERM.
+    pub stop_signal: i32,
 }
 
 /// Readiness probe.
@@ -125,7 +127,8 @@ mod tests {
         assert_eq!(
             text,
             "{\"hostname\":\"web\",\"run\":{\"entrypoint\":{\"argv\":[\"nginx\",\"-g\",\
-             \"daemon off;\"],\"cwd\":\"\",\"user\":\"\",\"poweroff_on_exit\":false}},\
+             \"daemon off;\"],\"cwd\":\"\",\"user\":\"\",\"poweroff_on_exit\":false,\
+             \"stop_signal\":0}},\
              \"env\":{},\"ready\":{\"tcp\":80},\"network\":{\"address\":\"10.0.2.15\",\
              \"prefix\":24,\"gateway\":\"10.0.2.2\",\"dns\":\"10.0.2.3\"},\
              \"upper_size\":\"\",\"console\":[]}"

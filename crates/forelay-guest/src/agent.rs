@@ -37,6 +37,8 @@ const QUEUE_MESSAGES: usize = 256;
 const MAX_RUNNING: usize = 32;
 /// How long the console may take for the entrypoint's last output.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long an entrypoint may take to end at the signal that its image names.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Environment variable that carries [`Mounted`] to an agent beside an init.
 const MOUNTED_VARIABLE: &str = "FORELAY_MOUNTED";
 
@@ -59,6 +61,7 @@ struct Agent {
     grafts: Mutex<Grafts>,
     execs: Arc<Execs>,
     port: OnceLock<Arc<Port>>,
+    entrypoint: OnceLock<i32>,
     outgoing: SyncSender<Outgoing>,
     running: AtomicUsize,
 }
@@ -104,6 +107,7 @@ pub fn run<T>(start: Start) -> io::Result<T> {
         grafts: Mutex::default(),
         execs: Arc::default(),
         port: OnceLock::new(),
+        entrypoint: OnceLock::new(),
         outgoing,
         running: AtomicUsize::new(0),
     });
@@ -495,9 +499,10 @@ impl Agent {
             .stdout(output.try_clone()?)
             .stderr(output);
         let (sender, ended) = mpsc::channel();
-        self.reaper.spawn(&mut command, move |status| {
+        let child = self.reaper.spawn(&mut command, move |status| {
             let _ = sender.send(status);
         })?;
+        let _ = self.entrypoint.set(child.id() as i32);
         let agent = Arc::clone(self);
         thread("entrypoint", move || {
             if let Ok(status) = ended.recv() {
@@ -556,6 +561,20 @@ impl Agent {
         ended.recv().map(drop).map_err(io::Error::other)
     }
 
+    /// Asks the entrypoint to end in the way that its image names, if it names one.
+    fn stop_entrypoint(&self) {
+        let (Run::Entrypoint(entrypoint), Some(&pid)) = (&self.config.run, self.entrypoint.get())
+        else {
+            return;
+        };
+        let asked =
+            entrypoint.stop_signal > 0 && self.reaper.signal_child(pid, entrypoint.stop_signal);
+        if asked {
+            let ended = || (!self.reaper.signal_child(pid, 0)).then_some(());
+            devices::wait_for(STOP_LIMIT, ended);
+        }
+    }
+
     /// Ends everything and powers off.
     fn power_off(&self) -> ! {
         let (done, flushed) = mpsc::sync_channel(1);
@@ -563,6 +582,7 @@ impl Agent {
             let _ = flushed.recv_timeout(Duration::from_millis(300));
         }
         if self.is_init {
+            self.stop_entrypoint();
             let _ = sys::kill(-1, libc::SIGTERM);
             let all_gone = || sys::no_children().then_some(());
             devices::wait_for(Duration::from_secs(2), all_gone);

@@ -262,6 +262,9 @@ fn read_config(lower: &str) -> io::Result<VmConfig> {
 fn prepare_root(config: &VmConfig) {
     let flags = sys::MS_NOSUID | sys::MS_NODEV;
     let mut failures = Vec::new();
+    let is_init = matches!(config.run, Run::Init { .. });
+    // What a container image has there is for its program to find.
+    let is_free = |target: &str| fs::read_dir(target).map_or(true, |mut all| all.next().is_none());
     let mut mount = |fs_type: &str, target: &str, flags, options: &str| {
         let result = fs::create_dir_all(target)
             .and_then(|()| sys::mount(fs_type, target, fs_type, flags, options));
@@ -269,7 +272,9 @@ fn prepare_root(config: &VmConfig) {
             failures.push(format!("mount {target}: {error}"));
         }
     };
-    mount("tmpfs", "/run", flags, "mode=0755");
+    if is_init || is_free("/run") {
+        mount("tmpfs", "/run", flags, "mode=0755");
+    }
     mount(
         "devpts",
         "/dev/pts",
@@ -277,8 +282,10 @@ fn prepare_root(config: &VmConfig) {
         "mode=0620,gid=5,ptmxmode=0666",
     );
     mount("tmpfs", "/dev/shm", flags, "mode=1777");
-    if !matches!(config.run, Run::Init { .. }) {
-        mount("tmpfs", "/tmp", flags, "mode=1777");
+    if !is_init {
+        if is_free("/tmp") {
+            mount("tmpfs", "/tmp", flags, "mode=1777");
+        }
         let flags = flags | sys::MS_NOEXEC;
         mount("cgroup2", "/sys/fs/cgroup", flags, "nsdelegate");
     }

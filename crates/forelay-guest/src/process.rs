@@ -109,10 +109,21 @@ impl Reaper {
     /// Signals a child's process group, unless the child was reaped and its number may be
     /// another's.
     pub fn signal_group(&self, pid: i32, signal: i32) {
+        self.signal(pid, -pid, signal);
+    }
+
+    /// Signals a child alone, under the same condition; false if it was reaped.
+    pub fn signal_child(&self, pid: i32, signal: i32) -> bool {
+        self.signal(pid, pid, signal)
+    }
+
+    fn signal(&self, child: i32, whom: i32, signal: i32) -> bool {
         let children = self.children();
-        if children.waiting.contains_key(&pid) {
-            let _ = sys::kill(-pid, signal);
+        let lives = children.waiting.contains_key(&child);
+        if lives {
+            let _ = sys::kill(whom, signal);
         }
+        lives
     }
 }
 
@@ -210,7 +221,8 @@ impl Account {
                 .or_else(|| wanted.parse().ok())
                 .ok_or_else(|| io::Error::other(format!("no group {wanted:?} in /etc/group")))?,
             (None, Some(entry)) => entry[3].parse().unwrap_or(uid),
-            (None, None) => uid,
+            // As container engines have it.
+            (None, None) => 0,
         };
         let login = entry.as_ref().map_or(name, |entry| entry[0]);
         let mut supplementary: Vec<u32> = groups()
@@ -285,6 +297,8 @@ mod tests {
         assert_eq!((other.uid, other.gid), (33, 104));
         let free = find("5000:6000").unwrap();
         assert_eq!((free.uid, free.gid, &*free.home), (5000, 6000, "/"));
+        let alone = Account::find_in("5000", "", "").unwrap();
+        assert_eq!((alone.uid, alone.gid), (5000, 0));
         assert!(find("nobody-here").is_err());
         assert!(find("web:none").is_err());
     }

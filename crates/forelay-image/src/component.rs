@@ -6,6 +6,8 @@
 //! Invariant: [`Component::canonical_json`] is a pure function of the value (struct
 //! order, sorted lists), so the id is the same on any host.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::snapshot::SnapshotOf;
@@ -32,6 +34,8 @@ pub enum Role {
     Config,
     /// A VM's memory and the state of its devices; no file tree.
     Snapshot,
+    /// A layer of container images, which they name by its id.
+    Layer,
 }
 
 /// A name that a component offers, with the version it offers it at, if any.
@@ -87,6 +91,40 @@ pub struct ImageRef {
     pub chunk_index: Digest,
 }
 
+/// What makes a base a container image: its layers, and how it runs unless a manifest says
+/// otherwise. The program to which [`Self::command`] adds is [`Component::entrypoint`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ContainerImage {
+    /// Where it is from, e.g. `docker.io/library/nginx:1.25`.
+    pub reference: String,
+    /// Its layers, the lowest first. They lie above the base and below all else.
+    pub layers: Vec<ComponentId>,
+    /// Arguments of the entrypoint, or the whole command if that is empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+    /// Environment.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// `user`, `user:group` or their numbers; root if empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub user: String,
+    /// Working directory; `/` if empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub workdir: String,
+    /// Ports that it listens on, as `80/tcp`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<String>,
+    /// Directories for data.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<String>,
+    /// Number of the signal that asks it to end; 0 is SIGTERM.
+    pub stop_signal: i32,
+    /// Command that succeeds while it is well.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub health: Vec<String>,
+}
+
 /// Metadata of one component, with its image; with another `I`, of one whose image is not
 /// written yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +154,9 @@ pub struct Component<I = ImageRef> {
     /// Command that a VM runs if its manifest names none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub entrypoint: Vec<String>,
+    /// What it is as a container image, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerImage>,
     /// Kernel command line, for role `kernel`: modules to load and the like go into the initramfs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
@@ -156,6 +197,7 @@ impl<I> Component<I> {
             requires: Vec::new(),
             conflicts: Vec::new(),
             entrypoint: Vec::new(),
+            container: None,
             cmdline: None,
             notes: Vec::new(),
             sbom: Vec::new(),
@@ -176,6 +218,7 @@ impl<I> Component<I> {
             requires: self.requires,
             conflicts: self.conflicts,
             entrypoint: self.entrypoint,
+            container: self.container,
             cmdline: self.cmdline,
             notes: self.notes,
             sbom: self.sbom,
@@ -232,6 +275,7 @@ mod tests {
             requires: vec![],
             conflicts: vec![],
             entrypoint: vec![],
+            container: None,
             cmdline: None,
             notes: vec![],
             sbom: vec![],

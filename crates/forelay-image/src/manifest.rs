@@ -46,6 +46,19 @@ pub struct Manifest {
     /// Command that the agent runs, container style.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub entrypoint: Vec<String>,
+    /// Arguments that take the place of a container image's own; its entrypoint stays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+    /// Who runs the command: `user`, `user:group` or their numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Directory in which the command runs, made if it is not there.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "directory"
+    )]
+    pub workdir: Option<String>,
     /// Path of the image's own init to hand over to (`true`, `"systemd"` or a path).
     #[serde(
         default,
@@ -155,6 +168,25 @@ pub struct Forward {
     pub udp: bool,
 }
 
+impl Forward {
+    /// Reads `8080:80`, `5353:53/udp` or `:80`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let (host, guest) = ports.split_once(':')?;
+        let udp = match protocol {
+            "tcp" => false,
+            "udp" => true,
+            _ => return None,
+        };
+        let host = if host.is_empty() { "0" } else { host };
+        Some(Self {
+            host: host.parse().ok()?,
+            guest: guest.parse().ok().filter(|port| *port > 0)?,
+            udp,
+        })
+    }
+}
+
 /// Where the guest's writes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scratch {
@@ -227,8 +259,9 @@ impl Manifest {
                 help,
             }
         };
-        if !manifest.entrypoint.is_empty() && manifest.init.is_some() {
-            let message = "`entrypoint` and `init` exclude each other".to_owned();
+        let runs = !manifest.entrypoint.is_empty() || !manifest.command.is_empty();
+        if runs && manifest.init.is_some() {
+            let message = "`entrypoint` or `command` and `init` exclude each other".to_owned();
             let help =
                 "keep `entrypoint` to run one command, or `init` to boot the image's own init";
             return Err(refused("init", message, Some(help.to_owned())));
@@ -423,6 +456,23 @@ fn init<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D:
     }
 }
 
+fn directory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let path = String::deserialize(deserializer)?;
+    match is_plain_path(&path) {
+        true => Ok(Some(path)),
+        false => Err(custom(format!(
+            "{path:?} is not a directory's absolute path without `.`, `..` and empty parts"
+        ))),
+    }
+}
+
+/// True for an absolute path that names nothing twice over.
+fn is_plain_path(path: &str) -> bool {
+    let mut parts = path.split('/').skip(1);
+    let odd = |name: &str| matches!(name, "" | "." | "..") || name.len() > 255;
+    path.starts_with('/') && !path.contains('\0') && (path == "/" || !parts.any(odd))
+}
+
 fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     match u64::deserialize(deserializer)? {
         mib @ 32..=16_777_216 => Ok(mib),
@@ -443,14 +493,9 @@ fn files<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<BTreeMap<String, FileEntry>, D::Error> {
     let files = BTreeMap::<String, FileEntry>::deserialize(deserializer)?;
-    let bad = files.keys().find(|path| {
-        let components = path.split('/').skip(1).collect::<Vec<_>>();
-        !path.starts_with('/')
-            || path.contains('\0')
-            || components
-                .iter()
-                .any(|name| matches!(*name, "" | "." | "..") || name.len() > 255)
-    });
+    let bad = files
+        .keys()
+        .find(|path| !is_plain_path(path) || *path == "/");
     match bad {
         Some(path) => Err(custom(format!(
             "{path:?} is not a file's absolute path without `.`, `..` and empty parts"
@@ -565,29 +610,13 @@ mod forwards {
     impl<'de> Deserialize<'de> for Entry {
         fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
             let text = String::deserialize(deserializer)?;
-            parse(&text).map(Self).ok_or_else(|| {
+            Forward::parse(&text).map(Self).ok_or_else(|| {
                 custom(format!(
                     "{text:?} is not a port forward: write \"8080:80\" (host:guest), or \":80\" for any \
                      free port of the host"
                 ))
             })
         }
-    }
-
-    fn parse(text: &str) -> Option<Forward> {
-        let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-        let (host, guest) = ports.split_once(':')?;
-        let udp = match protocol {
-            "tcp" => false,
-            "udp" => true,
-            _ => return None,
-        };
-        let host = if host.is_empty() { "0" } else { host };
-        Some(Forward {
-            host: host.parse().ok()?,
-            guest: guest.parse().ok().filter(|port| *port > 0)?,
-            udp,
-        })
     }
 }
 

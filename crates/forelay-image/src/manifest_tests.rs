@@ -68,6 +68,25 @@ fn defaults_are_those_of_the_documentation() {
 }
 
 #[test]
+fn how_an_image_runs_can_be_overridden() {
+    let text = "base = 'oci-web@= 1'\ncommand = ['sh', '-c', 'x']\nuser = '7:8'\nworkdir = '/srv'";
+    let manifest = Manifest::parse(text).unwrap();
+    assert_eq!(manifest.command, ["sh", "-c", "x"]);
+    assert_eq!(manifest.user.as_deref(), Some("7:8"));
+    assert_eq!(Manifest::parse(&manifest.to_toml()).unwrap(), manifest);
+    for bad in [
+        "workdir = 'srv'",
+        "workdir = '/a/../b'",
+        "init = true\ncommand = ['x']",
+    ] {
+        assert!(
+            Manifest::parse(&format!("base = 'x'\n{bad}")).is_err(),
+            "{bad}"
+        );
+    }
+}
+
+#[test]
 fn errors_name_the_place_and_the_fix() {
     let cases = [
         (

@@ -4,6 +4,7 @@
 //! write, describe. Refuses to know repositories: the caller publishes what it gets.
 //! Blocking; run it on a thread that may block.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -22,12 +23,13 @@ use crate::dir::{Ownership, name_from_path, read_directory};
 use crate::draft::{Draft, Files, Imported, Part, plain_files};
 use crate::error::{ImportError, io_error, tree_error};
 use crate::kernel::{KERNEL_NAME, KernelOptions, build_kernel};
+use crate::oci::{ImageOptions, import_image};
 use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::rootfs::{describe_base, put_fragments, release_version};
 use crate::roots::BaseRoot;
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
-use crate::tar::read_tar;
+use crate::tar::read_files;
 use forelay_image::control::{parse_provides, parse_relations, sbom_package};
 use forelay_image::package_status::status_path;
 
@@ -64,6 +66,8 @@ pub enum BuildSource {
     Base(BaseOptions),
     /// The Debian cloud kernel with an initramfs.
     Kernel(KernelOptions),
+    /// A container image.
+    Image(ImageOptions),
 }
 
 /// A component to be built. What is `None` comes from the source.
@@ -177,8 +181,14 @@ impl Builder {
         apply_overrides(&mut imported.main.draft, request)?;
         let split_off = imported.split_off.iter();
         let split_off = split_off.map(|part| self.write(part, report));
+        let mut split_off = split_off.collect::<Result<Vec<_>, _>>()?;
+        if let Some(container) = &mut imported.main.draft.container {
+            keep_last(&mut split_off);
+            let ids = split_off.iter().map(|layer| layer.component.id());
+            container.layers = ids.collect();
+        }
         Ok(BuiltComponents {
-            split_off: split_off.collect::<Result<_, _>>()?,
+            split_off,
             main: self.write(&imported.main, report)?,
         })
     }
@@ -215,9 +225,10 @@ impl Builder {
             BuildSource::Tar { path, ownership } => {
                 report(Progress::Started(BuildPhase::Read));
                 let mut spool = Spool::new(&scratch, DEFAULT_LIMIT_BYTES)?;
-                let files = read_tar(path, &mut spool, *ownership)?;
+                let files = read_files(path, &mut spool, *ownership)?;
                 plain_component(path, files, request, vec![spool])
             }
+            BuildSource::Image(options) => import_image(options, &scratch, report),
             BuildSource::DebFile { path } => {
                 import_deb_file(path, request.name.as_deref(), &scratch, report)
             }
@@ -264,6 +275,14 @@ impl Builder {
         let apt = AptCache::open(&self.cache, suite, self.refresh_after)?;
         Ok(apt.with_mirror(self.mirror.clone()))
     }
+}
+
+/// Of layers with the same files, the last place counts.
+fn keep_last(layers: &mut Vec<BuiltComponent>) {
+    let mut seen = HashSet::new();
+    layers.reverse();
+    layers.retain(|layer| seen.insert(layer.component.image.digest));
+    layers.reverse();
 }
 
 /// A component of plain files. What is laid over a base has its files where the base's links

@@ -137,7 +137,7 @@ fn seen(tree: &Tree, place: &str) -> Seen {
 }
 
 /// What composing these trees gives, or where it is refused.
-fn composed(trees: &[Tree]) -> Result<Tree, String> {
+pub(crate) fn composed(trees: &[Tree]) -> Result<Tree, String> {
     let images: Vec<_> = trees
         .iter()
         .map(|tree| {

@@ -1,5 +1,5 @@
 //! Building components from what already exists: Debian packages, a Debian base, the
-//! Debian cloud kernel, tar archives and host directories.
+//! Debian cloud kernel, tar archives, host directories and container images.
 //!
 //! Each importer turns its source into a [`forelay_image::tree::Tree`] whose content
 //! stays in spool files. Importers know no repository: they hand over an image.
@@ -24,6 +24,7 @@ pub mod initramfs;
 pub mod kernel;
 mod kmod_index;
 pub mod modules;
+mod oci;
 pub mod packages;
 mod progress;
 mod rootfs;
@@ -39,6 +40,7 @@ pub mod unpack;
 pub use build::{BuildRequest, BuildSource, Builder, BuiltComponent, BuiltComponents};
 pub use draft::{Draft, Files, Imported, Part, host_architecture};
 pub use error::ImportError;
+pub use oci::{ImageOptions, ImageSource};
 pub use packages::NEEDS_LDCONFIG;
 pub use progress::{BuildPhase, Progress, Reporter};
 

@@ -20,7 +20,7 @@ use forelay_guest_protocol::config::{
 };
 use forelay_host::atomic_write;
 use forelay_image::bundle::Bundle;
-use forelay_image::component::{Component, Role};
+use forelay_image::component::{Component, ContainerImage, Role};
 use forelay_image::erofs::merge::{
     ComposeError, ComposeOptions, Composed, Layer, MapLayout, compose,
 };
@@ -57,7 +57,6 @@ pub struct Recipe {
     merged: Vec<MergedFile>,
     /// Paths and targets of links that lead elsewhere than in the topmost component.
     links: Vec<(String, Vec<u8>)>,
-    entrypoint: Vec<String>,
 }
 
 /// Why a map image could not be composed.
@@ -176,17 +175,17 @@ impl Recipe {
             source,
         })?;
         let components = parts.iter().map(|part| &*part.component);
-        check_architectures(components.clone().chain([&*kernel]))?;
-        // The last component with a command of its own is what the VM is for.
-        let mut commands = components.rev().map(|component| &component.entrypoint);
-        let entrypoint = commands.find(|command| !command.is_empty());
-        let entrypoint = entrypoint.cloned().unwrap_or_default();
+        check_architectures(components.chain([&*kernel]))?;
         Ok(Self {
             parts,
             merged,
             links: aggregates.links,
-            entrypoint,
         })
+    }
+
+    /// What the base says as a container image, if it is one.
+    fn container(&self) -> Option<&ContainerImage> {
+        self.parts.first()?.component.container.as_ref()
     }
 
     /// Composes the map image of one VM. Images that `bundle` has are looked for there,
@@ -283,35 +282,81 @@ impl Recipe {
             let attributes = Attributes::with_mode(file.mode).owned_by(file.uid, file.gid);
             tree.put_file(path, file.content.as_bytes(), attributes)?;
         }
+        // Whoever runs a container expects these.
+        let volumes = self.container().map(|image| &image.volumes[..]);
+        let workdir = Some(self.workdir(manifest)).filter(|path| !path.is_empty());
+        for path in volumes
+            .unwrap_or_default()
+            .iter()
+            .map(String::as_str)
+            .chain(workdir)
+        {
+            tree.make_directories(path.as_bytes())?;
+        }
         let config = serde_json::to_vec(&self.guest_config(manifest, hostname))
             .map_err(|_| RecipeError::Interrupted)?;
         tree.put_file(VM_CONFIG_PATH, config, plain)?;
         Ok(tree)
     }
 
-    fn guest_config(&self, manifest: &Manifest, hostname: &str) -> VmConfig {
-        let argv = match &manifest.entrypoint {
-            own if !own.is_empty() => own.clone(),
-            _ => self.entrypoint.clone(),
+    fn workdir<'a>(&'a self, manifest: &'a Manifest) -> &'a str {
+        let of_image = || self.container().map(|image| image.workdir.as_str());
+        manifest
+            .workdir
+            .as_deref()
+            .or_else(of_image)
+            .unwrap_or_default()
+    }
+
+    /// The program: the manifest's, else that of the last component with one, which is what
+    /// the VM is for. A manifest's arguments take the place of a container image's.
+    fn argv(&self, manifest: &Manifest) -> Vec<String> {
+        let mut own = self.parts.iter().rev().map(|part| &*part.component);
+        let program = match manifest.entrypoint.is_empty() {
+            true => own.find(|component| !component.entrypoint.is_empty()),
+            false => None,
         };
+        let entrypoint = program.map_or(&manifest.entrypoint, |program| &program.entrypoint);
+        let of_image = match (program, self.container()) {
+            (Some(program), _) => program.container.as_ref(),
+            (None, image) => image.filter(|_| entrypoint.is_empty()),
+        };
+        let arguments = match of_image {
+            Some(image) if manifest.command.is_empty() => &image.command,
+            _ => &manifest.command,
+        };
+        entrypoint.iter().chain(arguments).cloned().collect()
+    }
+
+    fn guest_config(&self, manifest: &Manifest, hostname: &str) -> VmConfig {
+        let argv = self.argv(manifest);
+        let image = self.container();
+        let user = manifest.user.as_ref().or(image.map(|image| &image.user));
         let run = match &manifest.init {
             Some(path) => Run::Init { path: path.clone() },
             None if argv.is_empty() => Run::AgentOnly,
             None => Run::Entrypoint(Entrypoint {
                 argv,
+                cwd: self.workdir(manifest).to_owned(),
+                user: user.cloned().unwrap_or_default(),
+                stop_signal: image.map_or(0, |image| image.stop_signal),
                 ..Entrypoint::default()
             }),
         };
+        let health = image.map(|image| image.health.clone());
+        let health = health.filter(|command| !command.is_empty() && manifest.init.is_none());
         let ready = manifest.ready.as_ref().map(|ready| match ready {
             Ready::Tcp(port) => ReadyProbe::Tcp(*port),
             Ready::Exec(command) => ReadyProbe::Exec(command.clone()),
             Ready::Path(path) => ReadyProbe::Path(path.clone()),
         });
+        let mut env = image.map(|image| image.env.clone()).unwrap_or_default();
+        env.extend(manifest.env.clone());
         VmConfig {
             hostname: hostname.to_owned(),
             run,
-            env: manifest.env.clone(),
-            ready,
+            env,
+            ready: ready.or(health.map(ReadyProbe::Exec)),
             network: Some(Network::default()),
             ..VmConfig::default()
         }

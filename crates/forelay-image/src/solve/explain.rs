@@ -33,6 +33,7 @@ fn role_name(role: Role) -> &'static str {
         Role::Library => "library",
         Role::Config => "config",
         Role::Snapshot => "snapshot",
+        Role::Layer => "layer",
     }
 }
 
@@ -96,6 +97,11 @@ pub(super) fn write_problem(problem: &Problem, f: &mut fmt::Formatter<'_>) -> fm
                 )
             }
         }
+        Problem::Layer { image, id } => write!(
+            f,
+            "the container image {image} has the layer {id}, which is not in the repository; \
+             build the image again"
+        ),
         Problem::Conflict { chain } => write!(f, "{chain}"),
         Problem::Malformed {
             component,

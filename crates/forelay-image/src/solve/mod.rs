@@ -5,7 +5,8 @@
 //! range then needs a versioned provide); a conflict excludes whatever its name and range
 //! match, except the component that states it; a base excludes what is for other machines. What the manifest names is taken by its real name if there is such a component,
 //! even if others provide the name. The newest versions are preferred, when re-locking those
-//! of the previous lock; of several providers the one with the real name, then by name.
+//! of the previous lock; of several providers the one with the real name, then by name. The
+//! layers of a container image are those that it names by id, in its order, and no others.
 //!
 //! The search itself is `resolvo`'s (see [`universe`]); failures are put into words in
 //! [`explain`]. Refuses to know repositories: it is given all available components.
@@ -16,7 +17,9 @@ mod explain;
 mod order;
 mod universe;
 
-use crate::component::{Component, NameRange, Role};
+use std::collections::HashMap;
+
+use crate::component::{Component, ComponentId, NameRange, Role};
 use crate::lock::{LOCK_FORMAT, Lock, LockedComponent};
 use crate::manifest::Manifest;
 use crate::version::{self, Range};
@@ -60,6 +63,13 @@ pub enum Problem {
         role: Role,
         /// Components with that role.
         available: Vec<String>,
+    },
+    /// A layer of a container image is not there.
+    Layer {
+        /// The image.
+        image: String,
+        /// The layer's id.
+        id: String,
     },
     /// Each part exists, but not together.
     Conflict {
@@ -168,15 +178,37 @@ fn resolve(
             problems: vec![problem],
         });
     };
+    let mut components = order::compose_order(&chosen);
+    let layers = components.first().map(|base| layers_of(base, &sorted));
+    let layers = layers.transpose().map_err(|problem| SolveError {
+        problems: vec![problem],
+    })?;
+    components.splice(1..1, layers.unwrap_or_default());
     Ok(Lock {
         format: LOCK_FORMAT,
         manifest_digest: manifest.digest(),
         kernel: LockedComponent::from(*kernel),
-        components: order::compose_order(&chosen)
-            .into_iter()
-            .map(LockedComponent::from)
-            .collect(),
+        components: components.into_iter().map(LockedComponent::from).collect(),
     })
+}
+
+/// The layers of a base that is a container image, the lowest first.
+fn layers_of<'a>(
+    base: &Component,
+    available: &[&'a Component],
+) -> Result<Vec<&'a Component>, Problem> {
+    let Some(image) = &base.container else {
+        return Ok(Vec::new());
+    };
+    let all = available.iter().filter(|one| one.role == Role::Layer);
+    let all: HashMap<ComponentId, &Component> = all.map(|one| (one.id(), *one)).collect();
+    let found = image.layers.iter().map(|id| {
+        all.get(id).copied().ok_or_else(|| Problem::Layer {
+            image: explain::title(base),
+            id: id.to_string(),
+        })
+    });
+    found.collect()
 }
 
 /// True if the component is, by real name or provide, what `wanted` names. `range` is

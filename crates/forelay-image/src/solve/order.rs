@@ -13,12 +13,13 @@ use super::satisfies;
 fn rank(role: Role) -> u8 {
     match role {
         Role::Base => 0,
-        Role::Library => 1,
-        Role::Runtime => 2,
-        Role::Package => 3,
-        Role::Config => 4,
+        Role::Layer => 1,
+        Role::Library => 2,
+        Role::Runtime => 3,
+        Role::Package => 4,
+        Role::Config => 5,
         // Neither is composed.
-        Role::Kernel | Role::Snapshot => 5,
+        Role::Kernel | Role::Snapshot => 6,
     }
 }
 

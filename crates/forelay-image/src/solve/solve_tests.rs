@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::Digest;
-use crate::component::{Capability, ImageRef};
+use crate::component::{Capability, ContainerImage, ImageRef};
 
 fn make(name: &str, version: &str, role: Role) -> Component {
     Component::new(
@@ -78,6 +78,31 @@ fn titles(lock: &Lock) -> Vec<String> {
 
 fn failure(components: &[&str], world: &[Component]) -> String {
     solve(&manifest(components), world).unwrap_err().to_string()
+}
+
+#[test]
+fn an_images_layers_stand_behind_it_in_its_order_and_each_is_needed() {
+    let layers = ["z", "a", "m"].map(|name| make(name, "1", Role::Layer));
+    let mut image = make("oci-web", "1", Role::Base);
+    image.container = Some(ContainerImage {
+        layers: layers.iter().map(Component::id).collect(),
+        ..ContainerImage::default()
+    });
+    let mut all = world(vec![image, package("nginx", "1")]);
+    all.extend(layers.clone());
+    let manifest = Manifest::parse("base = 'oci-web'\ncomponents = ['nginx']").unwrap();
+    let lock = solve(&manifest, &all).unwrap();
+    let names: Vec<_> = lock
+        .components
+        .iter()
+        .map(|one| one.name.as_str())
+        .collect();
+    assert_eq!(names, ["oci-web", "z", "a", "m", "nginx"]);
+    assert_eq!(Lock::parse(&lock.to_toml()).unwrap(), lock);
+    all.retain(|one| one.name != "a");
+    let error = solve(&manifest, &all).unwrap_err().to_string();
+    let expected = format!("oci-web 1 has the layer {}", layers[1].id());
+    assert!(error.contains(&expected), "{error}");
 }
 
 #[test]

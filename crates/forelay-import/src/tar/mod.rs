@@ -1,14 +1,16 @@
 //! Tar archives (plain, gzip, xz, zstd) as a [`Tree`].
 //!
 //! Owns the entry loop: GNU and PAX long names, PAX attributes (owner, times, sizes,
-//! `SCHILY.xattr.*`, access control lists), hard links, devices, sparse files, deletions of image layers. Header
+//! `SCHILY.xattr.*`, access control lists), hard links, devices, sparse files, deletions of
+//! image layers, and what a layer's entries say of the layers below it ([`ImageLayer`]). Header
 //! fields are decoded by the `tar` crate; its entry iterator is not used because it splits
 //! PAX records at newlines, which breaks binary attribute values. Nothing is unpacked onto
 //! the host: content stays in the (decompressed) archive and is read from there.
 //!
 //! Invariants: names with `..` are refused; absolute names lose their `/`; an entry goes
 //! through a symbolic link only if the archive made the link before and, as for GNU tar,
-//! the link neither is absolute nor has `..`; content lies within the archive's size.
+//! the link neither is absolute nor has `..`; content lies within the archive's size. A
+//! layer of an image is unpacked into a root of its own, so its links lead anywhere in that.
 
 mod acl;
 mod layers;
@@ -28,7 +30,8 @@ use crate::dir::{Ownership, kept_xattr};
 use crate::draft::Files;
 use crate::error::{ImportError, archive_error, io_error, tree_error};
 use crate::spool::{Compression, Spool, read_up_to};
-use layers::{Deletions, Said, is_image_archive};
+use layers::{Deletions, Own, Said, is_image_archive};
+pub(crate) use layers::{ImageLayer, mark};
 use pax::{Extensions, parse_time};
 
 const BLOCK_BYTES: u64 = 512;
@@ -47,13 +50,18 @@ pub fn read_tar(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<File
     let count = read_up_to(&mut file, &mut first).map_err(io_error("reading", path))?;
     file.rewind().map_err(io_error("reading", path))?;
     let compression = Compression::detect(&first[..count]);
-    let unpacked = match compression {
-        Compression::None => read_plain(path, path, spool, owner)?,
-        _ => read_compressed(file, compression, path, spool, owner)?,
-    };
+    match compression {
+        Compression::None => read_plain(path, path, spool, owner),
+        _ => read_compressed(file, compression, path, spool, owner),
+    }
+}
+
+/// Reads the archive at `path` as a tree of files; one of container images is refused.
+pub fn read_files(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<Files, ImportError> {
+    let unpacked = read_tar(path, spool, owner)?;
     if is_image_archive(&unpacked.tree) {
-        let problem = "holds whole container images (as `docker save` writes them), no file tree: \
-                       make a container of one and use `docker export`";
+        let problem = "holds container images (as `docker save` writes them), no file tree: \
+                       build it with `--oci`";
         return Err(archive_error(path, problem));
     }
     Ok(unpacked)
@@ -83,6 +91,20 @@ pub(crate) fn read_plain(
     read_within(plain, shown, spool, owner, MAX_NODES)
 }
 
+/// Reads the uncompressed layer `plain` of a container image, which may have so many files
+/// and directories; errors name `shown`.
+pub(crate) fn read_layer(
+    plain: &Path,
+    shown: &Path,
+    spool: &mut Spool,
+    max_nodes: usize,
+) -> Result<ImageLayer, ImportError> {
+    let mut reader = TarReader::open(plain, shown, spool, Ownership::Keep)?;
+    reader.own = Some(Own::default());
+    reader.entries(max_nodes)?;
+    reader.finish_layer()
+}
+
 fn read_within(
     plain: &Path,
     shown: &Path,
@@ -90,36 +112,8 @@ fn read_within(
     owner: Ownership,
     max_nodes: usize,
 ) -> Result<Files, ImportError> {
-    let file = File::open(plain).map_err(io_error("opening", plain))?;
-    let archive_bytes = file.metadata().map_err(io_error("reading", plain))?.len();
-    let mut reader = TarReader {
-        file,
-        plain: plain.to_owned(),
-        shown: shown.to_owned(),
-        archive_bytes,
-        next: 0,
-        spool,
-        owner,
-        tree: Tree::new(),
-        deletions: Deletions::default(),
-        ended: false,
-        left_out: BTreeSet::new(),
-    };
-    let mut entries = 0;
-    while reader.entry()? {
-        entries += 1;
-        let made = reader.tree.len() + reader.deletions.most_nodes();
-        if made.max(entries) > max_nodes {
-            return Err(ImportError::TooLarge {
-                path: shown.to_owned(),
-                limit: max_nodes as u64,
-                unit: "files and directories",
-            });
-        }
-    }
-    if entries == 0 && archive_bytes < 2 * BLOCK_BYTES {
-        return Err(archive_error(shown, "not a tar archive"));
-    }
+    let mut reader = TarReader::open(plain, shown, spool, owner)?;
+    reader.entries(max_nodes)?;
     reader.finish()
 }
 
@@ -133,10 +127,58 @@ struct TarReader<'a> {
     owner: Ownership,
     tree: Tree,
     deletions: Deletions,
+    /// What the entries of a layer say of those below it; `None` for other archives.
+    own: Option<Own>,
     /// Whether the last block was one of zeros, as at the end.
     ended: bool,
     /// Names of attributes that were left out.
     left_out: BTreeSet<String>,
+}
+
+impl<'a> TarReader<'a> {
+    fn open(
+        plain: &Path,
+        shown: &Path,
+        spool: &'a mut Spool,
+        owner: Ownership,
+    ) -> Result<Self, ImportError> {
+        let file = File::open(plain).map_err(io_error("opening", plain))?;
+        let archive_bytes = file.metadata().map_err(io_error("reading", plain))?.len();
+        Ok(Self {
+            file,
+            plain: plain.to_owned(),
+            shown: shown.to_owned(),
+            archive_bytes,
+            next: 0,
+            spool,
+            owner,
+            tree: Tree::new(),
+            deletions: Deletions::default(),
+            own: None,
+            ended: false,
+            left_out: BTreeSet::new(),
+        })
+    }
+
+    /// Reads all entries, which make at most so many files and directories.
+    fn entries(&mut self, max_nodes: usize) -> Result<(), ImportError> {
+        let mut entries = 0;
+        while self.entry()? {
+            entries += 1;
+            let made = self.tree.len() + self.deletions.most_nodes();
+            if made.max(entries) > max_nodes {
+                return Err(ImportError::TooLarge {
+                    path: self.shown.clone(),
+                    limit: max_nodes as u64,
+                    unit: "files and directories",
+                });
+            }
+        }
+        if entries == 0 && self.archive_bytes < 2 * BLOCK_BYTES {
+            return Err(self.damaged("not a tar archive"));
+        }
+        Ok(())
+    }
 }
 
 impl TarReader<'_> {
@@ -177,32 +219,56 @@ impl TarReader<'_> {
 
     fn finish(mut self) -> Result<Files, ImportError> {
         acl::encode_all(&mut self.tree, &mut self.left_out);
-        let deleted = self.deletions.apply(&mut self.tree);
-        let mut notes: Vec<String> = deleted
-            .map_err(tree_error(&self.shown))?
-            .into_iter()
-            .collect();
-        if !self.ended {
-            notes.push("the archive has no end: it may be cut off".to_owned());
-        }
-        if !self.left_out.is_empty() {
-            let names: Vec<String> = self.left_out.into_iter().collect();
-            notes.push(format!("attributes left out: {}", names.join(", ")));
-        }
+        let deletions = std::mem::take(&mut self.deletions);
+        let deleted = deletions.apply(&mut self.tree);
+        let deleted = deleted.map_err(tree_error(&self.shown))?;
+        let mut notes: Vec<String> = deleted.into_iter().collect();
+        notes.append(&mut self.notes());
         Ok(Files {
             tree: self.tree,
             notes,
         })
     }
 
-    /// `path` with the links that lead to its last part replaced by what they name, as far
-    /// as GNU tar follows them.
+    fn finish_layer(mut self) -> Result<ImageLayer, ImportError> {
+        acl::encode_all(&mut self.tree, &mut self.left_out);
+        let own = self.own.take().unwrap_or_default();
+        let deletions = std::mem::take(&mut self.deletions);
+        let bare = deletions.apply_layer(&mut self.tree, &own.directories);
+        Ok(ImageLayer {
+            bare: bare.map_err(tree_error(&self.shown))?,
+            notes: self.notes(),
+            tree: self.tree,
+            links: own.links,
+        })
+    }
+
+    /// What is not in the tree as it is in the archive, in words.
+    fn notes(&mut self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if !self.ended {
+            notes.push("the archive has no end: it may be cut off".to_owned());
+        }
+        if !self.left_out.is_empty() {
+            let names: Vec<String> = std::mem::take(&mut self.left_out).into_iter().collect();
+            notes.push(format!("attributes left out: {}", names.join(", ")));
+        }
+        notes
+    }
+
+    /// `path` with the links that lead to its last part replaced by what they name, in an
+    /// archive that is no layer as far as GNU tar follows them.
     fn through_links(&self, path: Vec<u8>) -> Vec<u8> {
         let mut pending: Vec<Vec<u8>> = split_path(&path).map(<[u8]>::to_vec).collect();
         pending.reverse();
         let (mut at, mut done) = (ROOT, Vec::new());
         let mut links = 0;
         while let Some(name) = pending.pop() {
+            if name == b".." {
+                done.pop();
+                at = self.tree.lookup(&done.join(&b'/')).unwrap_or(ROOT);
+                continue;
+            }
             let child = self
                 .tree
                 .entries(at)
@@ -222,9 +288,13 @@ impl TarReader<'_> {
                 }
             };
             links += 1;
-            let leaves = split_path(target).any(|part| part == b"..");
-            if target.starts_with(b"/") || leaves || links > MAX_LINKS {
+            let absolute = target.starts_with(b"/");
+            let leaves = absolute || split_path(target).any(|part| part == b"..");
+            if leaves && self.own.is_none() || links > MAX_LINKS {
                 return path;
+            }
+            if absolute {
+                (at, done) = (ROOT, Vec::new());
             }
             pending.extend(
                 split_path(target)
@@ -308,7 +378,11 @@ impl TarReader<'_> {
             return Err(self.damaged(format!("the name {shown:?} leaves the archive")));
         }
         self.check_depth(&path)?;
-        match self.deletions.note(&path) {
+        let deleted = match self.own {
+            Some(_) => self.through_links(path.clone()),
+            None => path.clone(),
+        };
+        match self.deletions.note(&deleted) {
             Said::Nothing => {}
             Said::Taken => return self.content(stored).map(drop),
             Said::Malformed => return Err(self.damaged("a deletion (`.wh.`) without a name")),
@@ -317,13 +391,17 @@ impl TarReader<'_> {
         let path = self.through_links(path);
         self.check_depth(&path)?;
         let xattrs = self.xattrs(extensions);
-        let attributes = self.attributes(header, extensions, xattrs)?;
+        let mut attributes = self.attributes(header, extensions, xattrs)?;
         let kind = match header.entry_type() {
             EntryType::Link => {
                 let target = self.link_target(header, extensions);
                 return self.hard_link(&path, &target);
             }
-            EntryType::Symlink => Kind::Symlink(self.link_target(header, extensions)),
+            EntryType::Symlink => {
+                // Linux has no other.
+                attributes.mode = 0o777;
+                Kind::Symlink(self.link_target(header, extensions))
+            }
             EntryType::Directory => return self.directory(&path, attributes),
             EntryType::Char => {
                 self.device(header, |major, minor| Kind::CharDevice { major, minor })?
@@ -392,6 +470,9 @@ impl TarReader<'_> {
     fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<(), ImportError> {
         let target = &self.through_links(target.to_vec())[..];
         let Some(target_id) = self.tree.lookup(target) else {
+            if self.own.is_some() {
+                return self.link_below(path, target);
+            }
             let shown = String::from_utf8_lossy(target).into_owned();
             return Err(self.damaged(format!("hard link to {shown:?}, which is not before it")));
         };
@@ -408,7 +489,33 @@ impl TarReader<'_> {
         linked.map_err(tree_error(&self.shown))
     }
 
+    /// A hard link to what a layer below has: a node that is filled in when that is known.
+    fn link_below(&mut self, path: &[u8], target: &[u8]) -> Result<(), ImportError> {
+        let node = Node {
+            attributes: Attributes::with_mode(0),
+            kind: Kind::Fifo,
+        };
+        let id = self.tree.insert_path(path, node);
+        let id = id.map_err(tree_error(&self.shown))?;
+        if let Some(own) = &mut self.own {
+            own.links.push((id, target.to_vec()));
+        }
+        Ok(())
+    }
+
     fn directory(&mut self, path: &[u8], attributes: Attributes) -> Result<(), ImportError> {
+        let id = self.directory_node(path, attributes)?;
+        if let Some(own) = &mut self.own {
+            own.directories.insert(id);
+        }
+        Ok(())
+    }
+
+    fn directory_node(
+        &mut self,
+        path: &[u8],
+        attributes: Attributes,
+    ) -> Result<NodeId, ImportError> {
         let existing: Option<NodeId> = match split_path(path).next() {
             None => Some(ROOT),
             Some(_) => self.tree.lookup(path),
@@ -417,12 +524,11 @@ impl TarReader<'_> {
             && self.tree.entries(id).is_some()
         {
             self.tree.node_mut(id).attributes = attributes;
-            return Ok(());
+            return Ok(id);
         }
         let kind = Kind::Directory(BTreeMap::new());
         self.tree
             .insert_path(path, Node { attributes, kind })
-            .map(drop)
             .map_err(tree_error(&self.shown))
     }
 

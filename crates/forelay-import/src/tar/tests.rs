@@ -47,7 +47,7 @@ fn import(bytes: &[u8]) -> Result<Imported, ImportError> {
     let path = directory.path().join("a.tar");
     fs::write(&path, bytes).unwrap();
     let mut spool = spool(directory.path());
-    let Files { tree, notes } = read_tar(&path, &mut spool, Ownership::Keep)?;
+    let Files { tree, notes } = read_files(&path, &mut spool, Ownership::Keep)?;
     Ok(Imported {
         tree,
         notes,
@@ -497,7 +497,7 @@ fn archives_of_whole_images_are_refused_with_what_to_do() {
         ],
     ] {
         let error = import(&archive(image)).err().unwrap().to_string();
-        assert!(error.contains("docker export"), "{error}");
+        assert!(error.contains("--oci"), "{error}");
     }
     let other = [
         (Regular, "manifest.json", "{}"),

@@ -14,11 +14,16 @@ use forelay_import::base::BaseOptions;
 use forelay_import::dir::Ownership;
 use forelay_import::kernel::KernelOptions;
 use forelay_import::packages::PackageOptions;
-use forelay_import::{BuildPhase, BuildRequest, BuildSource, Builder, BuiltComponent, Progress};
+use forelay_import::{
+    BuildPhase, BuildRequest, BuildSource, Builder, BuiltComponent, ImageOptions, ImageSource,
+    Progress,
+};
 use forelay_store::Store;
+use forelay_store::publish::{PublishProgress, Published};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
+use super::images;
 use super::output::{self, bytes};
 use crate::config::Config;
 use crate::daemon::{create_store, open_store};
@@ -53,27 +58,34 @@ pub enum ComponentCommand {
 #[group(id = "source", required = true, multiple = true)]
 pub struct BuildArguments {
     /// Debian packages, resolved by apt on the base, minus what the base has.
-    #[arg(long, value_name = "PACKAGE", num_args = 1.., conflicts_with_all = ["deb_file", "dir", "tar", "base_suite", "kernel"])]
+    #[arg(long, value_name = "PACKAGE", num_args = 1.., conflicts_with_all = ["deb_file", "dir", "tar", "base_suite", "kernel", "oci"])]
     deb: Vec<String>,
     /// With --deb: shared libraries that come along become components of their own, which
     /// other components can share.
     #[arg(long, requires = "deb")]
     split: bool,
     /// One .deb file, unpacked; its maintainer scripts are not run.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dir", "tar", "base_suite", "kernel"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dir", "tar", "base_suite", "kernel", "oci"])]
     deb_file: Option<PathBuf>,
     /// A directory of the host.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["tar", "base_suite", "kernel"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["tar", "base_suite", "kernel", "oci"])]
     dir: Option<PathBuf>,
     /// A tar archive, compressed or not.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["base_suite", "kernel"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["base_suite", "kernel", "oci"])]
     tar: Option<PathBuf>,
     /// A base; `debian` is the one known.
-    #[arg(long = "base", value_name = "DISTRIBUTION", conflicts_with = "kernel")]
+    #[arg(long = "base", value_name = "DISTRIBUTION", conflicts_with_all = ["kernel", "oci"])]
     base_suite: Option<String>,
     /// Debian's cloud kernel with an initramfs that holds the guest init.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "oci")]
     kernel: bool,
+    /// A container image: a registry's (`nginx:1.25`), docker-archive:FILE, oci-archive:FILE
+    /// or oci:DIR. Each of its layers becomes a component.
+    #[arg(long, value_name = "IMAGE")]
+    oci: Option<String>,
+    /// With --oci: the registry speaks HTTP without TLS (those on this host do anyway).
+    #[arg(long, requires = "oci")]
+    plain_http: bool,
     /// Base that --deb packages are installed on: name or name@version.
     #[arg(long, value_name = "COMPONENT", default_value = "debian")]
     on: String,
@@ -113,7 +125,7 @@ fn parse_role(text: &str) -> Result<Role, String> {
     serde_json::from_value(serde_json::Value::String(text.to_owned()))
         .ok()
         .filter(|role| *role != Role::Snapshot)
-        .ok_or_else(|| "one of base, kernel, runtime, package, library, config".to_owned())
+        .ok_or_else(|| "one of base, kernel, runtime, package, library, config, layer".to_owned())
 }
 
 /// Runs a `component` command.
@@ -135,7 +147,7 @@ pub async fn run(command: ComponentCommand, config: &Config) -> Result<()> {
         }
         ComponentCommand::Remove { component } => {
             let found = find(&store, &component).await?;
-            store.remove_component(found.id()).await?;
+            images::remove(&store, &found).await?;
             say!("{} {} removed", found.name, found.version);
             Ok(())
         }
@@ -200,8 +212,14 @@ fn show(component: &Component) {
     for conflict in &component.conflicts {
         say!("  conflicts {}", names(std::slice::from_ref(conflict)));
     }
-    if !component.entrypoint.is_empty() {
-        say!("  runs   {}", component.entrypoint.join(" "));
+    let image = component.container.as_ref();
+    let arguments = image.map(|image| image.command.as_slice());
+    let command = [&component.entrypoint[..], arguments.unwrap_or_default()].concat();
+    if !command.is_empty() {
+        say!("  runs   {}", command.join(" "));
+    }
+    if let Some(image) = image {
+        images::show(image);
     }
     say!("  built from {} packages", component.sbom.len());
     for note in &component.notes {
@@ -231,52 +249,107 @@ pub async fn find(store: &Store, wanted: &str) -> Result<Arc<Component>> {
 
 async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Result<()> {
     let json = arguments.json;
-    let builder = Builder::new(&config.state_dir.join("build"))?;
+    let builder = builder(config)?;
     let request = request(arguments, store, &builder).await?;
-    let bar = Arc::new(Bar::new());
-    let (working, shown) = (builder.clone(), Arc::clone(&bar));
-    let started = Instant::now();
-    let built = tokio::task::spawn_blocking(move || {
-        working.build(&request, &|progress| shown.show(progress))
-    });
-    let built = built.await??;
-    let mut began = started;
-    for one in built.in_order() {
-        let lines = publish(store, one, &bar, began).await?;
-        if !json {
-            say!("{lines}");
-        }
-        began = Instant::now();
-    }
+    let component = make(request, builder, store, json).await?;
     match json {
-        true => output::json(&described(&built.main.component)),
+        true => output::json(&described(&component)),
         false => Ok(()),
     }
 }
 
-/// Publishes what was built; returns what there is to say about it.
-async fn publish(
+/// A builder with the host's cache.
+pub fn builder(config: &Config) -> Result<Builder> {
+    Ok(Builder::new(&config.state_dir.join("build"))?)
+}
+
+/// Builds and publishes what is asked for, and says so unless `quiet`.
+pub async fn make(
+    request: BuildRequest,
+    builder: Builder,
     store: &Store,
-    built: &BuiltComponent,
-    bar: &Arc<Bar>,
-    began: Instant,
-) -> Result<String> {
+    quiet: bool,
+) -> Result<Component> {
+    let bar = Arc::new(Bar::new());
+    let shown = Arc::clone(&bar);
+    let started = Instant::now();
+    let built = tokio::task::spawn_blocking(move || {
+        builder.build(&request, &|progress| shown.show(progress))
+    });
+    let built = built.await??;
+    let mut began = started;
+    let mut layers = Layers::default();
+    for one in built.in_order() {
+        let published = publish(store, one, &bar).await?;
+        if one.component.role == Role::Layer {
+            layers.add(&published);
+            continue;
+        }
+        if !quiet {
+            say!("{}", told(one, &published, began));
+        }
+        began = Instant::now();
+    }
+    let component = built.main.component;
+    if component.container.is_some() {
+        images::replace(store, &component).await?;
+        if !quiet {
+            say!(
+                "  {layers}, {:.1} s in all",
+                started.elapsed().as_secs_f64()
+            );
+        }
+    }
+    Ok(component)
+}
+
+/// What became of an image's layers.
+#[derive(Default)]
+struct Layers {
+    all: usize,
+    new: usize,
+    stored_bytes: u64,
+}
+
+impl Layers {
+    fn add(&mut self, published: &Published) {
+        self.all += 1;
+        self.new += usize::from(published.created);
+        self.stored_bytes += published.progress.stored_bytes;
+    }
+}
+
+impl std::fmt::Display for Layers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} layers, {} of them new: {} new in the repository",
+            self.all,
+            self.new,
+            bytes(self.stored_bytes)
+        )
+    }
+}
+
+/// Publishes what was built.
+async fn publish(store: &Store, built: &BuiltComponent, bar: &Bar) -> Result<Published> {
+    let show = |progress: PublishProgress| {
+        let total = Some(progress.total_bytes);
+        bar.bytes("publishing", progress.done_bytes, total);
+    };
     let BuiltComponent {
         component,
         image,
         chunks,
     } = built;
-    let publishing = Arc::clone(bar);
-    let published = store
-        .publish(component, image, chunks, &move |progress| {
-            publishing.bytes(
-                "publishing",
-                progress.done_bytes,
-                Some(progress.total_bytes),
-            );
-        })
-        .await?;
+    let published = store.publish(component, image, chunks, &show).await?;
     bar.clear();
+    Ok(published)
+}
+
+/// What there is to say about it.
+fn told(built: &BuiltComponent, published: &Published, began: Instant) -> String {
+    let component = &built.component;
     let word = if published.created {
         "published"
     } else {
@@ -287,14 +360,14 @@ async fn publish(
         component.name,
         component.version,
         bytes(component.image.bytes),
-        chunks.chunks.len(),
+        built.chunks.chunks.len(),
         bytes(published.progress.stored_bytes),
         began.elapsed().as_secs_f64()
     );
     for note in &component.notes {
         lines.push_str(&format!("\n  note: {note}"));
     }
-    Ok(lines)
+    lines
 }
 
 async fn request(
@@ -315,6 +388,11 @@ async fn request(
         }
     } else if let Some(path) = arguments.deb_file {
         BuildSource::DebFile { path }
+    } else if let Some(image) = arguments.oci {
+        BuildSource::Image(ImageOptions {
+            source: ImageSource::parse(&image)?,
+            plain_http: arguments.plain_http,
+        })
     } else if arguments.kernel {
         BuildSource::Kernel(KernelOptions {
             suite: arguments.suite,
@@ -340,6 +418,12 @@ async fn request(
         if base.role != Role::Base {
             bail!("{} is no base: name one with --on", base.name);
         }
+        if base.container.is_some() {
+            bail!(
+                "{} is a container image: packages are installed on a base",
+                base.name
+            );
+        }
         store.add_image(base.image)?;
         let reader = Reader(store.image_reader(base.image.digest).await?);
         let builder = builder.clone();
@@ -353,7 +437,7 @@ async fn request(
             base: Box::new(base),
         }
     } else {
-        bail!("say what to build: --deb, --deb-file, --dir, --tar, --base or --kernel");
+        bail!("say what to build: --deb, --deb-file, --dir, --tar, --oci, --base or --kernel");
     };
     Ok(BuildRequest {
         source,

@@ -12,6 +12,7 @@ mod doctor;
 #[cfg(test)]
 mod documented;
 mod history;
+mod images;
 mod inspect;
 mod manifests;
 mod simulate;
@@ -245,7 +246,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Snapshot(command) => snapshots::run(command, client).await?,
         Command::Lock(arguments) => manifests::lock(arguments, config).await?,
         Command::Compose(arguments) => manifests::compose(arguments, config).await?,
-        Command::Run(arguments) => return vms::run(client, arguments).await,
+        Command::Run(arguments) => return vms::run(client, arguments, config).await,
         Command::Prefetch(arguments) => vms::prefetch(client, arguments).await?,
         Command::Ps { all, json } => vms::ps(client, all, json).await?,
         Command::Stop { names, json } => vms::stop(client, &names, json).await?,

@@ -11,12 +11,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::sync::Semaphore;
 
+use super::images::{self, ImageArguments};
 use super::output;
 use crate::api::{
     AttachRequest, Degraded, ExecRequest, ExecResult, Health, LaunchRequest, PrefetchMode,
     PrefetchRequest, Prefetched, Vm, VmComponent, VmState,
 };
 use crate::client::{Client, vm_path};
+use crate::config::Config;
 use crate::exec_frames::{ExecFrame, PROTOCOL, WINDOW_BYTES};
 
 /// A log is shown in parts of this size.
@@ -27,8 +29,12 @@ const INPUT_PART_BYTES: usize = 32 << 10;
 /// Arguments of `forelay run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArguments {
-    /// The manifest (TOML); resolved again unless --lock is given.
-    pub manifest: PathBuf,
+    /// The manifest (TOML); resolved again unless --lock is given. With --image the command
+    /// to run in place of the image's; words that start with `-` follow a `--`.
+    #[arg(value_name = "MANIFEST", required_unless_present = "image")]
+    pub words: Vec<String>,
+    #[command(flatten)]
+    pub image: ImageArguments,
     /// Name of the instance; made from the profile if absent.
     #[arg(long)]
     pub name: Option<String>,
@@ -118,8 +124,16 @@ pub async fn prefetch(client: &Client, arguments: PrefetchArguments) -> Result<(
 }
 
 /// `forelay run`: returns the entrypoint's status if it was waited for.
-pub async fn run(client: &Client, arguments: RunArguments) -> Result<i32> {
-    let manifest = read(&arguments.manifest)?;
+pub async fn run(client: &Client, arguments: RunArguments, config: &Config) -> Result<i32> {
+    let manifest = match (&arguments.image.image, &arguments.words[..]) {
+        (Some(image), command) => {
+            let (image, command) = (image.as_str(), command.to_vec());
+            let given = &arguments.image;
+            images::manifest(image, given, command, arguments.detach, config).await?
+        }
+        (None, [manifest]) => read(manifest)?,
+        (None, _) => bail!("one manifest at a time; a command goes with --image"),
+    };
     let lock = arguments.lock.as_deref().map(read).transpose()?;
     let request = LaunchRequest {
         manifest,

@@ -18,6 +18,7 @@ mod foresight;
 #[path = "../../../../xtask/src/frames.rs"]
 mod frames;
 mod full_disk;
+mod images;
 mod inherit;
 mod life_of_a_page;
 mod memory;

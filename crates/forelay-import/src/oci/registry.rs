@@ -1,0 +1,338 @@
+//! Images in registries: documents and layers over HTTP, with the credentials that Docker
+//! keeps.
+//!
+//! The protocol is oci-client's. Owns what a user is told when it fails, and what is tried
+//! again: connections that break and servers that are busy, not refusals.
+//!
+//! Blocking, with a runtime of its own. Invariant: nothing longer than its descriptor says
+//! is written.
+
+use std::fs::File;
+use std::future::Future;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+use forelay_image::tree::FileData;
+use futures_util::StreamExt as _;
+use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol};
+use oci_client::errors::{OciDistributionError, OciErrorCode};
+use oci_client::manifest::OciDescriptor;
+use oci_client::secrets::RegistryAuth;
+use oci_client::{Client, Reference};
+
+use super::document::MAX_DOCUMENT_BYTES;
+use super::source::ImageTitle;
+use super::{Blob, Blobs, Root};
+use crate::error::{ImportError, archive_error, io_error};
+use crate::progress::{BuildPhase, Progress, Reporter};
+use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
+
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+/// Longest time without a byte.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Waits before what failed for the moment is tried again.
+const RETRY_AFTER: [Duration; 3] = [
+    Duration::from_millis(300),
+    Duration::from_secs(2),
+    Duration::from_secs(6),
+];
+/// Where Docker keeps the credentials of its own registry.
+const DOCKER_HUB: &str = "https://index.docker.io/v1/";
+const ACCEPTED: [&str; 4] = [
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+];
+
+/// An image in a registry.
+pub(super) struct Registry {
+    reference: Reference,
+    shown: PathBuf,
+    auth: RegistryAuth,
+    client: Client,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Registry {
+    /// Connects to nobody yet.
+    pub fn new(reference: &Reference, plain_http: bool) -> Result<Self, ImportError> {
+        let shown = PathBuf::from(reference.whole());
+        // Another part of the process may have chosen already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let local = is_local(reference.resolve_registry());
+        let config = ClientConfig {
+            protocol: match plain_http || local {
+                true => ClientProtocol::Http,
+                false => ClientProtocol::Https,
+            },
+            connect_timeout: Some(CONNECT_LIMIT),
+            read_timeout: Some(SILENCE_LIMIT),
+            ..ClientConfig::default()
+        };
+        let client = Client::try_from(config)
+            .map_err(|error| archive_error(&shown, format!("no HTTP client: {error}")))?;
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_all().build();
+        Ok(Self {
+            reference: reference.clone(),
+            auth: credentials(reference.registry())
+                .map_err(|problem| archive_error(&shown, problem))?,
+            runtime: runtime.map_err(io_error("starting a runtime for", &shown))?,
+            shown,
+            client,
+        })
+    }
+
+    /// Does `what` until it works, fails for good or was tried often enough.
+    fn tried<'a, T, F>(&'a self, mut what: impl FnMut(&'a Self) -> F) -> Result<T, ImportError>
+    where
+        F: Future<Output = Result<T, OciDistributionError>>,
+    {
+        let mut waits = RETRY_AFTER.iter();
+        self.runtime.block_on(async {
+            loop {
+                let error = match what(self).await {
+                    Ok(done) => return Ok(done),
+                    Err(error) => error,
+                };
+                match waits.next().filter(|_| may_pass(&error)) {
+                    Some(wait) => tokio::time::sleep(*wait).await,
+                    None => return Err(archive_error(&self.shown, self.said(&error))),
+                }
+            }
+        })
+    }
+
+    /// What a user is told of an error.
+    fn said(&self, error: &OciDistributionError) -> String {
+        let registry = self.reference.registry();
+        match error {
+            OciDistributionError::UnauthorizedError { .. }
+            | OciDistributionError::AuthenticationFailure(_) => format!(
+                "{registry} does not let you have it: check the name; `docker login {registry}` \
+                 (or skopeo, podman) keeps credentials in ~/.docker/config.json"
+            ),
+            OciDistributionError::RegistryError { envelope, .. } => {
+                let codes = || envelope.errors.iter().map(|one| &one.code);
+                if codes()
+                    .any(|code| matches!(code, OciErrorCode::Unauthorized | OciErrorCode::Denied))
+                {
+                    let refused = OciDistributionError::AuthenticationFailure(String::new());
+                    return self.said(&refused);
+                }
+                let missing = |code: &OciErrorCode| {
+                    use OciErrorCode::{ManifestUnknown, NameUnknown, NotFound};
+                    matches!(code, ManifestUnknown | NameUnknown | NotFound)
+                };
+                if codes().any(missing) {
+                    return format!("{registry} has no such image or tag");
+                }
+                format!("{registry} says: {envelope}")
+            }
+            OciDistributionError::ServerError { code: 404, .. }
+            | OciDistributionError::ImageManifestNotFoundError(_) => {
+                format!("{registry} has no such image or tag")
+            }
+            other => format!("{registry} cannot be read: {}", chain(other)),
+        }
+    }
+
+    fn manifest_of(&self, reference: &Reference) -> Result<Vec<u8>, ImportError> {
+        let pulled = self.tried(|one| {
+            let pull = one
+                .client
+                .pull_manifest_raw(reference, &one.auth, &ACCEPTED);
+            async { pull.await.map(|(bytes, _)| bytes) }
+        })?;
+        if pulled.len() as u64 > MAX_DOCUMENT_BYTES {
+            return Err(archive_error(
+                &self.shown,
+                "its manifest is too large to be read",
+            ));
+        }
+        Ok(pulled.to_vec())
+    }
+
+    fn expected(&self, blob: &Blob) -> Result<(OciDescriptor, u64), ImportError> {
+        let (Some(digest), Some(bytes)) = (blob.digest, blob.bytes) else {
+            return Err(archive_error(&self.shown, "a blob without digest"));
+        };
+        if bytes > DEFAULT_LIMIT_BYTES {
+            let problem =
+                format!("a blob of {bytes} bytes; at most {DEFAULT_LIMIT_BYTES} are taken");
+            return Err(archive_error(&self.shown, problem));
+        }
+        let descriptor = OciDescriptor {
+            digest: digest.to_string(),
+            size: i64::try_from(bytes).unwrap_or(i64::MAX),
+            ..OciDescriptor::default()
+        };
+        Ok((descriptor, bytes))
+    }
+
+    /// Appends to `file`, which has `have` bytes of a blob, what is missing.
+    async fn append(
+        &self,
+        descriptor: &OciDescriptor,
+        file: &File,
+        (have, total): (u64, u64),
+        report: Reporter<'_>,
+    ) -> Result<(), OciDistributionError> {
+        let mut file = file;
+        let stream = match have {
+            0 => {
+                self.client
+                    .pull_blob_stream(&self.reference, descriptor)
+                    .await?
+            }
+            _ => {
+                let pull =
+                    self.client
+                        .pull_blob_stream_partial(&self.reference, descriptor, have, None);
+                match pull.await? {
+                    BlobResponse::Partial(stream) => stream,
+                    // The registry has no ranges: from the start.
+                    BlobResponse::Full(stream) => {
+                        file.set_len(0)?;
+                        stream
+                    }
+                }
+            }
+        };
+        let mut stream = stream.stream;
+        let mut done_bytes = file.metadata()?.len();
+        while let Some(bytes) = stream.next().await {
+            let bytes = bytes?;
+            done_bytes += bytes.len() as u64;
+            if done_bytes > total {
+                let problem =
+                    format!("a blob is longer than the {total} bytes that it should have");
+                return Err(OciDistributionError::SpecViolationError(problem));
+            }
+            file.write_all(&bytes)?;
+            report(Progress::Bytes {
+                phase: BuildPhase::Download,
+                done_bytes,
+                total_bytes: Some(total),
+            });
+        }
+        match done_bytes == total {
+            true => Ok(()),
+            false => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+        }
+    }
+}
+
+impl Blobs for Registry {
+    fn root(&mut self) -> Result<Root, ImportError> {
+        Ok(Root::Document {
+            title: ImageTitle::of(&self.reference),
+            bytes: self.manifest_of(&self.reference)?,
+            name: None,
+        })
+    }
+
+    fn manifest(&mut self, blob: &Blob) -> Result<Vec<u8>, ImportError> {
+        let (descriptor, _) = self.expected(blob)?;
+        self.manifest_of(&self.reference.clone_with_digest(descriptor.digest))
+    }
+
+    fn blob(
+        &mut self,
+        blob: &Blob,
+        spool: &mut Spool,
+        report: Reporter<'_>,
+    ) -> Result<FileData, ImportError> {
+        let (descriptor, bytes) = self.expected(blob)?;
+        let path = spool.sparse_file(0, &self.shown)?;
+        let file = File::options().append(true).open(&path);
+        let file = file.map_err(io_error("opening", &path))?;
+        self.tried(|one| {
+            let have = file.metadata().map_or(0, |metadata| metadata.len());
+            one.append(&descriptor, &file, (have, bytes), report)
+        })?;
+        Ok(FileData::HostFile {
+            path,
+            offset: 0,
+            len: bytes,
+        })
+    }
+}
+
+/// True for a registry on this host, which speaks plain HTTP as a rule.
+fn is_local(registry: &str) -> bool {
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    host == "localhost" || host == "[::1]" || host.starts_with("127.")
+}
+
+/// True if the same request may work a moment later.
+fn may_pass(error: &OciDistributionError) -> bool {
+    match error {
+        OciDistributionError::RequestError(error) => !error.is_builder(),
+        OciDistributionError::IoError(error) => {
+            let full = [
+                std::io::ErrorKind::StorageFull,
+                std::io::ErrorKind::QuotaExceeded,
+            ];
+            !full.contains(&error.kind())
+                && error
+                    .get_ref()
+                    .is_none_or(|cause| !cause.is::<oci_client::errors::DigestError>())
+        }
+        OciDistributionError::ServerError { code, .. } => *code == 429 || *code >= 500,
+        OciDistributionError::RegistryError { envelope, .. } => {
+            let busy = |code: &OciErrorCode| matches!(code, OciErrorCode::Toomanyrequests);
+            envelope.errors.iter().any(|one| busy(&one.code))
+        }
+        _ => false,
+    }
+}
+
+/// What Docker keeps for a registry; nothing counts as nobody.
+fn credentials(registry: &str) -> Result<RegistryAuth, String> {
+    let server = match registry {
+        "docker.io" => DOCKER_HUB,
+        other => other,
+    };
+    match docker_credential::get_credential(server) {
+        Ok(DockerCredential::UsernamePassword(user, password)) => {
+            Ok(RegistryAuth::Basic(user, password))
+        }
+        Ok(DockerCredential::IdentityToken(_)) => Err(format!(
+            "the credentials for {registry} are an identity token, which is not supported: log \
+             in with a password or an access token"
+        )),
+        Err(CredentialRetrievalError::HelperFailure { helper, stderr, .. }) => {
+            // A helper that knows nothing fails, too.
+            match stderr.contains("not found") || stderr.trim().is_empty() {
+                true => Ok(RegistryAuth::Anonymous),
+                false => Err(format!(
+                    "docker-credential-{helper} failed: {}",
+                    stderr.trim()
+                )),
+            }
+        }
+        Err(
+            CredentialRetrievalError::ConfigNotFound
+            | CredentialRetrievalError::NoCredentialConfigured,
+        ) => Ok(RegistryAuth::Anonymous),
+        Err(error) => Err(format!("Docker's configuration cannot be used: {error}")),
+    }
+}
+
+/// An error with its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}
