@@ -461,10 +461,14 @@ async fn load_part(
     ))
 }
 
-/// Makes one of the files that several components have made entries in.
+/// Makes one of the files that several components have made entries in. The layers of a
+/// container image were made on each other: the highest has all entries.
 async fn load_aggregates(parts: Vec<Part>) -> Result<(Vec<Part>, Aggregates), RecipeError> {
     let read = tokio::task::spawn_blocking(move || {
-        let layers = parts.iter().map(|part| aggregates::Layer {
+        let apart = parts.iter();
+        let apart = apart.filter(|part| part.component.role != Role::Layer);
+        let apart: Vec<&Part> = apart.collect();
+        let layers = apart.iter().map(|part| aggregates::Layer {
             metadata: &part.metadata,
             chunks: &part.map.index,
             reader: &part.reader,
@@ -473,7 +477,7 @@ async fn load_aggregates(parts: Vec<Part>) -> Result<(Vec<Part>, Aggregates), Re
         match aggregates::merge(&layers) {
             Ok(merged) => Ok((parts, merged)),
             Err((number, source)) => {
-                let Component { name, version, .. } = &*parts[number].component;
+                let Component { name, version, .. } = &*apart[number].component;
                 let component = format!("{name} {version}");
                 Err(RecipeError::Image { component, source })
             }
