@@ -282,7 +282,7 @@ impl Recipe {
             let attributes = Attributes::with_mode(file.mode).owned_by(file.uid, file.gid);
             tree.put_file(path, file.content.as_bytes(), attributes)?;
         }
-        // Whoever runs a container expects these.
+        // A program in a container expects these.
         let volumes = self.container().map(|image| &image.volumes[..]);
         let workdir = Some(self.workdir(manifest)).filter(|path| !path.is_empty());
         for path in volumes

@@ -131,7 +131,7 @@ fn check_layers(config: &Descriptor, layers: &[Descriptor]) -> Result<(), Refuse
         let elsewhere = kind.contains("foreign") || kind.contains("nondistributable");
         if elsewhere || !layer.urls.is_empty() {
             return Err(format!(
-                "layer {number} is foreign: whoever may distribute it has it, not this image"
+                "layer {number} is foreign: it lies at its maker's, not with this image"
             ));
         }
         let known = kind.starts_with("application/vnd.oci.image.layer.v1.tar")

@@ -409,33 +409,14 @@ async fn request(
             slim: !arguments.full,
         })
     } else if !arguments.deb.is_empty() {
-        let base = find(store, &arguments.on).await.with_context(|| {
-            format!(
-                "--deb needs the base {}: `forelay component build --base debian`",
-                arguments.on
-            )
-        })?;
-        if base.role != Role::Base {
-            bail!("{} is no base: name one with --on", base.name);
-        }
-        if base.container.is_some() {
-            bail!(
-                "{} is a container image: packages are installed on a base",
-                base.name
-            );
-        }
-        store.add_image(base.image)?;
-        let reader = Reader(store.image_reader(base.image.digest).await?);
-        let builder = builder.clone();
-        let base = tokio::task::spawn_blocking(move || builder.base_root(&base, &reader)).await??;
-        let options = PackageOptions {
-            packages: arguments.deb,
-            split: arguments.split,
-        };
-        BuildSource::Packages {
-            options,
-            base: Box::new(base),
-        }
+        packages(
+            arguments.deb,
+            arguments.split,
+            &arguments.on,
+            store,
+            builder,
+        )
+        .await?
     } else {
         bail!("say what to build: --deb, --deb-file, --dir, --tar, --oci, --base or --kernel");
     };
@@ -446,6 +427,40 @@ async fn request(
         role: arguments.role,
         description: arguments.description,
         entrypoint: None,
+    })
+}
+
+/// Debian packages on a base of the repository.
+async fn packages(
+    packages: Vec<String>,
+    split: bool,
+    on: &str,
+    store: &Store,
+    builder: &Builder,
+) -> Result<BuildSource> {
+    let base = find(store, on).await.with_context(|| {
+        format!(
+            "--deb needs the base {}: `forelay component build --base debian`",
+            on
+        )
+    })?;
+    if base.role != Role::Base {
+        bail!("{} is no base: name one with --on", base.name);
+    }
+    if base.container.is_some() {
+        bail!(
+            "{} is a container image: packages are installed on a base",
+            base.name
+        );
+    }
+    store.add_image(base.image)?;
+    let reader = Reader(store.image_reader(base.image.digest).await?);
+    let builder = builder.clone();
+    let base = tokio::task::spawn_blocking(move || builder.base_root(&base, &reader)).await??;
+    let options = PackageOptions { packages, split };
+    Ok(BuildSource::Packages {
+        options,
+        base: Box::new(base),
     })
 }
 

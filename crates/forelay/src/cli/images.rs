@@ -131,7 +131,7 @@ fn made(
     manifest.vm.memory_mib = arguments.memory >> 20;
     manifest.vm.cpus = arguments.cpus;
     manifest.vm.forward.clone_from(&arguments.publish);
-    // Whoever publishes a port waits for who listens there.
+    // A port that is published is worth waiting for.
     let mut tcp = arguments.publish.iter().filter(|port| !port.udp);
     if let Some(port) = tcp.next().filter(|_| detach && image.health.is_empty()) {
         manifest.ready = Some(Ready::Tcp(port.guest));
