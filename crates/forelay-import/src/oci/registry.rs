@@ -291,12 +291,23 @@ fn may_pass(error: &OciDistributionError) -> bool {
     }
 }
 
+/// Whether there is a file of Docker's, where docker_credential looks for it.
+fn has_docker_config() -> bool {
+    let own = std::env::var_os("DOCKER_CONFIG").map(PathBuf::from);
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker"));
+    let dir = own.or_else(home);
+    dir.is_some_and(|dir| dir.join("config.json").exists())
+}
+
 /// What Docker keeps for a registry; nothing counts as nobody.
 fn credentials(registry: &str) -> Result<RegistryAuth, String> {
     let server = match registry {
         "docker.io" => DOCKER_HUB,
         other => other,
     };
+    if !has_docker_config() {
+        return Ok(RegistryAuth::Anonymous);
+    }
     match docker_credential::get_credential(server) {
         Ok(DockerCredential::UsernamePassword(user, password)) => {
             Ok(RegistryAuth::Basic(user, password))
