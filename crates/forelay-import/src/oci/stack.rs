@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet};
 
 use forelay_image::erofs::xattr::{OPAQUE, REPLACES};
-use forelay_image::tree::{Kind, NodeId, ROOT, Tree, split_path};
+use forelay_image::tree::{Attributes, Kind, NodeId, ROOT, Tree, split_path};
 
 use super::document::Refused;
 use crate::tar::{ImageLayer, mark};
@@ -55,6 +55,7 @@ impl Stack {
             changed = true;
         }
         rename(&mut tree, &same);
+        changed |= self.forget_deletions(&mut tree, ROOT, b"")?;
         let root = &mut tree.node_mut(ROOT).attributes.xattrs;
         if root.remove(OPAQUE).is_some() {
             // Nothing of the layers below is left.
@@ -63,6 +64,34 @@ impl Stack {
         }
         self.trees.push(tree);
         Ok(changed)
+    }
+
+    /// Takes out deletions of what the layers below do not have, with the directories that
+    /// lead to nothing else; true if there were any.
+    fn forget_deletions(
+        &self,
+        tree: &mut Tree,
+        directory: NodeId,
+        path: &[u8],
+    ) -> Result<bool, Refused> {
+        let mut forgotten = false;
+        for (name, id) in tree.entries(directory).cloned().unwrap_or_default() {
+            let path = [path, b"/", &name].concat();
+            let gone = if tree.node(id).kind.is_whiteout() {
+                matches!(self.resolve(&path)?, AtPath::Missing)
+            } else {
+                let leads = tree.entries(id).is_some()
+                    && tree.node(id).attributes == Attributes::with_mode(0o755);
+                let below = self.forget_deletions(tree, id, &path)?;
+                forgotten |= below;
+                below && leads && tree.entries(id).is_some_and(|left| left.is_empty())
+            };
+            if gone {
+                tree.remove(directory, &name);
+                forgotten = true;
+            }
+        }
+        Ok(forgotten)
     }
 
     /// Gives opaque directories of `tree` the attributes that they have below.

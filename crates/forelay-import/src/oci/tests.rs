@@ -718,11 +718,16 @@ fn privileged_random_images_are_what_umoci_unpacks() {
         let is = |all: &BTreeMap<String, String>, path: &str, kind: &str| {
             all.get(path).is_some_and(|what| what.starts_with(kind))
         };
-        // umoci makes directories where a link leads to nothing; here they take its place.
-        if found
-            .keys()
-            .any(|path| is(&found, path, "directory") && is(&expected, path, "link"))
-        {
+        // umoci makes directories where a link leads to nothing; here they take its place. It
+        // keeps a deleted directory's attributes if the layer has names in it but no entry.
+        let new = "directory 755 0:0 now {}";
+        let is_odd = |path: &String| {
+            let kept = is(&found, path, new)
+                && is(&expected, path, "directory")
+                && !is(&expected, path, new);
+            kept || is(&found, path, "directory") && is(&expected, path, "link")
+        };
+        if found.keys().any(is_odd) {
             odd += 1;
             continue;
         }
@@ -756,5 +761,5 @@ fn privileged_random_images_are_what_umoci_unpacks() {
         wrong[..wrong.len().min(4)].join("\n\n")
     );
     println!("{same} images, {copied} layers with links to layers below");
-    assert!(same > 30 && copied > 3 && odd < 4, "{same} {copied} {odd}");
+    assert!(same > 30 && copied > 3 && odd < 9, "{same} {copied} {odd}");
 }
