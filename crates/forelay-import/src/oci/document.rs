@@ -21,6 +21,10 @@ pub(super) const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
 pub(super) const MAX_LAYERS: usize = 256;
 /// Most bytes of what a configuration says of running the image.
 const MAX_SETTINGS_BYTES: usize = 256 << 10;
+const MAX_VOLUMES: usize = 256;
+/// Longest path, and longest name in it, as for the kernel.
+const MAX_PATH_BYTES: usize = 4095;
+const MAX_NAME_BYTES: usize = 255;
 /// By this an index says what its images are called.
 const CALLED: [&str; 2] = [
     "io.containerd.image.name",
@@ -98,9 +102,12 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, Refused> {
         } => Err("its manifest has the form that Docker left in 2015: push it again".to_owned()),
         Document {
             manifests: Some(manifests),
+            config: None,
+            layers: None,
             ..
         } => Ok(Parsed::Index(manifests)),
         Document {
+            manifests: None,
             config: Some(config),
             layers: Some(layers),
             ..
@@ -279,6 +286,7 @@ pub(super) fn parse_config(bytes: &[u8], layers: usize) -> Result<ImageSettings,
     let settings = file.config.unwrap_or_default();
     let entrypoint = settings.entrypoint.clone().unwrap_or_default();
     let container = container(settings);
+    check_paths(&container)?;
     let said = serde_json::to_vec(&(&container, &entrypoint)).unwrap_or_default();
     if said.len() > MAX_SETTINGS_BYTES {
         return Err(format!(
@@ -312,6 +320,23 @@ fn container(settings: RunSettings) -> ContainerImage {
         health: health(settings.healthcheck.unwrap_or_default()),
         ..ContainerImage::default()
     }
+}
+
+/// What a VM makes for the image must be possible there.
+fn check_paths(container: &ContainerImage) -> Result<(), Refused> {
+    if container.volumes.len() > MAX_VOLUMES {
+        return Err(format!("more than {MAX_VOLUMES} volumes"));
+    }
+    for path in container.volumes.iter().chain([&container.workdir]) {
+        let too_long = path.split('/').any(|name| name.len() > MAX_NAME_BYTES);
+        if path.len() > MAX_PATH_BYTES || too_long || path.contains('\0') {
+            let start: String = path.chars().take(40).collect();
+            return Err(format!(
+                "its configuration has no usable path: {start:?}..."
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The number of a signal that an image names; 0 for none.

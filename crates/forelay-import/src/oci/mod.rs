@@ -186,9 +186,13 @@ impl ContainerReader<'_> {
             } => (title, config, layers),
             Root::Document { title, bytes, name } => self.manifest(title, bytes, name)?,
         };
+        let too_large = "its configuration is too large to be read";
+        if config.bytes.is_some_and(|bytes| bytes > MAX_DOCUMENT_BYTES) {
+            return Err(self.refused(too_large));
+        }
         let data = self.blobs.blob(&config, &mut self.spool, self.report)?;
         if data.len() > MAX_DOCUMENT_BYTES {
-            return Err(self.refused("its configuration is too large to be read"));
+            return Err(self.refused(too_large));
         }
         let bytes = data.read().map_err(io_error("reading", &self.shown))?;
         // Archives of Docker's name a configuration by its digest.
@@ -265,7 +269,12 @@ impl ContainerReader<'_> {
                 });
             }
             let shown = self.shown.join(format!("layer {}", number + 1));
-            let mut layer = read_layer(&path, &shown, &mut self.spool, MAX_NODES - nodes)?;
+            let mut layer = read_layer(
+                &path,
+                &shown,
+                &mut self.spool,
+                MAX_NODES.saturating_sub(nodes),
+            )?;
             nodes += layer.tree.len();
             let said = std::mem::take(&mut layer.notes);
             notes.extend(

@@ -9,8 +9,9 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::io::{BufReader, ErrorKind, Write as _};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use docker_credential::{CredentialRetrievalError, DockerCredential};
@@ -78,7 +79,7 @@ impl Registry {
         let runtime = { runtime }.enable_all().build();
         Ok(Self {
             reference: reference.clone(),
-            auth: credentials(reference.registry())
+            auth: credentials(docker_config().as_deref(), reference.registry())
                 .map_err(|problem| archive_error(&shown, problem))?,
             runtime: runtime.map_err(io_error("starting a runtime for", &shown))?,
             shown,
@@ -182,6 +183,9 @@ impl Registry {
         report: Reporter<'_>,
     ) -> Result<(), OciDistributionError> {
         let mut file = file;
+        if have > 0 && have == total {
+            return Ok(());
+        }
         let stream = match have {
             0 => {
                 self.client
@@ -221,7 +225,7 @@ impl Registry {
         }
         match done_bytes == total {
             true => Ok(()),
-            false => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+            false => Err(std::io::Error::from(ErrorKind::UnexpectedEof).into()),
         }
     }
 }
@@ -236,7 +240,11 @@ impl Blobs for Registry {
     }
 
     fn manifest(&mut self, blob: &Blob) -> Result<Vec<u8>, ImportError> {
-        let (descriptor, _) = self.expected(blob)?;
+        let (descriptor, bytes) = self.expected(blob)?;
+        if bytes > MAX_DOCUMENT_BYTES {
+            let problem = "its manifest is too large to be read";
+            return Err(archive_error(&self.shown, problem));
+        }
         self.manifest_of(&self.reference.clone_with_digest(descriptor.digest))
     }
 
@@ -265,7 +273,8 @@ impl Blobs for Registry {
 /// True for a registry on this host, which speaks plain HTTP as a rule.
 fn is_local(registry: &str) -> bool {
     let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
-    host == "localhost" || host == "[::1]" || host.starts_with("127.")
+    let address = host.parse::<Ipv4Addr>();
+    host == "localhost" || host == "[::1]" || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// True if the same request may work a moment later.
@@ -273,10 +282,7 @@ fn may_pass(error: &OciDistributionError) -> bool {
     match error {
         OciDistributionError::RequestError(error) => !error.is_builder(),
         OciDistributionError::IoError(error) => {
-            let full = [
-                std::io::ErrorKind::StorageFull,
-                std::io::ErrorKind::QuotaExceeded,
-            ];
+            let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded];
             !full.contains(&error.kind())
                 && error
                     .get_ref()
@@ -291,24 +297,29 @@ fn may_pass(error: &OciDistributionError) -> bool {
     }
 }
 
-/// Whether there is a file of Docker's, where docker_credential looks for it.
-fn has_docker_config() -> bool {
+/// Docker's file, which need not be there.
+fn docker_config() -> Option<PathBuf> {
     let own = std::env::var_os("DOCKER_CONFIG").map(PathBuf::from);
     let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker"));
-    let dir = own.or_else(home);
-    dir.is_some_and(|dir| dir.join("config.json").exists())
+    own.or_else(home).map(|dir| dir.join("config.json"))
 }
 
-/// What Docker keeps for a registry; nothing counts as nobody.
-fn credentials(registry: &str) -> Result<RegistryAuth, String> {
+/// What Docker's file has for a registry; nothing counts as nobody.
+fn credentials(file: Option<&Path>, registry: &str) -> Result<RegistryAuth, String> {
     let server = match registry {
         "docker.io" => DOCKER_HUB,
         other => other,
     };
-    if !has_docker_config() {
+    let Some(path) = file else {
         return Ok(RegistryAuth::Anonymous);
-    }
-    match docker_credential::get_credential(server) {
+    };
+    let unusable = |error: &dyn std::error::Error| format!("{}: {error}", path.display());
+    let file = match File::open(path) {
+        Ok(file) => BufReader::new(file),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(RegistryAuth::Anonymous),
+        Err(error) => return Err(unusable(&error)),
+    };
+    match docker_credential::get_credential_from_reader(file, server) {
         Ok(DockerCredential::UsernamePassword(user, password)) => {
             Ok(RegistryAuth::Basic(user, password))
         }
@@ -316,21 +327,20 @@ fn credentials(registry: &str) -> Result<RegistryAuth, String> {
             "the credentials for {registry} are an identity token, which is not supported: log \
              in with a password or an access token"
         )),
-        Err(CredentialRetrievalError::HelperFailure { helper, stderr, .. }) => {
-            // A helper that knows nothing fails, too.
-            match stderr.contains("not found") || stderr.trim().is_empty() {
+        Err(CredentialRetrievalError::HelperFailure {
+            helper,
+            stdout,
+            stderr,
+        }) => {
+            // A helper that knows nothing fails, too, and says so in either place.
+            let said = format!("{} {}", stdout.trim(), stderr.trim());
+            match said.contains("not found") {
                 true => Ok(RegistryAuth::Anonymous),
-                false => Err(format!(
-                    "docker-credential-{helper} failed: {}",
-                    stderr.trim()
-                )),
+                false => Err(format!("{helper} failed: {}", said.trim())),
             }
         }
-        Err(
-            CredentialRetrievalError::ConfigNotFound
-            | CredentialRetrievalError::NoCredentialConfigured,
-        ) => Ok(RegistryAuth::Anonymous),
-        Err(error) => Err(format!("Docker's configuration cannot be used: {error}")),
+        Err(CredentialRetrievalError::NoCredentialConfigured) => Ok(RegistryAuth::Anonymous),
+        Err(error) => Err(unusable(&error)),
     }
 }
 
@@ -346,4 +356,52 @@ fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_hosts_registries_speak_plain_http() {
+        for local in [
+            "localhost:5000",
+            "127.0.0.1:5000",
+            "127.0.0.1",
+            "[::1]:5000",
+        ] {
+            assert!(is_local(local), "{local}");
+        }
+        for other in [
+            "127.evil.io",
+            "127.0.0.1.evil.io:80",
+            "a.io",
+            "localhost.io",
+        ] {
+            assert!(!is_local(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_what_dockers_file_has_and_nobodys_without_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let of = |registry| credentials(Some(&path), registry);
+        assert_eq!(credentials(None, "a.io"), Ok(RegistryAuth::Anonymous));
+        assert_eq!(of("a.io"), Ok(RegistryAuth::Anonymous));
+        // `me:secret`
+        let text = r#"{"auths": {"a.io": {"auth": "bWU6c2VjcmV0"},
+            "https://index.docker.io/v1/": {"auth": "bWU6c2VjcmV0"},
+            "token.io": {"auth": "bWU6", "identitytoken": "x"}},
+            "credHelpers": {"helped.io": "forelay-has-no-such"}}"#;
+        std::fs::write(&path, text).unwrap();
+        let mine = RegistryAuth::Basic("me".to_owned(), "secret".to_owned());
+        assert_eq!(of("a.io"), Ok(mine.clone()));
+        assert_eq!(of("docker.io"), Ok(mine));
+        assert_eq!(of("b.io"), Ok(RegistryAuth::Anonymous));
+        assert!(of("token.io").unwrap_err().contains("identity token"));
+        assert!(of("helped.io").unwrap_err().contains("config.json"));
+        std::fs::write(&path, "{").unwrap();
+        assert!(of("a.io").unwrap_err().contains("config.json"));
+    }
 }

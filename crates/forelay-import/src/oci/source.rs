@@ -126,7 +126,12 @@ impl ImageTitle {
     pub fn in_files(path: &Path, called: Option<&str>) -> Self {
         let full = called.filter(|name| name.contains(['/', ':']));
         if let Some(reference) = full.and_then(|name| name.parse::<Reference>().ok()) {
-            return Self::of(&reference);
+            // What an archive calls itself is not what a registry has of that name.
+            let title = Self::of(&reference);
+            return Self {
+                reference: format!("archive:{}", title.reference),
+                ..title
+            };
         }
         let usable = |tag: &&str| NameOf::Version.check(tag).is_ok();
         let shown = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -196,6 +201,8 @@ mod tests {
         let in_files = |called| ImageTitle::in_files(Path::new("/none/Web App.tar"), called);
         assert_eq!(in_files(None).name, "oci-web-app");
         assert_eq!(in_files(Some("1.2")).version, "1.2");
-        assert_eq!(in_files(Some("a/b:3")).name, "oci-a-b");
+        let called = in_files(Some("a/b:3"));
+        assert_eq!(called.name, "oci-a-b");
+        assert_eq!(called.reference, "archive:docker.io/a/b:3");
     }
 }

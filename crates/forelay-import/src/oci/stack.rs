@@ -55,7 +55,7 @@ impl Stack {
             changed = true;
         }
         rename(&mut tree, &same);
-        changed |= self.forget_deletions(&mut tree, ROOT, b"")?;
+        changed |= self.forget_deletions(&mut tree, ROOT, b"");
         let root = &mut tree.node_mut(ROOT).attributes.xattrs;
         if root.remove(OPAQUE).is_some() {
             // Nothing of the layers below is left.
@@ -68,21 +68,16 @@ impl Stack {
 
     /// Takes out deletions of what the layers below do not have, with the directories that
     /// lead to nothing else; true if there were any.
-    fn forget_deletions(
-        &self,
-        tree: &mut Tree,
-        directory: NodeId,
-        path: &[u8],
-    ) -> Result<bool, Refused> {
+    fn forget_deletions(&self, tree: &mut Tree, directory: NodeId, path: &[u8]) -> bool {
         let mut forgotten = false;
         for (name, id) in tree.entries(directory).cloned().unwrap_or_default() {
             let path = [path, b"/", &name].concat();
             let gone = if tree.node(id).kind.is_whiteout() {
-                matches!(self.resolve(&path)?, AtPath::Missing)
+                matches!(self.resolve(&path), AtPath::Missing)
             } else {
                 let leads = tree.entries(id).is_some()
                     && tree.node(id).attributes == Attributes::with_mode(0o755);
-                let below = self.forget_deletions(tree, id, &path)?;
+                let below = self.forget_deletions(tree, id, &path);
                 forgotten |= below;
                 below && leads && tree.entries(id).is_some_and(|left| left.is_empty())
             };
@@ -91,14 +86,14 @@ impl Stack {
                 forgotten = true;
             }
         }
-        Ok(forgotten)
+        forgotten
     }
 
     /// Gives opaque directories of `tree` the attributes that they have below.
     fn keep_attributes(&self, tree: &mut Tree, bare: &[Vec<u8>]) -> Result<bool, Refused> {
         let mut changed = false;
         for path in bare {
-            let below = match self.resolve(path)? {
+            let below = match self.resolve(path) {
                 AtPath::Directories(below) if !below.is_empty() => below,
                 _ => continue,
             };
@@ -117,7 +112,7 @@ impl Stack {
 
     /// The file, or the like, that a hard link is another name of.
     fn file(&self, target: &[u8]) -> Result<InLayer, Refused> {
-        match self.resolve(target)? {
+        match self.resolve(target) {
             AtPath::Leaf(found) => Ok(found),
             AtPath::Missing | AtPath::Directories(_) => Err(format!(
                 "hard link to {:?}, which is no file of it or of a layer below",
@@ -142,7 +137,7 @@ impl Stack {
             .paths(below);
         for name in names {
             let visible =
-                matches!(self.resolve(&name)?, AtPath::Leaf(found) if found == (layer, below));
+                matches!(self.resolve(&name), AtPath::Leaf(found) if found == (layer, below));
             if visible && is_free(tree, &name) {
                 let parts: Vec<&[u8]> = split_path(&name).collect();
                 let Some((last, parents)) = parts.split_last() else {
@@ -156,8 +151,8 @@ impl Stack {
         Ok(())
     }
 
-    /// What the layers have at `path`.
-    fn resolve(&self, path: &[u8]) -> Result<AtPath, Refused> {
+    /// What the layers have at `path`; nothing, if links lead to no end.
+    fn resolve(&self, path: &[u8]) -> AtPath {
         let mut pending: Vec<Vec<u8>> = split_path(path).map(<[u8]>::to_vec).collect();
         pending.reverse();
         let mut done: Vec<Vec<u8>> = Vec::new();
@@ -170,22 +165,19 @@ impl Stack {
                 continue;
             }
             match self.step(&at, &name) {
-                AtPath::Missing => return Ok(AtPath::Missing),
+                AtPath::Missing => return AtPath::Missing,
                 AtPath::Directories(next) => {
                     done.push(name);
                     at = next;
                 }
-                AtPath::Leaf(found) if pending.is_empty() => return Ok(AtPath::Leaf(found)),
+                AtPath::Leaf(found) if pending.is_empty() => return AtPath::Leaf(found),
                 AtPath::Leaf((layer, id)) => {
                     let Kind::Symlink(target) = &self.trees[layer].node(id).kind else {
-                        return Ok(AtPath::Missing);
+                        return AtPath::Missing;
                     };
                     links += 1;
                     if links > MAX_LINKS {
-                        let shown = String::from_utf8_lossy(path);
-                        return Err(format!(
-                            "{shown:?} goes through more than {MAX_LINKS} links"
-                        ));
+                        return AtPath::Missing;
                     }
                     if target.starts_with(b"/") {
                         done.clear();
@@ -196,7 +188,7 @@ impl Stack {
                 }
             }
         }
-        Ok(AtPath::Directories(at))
+        AtPath::Directories(at)
     }
 
     /// All layers' roots, the highest first.

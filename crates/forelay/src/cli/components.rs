@@ -277,6 +277,7 @@ pub async fn make(
         builder.build(&request, &|progress| shown.show(progress))
     });
     let built = built.await??;
+    images::check_free(store, &built.main.component).await?;
     let mut began = started;
     let mut layers = Layers::default();
     for one in built.in_order() {

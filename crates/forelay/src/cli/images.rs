@@ -3,8 +3,8 @@
 //!
 //! Owns the manifest that is made for an image. Refuses to know how images are read.
 //!
-//! Invariant: a repository has one image of a name and version, and no layer that an image
-//! which was removed alone had.
+//! Invariant: a repository has one image of a name, version and architecture, and no layer
+//! that an image which was removed alone had.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -154,15 +154,43 @@ fn variables(given: &[String]) -> Result<BTreeMap<String, String>> {
     given.iter().map(pair).collect()
 }
 
-/// Removes the other images of an image's name and version: its tag has moved on.
-pub async fn replace(store: &Store, image: &Component) -> Result<()> {
+/// Refuses an image whose name and version in the repository are those of one from
+/// elsewhere: nobody's image is replaced by another that is called the same.
+pub async fn check_free(store: &Store, image: &Component) -> Result<()> {
     for other in store.components().await?.iter() {
-        let same = (&other.name, &other.version) == (&image.name, &image.version);
-        if same && other.container.is_some() && other.id() != image.id() {
+        let (Some(mine), Some(there)) = (&image.container, &other.container) else {
+            continue;
+        };
+        if is_called(image, other) && mine.reference != there.reference {
+            bail!(
+                "{} {} in the repository is {}: give {} another name with `forelay component \
+                 build --oci IMAGE --name NAME`, or remove the other",
+                other.name,
+                other.version,
+                there.reference,
+                mine.reference
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Removes what an image was before its tag moved on.
+pub async fn replace(store: &Store, image: &Component) -> Result<()> {
+    let reference = |one: &Component| one.container.as_ref().map(|own| own.reference.clone());
+    for other in store.components().await?.iter() {
+        let moved = is_called(image, other) && reference(image) == reference(other);
+        if moved && other.id() != image.id() {
             remove(store, other).await?;
         }
     }
     Ok(())
+}
+
+/// True for components of one name and version for the same machines.
+fn is_called(one: &Component, other: &Component) -> bool {
+    let names = |one: &Component| (one.name.clone(), one.version.clone());
+    names(one) == names(other) && one.architecture == other.architecture
 }
 
 /// Removes a component; of an image also the layers that no other image has.

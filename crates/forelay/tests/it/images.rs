@@ -187,6 +187,19 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
     let none = format!("127.0.0.1:{}/example/none:1", registry.port);
     let said = host.refused(["component", "build", "--oci", &none]);
     assert!(said.contains("has no such image or tag"), "{said}");
+    let same = [
+        "component",
+        "build",
+        "--oci",
+        &reference,
+        "--name",
+        "oci-example-app",
+    ];
+    let said = host.refused(same);
+    assert!(
+        said.contains("is archive:docker.io/example/app:1"),
+        "{said}"
+    );
     drop(registry);
 
     // By its name, without its registry, with another command and to its end.
