@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::Digest;
 use crate::component::NameRange;
+use crate::tree::{PATH_LIMIT_BYTES, is_plain_path};
 use crate::version;
 use crate::{NameError, NameOf};
 
@@ -458,19 +459,12 @@ fn init<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D:
 
 fn directory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let path = String::deserialize(deserializer)?;
-    match is_plain_path(&path) {
+    match path == "/" || is_plain_path(&path) {
         true => Ok(Some(path)),
         false => Err(custom(format!(
             "{path:?} is not a directory's absolute path without `.`, `..` and empty parts"
         ))),
     }
-}
-
-/// True for an absolute path that names nothing twice over.
-fn is_plain_path(path: &str) -> bool {
-    let mut parts = path.split('/').skip(1);
-    let odd = |name: &str| matches!(name, "" | "." | "..") || name.len() > 255;
-    path.starts_with('/') && !path.contains('\0') && (path == "/" || !parts.any(odd))
 }
 
 fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
@@ -493,10 +487,14 @@ fn files<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<BTreeMap<String, FileEntry>, D::Error> {
     let files = BTreeMap::<String, FileEntry>::deserialize(deserializer)?;
-    let bad = files
-        .keys()
-        .find(|path| !is_plain_path(path) || *path == "/");
-    match bad {
+    if let Some(path) = files.keys().find(|path| path.len() > PATH_LIMIT_BYTES) {
+        let start: String = path.chars().take(60).collect();
+        return Err(custom(format!(
+            "the path {start:?}… has {} bytes, of at most {PATH_LIMIT_BYTES}",
+            path.len()
+        )));
+    }
+    match files.keys().find(|path| !is_plain_path(path)) {
         Some(path) => Err(custom(format!(
             "{path:?} is not a file's absolute path without `.`, `..` and empty parts"
         ))),

@@ -177,6 +177,19 @@ fn errors_name_the_place_and_the_fix() {
 }
 
 #[test]
+fn paths_are_no_longer_than_the_kernels() {
+    let parse = |levels: usize| {
+        let path = "/a".repeat(levels);
+        Manifest::parse(&format!("base = 'debian'\n[files.'{path}']\ncontent = ''"))
+    };
+    assert!(parse(2048).is_ok());
+    let error = parse(2049).unwrap_err();
+    let expected = "has 4098 bytes, of at most 4096";
+    assert!(error.message.contains(expected), "{error}");
+    assert!(error.message.len() < 200, "{error}");
+}
+
+#[test]
 fn nearest_finds_typos_and_nothing_far_away() {
     let names = ["nginx", "redis", "postgresql", "node"];
     assert_eq!(nearest("ngnix", names), Some("nginx"));

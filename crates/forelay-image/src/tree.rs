@@ -179,6 +179,20 @@ pub fn split_path(path: &[u8]) -> impl Iterator<Item = &[u8]> {
         .filter(|part| !part.is_empty() && *part != b".")
 }
 
+/// Longest path that is followed or made, in bytes, as for the kernel.
+pub(crate) const PATH_LIMIT_BYTES: usize = 4096;
+
+/// True for the absolute path of something below the root as it is written plainly.
+pub(crate) fn is_plain_path(path: &str) -> bool {
+    let names = path.strip_prefix('/').map(|names| names.split('/'));
+    path.len() <= PATH_LIMIT_BYTES && names.is_some_and(|mut names| names.all(is_plain_name))
+}
+
+/// True for a name that a directory's entry can have, other than `.` and `..`.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\0'])
+}
+
 impl Default for Tree {
     fn default() -> Self {
         Self::new()

@@ -8,6 +8,7 @@
 //! Invariant: a recipe depends on its lock alone; what belongs to one VM (host name, keys,
 //! files of the manifest) is added at compose time.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -80,6 +81,17 @@ pub enum RecipeError {
         #[source]
         source: ReadError,
     },
+    /// A component's image cannot be read now.
+    #[error(
+        "the image of component {component} cannot be read: look at the disk and the sources, and try again"
+    )]
+    Unreadable {
+        /// Its name and version.
+        component: String,
+        /// The cause.
+        #[source]
+        source: ReadError,
+    },
     /// Accounts of two components clash.
     #[error("the components' accounts do not fit together")]
     Accounts(#[from] MergeError),
@@ -124,6 +136,19 @@ pub enum RecipeError {
     Interrupted,
 }
 
+impl RecipeError {
+    /// What is wrong with a component's image: its bytes, or that they cannot be had.
+    fn of_image(component: String, source: ReadError) -> Self {
+        match &source {
+            // That an image ends early is in its bytes.
+            ReadError::Io { source: cause, .. } if cause.kind() != ErrorKind::UnexpectedEof => {
+                Self::Unreadable { component, source }
+            }
+            _ => Self::Image { component, source },
+        }
+    }
+}
+
 /// A blocking reader of a component's image, for [`Image`]. Not for async threads.
 pub struct Reader(pub ImageReader);
 
@@ -153,22 +178,11 @@ impl Recipe {
         let mut statuses = Vec::new();
         for text in texts {
             fragments.push(text.fragments);
-            statuses.extend(text.package_status);
+            statuses.push(text.package_status);
         }
         let mut merged = merged_files(&fragments)?;
         merged.extend(aggregates.files);
-        if let [base, added @ ..] = &statuses[..]
-            && !added.is_empty()
-        {
-            let added: Vec<&str> = added.iter().map(String::as_str).collect();
-            merged.push(MergedFile {
-                path: PACKAGE_STATUS_PATH.to_owned(),
-                bytes: merged_status(base, &added).into_bytes(),
-                mode: 0o644,
-                uid: 0,
-                gid: 0,
-            });
-        }
+        merged.extend(package_database(&statuses));
         let kernel = store.pinned_component(lock.kernel.id).await;
         let kernel = kernel.map_err(|source| RecipeError::Component {
             component: label(&lock.kernel),
@@ -431,6 +445,21 @@ struct PartTexts {
     package_status: Option<String>,
 }
 
+/// The package database of all components, whose parts are given, the base's first; `None` if
+/// none but the base has one. A base that is no Debian may have none.
+fn package_database(statuses: &[Option<String>]) -> Option<MergedFile> {
+    let (base, added) = statuses.split_first()?;
+    let added: Vec<&str> = added.iter().flatten().map(String::as_str).collect();
+    let base = base.as_deref().unwrap_or_default();
+    (!added.is_empty()).then(|| MergedFile {
+        path: PACKAGE_STATUS_PATH.to_owned(),
+        bytes: merged_status(base, &added).into_bytes(),
+        mode: 0o644,
+        uid: 0,
+        gid: 0,
+    })
+}
+
 async fn load_part(
     store: &Store,
     component: &LockedComponent,
@@ -479,7 +508,7 @@ async fn load_aggregates(parts: Vec<Part>) -> Result<(Vec<Part>, Aggregates), Re
             Err((number, source)) => {
                 let Component { name, version, .. } = &*apart[number].component;
                 let component = format!("{name} {version}");
-                Err(RecipeError::Image { component, source })
+                Err(RecipeError::of_image(component, source))
             }
         }
     });
@@ -491,10 +520,7 @@ fn read_texts(
     component: &LockedComponent,
     full_system: bool,
 ) -> Result<PartTexts, RecipeError> {
-    let damaged = |source| RecipeError::Image {
-        component: label(component),
-        source,
-    };
+    let damaged = |source| RecipeError::of_image(label(component), source);
     let image = Image::open(reader).map_err(damaged)?;
     let read = |path: &str| read_file(&image, path, FRAGMENTS_LIMIT_BYTES).map_err(damaged);
     let fragments = match read(&fragments_path(&component.name))? {
@@ -570,10 +596,7 @@ fn extract_kernel(
     dir: &Path,
     files: &KernelFiles,
 ) -> Result<(), RecipeError> {
-    let damaged = |source| RecipeError::Image {
-        component: name.to_owned(),
-        source,
-    };
+    let damaged = |source| RecipeError::of_image(name.to_owned(), source);
     let image = Image::open(reader).map_err(damaged)?;
     for (path, target) in [
         ("boot/vmlinuz", &files.kernel),
@@ -603,6 +626,35 @@ mod tests {
     use forelay_import::host_architecture;
 
     use super::*;
+
+    #[test]
+    fn a_base_without_packages_has_those_of_its_components() {
+        let text = |name: &str| Some(format!("Package: {name}\nVersion: 1\n"));
+        let known = |statuses: &[Option<String>]| {
+            let file = package_database(statuses)?;
+            Some(String::from_utf8(file.bytes).unwrap())
+        };
+        assert_eq!(known(&[None, text("a")]), text("a"));
+        assert_eq!(
+            known(&[None, text("a"), None, text("b"), text("a")]),
+            known(&[text("a"), text("b")])
+        );
+        assert_eq!(known(&[text("a"), None]), None);
+        assert_eq!(known(&[None, None]), None);
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_read_is_not_called_damaged() {
+        let said = |kind: ErrorKind| {
+            let source = ReadError::Io {
+                offset: 0,
+                source: kind.into(),
+            };
+            RecipeError::of_image("nano 1".to_owned(), source).to_string()
+        };
+        assert!(said(ErrorKind::TimedOut).contains("cannot be read"));
+        assert!(said(ErrorKind::UnexpectedEof).contains("is damaged"));
+    }
 
     #[test]
     fn what_other_machines_run_is_no_candidate_here() {

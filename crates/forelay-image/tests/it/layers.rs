@@ -334,6 +334,27 @@ fn a_directory_that_exists_keeps_its_owner_and_a_file_never_takes_its_place() {
 }
 
 #[test]
+fn directories_deeper_than_any_path_are_refused() {
+    let deep = |levels: usize| {
+        let path = ["/a".repeat(levels).as_bytes(), b"/file"].concat();
+        let mut tree = Tree::new();
+        tree.insert_path(&path, file(b"x")).unwrap();
+        build(&tree)
+    };
+    let (most, more) = (deep(2048), deep(2049));
+    compose(&[most.layer()], &Tree::new(), ComposeOptions::default()).unwrap();
+    let error = compose(&[more.layer()], &Tree::new(), ComposeOptions::default()).unwrap_err();
+    let ComposeError::Layer { image, source, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(image, more.written.image.digest);
+    assert!(
+        source.to_string().contains("more than 4096 bytes"),
+        "{source}"
+    );
+}
+
+#[test]
 fn conflicts_are_differences_that_matter() {
     let mut early = file(b"same");
     early.attributes.mtime_s = 1;

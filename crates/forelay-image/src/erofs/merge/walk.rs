@@ -14,7 +14,7 @@ use super::{ComposeError, FileConflict};
 use crate::erofs::directory::Packing;
 use crate::erofs::layout::{FileType, InodeRecord, LayoutError};
 use crate::erofs::xattr;
-use crate::tree::split_path;
+use crate::tree::{PATH_LIMIT_BYTES, split_path};
 
 /// Value of [`WalkEntry::layer`] for `.` and `..`.
 const DOTS: u16 = u16::MAX;
@@ -43,6 +43,8 @@ pub(super) struct Directory {
     pub size: u64,
     parent: u32,
     name: Name,
+    /// Length of its path.
+    path_bytes: u32,
     /// Range of `contributors`, lowest layer first.
     first_contributor: u32,
     end_contributor: u32,
@@ -155,7 +157,7 @@ struct Walker<'s, 'a> {
     contributors: Vec<(u16, u32)>,
     /// Inodes with several names: to the merged node.
     linked: HashMap<(u16, u32), u32>,
-    /// Where directories stand in their layers; known if any of them goes elsewhere.
+    /// Where directories that come from elsewhere stand in their layers.
     from: HashMap<(u16, u32), Vec<u8>>,
 }
 
@@ -237,7 +239,8 @@ impl<'a> Walker<'_, 'a> {
                 .then_with(|| split_path(one).cmp(split_path(other)))
         });
         let place = |(from, found): (Vec<u8>, Found)| {
-            if found.2.file_type == FileType::Directory {
+            let moved = from.strip_prefix(b"/").unwrap_or(&from) != path;
+            if moved && found.2.file_type == FileType::Directory {
                 self.from.insert((found.0, found.1), from);
             }
             found
@@ -352,12 +355,12 @@ impl<'a> Walker<'_, 'a> {
             group.push((raw.layer, at, record));
         }
         if !self.ways.is_empty() {
+            let path = self.path(index, raw[0].name);
             let from = raw.iter().map(|raw| {
                 let directory = self.from.get(&(raw.layer, raw.directory));
-                [directory.map_or(&b""[..], Vec::as_slice), raw.name].join(&b'/')
+                directory.map_or_else(|| path.clone(), |from| [from, raw.name].join(&b'/'))
             });
             let from = from.zip(group).collect();
-            let path = self.path(index, raw[0].name);
             group = self.with_landings(&path[1..], from);
         }
         let items: Vec<Item<'_>> = group.iter().map(|found| self.item(found)).collect();
@@ -472,6 +475,14 @@ impl<'a> Walker<'_, 'a> {
         parent: u32,
         name: Name,
     ) -> Result<u32, ComposeError> {
+        // Every later step may take time and memory of a path's length for each name.
+        let above = self.out.directories.get(parent as usize);
+        let path_bytes = above.map_or(0, |above| above.path_bytes + 1 + u32::from(name.len));
+        if path_bytes > PATH_LIMIT_BYTES as u32 {
+            let (layer, at, _) = group[group.len() - 1];
+            let what = LayoutError::corrupt("path of more than 4096 bytes", path_bytes.into());
+            return Err(self.sources[usize::from(layer)].error(at.into(), what));
+        }
         let first_contributor = self.contributors.len() as u32;
         for &(layer, at, _) in group {
             self.sources[usize::from(layer)].use_once(at)?;
@@ -486,6 +497,7 @@ impl<'a> Walker<'_, 'a> {
             size: 0,
             parent,
             name,
+            path_bytes,
             first_contributor,
             end_contributor: self.contributors.len() as u32,
         });
