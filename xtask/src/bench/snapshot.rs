@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
@@ -18,8 +18,8 @@ use super::boot::WebBench;
 use super::draw::Draw;
 use super::memory::status_bytes;
 use super::peers::disk::{DiskSource, Disks};
+use super::peers::forelay::launch_served;
 use super::peers::memory::forelay_bytes;
-use super::peers::page;
 use super::statistics::median;
 use super::write;
 use crate::demo;
@@ -27,7 +27,6 @@ use crate::host::Host;
 use crate::process::{output, run_quiet};
 
 const ROUNDS: usize = 10;
-const PORT: u16 = 8080;
 const TIERS: [&str; 3] = ["kernel", "composed", "ready"];
 const PROFILES: [&str; 4] = ["web", "cache", "python", "node"];
 const CLONES_OF_EACH: usize = 5;
@@ -182,18 +181,7 @@ fn create(host: &Host, manifest: &Path, tier: &str) -> Result<Value> {
 }
 
 fn launch(host: &Host, manifest: &Path, tier: &str) -> Result<Launched> {
-    let asked = Instant::now();
-    let mut child = host
-        .forelay(["run", "--detach", "--json", "--name", "web"])
-        .arg(manifest)
-        .stdout(std::process::Stdio::piped())
-        .spawn()?;
-    let page_s = page::wait(PORT, asked, || {
-        let status = child.try_wait().ok().flatten()?;
-        (!status.success()).then(|| status.to_string())
-    })?;
-    let answer = child.wait_with_output()?;
-    let vm: Value = serde_json::from_slice(&answer.stdout).context("run printed no JSON")?;
+    let (vm, page_s) = launch_served(host, manifest)?;
     let resumed = vm["launch"]["resumed"].as_str().unwrap_or("off");
     ensure!(resumed == tier, "resumed from {resumed}: {}", vm["launch"]);
     let pid = vm["pid"].as_u64().context("a running VM has a pid")?;

@@ -5,7 +5,8 @@
 //! again: connections that break and servers that are busy, not refusals.
 //!
 //! Blocking, with a runtime of its own. Invariant: nothing longer than its descriptor says
-//! is written.
+//! is written. (What oci-client itself collects in memory, documents and the words of a refusal,
+//! it does not bound: a hostile registry can exhaust the importing command, not the daemon.)
 
 use std::fs::File;
 use std::future::Future;
@@ -114,7 +115,7 @@ impl Registry {
             OciDistributionError::UnauthorizedError { .. }
             | OciDistributionError::AuthenticationFailure(_) => format!(
                 "{registry} does not let you have it: check the name; `docker login {registry}` \
-                 (or skopeo, podman) keeps credentials in ~/.docker/config.json"
+                 keeps credentials in ~/.docker/config.json, which are used"
             ),
             OciDistributionError::RegistryError { envelope, .. } => {
                 let codes = || envelope.errors.iter().map(|one| &one.code);

@@ -1,5 +1,6 @@
 //! Launches of Forelay's own.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -34,12 +35,12 @@ pub fn launch(bench: &WebBench, known: bool, warm: bool) -> Result<Served> {
     ended(host, served)
 }
 
-fn launch_once(bench: &WebBench, host: &Host) -> Result<Served> {
-    let daemon_before_s = host.cpu_s();
+/// Launches and waits for the page; returns what `run` said and the seconds until the page.
+pub fn launch_served(host: &Host, manifest: &Path) -> Result<(Value, f64)> {
     let asked = Instant::now();
     let mut child = host
         .forelay(["run", "--detach", "--json", "--name", PROFILE])
-        .arg(bench.manifest())
+        .arg(manifest)
         .stdout(Stdio::piped())
         .spawn()?;
     let page_s = page::wait(PORT, asked, || {
@@ -47,7 +48,13 @@ fn launch_once(bench: &WebBench, host: &Host) -> Result<Served> {
         (!status.success()).then(|| status.to_string())
     })?;
     let answer = child.wait_with_output()?;
-    let vm: Value = serde_json::from_slice(&answer.stdout).context("run printed no JSON")?;
+    let vm = serde_json::from_slice(&answer.stdout).context("run printed no JSON")?;
+    Ok((vm, page_s))
+}
+
+fn launch_once(bench: &WebBench, host: &Host) -> Result<Served> {
+    let daemon_before_s = host.cpu_s();
+    let (vm, page_s) = launch_served(host, bench.manifest())?;
     let cpu_s = vm["pid"].as_u64().and_then(crate::cpu::of_process);
     let figure = |name: &str| vm["launch"][name].as_u64().unwrap_or(0);
     Ok(Served {

@@ -10,10 +10,10 @@
 //! processes on this host that serve it.
 
 pub(super) mod disk;
-mod forelay;
+pub(super) mod forelay;
 mod line;
 pub(super) mod memory;
-pub(super) mod page;
+mod page;
 mod virtiofs;
 
 use std::path::Path;
