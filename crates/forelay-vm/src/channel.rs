@@ -132,6 +132,7 @@ pub struct Channel {
     next_id: AtomicU64,
     /// Version that the guest speaks, once it has said so.
     version: watch::Receiver<Option<u32>>,
+    launched: Arc<Mutex<Instant>>,
 }
 
 impl Channel {
@@ -144,12 +145,13 @@ impl Channel {
         let LineConnection { incoming, outgoing } = connection;
         let (version_sender, version) = watch::channel(None);
         let (waiting, execs) = (Arc::<Waiting>::default(), Arc::<Execs>::default());
+        let launched = Arc::new(Mutex::new(launched));
         tokio::spawn(catch_up(outgoing.clone()));
         let receiver = Receiver {
             waiting: Arc::clone(&waiting),
             execs: Arc::clone(&execs),
             version: version_sender,
-            events: Events::new(launched, progress),
+            events: Events::new(Arc::clone(&launched), progress),
         };
         tokio::spawn(receiver.serve(incoming));
         // Ids of an earlier daemon's requests may still be answered: start elsewhere.
@@ -161,7 +163,13 @@ impl Channel {
             execs,
             next_id: AtomicU64::new(seed),
             version,
+            launched,
         }
+    }
+
+    /// What the guest reports from now on is counted from this moment.
+    pub fn count_from(&self, launched: Instant) {
+        *self.launched.lock().unwrap_or_else(PoisonError::into_inner) = launched;
     }
 
     /// Sends a command and waits for its reply.
@@ -304,13 +312,13 @@ impl Receiver {
 }
 
 struct Events {
-    launched: Instant,
+    launched: Arc<Mutex<Instant>>,
     progress: watch::Sender<Progress>,
     log: Mutex<LogBudget>,
 }
 
 impl Events {
-    fn new(launched: Instant, progress: watch::Sender<Progress>) -> Self {
+    fn new(launched: Arc<Mutex<Instant>>, progress: watch::Sender<Progress>) -> Self {
         let log = Mutex::new(LogBudget::new(Instant::now()));
         Self {
             launched,
@@ -330,8 +338,9 @@ impl Events {
     }
 
     fn moment(&self, uptime_ms: u64) -> Moment {
+        let launched = *self.launched.lock().unwrap_or_else(PoisonError::into_inner);
         Moment {
-            since_launch: self.launched.elapsed(),
+            since_launch: launched.elapsed(),
             guest_uptime: Duration::from_millis(uptime_ms),
         }
     }
@@ -507,7 +516,7 @@ mod tests {
                 waiting: Arc::default(),
                 execs: Arc::default(),
                 version: watch::channel(None).0,
-                events: Events::new(Instant::now(), progress),
+                events: Events::new(Arc::new(Mutex::new(Instant::now())), progress),
             };
             receiver.handle(Line::Complete(bytes));
             receiver.handle(Line::TooLong);

@@ -16,6 +16,7 @@ use crate::handle::VmHandle;
 use crate::lifecycle::Ended;
 use crate::snapshot::SnapshotError;
 use crate::spec::{PmemDevice, VmSpec};
+use crate::state::VmState;
 
 /// A kind of VMM.
 #[async_trait]
@@ -52,6 +53,16 @@ pub trait VmControl: Send + Sync {
     /// Gives a VMM that waits for it a state that [`Self::save`] returned, and lets the guest
     /// run.
     async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError>;
+
+    /// Stops the guest's CPUs; its clock stands still meanwhile.
+    async fn pause(&self) -> Result<(), AttachError>;
+
+    /// Lets them run on.
+    async fn run_on(&self) -> Result<(), AttachError>;
+
+    /// Makes the VMM that of another VM: with its ports, its state file in `runtime_dir`. Its
+    /// sockets are there already.
+    async fn rename(&self, state: VmState, runtime_dir: &Path) -> Result<(), AttachError>;
 
     /// Hot-plugs all devices of a launch, the scratch disk with them if there is one.
     async fn plug_all(
@@ -184,6 +195,14 @@ pub enum AttachError {
     /// The state file could not be written.
     #[error("the VM's state file")]
     State(#[source] io::Error),
+    /// A port of the host could not be led into the guest.
+    #[error("port {port} of the host: {text}")]
+    Forward {
+        /// The port.
+        port: u16,
+        /// The VMM's words.
+        text: String,
+    },
     /// The guest refused or did not answer; the device has been unplugged if possible.
     #[error(transparent)]
     Guest(#[from] ChannelError),

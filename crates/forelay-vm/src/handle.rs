@@ -116,7 +116,7 @@ struct Inner {
     state: VmState,
     runtime_dir: PathBuf,
     process: Arc<Process>,
-    channel: Channel,
+    channel: Arc<Channel>,
     control: Arc<dyn VmControl>,
     progress: watch::Sender<Progress>,
     launched: Instant,
@@ -150,7 +150,7 @@ impl VmHandle {
             launched,
         } = parts;
         let (progress, _) = watch::channel(Progress::default());
-        let channel = Channel::start(channel, launched, progress.clone());
+        let channel = Arc::new(Channel::start(channel, launched, progress.clone()));
         let process = Arc::new(process);
         tokio::spawn(watch_process(
             process.clone(),
@@ -169,6 +169,30 @@ impl VmHandle {
         Self {
             inner: Arc::new(inner),
         }
+    }
+
+    /// The VM of this state, of which this is the VMM from now on; its clock starts now.
+    pub(crate) async fn renamed(
+        &self,
+        state: VmState,
+        runtime_dir: &Path,
+    ) -> Result<Self, AttachError> {
+        let before = &self.inner;
+        before.control.rename(state.clone(), runtime_dir).await?;
+        let launched = Instant::now();
+        before.channel.count_from(launched);
+        let inner = Inner {
+            state,
+            runtime_dir: runtime_dir.to_owned(),
+            process: Arc::clone(&before.process),
+            channel: Arc::clone(&before.channel),
+            control: Arc::clone(&before.control),
+            progress: before.progress.clone(),
+            launched,
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// Name of the VM.

@@ -3,6 +3,7 @@
 //! ```text
 //! maker: launch (GuestMemory::Shared, hold) -> wait_held -> save -> its memory file, a state
 //! clone: launch (GuestMemory::Snapshot)     -> restore(state) [-> plug_all] -> resume
+//!        ... -> restore(state) -> stand_by, any time, launch_as -> [plug_all] -> resume
 //! ```
 //! Both were verified before a clone is launched; what the guest in it says is not trusted. A
 //! step that fails leaves a VMM that is of no use: it is to be killed.
@@ -13,12 +14,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use forelay_guest_protocol::messages::{GuestCommand, Reply};
 use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
 
+use crate::RUNTIME_FILES;
 use crate::channel::{ChannelError, bounded};
 use crate::driver::AttachError;
 use crate::handle::{VmError, VmHandle};
 use crate::lifecycle::Progress;
 use crate::qemu::QmpError;
-use crate::spec::PmemDevice;
+use crate::spec::{PmemDevice, VmSpec};
+use crate::state::VmState;
 
 /// Largest state of devices, memory aside; some 100 KiB is usual.
 pub const MAX_STATE_BYTES: usize = 16 << 20;
@@ -51,9 +54,16 @@ pub enum SnapshotError {
     /// The guest did not do its part.
     #[error(transparent)]
     Guest(#[from] VmError),
+    /// The VMM did not become that of a launch.
+    #[error(transparent)]
+    Change(#[from] AttachError),
     /// What the guest was to be told makes no sense.
     #[error("{0}")]
     Resume(String),
+}
+
+fn answers(progress: &Progress) -> bool {
+    progress.held.is_some() || progress.mounted.is_some()
 }
 
 impl VmHandle {
@@ -88,12 +98,43 @@ impl VmHandle {
         self.control().plug_all(devices, scratch).await
     }
 
+    /// Has a clone that was restored wait for its launch: until its guest answers, and then
+    /// without using a CPU.
+    pub async fn stand_by(&self) -> Result<(), SnapshotError> {
+        self.wait("restored", RESUME, answers).await?;
+        Ok(self.control().pause().await?)
+    }
+
+    /// Has a clone that stands by run on as the VM of a launch: in its directory, with its ports.
+    /// What it was launched with else is the same.
+    pub async fn launch_as(&self, spec: &VmSpec) -> Result<Self, SnapshotError> {
+        let from = self.runtime_dir();
+        // Its state first: by it alone a successor finds the VMM there.
+        for file in RUNTIME_FILES {
+            match std::fs::rename(from.join(file), spec.runtime_dir.join(file)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(SnapshotError::State(error));
+                }
+                _ => {}
+            }
+        }
+        let state = VmState {
+            name: spec.name.clone(),
+            console_log: spec.console_log.clone(),
+            pmem: spec.pmem.clone(),
+            forwards: spec.forwards.clone(),
+            ..self.state().clone()
+        };
+        let renamed = self.renamed(state, &spec.runtime_dir).await?;
+        renamed.control().run_on().await?;
+        Ok(renamed)
+    }
+
     /// Makes a clone a machine of its own and lets it go on; what it could not be given is
     /// in the answer. The time that it is told is that of this call.
     pub async fn resume(&self, mut resume: Resume) -> Result<Resumed, SnapshotError> {
         // A guest that was just restored takes a while for its first message; after that its
         // clock is told a time that is not so old.
-        let answers = |progress: &Progress| progress.held.is_some() || progress.mounted.is_some();
         self.wait("restored", RESUME, answers).await?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default().as_micros();

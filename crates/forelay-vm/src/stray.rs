@@ -4,16 +4,20 @@
 //! The mark is put into the VMM's environment before it is executed, so that a VMM
 //! that runs can be found from its first instruction on, whatever its program is called.
 //!
-//! Refuses to end anything without that very mark.
+//! A VMM that was started before its VM was asked for has another directory's mark: it is
+//! the one that the VM's state file names.
+//!
+//! Refuses to end anything else.
 
 use std::path::Path;
 
 use crate::process::{Process, ProcessId};
+use crate::state::VmState;
 
 /// The environment variable that names a VMM's runtime directory.
 pub const RUNTIME_DIR_VARIABLE: &str = "FORELAY_VM_RUNTIME_DIR";
 
-/// Processes that were started as the VMM of `runtime_dir`.
+/// Processes that are the VMM of `runtime_dir`, by their mark or its state file.
 pub fn find(runtime_dir: &Path) -> Vec<ProcessId> {
     let Ok(processes) = std::fs::read_dir("/proc") else {
         return Vec::new();
@@ -22,9 +26,15 @@ pub fn find(runtime_dir: &Path) -> Vec<ProcessId> {
         let pid: u32 = process.file_name().to_str()?.parse().ok()?;
         is_marked(pid, runtime_dir).then_some(pid)
     });
-    pids.filter_map(|pid| ProcessId::of(pid).ok())
-        .filter(|id| id.is_running())
-        .collect()
+    let mut found: Vec<ProcessId> = pids.filter_map(|pid| ProcessId::of(pid).ok()).collect();
+    let recorded = recorded(runtime_dir).filter(|id| !found.contains(id));
+    found.extend(recorded);
+    found.retain(ProcessId::is_running);
+    found
+}
+
+fn recorded(runtime_dir: &Path) -> Option<ProcessId> {
+    VmState::read(runtime_dir).ok().map(|state| state.process)
 }
 
 /// Kills the VMMs of `runtime_dir`; returns those that there were, which take a moment to end.
@@ -35,7 +45,7 @@ pub fn end_all(runtime_dir: &Path) -> std::io::Result<Vec<Process>> {
         let Some(process) = Process::hold(id)? else {
             continue;
         };
-        if is_marked(id.pid, runtime_dir) {
+        if is_marked(id.pid, runtime_dir) || recorded(runtime_dir) == Some(id) {
             process.kill()?;
             ended.push(process);
         }

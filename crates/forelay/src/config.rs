@@ -99,6 +99,9 @@ pub struct SnapshotConfig {
     pub make: bool,
     /// Not while tasks wait for a CPU for more of the time than this, in percent; 100 is never.
     pub cpu_stall: f64,
+    /// Most VMMs that are started, and wait in a resumed VM's memory, before a likely launch is
+    /// asked for; 0 for none.
+    pub standby: usize,
     /// Most bytes on disk that the snapshots of one trust domain may take; the least useful go
     /// first.
     pub cap_bytes: u64,
@@ -195,6 +198,7 @@ impl Default for SnapshotConfig {
         Self {
             make: true,
             cpu_stall: 50.0,
+            standby: 2,
             cap_bytes: 4 << 30,
         }
     }
@@ -314,6 +318,11 @@ impl Config {
     /// Where the VMs that snapshots are made from keep their runtime files.
     pub fn makers_dir(&self) -> PathBuf {
         self.runtime_dir.join("makers")
+    }
+
+    /// Where VMMs that have no VM yet keep theirs.
+    pub fn standby_dir(&self) -> PathBuf {
+        self.runtime_dir.join("standby")
     }
 
     /// Where instances keep their runtime files.

@@ -23,7 +23,7 @@ use forelay_guest_protocol::snapshot::{HOLD_WORD, Tier};
 use serde::{Deserialize, Serialize};
 
 use crate::accelerator::Accelerator;
-use crate::spec::{Boot, Disk, DiskFormat, GuestMemory, PmemDevice, Upper, VmSpec};
+use crate::spec::{Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Upper, VmSpec};
 
 /// The bridge for hot-plugged devices, and the name of the bus behind it.
 const HOTPLUG_BRIDGE: &str = "hotplug";
@@ -61,6 +61,9 @@ pub const MAX_DISKS: usize = 8;
 
 /// Functions of a slot.
 pub const FUNCTIONS: usize = 8;
+
+/// Name of the guest's network.
+const NETWORK: &str = "network";
 
 /// Name of the guest's memory.
 const RAM: &str = "ram";
@@ -275,16 +278,26 @@ fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
         }
         return Err("ports are forwarded, but the VM has no network".to_owned());
     }
-    let mut user = "user,id=network,ipv6=off".to_owned();
+    let mut user = format!("user,id={NETWORK},ipv6=off");
     for forward in &spec.forwards {
-        let protocol = if forward.udp { "udp" } else { "tcp" };
-        let (host, guest) = (forward.host, forward.guest);
-        let rule = format!(",hostfwd={protocol}:127.0.0.1:{host}-:{guest}");
-        user.push_str(&rule);
+        user.push_str(&format!(",hostfwd={}", forward_rule(forward)));
     }
     line.plain(&["-netdev", &user]);
-    line.device("virtio-net-pci,netdev=network,romfile=,addr=0x2.2,multifunction=on");
+    line.device(&format!(
+        "virtio-net-pci,netdev={NETWORK},romfile=,addr=0x2.2,multifunction=on"
+    ));
     Ok(())
+}
+
+fn forward_rule(forward: &Forward) -> String {
+    let protocol = if forward.udp { "udp" } else { "tcp" };
+    let (host, guest) = (forward.host, forward.guest);
+    format!("{protocol}:127.0.0.1:{host}-:{guest}")
+}
+
+/// The command of the monitor for people that leads a port into a VM that runs; there is no other.
+pub(crate) fn add_forward(forward: &Forward) -> String {
+    format!("hostfwd_add {NETWORK} {}", forward_rule(forward))
 }
 
 fn pmem(line: &mut Line, spec: &VmSpec) -> Result<(), String> {

@@ -25,18 +25,20 @@ const UNPLUG: Duration = Duration::from_secs(10);
 /// Control of one QEMU.
 pub struct QemuControl {
     qmp: Qmp,
+    known: Mutex<ControlledVm>,
+}
+
+/// The VM that it is of.
+struct ControlledVm {
     runtime_dir: PathBuf,
-    state: Mutex<VmState>,
+    state: VmState,
 }
 
 impl QemuControl {
     /// Control over `qmp` of the VM with this state.
     pub fn new(qmp: Qmp, runtime_dir: PathBuf, state: VmState) -> Self {
-        Self {
-            qmp,
-            runtime_dir,
-            state: Mutex::new(state),
-        }
+        let known = Mutex::new(ControlledVm { runtime_dir, state });
+        Self { qmp, known }
     }
 
     async fn plug(&self, device: &PmemDevice, place: PciPlace) -> Result<(), AttachError> {
@@ -118,7 +120,8 @@ impl QemuControl {
 impl VmControl for QemuControl {
     async fn attach_pmem(&self, device: &PmemDevice) -> Result<(), AttachError> {
         device.validate().map_err(AttachError::Device)?;
-        let mut state = self.state.lock().await;
+        let mut known = self.known.lock().await;
+        let ControlledVm { runtime_dir, state } = &mut *known;
         if state.pmem.iter().any(|known| known.id == device.id) {
             let text = format!("the VM was launched with device {}", device.id);
             return Err(AttachError::Device(text));
@@ -154,7 +157,7 @@ impl VmControl for QemuControl {
                 retained: false,
             });
         }
-        if let Err(error) = state.write(&self.runtime_dir) {
+        if let Err(error) = state.write(runtime_dir) {
             // A successor would not know of it: it goes again, or is free for the next attach.
             let gone = self.unplug(&device.id).await.unwrap_or(false);
             let plugged = &mut state.hotplugged;
@@ -168,7 +171,8 @@ impl VmControl for QemuControl {
     }
 
     async fn detach_pmem(&self, id: &str) -> Result<Detachment, AttachError> {
-        let mut state = self.state.lock().await;
+        let mut known = self.known.lock().await;
+        let ControlledVm { runtime_dir, state } = &mut *known;
         let index = state
             .hotplugged
             .iter()
@@ -181,13 +185,14 @@ impl VmControl for QemuControl {
             state.hotplugged[index].retained = true;
             Detachment::Retained
         };
-        state.write(&self.runtime_dir).map_err(AttachError::State)?;
+        state.write(runtime_dir).map_err(AttachError::State)?;
         Ok(detachment)
     }
 
     async fn hotplugged(&self) -> Vec<String> {
-        let state = self.state.lock().await;
-        state
+        let known = self.known.lock().await;
+        known
+            .state
             .hotplugged
             .iter()
             .map(|known| known.device.id.clone())
@@ -195,13 +200,47 @@ impl VmControl for QemuControl {
     }
 
     async fn save(&self) -> Result<Vec<u8>, SnapshotError> {
-        let _no_change_meanwhile = self.state.lock().await;
-        migration::save(&self.qmp, &self.runtime_dir).await
+        // No change meanwhile.
+        let known = self.known.lock().await;
+        migration::save(&self.qmp, &known.runtime_dir).await
     }
 
     async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError> {
-        let _no_change_meanwhile = self.state.lock().await;
-        migration::restore(&self.qmp, &self.runtime_dir, state).await
+        let known = self.known.lock().await;
+        migration::restore(&self.qmp, &known.runtime_dir, state).await
+    }
+
+    async fn pause(&self) -> Result<(), AttachError> {
+        self.qmp.command("stop", Value::Null).await?;
+        Ok(())
+    }
+
+    async fn run_on(&self) -> Result<(), AttachError> {
+        self.qmp.command("cont", Value::Null).await?;
+        Ok(())
+    }
+
+    async fn rename(&self, state: VmState, runtime_dir: &Path) -> Result<(), AttachError> {
+        let mut known = self.known.lock().await;
+        for forward in &state.forwards {
+            let line = command_line::add_forward(forward);
+            let arguments = json!({ "command-line": line });
+            let said = self.qmp.command("human-monitor-command", arguments).await?;
+            // This monitor answers in words, and with none if all went well.
+            let text = said.as_str().unwrap_or_default().trim();
+            if !text.is_empty() {
+                return Err(AttachError::Forward {
+                    port: forward.host,
+                    text: text.to_owned(),
+                });
+            }
+        }
+        *known = ControlledVm {
+            runtime_dir: runtime_dir.to_owned(),
+            state,
+        };
+        let written = known.state.write(&known.runtime_dir);
+        written.map_err(AttachError::State)
     }
 
     async fn plug_all(
@@ -209,7 +248,8 @@ impl VmControl for QemuControl {
         devices: &[PmemDevice],
         scratch: Option<&Path>,
     ) -> Result<(), AttachError> {
-        let mut state = self.state.lock().await;
+        let mut known = self.known.lock().await;
+        let ControlledVm { runtime_dir, state } = &mut *known;
         for (index, device) in devices.iter().enumerate() {
             device.validate().map_err(AttachError::Device)?;
             let earlier = state.pmem.iter().chain(&devices[..index]);
@@ -242,7 +282,7 @@ impl VmControl for QemuControl {
             self.qmp.command("device_add", device).await?;
             state.launch_slots = slot;
         }
-        state.write(&self.runtime_dir).map_err(AttachError::State)
+        state.write(runtime_dir).map_err(AttachError::State)
     }
 
     async fn quit(&self) -> Result<(), AttachError> {

@@ -88,6 +88,9 @@ pub struct LaunchFigures {
     /// The snapshot that the VM resumed from, if it did not boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed: Option<Tier>,
+    /// The VMM that it resumed in was started before the launch was asked for.
+    #[serde(default)]
+    pub stood_by: bool,
     /// Snapshots that it should have resumed from and did not, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub snapshot_problems: Vec<String>,

@@ -34,6 +34,12 @@ pub struct MemoryReport {
     /// Likely launches whose devices and map image are set up.
     #[serde(default, rename = "premapped_launches")]
     pub prepared_launches: usize,
+    /// VMMs that were started before a launch of theirs was asked for.
+    #[serde(default)]
+    pub standby_vmms: usize,
+    /// Private memory of those.
+    #[serde(default)]
+    pub standby_private_bytes: u64,
     /// Per trust domain.
     pub domains: Vec<DomainMemory>,
     /// Per VM: its proportional share.

@@ -32,6 +32,13 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
         bytes(report.available_bytes),
         report.pressure,
     );
+    if report.standby_vmms > 0 {
+        say!(
+            "{} VMM(s) stand by for likely launches, with {} of their own",
+            report.standby_vmms,
+            bytes(report.standby_private_bytes),
+        );
+    }
     for domain in &report.domains {
         say!("\ntrust domain {}", domain.domain);
         output::table(

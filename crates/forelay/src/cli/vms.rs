@@ -187,8 +187,13 @@ fn print_ready(vm: &Vm) {
         vm.state,
         output::optional(vm.pid, |p| p.to_string()),
         resumed.map_or_else(String::new, |tier| format!(
-            ", resumed from {}",
-            tier.name()
+            ", resumed from {}{}",
+            tier.name(),
+            if vm.launch.stood_by {
+                " by a VMM that stood by"
+            } else {
+                ""
+            }
         ))
     );
     say!(
@@ -283,9 +288,7 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
             ("ready", |vm| {
                 output::optional(vm.launch.ready_s, output::seconds)
             }),
-            ("from", |vm| {
-                vm.launch.resumed.map_or("boot", Tier::name).to_owned()
-            }),
+            ("from", from),
             ("demand", |vm| vm.launch.demand_fetches.to_string()),
             ("stall", |vm| output::seconds(vm.launch.stall_s)),
             ("ports", forwards),
@@ -311,6 +314,13 @@ fn state(vm: &Vm) -> String {
         Some(_) => "waiting".to_owned(),
         None => format!("{:?}", vm.state).to_lowercase(),
     }
+}
+
+/// What a VM began with.
+fn from(vm: &Vm) -> String {
+    let from = vm.launch.resumed.map_or("boot", Tier::name);
+    let stood_by = if vm.launch.stood_by { ", stood by" } else { "" };
+    format!("{from}{stood_by}")
 }
 
 fn forwards(vm: &Vm) -> String {

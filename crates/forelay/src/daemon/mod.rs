@@ -28,6 +28,7 @@ mod spine_tests;
 mod vm;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
 use forelay_store::Store;
@@ -52,10 +53,12 @@ use launch::LaunchService;
 use launch::admit::Admission;
 use launch::ahead::{Improvable, MOST_WAITING, SnapshotsAhead};
 use launch::compose::Composer;
+use launch::find::SnapshotFinder;
 use launch::maker::Maker;
 use launch::prefetch::LaunchPrefetcher;
 use launch::prepared::{Preparations, Preparer};
 use launch::resolve::Resolver;
+use launch::standby::StandbyStarter;
 use launch::start::Starter;
 use memory::domains::Domains;
 use memory::mapper::Mapper;
@@ -98,6 +101,7 @@ pub struct Host {
     forecasts: Arc<Forecasts>,
     supervisor: Arc<Supervisor>,
     snapshots: Arc<Snapshots>,
+    preparations: Arc<Preparations>,
     launches: Arc<LaunchService>,
     attachments: AttachService,
     vms: VmService,
@@ -170,24 +174,54 @@ impl Parts {
             domains: Arc::clone(&self.domains),
             memory: Arc::clone(&self.memory),
             registry: Arc::clone(&self.instances),
+            holders: Arc::clone(&self.preparations) as _,
             shelves: Default::default(),
         })
     }
 
-    fn maker(
+    fn finder(&self) -> Arc<SnapshotFinder> {
+        Arc::new(SnapshotFinder {
+            composer: self.composer(),
+            starter: Arc::new(Starter::new(Arc::clone(&self.driver))),
+            snapshots: self.snapshots(),
+        })
+    }
+
+    fn preparer(
         &self,
         mapper: &Arc<Mapper>,
-        composer: &Arc<Composer>,
-        starter: &Arc<Starter>,
-        snapshots: &Arc<Snapshots>,
-    ) -> Arc<Maker> {
+        announced: &Arc<AnnouncedLaunches>,
+        finder: &Arc<SnapshotFinder>,
+    ) -> Preparer {
+        let standby = StandbyStarter {
+            dir: self.config.standby_dir(),
+            most: self.config.snapshots.standby,
+            cpu_stall: self.config.snapshots.cpu_stall,
+            starter: Arc::clone(&finder.starter),
+            memory: Arc::clone(&self.memory),
+            registry: Arc::clone(&self.instances),
+            next: AtomicI64::default(),
+        };
+        standby.clear();
+        Preparer {
+            preparations: Arc::clone(&self.preparations),
+            announced: Arc::clone(announced),
+            mapper: Arc::clone(mapper),
+            composer: Arc::clone(&finder.composer),
+            registry: Arc::clone(&self.instances),
+            finder: Arc::clone(finder),
+            standby: Arc::new(tokio::sync::Mutex::new(standby)),
+        }
+    }
+
+    fn maker(&self, mapper: &Arc<Mapper>, finder: &SnapshotFinder) -> Arc<Maker> {
         let maker = Maker {
             dir: self.config.makers_dir(),
             cap_bytes: self.config.snapshots.cap_bytes,
-            composer: Arc::clone(composer),
+            composer: Arc::clone(&finder.composer),
             mapper: Arc::clone(mapper),
-            starter: Arc::clone(starter),
-            snapshots: Arc::clone(snapshots),
+            starter: Arc::clone(&finder.starter),
+            snapshots: Arc::clone(&finder.snapshots),
             turn: Default::default(),
             closed: Default::default(),
         };
@@ -212,14 +246,12 @@ impl Parts {
     fn launches(
         &self,
         mapper: &Arc<Mapper>,
-        composer: Arc<Composer>,
         supervisor: &Arc<Supervisor>,
         forecasts: &Forecasts,
         announced: &Arc<AnnouncedLaunches>,
-        snapshots: &Arc<Snapshots>,
+        finder: &Arc<SnapshotFinder>,
     ) -> Arc<LaunchService> {
-        let starter = Arc::new(Starter::new(Arc::clone(&self.driver)));
-        let maker = self.maker(mapper, &composer, &starter, snapshots);
+        let maker = self.maker(mapper, finder);
         Arc::new(LaunchService {
             resolver: Resolver {
                 store: self.store.clone(),
@@ -239,10 +271,11 @@ impl Parts {
                 announced: Arc::clone(announced),
                 enabled: self.config.forecast.prefetch,
             },
-            composer,
+            composer: Arc::clone(&finder.composer),
             preparations: Arc::clone(&self.preparations),
-            starter,
-            snapshots: Arc::clone(snapshots),
+            starter: Arc::clone(&finder.starter),
+            snapshots: Arc::clone(&finder.snapshots),
+            finder: Arc::clone(finder),
             improvable: self
                 .config
                 .snapshots
@@ -277,26 +310,14 @@ impl Parts {
 impl Host {
     /// Puts the services together, and starts the one that prepares likely launches.
     fn new(parts: Parts) -> Self {
-        let (mapper, composer) = (parts.mapper(), parts.composer());
+        let mapper = parts.mapper();
         let (supervisor, forecasts) = (parts.supervisor(), parts.forecasts());
         let announced = Arc::new(AnnouncedLaunches::new(parts.planner.clone()));
         let takeover = Arc::default();
-        let preparer = Preparer {
-            preparations: Arc::clone(&parts.preparations),
-            announced: Arc::clone(&announced),
-            mapper: Arc::clone(&mapper),
-            composer: Arc::clone(&composer),
-            registry: Arc::clone(&parts.instances),
-        };
-        let snapshots = parts.snapshots();
-        let launches = parts.launches(
-            &mapper,
-            composer,
-            &supervisor,
-            &forecasts,
-            &announced,
-            &snapshots,
-        );
+        let finder = parts.finder();
+        let preparer = parts.preparer(&mapper, &announced, &finder);
+        let snapshots = Arc::clone(&finder.snapshots);
+        let launches = parts.launches(&mapper, &supervisor, &forecasts, &announced, &finder);
         let (accounts, maps) = (parts.accounts(&takeover), parts.maps());
         tokio::spawn(preparer.run(parts.likely));
         Self {
@@ -331,6 +352,7 @@ impl Host {
             forecasts,
             supervisor,
             snapshots,
+            preparations: parts.preparations,
             launches,
         }
     }

@@ -12,13 +12,17 @@ use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::{Component, Digest};
 use forelay_memory::mapping::FileMapping;
+use forelay_vm::qemu::QemuDriver;
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::api::accounts::MemoryAccounts;
 use super::error::HostError;
 use super::forecast::announced::{AnnouncedLaunches, ProfileId};
 use super::launch::compose::Composer;
+use super::launch::find::SnapshotFinder;
 use super::launch::prepared::{Preparations, Preparer};
+use super::launch::standby::StandbyStarter;
+use super::launch::start::Starter;
 use super::memory::mapper::Mapper;
 use super::order::{Order, PlannedDevice};
 use super::snapshot::service::Snapshots;
@@ -160,12 +164,39 @@ async fn launches_are_prepared() {
     let announced = Arc::new(AnnouncedLaunches::new(spine.sender.clone()));
     let preparations = Preparations::open(spine.dir.path().join("prepared"));
     let preparations = Arc::new(preparations);
+    // There are no snapshots, so no VMM is started.
+    let driver = QemuDriver::new(spine.dir.path());
+    let starter = Arc::new(Starter::new(Arc::new(driver)));
+    let finder = Arc::new(SnapshotFinder {
+        composer: Arc::clone(&composer),
+        starter: Arc::clone(&starter),
+        snapshots: Arc::new(Snapshots {
+            dir: spine.dir.path().join("snapshots"),
+            store: spine.store.clone(),
+            domains: Arc::clone(&spine.domains),
+            memory: Arc::clone(&spine.memory),
+            registry: Arc::default(),
+            holders: Arc::clone(&preparations) as _,
+            shelves: Default::default(),
+        }),
+    });
+    let standby = StandbyStarter {
+        dir: spine.dir.path().join("standby"),
+        most: 1,
+        cpu_stall: 100.0,
+        starter,
+        memory: Arc::clone(&spine.memory),
+        registry: Arc::default(),
+        next: Default::default(),
+    };
     let preparer = Preparer {
         preparations: Arc::clone(&preparations),
         announced: Arc::clone(&announced),
         mapper: spine.mapper(),
         composer: Arc::clone(&composer),
         registry: Arc::default(),
+        finder: Arc::clone(&finder),
+        standby: Arc::new(tokio::sync::Mutex::new(standby)),
     };
     let (planner, launches) = unbounded_channel();
     let running = tokio::spawn(preparer.run(launches));
@@ -188,10 +219,13 @@ async fn launches_are_prepared() {
     prepare("web");
     until("prepared again", || preparations.len() == 1).await;
     let taken = preparations.take(&web, "web").unwrap();
-    assert_eq!(taken.devices[0].image, spine.component.image.digest);
-    assert_eq!(std::fs::read(&taken.kernel.kernel).unwrap(), b"a kernel");
+    assert_eq!(taken.files.devices[0].image, spine.component.image.digest);
     assert_eq!(
-        std::fs::read(&taken.kernel.initrd).unwrap(),
+        std::fs::read(&taken.files.kernel.kernel).unwrap(),
+        b"a kernel"
+    );
+    assert_eq!(
+        std::fs::read(&taken.files.kernel.initrd).unwrap(),
         b"an initramfs"
     );
     let map = taken.move_map(&spine.dir.path().join("map")).unwrap();
@@ -303,6 +337,7 @@ async fn snapshots_are_kept_within() {
         domains: Arc::clone(&spine.domains),
         memory: Arc::clone(&spine.memory),
         registry: Arc::new(VmRegistry::default()),
+        holders: Arc::new(Preparations::open(dir.join("prepared"))),
         shelves: Default::default(),
     };
     let shelf = snapshots.shelf(&domain()).await.unwrap();

@@ -558,7 +558,7 @@ impl Host {
             let words = command_line(*pid);
             // The daemon's own processes have a `--config` below it.
             let vmm = words.contains("qemu-system") || words.contains(&format!("{dir}/vmm"));
-            vmm && words.contains(&format!("{dir}/run/vms/"))
+            vmm && words.contains(&format!("{dir}/run/"))
         })
         .collect()
     }

@@ -296,3 +296,65 @@ fn privileged_what_is_launched_again_resumes_without_being_told() {
         ["kernel", "composed", "composed"]
     );
 }
+
+#[test]
+fn privileged_a_vmm_stands_by_for_the_launch_that_is_likely_and_outlives_no_daemon() {
+    let test = "privileged_a_vmm_stands_by_for_the_launch_that_is_likely_and_outlives_no_daemon";
+    let Some(bench) = bench(test) else { return };
+    let host = Host::started(&bench, &Settings::default());
+    let (text, port) = web();
+    let manifest = host.write("web.toml", &text);
+    let made = host.json(["snapshot", "create", manifest.to_str().unwrap()]);
+    let stands_by = || {
+        host.ok(["prefetch", manifest.to_str().unwrap()]);
+        host.until("a VMM stands by", |host| {
+            host.json(["memory"])["standby_vmms"] == 1
+        });
+    };
+    stands_by();
+    let [waiting] = host.vmms()[..] else {
+        panic!("{:?}", host.vmms())
+    };
+    assert!(host.json(["memory"])["standby_private_bytes"].as_u64() > Some(1 << 20));
+    let vm = served(&host, &manifest, "web", port);
+    let told = |vm: &Value, figure: &str| vm["launch"][figure].clone();
+    assert_eq!(told(&vm, "resumed"), "composed", "{vm}");
+    assert_eq!(told(&vm, "stood_by"), true, "{vm}");
+    assert_eq!(told(&vm, "premapped"), true, "it was composed once: {vm}");
+    assert_eq!(vm["pid"], waiting, "{vm}");
+    assert_eq!(host.sh("web", "hostname; cat /etc/hostname"), "web\nweb\n");
+    let left = std::fs::read_dir(host.dir().join("run/standby")).unwrap();
+    assert_eq!(left.count(), 0, "all of it is the VM's");
+
+    // Its worker dies: the VM is taken over, and what stands by for nobody ends.
+    host.ok(["stop", "web"]);
+    stands_by();
+    let named = served(&host, &manifest, "other", port);
+    assert_eq!(told(&named, "stood_by"), true, "{named}");
+    stands_by();
+    let worker = host.worker().unwrap();
+    signal("KILL", worker);
+    host.until("another worker answers", |host| {
+        host.worker().is_some_and(|next| next != worker) && host.run(["ps"]).code == Some(0)
+    });
+    assert_eq!(host.sh("other", "hostname"), "other\n");
+    host.until("the VM's alone is left", |host| {
+        host.vmms()
+            .iter()
+            .map(|pid| Value::from(*pid))
+            .eq([named["pid"].clone()])
+    });
+    let takeover = &host.json(["memory"])["takeover"];
+    assert_eq!(takeover["disagreements"], serde_json::json!([]));
+    host.ok(["stop", "other"]);
+    assert!(host.vmms().is_empty());
+
+    // It is in nobody's way.
+    host.until("the next one has verified it", |host| {
+        host.json(["snapshot", "list"])[0]["verified"] == true
+    });
+    stands_by();
+    host.ok(["snapshot", "remove", image_id(&made)]);
+    assert_eq!(host.json(["memory"])["standby_vmms"], 0);
+    assert!(host.vmms().is_empty());
+}

@@ -26,6 +26,7 @@ use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::order::DeviceRecord;
 use crate::daemon::vm::instance::Instance;
 use crate::daemon::vm::registry::VmRegistry;
+use crate::host_stats::HostStats;
 
 /// Tells what shared memory is used for.
 pub struct MemoryAccounts {
@@ -60,7 +61,13 @@ impl MemoryAccounts {
         let of_snapshots = components.clone().filter(|one| one.snapshot);
         let snapshot_resident_bytes = of_snapshots.map(|one| one.resident_bytes).sum();
         let prefetched_unused_bytes = components.map(|one| one.prefetched_unused_bytes).sum();
+        let standbys = self.preparations.standby_pids();
+        let usage = standbys
+            .iter()
+            .filter_map(|pid| HostStats::default().usage(*pid));
         api::MemoryReport {
+            standby_vmms: standbys.len(),
+            standby_private_bytes: usage.map(|one| one.memory_bytes).sum(),
             budget_bytes: status.budget_bytes,
             resident_bytes: host.resident_bytes,
             pinned_bytes: host.pinned_bytes,

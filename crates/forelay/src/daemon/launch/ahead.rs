@@ -133,13 +133,19 @@ impl SnapshotsAhead {
     }
 
     fn is_quiet(&self) -> bool {
-        let (live, now_ms) = (self.registry.live(), now_ms());
-        let cpus = available_parallelism().map_or(1, usize::from);
-        let stall = Probe::new().cpu_stall(cpus).unwrap_or(0.0);
-        !live.iter().any(|instance| is_starting(instance, now_ms))
-            && self.memory.status().level == PressureLevel::Plenty
-            && stall <= self.cpu_stall
+        is_quiet(&self.registry, &self.memory, self.cpu_stall)
     }
+}
+
+/// Whether nothing starts, memory is plentiful and tasks wait for a CPU for no more of the time
+/// than this, in percent.
+pub fn is_quiet(registry: &VmRegistry, memory: &PlannerHandle, cpu_stall: f64) -> bool {
+    let (live, now_ms) = (registry.live(), now_ms());
+    let cpus = available_parallelism().map_or(1, usize::from);
+    let stall = Probe::new().cpu_stall(cpus).unwrap_or(0.0);
+    !live.iter().any(|instance| is_starting(instance, now_ms))
+        && memory.status().level == PressureLevel::Plenty
+        && stall <= cpu_stall
 }
 
 fn is_starting(instance: &Instance, now_ms: i64) -> bool {

@@ -120,7 +120,7 @@ impl Maker {
         if let Some(kept) = shelf.find(origin.key()) {
             return Ok(kept);
         }
-        check_memory(order)?;
+        check_memory(order, "making this snapshot")?;
         let saved = tokio::select! {
             biased;
             () = self.closing() => Err(HostError::Busy("the daemon is stopping".to_owned())),
@@ -231,8 +231,8 @@ fn as_maker(spec: &mut VmSpec, tier: Tier, memory: PathBuf) {
     }));
 }
 
-/// Refuses a maker that there is no memory for.
-fn check_memory(order: &Order) -> Result<(), HostError> {
+/// Refuses what runs a VM of this order for nobody if there is no memory for it; it is called so.
+pub fn check_memory(order: &Order, what: &str) -> Result<(), HostError> {
     let sample = Probe::new().sample().map_err(HostError::failed)?;
     let available = sample.mem_available_bytes;
     // Its memory, and for a while what is read of it for publication.
@@ -241,8 +241,7 @@ fn check_memory(order: &Order) -> Result<(), HostError> {
         return Ok(());
     }
     Err(HostError::Busy(format!(
-        "making this snapshot takes {} MiB of memory, and {} MiB are available: try again when \
-         VMs have ended",
+        "{what} takes {} MiB of memory, and {} MiB are available: try again when VMs have ended",
         needed >> 20,
         available >> 20
     )))

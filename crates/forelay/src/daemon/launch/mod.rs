@@ -11,7 +11,8 @@
 //! prefetch  the planner is told of the launch    prefetch.rs
 //! compose   map image, kernel                    compose.rs   (or taken from prepared.rs)
 //! start     VM's directory, record, VMM          start.rs
-//! resume    instead, from a snapshot             restore.rs   (made by maker.rs)
+//! resume    instead, from a snapshot             restore.rs   (made by maker.rs, found by find.rs)
+//!           by a VMM that stands by              standby.rs
 //! hand_over record again, supervision            here
 //! ```
 //! The prefetch is asked for before anything is composed, so that it runs beside the rest
@@ -24,11 +25,13 @@
 pub(super) mod admit;
 pub(super) mod ahead;
 pub(super) mod compose;
+pub(super) mod find;
 pub(super) mod maker;
 pub(super) mod prefetch;
 pub(super) mod prepared;
 pub(super) mod resolve;
 pub(super) mod restore;
+pub(super) mod standby;
 pub(super) mod start;
 
 use std::collections::BTreeMap;
@@ -65,14 +68,13 @@ use crate::recipe::KernelFiles;
 use admit::Admission;
 use ahead::{Improvable, unasked_tier};
 use compose::{Composer, MapImage};
+use find::SnapshotFinder;
 use maker::Maker;
 use prefetch::{LaunchPrefetcher, PrefetchPlan};
-use prepared::{Preparation, Preparations, hostname};
+use prepared::{InsideName, Preparation, Preparations, hostname};
 use resolve::Resolver;
+use standby::Standby;
 use start::{KILL_LIMIT, StartedVmm, Starter};
-
-/// How long a launch looks for a snapshot; a boot takes little longer.
-const FIND_LIMIT: Duration = Duration::from_secs(1);
 
 /// Launches VMs.
 pub struct LaunchService {
@@ -84,6 +86,7 @@ pub struct LaunchService {
     pub preparations: Arc<Preparations>,
     pub starter: Arc<Starter>,
     pub snapshots: Arc<Snapshots>,
+    pub finder: Arc<SnapshotFinder>,
     pub maker: Arc<Maker>,
     /// Takes launches of which snapshots may be made, where any are unasked.
     pub improvable: Option<Sender<Improvable>>,
@@ -109,6 +112,13 @@ pub struct PrefetchedLaunch {
     pub devices: Vec<DeviceRecord>,
     /// What it is expected to touch.
     pub planned_bytes: u64,
+}
+
+/// What a launch resumes from.
+struct Resuming {
+    from: Arc<Resumable>,
+    /// The VMM that stands by for it, if one does.
+    standby: Option<Standby>,
 }
 
 /// What a VM boots from.
@@ -231,47 +241,53 @@ impl LaunchService {
 
     /// The way of a page from the lock to a VMM that maps it.
     async fn run(&self, launch: &Launch) -> Result<(), HostError> {
-        let snapshot = self.find_snapshot(launch).await;
-        let prepared = self.preparations.take(&launch.order, launch.name());
+        let mut prepared = self.preparations.take(&launch.order, launch.name());
+        let standby = prepared.as_mut().and_then(|one| one.standby.take());
+        let resuming = self.find_snapshot(launch, standby).await;
+        let tier = resuming.as_ref().map(|one| one.from.tier());
+        let inside = InsideName::of(&launch.order, launch.name(), tier);
+        let prepared = prepared.filter(|one| one.inside == inside);
         let reading = self.read_ahead(launch, prepared.as_ref());
         let mapped = self.map(launch, prepared.as_ref()).await?;
         launch.note_step(|timings| &mut timings.map_s);
-        let memory = snapshot.as_ref().map(|one| &one.memory);
+        let memory = resuming.as_ref().map(|one| &one.from.memory);
         let plan = self.prefetch(launch, prepared.is_some(), memory).await;
         launch.note_step(|timings| &mut timings.plan_s);
         launch.make_dir()?;
-        if let Some(from) = &snapshot
-            && let Some(vmm) = self.resume(launch, &mapped, from).await
-        {
-            return self.hand_over(launch, vmm, plan).await;
-        }
-        let boots = self.compose(launch, prepared, reading).await?;
+        let boots = self.compose(launch, prepared, reading, &inside).await?;
         launch.note_step(|timings| &mut timings.compose_s);
+        let boots = match resuming {
+            None => boots,
+            Some(resuming) => match self.resume(launch, &mapped, &boots, resuming).await {
+                Some(vmm) => return self.hand_over(launch, vmm, plan).await,
+                None => self.boots_instead(launch, boots, inside).await?,
+            },
+        };
         let vmm = self.start(launch, &mapped, boots).await?;
         launch.note_step(|timings| &mut timings.vmm_s);
         launch.note_started();
         self.hand_over(launch, vmm, plan).await
     }
 
-    /// The best snapshot that there is for a launch. One that there is none for boots.
-    async fn find_snapshot(&self, launch: &Launch) -> Option<Resumable> {
-        if !self.snapshots.any(&launch.order) {
-            return None;
+    /// The best snapshot that there is for a launch, and the VMM that stands by to go on from it.
+    /// A launch that there is none for boots.
+    async fn find_snapshot(&self, launch: &Launch, standby: Option<Standby>) -> Option<Resuming> {
+        if let Some(standby) = standby {
+            let first = self.finder.is_first(&launch.order, &standby.from.kept);
+            if standby.pid().is_some() && first.await.unwrap_or(false) {
+                return Some(Resuming {
+                    from: Arc::clone(&standby.from),
+                    standby: Some(standby),
+                });
+            }
         }
-        let finding = async {
-            let kernel = self.composer.kernel(&launch.order.lock.kernel).await?;
-            let runtime = self.starter.runtime(&kernel.kernel).await?;
-            let best = self.snapshots.best(&launch.order, &runtime);
-            let found = tokio::time::timeout(FIND_LIMIT, best).await;
-            found.unwrap_or_else(|_| {
-                let text = format!("opening one takes longer than {FIND_LIMIT:?}");
-                Err(HostError::Failed(text))
-            })
-        };
-        match finding.await {
+        match self.finder.open(&launch.order).await {
             Ok((found, problems)) => {
                 launch.note_problems(problems);
-                found
+                found.map(|from| Resuming {
+                    from: Arc::new(from),
+                    standby: None,
+                })
             }
             Err(error) => {
                 launch.note_problems([format!("snapshots cannot be used: {error}")]);
@@ -285,10 +301,12 @@ impl LaunchService {
         &self,
         launch: &Launch,
         mapped: &[DeviceRecord],
-        from: &Resumable,
+        boots: &Boots,
+        resuming: Resuming,
     ) -> Option<StartedVmm> {
+        let from = Arc::clone(&resuming.from);
         let (kept, tier) = (&from.kept, from.tier());
-        let error = match self.try_resume(launch, mapped, from).await {
+        let error = match self.try_resume(launch, mapped, boots, resuming).await {
             Ok(vmm) => {
                 self.snapshots.note_use(kept).await;
                 let update = |vm: &mut VmData| vm.launch.resumed = Some(tier);
@@ -309,24 +327,19 @@ impl LaunchService {
         &self,
         launch: &Launch,
         mapped: &[DeviceRecord],
-        from: &Resumable,
+        boots: &Boots,
+        resuming: Resuming,
     ) -> Result<StartedVmm, NotResumed> {
-        let order = &launch.order;
-        let own = hostname(order, launch.name());
-        let inside = match from.tier() {
-            Tier::Kernel => own.as_str(),
-            Tier::Composed | Tier::Ready => restore::HOSTNAME,
-        };
-        let boots = self.compose_files(launch, inside).await?;
-        launch.note_step(|timings| &mut timings.compose_s);
-        let spec = self.record(launch, mapped, &boots, Some(from))?;
-        let vmm = self.starter.start(&restore::clone_of(&spec, from)).await?;
-        launch.note_step(|timings| &mut timings.vmm_s);
+        let from = Arc::clone(&resuming.from);
+        let spec = self.record(launch, mapped, boots, Some(&from))?;
+        let vmm = self.restored(launch, &spec, resuming).await?;
+        launch.note_step(|timings| &mut timings.restore_s);
+        launch.note_started();
         let steps = async {
-            restore::restore(&vmm, &spec, from).await?;
+            restore::plug(&vmm, &spec, &from).await?;
             launch.note_step(|timings| &mut timings.restore_s);
-            launch.note_started();
-            Ok::<_, NotResumed>(restore::resume(&vmm, &spec, &own, from).await?)
+            let own = hostname(&launch.order, launch.name());
+            restore::resume(&vmm, &spec, &own, &from).await
         };
         match steps.await {
             Ok(failures) => {
@@ -336,9 +349,59 @@ impl LaunchService {
             }
             Err(error) => {
                 vmm.end().await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The VMM of a clone whose guest runs and does not know yet who it is: the one that stands by
+    /// or, if there is none or it is of no use, another.
+    async fn restored(
+        &self,
+        launch: &Launch,
+        spec: &VmSpec,
+        resuming: Resuming,
+    ) -> Result<StartedVmm, NotResumed> {
+        let Resuming { from, standby } = resuming;
+        let spec = restore::clone_of(spec, &from);
+        if let Some(standby) = standby {
+            match standby.launch_as(&spec).await {
+                Ok(vmm) => {
+                    launch.note_step(|timings| &mut timings.vmm_s);
+                    let update = |vm: &mut VmData| vm.launch.stood_by = true;
+                    launch.claim.instance().update(update);
+                    return Ok(vmm);
+                }
+                Err(error) => {
+                    launch.note_problems([format!("the VMM that stood by is not used: {error}")]);
+                }
+            }
+        }
+        let vmm = self.starter.start(&spec).await?;
+        launch.note_step(|timings| &mut timings.vmm_s);
+        match restore::take_state(&vmm, &from).await {
+            Ok(()) => Ok(vmm),
+            Err(error) => {
+                vmm.end().await;
                 Err(error)
             }
         }
+    }
+
+    /// What a VM boots from that could not resume: what was composed for a clone is no other's.
+    async fn boots_instead(
+        &self,
+        launch: &Launch,
+        boots: Boots,
+        inside: InsideName,
+    ) -> Result<Boots, HostError> {
+        let own = InsideName::of(&launch.order, launch.name(), None);
+        if inside == own {
+            return Ok(boots);
+        }
+        let boots = self.compose_files(launch, &own).await?;
+        launch.note_step(|timings| &mut timings.compose_s);
+        Ok(boots)
     }
 
     /// Begins to read what composing takes, beside the mapping: behind an empty disk cache
@@ -361,7 +424,7 @@ impl LaunchService {
         prepared: Option<&Preparation>,
     ) -> Result<Vec<DeviceRecord>, HostError> {
         match prepared {
-            Some(prepared) => Ok(prepared.devices.clone()),
+            Some(prepared) => Ok(prepared.files.devices.clone()),
             None => self.mapper.map_images(&launch.order).await,
         }
     }
@@ -400,30 +463,34 @@ impl LaunchService {
         launch: &Launch,
         prepared: Option<Preparation>,
         reading: Option<JoinHandle<()>>,
+        inside: &InsideName,
     ) -> Result<Boots, HostError> {
         let Some(prepared) = prepared else {
             if let Some(reading) = reading {
                 // What failed there fails below, with its reason.
                 let _ = reading.await;
             }
-            let hostname = hostname(&launch.order, launch.name());
-            return self.compose_files(launch, &hostname).await;
+            return self.compose_files(launch, inside).await;
         };
         let path = launch.dir()?.path().join(MAP_IMAGE);
         let boots = Boots {
             map: prepared.move_map(&path).map_err(HostError::failed)?,
-            kernel: prepared.kernel.clone(),
+            kernel: prepared.files.kernel.clone(),
         };
         launch.note_composed(&boots, Duration::ZERO);
         Ok(boots)
     }
 
-    /// Composes the map image of a VM that calls itself `hostname`.
-    async fn compose_files(&self, launch: &Launch, hostname: &str) -> Result<Boots, HostError> {
+    /// Composes the map image of a VM that calls itself so.
+    async fn compose_files(
+        &self,
+        launch: &Launch,
+        inside: &InsideName,
+    ) -> Result<Boots, HostError> {
         let composing = Instant::now();
         let (order, path) = (&launch.order, launch.dir()?.path().join(MAP_IMAGE));
         let boots = Boots {
-            map: self.composer.compose(order, hostname, path).await?,
+            map: self.composer.compose(order, inside.as_str(), path).await?,
             kernel: self.composer.kernel(&order.lock.kernel).await?,
         };
         launch.note_composed(&boots, composing.elapsed());

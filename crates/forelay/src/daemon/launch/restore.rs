@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! VMM waits -> state of the devices -> (tier kernel: all devices plugged) -> told who it is -> runs on
+//!                                   -> stands by for its launch (standby.rs) -> ...
 //! ```
 //! Refuses to know which snapshot is best and what becomes of a launch that cannot use it.
 //! Invariant: a step that fails or takes too long leaves a VMM that nobody may go on with.
@@ -28,8 +29,8 @@ const RESTORE_LIMIT: Duration = Duration::from_secs(10);
 const PLUG_LIMIT: Duration = Duration::from_secs(10);
 const RESUME_LIMIT: Duration = Duration::from_secs(45);
 
-/// Gives a clone's VMM what the snapshot holds and, in tier `kernel`, its devices.
-pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Result<(), NotResumed> {
+/// Gives a clone's VMM what the snapshot holds.
+pub async fn take_state(vmm: &StartedVmm, from: &Resumable) -> Result<(), NotResumed> {
     let handle = vmm.handle();
     let restoring = async {
         match handle.restore(&from.state).await {
@@ -39,7 +40,11 @@ pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Resul
             other => other.map(Ok),
         }
     };
-    within(RESTORE_LIMIT, "take the state of its devices", restoring).await??;
+    within(RESTORE_LIMIT, "take the state of its devices", restoring).await?
+}
+
+/// Gives a clone of tier `kernel` its devices; later ones have them.
+pub async fn plug(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Result<(), HostError> {
     if from.tier() > Tier::Kernel {
         return Ok(());
     }
@@ -47,8 +52,8 @@ pub async fn restore(vmm: &StartedVmm, spec: &VmSpec, from: &Resumable) -> Resul
         Upper::Scratch { path, .. } => Some(path.as_path()),
         Upper::Tmpfs => None,
     };
-    let plugging = handle.plug_all(&spec.pmem, scratch);
-    Ok(within(PLUG_LIMIT, "take its devices", plugging).await?)
+    let plugging = vmm.handle().plug_all(&spec.pmem, scratch);
+    within(PLUG_LIMIT, "take its devices", plugging).await
 }
 
 /// Tells the guest who it is; from then on it runs. What it could not be given is returned.
@@ -68,7 +73,8 @@ pub async fn resume(
     Ok(resumed.failures)
 }
 
-async fn within<T, E: std::error::Error>(
+/// A step that is given up when it takes longer than this.
+pub async fn within<T, E: std::error::Error>(
     limit: Duration,
     what: &str,
     step: impl Future<Output = Result<T, E>>,

@@ -79,6 +79,13 @@ impl StartedVmm {
         self.0.as_ref().expect("taken by `commit` and `end` alone")
     }
 
+    /// Makes one that stands by the VMM of a launch.
+    pub async fn launch_as(&mut self, spec: &VmSpec) -> Result<(), HostError> {
+        let launched = self.handle().launch_as(spec).await;
+        self.0 = Some(launched.map_err(HostError::failed)?);
+        Ok(())
+    }
+
     /// Lets it live.
     pub fn commit(mut self) -> VmHandle {
         self.0.take().expect("taken by `commit` and `end` alone")

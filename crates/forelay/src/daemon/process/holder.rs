@@ -42,13 +42,13 @@ pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     let mut check = words("internal-check");
     check.extend(["--runtime-dir".into(), config.runtime_dir.clone().into()]);
     check.extend(["--protocol".into(), PROTOCOL_VERSION.to_string().into()]);
-    let vms_dir = config.vms_dir();
+    let vmm_dirs = [config.vms_dir(), config.standby_dir(), config.makers_dir()];
     let holder = Holder::new(HolderConfig {
         program: std::env::current_exe().context("cannot find this program")?,
         worker,
         pinner: vec!["internal-pinner".into()],
         check: Some(check),
-        last_resort: Box::new(move || end_recorded(&vms_dir)),
+        last_resort: Box::new(move || end_recorded(&vmm_dirs)),
         limits: HolderLimits::default(),
     })?;
     // Last of what can fail: with the mounts lost, so are the VMs.
@@ -104,10 +104,13 @@ fn take_place(config: &Config) -> Result<Vec<holder::Domain>> {
     }
 }
 
-/// Kills the VMMs whose records lie below `vms_dir`, and waits until they are gone: the
+/// Kills the VMMs whose records lie below these directories, and waits until they are gone: the
 /// holder's last resort, before it unmounts what they map.
-fn end_recorded(vms_dir: &Path) {
-    let entries = std::fs::read_dir(vms_dir).into_iter().flatten().flatten();
+fn end_recorded(vmm_dirs: &[PathBuf]) {
+    let entries = vmm_dirs
+        .iter()
+        .filter_map(|dir| std::fs::read_dir(dir).ok());
+    let entries = entries.flatten().flatten();
     let dirs: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
     let mut killed = Vec::new();
     for dir in dirs {
@@ -176,7 +179,7 @@ mod tests {
         };
         record("earlier", earlier);
         std::fs::create_dir(vms.path().join("never-started")).unwrap();
-        end_recorded(vms.path());
+        end_recorded(&[vms.path().to_owned()]);
         assert!(!recorded.is_running() && other.is_running());
         Process::hold(other).unwrap().unwrap().kill().unwrap();
     }

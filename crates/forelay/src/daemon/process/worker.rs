@@ -105,6 +105,7 @@ async fn finish(host: &Arc<Host>, socket: &Path, end: End) -> Result<()> {
     let _ = std::fs::remove_file(socket);
     // The VMs to be stopped, or to be learned from, are known only then.
     let _ = tokio::time::timeout(SETTLE_LIMIT, host.settled()).await;
+    host.preparations.close().await;
     match end {
         End::Stop => {
             tracing::info!("stopping all VMs");

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_cache::plan::SharedExtent;
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
@@ -31,7 +32,15 @@ pub struct Snapshots {
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,
     pub registry: Arc<VmRegistry>,
+    pub holders: Arc<dyn HoldsSnapshots>,
     pub shelves: tokio::sync::Mutex<BTreeMap<Domain, Arc<Shelf>>>,
+}
+
+/// Who holds snapshots for launches that nobody has asked for yet.
+#[async_trait]
+pub trait HoldsSnapshots: Send + Sync {
+    /// Lets go of one; returns when nothing maps it.
+    async fn let_go(&self, snapshot: ComponentId);
 }
 
 /// A snapshot that a launch can resume from: all of it is right, its memory can be mapped.
@@ -122,13 +131,9 @@ impl Snapshots {
         runtime: &Runtime,
     ) -> Result<(Option<Resumable>, Vec<String>), HostError> {
         let shelf = self.shelf(&order.domain).await?;
-        let latest = latest_tier(order);
         let mut problems = Vec::new();
-        for tier in Tier::ALL.into_iter().rev() {
-            let found = shelf.find(origin(order, tier, runtime).key());
-            let Some(kept) = found.filter(|_| Some(tier) <= latest) else {
-                continue;
-            };
+        for kept in self.candidates(&shelf, order, runtime) {
+            let tier = kept.of.origin.tier;
             match self.open(&shelf, kept.clone()).await {
                 Ok(Opened::Here(found)) => return Ok((Some(*found), problems)),
                 Ok(Opened::Unverified) => {
@@ -144,6 +149,19 @@ impl Snapshots {
             }
         }
         Ok((None, problems))
+    }
+
+    /// What a launch may resume from, the best first.
+    pub fn candidates(
+        &self,
+        shelf: &Shelf,
+        order: &Order,
+        runtime: &Runtime,
+    ) -> impl Iterator<Item = Kept> {
+        let latest = latest_tier(order);
+        let tiers = Tier::ALL.into_iter().rev();
+        let tiers = tiers.filter(move |tier| Some(*tier) <= latest);
+        tiers.filter_map(|tier| shelf.find(origin(order, tier, runtime).key()))
     }
 
     /// Verifies one beside the launch that found it, unless that shelf is being verified.
@@ -306,6 +324,7 @@ impl Snapshots {
 
     /// Removes a snapshot that no VM runs on.
     pub async fn remove(&self, shelf: &Shelf, kept: &Kept) -> Result<(), HostError> {
+        self.holders.let_go(kept.id).await;
         // From here on no launch finds it; those that did are in the registry.
         let taken = shelf.take(kept.id).ok_or_else(|| {
             HostError::Busy("a launch is resuming from this snapshot: try again".to_owned())
@@ -416,13 +435,17 @@ impl Snapshots {
 
     /// A launch could not resume from a snapshot. True if it is set aside for that.
     pub async fn note_failure(&self, kept: &Kept, error: &NotResumed) -> bool {
-        match self.shelf(&kept.domain).await {
+        let aside = match self.shelf(&kept.domain).await {
             Ok(shelf) => shelf.note_failure(kept.id, error),
             Err(error) => {
                 tracing::error!(%error, "what a snapshot is worth cannot be noted");
                 false
             }
+        };
+        if aside {
+            self.holders.let_go(kept.id).await;
         }
+        aside
     }
 
     /// A launch resumed from it.
