@@ -9,10 +9,11 @@
 
 mod report;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use forelay_cache::accounting::account;
-use forelay_cache::mapping_table::{Arrival, MappingTable, Phase};
+use forelay_cache::accounting::{account, account_shared};
+use forelay_cache::mapping_table::{Arrival, MappingTable, Phase, SharedTable};
 use forelay_cache::{DeviceImage, Domain, SharedImage, VmName};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
 use rand::{RngExt as _, SeedableRng as _};
@@ -82,6 +83,39 @@ fn measure(
         name.to_owned(),
         json!({ "p50_us": p50_us, "p99_us": p99_us, "max_us": max_us }),
     )
+}
+
+/// The account of a table that somebody wants to write to all the while, and how long the
+/// writer waits.
+fn measure_shared(table: MappingTable) -> Value {
+    let table = SharedTable::new(table);
+    let done = AtomicBool::new(false);
+    let (mut took_ms, mut waited_ms) = (Vec::new(), 0.0f64);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut longest_ms = 0.0f64;
+            while !done.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                table.write(|_| ());
+                longest_ms = longest_ms.max(begun.elapsed().as_secs_f64() * 1e3);
+                std::thread::yield_now();
+            }
+            longest_ms
+        });
+        for _ in 0..10 {
+            let begun = Instant::now();
+            account_shared(&table).validate().expect("charges add up");
+            took_ms.push(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        done.store(true, Ordering::Relaxed);
+        waited_ms = writer.join().expect("the writer ends");
+    });
+    took_ms.sort_by(f64::total_cmp);
+    let (best_ms, median_ms) = (took_ms[0], took_ms[5]);
+    println!(
+        "account while written to {median_ms:.0} ms, best {best_ms:.0}; a writer waits {waited_ms:.1} ms at most"
+    );
+    json!({ "median_ms": median_ms, "best_ms": best_ms, "writer_waits_ms": waited_ms })
 }
 
 fn main() {
@@ -179,6 +213,7 @@ fn main() {
     let account_ms = begun.elapsed().as_secs_f64() * 1e3;
     println!("account of everything {account_ms:.0} ms; worst p99 {worst_us:.1} us");
     table.validate().expect("valid after all operations");
+    let shared = measure_shared(table);
     report::write(&json!({
         "vms": VMS,
         "components": COMPONENTS,
@@ -187,6 +222,7 @@ fn main() {
         "table_mib": heap_bytes as f64 / (1 << 20) as f64,
         "worst_p99_us": worst_us,
         "account_ms": account_ms,
+        "account_shared": shared,
         "operations": operations,
     }));
 }

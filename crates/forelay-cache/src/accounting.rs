@@ -9,12 +9,13 @@
 //! to the largest remainders, so no VM is off by a byte or more for an image.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use forelay_image::PAGE_BYTES;
 use forelay_image::pages::{PageSet, Pages};
 use serde::Serialize;
 
-use crate::mapping_table::{ImageRow, MappingTable};
+use crate::mapping_table::{ImageRow, MappingTable, SharedTable, VmRow};
 use crate::names::{Domain, ProfileName, SharedImage, VmName};
 
 /// Fractions of a byte are counted in units of 2^-32.
@@ -92,142 +93,297 @@ pub struct Accounting {
     pub vms: Vec<VmAccount>,
 }
 
+/// Words of touched pages that are looked at while the table is held once.
+const WORDS_AT_A_TIME: usize = 100_000;
+
+/// Sums up the table.
+pub fn account(table: &MappingTable) -> Accounting {
+    let mut account = Account::default();
+    account.go_on(table, usize::MAX);
+    account.finish()
+}
+
+/// Sums up a table that others use: it is held for a few images at a time. Each image is
+/// accounted for as it was at one moment; a VM that comes or goes meanwhile is in what was
+/// looked at while it was there.
+pub fn account_shared(table: &SharedTable) -> Accounting {
+    let mut account = Account::default();
+    while !table.read(|table| account.go_on(table, WORDS_AT_A_TIME)) {}
+    account.finish()
+}
+
+/// An account that is being made.
+#[derive(Default)]
+struct Account {
+    images: Vec<ImageAccount>,
+    vms: BTreeMap<VmName, VmAccount>,
+}
+
 /// A VM's touched pages of one image.
 struct Share<'a> {
+    /// Index into a list of VMs.
     vm: usize,
     touched: &'a PageSet,
 }
 
-/// Sums up the table.
-pub fn account(table: &MappingTable) -> Accounting {
-    let mut shares: Vec<Vec<Share>> = Vec::new();
-    shares.resize_with(table.images.len(), Vec::new);
-    let mut vms = Vec::with_capacity(table.vms.len());
-    for (vm, row) in &table.vms {
-        let mut mapped_bytes = 0;
-        for device in &row.devices {
-            let image = table.images[device.image as usize].as_ref();
-            mapped_bytes += image.map_or(0, |image| image.image_bytes);
-            let touched = &device.touched;
-            shares[device.image as usize].push(Share {
-                vm: vms.len(),
-                touched,
+impl Account {
+    /// Accounts for the images behind the last one, for as many as have `words` words of touched
+    /// pages. True if that was all.
+    fn go_on(&mut self, table: &MappingTable, mut words: usize) -> bool {
+        let mut vms: Vec<VmAccount> = Vec::with_capacity(table.vms.len());
+        let mut shares: Vec<Vec<Share>> = Vec::new();
+        shares.resize_with(table.images.len(), Vec::new);
+        for (vm, row) in &table.vms {
+            for device in &row.devices {
+                let touched = &device.touched;
+                let vm = vms.len();
+                shares[device.image as usize].push(Share { vm, touched });
+            }
+            vms.push(empty_account(vm, row, table));
+        }
+        let after = match self.images.last() {
+            Some(last) => Bound::Excluded(last.image.clone()),
+            None => Bound::Unbounded,
+        };
+        let mut all = true;
+        for (_, &index) in table.by_key.range((after, Bound::Unbounded)) {
+            let Some(row) = table.images[index as usize].as_ref() else {
+                continue;
+            };
+            if words == 0 {
+                all = false;
+                break;
+            }
+            let shares = &shares[index as usize];
+            let of_image = row.whole().end.index().div_ceil(64) * (shares.len() + 1);
+            words = words.saturating_sub(of_image);
+            self.images.push(account_image(row, shares, &mut vms));
+        }
+        for vm in vms {
+            self.add(vm);
+        }
+        all
+    }
+
+    fn add(&mut self, vm: VmAccount) {
+        match self.vms.get_mut(&vm.vm) {
+            Some(known) => {
+                known.resident_bytes += vm.resident_bytes;
+                known.shared_bytes += vm.shared_bytes;
+                known.charged_bytes += vm.charged_bytes;
+            }
+            None => drop(self.vms.insert(vm.vm.clone(), vm)),
+        }
+    }
+
+    fn finish(self) -> Accounting {
+        let mut accounting = Accounting {
+            images: self.images,
+            vms: self.vms.into_values().collect(),
+            ..Accounting::default()
+        };
+        accounting.sum_up();
+        accounting
+    }
+}
+
+/// The account of a VM before anything is charged to it.
+fn empty_account(vm: &VmName, row: &VmRow, table: &MappingTable) -> VmAccount {
+    let images = row.devices.iter();
+    let images = images.filter_map(|device| table.images[device.image as usize].as_ref());
+    VmAccount {
+        vm: vm.clone(),
+        domain: row.domain.clone(),
+        profile: row.profile.clone(),
+        mapped_bytes: images.map(|image| image.image_bytes).sum(),
+        resident_bytes: 0,
+        shared_bytes: 0,
+        charged_bytes: 0,
+    }
+}
+
+/// What 64 pages of an image cost those who touch them.
+struct Column {
+    resident: u64,
+    /// Resident, and touched by two VMs or more.
+    shared: u64,
+    cost: Cost,
+    /// The touched pages that were charged last, and for how much: VMs of one profile touch
+    /// much the same.
+    last: (u64, u64),
+}
+
+/// Charge of one sharer, in fractions of a byte.
+enum Cost {
+    /// All pages that somebody touched cost the same.
+    Same(u64),
+    /// For each byte of the word the cost of each choice of its eight pages.
+    Choices(Box<[[u64; 256]; 8]>),
+}
+
+impl Column {
+    fn new(resident: u64, sharers: &[u32; 64]) -> Self {
+        let cost_of = |page: usize| match sharers[page] {
+            0 => 0,
+            sharers => (PAGE_BYTES << FRACTION_BITS) / u64::from(sharers),
+        };
+        let (mut shared, mut claimed) = (0, 0);
+        let (mut least, mut most) = (u64::MAX, 0);
+        for page in (0..64).filter(|page| resident >> page & 1 == 1 && sharers[*page] > 0) {
+            claimed |= 1u64 << page;
+            shared |= u64::from(sharers[page] > 1) << page;
+            (least, most) = (least.min(cost_of(page)), most.max(cost_of(page)));
+        }
+        let cost = if claimed == 0 || least == most {
+            Cost::Same(most)
+        } else {
+            let mut choices = Box::new([[0; 256]; 8]);
+            for (byte, choices) in choices.iter_mut().enumerate() {
+                for choice in 1..256usize {
+                    let page = byte * 8 + choice.trailing_zeros() as usize;
+                    let own = if claimed >> page & 1 == 1 {
+                        cost_of(page)
+                    } else {
+                        0
+                    };
+                    choices[choice] = choices[choice & (choice - 1)] + own;
+                }
+            }
+            Cost::Choices(choices)
+        };
+        Self {
+            resident,
+            shared,
+            cost,
+            last: (0, 0),
+        }
+    }
+
+    /// What one VM pays for the pages that it touched, in fractions of a byte.
+    fn charge(&mut self, touched: u64) -> u64 {
+        if self.last.0 == touched {
+            return self.last.1;
+        }
+        let charge = match &self.cost {
+            Cost::Same(cost) => cost * u64::from((touched & self.resident).count_ones()),
+            Cost::Choices(choices) => {
+                let bytes = touched.to_le_bytes().into_iter().zip(choices.iter());
+                bytes
+                    .map(|(byte, choices)| choices[usize::from(byte)])
+                    .sum()
+            }
+        };
+        self.last = (touched, charge);
+        charge
+    }
+}
+
+/// How many VMs touched each page: sums in binary, a bit of all 64 sums to a word, so that
+/// adding a VM's pages costs about as much for one page as for 64.
+struct Sharers {
+    /// Words for each 64 pages.
+    digits: usize,
+    sums: Vec<u64>,
+}
+
+impl Sharers {
+    fn of(shares: &[Share], words: usize) -> Self {
+        let digits = (usize::BITS - shares.len().leading_zeros()) as usize;
+        let mut sharers = Self {
+            digits,
+            sums: vec![0; words * digits],
+        };
+        for share in shares {
+            share.touched.each_word(|word, bits| {
+                let Some(sums) = sharers.sums.get_mut(word * digits..(word + 1) * digits) else {
+                    return;
+                };
+                let mut carry = bits;
+                for sum in sums {
+                    (*sum, carry) = (*sum ^ carry, *sum & carry);
+                    if carry == 0 {
+                        break;
+                    }
+                }
             });
         }
-        vms.push(VmAccount {
-            vm: vm.clone(),
-            domain: row.domain.clone(),
-            profile: row.profile.clone(),
-            mapped_bytes,
-            resident_bytes: 0,
-            shared_bytes: 0,
-            charged_bytes: 0,
-        });
+        sharers
     }
-    let mut images = Vec::with_capacity(table.by_key.len());
-    for &index in table.by_key.values() {
-        let Some(row) = table.images[index as usize].as_ref() else {
-            continue;
-        };
-        images.push(account_image(row, &shares[index as usize], &mut vms));
-    }
-    let mut accounting = Accounting {
-        images,
-        vms,
-        ..Accounting::default()
-    };
-    accounting.sum_up();
-    accounting
-}
 
-/// Prefix sums over the pages of one image.
-struct Prefix {
-    /// Charge of one sharer for all pages before this one, in fractions of a byte.
-    charge: Vec<u128>,
-    /// Resident pages before this one.
-    resident: Vec<u32>,
-    /// Resident pages with two or more sharers before this one.
-    shared: Vec<u32>,
-    unclaimed: Pages,
-}
-
-fn prefix(row: &ImageRow, shares: &[Share]) -> Prefix {
-    let pages = row.whole().end.index();
-    // Sharers change only where somebody's run begins or ends.
-    let mut change = vec![0i32; pages + 1];
-    for run in shares.iter().flat_map(|share| share.touched.runs()) {
-        change[run.start.index()] += 1;
-        change[run.end.index().min(pages)] -= 1;
+    /// Of the pages of a word.
+    fn of_word(&self, word: usize) -> [u32; 64] {
+        let sums = &self.sums[word * self.digits..(word + 1) * self.digits];
+        std::array::from_fn(|page| {
+            let digits = sums.iter().enumerate();
+            digits
+                .map(|(digit, sum)| ((sum >> page & 1) as u32) << digit)
+                .sum()
+        })
     }
-    let mut prefix = Prefix {
-        charge: vec![0; pages + 1],
-        resident: vec![0; pages + 1],
-        shared: vec![0; pages + 1],
-        unclaimed: Pages::NONE,
-    };
-    let mut sharers = 0i32;
-    let mut resident = row.resident.runs().peekable();
-    for (page, change) in change.into_iter().take(pages).enumerate() {
-        sharers += change;
-        while resident.peek().is_some_and(|run| run.end.index() <= page) {
-            resident.next();
-        }
-        let inside = resident.peek().is_some_and(|run| run.start.index() <= page);
-        let mut charge = 0;
-        if inside && sharers > 0 {
-            charge = (u128::from(PAGE_BYTES) << FRACTION_BITS) / sharers as u128;
-        }
-        prefix.unclaimed += Pages(u32::from(inside && sharers == 0));
-        prefix.charge[page + 1] = prefix.charge[page] + charge;
-        prefix.resident[page + 1] = prefix.resident[page] + u32::from(inside);
-        prefix.shared[page + 1] = prefix.shared[page] + u32::from(inside && sharers > 1);
-    }
-    prefix
 }
 
 fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> ImageAccount {
-    let prefix = prefix(row, shares);
-    let pages = row.whole().end.index();
+    let words = row.whole().end.index().div_ceil(64);
+    let sharers = Sharers::of(shares, words);
+    let mut resident = vec![0; words];
+    row.resident.each_word(|word, bits| resident[word] |= bits);
+    let columns = resident.into_iter().enumerate();
+    let mut columns: Vec<Column> = columns
+        .map(|(word, resident)| Column::new(resident, &sharers.of_word(word)))
+        .collect();
     let mut charges: BTreeMap<usize, u128> = BTreeMap::new();
     for share in shares {
-        let account = &mut vms[share.vm];
-        let charge = charges.entry(share.vm).or_default();
-        for run in share.touched.runs() {
-            let (from, to) = (run.start.index(), run.end.index().min(pages));
-            *charge += prefix.charge[to] - prefix.charge[from];
-            let within = |sums: &[u32]| Pages(sums[to] - sums[from]).bytes();
-            account.resident_bytes += within(&prefix.resident);
-            account.shared_bytes += within(&prefix.shared);
-        }
+        let (mut charge, mut resident, mut shared) = (0, 0, 0);
+        share.touched.each_word(|word, bits| {
+            let Some(column) = columns.get_mut(word) else {
+                return;
+            };
+            charge += u128::from(column.charge(bits));
+            resident += (bits & column.resident).count_ones();
+            shared += (bits & column.shared).count_ones();
+        });
+        *charges.entry(share.vm).or_default() += charge;
+        vms[share.vm].resident_bytes += Pages(resident).bytes();
+        vms[share.vm].shared_bytes += Pages(shared).bytes();
     }
-    let unclaimed_bytes = prefix.unclaimed.bytes();
-    let claimed = row.resident.bytes() - unclaimed_bytes;
-    let whole: u64 = charges
-        .values()
-        .map(|charge| (charge >> FRACTION_BITS) as u64)
-        .sum();
-    // Whole bytes first, then one more each for the largest remainders.
-    let mut order: Vec<(u32, usize)> = charges
-        .iter()
-        .map(|(&vm, &charge)| (charge as u32, vm))
-        .collect();
-    order.sort_by_key(|&(remainder, vm)| (std::cmp::Reverse(remainder), vm));
-    for (&vm, charge) in &charges {
-        vms[vm].charged_bytes += (charge >> FRACTION_BITS) as u64;
-    }
-    for &(_, vm) in order.iter().take((claimed - whole) as usize) {
-        vms[vm].charged_bytes += 1;
-    }
+    let touched = (0..words).map(|word| {
+        let sums = &sharers.sums[word * sharers.digits..(word + 1) * sharers.digits];
+        sums.iter().fold(0, |any, sum| any | sum)
+    });
+    let unclaimed = columns.iter().zip(touched);
+    let unclaimed = unclaimed.map(|(column, touched)| (column.resident & !touched).count_ones());
+    let unclaimed_bytes = Pages(unclaimed.sum()).bytes();
+    let shared = columns.iter().map(|column| column.shared.count_ones());
+    let shared_bytes = Pages(shared.sum()).bytes();
+    settle(&charges, row.resident.bytes() - unclaimed_bytes, vms);
     let pinned = row.pinned().map(|pinned| &row.resident & pinned);
     ImageAccount {
         image: row.key.clone(),
         mapped_by: row.mapped_by,
         mapped_bytes: row.image_bytes.saturating_mul(u64::from(row.mapped_by)),
         resident_bytes: row.resident.bytes(),
-        shared_bytes: Pages(prefix.shared[pages]).bytes(),
+        shared_bytes,
         pinned_bytes: pinned.map_or(0, |pages| pages.bytes()),
         prefetched_unused_bytes: row.prefetched_unused.bytes(),
         unclaimed_bytes,
+    }
+}
+
+/// Charges whole bytes first, then one more each for the largest remainders, `claimed` in all.
+fn settle(charges: &BTreeMap<usize, u128>, claimed: u64, vms: &mut [VmAccount]) {
+    let mut left = claimed;
+    for (&vm, charge) in charges {
+        let whole = (charge >> FRACTION_BITS) as u64;
+        vms[vm].charged_bytes += whole;
+        left -= whole;
+    }
+    let mut order: Vec<(u32, usize)> = charges
+        .iter()
+        .map(|(&vm, &charge)| (charge as u32, vm))
+        .collect();
+    order.sort_by_key(|&(remainder, vm)| (std::cmp::Reverse(remainder), vm));
+    for &(_, vm) in order.iter().take(left as usize) {
+        vms[vm].charged_bytes += 1;
     }
 }
 
@@ -324,6 +480,48 @@ mod tests {
             assert!(spread <= 1, "{charged:?}");
         }
         assert_eq!(account(&table).host.shared_bytes, all.len);
+    }
+
+    /// In parts as in one, whatever there is to look at while the table is held.
+    #[test]
+    fn an_account_made_in_parts_is_the_account() {
+        let (mut table, image) = table(5);
+        let domain = image.domain.clone();
+        let more = (0..4u8).map(|n| DeviceImage {
+            image: Digest::of(&[n]),
+            image_bytes: (u64::from(n) * 64 + 1) * PAGE_BYTES,
+        });
+        for (at, device) in more.enumerate() {
+            let vm = VmName::from(format!("vm{at:03}"));
+            table.attach(&vm, &device).unwrap();
+            let touched = Extent::new(0, device.image_bytes.min(70 * PAGE_BYTES));
+            table.touch(&vm, &device.image, touched).unwrap();
+            let key = SharedImage::new(domain.clone(), device.image);
+            table.pin(&key, Extent::new(0, PAGE_BYTES)).unwrap();
+        }
+        table
+            .touch(
+                &"vm002".into(),
+                &image.image,
+                Extent::new(0, 66 * PAGE_BYTES),
+            )
+            .unwrap();
+        let whole = account(&table);
+        whole.validate().unwrap();
+        assert_eq!(whole.images.len(), 5);
+        for words in [1, 3, 20] {
+            let mut parts = Account::default();
+            let mut looks = 1;
+            while !parts.go_on(&table, words) {
+                looks += 1;
+            }
+            assert_eq!(
+                (parts.finish(), looks > 1),
+                (whole.clone(), true),
+                "{words}"
+            );
+        }
+        assert_eq!(account_shared(&SharedTable::new(table)), whole);
     }
 
     proptest! {

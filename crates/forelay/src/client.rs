@@ -55,6 +55,46 @@ pub enum ClientError {
     },
 }
 
+/// What the daemon tells for as long as it lives: server-sent events.
+pub struct EventStream {
+    client: Client,
+    body: Incoming,
+    /// What came and was not told yet.
+    read: Vec<u8>,
+}
+
+impl EventStream {
+    /// The next thing told, by its kind; `None` once the daemon has ended the stream.
+    pub async fn next(&mut self) -> Result<Option<(String, String)>, ClientError> {
+        loop {
+            if let Some(end) = self.read.windows(2).position(|two| two == b"\n\n") {
+                let told: Vec<u8> = self.read.drain(..end + 2).collect();
+                if let Some(event) = event(&String::from_utf8_lossy(&told)) {
+                    return Ok(Some(event));
+                }
+                continue;
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => self
+                    .read
+                    .extend_from_slice(frame.data_ref().map_or(&[][..], |data| data)),
+                Some(Err(error)) => return Err(self.client.broken(error)),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+/// Kind and data of an event; what only says that the stream lives is none.
+fn event(told: &str) -> Option<(String, String)> {
+    let field = |name: &str| {
+        let mut lines = told.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+    };
+    let text = |name: &str| field(name).map(|value| value.trim_start().to_owned());
+    Some((text("event")?, text("data")?))
+}
+
 /// The API's path of a VM, with `rest` behind it.
 pub fn vm_path(name: &str, rest: &str) -> Result<String, NameError> {
     NameOf::Vm.check(name)?;
@@ -106,6 +146,20 @@ impl Client {
         }
         let upgraded = hyper::upgrade::on(response).await;
         Ok(TokioIo::new(upgraded.map_err(|error| self.broken(error))?))
+    }
+
+    /// `GET path`, whose answer goes on for as long as the daemon has something to say.
+    pub async fn stream(&self, path: &str) -> Result<EventStream, ClientError> {
+        let request = request(Method::GET, path).header("accept", "text/event-stream");
+        let response = self.send(request, Bytes::new()).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.refusal(response).await);
+        }
+        Ok(EventStream {
+            client: self.clone(),
+            body: response.into_body(),
+            read: Vec::new(),
+        })
     }
 
     async fn request<T: DeserializeOwned>(

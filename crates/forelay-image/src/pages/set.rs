@@ -283,6 +283,19 @@ impl PageSet {
         }
     }
 
+    /// Calls `each` with the number of a word of 64 pages and the bits of those of its pages
+    /// that are in the set. A word may come several times, each time with other bits.
+    pub fn each_word(&self, mut each: impl FnMut(usize, u64)) {
+        match &self.form {
+            Form::Runs(runs) => runs.iter().for_each(|&run| words_of(run, &mut each)),
+            Form::Bits(words) => {
+                for (at, &word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+                    each(at, word);
+                }
+            }
+        }
+    }
+
     /// Chooses the smaller form and gives spare heap memory back.
     pub fn compact(&mut self) {
         if let Form::Bits(words) = &mut self.form {

@@ -115,9 +115,34 @@ impl std::fmt::Display for PendingFault {
     }
 }
 
-/// An error as the API reports it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// An error as the API reports it: problem details (RFC 9457).
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ApiError {
+    /// What it is about, as a URI: `urn:forelay:problem:` and a word.
+    #[serde(default, rename = "type")]
+    pub kind: String,
+    /// The HTTP status in words.
+    #[serde(default)]
+    pub title: String,
+    /// The HTTP status.
+    #[serde(default)]
+    pub status: u16,
+    /// As `error`.
+    #[serde(default)]
+    pub detail: String,
+    /// Names the request, here and in the daemon's log.
+    #[serde(default)]
+    pub request_id: String,
     /// What failed, why, and what to do.
     pub error: String,
+}
+
+impl ApiError {
+    /// An error in words.
+    pub fn new(error: impl Into<String>) -> Self {
+        Self {
+            error: error.into(),
+            ..Self::default()
+        }
+    }
 }

@@ -3,9 +3,25 @@
 use forelay_image::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::WaitCauses;
+
+/// Who says what is in memory and what VMs have touched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemorySource {
+    /// The kernel, at this moment.
+    #[default]
+    Kernel,
+    /// The mapping table, which the kernel corrects every two seconds.
+    Table,
+}
+
 /// Shared memory on this host.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct MemoryReport {
+    /// Who says so: the kernel, unless VMs have so many devices that asking it takes long.
+    #[serde(default)]
+    pub source: MemorySource,
     /// Bytes that components may take.
     pub budget_bytes: u64,
     /// Bytes that components take now.
@@ -141,6 +157,12 @@ pub struct Totals {
     pub demand_fetches: u64,
     /// Bytes they asked for.
     pub demand_bytes: u64,
+    /// Why VMs had to wait.
+    #[serde(default)]
+    pub demand_causes: WaitCauses,
+    /// Bytes that they asked for, by the same causes.
+    #[serde(default)]
+    pub demand_cause_bytes: WaitCauses,
     /// Bytes pushed ahead of any touch.
     pub pushed_bytes: u64,
     /// Of those, bytes that a VM touched later.

@@ -3,6 +3,7 @@
 //! Fields are stable: new ones may be added, none changes its meaning. Times are seconds
 //! (`_s`) or milliseconds since the epoch (`_ms`), sizes are bytes.
 
+mod events;
 mod exec;
 mod forecasts;
 mod health;
@@ -12,6 +13,7 @@ mod memory;
 mod snapshots;
 mod vms;
 
+pub use events::{EventKind, HostEvent};
 pub use exec::{ExecEnd, ExecRequest, ExecResult};
 pub use forecasts::{ForecastEntry, HistoryEntry, SelfControl};
 pub use health::{ApiError, Degraded, Health, NOT_PROBED, PendingFault, WaitCulprit, WaitingVm};
@@ -21,7 +23,7 @@ pub use launch::{
 };
 pub use maps::{MapDevice, MapFile, Touch, VmMap};
 pub use memory::{
-    ComponentMemory, DomainMemory, MemoryReport, Shortage, Takeover, Totals, VmMemory,
+    ComponentMemory, DomainMemory, MemoryReport, MemorySource, Shortage, Takeover, Totals, VmMemory,
 };
 pub use snapshots::{Snapshot, SnapshotRequest};
 pub use vms::{AttachFigures, AttachRequest, Vm, VmComponent, VmState, WaitCauses, Waits};

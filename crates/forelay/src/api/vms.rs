@@ -29,6 +29,30 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// All states, in the order of a life.
+    pub const ALL: [Self; 7] = [
+        Self::Launching,
+        Self::Booting,
+        Self::Mounted,
+        Self::Ready,
+        Self::Unreachable,
+        Self::Stopped,
+        Self::Failed,
+    ];
+
+    /// As in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Launching => "launching",
+            Self::Booting => "booting",
+            Self::Mounted => "mounted",
+            Self::Ready => "ready",
+            Self::Unreachable => "unreachable",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+
     /// True while a VMM process may exist.
     pub const fn is_live(self) -> bool {
         matches!(
@@ -91,7 +115,7 @@ pub struct Waits {
     pub causes: WaitCauses,
 }
 
-/// Demand fetches of a VM by their cause.
+/// Demand fetches by their cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitCauses {
     /// The launch's plan did not have these bytes.
@@ -103,6 +127,18 @@ pub struct WaitCauses {
     pub evicted: u64,
     /// They were in shared memory, and the kernel reclaimed them.
     pub reclaimed: u64,
+}
+
+impl WaitCauses {
+    /// The causes with their names.
+    pub const fn named(&self) -> [(&'static str, u64); 4] {
+        [
+            ("unforeseen", self.unforeseen),
+            ("late", self.late),
+            ("evicted", self.evicted),
+            ("reclaimed", self.reclaimed),
+        ]
+    }
 }
 
 /// A component of an instance.

@@ -11,6 +11,7 @@ mod components;
 mod doctor;
 #[cfg(test)]
 mod documented;
+mod events;
 mod history;
 mod images;
 mod inspect;
@@ -116,6 +117,15 @@ enum Command {
     /// A VM's mapping table: guest file, component, where it is now.
     Map {
         name: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// What happened on this host lately: launches, waits, evictions, snapshots, what is missing.
+    Events {
+        /// Go on with what happens.
+        #[arg(long, short)]
+        follow: bool,
+        /// With `--follow`, one object a line.
         #[arg(long)]
         json: bool,
     },
@@ -269,6 +279,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Console { name } => vms::console(client, &name).await?,
         Command::Memory { drop_idle, json } => inspect::memory(client, drop_idle, json).await?,
         Command::Map { name, json } => inspect::map(client, &name, json).await?,
+        Command::Events { follow, json } => events::run(client, follow, json).await?,
         Command::Forecast { profile, json } => {
             inspect::forecast(client, profile.as_deref(), json).await?;
         }

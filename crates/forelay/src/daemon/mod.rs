@@ -15,6 +15,7 @@
 
 mod api;
 mod error;
+mod events;
 mod forecast;
 mod launch;
 mod memory;
@@ -149,6 +150,7 @@ impl Parts {
             memory: Arc::clone(&self.memory),
             learner: Arc::clone(&self.learner),
             learning_tasks: Arc::clone(&self.learning_tasks),
+            histograms: Arc::default(),
             window: Duration::from_secs_f64(self.config.forecast.window_s.max(0.0)),
         })
     }
@@ -400,6 +402,11 @@ impl Host {
     pub fn accelerator(&self) -> String {
         let known = self.launches.starter.accelerator();
         known.unwrap_or_else(|| crate::api::NOT_PROBED.to_owned())
+    }
+
+    /// Where it is told what happens.
+    pub fn events(&self) -> &events::Events {
+        self.health.events()
     }
 
     /// What this daemon does without.

@@ -32,6 +32,7 @@ use forelay_store::{
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::watch;
 
+use super::events::Events;
 use super::forecast::learning::{LaunchOutcome, Learner, NewLaunch};
 use super::forecast::observer::Observer;
 use super::memory::domains::{DomainMemory, Domains};
@@ -115,6 +116,7 @@ impl Spine {
             scheduler.clone(),
             sender.clone(),
             Sessions::connect().unwrap(),
+            Events::default(),
         ));
         let journal = config.runtime_dir.join("mapping-table.journal");
         let (journal, table, _) = Journal::open(journal).unwrap();

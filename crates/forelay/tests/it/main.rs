@@ -27,4 +27,5 @@ mod self_control;
 mod snapshots;
 mod systemd;
 mod waiting;
+mod watching;
 mod worker_serves;

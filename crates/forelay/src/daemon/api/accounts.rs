@@ -1,15 +1,18 @@
-//! Who pays for shared memory: `forelay memory`, told from the kernel alone.
+//! Who pays for shared memory: `forelay memory`, and the same for those who look often.
 //!
-//! Builds a mapping table from what the kernel says at this moment (resident pages of
-//! the files, pages in the VMMs' page tables, locks) and lets `forelay_cache::accounting`
-//! sum it up. Refuses to use the planner's belief for anything but what no kernel knows:
-//! which resident pages were prefetched and not used yet.
+//! `forelay memory` is told from the kernel: a mapping table is built from what it says at
+//! this moment (resident pages of the files, pages in the VMMs' page tables, locks), and
+//! `forelay_cache::accounting` sums it up. A look into the page tables costs some 10 us for
+//! each device of each VM; where there are many, and for metrics and the dashboard, the
+//! planner's table says it, which the kernel corrects every two seconds. That is never held
+//! for longer than a few images take.
 //!
 //! Invariant: charges of VMs plus unclaimed bytes are the resident bytes, exactly.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use forelay_cache::accounting::{Accounting, ImageAccount, account};
+use forelay_cache::accounting::{Accounting, ImageAccount, account, account_shared};
 use forelay_cache::mapping_table::{Arrival, MappingTable, Phase};
 use forelay_cache::{DeviceImage, Domain, SharedImage};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
@@ -28,6 +31,17 @@ use crate::daemon::vm::instance::Instance;
 use crate::daemon::vm::registry::VmRegistry;
 use crate::host_stats::HostStats;
 
+/// Devices of VMs that are looked at in page tables while a client waits.
+const MOST_LOOKED_AT: usize = 1_000;
+
+/// What is known of an image by its devices.
+#[derive(Clone, Debug)]
+struct Label {
+    component: String,
+    /// It is a snapshot's memory.
+    snapshot: bool,
+}
+
 /// Tells what shared memory is used for.
 pub struct MemoryAccounts {
     pub store: Store,
@@ -43,19 +57,32 @@ impl MemoryAccounts {
     /// What components take in memory, and who uses them.
     pub async fn report(self: &Arc<Self>) -> Result<api::MemoryReport, HostError> {
         let this = Arc::clone(self);
-        let work = tokio::task::spawn_blocking(move || this.report_now());
+        let work = tokio::task::spawn_blocking(move || {
+            let live = this.registry.live();
+            let devices = live.iter().map(|one| one.read(|vm| vm.devices.len()));
+            match devices.sum::<usize>() <= MOST_LOOKED_AT {
+                true => this.report_of(&this.look(&live), api::MemorySource::Kernel),
+                false => this.from_table(),
+            }
+        });
         work.await.map_err(HostError::failed)
     }
 
-    fn report_now(&self) -> api::MemoryReport {
+    /// The same as the mapping table has it. May take a moment: call it off the async threads.
+    pub fn from_table(&self) -> api::MemoryReport {
+        let accounting = account_shared(self.memory.table());
+        self.report_of(&accounting, api::MemorySource::Table)
+    }
+
+    fn report_of(&self, accounting: &Accounting, source: api::MemorySource) -> api::MemoryReport {
         let status = self.memory.status();
         let sample = Probe::new().sample().unwrap_or_default();
-        let accounting = self.accounting();
         let host = &accounting.host;
+        let labels = self.labels();
         let domains: Vec<_> = accounting
             .domains
             .keys()
-            .map(|domain| self.domain_report(domain, &accounting))
+            .map(|domain| self.domain_report(domain, accounting, &labels))
             .collect();
         let components = domains.iter().flat_map(|one| &one.components);
         let of_snapshots = components.clone().filter(|one| one.snapshot);
@@ -66,6 +93,7 @@ impl MemoryAccounts {
             .iter()
             .filter_map(|pid| HostStats::default().usage(*pid));
         api::MemoryReport {
+            source,
             standby_vmms: standbys.len(),
             standby_private_bytes: usage.map(|one| one.memory_bytes).sum(),
             budget_bytes: status.budget_bytes,
@@ -90,12 +118,11 @@ impl MemoryAccounts {
     }
 
     /// The account of what the kernel says now.
-    fn accounting(&self) -> Accounting {
+    fn look(&self, live: &[Arc<Instance>]) -> Accounting {
         let mut table = MappingTable::new();
-        let live = self.registry.live();
         for memory in self.domains.all() {
             add_resident(&mut table, &memory);
-            for instance in &live {
+            for instance in live {
                 if instance.domain() == memory.domain {
                     add_vm(&mut table, &memory.domain, instance);
                 }
@@ -104,11 +131,16 @@ impl MemoryAccounts {
         account(&table)
     }
 
-    fn domain_report(&self, domain: &Domain, accounting: &Accounting) -> api::DomainMemory {
+    fn domain_report(
+        &self,
+        domain: &Domain,
+        accounting: &Accounting,
+        labels: &HashMap<Digest, Label>,
+    ) -> api::DomainMemory {
         let images = accounting.images.iter();
         let components = images
             .filter(|one| one.image.domain == *domain)
-            .map(|one| self.component_report(one))
+            .map(|one| self.component_report(one, labels.get(&one.image.image)))
             .collect();
         api::DomainMemory {
             domain: domain.as_str().to_owned(),
@@ -116,17 +148,20 @@ impl MemoryAccounts {
         }
     }
 
-    fn component_report(&self, account: &ImageAccount) -> api::ComponentMemory {
+    fn component_report(
+        &self,
+        account: &ImageAccount,
+        label: Option<&Label>,
+    ) -> api::ComponentMemory {
         let image = &account.image;
-        let device = self.device(&image.image);
         let (image_bytes, unused) = self.memory.table().read(|table| {
             let image_bytes = table.image_bytes(image).unwrap_or(0);
             let whole = Extent::new(0, image_bytes);
             (image_bytes, table.prefetched_unused_bytes(image, whole))
         });
         api::ComponentMemory {
-            snapshot: device.as_ref().is_some_and(|device| device.memory),
-            component: device.map_or_else(|| image.image.short(), |device| device.component),
+            snapshot: label.is_some_and(|label| label.snapshot),
+            component: label.map_or_else(|| image.image.short(), |label| label.component.clone()),
             image: image.image,
             image_bytes: image_bytes
                 .max(account.mapped_bytes / u64::from(account.mapped_by.max(1))),
@@ -139,21 +174,32 @@ impl MemoryAccounts {
         }
     }
 
-    fn device(&self, image: &Digest) -> Option<DeviceRecord> {
-        let all = self.registry.all();
-        all.iter().find_map(|instance| {
-            let mut devices = instance.devices().into_iter();
-            devices.find(|device| device.image == *image)
-        })
+    /// What images are called, by the devices of the VMs that have or had them.
+    fn labels(&self) -> HashMap<Digest, Label> {
+        let mut labels = HashMap::new();
+        let mut add = |device: &DeviceRecord| {
+            let known = labels.entry(device.image);
+            known.or_insert_with(|| Label {
+                component: device.component.clone(),
+                snapshot: device.memory,
+            });
+        };
+        for instance in self.registry.all() {
+            instance.read(|vm| vm.devices.iter().for_each(&mut add));
+        }
+        labels
     }
 
-    fn totals(&self) -> api::Totals {
+    /// Counters since the daemon's start.
+    pub fn totals(&self) -> api::Totals {
         let fetched = self.store.scheduler().counters();
         let waits = self.domains.attribution().total.figures();
         let plan = self.memory.status().counters;
         let mut totals = api::Totals {
             demand_fetches: waits.fetches,
             demand_bytes: waits.bytes,
+            demand_causes: waits.causes,
+            demand_cause_bytes: waits.cause_bytes,
             stall_s: waits.stall_ns as f64 / 1e9,
             repository_bytes: fetched.repository_bytes(),
             repository_requests: fetched.demand_requests + fetched.prefetch_requests,

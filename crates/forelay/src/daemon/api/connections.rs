@@ -21,17 +21,22 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::api::ApiError;
+use crate::daemon::api::problems;
 
 /// Who may use the API: root and root's group.
 const SOCKET_MODE: u32 = 0o660;
 /// Largest body of a request: manifests with the files in them.
 const MAX_BODY_BYTES: usize = 8 << 20;
-/// Connections at a time.
-const MAX_CONNECTIONS: usize = 256;
+/// Connections at a time, those of event streams aside.
+const MAX_CONVERSING: usize = 256;
 /// Of them, those whose requests may take long.
-const MAX_LONG: usize = MAX_CONNECTIONS * 3 / 4;
+const MAX_LONG: usize = MAX_CONVERSING * 3 / 4;
 /// And those that stop a VM: they are not refused while others take long.
-const MAX_STOPS: usize = MAX_CONNECTIONS / 8;
+const MAX_STOPS: usize = MAX_CONVERSING / 8;
+/// Event streams at a time; one that idles costs a connection and next to nothing else.
+const MAX_STREAMS: usize = 1_200;
+/// Connections at a time.
+const MAX_CONNECTIONS: usize = MAX_CONVERSING + MAX_STREAMS;
 /// Pause after the system refused a connection, for example for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -69,6 +74,11 @@ impl Default for LongRequests {
 }
 
 impl LongRequests {
+    /// Turns for event streams alone.
+    pub fn for_streams() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_STREAMS)))
+    }
+
     /// Turns for stops alone.
     pub fn for_stops() -> Self {
         Self(Arc::new(Semaphore::new(MAX_STOPS)))
@@ -91,11 +101,9 @@ impl LongRequests {
                 answer
             }
             None => {
-                let error =
-                    "so many commands, launches, stops and the like are under way that no more \
-                             are begun: try again in a while"
-                        .to_owned();
-                (StatusCode::SERVICE_UNAVAILABLE, Json(ApiError { error })).into_response()
+                let error = "so many commands, launches, stops and the like are under way that \
+                             no more are begun: try again in a while";
+                (StatusCode::SERVICE_UNAVAILABLE, Json(ApiError::new(error))).into_response()
             }
         }
     }
@@ -117,9 +125,11 @@ pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
 
 /// Serves the API for as long as this is polled.
 pub async fn serve(listener: UnixListener, router: Router, limits: ClientLimits) {
-    let router = router.layer(from_fn(move |request, next| {
-        read_body(limits.body, request, next)
-    }));
+    let router = router
+        .layer(from_fn(move |request, next| {
+            read_body(limits.body, request, next)
+        }))
+        .layer(from_fn(problems::answer));
     let turns = Arc::new(Semaphore::new(limits.connections));
     loop {
         let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
@@ -262,6 +272,6 @@ mod tests {
         }
         let turns = [LongRequests::default(), LongRequests::for_stops()];
         let most: usize = turns.iter().map(|turns| turns.0.available_permits()).sum();
-        assert!(most + 32 <= ClientLimits::default().connections);
+        assert!(most + MAX_STREAMS + 32 <= ClientLimits::default().connections);
     }
 }

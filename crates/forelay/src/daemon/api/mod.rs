@@ -2,6 +2,9 @@
 
 pub(super) mod accounts;
 pub(super) mod connections;
+mod events;
 mod exec;
 pub(super) mod inspect;
+mod metrics;
+mod problems;
 pub(super) mod server;

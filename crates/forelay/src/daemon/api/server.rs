@@ -16,7 +16,9 @@ use crate::api::{
 };
 use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
-use crate::daemon::api::exec;
+use crate::daemon::api::events::{self, Streams};
+use crate::daemon::api::problems::ProblemKind;
+use crate::daemon::api::{exec, metrics};
 use crate::daemon::error::HostError;
 
 /// How long a client waits for a VM's next state when too many wait.
@@ -53,7 +55,11 @@ pub fn router(host: Arc<Host>) -> Router {
     Router::new()
         .route("/v1/health", get(health))
         .route("/v1/vms", get(list))
+        .route("/v1/events", get(events::stream))
+        .route("/v1/events/recent", get(events::recent))
+        .route("/metrics", get(metrics::scrape))
         .merge(waiting)
+        .layer(Extension(Streams::default()))
         .fallback(unknown)
         .with_state(host)
 }
@@ -69,19 +75,15 @@ impl From<HostError> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let status = match &self.0 {
-            HostError::NoSuchVm(_) => StatusCode::NOT_FOUND,
-            HostError::Invalid(_) => StatusCode::BAD_REQUEST,
-            HostError::Busy(_) | HostError::Cancelled => StatusCode::CONFLICT,
-            HostError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        let (status, kind) = match &self.0 {
+            HostError::NoSuchVm(_) => (StatusCode::NOT_FOUND, "no-such-vm"),
+            HostError::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid-request"),
+            HostError::Busy(_) => (StatusCode::CONFLICT, "busy"),
+            HostError::Cancelled => (StatusCode::CONFLICT, "cancelled"),
+            HostError::Failed(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
-        (
-            status,
-            Json(ApiError {
-                error: self.0.to_string(),
-            }),
-        )
-            .into_response()
+        let said = Json(ApiError::new(self.0.to_string()));
+        (status, Extension(ProblemKind(kind)), said).into_response()
     }
 }
 
@@ -109,8 +111,8 @@ async fn settled(State(host): Shared, request: Request, next: Next) -> Response 
 }
 
 async fn unknown() -> Response {
-    let error = "no such path in the API; `forelay --help` lists what there is".to_owned();
-    (StatusCode::NOT_FOUND, Json(ApiError { error })).into_response()
+    let error = "no such path in the API; `forelay --help` lists what there is";
+    (StatusCode::NOT_FOUND, Json(ApiError::new(error))).into_response()
 }
 
 async fn list(State(host): Shared) -> Response {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use forelay_image::{Digest, Extent, PlannedExtent, Touch};
-use forelay_predict::arrivals::LaunchForecast;
+use forelay_predict::arrivals::{Forecaster, LaunchForecast, ProfileKey};
 use forelay_predict::time::Timestamp;
 use parking_lot::RwLock;
 use tokio::sync::Mutex;
@@ -21,7 +21,7 @@ use crate::api::{HistoryEntry, SelfControl};
 use crate::config::ForecastConfig;
 use crate::daemon::error::HostError;
 use crate::daemon::forecast::clock::ForecastClock;
-use crate::daemon::forecast::models::{Models, model_key};
+use crate::daemon::forecast::models::{Models, model_key, profile_of};
 use crate::daemon::forecast::observation::AttachTouches;
 use crate::daemon::forecast::replay::Replay;
 use crate::daemon::memory::faults::WaitFigures;
@@ -210,21 +210,18 @@ impl Learner {
     pub fn self_control(&self, of: &ProfileRef) -> SelfControl {
         let models = self.models();
         let forecaster = models.forecaster.lock();
-        let Some(key) = forecaster.find_profile(&model_key(of)) else {
-            return SelfControl::default();
-        };
-        let (judged, regret) = (forecaster.judged(key), forecaster.regret(key));
-        let bins = judged.bins().into_iter();
-        SelfControl {
-            judged: judged.count(),
-            brier_score: judged.brier_score(),
-            reliability: bins
-                .map(|bin| (bin.mean_forecast, bin.observed, bin.forecasts))
-                .collect(),
-            regret_cold_starts: regret.excess(),
-            fallen_back: regret.harmful(),
-            switched_off: !forecaster.config().forecasting,
-        }
+        let key = forecaster.find_profile(&model_key(of));
+        key.map_or_else(SelfControl::default, |key| control_of(&forecaster, key))
+    }
+
+    /// How it does for each profile that it knows.
+    pub fn self_controls(&self) -> Vec<(ProfileRef, SelfControl)> {
+        let models = self.models();
+        let forecaster = models.forecaster.lock();
+        let keys = (0..forecaster.profile_count() as u32).map(ProfileKey);
+        let of = |key| profile_of(forecaster.profile_name(key));
+        keys.map(|key| (of(key), control_of(&forecaster, key)))
+            .collect()
     }
 
     /// Records that a launch was asked for; returns its id.
@@ -446,6 +443,22 @@ impl Learner {
         let sets = models.sets.lock();
         let own = sets.pairs().filter(|(profile, ..)| *profile == key);
         own.map(|(_, _, set)| set.likely_bytes()).sum()
+    }
+}
+
+/// How forecasting does for a profile, by its own account.
+fn control_of(forecaster: &Forecaster, key: ProfileKey) -> SelfControl {
+    let (judged, regret) = (forecaster.judged(key), forecaster.regret(key));
+    let bins = judged.bins().into_iter();
+    SelfControl {
+        judged: judged.count(),
+        brier_score: judged.brier_score(),
+        reliability: bins
+            .map(|bin| (bin.mean_forecast, bin.observed, bin.forecasts))
+            .collect(),
+        regret_cold_starts: regret.excess(),
+        fallen_back: regret.harmful(),
+        switched_off: !forecaster.config().forecasting,
     }
 }
 

@@ -36,6 +36,12 @@ pub fn model_key(of: &ProfileRef) -> String {
     format!("{}/{}", of.owner, of.profile)
 }
 
+/// The profile that models know under a name.
+pub fn profile_of(key: &str) -> ProfileRef {
+    let (owner, profile) = key.split_once('/').unwrap_or(("", key));
+    ProfileRef::new(profile, owner)
+}
+
 /// All models of a host.
 pub struct Models {
     /// Which parts.

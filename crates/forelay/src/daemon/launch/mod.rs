@@ -589,6 +589,9 @@ impl LaunchService {
             }
             dir.clear();
         }
+        if !matches!(error, HostError::Cancelled) {
+            self.supervisor.histograms.failed();
+        }
         let text = error.to_string();
         launch.claim.end(match error {
             HostError::Cancelled => VmEnd::Stopped { note: Some(text) },

@@ -20,6 +20,7 @@ use forelay_store::Scheduler;
 use parking_lot::{Mutex, RwLock};
 
 use crate::daemon::error::HostError;
+use crate::daemon::events::Events;
 use crate::daemon::memory::faults::Attribution;
 use crate::daemon::memory::planner::PlannerSender;
 use crate::daemon::memory::sessions::Sessions;
@@ -115,6 +116,7 @@ pub struct Domains {
     sessions: Sessions,
     attribution: Arc<Attribution>,
     wait_log: Mutex<WaitLog>,
+    events: Events,
     table: RwLock<BTreeMap<Domain, Arc<DomainMemory>>>,
 }
 
@@ -125,6 +127,7 @@ impl Domains {
         scheduler: Scheduler,
         planner: PlannerSender,
         sessions: Sessions,
+        events: Events,
     ) -> Self {
         let mounts_dir = mounts_dir.to_path_buf();
         let attribution = Arc::default();
@@ -135,6 +138,7 @@ impl Domains {
             sessions,
             attribution,
             wait_log: Mutex::default(),
+            events,
             table: RwLock::default(),
         }
     }
@@ -142,6 +146,11 @@ impl Domains {
     /// Where sessions and pins live.
     pub fn sessions(&self) -> &Sessions {
         &self.sessions
+    }
+
+    /// Where it is told what happens.
+    pub fn events(&self) -> &Events {
+        &self.events
     }
 
     /// Whose faults were they.
@@ -233,7 +242,8 @@ impl Domains {
         for memory in self.all() {
             memory.shared.retry_pending();
         }
-        self.wait_log.lock().note(longest_waits(self));
+        let waits = longest_waits(self);
+        self.wait_log.lock().note(waits, &self.events);
     }
 
     /// What the repository says, while demands for its bytes fail again and again.

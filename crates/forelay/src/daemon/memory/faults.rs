@@ -66,14 +66,26 @@ pub struct Waits {
     bytes: AtomicU64,
     stall_ns: AtomicU64,
     plan: Plan,
-    causes: Mutex<WaitCauses>,
+    causes: Mutex<ByCause>,
 }
+
+/// Fetches and their bytes, by cause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct ByCause {
+    fetches: WaitCauses,
+    bytes: WaitCauses,
+}
+
+/// One of the causes.
+type Cause = fn(&mut WaitCauses) -> &mut u64;
 
 /// A snapshot of [`Waits`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WaitFigures {
     /// Why it waited.
     pub causes: WaitCauses,
+    /// Bytes that it waited for, by the same causes.
+    pub cause_bytes: WaitCauses,
     /// Faults that had to wait for bytes not in shared memory.
     pub fetches: u64,
     /// Bytes they asked for.
@@ -94,11 +106,16 @@ impl From<WaitFigures> for crate::api::Waits {
 }
 
 impl Waits {
-    /// Notes why bytes had to be waited for; `evicted` says whether they were here and were
-    /// given back.
-    fn note_cause(&self, image: &SharedImage, extent: Extent, evicted: impl FnOnce() -> bool) {
+    /// Why bytes had to be waited for; `evicted` says whether they were here and were given
+    /// back.
+    fn cause_of(
+        &self,
+        image: &SharedImage,
+        extent: Extent,
+        evicted: impl FnOnce() -> bool,
+    ) -> Cause {
         let is_in = |pages: &PagesByImage| any_of(pages.get(&image.image), extent);
-        let cause: fn(&mut WaitCauses) -> &mut u64 = if !is_in(&self.plan.all) {
+        if !is_in(&self.plan.all) {
             |causes| &mut causes.unforeseen
         } else if is_in(&self.plan.missing) {
             |causes| &mut causes.late
@@ -106,8 +123,13 @@ impl Waits {
             |causes| &mut causes.evicted
         } else {
             |causes| &mut causes.reclaimed
-        };
-        *cause(&mut self.causes.lock()) += 1;
+        }
+    }
+
+    fn note_cause(&self, cause: Cause, bytes: u64) {
+        let mut causes = self.causes.lock();
+        *cause(&mut causes.fetches) += 1;
+        *cause(&mut causes.bytes) += bytes;
     }
 
     /// Whether its launch had a plan for this image.
@@ -117,8 +139,10 @@ impl Waits {
 
     /// The figures now.
     pub fn figures(&self) -> WaitFigures {
+        let ByCause { fetches, bytes } = *self.causes.lock();
         WaitFigures {
-            causes: *self.causes.lock(),
+            causes: fetches,
+            cause_bytes: bytes,
             fetches: self.fetches.load(Relaxed),
             bytes: self.bytes.load(Relaxed),
             stall_ns: self.stall_ns.load(Relaxed),
@@ -231,9 +255,11 @@ impl Attribution {
         self.total.add(extent.len, stall);
         if let Some(waits) = vm {
             waits.add(extent.len, stall);
-            waits.note_cause(image, extent, || {
+            let cause = waits.cause_of(image, extent, || {
                 any_of(self.evicted.lock().get(image), extent)
             });
+            waits.note_cause(cause, extent.len);
+            self.total.note_cause(cause, extent.len);
         }
     }
 }
@@ -297,6 +323,9 @@ mod tests {
         fault(1);
         causes.reclaimed += 1;
         assert_eq!(waits.figures().causes, causes, "it had returned");
+        let host = attribution.total.figures();
+        assert_eq!(host.causes, causes);
+        assert_eq!(host.cause_bytes.reclaimed, 2 * 4096);
         attribution.keep_evicted(|mapped| *mapped == image);
         let kept = |attribution: &Attribution| {
             let evicted = attribution.evicted.lock();

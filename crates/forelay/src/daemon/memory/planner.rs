@@ -25,7 +25,8 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::api::Shortage;
+use crate::api::{EventKind, Shortage};
+use crate::daemon::events::Happening;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::executors::Executors;
 use crate::daemon::memory::journal::JournalWriter;
@@ -172,6 +173,7 @@ impl PlannerHandle {
             freeing: None,
             trimmed: Instant::now(),
             before: Look::default(),
+            told: PlanCounters::default(),
         };
         spawn("forelay-planner", move || thread.run(&inbox))?;
         Ok(Self {
@@ -312,6 +314,8 @@ struct PlannerThread {
     trimmed: Instant,
     /// What the last look at residency found.
     before: Look,
+    /// What was done when that was last told.
+    told: PlanCounters,
 }
 
 impl PlannerThread {
@@ -362,6 +366,13 @@ impl PlannerThread {
         let level = self.parts.planner.pressure();
         if level != before {
             tracing::info!(?before, ?level, ?sample, "memory");
+            let was = format!("{before:?}").to_lowercase();
+            let message = format!(
+                "memory is {}, was {was}",
+                format!("{level:?}").to_lowercase()
+            );
+            let available = Happening::new(EventKind::Pressure, message);
+            self.parts.domains.events().tell(available);
             self.trim_disk_cache();
         }
         match level {
@@ -404,7 +415,32 @@ impl PlannerThread {
             .spawn_blocking(move || scheduler.give_back_pages());
     }
 
+    /// Tells what left shared memory since the last tick, and why.
+    fn tell_evictions(&mut self) {
+        let now = self.parts.planner.counters();
+        let before = std::mem::replace(&mut self.told, now);
+        let left = [
+            (
+                now.budget_evicted_bytes - before.budget_evicted_bytes,
+                "evicted to stay within the budget",
+            ),
+            (
+                now.pressure_evicted_bytes - before.pressure_evicted_bytes,
+                "evicted: memory is critical",
+            ),
+            (
+                now.reclaimed_bytes - before.reclaimed_bytes,
+                "reclaimed by the kernel, unasked",
+            ),
+        ];
+        for (bytes, why) in left.into_iter().filter(|(bytes, _)| *bytes > 0) {
+            let evicting = Happening::new(EventKind::Evicting, why).bytes(bytes);
+            self.parts.domains.events().tell(evicting);
+        }
+    }
+
     fn tick(&mut self) {
+        self.tell_evictions();
         let short = self.parts.planner.pressure() != PressureLevel::Plenty;
         if short || self.trimmed.elapsed() >= TRIM_EVERY {
             self.trim_disk_cache();

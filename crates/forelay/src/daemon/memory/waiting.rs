@@ -13,7 +13,8 @@ use forelay_image::{Digest, Extent};
 use forelay_memory::WaitingRead;
 use forelay_store::FetchError;
 
-use crate::api::{PendingFault, WaitCulprit};
+use crate::api::{EventKind, PendingFault, WaitCulprit};
+use crate::daemon::events::{Events, Happening};
 use crate::daemon::memory::domains::Domains;
 
 /// A fault that is younger is an ordinary demand fetch.
@@ -117,7 +118,7 @@ pub struct WaitLog {
 
 impl WaitLog {
     /// Notes who waits now.
-    pub fn note(&mut self, waits: BTreeMap<u32, PendingWait>) {
+    pub fn note(&mut self, waits: BTreeMap<u32, PendingWait>, events: &Events) {
         for (pid, wait) in &waits {
             if !self.logged.contains_key(pid) {
                 tracing::error!(
@@ -128,12 +129,19 @@ impl WaitLog {
                     error = wait.error.as_deref().unwrap_or("no answer yet"),
                     "a VM waits for bytes; they are tried for until they are there"
                 );
+                let why = wait.error.as_deref().unwrap_or("no answer yet");
+                let message = format!("waits for bytes; {}: {why}", wait.culprit);
+                let waiting = Happening::new(EventKind::Waiting, message).of_vm(&wait.vm);
+                events.tell(waiting.bytes(wait.extent.len));
             }
         }
         for (pid, wait) in std::mem::take(&mut self.logged) {
             if !waits.contains_key(&pid) {
                 let waited_s = wait.since.elapsed().as_secs_f64();
                 tracing::info!(vm = wait.vm, waited_s, "a VM waits no longer");
+                let message = format!("waits no longer, after {waited_s:.1} s");
+                let over = Happening::new(EventKind::WaitOver, message).of_vm(&wait.vm);
+                events.tell(over.seconds(waited_s));
             }
         }
         self.logged = waits;

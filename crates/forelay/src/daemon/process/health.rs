@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
 
-use crate::api::Degraded;
+use crate::api::{Degraded, EventKind};
+use crate::daemon::events::{Events, Happening};
 use crate::daemon::memory::planner::now_ms;
 
 /// What may be missing.
@@ -51,13 +52,21 @@ impl Dependency {
 
 /// The parts that are missing now.
 #[derive(Debug, Default)]
-pub struct Health(Mutex<BTreeMap<Dependency, Degraded>>);
+pub struct Health {
+    missing: Mutex<BTreeMap<Dependency, Degraded>>,
+    events: Events,
+}
 
 impl Health {
+    /// Where it is told what is missing.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
     /// Notes that a part is missing, or the like of it has changed.
     pub fn lack(&self, dependency: Dependency, problem: impl Into<String>) {
         let problem = problem.into();
-        let mut missing = self.0.lock();
+        let mut missing = self.missing.lock();
         if let Some(known) = missing.get_mut(&dependency) {
             if known.problem != problem {
                 tracing::warn!(part = dependency.name(), problem, "degraded");
@@ -70,6 +79,9 @@ impl Health {
             problem,
             "degraded: serving without it"
         );
+        let message = format!("{}: {problem}", dependency.name());
+        self.events
+            .tell(Happening::new(EventKind::Degraded, message));
         let what = dependency.name().to_owned();
         let since_ms = now_ms();
         missing.insert(
@@ -84,8 +96,11 @@ impl Health {
 
     /// Notes that a part is there.
     pub fn has(&self, dependency: Dependency) {
-        if self.0.lock().remove(&dependency).is_some() {
+        if self.missing.lock().remove(&dependency).is_some() {
             tracing::info!(part = dependency.name(), "there again");
+            let message = format!("{} is there again", dependency.name());
+            self.events
+                .tell(Happening::new(EventKind::Restored, message));
         }
     }
 
@@ -109,12 +124,12 @@ impl Health {
 
     /// What is missing, for clients.
     pub fn missing(&self) -> Vec<Degraded> {
-        self.0.lock().values().cloned().collect()
+        self.missing.lock().values().cloned().collect()
     }
 
     /// True if this part is missing.
     pub fn lacks(&self, dependency: Dependency) -> bool {
-        self.0.lock().contains_key(&dependency)
+        self.missing.lock().contains_key(&dependency)
     }
 }
 

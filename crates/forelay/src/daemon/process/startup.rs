@@ -34,6 +34,7 @@ use crate::daemon::memory::journal::{Journal, JournalWriter, Replayed};
 use crate::daemon::memory::planner::{PlannerHandle, PlannerParts, planner_channel};
 use crate::daemon::memory::samples::{Sampler, total_bytes};
 use crate::daemon::memory::sessions::Sessions;
+use crate::daemon::vm::registry::VmRegistry;
 use crate::daemon::{Host, Parts};
 
 /// Share of the host's memory that an adaptive budget may take at most.
@@ -179,6 +180,7 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
         scheduler.clone(),
         sender.clone(),
         Sessions::connect()?,
+        health.events().clone(),
     ));
     let (plan, budget) = memory_settings(&config);
     let journal = Journal::open(config.runtime_dir.join("mapping-table.journal"));
@@ -209,6 +211,7 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
         last_launches.memory_mib(),
     );
     let preparations = Preparations::open(config.runtime_dir.join("premapped"));
+    let registry = VmRegistry::new(health.events().clone());
     let host = Host::new(Parts {
         driver: Arc::new(driver(&config)),
         preparations: Arc::new(preparations),
@@ -222,7 +225,7 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
         learner: Arc::new(learner),
         last_launches: Arc::new(last_launches),
         demand,
-        instances: Arc::default(),
+        instances: Arc::new(registry),
         learning_tasks: Arc::default(),
     });
     Ok((Arc::new(host), journalled))

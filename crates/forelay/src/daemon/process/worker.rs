@@ -28,6 +28,8 @@ use crate::daemon::api::{connections, server};
 const RETRY_EVERY: Duration = Duration::from_secs(5);
 /// A repository that does not say within this time that it is there, is not.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// Descriptors that a worker may have, if the system allows so many.
+const DESCRIPTORS: u64 = 16_384;
 /// How long a stop waits for VMs that are still being found.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -36,6 +38,7 @@ pub fn run_worker(path: Option<&Path>, runtime_dir: &Path) -> Result<()> {
     super::log();
     super::keep_private();
     abort_on_panic();
+    raise_descriptors();
     let health = Health::default();
     let config = config_or_last_good(path, runtime_dir, &health)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -54,6 +57,25 @@ fn abort_on_panic() {
         report(panic);
         std::process::abort();
     }));
+}
+
+/// Lets this process have as many descriptors as the system allows it, up to a bound: what
+/// shells and service managers give at first is less than the clients that may watch.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit
+        .maximum
+        .map_or(DESCRIPTORS, |most| most.min(DESCRIPTORS));
+    if limit.current.is_some_and(|current| current < wanted) {
+        let raised = Rlimit {
+            current: Some(wanted),
+            ..limit
+        };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!(%error, "few clients may watch: descriptors are limited");
+        }
+    }
 }
 
 /// What ends a worker.

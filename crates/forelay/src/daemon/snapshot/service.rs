@@ -15,8 +15,9 @@ use forelay_guest_protocol::snapshot::Tier;
 use forelay_image::{ChunkIndex, Component, ComponentId, Digest, Extent};
 use forelay_store::{ImageMap, Priority, Store};
 
-use crate::api;
+use crate::api::{self, EventKind};
 use crate::daemon::error::HostError;
+use crate::daemon::events::Happening;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::planner::PlannerHandle;
 use crate::daemon::order::{DeviceRecord, Order};
@@ -372,6 +373,7 @@ impl Snapshots {
             .await;
         let kept = shelf.publish(component, image, chunks).await?;
         let Err(error) = self.verify(shelf, &kept).await else {
+            self.tell_made(component);
             return Ok(kept);
         };
         // It shares what is damaged with others: all that is goes, and it is written again.
@@ -379,7 +381,22 @@ impl Snapshots {
         self.verify_all().await;
         self.remove_aside(shelf, |_| true).await;
         let kept = shelf.publish(component, image, chunks).await?;
-        Ok(self.verify(shelf, &kept).await.map(|()| kept)?)
+        self.verify(shelf, &kept).await?;
+        self.tell_made(component);
+        Ok(kept)
+    }
+
+    fn tell_made(&self, component: &Component) {
+        let tier = component.snapshot.as_ref().map(|of| of.origin.tier.name());
+        let message = format!(
+            "a snapshot was made of {}, at `{}`",
+            component.name,
+            tier.unwrap_or_default()
+        );
+        let made = Happening::new(EventKind::SnapshotMade, message);
+        self.registry
+            .events()
+            .tell(made.bytes(component.image.bytes));
     }
 
     async fn remove_aside(&self, shelf: &Shelf, wanted: impl Fn(&Kept) -> bool) {
@@ -435,6 +452,12 @@ impl Snapshots {
 
     /// A launch could not resume from a snapshot. True if it is set aside for that.
     pub async fn note_failure(&self, kept: &Kept, error: &NotResumed) -> bool {
+        let message = format!(
+            "a launch did not resume from snapshot {}: {error}",
+            kept.id.short()
+        );
+        let failed = Happening::new(EventKind::SnapshotFailed, message);
+        self.registry.events().tell(failed);
         let aside = match self.shelf(&kept.domain).await {
             Ok(shelf) => shelf.note_failure(kept.id, error),
             Err(error) => {

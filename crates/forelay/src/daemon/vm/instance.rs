@@ -12,7 +12,7 @@
 //! Invariant: what has ended stays ended.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use forelay_cache::Domain;
 use forelay_image::NameError;
@@ -20,9 +20,11 @@ use forelay_vm::{Forward, VmHandle};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::api::{LaunchFigures, Vm, VmComponent, VmState, Waits};
+use crate::api::{EventKind, LaunchFigures, Vm, VmComponent, VmState, Waits};
+use crate::daemon::events::{Events, Happening};
 use crate::daemon::order::DeviceRecord;
 use crate::daemon::vm::directory::{RECORD, VmDir};
+use crate::daemon::vm::launch_figures::start_of;
 use crate::daemon::vm::registry::{RECORD_FORMAT, Record};
 use crate::daemon::vm::supervise::Observed;
 use crate::history::{LaunchId, ProfileRef};
@@ -161,6 +163,43 @@ impl VmStage {
     }
 }
 
+/// What there is to say of a VM that came to this stage.
+fn happening(data: &VmData, stage: &VmStage) -> Happening {
+    let state = stage.state();
+    let (kind, message) = match state {
+        VmState::Launching => (EventKind::Launching, "a launch was asked for".to_owned()),
+        VmState::Booting => (EventKind::Started, "its VMM runs".to_owned()),
+        VmState::Mounted => (EventKind::Mounted, "it has mounted its image".to_owned()),
+        VmState::Ready => (EventKind::Ready, ready_message(&data.launch)),
+        VmState::Unreachable => (EventKind::Unreachable, stage.error().unwrap_or_default()),
+        VmState::Stopped => {
+            let note = stage.error().unwrap_or_else(|| "it has stopped".to_owned());
+            (EventKind::Stopped, note)
+        }
+        VmState::Failed => (EventKind::Failed, stage.error().unwrap_or_default()),
+    };
+    let happening = Happening::new(kind, message);
+    match data.launch.ready_s.filter(|_| state == VmState::Ready) {
+        Some(ready_s) => happening.seconds(ready_s),
+        None => happening,
+    }
+}
+
+fn ready_message(launch: &LaunchFigures) -> String {
+    let start = start_of(launch);
+    let from = launch
+        .resumed
+        .map(|tier| format!(" from its snapshot at `{}`", tier.name()));
+    let ready = launch
+        .ready_s
+        .map(|ready_s| format!(" after {ready_s:.2} s"));
+    format!(
+        "ready{}: {start}{}",
+        ready.unwrap_or_default(),
+        from.unwrap_or_default()
+    )
+}
+
 /// One VM.
 pub struct Instance {
     name: String,
@@ -168,6 +207,8 @@ pub struct Instance {
     cancel: watch::Sender<bool>,
     /// Held by the attach or detach under way.
     devices_change: tokio::sync::Mutex<()>,
+    /// Where it is told what becomes of it.
+    events: OnceLock<Events>,
 }
 
 impl std::fmt::Debug for Instance {
@@ -183,7 +224,27 @@ impl Instance {
             now: watch::Sender::new((data, stage)),
             cancel: watch::Sender::new(false),
             devices_change: tokio::sync::Mutex::default(),
+            events: OnceLock::new(),
         }
+    }
+
+    /// From now on it is told to `events` what becomes of it.
+    pub fn tell_to(&self, events: &Events) {
+        let _ = self.events.set(events.clone());
+    }
+
+    /// Tells what has become of it.
+    pub fn tell(&self) {
+        let Some(events) = self.events.get() else {
+            return;
+        };
+        let happening = {
+            let (data, stage) = &*self.now.borrow();
+            happening(data, stage)
+                .of_vm(&self.name)
+                .of_profile(&data.of.profile)
+        };
+        events.tell(happening);
     }
 
     /// One that is being launched.
@@ -258,13 +319,19 @@ impl Instance {
 
     /// Goes on to the stage that `next` makes of the one before, unless it has ended.
     fn go_on(&self, next: impl FnOnce(&VmStage) -> VmStage) {
+        let mut changed = false;
         self.now.send_if_modified(|(_, stage)| {
             let ended = matches!(stage, VmStage::Ended(_));
             if !ended {
+                let before = stage.state();
                 *stage = next(stage);
+                changed = stage.state() != before;
             }
             !ended
         });
+        if changed {
+            self.tell();
+        }
     }
 
     /// Its VMM runs; nobody supervises it yet.
@@ -304,10 +371,13 @@ impl Instance {
 
     /// The guest has come so far.
     pub fn note_guest(&self, come: GuestStage) {
-        self.now.send_if_modified(|(_, stage)| match stage {
+        let changed = self.now.send_if_modified(|(_, stage)| match stage {
             VmStage::Running { guest, .. } => std::mem::replace(guest, come) != come,
             _ => false,
         });
+        if changed {
+            self.tell();
+        }
     }
 
     /// Its VMM is gone.

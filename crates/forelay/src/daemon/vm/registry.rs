@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Vm, VmComponent};
 use crate::daemon::error::HostError;
+use crate::daemon::events::Events;
 use crate::daemon::forecast::forecasts::{LiveVm, LiveVms};
 use crate::daemon::memory::residency::RunningVmm;
 use crate::daemon::order::DeviceRecord;
@@ -48,6 +49,7 @@ pub struct Record {
 #[derive(Debug, Default)]
 pub struct VmRegistry {
     table: Mutex<InstanceTable>,
+    events: Events,
 }
 
 #[derive(Debug, Default)]
@@ -103,6 +105,19 @@ impl Drop for Claim {
 }
 
 impl VmRegistry {
+    /// No instance yet; what becomes of them is told to `events`.
+    pub fn new(events: Events) -> Self {
+        Self {
+            table: Mutex::default(),
+            events,
+        }
+    }
+
+    /// Where it is told what becomes of instances.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
     /// Claims a name for a launch, of which `make` says what it is; refuses a name that a live
     /// instance has.
     pub fn claim(
@@ -122,6 +137,8 @@ impl VmRegistry {
         };
         let instance = Arc::new(Instance::launching(&name, make(&name)?));
         table.insert(Arc::clone(&instance))?;
+        instance.tell_to(&self.events);
+        instance.tell();
         Ok(Claim {
             instance,
             kept: false,
@@ -130,7 +147,10 @@ impl VmRegistry {
 
     /// Adds an instance that an earlier daemon launched.
     pub fn insert(&self, instance: Arc<Instance>) -> Result<(), HostError> {
-        self.table.lock().insert(instance)
+        let mut table = self.table.lock();
+        table.insert(Arc::clone(&instance))?;
+        instance.tell_to(&self.events);
+        Ok(())
     }
 
     /// Keeps names from launches for as long as there is a record that nobody can read.

@@ -36,7 +36,7 @@ impl VmService {
     /// All instances.
     pub fn list(&self) -> Vec<Vm> {
         let all = self.registry.all();
-        let waiting = longest_waits(&self.domains);
+        let waiting = self.waiting();
         let shown = all.iter().map(|one| self.with_waits(one, &waiting));
         let mut vms: Vec<Vm> = shown.collect();
         vms.sort_by(|a, b| (a.launched_ms, &a.name).cmp(&(b.launched_ms, &b.name)));
@@ -59,6 +59,11 @@ impl VmService {
         vm
     }
 
+    /// VMs that wait for bytes for longer than a fetch takes, by the VMM's process id.
+    pub fn waiting(&self) -> BTreeMap<u32, PendingWait> {
+        longest_waits(&self.domains)
+    }
+
     /// The instance of this name.
     pub fn instance(&self, name: &str) -> Result<Arc<Instance>, HostError> {
         self.registry
@@ -70,7 +75,7 @@ impl VmService {
     pub async fn show(&self, name: &str, patience: Duration) -> Result<Vm, HostError> {
         let instance = self.instance(name)?;
         let _ = tokio::time::timeout(patience, instance.state_changed()).await;
-        Ok(self.with_waits(&instance, &longest_waits(&self.domains)))
+        Ok(self.with_waits(&instance, &self.waiting()))
     }
 
     /// Stops an instance; one that has ended already is left as it is, and one that is

@@ -24,6 +24,7 @@ use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::faults::{Plan, Waits};
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::vm::instance::{GuestStage, Instance, VmData, VmEnd};
+use crate::daemon::vm::launch_figures::LaunchHistograms;
 use crate::history::ProfileRef;
 
 /// Between scans while a launch is observed.
@@ -77,6 +78,7 @@ pub struct Supervisor {
     pub memory: Arc<PlannerHandle>,
     pub learner: Arc<Learner>,
     pub learning_tasks: Arc<LearningTasks>,
+    pub histograms: Arc<LaunchHistograms>,
     /// How long after `ready` touches still count to a launch.
     pub window: Duration,
 }
@@ -240,6 +242,9 @@ impl Supervisor {
             }
             vm.exit_status = progress.entrypoint.map(|status| status.code());
         });
+        if launch.ready_at.is_some() && before.1.1.is_none() && !launch.recorded {
+            instance.read(|vm| self.histograms.ready(&vm.launch));
+        }
         match progress.phase {
             // Just launched, or taken over and not heard of yet: what is known stands.
             Phase::Starting | Phase::Stopping | Phase::Ended => {}
@@ -404,6 +409,9 @@ impl Supervisor {
             return instance.end(VmEnd::Stopped { note: None });
         }
         let reason = failure.map_or_else(String::new, |text| format!(": {text}"));
+        if instance.read(|vm| vm.launch.ready_s.is_none()) {
+            self.histograms.failed();
+        }
         let console = handle.console_tail();
         let error = format!("{ended}{reason}; last console lines:\n{console}");
         instance.end(VmEnd::Failed { error });
