@@ -16,7 +16,7 @@ use forelay_store::Store;
 use forelay_vm::{Cause, Ended, Moment, Phase, Progress, VmHandle};
 use parking_lot::Mutex;
 
-use crate::api::LaunchFigures;
+use crate::api::{LaunchFigures, VmState};
 use crate::daemon::forecast::learning::{LaunchOutcome, Learner};
 use crate::daemon::forecast::observation::{LearningTasks, TouchBuffer};
 use crate::daemon::forecast::observer::{NewTouches, Observer};
@@ -249,7 +249,13 @@ impl Supervisor {
             // Just launched, or taken over and not heard of yet: what is known stands.
             Phase::Starting | Phase::Stopping | Phase::Ended => {}
             Phase::Mounted => instance.note_guest(GuestStage::Mounted),
-            Phase::Ready => instance.note_guest(GuestStage::Ready),
+            Phase::Ready => {
+                // Both may come at once; nobody is to miss the first.
+                if instance.state() == VmState::Booting {
+                    instance.note_guest(GuestStage::Mounted);
+                }
+                instance.note_guest(GuestStage::Ready);
+            }
         }
         if seen() != before {
             save(instance);
