@@ -1,4 +1,4 @@
-//! What happens on this host, told to whoever watches.
+//! What happens on this host, told to those who watch.
 //!
 //! Owns the last events and their numbers; any folder may tell one, none may ask. Refuses to
 //! know who watches. Invariants: numbers grow by one, in the order in which watchers hear of the
@@ -84,12 +84,12 @@ pub struct Events(Arc<Bus>);
 
 #[derive(Debug)]
 struct Bus {
-    kept: Mutex<Kept>,
+    kept: Mutex<LastEvents>,
     sender: broadcast::Sender<Arc<Told>>,
 }
 
 #[derive(Debug, Default)]
-struct Kept {
+struct LastEvents {
     last_id: u64,
     events: VecDeque<Arc<Told>>,
 }

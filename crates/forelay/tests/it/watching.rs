@@ -168,7 +168,7 @@ fn privileged_what_happens_is_told_and_counted() {
     });
 }
 
-/// Errors are problems, whoever tells them, and each has the id of its request.
+/// Errors are problems, wherever they come from, and each has the id of its request.
 fn problems(host: &Host) {
     let (head, body) = get(host, "/v1/vms/nobody", "X-Request-Id: mine-1\r\n");
     assert!(

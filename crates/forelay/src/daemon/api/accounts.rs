@@ -62,14 +62,14 @@ impl MemoryAccounts {
             let devices = live.iter().map(|one| one.read(|vm| vm.devices.len()));
             match devices.sum::<usize>() <= MOST_LOOKED_AT {
                 true => this.report_of(&this.look(&live), api::MemorySource::Kernel),
-                false => this.from_table(),
+                false => this.told_by_table(),
             }
         });
         work.await.map_err(HostError::failed)
     }
 
     /// The same as the mapping table has it. May take a moment: call it off the async threads.
-    pub fn from_table(&self) -> api::MemoryReport {
+    pub fn told_by_table(&self) -> api::MemoryReport {
         let accounting = account_shared(self.memory.table());
         self.report_of(&accounting, api::MemorySource::Table)
     }

@@ -18,7 +18,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::api::{MemoryReport, VmState};
+use crate::api::{MemoryReport, Totals, VmState};
 use crate::daemon::Host;
 use crate::daemon::api::server::Failure;
 use crate::daemon::error::HostError;
@@ -41,7 +41,7 @@ pub async fn scrape(State(host): State<Arc<Host>>) -> Result<Response, Failure> 
 fn exposition(host: &Host) -> Result<String, std::fmt::Error> {
     let mut page = Page(Registry::with_prefix("forelay"));
     page.host(host);
-    page.memory(&host.accounts.from_table());
+    page.memory(&host.accounts.told_by_table());
     page.plan(host);
     page.demand(host);
     page.forecasts(host);
@@ -191,7 +191,11 @@ impl Page {
             "1 for how short of memory the host is",
             &levels,
         );
-        let totals = &report.totals;
+        self.left(&report.totals);
+    }
+
+    /// What came into shared memory and what left it.
+    fn left(&mut self, totals: &Totals) {
         let counters = [
             (
                 "prefetch_pushed",

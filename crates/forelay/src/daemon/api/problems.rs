@@ -1,6 +1,6 @@
 //! Errors as every client sees them: problem details (RFC 9457), each with its request's id.
 //!
-//! Owns the form. Whoever answers with an error says it in words, as JSON or plain text, and may
+//! Owns the form. Those who answer with an error say it in words, as JSON or plain text, and may
 //! say of which kind it is ([`ProblemKind`]); here it becomes `application/problem+json`. Invariants:
 //! every answer has an `x-request-id`; no error is told in another form.
 
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_error_is_a_problem_whoever_told_it() {
+    async fn an_error_is_a_problem_wherever_it_comes_from() {
         let read = async |response: Response| {
             let response = problem(response, "r-1").await;
             assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");
