@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         ["guest"] => guest::build().map(|path| println!("{}", path.display())),
         // Not for people: the memory hog of `bench pressure`.
         ["hog"] => hog::run(),
-        ["tidy"] => tidy::run_all(),
+        ["tidy"] => tidy::check(),
         ["tidy", "--figures"] => tidy::print_figures(None),
         ["tidy", "--figures", root] => tidy::print_figures(Some(root)),
         _ => {

@@ -18,26 +18,12 @@ use std::fs;
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{cargo, run, workspace_root};
+use crate::process::workspace_root;
 use allowances::{Allowance, Allowances, Violation};
 use sources::SourceFile;
 
 /// The pages whose claims are checked.
 const PAGES: [&str; 2] = ["README.md", "ARCHITECTURE.md"];
-
-/// Runs the checks of `tidy` and the test that parses the documented commands.
-pub fn run_all() -> Result<()> {
-    check()?;
-    run(&mut cargo(&[
-        "test",
-        "--quiet",
-        "--package",
-        "forelay",
-        "--lib",
-        "--",
-        "cli::documented",
-    ]))
-}
 
 /// Runs all checks that need no build; fails with every finding listed.
 pub fn check() -> Result<()> {
