@@ -29,6 +29,12 @@ pub struct VmConfig {
     pub upper_size: String,
     /// Program on the serial console (respawned when it ends); empty for none.
     pub console: Vec<String>,
+    /// Files of the manifest's that say who the VM is ([`snapshot::is_identity`]): a clone
+    /// keeps them.
+    ///
+    /// [`snapshot::is_identity`]: crate::snapshot::is_identity
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub keeps: Vec<String>,
 }
 
 /// What runs in the VM.

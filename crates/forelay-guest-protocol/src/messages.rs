@@ -178,6 +178,10 @@ pub struct Mounted {
     pub devices: u16,
     /// When the steps so far were done.
     pub steps: BootSteps,
+    /// In a clone that had no image when it was resumed: what of its own identity it could not
+    /// be given since, hooks that failed among it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<String>,
 }
 
 /// When the steps of a boot were done, in the order in which they are taken: microseconds

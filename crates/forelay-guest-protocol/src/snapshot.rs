@@ -17,6 +17,10 @@ use crate::superblock;
 pub const HOLD_WORD: &str = "forelay.hold";
 /// Bytes of entropy that a clone is given.
 pub const ENTROPY_BYTES: usize = 64;
+/// Where machine ids are; the second is often a link to the first.
+pub const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
+/// Most failures of a clone's that are told.
+pub const MAX_FAILURES: usize = 32;
 /// Longest host name.
 const MAX_HOSTNAME_BYTES: usize = 64;
 
@@ -49,6 +53,18 @@ impl Tier {
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|tier| tier.name() == name)
     }
+}
+
+/// Whether a clone would replace the file at this path by one of its own.
+pub fn is_identity(path: &str) -> bool {
+    MACHINE_IDS.contains(&path) || is_host_key(path)
+}
+
+/// Whether the file at this path is a private key of the SSH server.
+pub fn is_host_key(path: &str) -> bool {
+    let name = path.strip_prefix("/etc/ssh/ssh_host_");
+    let kind = name.and_then(|name| name.strip_suffix("_key"));
+    kind.is_some_and(|kind| !kind.contains('/'))
 }
 
 /// What makes a clone a machine of its own.
@@ -173,6 +189,24 @@ mod tests {
             spoil(&mut bad);
             assert!(bad.validate().is_err(), "{index}: {bad:?}");
         }
+    }
+
+    #[test]
+    fn what_a_clone_replaces_is_told_from_other_files() {
+        let all = [
+            "/etc/machine-id",
+            "/var/lib/dbus/machine-id",
+            "/etc/ssh/ssh_host_ed25519_key",
+        ];
+        assert!(all.into_iter().all(is_identity));
+        let others = [
+            "/etc/hostname",
+            "/etc/ssh/sshd_config",
+            "/etc/ssh/ssh_host_ed25519_key.pub",
+            "/etc/ssh/ssh_host_/x_key",
+            "/root/ssh_host_rsa_key",
+        ];
+        assert!(!others.into_iter().any(is_identity));
     }
 
     #[test]

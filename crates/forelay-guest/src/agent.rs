@@ -396,7 +396,8 @@ impl Agent {
                 status if status.success() => Ok(()),
                 status => Err(identity::ended(status.code())),
             };
-        identity::files(resume, &run, &mut failures);
+        let at = (Tier::Ready, &self.config.keeps[..]);
+        identity::files(resume, at, &run, &mut failures);
         freezer::thaw().map_err(failed)?;
         let mounted = {
             let mut status = self.status();

@@ -103,13 +103,16 @@ fn boot() -> io::Result<Never> {
     if let Err(error) = sys::limit_open_files(OPEN_FILES_SOFT, OPEN_FILES_HARD) {
         console(&format!("limit of open files: {error}"));
     }
-    let port = clone.map(Clone::finish).transpose()?;
+    let finished = clone.map(|clone| clone.finish(&config.keeps)).transpose()?;
+    let (port, failures) = finished.map_or((None, Vec::new()), |(port, failures)| {
+        (Some(port), failures)
+    });
     steps.overlay_us = sys::uptime_us();
     if let Err(error) = network::configure(config.network.as_ref()) {
         console(&format!("network: {error}"));
     }
     steps.network_us = sys::uptime_us();
-    let mounted = root::report(&mounted, steps);
+    let mounted = root::report(&mounted, steps, failures);
     match &config.run {
         Run::Init { path } => {
             agent::spawn_beside_init(&mounted, port)?;
@@ -163,16 +166,21 @@ impl Clone {
         }
     }
 
-    /// Gives the root what is the clone's; returns the guest channel.
-    fn finish(mut self) -> io::Result<fs::File> {
+    /// Gives the root what is the clone's; returns the guest channel, and what failed that the
+    /// host has not heard of.
+    fn finish(mut self, keeps: &[String]) -> io::Result<(fs::File, Vec<String>)> {
         // The placeholder's, which `prepare_root` has set.
         sys::set_hostname(&self.held.resume.hostname)?;
-        identity::files(&self.held.resume, &run_alone, &mut self.failures);
-        match self.tier {
-            Tier::Kernel => self.failures.iter().for_each(|failure| console(failure)),
-            Tier::Composed | Tier::Ready => self.held.resumed(self.failures)?,
-        }
-        Ok(self.held.into_port())
+        let at = (self.tier, keeps);
+        identity::files(&self.held.resume, at, &run_alone, &mut self.failures);
+        let untold = match self.tier {
+            Tier::Kernel => self.failures,
+            Tier::Composed | Tier::Ready => {
+                self.held.resumed(self.failures)?;
+                Vec::new()
+            }
+        };
+        Ok((self.held.into_port(), untold))
     }
 }
 

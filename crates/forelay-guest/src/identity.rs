@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use forelay_guest_protocol::snapshot::Resume;
+use forelay_guest_protocol::snapshot::{MACHINE_IDS, MAX_FAILURES, Resume, Tier, is_host_key};
 
 use crate::boot::context;
 use crate::{pmem_state, process, sys};
@@ -48,8 +48,13 @@ pub fn kernel(resume: &Resume, failures: &mut Vec<String>) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the root's files what is the clone's, and runs the image's hooks.
-pub fn files(resume: &Resume, run: Run<'_>, failures: &mut Vec<String>) {
+/// Gives the root's files what is the clone's, `keeps` aside, and runs the image's hooks.
+pub fn files(
+    resume: &Resume,
+    (tier, keeps): (Tier, &[String]),
+    run: Run<'_>,
+    failures: &mut Vec<String>,
+) {
     let mut note = |what: &str, done: io::Result<()>| {
         failures.extend(done.err().map(|error| format!("{what}: {error}")));
     };
@@ -63,23 +68,27 @@ pub fn files(resume: &Resume, run: Run<'_>, failures: &mut Vec<String>) {
         replace("/etc/hostname", &format!("{hostname}\n"), 0o644),
     );
     note("/etc/hosts", rename_in_hosts(hostname));
+    let keeps = |path: &str| keeps.iter().any(|kept| kept == path);
     let id = format!("{machine_id}\n");
-    note("/etc/machine-id", replace("/etc/machine-id", &id, 0o444));
-    let dbus = "/var/lib/dbus/machine-id";
-    if fs::symlink_metadata(dbus).is_ok_and(|found| found.is_file()) {
-        note(dbus, replace(dbus, &id, 0o644));
+    let [main, dbus] = MACHINE_IDS;
+    let has_dbus = fs::symlink_metadata(dbus).is_ok_and(|found| found.is_file());
+    for (path, mode, is_made) in [(main, 0o444, true), (dbus, 0o644, has_dbus)] {
+        if is_made && !keeps(path) {
+            note(path, replace(path, &id, mode));
+        }
     }
     let deadline = Instant::now() + LIMIT;
     let within = |command: &mut Command| {
         let left = deadline.saturating_duration_since(Instant::now());
         run(command, left.min(HOOK_LIMIT))
     };
-    for key in host_keys() {
+    for key in host_keys(tier, keeps) {
         note(&key.display().to_string(), make_host_key(&key, &within));
     }
     for hook in hooks() {
         note(&hook.display().to_string(), within(&mut command(&hook)));
     }
+    failures.truncate(MAX_FAILURES);
 }
 
 /// A file with this content and mode; what was there is replaced, not followed.
@@ -115,13 +124,17 @@ fn with_name(hosts: &str, hostname: &str) -> Option<String> {
     (renamed != hosts).then_some(renamed)
 }
 
-/// The private keys of the SSH server.
-fn host_keys() -> Vec<PathBuf> {
-    let is_key = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("ssh_host_") && name.ends_with("_key")
+/// The private keys of the SSH server that another VM may have as well, and would not if both
+/// had booted: what nothing has run in has its image's keys either way.
+fn host_keys(tier: Tier, keeps: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+    if tier < Tier::Ready {
+        return Vec::new();
+    }
+    let is_made = |path: &PathBuf| {
+        let path = path.to_string_lossy();
+        is_host_key(&path) && !keeps(&path)
     };
-    sorted("/etc/ssh", is_key)
+    sorted("/etc/ssh", is_made)
 }
 
 fn make_host_key(key: &Path, run: &dyn Fn(&mut Command) -> io::Result<()>) -> io::Result<()> {

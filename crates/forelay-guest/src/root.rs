@@ -51,13 +51,14 @@ pub struct MountedRoot {
 }
 
 /// What the host is told.
-pub fn report(source: &MountedRoot, steps: BootSteps) -> Mounted {
+pub fn report(source: &MountedRoot, steps: BootSteps, failures: Vec<String>) -> Mounted {
     Mounted {
         uptime_ms: sys::uptime_us() / 1000,
         dax: source.dax,
         source: source.kind.to_owned(),
         devices: source.devices,
         steps,
+        failures,
     }
 }
 

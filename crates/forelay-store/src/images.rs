@@ -174,10 +174,15 @@ impl Images {
         })
     }
 
-    /// Forgets an image that nobody will ask for again.
-    pub(crate) fn forget(&self, image: Digest) {
-        self.known.write().remove(&image);
-        self.open.write().remove(&image);
+    /// Forgets an image, also on disk: published again, it may lie in other packs.
+    pub(crate) fn forget(&self, image: ImageRef) {
+        self.known.write().remove(&image.digest);
+        self.open.write().remove(&image.digest);
+        let index = image.chunk_index;
+        for key in [layout::chunk_index(index), layout::locations(index)] {
+            // It may never have been opened.
+            let _ = fs::remove_file(self.kept_path(&key));
+        }
     }
 
     /// Whether an image's bytes are on this host already, in a repository of its own: they are
@@ -300,7 +305,7 @@ impl Images {
         cached: bool,
         decode: impl Fn(&[u8]) -> Result<T, String>,
     ) -> Result<T, StoreError> {
-        let path = self.folder.join(key.replace('/', "-"));
+        let path = self.kept_path(key);
         if cached {
             let local = fs::read(&path).ok().and_then(|bytes| decode(&bytes).ok());
             if let Some(value) = local {
@@ -316,6 +321,11 @@ impl Images {
             tracing::warn!(path = %path.display(), %error, "cannot keep an index in the cache directory");
         }
         Ok(value)
+    }
+
+    /// This host's copy of an object.
+    fn kept_path(&self, key: &str) -> PathBuf {
+        self.folder.join(key.replace('/', "-"))
     }
 
     fn keep(&self, path: &Path, bytes: &[u8]) -> std::io::Result<()> {

@@ -222,7 +222,7 @@ impl Store {
     }
 
     /// Forgets an image whose bytes are about to go; nothing may map it.
-    pub fn forget_image(&self, image: Digest) {
+    pub fn forget_image(&self, image: ImageRef) {
         self.0.images.forget(image);
     }
 

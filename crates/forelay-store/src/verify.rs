@@ -15,6 +15,7 @@ use crate::error::StoreError;
 use crate::images::{ImageMap, decode_chunk_index};
 use crate::layout;
 use crate::pack::{Locations, PackIndex, open_frame};
+use crate::repository::RepositoryError;
 use crate::store::{Store, decode_component};
 
 /// How far a verification is.
@@ -39,6 +40,43 @@ pub struct Finding {
     pub key: String,
     /// What is wrong with it.
     pub problem: String,
+    /// It, or what its check takes, could not be read: it may be right.
+    pub unreadable: bool,
+}
+
+/// What is wrong with an object that has no finding yet.
+struct Problem {
+    text: String,
+    unreadable: bool,
+}
+
+impl Problem {
+    fn at(self, key: String) -> Finding {
+        Finding {
+            key,
+            problem: self.text,
+            unreadable: self.unreadable,
+        }
+    }
+}
+
+impl From<String> for Problem {
+    fn from(text: String) -> Self {
+        Self {
+            text,
+            unreadable: false,
+        }
+    }
+}
+
+impl From<RepositoryError> for Problem {
+    fn from(error: RepositoryError) -> Self {
+        use RepositoryError::{NotFound, Truncated};
+        Self {
+            text: error.to_string(),
+            unreadable: !matches!(error, NotFound { .. } | Truncated { .. }),
+        }
+    }
 }
 
 /// What a verification found.
@@ -75,13 +113,11 @@ impl Store {
         }
         for object in components {
             let problem = match layout::digest_in(&object.key, layout::COMPONENTS, ".json") {
-                Some(id) => self.verify_component(id, &indexes).await.err(),
-                None => Some("its name is not that of a component".to_owned()),
+                Some(id) => self.verify_component(id, &indexes, &report).await.err(),
+                None => Some("its name is not that of a component".to_owned().into()),
             };
-            let key = object.key;
-            report
-                .findings
-                .extend(problem.map(|problem| Finding { key, problem }));
+            let found = problem.map(|problem| problem.at(object.key));
+            report.findings.extend(found);
             report.progress.components += 1;
             progress(report.progress);
         }
@@ -102,31 +138,28 @@ impl Store {
                         indexes.insert(pack, index);
                     }
                 }
-                self.verify_component(id, &indexes).await.err()
+                self.verify_component(id, &indexes, &report).await.err()
             }
-            Err(error) => Some(error.to_string()),
+            Err(error) => Some(error.to_string().into()),
         };
-        let key = layout::component(id);
-        report
-            .findings
-            .extend(problem.map(|problem| Finding { key, problem }));
+        let found = problem.map(|problem| problem.at(layout::component(id)));
+        report.findings.extend(found);
         Ok(report)
     }
 
     /// The pack's index, if the index itself is good.
     async fn verify_pack(&self, pack: Digest, report: &mut VerifyReport) -> Option<PackIndex> {
         let repository = &self.0.repository;
-        let mut found =
-            |key: String, problem: String| report.findings.push(Finding { key, problem });
+        let mut found = |key: String, problem: Problem| report.findings.push(problem.at(key));
         let key = layout::pack_index(pack);
         let decoded = match repository.get(&key).await {
-            Ok(bytes) => PackIndex::decode(&bytes).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
+            Ok(bytes) => PackIndex::decode(&bytes).map_err(|error| error.to_string().into()),
+            Err(error) => Err(error.into()),
         };
         let index = match decoded {
             Ok(index) if index.pack == pack => index,
             Ok(_) => {
-                found(key, "it is the index of another pack".into());
+                found(key, "it is the index of another pack".to_owned().into());
                 return None;
             }
             Err(problem) => {
@@ -138,7 +171,7 @@ impl Store {
         let bytes = match repository.get(&key).await {
             Ok(bytes) => bytes,
             Err(error) => {
-                found(key, error.to_string());
+                found(key, error.into());
                 return Some(index);
             }
         };
@@ -172,12 +205,9 @@ impl Store {
         };
         let (index, problems) = tokio::task::spawn_blocking(work).await.ok()?;
         report.progress.chunks += index.entries.len() as u64;
-        report
-            .findings
-            .extend(problems.into_iter().map(|problem| Finding {
-                key: key.clone(),
-                problem,
-            }));
+        let problems = problems.into_iter().map(Problem::from);
+        let found = problems.map(|problem| problem.at(key.clone()));
+        report.findings.extend(found);
         Some(index)
     }
 
@@ -185,21 +215,16 @@ impl Store {
         &self,
         id: Digest,
         indexes: &HashMap<Digest, PackIndex>,
-    ) -> Result<(), String> {
-        let get = async |key: String| {
-            self.0
-                .repository
-                .get(&key)
-                .await
-                .map_err(|error| error.to_string())
-        };
+        of_packs: &VerifyReport,
+    ) -> Result<(), Problem> {
+        let get = async |key: String| self.0.repository.get(&key).await;
         let component = decode_component(id, &get(layout::component(id)).await?)?;
         let (image, pinned) = (component.image.digest, component.image.chunk_index);
         let index = decode_chunk_index(pinned, &get(layout::chunk_index(pinned)).await?)
             .map_err(|problem| format!("chunk index of image {image}: {problem}"))?;
         let locations = Locations::decode(&get(layout::locations(pinned)).await?)
             .map_err(|error| format!("locations of image {image}: {error}"))?;
-        let map = ImageMap::new(component.image, index, locations)?;
+        let map = ImageMap::new(component.image, index, locations).map_err(str::to_owned)?;
         for (chunk_no, chunk) in map.index.chunks.iter().enumerate() {
             let located = map.location(chunk_no as u32);
             let there = located.is_some_and(|(pack, location)| {
@@ -216,9 +241,12 @@ impl Store {
                 })
             });
             if !there {
-                return Err(format!(
-                    "chunk {chunk_no} of image {image} is in no readable pack"
-                ));
+                let key = located.map(|(pack, _)| layout::pack_index(pack));
+                let mut unread = of_packs.findings.iter().filter(|one| one.unreadable);
+                return Err(Problem {
+                    text: format!("chunk {chunk_no} of image {image} is in no readable pack"),
+                    unreadable: unread.any(|one| Some(&one.key) == key.as_ref()),
+                });
             }
         }
         Ok(())

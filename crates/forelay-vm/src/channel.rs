@@ -14,7 +14,7 @@ use forelay_guest_protocol::messages::{
     BootSteps, ErrorKind, Exec, GuestCommand, GuestMessage, GuestRequest, Line, MAX_MESSAGE_BYTES,
     MAX_REQUEST_BYTES, Mounted, Reply, Status, encode_line,
 };
-use forelay_guest_protocol::snapshot::Tier;
+use forelay_guest_protocol::snapshot::{MAX_FAILURES, Tier};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::exec::{Execs, Execution};
@@ -252,6 +252,12 @@ pub(crate) fn bounded(mut text: String) -> String {
     text
 }
 
+/// What a clone could not be given, as much as is listened to.
+pub(crate) fn bounded_failures(mut failures: Vec<String>) -> Vec<String> {
+    failures.truncate(MAX_FAILURES);
+    failures.into_iter().map(bounded).collect()
+}
+
 /// Ends what a predecessor has left, half a line and programs, then asks what was missed.
 async fn catch_up(outgoing: mpsc::Sender<Vec<u8>>) {
     let mut first = vec![b'\n'];
@@ -370,6 +376,7 @@ impl Events {
     fn mounted(&self, mut mounted: Mounted) {
         let moment = self.moment(mounted.uptime_ms);
         mounted.source = bounded(mounted.source);
+        mounted.failures = bounded_failures(mounted.failures);
         self.progress.send_modify(|progress| {
             progress.mounted.get_or_insert(moment);
             progress.root.get_or_insert(mounted);

@@ -15,7 +15,7 @@ use forelay_guest_protocol::messages::{GuestCommand, Reply};
 use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
 
 use crate::RUNTIME_FILES;
-use crate::channel::{ChannelError, bounded};
+use crate::channel::{ChannelError, bounded_failures};
 use crate::driver::AttachError;
 use crate::handle::{VmError, VmHandle};
 use crate::lifecycle::Progress;
@@ -25,8 +25,6 @@ use crate::state::VmState;
 
 /// Largest state of devices, memory aside; some 100 KiB is usual.
 pub const MAX_STATE_BYTES: usize = 16 << 20;
-/// Most failures of a clone's that are listened to.
-const MAX_FAILURES: usize = 32;
 /// How long a clone may take to be a machine of its own, hooks of its image included.
 const RESUME: Duration = Duration::from_secs(60);
 
@@ -142,11 +140,9 @@ impl VmHandle {
         resume.validate().map_err(SnapshotError::Resume)?;
         let command = GuestCommand::Resume(resume);
         match self.channel().request(command, RESUME).await {
-            Ok(Reply::Resumed(mut resumed)) => {
+            Ok(Reply::Resumed(resumed)) => {
                 self.note(|progress| progress.held = None);
-                resumed.failures.truncate(MAX_FAILURES);
-                let failures = resumed.failures.into_iter().map(bounded);
-                let failures = failures.collect();
+                let failures = bounded_failures(resumed.failures);
                 Ok(Resumed { failures })
             }
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected).into()),

@@ -19,6 +19,7 @@ use forelay_guest_protocol::accounts::{
 use forelay_guest_protocol::config::{
     Entrypoint, Network, ReadyProbe, Run, VM_CONFIG_PATH, VmConfig,
 };
+use forelay_guest_protocol::snapshot::is_identity;
 use forelay_host::atomic_write;
 use forelay_image::bundle::Bundle;
 use forelay_image::component::{Component, ContainerImage, Role};
@@ -366,12 +367,14 @@ impl Recipe {
         });
         let mut env = image.map(|image| image.env.clone()).unwrap_or_default();
         env.extend(manifest.env.clone());
+        let own = manifest.files.keys().filter(|path| is_identity(path));
         VmConfig {
             hostname: hostname.to_owned(),
             run,
             env,
             ready: ready.or(health.map(ReadyProbe::Exec)),
             network: Some(Network::default()),
+            keeps: own.cloned().collect(),
             ..VmConfig::default()
         }
     }

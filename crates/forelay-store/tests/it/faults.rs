@@ -201,7 +201,27 @@ async fn truncated_and_vanished_packs_are_named_and_found_by_verify() {
         "the pack, and the chunk in it: {report:?}"
     );
 
+    // What cannot be read may be right: index and pack, with the component that needs them.
+    std::fs::write(&pack, &bytes).unwrap();
+    let id = sample.component.id();
+    for (reads, unreadable) in [(2, 2), (3, 1)] {
+        bench.faults.fail_after(reads, 1);
+        let report = host.verify_one(id).await.unwrap();
+        let all_unreadable = report.findings.iter().all(|one| one.unreadable);
+        assert!(all_unreadable, "after {reads} reads: {report:?}");
+        assert_eq!(report.findings.len(), unreadable, "{report:?}");
+        assert_eq!(host.verify_one(id).await.unwrap().findings, []);
+    }
+
     std::fs::remove_file(&pack).unwrap();
+    let report = host.verify_one(id).await.unwrap();
+    let [gone] = &report.findings[..] else {
+        panic!("{report:?}");
+    };
+    assert!(
+        !gone.unreadable,
+        "nobody can read what is not there: {gone:?}"
+    );
     let failed = host
         .scheduler()
         .fetch(sample.image(), 5, Priority::Demand)

@@ -333,8 +333,10 @@ async fn privileged_clones_of_a_ready_vm_are_machines_of_their_own() {
     // A young kernel reseeds itself every few seconds, which would hide that a clone was not
     // reseeded: this one is ready when it does so less often, and was reseeded just before.
     // (The shell reads byte by byte, and each read draws: each digit is of a number of its own.)
+    // Its clock is a day ahead of the host's that clones wake up on.
     let script = "while read up rest < /proc/uptime; [ ${up%.*} -lt 12 ]; do busybox usleep 200000; \
-                  done; reseed || exit 1; touch /run/serving; i=0; while :; do i=$((i+1)); \
+                  done; busybox date -s @$(( $(busybox date +%s) + 86400 )) || exit 1; \
+                  reseed || exit 1; touch /run/serving; i=0; while :; do i=$((i+1)); \
                   read r < /proc/sys/kernel/random/uuid; echo $r >> /run/drawn; \
                   echo $i > /run/count; busybox usleep 200000; done";
     let spec = bench.spec(assets, &[&base], &config(script));

@@ -172,6 +172,7 @@ impl Parts {
     fn snapshots(&self) -> Arc<Snapshots> {
         Arc::new(Snapshots {
             dir: self.config.snapshots_dir(),
+            timeout: self.config.repository.timeout(),
             store: self.store.clone(),
             domains: Arc::clone(&self.domains),
             memory: Arc::clone(&self.memory),
@@ -217,7 +218,7 @@ impl Parts {
     }
 
     fn maker(&self, mapper: &Arc<Mapper>, finder: &SnapshotFinder) -> Arc<Maker> {
-        let maker = Maker {
+        Arc::new(Maker {
             dir: self.config.makers_dir(),
             cap_bytes: self.config.snapshots.cap_bytes,
             composer: Arc::clone(&finder.composer),
@@ -226,9 +227,7 @@ impl Parts {
             snapshots: Arc::clone(&finder.snapshots),
             turn: Default::default(),
             closed: Default::default(),
-        };
-        maker.clear();
-        Arc::new(maker)
+        })
     }
 
     /// Has snapshots made of the launches that are sent.

@@ -5,13 +5,15 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forelay_cache::Domain;
 use forelay_cache::plan::PreparedLaunch;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
-use forelay_image::{Component, Digest};
+use forelay_image::{Component, Digest, Extent};
 use forelay_memory::mapping::FileMapping;
+use forelay_store::Priority;
 use forelay_vm::qemu::QemuDriver;
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -26,7 +28,7 @@ use super::launch::start::Starter;
 use super::memory::mapper::Mapper;
 use super::order::{Order, PlannedDevice};
 use super::snapshot::service::Snapshots;
-use super::snapshot::shelf::tests::snapshot;
+use super::snapshot::shelf::tests::{damage_and_trust, sharing, snapshot};
 use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
 use super::vm::instance::{self, VmData};
 use super::vm::registry::{VmRegistry, WantedName};
@@ -42,6 +44,20 @@ impl Spine {
     fn composer(&self) -> Arc<Composer> {
         let kernels = self.dir.path().join("kernels");
         Arc::new(Composer::new(self.store.clone(), kernels))
+    }
+
+    fn snapshots(&self) -> Arc<Snapshots> {
+        let dir = self.dir.path();
+        Arc::new(Snapshots {
+            dir: dir.join("snapshots"),
+            timeout: Duration::from_secs(60),
+            store: self.store.clone(),
+            domains: Arc::clone(&self.domains),
+            memory: Arc::clone(&self.memory),
+            registry: Arc::default(),
+            holders: Arc::new(Preparations::open(dir.join("prepared"))),
+            shelves: Default::default(),
+        })
     }
 
     /// A component that a VM can be booted with, as far as files go.
@@ -172,6 +188,7 @@ async fn launches_are_prepared() {
         starter: Arc::clone(&starter),
         snapshots: Arc::new(Snapshots {
             dir: spine.dir.path().join("snapshots"),
+            timeout: Duration::from_secs(60),
             store: spine.store.clone(),
             domains: Arc::clone(&spine.domains),
             memory: Arc::clone(&spine.memory),
@@ -331,15 +348,7 @@ fn privileged_the_snapshot_that_was_made_stays_and_what_was_used_least_lately_go
 async fn snapshots_are_kept_within() {
     let spine = Spine::start().await;
     let dir = spine.dir.path();
-    let snapshots = Snapshots {
-        dir: dir.join("snapshots"),
-        store: spine.store.clone(),
-        domains: Arc::clone(&spine.domains),
-        memory: Arc::clone(&spine.memory),
-        registry: Arc::new(VmRegistry::default()),
-        holders: Arc::new(Preparations::open(dir.join("prepared"))),
-        shelves: Default::default(),
-    };
+    let snapshots = spine.snapshots();
     let shelf = snapshots.shelf(&domain()).await.unwrap();
     let publish = async |name: &str, made_ms| {
         let (component, image, chunks) = snapshot(dir, name, made_ms);
@@ -347,19 +356,53 @@ async fn snapshots_are_kept_within() {
         publishing.await.unwrap()
     };
     let used = publish("used", 1).await;
-    let one_bytes = shelf.stored_bytes();
-    shelf.note_use(used.id);
+    let one_bytes = shelf.stored_bytes().await;
+    shelf.note_use(used.id).await;
     publish("unused", 2).await;
     let made = publish("made", 3).await;
     let ids = || -> BTreeSet<_> { shelf.all().iter().map(|one| one.id).collect() };
     let within = snapshots.keep_within(&shelf, &made, one_bytes * 5 / 2);
     within.await.unwrap();
     assert_eq!(ids(), BTreeSet::from([used.id, made.id]));
-    assert!(shelf.stored_bytes() <= one_bytes * 5 / 2);
+    assert!(shelf.stored_bytes().await <= one_bytes * 5 / 2);
 
     // One that cannot fit goes, and no other for it.
     let refused = snapshots.keep_within(&shelf, &made, one_bytes / 2).await;
     let error = refused.unwrap_err();
     assert!(matches!(&error, HostError::Invalid(why) if why.contains("cap_bytes")));
     assert_eq!(ids(), BTreeSet::from([used.id]));
+}
+
+#[test]
+fn privileged_what_shares_damaged_bytes_is_made_again_with_good_ones() {
+    if can_run("privileged_what_shares_damaged_bytes_is_made_again_with_good_ones") {
+        walk(damaged_bytes_are_not_shared());
+    }
+}
+
+async fn damaged_bytes_are_not_shared() {
+    let spine = Spine::start().await;
+    let dir = spine.dir.path();
+    let snapshots = spine.snapshots();
+    let shelf = snapshots.shelf(&domain()).await.unwrap();
+    let publish = async |name: &str| {
+        let (component, image, chunks) = sharing(dir, name, 1, "both");
+        let publishing = snapshots.publish(&shelf, &component, &image, &chunks);
+        publishing.await
+    };
+    let first = publish("first").await.unwrap();
+    // Its disk has other bytes now and says that the file is as it was.
+    damage_and_trust(&shelf, first.id);
+    let second = publish("second").await.unwrap();
+    let [kept] = &shelf.all()[..] else {
+        panic!("{:?}", shelf.all());
+    };
+    assert_eq!((kept.id, &kept.aside), (second.id, &None));
+    let image = second.component.image;
+    let reading =
+        spine
+            .store
+            .read_image(image.digest, Extent::new(0, image.bytes), Priority::Demand);
+    let written = std::fs::read(dir.join("second")).unwrap();
+    assert!(reading.await.unwrap() == written[..], "wrong bytes");
 }

@@ -38,7 +38,7 @@ impl Drop for Disk {
     }
 }
 
-fn mount(arguments: &[&str]) {
+pub fn mount(arguments: &[&str]) {
     let status = Command::new("mount").args(arguments).status().unwrap();
     assert!(status.success(), "mount {arguments:?}");
 }

@@ -22,6 +22,7 @@ mod images;
 mod inherit;
 mod life_of_a_page;
 mod memory;
+mod not_resumed;
 mod premap;
 mod self_control;
 mod snapshots;

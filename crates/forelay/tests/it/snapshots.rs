@@ -186,6 +186,22 @@ fn damage(packs: &Path) {
     }
 }
 
+/// Files of a manifest that say who its VMs are, which its clones keep, and a program that all
+/// clones run and that fails.
+const WHO_IT_IS: &str = "\n[files.\"/etc/machine-id\"]\n\
+     content = \"0123456789abcdef0123456789abcdef\\n\"\n\
+     [files.\"/etc/ssh/ssh_host_ed25519_key\"]\nmode = \"0600\"\ncontent = \"the manifest's\"\n\
+     [files.\"/etc/forelay/resume.d/10-fails\"]\nmode = \"0755\"\n\
+     content = \"#!/bin/sh\\nexit 3\\n\"\n";
+
+#[track_caller]
+fn is_who_it_should_be(host: &Host) {
+    let found = host.sh("web", "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key");
+    assert_eq!(found, "0123456789abcdef0123456789abcdef\nthe manifest's");
+    let notes = host.vm("web")["launch"]["notes"].to_string();
+    assert!(notes.contains("10-fails: it ended with code 3"), "{notes}");
+}
+
 #[test]
 fn privileged_the_kernels_snapshot_serves_any_manifest_and_the_programs_only_where_it_may() {
     let test =
@@ -193,6 +209,7 @@ fn privileged_the_kernels_snapshot_serves_any_manifest_and_the_programs_only_whe
     let Some(bench) = bench(test) else { return };
     let host = Host::started(&bench, &Settings::default());
     let (text, port) = web();
+    let text = format!("{text}{WHO_IT_IS}");
     let manifest = host.write("web.toml", &text);
     let path = manifest.to_str().unwrap();
     // A page of its own is a file that the program has read.
@@ -208,6 +225,7 @@ fn privileged_the_kernels_snapshot_serves_any_manifest_and_the_programs_only_whe
         "{}",
         of_kernel["launch"]
     );
+    is_who_it_should_be(&host);
     host.ok(["stop", "web"]);
     let scratch = text.replace("memory_mib = 192", "memory_mib = 192\nscratch = \"64M\"");
     let scratch = host.write("scratch.toml", &scratch);
@@ -229,6 +247,7 @@ fn privileged_the_kernels_snapshot_serves_any_manifest_and_the_programs_only_whe
         "{}",
         of_program["launch"]
     );
+    is_who_it_should_be(&host);
     println!(
         "ready after: kernel {:.2} s, program {:.2} s",
         seconds(&of_kernel),

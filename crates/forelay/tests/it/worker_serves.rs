@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::fixture::{FORELAY, Host, RepositoryOf, Settings, bench, idle, lives, signal};
-use crate::full_disk::Disk;
+use crate::full_disk::{Disk, mount};
 
 /// A file of the base that nothing uses by itself, its first chunk several windows long.
 const FILE: &str = "/usr/bin/perl";
@@ -23,7 +23,7 @@ struct ReadingVm {
 
 impl ReadingVm {
     fn new(host: Host) -> Self {
-        let manifest = host.write("reader.toml", &idle("reader", "[]", ""));
+        let manifest = Self::manifest(&host);
         let vm = host.launch(&manifest, "reader", &["--prefetch", "none"]);
         let mut reader = Self {
             host,
@@ -33,6 +33,25 @@ impl ReadingVm {
         };
         // From now on the disk cache has the whole chunk; its first window is resident.
         reader.read_fresh_page();
+        reader
+    }
+
+    fn manifest(host: &Host) -> PathBuf {
+        host.write("reader.toml", &idle("reader", "[]", ""))
+    }
+
+    /// A reader whose memory comes from a snapshot.
+    fn clone_in(host: Host) -> Self {
+        let manifest = Self::manifest(&host);
+        host.ok([
+            "snapshot",
+            "create",
+            "--at",
+            "kernel",
+            manifest.to_str().unwrap(),
+        ]);
+        let reader = Self::new(host);
+        assert_eq!(reader.host.vm("reader")["launch"]["resumed"], "kernel");
         reader
     }
 
@@ -139,14 +158,17 @@ fn privileged_faults_are_answered_whatever_else_is_missing() {
         state: Some(disk.0.join("state")),
         ..Settings::default()
     };
-    let mut reader = ReadingVm::new(Host::started(&bench, &settings));
+    let mut reader = ReadingVm::clone_in(Host::started(&bench, &settings));
 
     invalid_configuration(&mut reader);
     damaged_history(&mut reader, &disk.0.join("state/history.db"));
     full_disk(&mut reader, &disk);
+    read_only_disk(&mut reader, &disk);
     missing_repository(&mut reader);
     reader.check_vm();
     assert_eq!(health(&reader.host)["degraded"], serde_json::json!([]));
+    let log = reader.host.log();
+    assert!(!log.contains("snapshot cannot be opened"), "{log}");
     assert_eq!(reader.host.terminate(), Some(0));
     assert!(
         reader
@@ -224,6 +246,41 @@ fn full_disk(reader: &mut ReadingVm, disk: &Disk) {
     reader.read_fresh_page();
     until_lacks(&reader.host, "history", true);
     std::fs::remove_file(filler).unwrap();
+    until_lacks(&reader.host, "history", false);
+}
+
+/// A directory that cannot be written to, as after an error of its disk.
+struct ReadOnly(PathBuf);
+
+impl ReadOnly {
+    fn new(path: PathBuf) -> Self {
+        let text = path.to_str().unwrap();
+        mount(&["--bind", text, text]);
+        let bound = Self(path.clone());
+        mount(&["-o", "remount,bind,ro", text]);
+        bound
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let umount = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&self.0)
+            .status();
+        assert!(umount.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
+fn read_only_disk(reader: &mut ReadingVm, disk: &Disk) {
+    let worker = reader.host.worker().unwrap();
+    signal("STOP", worker);
+    let read_only = ReadOnly::new(disk.0.join("state"));
+    signal("KILL", worker);
+    next_worker(&reader.host, worker);
+    reader.read_fresh_page();
+    until_lacks(&reader.host, "history", true);
+    drop(read_only);
     until_lacks(&reader.host, "history", false);
 }
 

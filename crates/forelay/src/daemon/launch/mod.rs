@@ -256,16 +256,21 @@ impl LaunchService {
         launch.make_dir()?;
         let boots = self.compose(launch, prepared, reading, &inside).await?;
         launch.note_step(|timings| &mut timings.compose_s);
-        let boots = match resuming {
-            None => boots,
-            Some(resuming) => match self.resume(launch, &mapped, &boots, resuming).await {
-                Some(vmm) => return self.hand_over(launch, vmm, plan).await,
-                None => self.boots_instead(launch, boots, inside).await?,
-            },
+        let Some(resuming) = resuming else {
+            let vmm = self.start(launch, &mapped, boots).await?;
+            return self.hand_over(launch, vmm, plan).await;
         };
-        let vmm = self.start(launch, &mapped, boots).await?;
-        launch.note_step(|timings| &mut timings.vmm_s);
-        launch.note_started();
+        let from = Arc::clone(&resuming.from);
+        let vmm = match self.resume(launch, &mapped, &boots, resuming).await {
+            Ok(vmm) => vmm,
+            Err(error) => {
+                let booting = self.boot_instead(launch, &mapped, boots, inside);
+                let booted = booting.await;
+                self.note_not_resumed(launch, &from, &error, booted.is_ok())
+                    .await;
+                booted?
+            }
+        };
         self.hand_over(launch, vmm, plan).await
     }
 
@@ -296,31 +301,42 @@ impl LaunchService {
         }
     }
 
-    /// Has the VM go on from a snapshot. If that fails nothing of it is left, and it boots.
+    /// Has the VM go on from a snapshot. If that fails nothing of it is left, and it can boot.
     async fn resume(
         &self,
         launch: &Launch,
         mapped: &[DeviceRecord],
         boots: &Boots,
         resuming: Resuming,
-    ) -> Option<StartedVmm> {
+    ) -> Result<StartedVmm, NotResumed> {
         let from = Arc::clone(&resuming.from);
-        let (kept, tier) = (&from.kept, from.tier());
-        let error = match self.try_resume(launch, mapped, boots, resuming).await {
-            Ok(vmm) => {
-                self.snapshots.note_use(kept).await;
-                let update = |vm: &mut VmData| vm.launch.resumed = Some(tier);
-                launch.claim.instance().update(update);
-                return Some(vmm);
-            }
-            Err(error) => error,
+        let resumed = self.try_resume(launch, mapped, boots, resuming).await;
+        if resumed.is_ok() {
+            self.snapshots.note_use(&from.kept).await;
+            let update = |vm: &mut VmData| vm.launch.resumed = Some(from.tier());
+            launch.claim.instance().update(update);
+        } else {
+            let image = from.memory.image;
+            self.prefetcher.without_memory(launch.name(), image);
+            launch.note_step(|timings| &mut timings.restore_s);
+        }
+        resumed
+    }
+
+    /// Tells why a launch did not resume. That counts against the snapshot only if the VM has
+    /// booted since: a port that is taken, or memory that is short, fails a boot as well.
+    async fn note_not_resumed(
+        &self,
+        launch: &Launch,
+        from: &Resumable,
+        error: &NotResumed,
+        has_booted: bool,
+    ) {
+        let aside = match (error, has_booted) {
+            (NotResumed::Other(_), false) => false,
+            _ => self.snapshots.note_failure(&from.kept, error).await,
         };
-        let aside = self.snapshots.note_failure(kept, &error).await;
-        launch.note_problems([failure(tier, &error, aside)]);
-        let image = from.memory.image;
-        self.prefetcher.without_memory(launch.name(), image);
-        launch.note_step(|timings| &mut timings.restore_s);
-        None
+        launch.note_problems([failure(from.tier(), error, aside)]);
     }
 
     async fn try_resume(
@@ -388,20 +404,20 @@ impl LaunchService {
         }
     }
 
-    /// What a VM boots from that could not resume: what was composed for a clone is no other's.
-    async fn boots_instead(
+    /// Boots a VM that could not resume; what was composed for a clone is no other's.
+    async fn boot_instead(
         &self,
         launch: &Launch,
-        boots: Boots,
+        mapped: &[DeviceRecord],
+        mut boots: Boots,
         inside: InsideName,
-    ) -> Result<Boots, HostError> {
+    ) -> Result<StartedVmm, HostError> {
         let own = InsideName::of(&launch.order, launch.name(), None);
-        if inside == own {
-            return Ok(boots);
+        if inside != own {
+            boots = self.compose_files(launch, &own).await?;
+            launch.note_step(|timings| &mut timings.compose_s);
         }
-        let boots = self.compose_files(launch, &own).await?;
-        launch.note_step(|timings| &mut timings.compose_s);
-        Ok(boots)
+        self.start(launch, mapped, boots).await
     }
 
     /// Begins to read what composing takes, beside the mapping: behind an empty disk cache
@@ -528,7 +544,7 @@ impl LaunchService {
         Ok(spec)
     }
 
-    /// Starts the VMM.
+    /// Starts a VMM that boots.
     async fn start(
         &self,
         launch: &Launch,
@@ -536,7 +552,10 @@ impl LaunchService {
         boots: Boots,
     ) -> Result<StartedVmm, HostError> {
         let spec = self.record(launch, mapped, &boots, None);
-        self.starter.start(&spec.map_err(HostError::from)?).await
+        let vmm = self.starter.start(&spec.map_err(HostError::from)?).await?;
+        launch.note_step(|timings| &mut timings.vmm_s);
+        launch.note_started();
+        Ok(vmm)
     }
 
     /// From here on the VM is supervised, and lives whatever becomes of this daemon.

@@ -158,7 +158,13 @@ async fn settle(
         host.health
             .note(Dependency::History, host.forecasts.open_history().await)
     };
-    tokio::join!(finding, opening);
+    // It looks at every process, and waits for those that wait for a page.
+    let launches = Arc::clone(&host.launches);
+    let clearing = tokio::task::spawn_blocking(move || launches.maker.clear());
+    let (_, _, cleared) = tokio::join!(finding, opening, clearing);
+    if let Err(error) = cleared {
+        tracing::error!(%error, "a maker's VM of before may live on");
+    }
     host.settled.send_replace(true);
     host.start_background();
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,7 +20,7 @@ use crate::api::{self, EventKind};
 use crate::daemon::error::HostError;
 use crate::daemon::events::Happening;
 use crate::daemon::memory::domains::Domains;
-use crate::daemon::memory::planner::PlannerHandle;
+use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
 use crate::daemon::snapshot::shelf::{Kept, NotResumed, Shelf};
@@ -28,6 +29,8 @@ use crate::daemon::vm::registry::VmRegistry;
 /// See the module's header.
 pub struct Snapshots {
     pub dir: PathBuf,
+    /// How long the disk that they are on may take for an answer.
+    pub timeout: Duration,
     /// The host's store, through which all images are read.
     pub store: Store,
     pub domains: Arc<Domains>,
@@ -99,7 +102,7 @@ impl Snapshots {
         if let Some(shelf) = shelves.get(domain) {
             return Ok(Arc::clone(shelf));
         }
-        let shelf = Arc::new(Shelf::open(&self.dir, domain).await?);
+        let shelf = Arc::new(Shelf::open(&self.dir, domain, self.timeout).await?);
         shelves.insert(domain.clone(), Arc::clone(&shelf));
         Ok(shelf)
     }
@@ -178,13 +181,19 @@ impl Snapshots {
         });
     }
 
-    /// Verifies all snapshots, so that no launch has to: each is read once.
+    /// Deletes what a daemon of before has left, and verifies all snapshots, so that no launch
+    /// has to: each is read once.
     pub async fn verify_all(&self) {
         for shelf in self.all_shelves().await {
-            for kept in shelf.all().into_iter().filter(|one| one.aside.is_none()) {
-                if let Err(error) = self.verify(&shelf, &kept).await {
-                    shelf.note_failure(kept.id, &error);
-                }
+            shelf.clear().await;
+            self.verify_shelf(&shelf).await;
+        }
+    }
+
+    async fn verify_shelf(&self, shelf: &Shelf) {
+        for kept in shelf.all().into_iter().filter(|one| one.aside.is_none()) {
+            if let Err(error) = self.verify(shelf, &kept).await {
+                shelf.note_failure(kept.id, &error);
             }
         }
     }
@@ -206,7 +215,7 @@ impl Snapshots {
     /// Makes the memory of a snapshot reachable that was verified.
     async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened, NotResumed> {
         let map = self.map_of(shelf, &kept).await?;
-        if !shelf.is_verified(kept.id, &map.locations.packs)? {
+        if !shelf.is_verified(kept.id, &map.locations.packs).await? {
             return Ok(Opened::Unverified);
         }
         let Some(hold) = shelf.hold(kept.id) else {
@@ -257,7 +266,7 @@ impl Snapshots {
     pub async fn list(&self) -> Vec<api::Snapshot> {
         let mut listed = Vec::new();
         for shelf in self.all_shelves().await {
-            let stored_bytes = shelf.stored_bytes();
+            let stored_bytes = shelf.stored_bytes().await;
             let mut all = shelf.all();
             all.sort_by_key(Kept::made_ms);
             listed.extend(all.iter().map(|kept| self.view(kept, stored_bytes)));
@@ -268,7 +277,7 @@ impl Snapshots {
     /// One snapshot, as clients see it.
     pub async fn show(&self, kept: &Kept) -> Result<api::Snapshot, HostError> {
         let shelf = self.shelf(&kept.domain).await?;
-        Ok(self.view(kept, shelf.stored_bytes()))
+        Ok(self.view(kept, shelf.stored_bytes().await))
     }
 
     fn view(&self, kept: &Kept, domain_stored_bytes: u64) -> api::Snapshot {
@@ -357,7 +366,7 @@ impl Snapshots {
             },
             extent: Extent::new(0, image.bytes),
         }));
-        self.store.forget_image(image.digest);
+        self.store.forget_image(image);
     }
 
     /// Publishes a snapshot in place of those like it that were set aside, and verifies it.
@@ -378,7 +387,8 @@ impl Snapshots {
         };
         // It shares what is damaged with others: all that is goes, and it is written again.
         shelf.set_aside(kept.id, &error.to_string());
-        self.verify_all().await;
+        shelf.doubt_all();
+        self.verify_shelf(shelf).await;
         self.remove_aside(shelf, |_| true).await;
         let kept = shelf.publish(component, image, chunks).await?;
         self.verify(shelf, &kept).await?;
@@ -418,7 +428,7 @@ impl Snapshots {
     ) -> Result<(), HostError> {
         let map = self.store.open_image(made.component.image.digest).await;
         let packs = map.map_err(HostError::failed)?.locations.packs.clone();
-        let own_bytes = shelf.bytes_of(&packs)?;
+        let own_bytes = shelf.bytes_of(&packs).await?;
         let told = |bytes: u64| {
             format!(
                 "snapshots of {} would take {} MiB on disk with this one, and `cap_bytes` in \
@@ -432,8 +442,8 @@ impl Snapshots {
             self.remove(shelf, made).await?;
             return Err(HostError::Invalid(told(own_bytes)));
         }
-        for kept in expendable(shelf.all(), made.id) {
-            if shelf.stored_bytes() <= cap_bytes {
+        for kept in expendable(shelf.all(), made.id, now_ms()) {
+            if shelf.stored_bytes().await <= cap_bytes {
                 return Ok(());
             }
             match self.remove(shelf, &kept).await {
@@ -441,7 +451,7 @@ impl Snapshots {
                 Err(error) => tracing::info!(snapshot = %kept.id, %error, "kept"),
             }
         }
-        let stored_bytes = shelf.stored_bytes();
+        let stored_bytes = shelf.stored_bytes().await;
         if stored_bytes <= cap_bytes {
             return Ok(());
         }
@@ -474,14 +484,18 @@ impl Snapshots {
     /// A launch resumed from it.
     pub async fn note_use(&self, kept: &Kept) {
         if let Ok(shelf) = self.shelf(&kept.domain).await {
-            shelf.note_use(kept.id);
+            tokio::spawn(shelf.note_use(kept.id));
         }
     }
 }
 
 /// All but one, those that go first at first: what was set aside is of no use at all.
-fn expendable(mut all: Vec<Kept>, but: ComponentId) -> Vec<Kept> {
+fn expendable(mut all: Vec<Kept>, but: ComponentId, now_ms: i64) -> Vec<Kept> {
     all.retain(|one| one.id != but);
-    all.sort_by_key(|one| (one.aside.is_none(), one.last_used_ms.max(one.made_ms())));
+    all.sort_by_key(|one| {
+        // What was made or used tomorrow, by a clock that was wrong, was so now at the latest.
+        let last_ms = one.last_used_ms.max(one.made_ms()).min(now_ms);
+        (one.aside.is_none(), last_ms)
+    });
     all
 }

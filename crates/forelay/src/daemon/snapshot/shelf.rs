@@ -21,14 +21,18 @@ use forelay_cache::Domain;
 use forelay_image::snapshot::SnapshotOf;
 use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
 use forelay_store::gc::GcOptions;
-use forelay_store::{DirectoryRepository, FetchConfig, Store, StoreConfig};
+use forelay_store::{DirectoryRepository, FetchConfig, Limited, Store, StoreConfig};
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
 use crate::daemon::error::HostError;
 use crate::daemon::memory::planner::now_ms;
 
 /// What a store of snapshots may keep of them a second time: nothing is read through it.
 const CACHE_BYTES: u64 = 1 << 20;
+
+/// Looks at files at a time. One at a disk that does not answer keeps its thread.
+const LOOKS_AT_ONCE: usize = 16;
 
 /// Failed launches in a row after which a snapshot is not tried again, whatever the causes were.
 const MOST_FAILURES: u32 = 3;
@@ -128,18 +132,31 @@ pub struct Shelf {
     turn: tokio::sync::Mutex<()>,
     /// Held while one is verified.
     verifying: tokio::sync::Mutex<()>,
+    looks: Arc<Semaphore>,
 }
 
 impl Shelf {
-    /// Opens a domain's, made if there is none.
-    pub async fn open(snapshots_dir: &Path, domain: &Domain) -> Result<Self, HostError> {
+    /// Opens a domain's, made if there is none; its disk may take so long for each answer. VMs
+    /// that run may wait for this: nothing is written if all is there.
+    pub async fn open(
+        snapshots_dir: &Path,
+        domain: &Domain,
+        limit: Duration,
+    ) -> Result<Self, HostError> {
         let dir = snapshots_dir.join(domain.as_str());
-        for dir in [&dir, &dir.join(USED)] {
-            private_dir(dir).map_err(|error| failed("make", dir, &error))?;
-        }
-        let repository = DirectoryRepository::create(dir.join("repository"));
+        let looks = Arc::new(Semaphore::new(LOOKS_AT_ONCE));
+        let there = dir.clone();
+        let (repository, mut aside, used_ms) = look(&looks, move || {
+            for dir in [&there, &there.join(USED)] {
+                private_dir(dir).map_err(|error| failed("make", dir, &error))?;
+            }
+            let repository = DirectoryRepository::create(there.join("repository"));
+            let repository = repository.map_err(HostError::failed)?;
+            Ok::<_, HostError>((repository, read_aside(&there), used_ms(&there)))
+        })
+        .await??;
         let opening = Store::open(StoreConfig {
-            repository: Arc::new(repository.map_err(HostError::failed)?),
+            repository: Arc::new(Limited::new(Arc::new(repository), limit)),
             cache_dir: dir.join("cache"),
             cache_cap_bytes: CACHE_BYTES,
             fetch: FetchConfig::default(),
@@ -147,33 +164,33 @@ impl Shelf {
         let store = opening.await.map_err(HostError::failed)?;
         store.initialise().await.map_err(HostError::failed)?;
         let listed = store.components().await.map_err(HostError::failed)?;
-        let mut aside: BTreeMap<ComponentId, String> = std::fs::read(dir.join("aside.json"))
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok())
-            .unwrap_or_default();
         let mut kept = BTreeMap::new();
         for component in listed {
             let id = component.id();
             match Kept::new(domain, id, component) {
                 Ok(mut one) => {
                     one.aside = aside.remove(&id);
-                    one.last_used_ms = last_used_ms(&dir, id);
+                    one.last_used_ms = used_ms.get(&id.hex()).copied().unwrap_or(0);
                     kept.insert(id, one);
                 }
                 Err(problem) => tracing::warn!(snapshot = %id, problem, "left alone"),
             }
         }
-        let shelf = Self {
+        Ok(Self {
             domain: domain.clone(),
             dir,
             store,
             kept: Mutex::new(kept),
             turn: Default::default(),
             verifying: Default::default(),
-        };
-        // What a daemon has stored that ended before it had published it.
-        shelf.collect_or_warn().await;
-        Ok(shelf)
+            looks,
+        })
+    }
+
+    /// Deletes what a daemon has stored that ended before it had published it.
+    pub async fn clear(&self) {
+        let _turn = self.turn.lock().await;
+        self.collect_or_warn().await;
     }
 
     /// Where its snapshots' bytes are.
@@ -220,15 +237,26 @@ impl Shelf {
         all.find(|one| one.component.image.digest == image)
     }
 
-    /// A launch resumed from it.
-    pub fn note_use(&self, id: ComponentId) {
-        if let Some(one) = self.kept.lock().get_mut(&id) {
+    /// A launch resumed from it. What is returned tells the next daemon, for which the launch
+    /// does not wait.
+    pub fn note_use(&self, id: ComponentId) -> impl Future<Output = ()> + Send + use<> {
+        let mut kept = self.kept.lock();
+        if let Some(one) = kept.get_mut(&id) {
             one.uses += 1;
             one.failures = 0;
             one.last_used_ms = now_ms();
-            // Its time is all there is to it: no launch waits for a disk.
-            if let Err(error) = std::fs::write(used_file(&self.dir, id), "") {
-                tracing::warn!(%error, "the next daemon will not know that a snapshot was used");
+        }
+        // Its time is all there is to it.
+        let file = kept.contains_key(&id).then(|| used_file(&self.dir, id));
+        let looks = Arc::clone(&self.looks);
+        async move {
+            let Some(file) = file else { return };
+            let written = look(&looks, move || std::fs::write(file, "")).await;
+            if !matches!(written, Ok(Ok(()))) {
+                tracing::warn!(
+                    ?written,
+                    "the next daemon will not know that a snapshot was used"
+                );
             }
         }
     }
@@ -289,7 +317,7 @@ impl Shelf {
             self.collect_or_warn().await;
             return Err(HostError::failed(error));
         }
-        self.close_files();
+        self.close_files().await;
         self.kept.lock().insert(id, kept.clone());
         Ok(kept)
     }
@@ -327,10 +355,17 @@ impl Shelf {
     }
 
     /// Whether a snapshot's files are as they were when all of it was read and checked.
-    pub fn is_verified(&self, id: ComponentId, packs: &[Digest]) -> Result<bool, HostError> {
-        let stamps = self.stamps(packs)?;
+    pub async fn is_verified(&self, id: ComponentId, packs: &[Digest]) -> Result<bool, HostError> {
+        let stamps = self.stamps(packs).await?;
         let kept = self.kept.lock();
         Ok(kept.get(&id).is_some_and(|one| one.verified == stamps))
+    }
+
+    /// Has all of them read again: a disk may have other bytes in files that did not change.
+    pub fn doubt_all(&self) {
+        for one in self.kept.lock().values_mut() {
+            one.verified.clear();
+        }
     }
 
     /// Whether one is being verified.
@@ -341,15 +376,20 @@ impl Shelf {
     /// Reads all of a snapshot and checks it, unless that was done before; one after the other.
     pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), NotResumed> {
         let _turn = self.verifying.lock().await;
-        if self.is_verified(kept.id, packs)? {
+        if self.is_verified(kept.id, packs).await? {
             return Ok(());
         }
-        let stamps = self.stamps(packs)?;
+        let stamps = self.stamps(packs).await?;
         let report = self.store.verify_one(kept.id).await;
         let report = report.map_err(HostError::failed)?;
-        if let Some(found) = report.findings.first() {
-            let text = format!("{}: {}", found.key, found.problem);
-            return Err(NotResumed::Snapshot(HostError::Failed(text)));
+        let wrong = report.findings.iter().find(|one| !one.unreadable);
+        if let Some(found) = wrong.or(report.findings.first()) {
+            let text = HostError::Failed(format!("{}: {}", found.key, found.problem));
+            // What cannot be read now may be right.
+            return Err(match wrong {
+                Some(_) => NotResumed::Snapshot(text),
+                None => NotResumed::Other(text),
+            });
         }
         if let Some(one) = self.kept.lock().get_mut(&kept.id) {
             one.verified = stamps;
@@ -357,47 +397,70 @@ impl Shelf {
         Ok(())
     }
 
-    fn stamps(&self, packs: &[Digest]) -> Result<Vec<FileStamp>, HostError> {
-        let stamp = |pack: &Digest| {
-            let path = self
-                .dir
-                .join("repository/packs")
-                .join(format!("{}.pack", pack.hex()));
-            let meta = std::fs::metadata(&path).map_err(|error| failed("find", &path, &error))?;
+    async fn stamps(&self, packs: &[Digest]) -> Result<Vec<FileStamp>, HostError> {
+        let dir = self.dir.join("repository/packs");
+        let files = packs.iter().map(|pack| format!("{}.pack", pack.hex()));
+        let paths: Vec<PathBuf> = files.map(|file| dir.join(file)).collect();
+        let stamp = |path: &PathBuf| {
+            let meta = std::fs::metadata(path).map_err(|error| failed("find", path, &error))?;
             Ok(FileStamp {
                 inode: meta.ino(),
                 bytes: meta.len(),
                 changed_ns: (meta.ctime(), meta.ctime_nsec()),
             })
         };
-        packs.iter().map(stamp).collect()
+        look(&self.looks, move || paths.iter().map(stamp).collect()).await?
     }
 
     /// Bytes of packs, as they are on disk.
-    pub fn bytes_of(&self, packs: &[Digest]) -> Result<u64, HostError> {
-        let stamps = self.stamps(packs)?;
+    pub async fn bytes_of(&self, packs: &[Digest]) -> Result<u64, HostError> {
+        let stamps = self.stamps(packs).await?;
         Ok(stamps.iter().map(|stamp| stamp.bytes).sum())
     }
 
-    /// Bytes that its snapshots take on disk.
-    pub fn stored_bytes(&self) -> u64 {
-        files(&self.dir.join("repository"))
-            .iter()
-            .filter_map(|path| path.metadata().ok())
-            .map(|meta| meta.len())
-            .sum()
+    /// Bytes that its snapshots take on disk, as far as that can be seen.
+    pub async fn stored_bytes(&self) -> u64 {
+        let dir = self.dir.join("repository");
+        let counting = look(&self.looks, move || {
+            let metas = files(&dir)
+                .into_iter()
+                .filter_map(|path| path.metadata().ok());
+            metas.map(|meta| meta.len()).sum()
+        });
+        counting.await.unwrap_or(0)
     }
 
     /// They hold memory: for their owner alone, wherever somebody may move them.
-    fn close_files(&self) {
-        for path in files(&self.dir) {
-            // Those that are keep their stamps. One that went meanwhile is closed enough.
-            let is_open = |meta: std::fs::Metadata| meta.mode() & 0o077 != 0;
-            if path.metadata().is_ok_and(is_open) {
-                let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
+    async fn close_files(&self) {
+        let dir = self.dir.clone();
+        let closing = look(&self.looks, move || {
+            for path in files(&dir) {
+                // Those that are keep their stamps. One that went meanwhile is closed enough.
+                let is_open = |meta: std::fs::Metadata| meta.mode() & 0o077 != 0;
+                if path.metadata().is_ok_and(is_open) {
+                    let _ = std::fs::set_permissions(path, Permissions::from_mode(0o600));
+                }
             }
+        });
+        if let Err(error) = closing.await {
+            tracing::error!(%error, "files of snapshots may be open to others");
         }
     }
+}
+
+/// Looks at files on a thread of its own: a disk that does not answer holds up nobody else.
+async fn look<T: Send + 'static>(
+    looks: &Arc<Semaphore>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, HostError> {
+    let turn = Arc::clone(looks).acquire_owned().await;
+    let turn = turn.map_err(HostError::failed)?;
+    let looking = tokio::task::spawn_blocking(move || {
+        let seen = work();
+        drop(turn);
+        seen
+    });
+    looking.await.map_err(HostError::failed)
 }
 
 /// Folder of the files that say when snapshots were used.
@@ -407,11 +470,22 @@ fn used_file(shelf: &Path, id: ComponentId) -> PathBuf {
     shelf.join(USED).join(id.hex())
 }
 
-fn last_used_ms(shelf: &Path, id: ComponentId) -> i64 {
-    let meta = used_file(shelf, id).metadata();
-    meta.map_or(0, |meta| {
-        meta.mtime() * 1000 + meta.mtime_nsec() / 1_000_000
-    })
+/// When each was used last, by the names of the files.
+fn used_ms(shelf: &Path) -> BTreeMap<String, i64> {
+    let used = |path: PathBuf| {
+        let meta = path.metadata().ok()?;
+        let name = path.file_name()?.to_str()?.to_owned();
+        Some((name, meta.mtime() * 1000 + meta.mtime_nsec() / 1_000_000))
+    };
+    let all = files(&shelf.join(USED)).into_iter();
+    all.filter_map(used).collect()
+}
+
+/// What does not restore, and why.
+fn read_aside(shelf: &Path) -> BTreeMap<ComponentId, String> {
+    let text = std::fs::read(shelf.join("aside.json")).ok();
+    text.and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default()
 }
 
 fn failed(doing: &str, path: &Path, error: &std::io::Error) -> HostError {
@@ -423,6 +497,10 @@ fn private_dir(dir: &Path) -> std::io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(dir)?;
+    // Only where it changes anything: on a file system that is read-only now nothing can.
+    if dir.metadata()?.mode() & 0o777 == 0o700 {
+        return Ok(());
+    }
     std::fs::set_permissions(dir, Permissions::from_mode(0o700))
 }
 
@@ -452,6 +530,16 @@ pub mod tests {
 
     /// A snapshot of nobody's that is like no other, made at a time; its image is in `dir`.
     pub fn snapshot(dir: &Path, name: &str, made_ms: i64) -> (Component, PathBuf, ChunkIndex) {
+        sharing(dir, name, made_ms, name)
+    }
+
+    /// As [`snapshot`], with the first half of its bytes like those of all that say so.
+    pub fn sharing(
+        dir: &Path,
+        name: &str,
+        made_ms: i64,
+        half: &str,
+    ) -> (Component, PathBuf, ChunkIndex) {
         let of = SnapshotOf {
             origin: SnapshotOrigin {
                 tier: Tier::Kernel,
@@ -470,11 +558,12 @@ pub mod tests {
             devices: Vec::new(),
         };
         // Nothing that can be compressed.
-        let words = (0_u64..).map(|number| Digest::of(format!("{name} {number}").as_bytes()).hex());
-        let mut image: Vec<u8> = words
-            .take((2 << 20) / 64)
-            .flat_map(String::into_bytes)
-            .collect();
+        let words = (2 << 20) / 64_u64;
+        let word = |number: u64| {
+            let of = if number < words / 2 { half } else { name };
+            Digest::of(format!("{of} {number}").as_bytes()).hex()
+        };
+        let mut image: Vec<u8> = (0..words).map(word).flat_map(String::into_bytes).collect();
         image.resize(of.image_bytes() as usize, 0);
         let path = dir.join(name);
         std::fs::write(&path, &image).unwrap();
@@ -497,15 +586,46 @@ pub mod tests {
         (component, path, index)
     }
 
+    /// Flips a byte in the first half of each pack, behind the back of whoever looks at the files.
+    pub fn damage_and_trust(shelf: &Shelf, id: ComponentId) {
+        let mut packs = files(&shelf.dir.join("repository/packs"));
+        packs.retain(|path| path.extension().is_some_and(|end| end == "pack"));
+        for path in packs {
+            let mut bytes = std::fs::read(&path).unwrap();
+            let quarter = bytes.len() / 4;
+            bytes[quarter] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            let meta = path.metadata().unwrap();
+            let mut kept = shelf.kept.lock();
+            let stamps = kept.get_mut(&id).unwrap().verified.iter_mut();
+            let mut stamps = stamps.filter(|stamp| stamp.inode == meta.ino());
+            let stamp = stamps.next().expect("a pack that was verified");
+            stamp.changed_ns = (meta.ctime(), meta.ctime_nsec());
+        }
+    }
+
     async fn open(dir: &Path) -> Shelf {
         let (dir, domain) = (dir.join("snapshots"), Domain::from("me"));
-        Shelf::open(&dir, &domain).await.unwrap()
+        let limit = Duration::from_secs(60);
+        Shelf::open(&dir, &domain, limit).await.unwrap()
     }
 
     async fn publish(shelf: &Shelf, dir: &Path, name: &str) -> Kept {
         let (component, image, index) = snapshot(dir, name, 1);
         let publishing = shelf.publish(&component, &image, &index);
         publishing.await.unwrap()
+    }
+
+    /// The pack of the one snapshot that there is.
+    fn only_pack(dir: &Path) -> (PathBuf, [Digest; 1]) {
+        let mut found = files(&dir.join("snapshots/me/repository/packs"));
+        found.retain(|path| path.extension().is_some_and(|end| end == "pack"));
+        let [pack] = &found[..] else {
+            panic!("{found:?}");
+        };
+        let hex = pack.file_stem().unwrap().to_str().unwrap();
+        let digest = format!("sha256:{hex}").parse().unwrap();
+        (pack.clone(), [digest])
     }
 
     async fn with_one(dir: &Path) -> (Shelf, Kept) {
@@ -539,7 +659,7 @@ pub mod tests {
         let dir = tempfile::tempdir().unwrap();
         let shelf = open(dir.path()).await;
         let used = publish(&shelf, dir.path(), "used").await;
-        shelf.note_use(used.id);
+        shelf.note_use(used.id).await;
         let at = |ms| std::time::UNIX_EPOCH + Duration::from_millis(ms);
         let set = |ms| {
             let file = std::fs::File::options()
@@ -548,23 +668,26 @@ pub mod tests {
             file.unwrap().set_modified(at(ms)).unwrap();
         };
         set(1_234_567);
-        let whole_bytes = shelf.stored_bytes();
+        let whole_bytes = shelf.stored_bytes().await;
         // One that was not published to its end.
         let lost = publish(&shelf, dir.path(), "lost").await;
         let listed = shelf.dir.join("repository/components");
         std::fs::remove_file(listed.join(format!("{}.json", lost.id.hex()))).unwrap();
-        assert!(shelf.stored_bytes() > whole_bytes * 3 / 2);
+        assert!(shelf.stored_bytes().await > whole_bytes * 3 / 2);
 
         let next = open(dir.path()).await;
         let [kept] = &next.all()[..] else {
             panic!("{:?}", next.all());
         };
         assert_eq!((kept.id, kept.last_used_ms), (used.id, 1_234_567));
-        assert_eq!(next.stored_bytes(), whole_bytes);
-        next.note_use(used.id);
-        assert!(last_used_ms(&next.dir, used.id) > 1_234_567);
+        // Not while VMs may be waiting for it to open.
+        assert!(next.stored_bytes().await > whole_bytes * 3 / 2);
+        next.clear().await;
+        assert_eq!(next.stored_bytes().await, whole_bytes);
+        next.note_use(used.id).await;
+        assert!(used_ms(&next.dir)[&used.id.hex()] > 1_234_567);
         next.remove(used.id).await.unwrap();
-        assert_eq!(last_used_ms(&next.dir, used.id), 0);
+        assert!(used_ms(&next.dir).is_empty());
     }
 
     #[tokio::test]
@@ -575,7 +698,7 @@ pub mod tests {
         let late = || NotResumed::Other(HostError::Failed("too late".to_owned()));
         let fails = || shelf.note_failure(kept.id, &late());
         assert_eq!([fails(), fails()], [false, false]);
-        shelf.note_use(kept.id);
+        shelf.note_use(kept.id).await;
         assert_eq!([fails(), fails(), fails()], [false, false, true]);
         assert!(shelf.find(key).is_none());
         let next = open(dir.path()).await;
@@ -607,22 +730,88 @@ pub mod tests {
     async fn one_that_was_verified_is_not_read_again_until_its_files_change() {
         let dir = tempfile::tempdir().unwrap();
         let (shelf, kept) = with_one(dir.path()).await;
-        let packs = dir.path().join("snapshots/me/repository/packs");
-        let found = files(&packs);
-        let is_pack = |path: &&PathBuf| path.extension().is_some_and(|end| end == "pack");
-        let pack = found.iter().find(is_pack).unwrap();
-        let hex = pack.file_stem().unwrap().to_str().unwrap();
-        let packs = [format!("sha256:{hex}").parse::<Digest>().unwrap()];
-        assert!(!shelf.is_verified(kept.id, &packs).unwrap());
+        let (pack, packs) = only_pack(dir.path());
+        let is_verified = async || shelf.is_verified(kept.id, &packs).await.unwrap();
+        assert!(!is_verified().await);
         shelf.verify(&kept, &packs).await.unwrap();
-        shelf.close_files();
-        assert!(shelf.is_verified(kept.id, &packs).unwrap(), "closed before");
-        let mut bytes = std::fs::read(pack).unwrap();
+        shelf.close_files().await;
+        assert!(is_verified().await, "closed before");
+        let mut bytes = std::fs::read(&pack).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
         std::fs::write(pack, bytes).unwrap();
-        assert!(!shelf.is_verified(kept.id, &packs).unwrap());
+        assert!(!is_verified().await);
         let found = shelf.verify(&kept, &packs).await;
         assert!(matches!(found, Err(NotResumed::Snapshot(_))), "{found:?}");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_now_is_not_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let (shelf, kept) = with_one(dir.path()).await;
+        let (pack, packs) = only_pack(dir.path());
+        let away = dir.path().join("away");
+        std::fs::rename(&pack, &away).unwrap();
+        // Whoever reads a directory gets an error, for which the bytes are not to blame.
+        std::fs::create_dir(&pack).unwrap();
+        let found = shelf.verify(&kept, &packs).await;
+        assert!(matches!(found, Err(NotResumed::Other(_))), "{found:?}");
+        std::fs::remove_dir(&pack).unwrap();
+        std::fs::rename(&away, &pack).unwrap();
+        shelf.verify(&kept, &packs).await.unwrap();
+        assert!(shelf.is_verified(kept.id, &packs).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn snapshots_are_for_their_owner_alone_and_nothing_is_written_to_open_a_shelf() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = dir.path().join("snapshots");
+        for open in [snapshots.join("me"), snapshots.join("me/repository")] {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(open)
+                .unwrap();
+        }
+        let (shelf, kept) = with_one(dir.path()).await;
+        shelf.note_use(kept.id).await;
+        shelf.set_aside(kept.id, "for a test");
+        let mode = |path: &Path| path.metadata().unwrap().mode() & 0o777;
+        assert_eq!(mode(&shelf.dir), 0o700);
+        let stored = files(&shelf.dir.join("repository"));
+        assert!(stored.len() > 3, "{stored:?}");
+        for path in stored {
+            assert_eq!(mode(&path), 0o600, "{}", path.display());
+        }
+        let changed = || {
+            let meta = shelf.dir.metadata().unwrap();
+            (meta.ctime(), meta.ctime_nsec())
+        };
+        let before = changed();
+        open(dir.path()).await;
+        assert_eq!(
+            changed(),
+            before,
+            "nothing would be written to a read-only disk"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_does_not_answer_holds_up_no_launch() {
+        let dir = tempfile::tempdir().unwrap();
+        let (shelf, kept) = with_one(dir.path()).await;
+        // As many looks as there may be hang.
+        let turns = u32::try_from(LOOKS_AT_ONCE).unwrap();
+        let hang = shelf.looks.acquire_many(turns).await.unwrap();
+        let noted = tokio::spawn(shelf.note_use(kept.id));
+        let used = shelf.find(kept.of.origin.key()).unwrap();
+        assert_eq!(used.uses, 1, "known at once");
+        let (_, packs) = only_pack(dir.path());
+        let looking = shelf.is_verified(kept.id, &packs);
+        let given_up = tokio::time::timeout(Duration::from_millis(1), looking).await;
+        assert!(given_up.is_err(), "whoever waits for it can give up");
+        drop(hang);
+        noted.await.unwrap();
+        assert!(used_ms(&shelf.dir).contains_key(&kept.id.hex()));
     }
 }

@@ -235,6 +235,9 @@ impl Supervisor {
         instance.update(|vm| {
             if vm.launch.mounted_s.is_none() {
                 vm.launch.mounted_s = progress.mounted.map(seconds);
+                // Told with it, and so noted once.
+                let failures = progress.root.iter().flat_map(|root| &root.failures);
+                vm.launch.notes.extend(failures.cloned());
             }
             if vm.launch.ready_s.is_none() {
                 vm.launch.ready_s = progress.ready.map(seconds);
