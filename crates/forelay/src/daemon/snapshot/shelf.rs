@@ -586,7 +586,7 @@ pub mod tests {
         (component, path, index)
     }
 
-    /// Flips a byte in the first half of each pack, behind the back of whoever looks at the files.
+    /// Flips a byte in the first half of each pack, and has the files look as they were.
     pub fn damage_and_trust(shelf: &Shelf, id: ComponentId) {
         let mut packs = files(&shelf.dir.join("repository/packs"));
         packs.retain(|path| path.extension().is_some_and(|end| end == "pack"));
@@ -752,7 +752,7 @@ pub mod tests {
         let (pack, packs) = only_pack(dir.path());
         let away = dir.path().join("away");
         std::fs::rename(&pack, &away).unwrap();
-        // Whoever reads a directory gets an error, for which the bytes are not to blame.
+        // Reading a directory is an error, for which the bytes are not to blame.
         std::fs::create_dir(&pack).unwrap();
         let found = shelf.verify(&kept, &packs).await;
         assert!(matches!(found, Err(NotResumed::Other(_))), "{found:?}");
@@ -809,7 +809,7 @@ pub mod tests {
         let (_, packs) = only_pack(dir.path());
         let looking = shelf.is_verified(kept.id, &packs);
         let given_up = tokio::time::timeout(Duration::from_millis(1), looking).await;
-        assert!(given_up.is_err(), "whoever waits for it can give up");
+        assert!(given_up.is_err(), "a launch that waits for it can give up");
         drop(hang);
         noted.await.unwrap();
         assert!(used_ms(&shelf.dir).contains_key(&kept.id.hex()));
