@@ -31,7 +31,7 @@ use crate::sys::{self, WakeUp};
 /// Programs that may run at once.
 const MAX_RUNNING: usize = 64;
 /// How long a program may take to end when it is asked to, before it is killed.
-const END_GRACE: Duration = Duration::from_secs(2);
+const END_GRACE: Duration = Duration::from_secs(10);
 /// Stack of a thread that serves a program.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -702,9 +702,17 @@ mod tests {
         bench.start(1, "trap '' TERM; while :; do sleep 0.01; done", false, 50);
         assert_eq!(bench.finish(1).2, ExitStatus::TimedOut);
         // A child that lives on holds nothing up, and may go on writing.
-        bench.start(2, "(sleep 1; echo late) & echo ok", false, 0);
-        assert_eq!(bench.finish(2).0, b"ok\n");
         let dir = tempfile::tempdir().unwrap();
+        let late = format!(
+            "cd {}; (until [ -e go ]; do sleep 0.01; done; echo late; touch done) & echo ok",
+            dir.path().display()
+        );
+        bench.start(2, &late, false, 0);
+        assert_eq!(bench.finish(2).0, b"ok\n");
+        std::fs::write(dir.path().join("go"), "").unwrap();
+        while !dir.path().join("done").exists() {
+            std::thread::yield_now();
+        }
         let plain = dir.path().join("plain").to_str().unwrap().to_owned();
         std::fs::write(&plain, "").unwrap();
         let cases = [

@@ -21,8 +21,8 @@ const PLACEHOLDER: &str = "forelay";
 /// Programs that an image wants run in a clone, in the order of their names.
 const HOOKS: &str = "/etc/forelay/resume.d";
 /// How long one of them may take, and all that a clone runs of its image.
-const HOOK_LIMIT: Duration = Duration::from_secs(10);
-const LIMIT: Duration = Duration::from_secs(30);
+const HOOK_LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs a program to its end; kills it after a time.
 pub type Run<'a> = &'a dyn Fn(&mut Command, Duration) -> io::Result<()>;

@@ -299,21 +299,19 @@ mod tests {
 
     #[test]
     fn lists_of_many_entries_take_no_time_of_their_square() {
-        // 120,000 values: looked up one by one in lists, they take minutes.
-        let values: String = (0..120_000).map(|number| format!("{number};")).collect();
+        // 400,000 values: looked up one by one in lists, they take longer than a test may.
+        let values: String = (0..400_000).map(|number| format!("{number};")).collect();
         let (list, path) = (
             format!("k={values}\n"),
             "usr/share/applications/mimeinfo.cache",
         );
-        let started = std::time::Instant::now();
         let merged = merged_entries(path, &[&list, &list]);
         assert_eq!(merged, Some(list));
-        let lines: String = (0..120_000)
+        let lines: String = (0..400_000)
             .map(|number| format!("0  /{number}\n"))
             .collect();
         let merged = merged_entries("var/lib/ucf/hashfile", &[&lines, &lines]);
         assert_eq!(merged, Some(lines));
-        assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
     }
 
     #[test]

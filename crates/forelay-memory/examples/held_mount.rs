@@ -12,9 +12,9 @@
 //! Files beside MOUNTPOINT make things go wrong: while `MOUNTPOINT.hang` is there, a daemon
 //! asks its mount before it serves it; while `MOUNTPOINT.linger` is there, one that makes room
 //! for the next one does not end; with `MOUNTPOINT.refuse` no restart is allowed, and
-//! `MOUNTPOINT.checked` shows that one was asked for.
-//! `HELD_MOUNT_LIMIT_MS` is how long the holder waits for anything; with
-//! `HELD_MOUNT_CRASH_MS` a daemon dies that long after it was ready.
+//! `MOUNTPOINT.checked` shows that one was asked for. The holder's clock is as many days ahead
+//! as `MOUNTPOINT.days` says, and no machine is so busy that its limits are reached otherwise.
+//! With `HELD_MOUNT_CRASH_MS` a daemon dies that long after it was ready.
 
 #[allow(dead_code)]
 #[path = "../tests/it/support.rs"]
@@ -23,7 +23,7 @@ mod support;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forelay_image::extent::Extent;
 use forelay_memory::holder::{self, Holder, HolderConfig, HolderLimits, Shutdown};
@@ -71,16 +71,13 @@ fn hold(args: &[String]) -> Outcome {
         let rest = args[2..].iter().map(Into::into);
         std::iter::once(role.into()).chain(rest).collect()
     };
-    let mut limits = HolderLimits::default();
-    if let Ok(limit_ms) = std::env::var("HELD_MOUNT_LIMIT_MS") {
-        let limit = Duration::from_millis(limit_ms.parse()?);
-        limits = HolderLimits {
-            ready: limit,
-            silence: limit,
-            restart: limit,
-            stop: limit * 3,
-        };
-    }
+    let limit = Duration::from_secs(600);
+    let limits = HolderLimits {
+        ready: limit,
+        silence: limit,
+        restart: limit,
+        stop: limit * 3,
+    };
     let holder = Holder::new(HolderConfig {
         program: std::env::current_exe()?,
         worker: role("daemon"),
@@ -88,8 +85,17 @@ fn hold(args: &[String]) -> Outcome {
         check: Some(role("check")),
         last_resort: Box::new(|| println!("last resort")),
         limits,
+        clock,
     })?;
     std::process::exit(holder.run(Vec::new())?)
+}
+
+/// The holder's clock.
+fn clock() -> Instant {
+    let mountpoint = std::env::args().nth(2).unwrap_or_default();
+    let days = std::fs::read_to_string(beside(&mountpoint, "days"));
+    let days = days.ok().and_then(|days| days.parse().ok()).unwrap_or(0);
+    Instant::now() + Duration::from_secs(86_400) * days
 }
 
 /// Answers after a moment, on another thread: so that a kill finds READs in flight.

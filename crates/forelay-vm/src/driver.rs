@@ -74,8 +74,8 @@ pub trait VmControl: Send + Sync {
     /// Tells the VMM to end without asking the guest.
     async fn quit(&self) -> Result<(), AttachError>;
 
-    /// Why the VMM ended, if it said so.
-    fn last_words(&self) -> Option<crate::lifecycle::Cause>;
+    /// Why the VMM ended, if it said so: waits until all that it said is read.
+    async fn last_words(&self) -> Option<crate::lifecycle::Cause>;
 }
 
 /// What became of a detached device.

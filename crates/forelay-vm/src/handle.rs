@@ -29,9 +29,12 @@ const CONSOLE_TAIL_LINES: usize = 30;
 /// Most output of a program that is collected in memory.
 pub const MAX_COLLECTED_BYTES: usize = 8 << 20;
 /// How long the guest may take for a request that does little.
-const SHORT: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_secs(60);
 /// How long an attach may take.
 const ATTACH: Duration = Duration::from_secs(60);
+/// How long what a VMM and its guest said last is read for: it is there once they have ended,
+/// and its end with it, unless somebody else holds their sockets.
+const LAST_WORDS: Duration = Duration::from_secs(30);
 /// How long a VMM may take to quit before it is killed.
 const QUIT: Duration = Duration::from_secs(5);
 
@@ -155,6 +158,7 @@ impl VmHandle {
         tokio::spawn(watch_process(
             process.clone(),
             control.clone(),
+            channel.closed(),
             progress.clone(),
         ));
         let inner = Inner {
@@ -473,11 +477,15 @@ impl VmHandle {
 async fn watch_process(
     process: Arc<Process>,
     control: Arc<dyn VmControl>,
+    channel_closed: impl Future<Output = ()>,
     progress: watch::Sender<Progress>,
 ) {
     let exit = process.wait().await;
     // The monitor's last event and the guest's last line may still be in their sockets.
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    let (last_words, _) = tokio::join!(
+        tokio::time::timeout(LAST_WORDS, control.last_words()),
+        tokio::time::timeout(LAST_WORDS, channel_closed),
+    );
     let cause = match exit {
         crate::process::Exit {
             signal: Some(_), ..
@@ -485,7 +493,7 @@ async fn watch_process(
         crate::process::Exit {
             code: Some(1..), ..
         } => Cause::VmmDied,
-        _ => control.last_words().unwrap_or(Cause::VmmDied),
+        _ => last_words.ok().flatten().unwrap_or(Cause::VmmDied),
     };
     progress.send_modify(|progress| {
         progress.advance(Phase::Ended);

@@ -150,7 +150,7 @@ mod tests {
     #[expect(clippy::zombie_processes, reason = "`Process` reaps it")]
     async fn a_process_is_held_killed_and_reaped_and_a_wrong_start_time_is_refused() {
         let child = std::process::Command::new("sleep")
-            .arg("60")
+            .arg("600")
             .spawn()
             .unwrap();
         let id = ProcessId::of(child.id()).unwrap();
@@ -170,7 +170,7 @@ mod tests {
     async fn a_tool_that_takes_too_long_or_is_given_up_does_not_go_on() {
         let dir = tempfile::tempdir().unwrap();
         let pid_file = dir.path().join("pid");
-        let script = format!("echo $$ >{} && exec sleep 60", pid_file.display());
+        let script = format!("echo $$ >{} && exec sleep 600", pid_file.display());
         let mut command = tokio::process::Command::new("sh");
         command.args(["-c", &script]);
         let started = async || loop {

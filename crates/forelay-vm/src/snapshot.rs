@@ -26,7 +26,7 @@ use crate::state::VmState;
 /// Largest state of devices, memory aside; some 100 KiB is usual.
 pub const MAX_STATE_BYTES: usize = 16 << 20;
 /// How long a clone may take to be a machine of its own, hooks of its image included.
-const RESUME: Duration = Duration::from_secs(60);
+const RESUME: Duration = Duration::from_secs(120);
 
 /// Why a VM could not be saved or restored.
 #[derive(Debug, thiserror::Error)]

@@ -103,6 +103,8 @@ pub struct HolderConfig {
     pub last_resort: Box<dyn Fn()>,
     /// How long to wait.
     pub limits: HolderLimits,
+    /// Tells the time.
+    pub clock: fn() -> Instant,
 }
 
 /// Why the holder ended badly.
@@ -139,6 +141,8 @@ pub struct Holder {
     config: HolderConfig,
     program: Program,
     signals: StopSignals,
+    /// When it last looked at what has happened.
+    looked: Instant,
     domains: BTreeMap<String, Held>,
     pinner: Option<Process>,
     pinner_failures: u32,
@@ -175,15 +179,17 @@ impl Holder {
     pub fn new(config: HolderConfig) -> Result<Self, HolderError> {
         let what = "worker";
         let program = Program::open(&config.program);
+        let now = (config.clock)();
         Ok(Self {
             domains: BTreeMap::new(),
             pinner: None,
             pinner_failures: 0,
-            next_pinner: Some(Instant::now()),
+            next_pinner: Some(now),
             worker: None,
             worker_failures: 0,
             unsteady_workers: 0,
-            next_worker: Some(Instant::now()),
+            next_worker: Some(now),
+            looked: now,
             dying: Vec::new(),
             check: None,
             stop: None,
@@ -191,6 +197,20 @@ impl Holder {
             signals: StopSignals::take().map_err(HolderError::Signals)?,
             config,
         })
+    }
+
+    fn now(&self) -> Instant {
+        (self.config.clock)()
+    }
+
+    /// Starts the program with the number of its socket in `fd_variable`.
+    fn start(
+        &self,
+        preferred: Preferred,
+        args: &[OsString],
+        fd_variable: &str,
+    ) -> io::Result<Process> {
+        Process::start(&self.program, preferred, args, fd_variable, self.now())
     }
 
     /// Holds until told to stop, beginning with the mounts of a worker whose holder has ended
@@ -214,6 +234,9 @@ impl Holder {
     fn hold(&mut self) -> i32 {
         loop {
             let (ready, overslept) = self.wait();
+            // All that is judged now is judged by this moment: what the host stands still from
+            // here on is seen the next time.
+            let now = self.looked;
             if overslept > STALL {
                 self.look_again(overslept);
             }
@@ -236,7 +259,7 @@ impl Holder {
             if ended && let Some(code) = self.on_worker_exit() {
                 return code;
             }
-            if let Some(code) = self.enforce_limits() {
+            if let Some(code) = self.enforce_limits(now) {
                 return code;
             }
             self.start_what_is_due();
@@ -264,14 +287,14 @@ impl Holder {
     }
 
     /// What has happened, after waiting for it or for the next moment that is due; and by how
-    /// much that moment was missed.
-    fn wait(&self) -> (Vec<Watched>, Duration) {
+    /// much that moment was missed, or this look came late after the one before.
+    fn wait(&mut self) -> (Vec<Watched>, Duration) {
         let watched = self.watched();
         let mut fds: Vec<_> = watched
             .iter()
             .map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
             .collect();
-        let now = Instant::now();
+        let now = self.now();
         let moments = [self.next_pinner, self.next_worker]
             .into_iter()
             .chain([self.worker.as_ref().map(|worker| worker.due)])
@@ -287,14 +310,18 @@ impl Holder {
                 // The kernel is short of memory: nothing to give up mounts for.
                 tracing::error!(%error, "the holder cannot wait for its processes; trying again");
                 std::thread::sleep(Duration::from_millis(100));
+                self.looked = self.now();
                 return (Vec::new(), Duration::ZERO);
             }
         }
-        let overslept = next.map_or(Duration::ZERO, |at| at.max(now).elapsed());
         let ready = fds.iter().map(|fd| !fd.revents().is_empty());
         let ready: Vec<bool> = ready.collect();
         let ready = watched.iter().zip(ready).filter(|(_, ready)| *ready);
-        (ready.map(|((source, _), _)| *source).collect(), overslept)
+        let ready = ready.map(|((source, _), _)| *source).collect();
+        let now = self.now();
+        let looked = std::mem::replace(&mut self.looked, now);
+        let overslept = next.map_or(Duration::ZERO, |at| now - at.max(looked));
+        (ready, overslept)
     }
 
     /// Passes a stop on, or looks whether a restart can be. The exit code, if it is all over.
@@ -314,7 +341,7 @@ impl Holder {
                     }
                 }
                 // Only a worker can stop the VMs in order.
-                None => self.next_worker = Some(Instant::now()),
+                None => self.next_worker = Some(self.now()),
             }
         } else if arrived.restart && self.stop.is_none() && self.worker.is_some() {
             self.check_restart();
@@ -323,7 +350,7 @@ impl Holder {
     }
 
     fn expect_stop(&mut self) {
-        let by = Instant::now() + self.config.limits.stop;
+        let by = self.now() + self.config.limits.stop;
         self.stop.get_or_insert(Stop {
             by,
             failures: 0,
@@ -341,7 +368,7 @@ impl Holder {
             earlier.signal(Signal::KILL);
             self.dying.push(earlier);
         }
-        match Process::start(&self.program, Preferred::Path, args, CHECK_FD) {
+        match self.start(Preferred::Path, args, CHECK_FD) {
             Ok(check) => self.check = Some(check),
             Err(error) => {
                 tracing::error!(%error, "not restarted: the next worker's start cannot be checked");
@@ -365,8 +392,9 @@ impl Holder {
     }
 
     fn restart_worker(&mut self) {
+        let now = self.now();
         if let Some(worker) = &mut self.worker {
-            worker.ask_to_leave(self.config.limits.restart);
+            worker.ask_to_leave(now, self.config.limits.restart);
         }
     }
 
@@ -374,37 +402,39 @@ impl Holder {
         let Some(mut pinner) = self.pinner.take() else {
             return;
         };
+        let now = self.now();
         let code = pinner.try_reap();
         tracing::error!(?code, "the pinner ended; its locks are lost");
-        self.pinner_failures = match pinner.started.elapsed() > SERVED {
+        self.pinner_failures = match now - pinner.started > SERVED {
             true => 0,
             false => self.pinner_failures + 1,
         };
         self.dying.push(pinner);
-        self.next_pinner = Some(Instant::now() + delay_after(self.pinner_failures));
+        self.next_pinner = Some(now + delay_after(self.pinner_failures));
     }
 
     fn start_what_is_due(&mut self) {
-        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+        let now = self.now();
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if is_due(self.next_pinner)
             && let Err(error) = self.start_pinner()
         {
             tracing::error!(%error, "the pinner cannot be started; trying again");
             self.pinner_failures += 1;
-            self.next_pinner = Some(Instant::now() + delay_after(self.pinner_failures + 1));
+            self.next_pinner = Some(now + delay_after(self.pinner_failures + 1));
         }
         if is_due(self.next_worker)
             && let Err(error) = self.start_worker()
         {
             tracing::error!(%error, "the worker cannot be started; trying again");
             self.worker_failures += 1;
-            self.next_worker = Some(Instant::now() + delay_after(self.worker_failures + 1));
+            self.next_worker = Some(now + delay_after(self.worker_failures + 1));
         }
     }
 
     fn start_pinner(&mut self) -> io::Result<()> {
         let args = &self.config.pinner;
-        let pinner = Process::start(&self.program, Preferred::Path, args, PINNER_FD)?;
+        let pinner = self.start(Preferred::Path, args, PINNER_FD)?;
         self.pinner = Some(pinner);
         self.next_pinner = None;
         Ok(())

@@ -81,18 +81,24 @@ impl Process {
         preferred: Preferred,
         args: &[OsString],
         fd_variable: &str,
+        now: Instant,
     ) -> io::Result<Self> {
-        match Self::spawn(program.command(preferred), args, fd_variable) {
+        match Self::spawn(program.command(preferred), args, fd_variable, now) {
             Err(error) if preferred == Preferred::Path && is_of_the_file(&error) => {
                 let path = program.path.display();
                 tracing::warn!(%error, %path, "not startable; starting the file that was there");
-                Self::spawn(program.command(Preferred::First), args, fd_variable)
+                Self::spawn(program.command(Preferred::First), args, fd_variable, now)
             }
             started => started,
         }
     }
 
-    fn spawn(mut command: Command, args: &[OsString], fd_variable: &str) -> io::Result<Self> {
+    fn spawn(
+        mut command: Command,
+        args: &[OsString],
+        fd_variable: &str,
+        now: Instant,
+    ) -> io::Result<Self> {
         let (ours, theirs) = packet::pair()?;
         rustix::io::ioctl_fionbio(&ours, true)?;
         let inherited = theirs.as_raw_fd();
@@ -113,7 +119,7 @@ impl Process {
         Ok(Self {
             pidfd,
             control: ours,
-            started: Instant::now(),
+            started: now,
             child,
         })
     }

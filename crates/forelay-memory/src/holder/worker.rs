@@ -56,8 +56,8 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    fn give_until(&mut self, silence: Duration) {
-        let due = Instant::now() + silence;
+    fn give_until(&mut self, now: Instant, silence: Duration) {
+        let due = now + silence;
         self.due = self.leave_by.map_or(due, |leave_by| due.min(leave_by));
         // One that is to make room has no more time, whatever it says.
         self.looked_again &= self.leave_by.is_some();
@@ -65,13 +65,13 @@ impl Worker {
     }
 
     /// Asks a ready worker to make room within `limit`.
-    pub(super) fn ask_to_leave(&mut self, limit: Duration) {
+    pub(super) fn ask_to_leave(&mut self, now: Instant, limit: Duration) {
         if self.ready.is_none() {
             self.restart_when_ready = true;
             return;
         }
         self.process.signal(Signal::HUP);
-        let leave_by = Instant::now() + limit;
+        let leave_by = now + limit;
         self.leave_by = Some(leave_by);
         self.due = self.due.min(leave_by);
     }
@@ -90,9 +90,10 @@ impl Holder {
             n if n >= 2 && n.is_multiple_of(2) => Preferred::First,
             _ => Preferred::Path,
         };
-        let process = Process::start(&self.program, preferred, &self.config.worker, HOLDER_FD)?;
+        let now = self.now();
+        let process = self.start(preferred, &self.config.worker, HOLDER_FD)?;
         self.worker = Some(Worker {
-            due: Instant::now() + ready_limit(&self.config.limits, self.worker_failures),
+            due: now + ready_limit(&self.config.limits, self.worker_failures),
             process,
             ready: None,
             canary: None,
@@ -121,14 +122,15 @@ impl Holder {
     /// Decides what follows a worker: an exit code, if nothing does.
     fn after_worker(&mut self, code: Option<i32>) -> Option<i32> {
         let worker = self.worker.take()?;
+        let now = self.now();
         let (was_ready, shutdown) = (worker.ready.is_some(), worker.shutdown);
-        let lived = worker.process.started.elapsed();
-        let served = worker.ready.map_or(Duration::ZERO, |since| since.elapsed());
+        let lived = now - worker.process.started;
+        let served = worker.ready.map_or(Duration::ZERO, |since| now - since);
         self.dying.push(worker.process);
         match (shutdown, code) {
             (Some(Shutdown::Restart), _) if self.stop.is_none() => {
                 (self.worker_failures, self.unsteady_workers) = (0, 0);
-                self.next_worker = Some(Instant::now());
+                self.next_worker = Some(now);
                 return None;
             }
             (Some(Shutdown::Stop), code) => return Some(code.unwrap_or(1)),
@@ -165,13 +167,12 @@ impl Holder {
             ?delay,
             "the worker died; starting the next one"
         );
-        self.next_worker = Some(Instant::now() + delay);
+        self.next_worker = Some(now + delay);
         None
     }
 
     /// Ends what takes longer than it may. The exit code, if that is all that was left to do.
-    pub(super) fn enforce_limits(&mut self) -> Option<i32> {
-        let now = Instant::now();
+    pub(super) fn enforce_limits(&mut self, now: Instant) -> Option<i32> {
         if self.stop.as_ref().is_some_and(|stop| stop.by <= now) {
             return Some(self.stop_without_worker());
         }
@@ -212,7 +213,7 @@ impl Holder {
             ?overslept,
             "the host did not run; looking again before anything ends"
         );
-        let soon = Instant::now() + self.config.limits.silence;
+        let soon = self.now() + self.config.limits.silence;
         let later = |by: &mut Instant| *by = soon.max(*by);
         if let Some(worker) = &mut self.worker
             && !std::mem::replace(&mut worker.looked_again, true)
@@ -269,6 +270,7 @@ impl Holder {
     }
 
     fn serve(&mut self, mut request: Packet) -> io::Result<()> {
+        let now = self.now();
         let Some(worker) = &mut self.worker else {
             return Ok(());
         };
@@ -308,18 +310,18 @@ impl Holder {
                 let canary = request.take_fd()?;
                 ok.send(control, &[])?;
                 worker.canary = Some(canary);
-                worker.ready = Some(Instant::now());
-                worker.give_until(silence);
+                worker.ready = Some(now);
+                worker.give_until(now, silence);
                 if self.stop.is_some() {
                     worker.process.signal(Signal::TERM);
                 } else if std::mem::take(&mut worker.restart_when_ready) {
-                    worker.ask_to_leave(self.config.limits.restart);
+                    worker.ask_to_leave(now, self.config.limits.restart);
                 }
                 Ok(())
             }
             Word::Alive => {
                 if worker.ready.is_some() {
-                    worker.give_until(silence);
+                    worker.give_until(now, silence);
                 }
                 Ok(())
             }
@@ -360,11 +362,12 @@ mod tests {
     fn holder_of_sleepers() -> Holder {
         let holder = Holder::new(HolderConfig {
             program: "/bin/sleep".into(),
-            worker: vec!["60".into()],
-            pinner: vec!["60".into()],
+            worker: vec!["600".into()],
+            pinner: vec!["600".into()],
             check: None,
             last_resort: Box::new(|| {}),
             limits: HolderLimits::default(),
+            clock: Instant::now,
         });
         holder.unwrap()
     }
@@ -380,21 +383,22 @@ mod tests {
         holder.start_worker().unwrap();
         let worker = holder.worker.as_mut().unwrap();
         let pid = worker.process.pid();
-        (worker.ready, worker.due) = (Some(Instant::now()), Instant::now());
-        assert_eq!(holder.enforce_limits(), None);
+        let now = Instant::now();
+        (worker.ready, worker.due) = (Some(now), now);
+        assert_eq!(holder.enforce_limits(now), None);
         let worker = holder.worker.as_mut().unwrap();
         assert!(worker.process.pid() == pid && worker.process.try_reap().is_none());
-        assert!(worker.due > Instant::now(), "it is looked at again");
+        assert!(worker.due >= now + LOOK_EVERY, "it is looked at again");
         // One of them comes back from its disk and dies.
         let mut ended = holder.dying.pop().unwrap();
         ended.signal(Signal::KILL);
-        ended.reap_within(Duration::from_secs(60)).unwrap();
-        worker.due = Instant::now();
-        assert_eq!(holder.enforce_limits(), None);
+        ended.reap_within(Duration::from_secs(600)).unwrap();
+        worker.due = now;
+        assert_eq!(holder.enforce_limits(now), None);
         assert!(holder.worker.is_none() && holder.next_worker.is_some());
         let mut killed = holder.dying.pop().unwrap();
         assert_eq!(killed.pid(), pid);
-        killed.reap_within(Duration::from_secs(60)).unwrap();
+        killed.reap_within(Duration::from_secs(600)).unwrap();
         for process in &holder.dying {
             process.signal(Signal::KILL);
         }

@@ -142,6 +142,9 @@ fn privileged_who_pushes_pays_and_who_touches_pushed_pages_does_not() {
     let pushed = Extent::new(0, 16 * MIB);
     let before = pusher.usage_bytes();
     daemon.push(pushed);
+    // The kernel takes none of it away meanwhile.
+    let pin = format!("pin {} {}", pushed.offset, pushed.len);
+    assert_eq!(daemon.tell(&pin), format!("pinned {}", pushed.len));
     let paid = pusher.usage_bytes().saturating_sub(before);
     assert!(
         paid + CHARGED_AHEAD >= pushed.len,

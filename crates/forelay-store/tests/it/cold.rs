@@ -61,10 +61,15 @@ async fn each_request_gets_exactly_its_parts_and_ends_once() {
         (2, Extent::new(1_510_000, 4096)),
         (3, Extent::new(10_000, 1000)),
     ];
-    assert_eq!(
-        drain(host.scheduler().prefetch(plan.clone()), &sample).await,
-        expected
-    );
+    // The line is held until the plan is asked for, so that its requests meet.
+    let gate = Arc::new(Semaphore::new(0));
+    *bench.faults.gate.lock() = Some(gate.clone());
+    let stream = host.scheduler().prefetch(plan.clone());
+    while host.scheduler().counters().joined < 2 {
+        tokio::task::yield_now().await;
+    }
+    gate.add_permits(100);
+    assert_eq!(drain(stream, &sample).await, expected);
     let cold = host.scheduler().counters();
     assert_eq!(
         (cold.prefetch_chunks, cold.demand_requests),

@@ -290,7 +290,7 @@ impl VmControl for QemuControl {
         Ok(())
     }
 
-    fn last_words(&self) -> Option<Cause> {
-        self.qmp.last_words()
+    async fn last_words(&self) -> Option<Cause> {
+        self.qmp.last_words().await
     }
 }

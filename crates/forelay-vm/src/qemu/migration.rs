@@ -20,7 +20,7 @@ use crate::snapshot::{MAX_STATE_BYTES, SnapshotError};
 /// Socket over which a state goes, in the runtime directory.
 pub const STATE_SOCKET: &str = "state.sock";
 /// How long a state may take, in either direction.
-const MIGRATION: Duration = Duration::from_secs(30);
+const MIGRATION: Duration = Duration::from_secs(60);
 /// What a QEMU says last that cannot use a state.
 const REFUSAL: &str = "load of migration failed";
 /// Interval of questions whether it is done.

@@ -35,9 +35,9 @@ use crate::state::{STATE_FILE, VmState};
 use crate::{kernel, lines, scratch, stray};
 
 /// How long QEMU may take to open its sockets.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(60);
 /// How long a QEMU that closed its monitor may take to end.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const LAST_WORDS: Duration = Duration::from_secs(30);
 /// Interval of attempts to connect.
 const POLL: Duration = Duration::from_millis(3);
 /// What QEMU prints goes here, in the runtime directory.

@@ -21,7 +21,7 @@ use crate::lines::{self, LineConnection};
 /// Longest accepted message.
 const MAX_LINE_BYTES: usize = 1 << 20;
 /// How long a command may take.
-const COMMAND: Duration = Duration::from_secs(30);
+const COMMAND: Duration = Duration::from_secs(60);
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -140,8 +140,9 @@ impl Qmp {
         self.events.subscribe()
     }
 
-    /// Why QEMU shuts down, once it has said so.
-    pub fn last_words(&self) -> Option<Cause> {
+    /// Why QEMU shut down, if it said so before it closed the monitor, which is waited for.
+    pub async fn last_words(&self) -> Option<Cause> {
+        self.commands.closed().await;
         *self
             .last_words
             .lock()
@@ -217,6 +218,9 @@ mod tests {
         let mut lines = BufReader::new(reader).lines();
         while let Ok(Some(line)) = lines.next_line().await {
             let message: Value = serde_json::from_str(&line).unwrap();
+            if message["execute"] == "quit" {
+                return;
+            }
             if writer.write_all(answer(&message).as_bytes()).await.is_err() {
                 return;
             }
@@ -242,9 +246,12 @@ mod tests {
         let reply = qmp.command("good", json!({"x": 1})).await.unwrap();
         assert_eq!(reply, json!({"ok": 2}));
         assert_eq!(events.recv().await.unwrap().name, "SHUTDOWN");
-        assert_eq!(qmp.last_words(), Some(Cause::GuestReset));
         let refused = qmp.command("bad", Value::Null).await;
         assert!(matches!(refused, Err(QmpError::Refused { text, .. }) if text == "no"));
+        // All of it counts that was said before the end.
+        let gone = qmp.command("quit", Value::Null).await;
+        assert!(matches!(gone, Err(QmpError::Closed)), "{gone:?}");
+        assert_eq!(qmp.last_words().await, Some(Cause::GuestReset));
     }
 
     #[tokio::test]

@@ -86,7 +86,9 @@ async fn privileged_hot_attach_is_visible_at_once_and_detach_refuses_while_in_us
     assert_eq!(vm.collect(exec).await.unwrap().stdout, b"300\n");
 
     // In use: by a process whose directory it is, and by an open file.
-    let user = "cd /opt/extra; sleep 1000 < /dev/null > /dev/null 2>&1 & echo $!";
+    // Known by its name once it is executed.
+    let user = "cd /opt/extra; sleep 1000 < /dev/null > /dev/null 2>&1 & \
+                until busybox grep -q sleep /proc/$!/comm; do :; done; echo $!";
     let pid = sh(&vm, user).await;
     let refused = vm.detach("extra", &extra.uuid()).await.unwrap_err();
     let AttachError::Guest(ChannelError::Refused {
@@ -105,7 +107,9 @@ async fn privileged_hot_attach_is_visible_at_once_and_detach_refuses_while_in_us
         "hot\n",
         "a refused detach changes nothing"
     );
-    sh(&vm, &format!("busybox kill {pid}")).await;
+    let pid = pid.trim();
+    let end = format!("busybox kill {pid}; while [ -e /proc/{pid} ]; do sleep 0.01; done");
+    sh(&vm, &end).await;
     let detachment = vm.detach("extra", &extra.uuid()).await.unwrap();
     println!("detached: {detachment:?}");
     assert_eq!(

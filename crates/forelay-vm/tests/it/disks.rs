@@ -1,7 +1,8 @@
 //! Disks: scratch upper, flat image, plain root disk; network and the entrypoint's end.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 
 use forelay_guest_protocol::config::{Entrypoint, Network, ReadyProbe, Run, VmConfig};
 use forelay_guest_protocol::messages::ExitStatus;
@@ -17,12 +18,15 @@ fn shell(script: &str) -> Run {
     })
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+/// A port of this machine that nobody else is given while the socket is there: it is bound,
+/// does not listen, and lets QEMU, whose sockets ask for the same, bind it as well.
+fn reserved_port() -> (OwnedFd, u16) {
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt};
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+    bind(&socket, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+    let address = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
+    (socket, address.port())
 }
 
 #[tokio::test]
@@ -45,7 +49,7 @@ async fn privileged_serves_a_forwarded_port_from_a_scratch_disk() {
         path: scratch.clone(),
         bytes: 1 << 30,
     };
-    let port = free_port();
+    let (_reserved, port) = reserved_port();
     spec.forwards = vec![Forward {
         host: port,
         guest: 80,

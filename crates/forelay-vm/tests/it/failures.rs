@@ -14,7 +14,10 @@ async fn privileged_a_vmm_that_dies_during_boot_is_a_clear_error() {
     let Some(assets) = assets(test) else { return };
     let bench = Bench::new();
     let base = bench.image("base", &base_tree(assets));
-    let spec = bench.spec(assets, &[&base], &VmConfig::default());
+    // It waits for a device that never comes, so that it is not ready before it is killed.
+    let mut spec = bench.spec(assets, &[&base], &VmConfig::default());
+    spec.pmem.truncate(1);
+    spec.append.push("forelay.device_wait_ms=3600000".into());
     let vm = Guard(bench.driver.launch(&spec).await.unwrap());
     assert_eq!(vm.progress().phase, Phase::Starting);
     vm.kill().unwrap();

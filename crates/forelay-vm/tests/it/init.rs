@@ -1,7 +1,5 @@
 //! Handing the guest over to the image's own init.
 
-use std::time::Duration;
-
 use forelay_guest_protocol::config::{Network, Run, VmConfig};
 use forelay_guest_protocol::messages::Attach;
 use forelay_image::tree::Tree;
@@ -81,7 +79,7 @@ async fn privileged_systemd_boots_to_multi_user_and_the_agent_lives_beside_it() 
     let seen = "while ! grep hot /run/seen; do sleep 0.2; done";
     assert_eq!(sh(&vm, seen).await, "hot\n");
 
-    let ended = vm.stop(Duration::from_secs(60)).await.unwrap();
+    let ended = vm.stop(LIMIT).await.unwrap();
     assert_eq!(
         ended.cause,
         Cause::GuestPoweroff,

@@ -47,7 +47,7 @@ use crate::config::{Config, ForecastConfig};
 use crate::history::{ComponentRef, ProfileRef};
 
 /// How long a stop may take before the walk has failed.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 /// Most that shared memory may take while nothing is to leave.
 const CAP_BYTES: u64 = 1 << 30;
 

@@ -92,7 +92,9 @@ fn privileged_a_component_is_attached_used_and_detached() {
         "{refused}"
     );
 
-    host.sh("plain", &format!("kill {user}"));
+    let user = user.trim();
+    let end = format!("kill {user}; while [ -e /proc/{user} ]; do sleep 0.01; done");
+    host.sh("plain", &end);
     host.ok(["detach", "plain", "forelay-tool"]);
     assert!(!has("forelay-tool"));
     let gone = host.run(["exec", "plain", "--", "ls", "/usr/share/forelay-tool"]);

@@ -267,7 +267,7 @@ fn privileged_what_breaks_one_vm_leaves_another_unharmed() {
     unharmed();
     corrupt(&host, &launch);
     unharmed();
-    vmm_dies_during_boot(&host, &good);
+    vmm_dies_during_boot(&host);
     unharmed();
 }
 
@@ -344,8 +344,11 @@ fn corrupt(host: &Host, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
     }
 }
 
-/// The VMM is killed before the guest has mounted anything.
-fn vmm_dies_during_boot(host: &Host, manifest: &Path) {
+/// The VMM is killed before its VM is ready, which it never would be.
+fn vmm_dies_during_boot(host: &Host) {
+    let never = "\nready = { path = \"/never\" }\n\n[vm]";
+    let manifest = idle("short", "[]", "").replacen("\n\n[vm]", never, 1);
+    let manifest = host.write("short.toml", &manifest);
     let before = host.vmms();
     let words = ["run", "--detach", "--name", "short"];
     let mut command = host.command(

@@ -94,12 +94,16 @@ fn ends_are_told_as_shells_do(host: &Host) {
         plain == 126 && text.contains("/etc/passwd: Permission denied"),
         "{text}"
     );
-    let late = exec(host, &["--timeout", "3"], "echo begun; sleep 600").output();
-    let late = late.unwrap();
-    assert_eq!(
-        (late.status.code(), &*late.stdout),
-        (Some(124), &b"begun\n"[..])
-    );
+    // What it said before it was ended is told, if it came to that on a busy machine.
+    let said = [1, 2, 4, 8, 16, 32, 64, 128].into_iter().map(|seconds: u8| {
+        let limit = seconds.to_string();
+        let late = exec(host, &["--timeout", &limit], "echo begun; sleep 600").output();
+        let late = late.unwrap();
+        assert_eq!(late.status.code(), Some(124));
+        late.stdout
+    });
+    let mut said = said.filter(|said| !said.is_empty());
+    assert_eq!(said.next().unwrap(), b"begun\n");
     let refused = host.refused(["exec", "--timeout=-1", "exec", "--", "true"]);
     assert!(refused.contains("no time limit"), "{refused}");
     let long = "x".repeat(130_000);
@@ -274,7 +278,7 @@ fn the_root_does_what_others_do(host: &Host) {
     let script = "getent hosts exec > /dev/null && flock -n /etc/passwd echo locked; \
                   grep -c ^0*1 /proc/net/if_inet6; (true &); \
                   while grep -q 'State:.Z' /proc/[0-9]*/status 2> /dev/null; do :; done; echo reaped";
-    let said = host.ok(["exec", "--timeout", "60", "exec", "--", "sh", "-c", script]);
+    let said = host.ok(["exec", "--timeout", "600", "exec", "--", "sh", "-c", script]);
     assert_eq!(said, "locked\n1\nreaped\n");
     modules_are_there_when_wanted(host);
 }

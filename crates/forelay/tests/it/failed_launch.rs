@@ -2,7 +2,6 @@
 //! worker's death. Nothing of them runs on.
 
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
 
 use crate::fixture::{Host, RepositoryOf, Settings, bench, idle, signal};
 
@@ -66,17 +65,14 @@ fn privileged_a_vmm_that_nobody_knows_is_ended_whatever_its_program_is_called() 
     run.wait().unwrap();
 }
 
-/// Whoever opens a pipe without a writer waits, as for a dead file server.
+/// Whoever opens a pipe without a writer waits, as for a dead file server: no image opens.
 fn hang(host: &Host) {
-    let shown = host.json(["component", "show", "debian"]);
-    let index = shown["image"]["chunk_index"]
-        .as_str()
-        .unwrap()
-        .replace("sha256:", "");
-    let path = host.repository().join(format!("chunks/{index}.idx"));
-    std::fs::remove_file(&path).unwrap();
-    let made = std::process::Command::new("mkfifo").arg(&path).status();
-    assert!(made.unwrap().success());
+    for entry in std::fs::read_dir(host.repository().join("chunks")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+    }
 }
 
 #[test]
@@ -85,30 +81,19 @@ fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminat
     let Some(bench) = bench(test) else { return };
     let settings = Settings {
         repository: RepositoryOf::Test,
-        timeout_s: Some(600.0),
+        // Whoever waited for it would not come to an end here.
+        timeout_s: Some(36_000.0),
         ..Settings::default()
     };
     let mut host = Host::started(&bench, &settings);
     hang(&host);
     let mut first = begin(&host, "first");
-    let asked = Instant::now();
     host.ok(["stop", "first"]);
-    assert!(
-        asked.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        asked.elapsed()
-    );
     assert_eq!(host.vm("first")["state"], "stopped");
     first.wait().unwrap();
     // The name is free again, and the next one is ended by the daemon's own end.
     let mut again = begin(&host, "first");
-    let asked = Instant::now();
     assert_eq!(host.terminate(), Some(0));
-    assert!(
-        asked.elapsed() < Duration::from_secs(15),
-        "{:?}",
-        asked.elapsed()
-    );
     assert_eq!((host.vmms(), host.mounts()), (vec![], vec![]));
     again.wait().unwrap();
 }

@@ -11,7 +11,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -22,7 +22,7 @@ use serde_json::Value;
 /// The command under test.
 pub const FORELAY: &str = env!("CARGO_BIN_EXE_forelay");
 /// How long anything may take before a test gives up on it.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// The shared repository, and the right to run VMs: only one test has it at a time.
 pub struct Bench {
@@ -344,6 +344,19 @@ impl Host {
         host
     }
 
+    /// Has the forecaster's clock show again what it showed when the host was made, however long
+    /// it has taken since; before a start.
+    pub fn restart_clock(&self) {
+        let path = self.dir().join("forelay.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let now_ms = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
+        let lines = text.lines().map(|line| match line {
+            origin if origin.starts_with("time_origin_ms") => format!("time_origin_ms = {now_ms}\n"),
+            line => format!("{line}\n"),
+        });
+        std::fs::write(path, lines.collect::<String>()).unwrap();
+    }
+
     /// Where the test may write; the daemon's runtime directory is `run` in it.
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -500,7 +513,7 @@ impl Host {
     pub fn terminate(&mut self) -> Option<i32> {
         let mut child = self.daemon.take().unwrap();
         signal("TERM", child.id());
-        let deadline = Instant::now() + Duration::from_secs(40);
+        let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Some(status) = child.try_wait().unwrap() {
                 return status.code();
@@ -509,7 +522,7 @@ impl Host {
         }
         signal("KILL", child.id());
         child.wait().unwrap();
-        panic!("the daemon did not end within 40 s:\n{}", self.log());
+        panic!("the daemon did not end:\n{}", self.log());
     }
 
     /// Launches a VM and waits until it is ready; its description.
@@ -568,7 +581,7 @@ impl Drop for Host {
     fn drop(&mut self) {
         if let Some(child) = &mut self.daemon {
             signal("TERM", child.id());
-            let deadline = Instant::now() + Duration::from_secs(30);
+            let deadline = Instant::now() + PATIENCE;
             while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -616,7 +629,7 @@ pub fn idle(profile: &str, components: &str, further: &str) -> String {
 
 /// A manifest of nginx on a free host port, and that port.
 pub fn web() -> (String, u16) {
-    let port = free_port();
+    let port = reserved_port();
     let manifest = format!(
         "name = \"web\"\nowner = \"tests\"\nbase = \"debian\"\ncomponents = [\"nginx\"]\n\
          entrypoint = [\"nginx\", \"-g\", \"daemon off;\"]\nready = {{ tcp = 80 }}\n\n\
@@ -626,9 +639,16 @@ pub fn web() -> (String, u16) {
     (manifest, port)
 }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    listener.local_addr().unwrap().port()
+/// A port of this machine that nobody else is given while this process lives: it is bound, does
+/// not listen, and lets programs that ask for the same, as servers do, bind it as well.
+pub fn reserved_port() -> u16 {
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt};
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+    bind(&socket, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+    let address = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
+    std::mem::forget(socket);
+    address.port()
 }
 
 /// A page from a guest, with its headers.

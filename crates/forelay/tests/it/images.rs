@@ -2,14 +2,14 @@
 //! make them with.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use forelay_image::Digest;
 use serde_json::{Value, json};
 
-use crate::fixture::{Host, PATIENCE, RepositoryOf, Settings, bench, http_get};
+use crate::fixture::{Host, PATIENCE, RepositoryOf, Settings, bench, http_get, reserved_port};
 
 /// More layers than a VM may have devices.
 const LAYERS: usize = 60;
@@ -101,9 +101,7 @@ struct RunningRegistry {
 
 impl RunningRegistry {
     fn start(dir: &Path) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
+        let port = reserved_port();
         let config = format!(
             "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\n\
              http:\n  addr: 127.0.0.1:{port}\n",
@@ -162,9 +160,7 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
     let from = format!("oci:{}:app:1", layout.display());
     let saved = format!("docker-archive:{}", saved.display());
     skopeo(&from, &format!("{saved}:example/app:1"));
-    let free = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    let port = free.local_addr().unwrap().port();
-    drop(free);
+    let port = reserved_port();
     let publish = format!("{port}:8080");
     let image = ["run", "--image", &saved, "--memory", "160M"];
     let detached = ["--detach", "--name", "app", "--publish", &publish];

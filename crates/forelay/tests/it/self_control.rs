@@ -139,6 +139,7 @@ fn privileged_a_profile_that_forecasting_harms_is_loaded_when_its_launch_is_aske
         append(&host, &events.collect::<Vec<_>>());
     }
 
+    host.restart_clock();
     host.start();
     let (entry, other) = (next_launch(&host, "harmed"), next_launch(&host, "steady"));
     assert_eq!(entry["control"]["fallen_back"], true, "{entry}");

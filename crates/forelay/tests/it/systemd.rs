@@ -50,7 +50,7 @@ fn answers_datagrams(host: &Host, port: u16) {
         .set_read_timeout(Some(Duration::from_millis(500)))
         .unwrap();
     let mut answer = [0; 64];
-    let answered = (0..120).find_map(|_| {
+    let answered = (0..500).find_map(|_| {
         socket.send_to(b"ping", ("127.0.0.1", port)).unwrap();
         socket.recv(&mut answer).ok()
     });

@@ -214,7 +214,8 @@ mod tests {
         answer
     }
 
-    #[tokio::test]
+    // Time passes when nobody has anything to do, and not while they do it.
+    #[tokio::test(start_paused = true)]
     async fn clients_that_say_nothing_are_shown_out_and_others_served() {
         let dir = tempfile::tempdir().unwrap();
         let socket = started(dir.path());
@@ -235,7 +236,7 @@ mod tests {
         let echoed = exchange(&socket, &whole).await;
         assert!(echoed.ends_with("the whole"), "{echoed}");
     }
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn requests_that_take_long_leave_connections_for_others() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("api.sock");

@@ -44,6 +44,7 @@ pub fn run_holder(config: Config, path: Option<&Path>) -> Result<()> {
     check.extend(["--protocol".into(), PROTOCOL_VERSION.to_string().into()]);
     let vmm_dirs = [config.vms_dir(), config.standby_dir(), config.makers_dir()];
     let holder = Holder::new(HolderConfig {
+        clock: Instant::now,
         program: std::env::current_exe().context("cannot find this program")?,
         worker,
         pinner: vec!["internal-pinner".into()],
@@ -149,7 +150,7 @@ mod tests {
     fn recorded_vmms_are_killed_and_processes_of_the_same_pid_are_not() {
         let vms = tempfile::tempdir().unwrap();
         let started = || {
-            let child = Command::new("sleep").arg("60").spawn().unwrap();
+            let child = Command::new("sleep").arg("600").spawn().unwrap();
             ProcessId::of(child.id()).unwrap()
         };
         let record = |name: &str, process: ProcessId| {

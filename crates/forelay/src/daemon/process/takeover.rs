@@ -35,7 +35,7 @@ use crate::daemon::vm::service::kill_recorded;
 /// How long opening a VM's components may keep its files waiting.
 const OPEN_LIMIT: Duration = Duration::from_secs(2);
 /// How long a VMM may take to answer before its VM counts as unreachable.
-const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// How long one of the later attempts may take, and the pause between two.
 const LATER_LIMIT: Duration = Duration::from_secs(60);
 const RETRY_EVERY: Duration = Duration::from_secs(1);

@@ -221,7 +221,7 @@ mod tests {
         dir.make().unwrap();
         std::fs::write(dir.path().join("console.log"), "kept").unwrap();
         let mut vmm = std::process::Command::new("sleep")
-            .arg("60")
+            .arg("600")
             .env(forelay_vm::stray::RUNTIME_DIR_VARIABLE, dir.path())
             .spawn()
             .unwrap();

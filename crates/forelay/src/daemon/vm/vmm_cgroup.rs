@@ -315,7 +315,7 @@ mod tests {
         }
         // This process shares its group with who started it, or is in the root.
         let mut child = std::process::Command::new("sleep")
-            .arg("60")
+            .arg("600")
             .spawn()
             .unwrap();
         let charged = Groups::new().charged(child.id());
@@ -362,7 +362,7 @@ mod tests {
         output.read_line(&mut line).unwrap();
         let alone = Groups::new().charged(vmm.id());
         let mut stranger = std::process::Command::new("sleep")
-            .arg("60")
+            .arg("600")
             .spawn()
             .unwrap();
         join(stranger.id());
