@@ -67,9 +67,10 @@ impl Holder {
         std::fs::rename(new, self.dir.path().join("mount.days")).unwrap();
     }
 
-    /// Has it look at what is due, by asking for a restart that is refused; goes on `then`, and
-    /// returns once it has looked.
+    /// Has it look at what is due, by asking for a restart, which is refused from now on; goes
+    /// on `then`, and returns once it has looked.
     fn look(&self, then: impl FnOnce()) {
+        eventually("no check runs", || self.children("check").is_empty());
         let checked = self.mountpoint().with_extension("checked");
         // It may be the first look.
         let _ = std::fs::remove_file(&checked);
@@ -77,7 +78,15 @@ impl Holder {
         signal(self.process.id(), "HUP");
         then();
         eventually("the holder looks", || checked.exists());
-        self.set("refuse", false);
+    }
+
+    /// Has it end a daemon that says nothing. The first time it sees that, it may be the host
+    /// that stood still.
+    fn lose_patience(&self) {
+        self.let_a_day_pass();
+        self.look(|| ());
+        self.let_a_day_pass();
+        signal(self.process.id(), "HUP");
     }
 
     /// Stops a daemon, and returns once the holder has heard all that it said.
@@ -402,10 +411,7 @@ fn privileged_a_daemon_that_hangs_is_replaced() {
     mapper.progress();
     // After it was ready: it gives no sign of life, nor when it was given time once more.
     holder.silence(daemon);
-    for _ in 0..2 {
-        holder.let_a_day_pass();
-        holder.look(|| ());
-    }
+    holder.lose_patience();
     let next = holder.next_daemon();
     assert_ne!(next, daemon);
     mapper.progress();
@@ -415,10 +421,7 @@ fn privileged_a_daemon_that_hangs_is_replaced() {
     let line = holder.lines.recv_timeout(PATIENCE).unwrap();
     let hung: u32 = line.strip_prefix("hanging ").unwrap().parse().unwrap();
     holder.set("hang", false);
-    for _ in 0..2 {
-        holder.let_a_day_pass();
-        holder.look(|| ());
-    }
+    holder.lose_patience();
     assert_ne!(holder.next_daemon(), hung);
     mapper.progress();
     mapper.finish();
