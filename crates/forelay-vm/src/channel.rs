@@ -499,9 +499,7 @@ mod tests {
         drop(guest);
         // Also one that comes when all who waited were told.
         channel.closed().await;
-        let closed = channel
-            .request(GuestCommand::Status, LONG)
-            .await;
+        let closed = channel.request(GuestCommand::Status, LONG).await;
         assert!(matches!(closed, Err(ChannelError::Closed)), "{closed:?}");
     }
 

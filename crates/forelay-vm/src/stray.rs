@@ -66,8 +66,8 @@ fn is_marked(pid: u32, runtime_dir: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
     use super::*;
+    use std::process::{Child, Command};
 
     fn sleeper(dir: &Path) -> Child {
         let mut command = Command::new("sleep");

@@ -120,7 +120,11 @@ fn touch_at_random(mount: &TestMount, images: &[TestImage], seed: u64) {
     let all_happened = || {
         let counters = mount.memory.counters();
         let moved = [counters.evicted_bytes, counters.pushed_bytes];
-        let waited = [counters.demand_faults, counters.padding_reads, counters.stall_ns];
+        let waited = [
+            counters.demand_faults,
+            counters.padding_reads,
+            counters.stall_ns,
+        ];
         moved.into_iter().chain(waited).all(|count| count > 0)
     };
     let mut pages = 0;

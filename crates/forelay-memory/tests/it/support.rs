@@ -135,7 +135,10 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let begun = std::time::Instant::now();
     while !holds() {
         let waited = begun.elapsed();
-        assert!(waited.as_secs() < 240, "in {waited:?} it did not come true that {what}");
+        assert!(
+            waited.as_secs() < 240,
+            "in {waited:?} it did not come true that {what}"
+        );
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }

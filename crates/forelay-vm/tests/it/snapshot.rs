@@ -19,7 +19,6 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::fixture::{Assets, Bench, Guard, Image, LIMIT, assets, base_tree, file, sh, symlink};
 
-
 /// The clone in which a hook hangs.
 const HANGS: &str = "clone2";
 

@@ -71,7 +71,9 @@ fn privileged_vms_outlive_the_worker_and_end_with_the_daemon() {
             let memory = host.json(["memory"]);
             memory["resident_bytes"].as_u64() <= memory["budget_bytes"].as_u64()
         });
-        host.until("the VM is reached", |host| host.vm("busy")["state"] == "ready");
+        host.until("the VM is reached", |host| {
+            host.vm("busy")["state"] == "ready"
+        });
         assert_eq!(host.vm("busy")["pid"], pid);
         progress(&host);
     }

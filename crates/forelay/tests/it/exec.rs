@@ -95,13 +95,15 @@ fn ends_are_told_as_shells_do(host: &Host) {
         "{text}"
     );
     // What it said before it was ended is told, if it came to that on a busy machine.
-    let said = [1, 2, 4, 8, 16, 32, 64, 128].into_iter().map(|seconds: u8| {
-        let limit = seconds.to_string();
-        let late = exec(host, &["--timeout", &limit], "echo begun; sleep 600").output();
-        let late = late.unwrap();
-        assert_eq!(late.status.code(), Some(124));
-        late.stdout
-    });
+    let said = [1, 2, 4, 8, 16, 32, 64, 128]
+        .into_iter()
+        .map(|seconds: u8| {
+            let limit = seconds.to_string();
+            let late = exec(host, &["--timeout", &limit], "echo begun; sleep 600").output();
+            let late = late.unwrap();
+            assert_eq!(late.status.code(), Some(124));
+            late.stdout
+        });
     let mut said = said.filter(|said| !said.is_empty());
     assert_eq!(said.next().unwrap(), b"begun\n");
     let refused = host.refused(["exec", "--timeout=-1", "exec", "--", "true"]);

@@ -351,7 +351,9 @@ impl Host {
         let text = std::fs::read_to_string(&path).unwrap();
         let now_ms = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis();
         let lines = text.lines().map(|line| match line {
-            origin if origin.starts_with("time_origin_ms") => format!("time_origin_ms = {now_ms}\n"),
+            origin if origin.starts_with("time_origin_ms") => {
+                format!("time_origin_ms = {now_ms}\n")
+            }
             line => format!("{line}\n"),
         });
         std::fs::write(path, lines.collect::<String>()).unwrap();

@@ -136,7 +136,10 @@ fn privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot() 
     });
     assert!(host.run(["doctor"]).stdout.contains("set aside"));
     let ready = [&booted, &first].map(seconds);
-    println!("ready after: booted {:.2} s, resumed {:.2} s", ready[0], ready[1]);
+    println!(
+        "ready after: booted {:.2} s, resumed {:.2} s",
+        ready[0], ready[1]
+    );
     host.ok(["stop", "web"]);
     let made_again = host.json(["snapshot", "create", path]);
     assert_ne!(made_again["id"], made["id"]);

@@ -1,9 +1,9 @@
 //! A worker serves running VMs whatever else is missing, wrong or gone, and says what it does
 //! without.
 
+use serde_json::Value;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use serde_json::Value;
 
 use crate::fixture::{FORELAY, Host, RepositoryOf, Settings, bench, idle, lives, signal};
 use crate::full_disk::{Disk, mount};
