@@ -81,7 +81,7 @@ fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminat
     let Some(bench) = bench(test) else { return };
     let settings = Settings {
         repository: RepositoryOf::Test,
-        // Whoever waited for it would not come to an end here.
+        // What waited for it would not come to an end here.
         timeout_s: Some(36_000.0),
         ..Settings::default()
     };
