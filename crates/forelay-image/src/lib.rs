@@ -24,6 +24,7 @@ pub mod solve;
 pub mod touch;
 pub mod tree;
 pub mod version;
+pub mod watched;
 
 pub use chunk::{Chunk, ChunkIndex};
 pub use component::{Component, ComponentId};

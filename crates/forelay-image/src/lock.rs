@@ -65,6 +65,18 @@ impl From<&Component> for LockedComponent {
     }
 }
 
+impl LockedComponent {
+    /// Whether all that it says is what the metadata of its id says.
+    pub fn describes(&self, component: &Component) -> bool {
+        let image = &component.image;
+        self.name == component.name
+            && self.version == component.version
+            && self.role == component.role
+            && self.image == image.digest
+            && (self.image_bytes, self.metadata_bytes) == (image.bytes, image.metadata_bytes)
+    }
+}
+
 /// Why a lock was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LockError {

@@ -8,10 +8,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, Read, Seek as _, SeekFrom};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use crate::watched::WatchedFile;
 
 /// Index of a node in its [`Tree`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -75,6 +76,8 @@ pub enum FileData {
         /// Number of bytes.
         len: u64,
     },
+    /// All of a host file that others may change meanwhile; read when the image is written.
+    Watched(WatchedFile),
 }
 
 impl FileData {
@@ -83,6 +86,7 @@ impl FileData {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::HostFile { len, .. } => *len,
+            Self::Watched(file) => file.bytes(),
         }
     }
 
@@ -93,14 +97,26 @@ impl FileData {
 
     /// All bytes, in memory.
     pub fn read(&self) -> io::Result<Vec<u8>> {
-        match self {
-            Self::Bytes(bytes) => Ok(bytes.to_vec()),
-            Self::HostFile { path, offset, len } => {
-                let mut bytes = vec![0; *len as usize];
-                File::open(path)?.read_exact_at(&mut bytes, *offset)?;
-                Ok(bytes)
-            }
+        let mut bytes = Vec::new();
+        self.reader()?.read_to_end(&mut bytes)?;
+        if bytes.len() as u64 != self.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        Ok(bytes)
+    }
+
+    /// Reads its bytes from the start; fewer than [`FileData::len`] if a host file was cut.
+    pub fn reader(&self) -> io::Result<Box<dyn Read + '_>> {
+        let (mut file, offset) = match self {
+            Self::Bytes(bytes) => return Ok(Box::new(&bytes[..])),
+            Self::HostFile { path, offset, .. } => (File::open(path)?, *offset),
+            Self::Watched(watched) => {
+                let changed = || io::Error::other("it changed after it was looked at");
+                (watched.open()?.ok_or_else(changed)?, 0)
+            }
+        };
+        file.seek(SeekFrom::Start(offset))?;
+        Ok(Box::new(file.take(self.len())))
     }
 }
 

@@ -10,7 +10,7 @@
 //! of directories aside) as base + upper directory under overlayfs.
 
 use std::fs::{self, File, Metadata};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -86,17 +86,7 @@ fn same_attributes(
 
 fn same_content(data: &FileData, path: &Path) -> Result<bool, ImportError> {
     let mut old = File::open(path).map_err(io_error("reading", path))?;
-    let mut new: Box<dyn Read + '_> = match data {
-        FileData::Bytes(bytes) => Box::new(&bytes[..]),
-        FileData::HostFile {
-            path: from, offset, ..
-        } => {
-            let mut file = File::open(from).map_err(io_error("reading", from))?;
-            file.seek(SeekFrom::Start(*offset))
-                .map_err(io_error("reading", from))?;
-            Box::new(file)
-        }
-    };
+    let mut new = data.reader().map_err(io_error("reading", path))?;
     let (mut one, mut other) = (vec![0u8; 64 << 10], vec![0u8; 64 << 10]);
     let mut left = data.len();
     while left > 0 {

@@ -1,9 +1,10 @@
 //! A host directory as a [`Tree`].
 //!
 //! Owns the walk: entries in byte order of their names, hard links by (device, inode),
-//! extended attributes, device nodes. Refuses to follow symbolic links, to enter other file
-//! systems (a `/proc` that is mounted there) and to read content: files stay on the host
-//! until the image is written.
+//! extended attributes, device nodes. Refuses to follow symbolic links, also those that appear
+//! while it walks, to enter other file systems (a `/proc` that is mounted there) and to read
+//! content: files stay on the host until the image is written, and are read only if they are
+//! what they were.
 //!
 //! Invariant: the result depends only on the directory's content, not on its path, its
 //! inode numbers or the order in which the host lists names.
@@ -11,11 +12,14 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use forelay_image::tree::{Attributes, FileData, Kind, Node, NodeId, ROOT, Tree};
+use forelay_image::watched::WatchedFile;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use crate::draft::Files;
 use crate::error::{ImportError, io_error, tree_error};
@@ -52,18 +56,19 @@ pub fn read_directory(root: &Path, ownership: Ownership) -> Result<Files, Import
         let problem = "not a directory";
         return Err(crate::error::archive_error(root, problem));
     }
+    let root = &root.canonicalize().map_err(io_error("reading", root))?;
     let mut walk = Walk {
         tree: Tree::new(),
         ownership,
         links: BTreeMap::new(),
+        root: open_directory(root)?,
         file_system: metadata.dev(),
         not_entered: Vec::new(),
     };
-    let root = &root.canonicalize().map_err(io_error("reading", root))?;
     walk.tree.node_mut(ROOT).attributes = walk.attributes(root, &metadata)?;
     let mut pending = vec![(root.to_owned(), ROOT)];
     while let Some((path, id)) = pending.pop() {
-        walk.directory(&path, id, &mut pending)?;
+        walk.directory(root, &path, id, &mut pending)?;
     }
     let notes = walk.not_entered.iter().map(|path| {
         let path = path.strip_prefix(root).unwrap_or(path);
@@ -79,6 +84,7 @@ struct Walk {
     tree: Tree,
     ownership: Ownership,
     links: BTreeMap<(u64, u64), NodeId>,
+    root: OwnedFd,
     file_system: u64,
     /// Where other file systems are mounted.
     not_entered: Vec<PathBuf>,
@@ -87,23 +93,31 @@ struct Walk {
 impl Walk {
     fn directory(
         &mut self,
+        root: &Path,
         path: &Path,
         id: NodeId,
         pending: &mut Vec<(PathBuf, NodeId)>,
     ) -> Result<(), ImportError> {
+        // The directory itself, whatever takes its place from now on.
+        let directory = self.open_below(root, path)?;
+        let opened = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
         let mut names = Vec::new();
-        for entry in fs::read_dir(path).map_err(io_error("listing", path))? {
+        for entry in fs::read_dir(&opened).map_err(io_error("listing", path))? {
             names.push(entry.map_err(io_error("listing", path))?.file_name());
         }
         names.sort_unstable();
         // Last in first out: reverse, so that directories are walked in name order.
         let mut directories = Vec::new();
         for name in names {
-            let child = path.join(&name);
-            let metadata = fs::symlink_metadata(&child).map_err(io_error("reading", &child))?;
-            let elsewhere = self.is_elsewhere(&child, &metadata);
+            let child = EntryPath {
+                path: path.join(&name),
+                opened: opened.join(&name),
+            };
+            let metadata = fs::symlink_metadata(&child.opened);
+            let metadata = metadata.map_err(io_error("reading", &child.path))?;
+            let elsewhere = self.is_elsewhere(&child.opened, &metadata);
             if elsewhere {
-                self.not_entered.push(child.clone());
+                self.not_entered.push(child.path.clone());
                 if !metadata.is_dir() {
                     continue;
                 }
@@ -111,11 +125,23 @@ impl Walk {
             if let Some(directory) = self.entry(id, &name, &child, &metadata)?
                 && !elsewhere
             {
-                directories.push((child, directory));
+                directories.push((child.path, directory));
             }
         }
         pending.extend(directories.into_iter().rev());
         Ok(())
+    }
+
+    /// Opens a directory of the walk, if no link has taken its place or that of one above it.
+    fn open_below(&self, root: &Path, path: &Path) -> Result<OwnedFd, ImportError> {
+        let below = path.strip_prefix(root).unwrap_or(path);
+        let below = match below.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => below,
+        };
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let opened = rustix::fs::openat2(&self.root, below, DIRECTORY, Mode::empty(), resolve);
+        opened.map_err(|error| io_error("listing", path)(error.into()))
     }
 
     /// True for where another file system is mounted. (Files of an overlay have the device
@@ -129,9 +155,10 @@ impl Walk {
         &mut self,
         parent: NodeId,
         name: &OsStr,
-        path: &Path,
+        place: &EntryPath,
         metadata: &fs::Metadata,
     ) -> Result<Option<NodeId>, ImportError> {
+        let path = &place.path;
         let linked = !metadata.is_dir() && metadata.nlink() > 1;
         let key = (metadata.dev(), metadata.ino());
         if linked && let Some(&target) = self.links.get(&key) {
@@ -139,8 +166,8 @@ impl Walk {
             return link.map(|()| None).map_err(tree_error(path));
         }
         let node = Node {
-            attributes: self.attributes(path, metadata)?,
-            kind: kind_of(path, metadata)?,
+            attributes: self.attributes(&place.opened, metadata)?,
+            kind: kind_of(place, metadata)?,
         };
         let id = self
             .tree
@@ -165,6 +192,21 @@ impl Walk {
     }
 }
 
+const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC);
+
+fn open_directory(path: &Path) -> Result<OwnedFd, ImportError> {
+    let opened = rustix::fs::open(path, DIRECTORY, Mode::empty());
+    opened.map_err(|error| io_error("listing", path)(error.into()))
+}
+
+/// Where an entry is.
+struct EntryPath {
+    /// On the host.
+    path: PathBuf,
+    /// In the directory that is open, through which it is looked at.
+    opened: PathBuf,
+}
+
 fn is_mount_point(path: &Path) -> bool {
     let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW | rustix::fs::AtFlags::NO_AUTOMOUNT;
     let asked = rustix::fs::StatxFlags::BASIC_STATS;
@@ -175,23 +217,20 @@ fn is_mount_point(path: &Path) -> bool {
     })
 }
 
-fn kind_of(path: &Path, metadata: &fs::Metadata) -> Result<Kind, ImportError> {
+fn kind_of(place: &EntryPath, metadata: &fs::Metadata) -> Result<Kind, ImportError> {
+    let path = &place.path;
     let file_type = metadata.file_type();
     let rdev = metadata.rdev();
     let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
     Ok(if file_type.is_dir() {
         Kind::Directory(BTreeMap::new())
     } else if file_type.is_symlink() {
-        let target = fs::read_link(path).map_err(io_error("reading", path))?;
+        let target = fs::read_link(&place.opened).map_err(io_error("reading", path))?;
         Kind::Symlink(target.into_os_string().into_vec())
     } else if file_type.is_file() {
         Kind::File(match metadata.len() {
             0 => FileData::Bytes(Vec::new().into()),
-            len => FileData::HostFile {
-                path: path.to_owned(),
-                offset: 0,
-                len,
-            },
+            _ => FileData::Watched(WatchedFile::new(path.clone(), metadata)),
         })
     } else if file_type.is_char_device() {
         Kind::CharDevice { major, minor }
@@ -269,6 +308,8 @@ pub(crate) fn name_from_path(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+
+    use forelay_image::erofs::write::{SourceError, WriteError, write_image};
 
     use super::*;
 
@@ -365,6 +406,53 @@ mod tests {
         let expected = mounted.map(|path| format!("left out: the file system mounted on /{path}"));
         assert_eq!(notes, expected);
         println!("looked at what is mounted");
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_file_is_not_read() {
+        let host = tempfile::tempdir().unwrap();
+        let (root, secret) = (host.path().join("root"), host.path().join("secret"));
+        fs::create_dir(&secret).unwrap();
+        fs::write(secret.join("file"), b"root's own").unwrap();
+        let given = || {
+            let _ = fs::remove_dir_all(&root);
+            fs::create_dir_all(root.join("dir")).unwrap();
+            fs::write(root.join("dir/file"), b"the user's").unwrap();
+            read_directory(&root, Ownership::Keep).unwrap().tree
+        };
+        let written = |tree: &Tree| {
+            let mut out = std::io::Cursor::new(Vec::new());
+            write_image(tree, &mut out).map(drop)
+        };
+        written(&given()).unwrap();
+        let spoils: [fn(&Path, &Path); 4] = [
+            |root, secret| {
+                fs::remove_file(root.join("dir/file")).unwrap();
+                symlink(secret.join("file"), root.join("dir/file")).unwrap();
+            },
+            |root, secret| {
+                fs::rename(root.join("dir"), root.join("moved")).unwrap();
+                symlink(secret, root.join("dir")).unwrap();
+            },
+            |root, secret| {
+                fs::remove_file(root.join("dir/file")).unwrap();
+                fs::hard_link(secret.join("file"), root.join("dir/file")).unwrap();
+            },
+            |root, _| fs::remove_file(root.join("dir/file")).unwrap(),
+        ];
+        for spoil in spoils {
+            let tree = given();
+            spoil(&root, &secret);
+            let error = written(&tree).unwrap_err();
+            let changed = matches!(
+                &error,
+                WriteError::Source {
+                    source: SourceError::Changed { .. },
+                    ..
+                }
+            );
+            assert!(changed, "{error}");
+        }
     }
 
     #[test]

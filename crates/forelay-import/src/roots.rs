@@ -1,6 +1,6 @@
 //! Unpacked base images on the host, one directory each, to install packages on.
 //!
-//! Invariant: a directory named by an image digest is complete (it is renamed into place
+//! Invariant: a directory named by a component's id is complete (it is renamed into place
 //! last) and never changes: sandboxes use it as a read-only lower layer.
 
 use std::fs;
@@ -36,7 +36,7 @@ impl BaseRoot {
     ) -> Result<Self, ImportError> {
         let base = Self {
             component: component.clone(),
-            directory: cache.join("roots").join(component.image.digest.hex()),
+            directory: cache.join("roots").join(component.id().hex()),
         };
         if base.directory.is_dir() {
             return Ok(base);
@@ -82,5 +82,38 @@ impl BaseRoot {
                 range: format!("= {}", self.component.version),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::Digest;
+    use forelay_image::component::{ImageRef, Role};
+
+    use super::*;
+
+    #[test]
+    fn a_base_that_claims_anothers_image_is_unpacked_apart() {
+        let cache = tempfile::tempdir().unwrap();
+        let base = |chunk_index: &[u8]| {
+            let image = ImageRef {
+                digest: Digest::of(b"image"),
+                bytes: 4096,
+                metadata_bytes: 4096,
+                inodes: 1,
+                chunk_index: Digest::of(chunk_index),
+            };
+            Component::new("debian", "12", Role::Base, "amd64", image)
+        };
+        let (good, evil) = (base(b"good"), base(b"evil"));
+        let roots = cache.path().join("roots");
+        let unpacked = roots.join(evil.id().hex());
+        fs::create_dir_all(&unpacked).unwrap();
+        // By what it claims, as earlier versions had it.
+        fs::create_dir_all(roots.join(good.image.digest.hex())).unwrap();
+        let nothing: &[u8] = &[];
+        let opened = BaseRoot::open(cache.path(), &evil, &nothing).unwrap();
+        assert_eq!(opened.directory, unpacked);
+        assert!(BaseRoot::open(cache.path(), &good, &nothing).is_err());
     }
 }

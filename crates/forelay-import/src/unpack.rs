@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
@@ -75,22 +75,11 @@ fn make(tree: &Tree, id: NodeId, path: &Path) -> io::Result<()> {
 
 fn write_file(data: &FileData, path: &Path) -> io::Result<()> {
     let mut out = File::create_new(path)?;
-    match data {
-        FileData::Bytes(bytes) => io::Write::write_all(&mut out, bytes),
-        FileData::HostFile {
-            path: from,
-            offset,
-            len,
-        } => {
-            let mut from = File::open(from)?;
-            from.seek(SeekFrom::Start(*offset))?;
-            let copied = io::copy(&mut from.take(*len), &mut out)?;
-            if copied < *len {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-            }
-            Ok(())
-        }
+    let copied = io::copy(&mut data.reader()?, &mut out)?;
+    if copied < data.len() {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
     }
+    Ok(())
 }
 
 fn set_attributes(path: &Path, attributes: &Attributes, follow: bool) -> io::Result<()> {

@@ -49,6 +49,16 @@ pub enum StoreError {
         /// The component.
         id: ComponentId,
     },
+    /// A lock says of a component what its metadata does not say.
+    #[error(
+        "the lock does not say of {name} {version} what its metadata says: run `forelay lock` again"
+    )]
+    NotAsLocked {
+        /// Its name in the lock.
+        name: String,
+        /// Its version in the lock.
+        version: String,
+    },
     /// An image is not in the repository (any more).
     #[error(
         "image {image} is not in the repository: its component was removed; build it again or lock again"
@@ -63,9 +73,10 @@ pub enum StoreError {
         /// The image.
         image: Digest,
     },
-    /// Two components pin different chunk indexes for the same image.
+    /// Two components claim the same image, with different chunk indexes or sizes or from
+    /// different repositories.
     #[error(
-        "image {image} is in use with another chunk index, from a component that was built differently: use that component, or stop its VMs and restart the daemon"
+        "image {image} is in use as another component has it, which was built differently: use that component, or stop its VMs"
     )]
     Disputed {
         /// The image.

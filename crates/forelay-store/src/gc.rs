@@ -136,7 +136,7 @@ impl Store {
             .into_keys()
         {
             let key = layout::component(id);
-            let bytes = match self.0.repository.get(&key).await {
+            let bytes = match self.get(&key).await {
                 Err(error) if error.is_not_found() => continue,
                 other => other?,
             };
@@ -150,7 +150,7 @@ impl Store {
 
     async fn packs_of(&self, index: Digest) -> Result<Vec<Digest>, StoreError> {
         let key = layout::locations(index);
-        let bytes = match self.0.repository.get(&key).await {
+        let bytes = match self.get(&key).await {
             Err(error) if error.is_not_found() => return Ok(Vec::new()),
             other => other?,
         };
@@ -194,7 +194,7 @@ impl Sweep<'_> {
                 }
                 (false, Some(object)) => {
                     // A publisher may have taken the mark off since it was listed.
-                    if age(object) < self.grace || repository.get(&mark).await.is_err() {
+                    if age(object) < self.grace || self.store.get(&mark).await.is_err() {
                         continue;
                     }
                     for object in objects {

@@ -63,6 +63,19 @@ pub fn condemned(dead: Digest) -> String {
     format!("{CONDEMNED}{}", dead.hex())
 }
 
+/// Most bytes that an object has, by its key. Who can write to a repository can put objects
+/// of any size there; larger ones are refused before memory is taken for them.
+pub fn most_bytes(key: &str) -> u64 {
+    const MIB: u64 = 1 << 20;
+    let within = |folder: &str| key.starts_with(folder);
+    match key {
+        _ if within(CHUNKS) || within(LOCATIONS) => 256 * MIB,
+        _ if within(PACKS) && key.ends_with(".pack") => 64 * MIB,
+        _ if within(PACKS) || within(COMPONENTS) => 16 * MIB,
+        _ => 64 << 10,
+    }
+}
+
 /// The digest in a key such as `packs/<hex>.idx`, if it has this folder and suffix.
 pub fn digest_in(key: &str, folder: &str, suffix: &str) -> Option<Digest> {
     key.strip_prefix(folder)?.strip_suffix(suffix)?.parse().ok()

@@ -30,7 +30,7 @@ pub use fetch::{
     FetchConfig, FetchError, ImagePart, Limits, Prefetch, PrefetchCanceller, PrefetchItem,
     Priority, Scheduler,
 };
-pub use images::ImageMap;
+pub use images::{ImageHold, ImageMap};
 pub use repositories::directory::DirectoryRepository;
 pub use repositories::limited::Limited;
 pub use repositories::throttle::Throttled;

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
 
 use crate::error::StoreError;
+use crate::images::check_metadata_bytes;
 use crate::layout;
 use crate::pack::{FinishedPack, Location, Locations, PackIndex, PackWriter};
 use crate::repository::{Body, Put};
@@ -168,7 +169,7 @@ impl Store {
             .await?;
         let standing = match put {
             Put::Created => self.all_standing(&locations.packs, fresh).await?,
-            Put::Present => match Locations::decode(&repository.get(&key).await?) {
+            Put::Present => match Locations::decode(&self.get(&key).await?) {
                 Ok(found) => self.all_standing(&found.packs, fresh).await?,
                 Err(_) => false,
             },
@@ -390,11 +391,21 @@ fn check_consistency(component: &Component, chunks: &ChunkIndex) -> Result<(), S
     if chunks.image != component.image.digest || chunks.image_bytes != component.image.bytes {
         return inconsistent("its chunk index is of another image".into());
     }
-    if chunks.digest() != component.image.chunk_index {
+    let (encoded, pinned) = (chunks.encode(), component.image.chunk_index);
+    if Digest::of(&encoded) != pinned {
         return inconsistent("it pins another chunk index".into());
     }
-    if component.image.metadata_bytes > component.image.bytes {
-        return inconsistent("its metadata is longer than its image".into());
+    if let Err(problem) = check_metadata_bytes(&component.image) {
+        return inconsistent(problem.into());
+    }
+    let metadata = (
+        layout::component(component.id()),
+        component.canonical_json(),
+    );
+    for (key, bytes) in [(layout::chunk_index(pinned), encoded), metadata] {
+        if bytes.len() as u64 > layout::most_bytes(&key) {
+            return inconsistent(format!("{key} would have {} bytes", bytes.len()));
+        }
     }
     if let Err(error) = component.check_names() {
         return inconsistent(error.to_string());

@@ -92,6 +92,16 @@ pub enum RepositoryError {
         /// The range asked for.
         extent: Extent,
     },
+    /// The object is larger than any of its kind.
+    #[error(
+        "object {key} has more than {most_bytes} bytes, which no object of its kind has: it is damaged or forged"
+    )]
+    TooLarge {
+        /// The key asked for.
+        key: String,
+        /// Most bytes that were asked for.
+        most_bytes: u64,
+    },
     /// No space is left.
     #[error("no space left for {} ({bytes} bytes): free some and try again; nothing was published", path.display())]
     NoSpace {
@@ -145,8 +155,9 @@ pub trait Repository: Send + Sync + 'static {
     /// What and where it is.
     fn describe(&self) -> Description;
 
-    /// The whole object.
-    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError>;
+    /// The whole object; [`RepositoryError::TooLarge`], before memory is taken for it, if it has
+    /// more than `most_bytes`.
+    async fn get(&self, key: &str, most_bytes: u64) -> Result<Bytes, RepositoryError>;
 
     /// Exactly the bytes of `extent`; [`RepositoryError::Truncated`] if there are fewer.
     async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError>;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use forelay_image::bundle::Bundle;
 use forelay_image::component::ImageRef;
+use forelay_image::lock::LockedComponent;
 use forelay_image::{Component, ComponentId, Digest, Extent};
 use futures_util::StreamExt as _;
 use parking_lot::Mutex;
@@ -22,7 +23,7 @@ use tokio::sync::OnceCell;
 use crate::disk_cache::DiskCache;
 use crate::error::StoreError;
 use crate::fetch::{FetchConfig, Priority, Scheduler};
-use crate::images::{ImageMap, Images};
+use crate::images::{ImageHold, ImageMap, Images};
 use crate::layout::{self, Access, Descriptor};
 use crate::repository::{Repository, RepositoryError};
 
@@ -119,6 +120,11 @@ impl Store {
         self.0.access.get_or_try_init(read).await
     }
 
+    /// A whole object of the host's repository.
+    pub(crate) async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
+        self.0.repository.get(key, layout::most_bytes(key)).await
+    }
+
     pub(crate) async fn check_writable(&self) -> Result<(), StoreError> {
         match self.access().await? {
             Access::ReadWrite => Ok(()),
@@ -128,7 +134,7 @@ impl Store {
         }
     }
 
-    /// All published components, by name and version. Metadata that is corrupted or
+    /// All published components, by name and version. Metadata that is corrupted, too large or
     /// vanishes meanwhile is left out with a warning, so that one bad object does not
     /// hide the others.
     pub async fn components(&self) -> Result<Vec<Arc<Component>>, StoreError> {
@@ -147,8 +153,9 @@ impl Store {
                 match component {
                     Ok(component) => components.push(component),
                     Err(
-                        error
-                        @ (StoreError::Corrupted { .. } | StoreError::ComponentMissing { .. }),
+                        error @ (StoreError::Corrupted { .. }
+                        | StoreError::ComponentMissing { .. }
+                        | StoreError::Repository(RepositoryError::TooLarge { .. })),
                     ) => {
                         tracing::warn!(component = %id, %error, "leaving out a component");
                     }
@@ -170,12 +177,7 @@ impl Store {
     pub async fn component(&self, id: ComponentId) -> Result<Arc<Component>, StoreError> {
         self.access().await?;
         let key = layout::component(id);
-        let bytes = self
-            .0
-            .repository
-            .get(&key)
-            .await
-            .map_err(|error| missing(error, id))?;
+        let bytes = self.get(&key).await.map_err(|error| missing(error, id))?;
         let component = decode_component(id, &bytes)
             .map_err(|problem| StoreError::Corrupted { key, problem })?;
         Ok(Arc::new(component))
@@ -217,8 +219,24 @@ impl Store {
     }
 
     /// As [`Store::add_image`], of an image whose bytes come from another store's repository.
-    pub fn add_image_of(&self, image: ImageRef, of: &Self) -> Result<(), StoreError> {
-        self.0.images.add_from(image, &of.0.repository)
+    pub fn add_image_of(&self, image: ImageRef, of: &Self) -> Result<ImageHold, StoreError> {
+        let add = || self.0.images.add_from(image, &of.0.repository, None);
+        match add() {
+            Err(StoreError::Disputed { image }) if self.forget_unheld_image(image) => add(),
+            other => other,
+        }
+    }
+
+    /// Keeps an image that VMs map for the component that they have it of (`None`: for another
+    /// store's repository) until that is opened.
+    pub fn reserve_image(&self, image: Digest, component: Option<ComponentId>) {
+        self.0.images.reserve(image, component);
+    }
+
+    /// Forgets an image unless somebody holds it, so that another component may have it whose
+    /// publisher claims the same digest. Whether it did.
+    pub fn forget_unheld_image(&self, image: Digest) -> bool {
+        self.0.images.forget_unheld(image)
     }
 
     /// Forgets an image whose bytes are about to go; nothing may map it.
@@ -226,12 +244,52 @@ impl Store {
         self.0.images.forget(image);
     }
 
-    /// Opens a component's image by the component's id, which pins all of it. Content with
-    /// this host's copy of the metadata.
-    pub async fn open_component(&self, id: ComponentId) -> Result<Arc<ImageMap>, StoreError> {
+    /// A component's image by the component's id, which pins all of it, for who reads it here and
+    /// now. Content with this host's copy of the metadata.
+    pub async fn component_image(&self, id: ComponentId) -> Result<Arc<ImageMap>, StoreError> {
         let image = self.pinned_component(id).await?.image;
-        self.add_image(image)?;
-        self.open_image(image.digest).await
+        self.0.images.map_of(image).await
+    }
+
+    /// As [`Store::component_image`], and makes the image known to shared memory, by its digest
+    /// alone, for as long as somebody has the hold. Of two that claim one digest the first
+    /// counts, unless nobody holds it.
+    pub async fn hold_component(
+        &self,
+        id: ComponentId,
+    ) -> Result<(Arc<ImageMap>, ImageHold), StoreError> {
+        let map = self.component_image(id).await?;
+        let add = || self.0.images.add_map(&map, id);
+        let hold = match add() {
+            Err(StoreError::Disputed { image }) if self.forget_unheld_image(image) => add(),
+            other => other,
+        }?;
+        Ok((map, hold))
+    }
+
+    /// A locked component. A lock pins it by its id; what else the lock says of it must be what
+    /// its metadata says.
+    pub async fn locked_component(
+        &self,
+        locked: &LockedComponent,
+    ) -> Result<Arc<Component>, StoreError> {
+        let component = self.pinned_component(locked.id).await?;
+        if !locked.describes(&component) {
+            return Err(StoreError::NotAsLocked {
+                name: locked.name.clone(),
+                version: locked.version.clone(),
+            });
+        }
+        Ok(component)
+    }
+
+    /// As [`Store::hold_component`] of what [`Store::locked_component`] accepts.
+    pub async fn hold_locked(
+        &self,
+        locked: &LockedComponent,
+    ) -> Result<(Arc<ImageMap>, ImageHold), StoreError> {
+        self.locked_component(locked).await?;
+        self.hold_component(locked.id).await
     }
 
     /// Chunks of an image that was made known, and where they are.
@@ -240,15 +298,18 @@ impl Store {
     }
 
     /// Makes a bundle known: its digest then opens, reads and prefetches like an image's.
-    pub fn add_bundle(&self, bundle: Bundle) {
-        self.0.images.add_bundle(bundle);
+    pub fn add_bundle(&self, bundle: Bundle) -> Result<(), StoreError> {
+        self.0.images.add_bundle(bundle)
     }
 
     /// All metadata of an image: its first `metadata_bytes`, for compose.
-    pub async fn image_metadata(&self, image: Digest) -> Result<Bytes, StoreError> {
-        let map = self.open_image(image).await?;
-        let metadata = Extent::new(0, map.image.metadata_bytes);
-        self.read_image(image, metadata, Priority::Demand).await
+    pub async fn image_metadata(&self, image: &ImageMap) -> Result<Bytes, StoreError> {
+        let metadata = Extent::new(0, image.image.metadata_bytes);
+        let read = self
+            .0
+            .scheduler
+            .read_map(image, metadata, Priority::Demand, 0);
+        Ok(read.await?)
     }
 
     /// A range of an image.
@@ -313,46 +374,43 @@ impl Store {
         Ok(())
     }
 
-    /// Opens the image for random access through [`forelay_image`]'s readers, on a
-    /// thread that may block (never an async one).
-    pub async fn image_reader(&self, image: Digest) -> Result<ImageReader, StoreError> {
-        let map = self.open_image(image).await?;
-        let image_bytes = map.image.bytes;
-        Ok(ImageReader {
-            store: self.clone(),
+    /// Random access to an image through [`forelay_image`]'s readers, on a thread that may
+    /// block. To be called on the runtime that fetches.
+    pub fn image_reader(&self, image: Arc<ImageMap>) -> ImageReader {
+        ImageReader {
+            scheduler: self.0.scheduler.clone(),
             handle: tokio::runtime::Handle::current(),
             image,
-            image_bytes,
-        })
+        }
     }
 }
 
 /// Blocking random access to an image.
 pub struct ImageReader {
-    store: Store,
+    scheduler: Scheduler,
     handle: tokio::runtime::Handle,
-    image: Digest,
-    image_bytes: u64,
+    image: Arc<ImageMap>,
 }
 
 impl ImageReader {
     /// Size of the image in bytes.
     pub fn image_bytes(&self) -> u64 {
-        self.image_bytes
+        self.image.image.bytes
     }
 
     /// Reads up to `buf.len()` bytes from `offset`; fewer only at the image's end. Must
     /// not be called on an async thread.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
-        let len = (buf.len() as u64).min(self.image_bytes.saturating_sub(offset));
+        let len = (buf.len() as u64).min(self.image_bytes().saturating_sub(offset));
         if len == 0 {
             return Ok(0);
         }
         let extent = Extent::new(offset, len);
-        let bytes = match self.store.try_cached(self.image, extent) {
+        let bytes = match self.scheduler.try_cached_map(&self.image, extent) {
             Some(bytes) => bytes,
             None => {
-                let read = self.store.read_image(self.image, extent, Priority::Demand);
+                let demand = Priority::Demand;
+                let read = self.scheduler.read_map(&self.image, extent, demand, 0);
                 self.handle.block_on(read).map_err(std::io::Error::other)?
             }
         };
@@ -380,7 +438,8 @@ pub(crate) fn decode_component(id: ComponentId, bytes: &[u8]) -> Result<Componen
 
 async fn read_descriptor(repository: &dyn Repository) -> Result<Access, StoreError> {
     let location = || repository.describe().location;
-    let bytes = repository.get(layout::DESCRIPTOR).await;
+    let most_bytes = layout::most_bytes(layout::DESCRIPTOR);
+    let bytes = repository.get(layout::DESCRIPTOR, most_bytes).await;
     let bytes = bytes.map_err(|error| match error.is_not_found() {
         true => StoreError::NoRepository {
             location: location(),

@@ -131,7 +131,7 @@ impl Store {
         let mut indexes = HashMap::new();
         let component = self.component(id).await?;
         let key = layout::locations(component.image.chunk_index);
-        let problem = match Locations::decode(&self.0.repository.get(&key).await?) {
+        let problem = match Locations::decode(&self.get(&key).await?) {
             Ok(locations) => {
                 for pack in locations.packs {
                     if let Some(index) = self.verify_pack(pack, &mut report).await {
@@ -149,10 +149,9 @@ impl Store {
 
     /// The pack's index, if the index itself is good.
     async fn verify_pack(&self, pack: Digest, report: &mut VerifyReport) -> Option<PackIndex> {
-        let repository = &self.0.repository;
         let mut found = |key: String, problem: Problem| report.findings.push(problem.at(key));
         let key = layout::pack_index(pack);
-        let decoded = match repository.get(&key).await {
+        let decoded = match self.get(&key).await {
             Ok(bytes) => PackIndex::decode(&bytes).map_err(|error| error.to_string().into()),
             Err(error) => Err(error.into()),
         };
@@ -168,7 +167,7 @@ impl Store {
             }
         };
         let key = layout::pack(pack);
-        let bytes = match repository.get(&key).await {
+        let bytes = match self.get(&key).await {
             Ok(bytes) => bytes,
             Err(error) => {
                 found(key, error.into());
@@ -217,7 +216,7 @@ impl Store {
         indexes: &HashMap<Digest, PackIndex>,
         of_packs: &VerifyReport,
     ) -> Result<(), Problem> {
-        let get = async |key: String| self.0.repository.get(&key).await;
+        let get = async |key: String| self.get(&key).await;
         let component = decode_component(id, &get(layout::component(id)).await?)?;
         let (image, pinned) = (component.image.digest, component.image.chunk_index);
         let index = decode_chunk_index(pinned, &get(layout::chunk_index(pinned)).await?)

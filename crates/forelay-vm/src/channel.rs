@@ -136,8 +136,9 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Serves a connection; what the guest reports goes into `progress`.
+    /// Serves a connection of the VM `vm`; what the guest reports goes into `progress`.
     pub fn start(
+        vm: &str,
         connection: LineConnection,
         launched: Instant,
         progress: watch::Sender<Progress>,
@@ -151,7 +152,7 @@ impl Channel {
             waiting: Arc::clone(&waiting),
             execs: Arc::clone(&execs),
             version: version_sender,
-            events: Events::new(Arc::clone(&launched), progress),
+            events: Events::new(vm, Arc::clone(&launched), progress),
         };
         tokio::spawn(receiver.serve(incoming));
         // Ids of an earlier daemon's requests may still be answered: start elsewhere.
@@ -325,15 +326,17 @@ impl Receiver {
 }
 
 struct Events {
+    vm: String,
     launched: Arc<Mutex<Instant>>,
     progress: watch::Sender<Progress>,
     log: Mutex<LogBudget>,
 }
 
 impl Events {
-    fn new(launched: Arc<Mutex<Instant>>, progress: watch::Sender<Progress>) -> Self {
+    fn new(vm: &str, launched: Arc<Mutex<Instant>>, progress: watch::Sender<Progress>) -> Self {
         let log = Mutex::new(LogBudget::new(Instant::now()));
         Self {
+            vm: vm.to_owned(),
             launched,
             progress,
             log,
@@ -346,7 +349,7 @@ impl Events {
         let mut budget = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(dropped) = budget.take(Instant::now()) {
             let text = bounded(text);
-            tracing::info!(target: "guest", dropped, "{}", text.escape_debug());
+            tracing::info!(target: "guest", vm = self.vm, dropped, "{}", text.escape_debug());
         }
     }
 
@@ -435,7 +438,10 @@ mod tests {
     fn channel(stream: UnixStream) -> (Channel, watch::Receiver<Progress>) {
         let (sender, progress) = watch::channel(Progress::default());
         let connection = crate::lines::over(stream, 1 << 16);
-        (Channel::start(connection, Instant::now(), sender), progress)
+        (
+            Channel::start("web", connection, Instant::now(), sender),
+            progress,
+        )
     }
 
     #[tokio::test]
@@ -531,7 +537,7 @@ mod tests {
                 waiting: Arc::default(),
                 execs: Arc::default(),
                 version: watch::channel(None).0,
-                events: Events::new(Arc::new(Mutex::new(Instant::now())), progress),
+                events: Events::new("web", Arc::new(Mutex::new(Instant::now())), progress),
             };
             receiver.handle(Line::Complete(bytes));
             receiver.handle(Line::TooLong);

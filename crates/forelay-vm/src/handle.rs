@@ -153,7 +153,12 @@ impl VmHandle {
             launched,
         } = parts;
         let (progress, _) = watch::channel(Progress::default());
-        let channel = Arc::new(Channel::start(channel, launched, progress.clone()));
+        let channel = Arc::new(Channel::start(
+            &state.name,
+            channel,
+            launched,
+            progress.clone(),
+        ));
         let process = Arc::new(process);
         tokio::spawn(watch_process(
             process.clone(),

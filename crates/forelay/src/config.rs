@@ -77,6 +77,8 @@ pub struct ForecastConfig {
     pub prefetch: bool,
     /// Prefetch and set up before a launch is asked for.
     pub ahead: bool,
+    /// Let launches of one owner's profiles tell what another owner's will touch.
+    pub pool_across_owners: bool,
     /// Seconds after `ready` during which touches still count to the working set.
     pub window_s: f64,
     /// How far ahead needs are forecast, in seconds: several times what loading a profile takes.
@@ -184,6 +186,7 @@ impl Default for ForecastConfig {
         Self {
             prefetch: true,
             ahead: true,
+            pool_across_owners: false,
             window_s: 5.0,
             horizon_s: 600.0,
             time_scale: 1.0,

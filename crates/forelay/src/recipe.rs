@@ -42,6 +42,8 @@ const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
 const PACKAGE_STATUS_PATH: &str = "var/lib/dpkg/status";
 /// Largest kernel or initramfs that is read.
 const KERNEL_LIMIT_BYTES: u64 = 512 << 20;
+/// Most metadata of a lock's components in bytes, all of which a recipe has in memory.
+const METADATA_LIMIT_BYTES: u64 = 1 << 30;
 /// Paths that are named in notes; of more only the number is told.
 const NAMED_PATHS: usize = 20;
 
@@ -115,6 +117,14 @@ pub enum RecipeError {
     /// Merging failed.
     #[error("the image cannot be composed")]
     Compose(#[source] ComposeError),
+    /// The components have more metadata than a recipe may hold.
+    #[error(
+        "the components have {bytes} bytes of metadata, more than {METADATA_LIMIT_BYTES}: split the VM"
+    )]
+    TooMuchMetadata {
+        /// Of all components.
+        bytes: u64,
+    },
     /// A kernel component lacks a file.
     #[error("kernel component {component} has no /{path}: build it with `--kernel`")]
     NoKernel {
@@ -168,6 +178,7 @@ impl Recipe {
     /// init) also get a package database that knows all components' packages; the others
     /// have no use for the memory that it takes in each VM.
     pub async fn load(store: &Store, lock: &Lock, full_system: bool) -> Result<Self, RecipeError> {
+        check_metadata(lock)?;
         let parts = lock
             .components
             .iter()
@@ -184,7 +195,7 @@ impl Recipe {
         let mut merged = merged_files(&fragments)?;
         merged.extend(aggregates.files);
         merged.extend(package_database(&statuses));
-        let kernel = store.pinned_component(lock.kernel.id).await;
+        let kernel = store.locked_component(&lock.kernel).await;
         let kernel = kernel.map_err(|source| RecipeError::Component {
             component: label(&lock.kernel),
             source,
@@ -196,6 +207,11 @@ impl Recipe {
             merged,
             links: aggregates.links,
         })
+    }
+
+    /// Bytes of its components' metadata, most of what it takes.
+    pub fn metadata_bytes(&self) -> u64 {
+        self.parts.iter().map(|one| one.metadata.len() as u64).sum()
     }
 
     /// What the base says as a container image, if it is one.
@@ -440,6 +456,17 @@ fn label(component: &LockedComponent) -> String {
     format!("{} {}", component.name, component.version)
 }
 
+/// Refuses components with more metadata than a recipe may hold. What the lock says of their
+/// sizes is compared with their metadata when each is read.
+fn check_metadata(lock: &Lock) -> Result<(), RecipeError> {
+    let each = lock.components.iter().map(|one| one.metadata_bytes);
+    let bytes = each.fold(0, u64::saturating_add);
+    match bytes > METADATA_LIMIT_BYTES {
+        true => Err(RecipeError::TooMuchMetadata { bytes }),
+        false => Ok(()),
+    }
+}
+
 /// Texts of a component that are merged with the other components'.
 #[derive(Default)]
 struct PartTexts {
@@ -472,11 +499,10 @@ async fn load_part(
         component: label(component),
         source,
     };
-    let image = component.image;
-    let map = store.open_component(component.id).await.map_err(failed)?;
-    let pinned = store.pinned_component(component.id).await.map_err(failed)?;
-    let metadata = store.image_metadata(image).await.map_err(failed)?;
-    let reader = Reader(store.image_reader(image).await.map_err(failed)?);
+    let pinned = store.locked_component(component).await.map_err(failed)?;
+    let map = store.component_image(component.id).await.map_err(failed)?;
+    let metadata = store.image_metadata(&map).await.map_err(failed)?;
+    let reader = Reader(store.image_reader(Arc::clone(&map)));
     let locked = component.clone();
     let read = tokio::task::spawn_blocking(move || {
         read_texts(&reader, &locked, full_system).map(|texts| (reader, texts))
@@ -566,7 +592,8 @@ pub struct KernelFiles {
     pub initrd: PathBuf,
 }
 
-/// Kernel and initramfs of a kernel component as files in `dir`, extracted once.
+/// Kernel and initramfs of a kernel component as files in `dir`, extracted once. What is in
+/// `dir` already must be of the same component.
 pub async fn kernel_files(
     store: &Store,
     kernel: &LockedComponent,
@@ -576,15 +603,16 @@ pub async fn kernel_files(
         kernel: dir.join("vmlinuz"),
         initrd: dir.join("initrd"),
     };
-    if files.kernel.exists() && files.initrd.exists() {
-        return Ok(files);
-    }
     let failed = |source| RecipeError::Component {
         component: label(kernel),
         source,
     };
-    store.open_component(kernel.id).await.map_err(failed)?;
-    let reader = Reader(store.image_reader(kernel.image).await.map_err(failed)?);
+    store.locked_component(kernel).await.map_err(failed)?;
+    if files.kernel.exists() && files.initrd.exists() {
+        return Ok(files);
+    }
+    let image = store.component_image(kernel.id).await.map_err(failed)?;
+    let reader = Reader(store.image_reader(image));
     let (name, dir) = (label(kernel), dir.to_path_buf());
     let extracted = tokio::task::spawn_blocking(move || {
         extract_kernel(&reader, &name, &dir, &files).map(|()| files)

@@ -361,6 +361,7 @@ impl<'a> Plan<'a> {
                 offset: *offset,
                 len: *len,
             },
+            Kind::File(FileData::Watched(file)) => Source::Watched(file),
             _ => Source::Bytes(&[]),
         }
     }

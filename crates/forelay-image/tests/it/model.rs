@@ -32,6 +32,10 @@ fn what(kind: &Kind) -> String {
             let bytes = std::fs::read(path).unwrap();
             format!("file {} {}", bytes.len(), Digest::of(&bytes))
         }
+        Kind::File(data) => {
+            let bytes = data.read().unwrap();
+            format!("file {} {}", bytes.len(), Digest::of(&bytes))
+        }
         Kind::Directory(_) => "directory".to_owned(),
         Kind::Symlink(target) => format!("symlink {}", show(target)),
         Kind::CharDevice { major, minor } => format!("char {major} {minor}"),

@@ -19,8 +19,7 @@ mod registry;
 mod source;
 mod stack;
 
-use std::fs::File;
-use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::io::{self, Cursor, Read};
 use std::path::{Path, PathBuf};
 
 use forelay_image::component::{ContainerImage, Role};
@@ -301,7 +300,7 @@ impl ContainerReader<'_> {
     ) -> Result<(PathBuf, u64), ImportError> {
         let data = self.blobs.blob(blob, &mut self.spool, self.report)?;
         let reading = || io_error("reading", &self.shown);
-        let file = content(&data).map_err(reading())?;
+        let file = data.reader().map_err(reading())?;
         let mut raw = Hashed::new(file);
         let mut first = [0; 8];
         let count = read_up_to(&mut raw, &mut first).map_err(reading())?;
@@ -355,17 +354,6 @@ impl<R: Read> Read for Hashed<R> {
         self.hasher.update(&out[..count]);
         self.bytes += count as u64;
         Ok(count)
-    }
-}
-
-fn content(data: &FileData) -> io::Result<Box<dyn Read>> {
-    match data {
-        FileData::Bytes(bytes) => Ok(Box::new(Cursor::new(bytes.to_vec()))),
-        FileData::HostFile { path, offset, len } => {
-            let mut file = File::open(path)?;
-            file.seek(SeekFrom::Start(*offset))?;
-            Ok(Box::new(file.take(*len)))
-        }
     }
 }
 

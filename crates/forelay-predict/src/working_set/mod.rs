@@ -51,6 +51,9 @@ pub struct WorkingSetConfig {
     pub min_probability: f32,
     /// Other profiles asked about one image, the best-known first.
     pub max_pooled_profiles: usize,
+    /// Ask profiles of other owners too. A profile's owner is what stands before the `/` in its
+    /// name; what one owner is forecast to touch then tells of the others.
+    pub pool_across_owners: bool,
     /// Launches that an inherited set may count as, at most.
     pub inherited_launches: f32,
 }
@@ -63,6 +66,7 @@ impl Default for WorkingSetConfig {
             max_spans: 2048,
             min_probability: 0.05,
             max_pooled_profiles: 64,
+            pool_across_owners: false,
             inherited_launches: 4.0,
         }
     }

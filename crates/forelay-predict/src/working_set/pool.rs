@@ -1,5 +1,6 @@
 //! Pooling over profiles: what others touched of an image, weighted by how alike they are, as
-//! the prior of what this profile will touch.
+//! the prior of what this profile will touch. Only profiles of one owner are pooled, unless the
+//! configuration says otherwise.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -67,15 +68,21 @@ impl Similarity {
     }
 }
 
-/// The other profiles of an image with the most evidence.
+/// Whose a profile is: what stands before the `/` in its name, if there is one.
+fn owner(profile: &str) -> Option<&str> {
+    profile.split_once('/').map(|(owner, _)| owner)
+}
+
+/// The other profiles of an image that may be asked, those with the most evidence.
 fn best_known<'a>(
     sets: &'a Sets,
     profile: &str,
     config: &WorkingSetConfig,
 ) -> Vec<(&'a Arc<str>, &'a WorkingSet)> {
+    let may_ask = |other: &str| config.pool_across_owners || owner(other) == owner(profile);
     let mut others: Vec<_> = sets
         .iter()
-        .filter(|(name, _)| &***name != profile)
+        .filter(|(name, _)| &***name != profile && may_ask(name))
         .collect();
     if others.len() > config.max_pooled_profiles {
         others.sort_by(|a, b| b.1.weight.total_cmp(&a.1.weight).then(a.0.cmp(b.0)));

@@ -172,6 +172,22 @@ fn old_habits_fade_and_new_ones_win() {
 }
 
 #[test]
+fn what_one_owner_touches_tells_no_other_unless_an_operator_wants_it() {
+    for pool_across_owners in [false, true] {
+        let mut sets = WorkingSets::new(WorkingSetConfig {
+            pool_across_owners,
+            ..WorkingSetConfig::default()
+        });
+        for _ in 0..10 {
+            sets.observe("alice/web", &[image("a")], &[touch("a", 0, 8, 5)]);
+        }
+        assert!(!sets.plan("alice/api", &[image("a")]).is_empty());
+        let others = sets.plan("zoe/web", &[image("a")]);
+        assert_eq!(others.is_empty(), !pool_across_owners, "{others:?}");
+    }
+}
+
+#[test]
 fn an_unseen_component_follows_the_profiles_that_are_most_alike() {
     let mut sets = WorkingSets::new(WorkingSetConfig::default());
     let (base, lib) = (image("base"), image("lib"));

@@ -255,7 +255,18 @@ impl Scheduler {
         ahead_bytes: u64,
     ) -> Result<Bytes, FetchError> {
         let map = self.open(image).await?;
-        let wanted: Vec<(ChunkSource, Extent)> = parts(&map, extent)?;
+        self.read_map(&map, extent, priority, ahead_bytes).await
+    }
+
+    /// A range of an image by a map, which need not be the one that its digest opens as.
+    pub(crate) async fn read_map(
+        &self,
+        map: &ImageMap,
+        extent: Extent,
+        priority: Priority,
+        ahead_bytes: u64,
+    ) -> Result<Bytes, FetchError> {
+        let wanted: Vec<(ChunkSource, Extent)> = parts(map, extent)?;
         let reads = wanted
             .iter()
             .map(|(source, part)| (source.chunk, part.offset as u32, part.len as u32));
@@ -265,7 +276,7 @@ impl Scheduler {
             .zip(&cached)
             .filter(|(_, cached)| cached.is_none());
         let lacking: Vec<ChunkSource> = lacking.map(|((source, _), _)| *source).collect();
-        let ahead = self.following(&map, lacking.last(), ahead_bytes);
+        let ahead = self.following(map, lacking.last(), ahead_bytes);
         let fetched = self.fetch_sources(lacking, ahead, priority).await?;
         let mut fetched = fetched.into_iter();
         let pieces = wanted.iter().zip(cached).filter_map(|((_, part), cached)| {
@@ -279,7 +290,12 @@ impl Scheduler {
     /// thread. For warm reads from threads that may wait for the local disk.
     pub fn try_cached(&self, image: Digest, extent: Extent) -> Option<Bytes> {
         let map = self.0.images.get(image)?;
-        let wanted = parts(&map, extent).ok()?;
+        self.try_cached_map(&map, extent)
+    }
+
+    /// As [`Scheduler::try_cached`], by a map.
+    pub(crate) fn try_cached_map(&self, map: &ImageMap, extent: Extent) -> Option<Bytes> {
+        let wanted = parts(map, extent).ok()?;
         if !wanted
             .iter()
             .all(|(source, _)| self.0.cache.contains(source.chunk))
@@ -455,9 +471,12 @@ impl Scheduler {
 
 /// The source of a chunk.
 fn source(map: &ImageMap, chunk_no: u32) -> Result<ChunkSource, FetchError> {
-    let image = map.image.digest;
+    let image = map.image;
     let found = map.chunk(chunk_no).zip(map.location(chunk_no));
-    let (chunk, (pack, location)) = found.ok_or(FetchError::NoSuchChunk { image, chunk_no })?;
+    let (chunk, (pack, location)) = found.ok_or(FetchError::NoSuchChunk {
+        image: image.digest,
+        chunk_no,
+    })?;
     Ok(ChunkSource {
         image,
         chunk_no,

@@ -27,6 +27,8 @@ use crate::images::ImageMap;
 pub struct ImagePart {
     /// The image.
     pub image: Digest,
+    /// The chunk index by which it was verified.
+    pub chunk_index: Digest,
     /// Where it is in the image.
     pub extent: Extent,
     /// Its bytes.
@@ -289,7 +291,8 @@ impl WantedPart {
 
     fn part(&self, bytes: Bytes) -> ImagePart {
         ImagePart {
-            image: self.source.image,
+            image: self.source.image.digest,
+            chunk_index: self.source.image.chunk_index,
             extent: Extent::new(self.chunk_offset + self.range.offset, self.range.len),
             bytes,
         }

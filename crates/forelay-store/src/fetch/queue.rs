@@ -20,6 +20,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
+use forelay_image::component::ImageRef;
 use forelay_image::{Digest, Extent};
 
 use super::Priority;
@@ -38,7 +39,7 @@ pub const ALONG: Group = Group::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkSource {
     /// The image on whose behalf it is fetched.
-    pub image: Digest,
+    pub image: ImageRef,
     /// Its number in that image.
     pub chunk_no: u32,
     /// Its digest.

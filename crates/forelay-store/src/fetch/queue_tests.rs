@@ -17,7 +17,13 @@ fn source(number: u32) -> ChunkSource {
 
 fn source_at(in_pack: u8, number: u32, offset: u32) -> ChunkSource {
     ChunkSource {
-        image: Digest::of(b"image"),
+        image: ImageRef {
+            digest: Digest::of(b"image"),
+            bytes: 1 << 30,
+            metadata_bytes: 0,
+            inodes: 0,
+            chunk_index: Digest::of(b"index"),
+        },
         chunk_no: number,
         chunk: Digest::of(&[in_pack, number as u8]),
         chunk_bytes: 64 << 10,

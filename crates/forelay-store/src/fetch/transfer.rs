@@ -77,7 +77,8 @@ impl Scheduler {
             Err((error, attempts)) => {
                 let cause = Arc::new(error);
                 for part in &request.parts {
-                    let (image, chunk_no, source) = (part.image, part.chunk_no, cause.clone());
+                    let (image, chunk_no, source) =
+                        (part.image.digest, part.chunk_no, cause.clone());
                     self.fail(
                         part.chunk,
                         FetchError::Repository {
@@ -98,7 +99,7 @@ impl Scheduler {
         let config = &self.0.config;
         // Parts of one request are in one pack, and so in one repository.
         let repository = match request.parts.first() {
-            Some(part) => self.0.images.repository_of(part.image),
+            Some(part) => self.0.images.repository_of(part.image.digest),
             None => Arc::clone(&self.0.repository),
         };
         let mut attempts = 0;
@@ -216,16 +217,16 @@ impl Scheduler {
     /// Tries a chunk once more with what the repository says now, or gives up.
     async fn look_again(&self, part: ChunkSource, failure: Failure, second_looks: u32) {
         let ChunkSource {
-            image,
             chunk_no,
             chunk,
             pack,
             ..
         } = part;
+        let image = part.image.digest;
         if second_looks > 0 {
             let again = match &failure {
                 Failure::Bytes(_) => Some(part),
-                Failure::Gone => match self.0.images.reload(image).await {
+                Failure::Gone => match self.0.images.reload(part.image).await {
                     Ok(map) => source(&map, chunk_no).ok().filter(|new| new.chunk == chunk),
                     Err(_) => None,
                 },
@@ -273,7 +274,7 @@ impl Scheduler {
 /// Whether a request's parts, all in one repository, are in another than the host's.
 fn is_elsewhere(scheduler: &Scheduler, request: &RangeRequest) -> bool {
     let first = request.parts.first();
-    first.is_some_and(|part| scheduler.0.images.is_elsewhere(part.image))
+    first.is_some_and(|part| scheduler.0.images.is_elsewhere(part.image.digest))
 }
 
 enum Failure {

@@ -20,6 +20,10 @@ use forelay_image::Digest;
 /// A pack is closed once it has this many bytes.
 pub const PACK_TARGET_BYTES: u64 = 32 << 20;
 
+/// A pack is closed once it has so many chunks, so that its index stays small
+/// ([`crate::layout::most_bytes`]).
+pub const PACK_MOST_CHUNKS: usize = 1 << 18;
+
 /// zstd's level: its default, fast enough that publishing is bound by reading and hashing.
 pub const ZSTD_LEVEL: i32 = 3;
 

@@ -10,7 +10,7 @@ use forelay_image::Digest;
 use forelay_image::digest::Hasher;
 use tempfile::NamedTempFile;
 
-use super::{PACK_TARGET_BYTES, PackEntry, PackIndex, ZSTD_LEVEL};
+use super::{PACK_MOST_CHUNKS, PACK_TARGET_BYTES, PackEntry, PackIndex, ZSTD_LEVEL};
 
 /// A pack that is being filled.
 pub struct PackWriter {
@@ -62,9 +62,9 @@ impl PackWriter {
         Ok(entry)
     }
 
-    /// True once the pack has its target size.
+    /// True once the pack has its target size, or as many chunks as one may have.
     pub fn is_full(&self) -> bool {
-        self.bytes >= PACK_TARGET_BYTES
+        self.bytes >= PACK_TARGET_BYTES || self.entries.len() >= PACK_MOST_CHUNKS
     }
 
     /// Closes the pack.

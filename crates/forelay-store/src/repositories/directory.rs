@@ -12,7 +12,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_image::Extent;
-use rustix::fs::Advice;
+use rustix::fs::{Advice, OFlags};
 use tokio::sync::Semaphore;
 
 use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError, check_key};
@@ -91,12 +91,25 @@ impl DirectoryRepository {
             .unwrap_or_else(|error| Err(failed(error.into())))
     }
 
-    fn read(&self, key: &str, extent: Option<Extent>) -> Result<Bytes, RepositoryError> {
+    fn read(&self, key: &str, most_bytes: u64) -> Result<Bytes, RepositoryError> {
         let path = self.path(key)?;
         let failed = |source| classify("reading", key, &path, 0, source);
-        let file = File::open(&path).map_err(failed)?;
-        let bytes = file.metadata().map_err(failed)?.len();
-        let extent = extent.unwrap_or(Extent::new(0, bytes));
+        let (file, bytes) = open_regular(&path).map_err(failed)?;
+        if bytes > most_bytes {
+            return Err(RepositoryError::TooLarge {
+                key: key.to_owned(),
+                most_bytes,
+            });
+        }
+        let mut buffer = vec![0; bytes as usize];
+        file.read_exact_at(&mut buffer, 0).map_err(failed)?;
+        Ok(buffer.into())
+    }
+
+    fn read_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError> {
+        let path = self.path(key)?;
+        let failed = |source| classify("reading", key, &path, 0, source);
+        let (file, bytes) = open_regular(&path).map_err(failed)?;
         if extent.end() > bytes {
             return Err(RepositoryError::Truncated {
                 key: key.to_owned(),
@@ -107,11 +120,9 @@ impl DirectoryRepository {
         let mut buffer = vec![0; extent.len as usize];
         file.read_exact_at(&mut buffer, extent.offset)
             .map_err(failed)?;
-        if extent.len < bytes {
-            // A part of a pack goes to the disk cache; its pages here would be a third copy.
-            let len = std::num::NonZeroU64::new(extent.len);
-            let _ = rustix::fs::fadvise(&file, extent.offset, len, Advice::DontNeed);
-        }
+        // A part of a pack goes to the disk cache; its pages here would be a third copy.
+        let len = std::num::NonZeroU64::new(extent.len);
+        let _ = rustix::fs::fadvise(&file, extent.offset, len, Advice::DontNeed);
         Ok(buffer.into())
     }
 
@@ -167,6 +178,25 @@ impl DirectoryRepository {
             }
         }
     }
+}
+
+/// Opens an object and tells its size. Anything but a file (a pipe holds who opens it, and
+/// with it a turn) is refused; links too, which lead out of the repository.
+fn open_regular(path: &Path) -> io::Result<(File, u64)> {
+    let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW;
+    let mut options = OpenOptions::new();
+    let file = options
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(
+            ErrorKind::InvalidInput,
+            "it is not a regular file",
+        ));
+    }
+    Ok((file, metadata.len()))
 }
 
 fn fill(file: &mut File, body: &Body) -> io::Result<()> {
@@ -232,14 +262,14 @@ impl Repository for DirectoryRepository {
         }
     }
 
-    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
+    async fn get(&self, key: &str, most_bytes: u64) -> Result<Bytes, RepositoryError> {
         let key = key.to_owned();
-        self.blocking(move |this| this.read(&key, None)).await
+        self.blocking(move |this| this.read(&key, most_bytes)).await
     }
 
     async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError> {
         let key = key.to_owned();
-        self.blocking(move |this| this.read(&key, Some(extent)))
+        self.blocking(move |this| this.read_range(&key, extent))
             .await
     }
 
@@ -297,5 +327,53 @@ impl Repository for DirectoryRepository {
             }
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_no_file_or_too_large_is_refused_before_it_is_waited_or_taken_memory_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let repository = DirectoryRepository::create(dir.path()).unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("good"), "good").unwrap();
+        std::os::unix::fs::symlink(at("good"), at("link")).unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        let made = std::process::Command::new("mkfifo")
+            .arg(at("pipe"))
+            .status();
+        assert!(made.unwrap().success());
+        for key in ["link", "folder", "pipe"] {
+            let whole = repository.get(key, 100);
+            let whole = tokio::time::timeout(Duration::from_secs(60), whole).await;
+            if whole.is_err() {
+                // Lets the thread go that waits for a writer.
+                let _ = OpenOptions::new().read(true).write(true).open(at(key));
+            }
+            let refused = whole.expect("nobody waits for a pipe").unwrap_err();
+            assert!(
+                matches!(refused, RepositoryError::Permanent { .. }),
+                "{key}: {refused}"
+            );
+            let part = repository.get_range(key, Extent::new(0, 1)).await;
+            let refused = part.unwrap_err();
+            assert!(
+                matches!(refused, RepositoryError::Permanent { .. }),
+                "{key}: {refused}"
+            );
+        }
+        // Sparse: nothing is written, and memory for it would not be had.
+        let huge = File::create(at("huge")).unwrap();
+        huge.set_len(8 << 40).unwrap();
+        let refused = repository.get("huge", 64 << 20).await.unwrap_err();
+        assert!(
+            matches!(refused, RepositoryError::TooLarge { .. }),
+            "{refused}"
+        );
+        assert_eq!(&repository.get("good", 4).await.unwrap()[..], b"good");
+        assert!(repository.get("good", 3).await.is_err());
     }
 }

@@ -77,9 +77,9 @@ impl Repository for Throttled {
         self.inner.describe()
     }
 
-    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
+    async fn get(&self, key: &str, most_bytes: u64) -> Result<Bytes, RepositoryError> {
         tokio::time::sleep(self.latency).await;
-        let bytes = self.inner.get(key).await?;
+        let bytes = self.inner.get(key, most_bytes).await?;
         self.carry(bytes.len() as u64).await;
         Ok(bytes)
     }

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use forelay_store::{FetchError, Priority, StoreError};
+use forelay_image::bundle::Bundle;
+use forelay_image::component::ImageRef;
+use forelay_image::{Digest, Extent};
+use forelay_store::{FetchError, Priority, Store, StoreError};
 
-use crate::support::Bench;
+use crate::support::{Bench, sample};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn publication_is_all_or_nothing_wherever_it_fails() {
@@ -306,6 +309,14 @@ async fn one_bad_metadata_object_does_not_hide_the_others() {
         .repository_path()
         .join(format!("components/{}.json", bad.component.id().hex()));
     std::fs::write(&path, b"{}").unwrap();
+    // Sparse, and larger than any component: memory for it would not be had.
+    let huge = bench
+        .repository_path()
+        .join(format!("components/{}.json", Digest::of(b"huge").hex()));
+    std::fs::File::create(&huge)
+        .unwrap()
+        .set_len(8 << 40)
+        .unwrap();
     let host = bench.store().await;
     let listed = host.components().await.unwrap();
     assert_eq!(
@@ -322,4 +333,101 @@ async fn one_bad_metadata_object_does_not_hide_the_others() {
     std::fs::write(&index, &bytes[..bytes.len() / 2]).unwrap();
     let error = host.open_image(good.image()).await.unwrap_err();
     assert!(matches!(error, StoreError::Corrupted { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_component_that_claims_anothers_image_keeps_it_out_of_nothing() {
+    let bench = Bench::new();
+    let publisher = bench.store().await;
+    let dir = bench.dir.path();
+    let good = sample(dir, "good", &[(1, 8192), (2, 4096)]);
+    let evil = sample(dir, "evil", &[(3, 8192), (4, 4096)]);
+    good.publish_to(&publisher).await;
+    evil.publish_to(&publisher).await;
+    // One whose chunk index nobody has, and one that names other bytes.
+    let mut without = good.component.clone();
+    without.name = "without".to_owned();
+    without.image.chunk_index = Digest::of(b"no index");
+    let path = format!("components/{}.json", without.id().hex());
+    let path = bench.repository_path().join(path);
+    std::fs::write(path, without.canonical_json()).unwrap();
+    let (mut forged, mut index) = (evil.component.clone(), evil.index.clone());
+    index.image = good.image();
+    (forged.image.digest, forged.image.chunk_index) = (good.image(), index.digest());
+    let publisher = bench.store().await;
+    let published = publisher.publish(&forged, &evil.path, &index, &|_| {});
+    published.await.unwrap();
+
+    let host = bench.store().await;
+    let error = host.hold_component(without.id()).await.unwrap_err();
+    assert!(matches!(error, StoreError::ImageMissing { .. }), "{error}");
+    let metadata = async |id| {
+        let image = host.component_image(id).await.unwrap();
+        host.image_metadata(&image).await.unwrap()
+    };
+    assert_eq!(metadata(forged.id()).await, evil.bytes[..8192]);
+    assert_eq!(metadata(good.component.id()).await, good.bytes[..8192]);
+    let (_, hold) = host.hold_component(good.component.id()).await.unwrap();
+    // Each is read by its own map, whichever shared memory has.
+    assert_eq!(metadata(forged.id()).await, evil.bytes[..8192]);
+    assert_eq!(good.read_from(&host).await, good.bytes);
+    let error = host.hold_component(forged.id()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Disputed { .. }), "{error}");
+    // What nobody holds makes room.
+    drop(hold);
+    host.hold_component(forged.id()).await.unwrap();
+    assert_eq!(
+        evil.bytes,
+        read(&host, good.image(), evil.bytes.len()).await
+    );
+    host.hold_component(good.component.id()).await.unwrap();
+    assert_eq!(good.read_from(&host).await, good.bytes);
+
+    // A host that was taken over keeps the image for what its VM was launched with.
+    let next = bench.store().await;
+    next.reserve_image(good.image(), Some(good.component.id()));
+    let error = next.hold_component(forged.id()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Disputed { .. }), "{error}");
+    assert!(next.add_image(forged.image).is_err());
+    assert!(next.add_image_of(good.component.image, &publisher).is_err());
+    let (_, hold) = next.hold_component(good.component.id()).await.unwrap();
+    assert!(next.hold_component(forged.id()).await.is_err());
+    drop(hold);
+    next.hold_component(forged.id()).await.unwrap();
+}
+
+async fn read(host: &Store, image: Digest, bytes: usize) -> bytes::Bytes {
+    let whole = Extent::new(0, bytes as u64);
+    let read = host.read_image(image, whole, Priority::Demand);
+    read.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_another_repository_is_not_the_same_image() {
+    let (here, other) = (Bench::new(), Bench::new());
+    let (host, other) = (here.store().await, other.store().await);
+    let image = sample(here.dir.path(), "one", &[(1, 4096)]).component.image;
+    let _hold = host.add_image_of(image, &other).unwrap();
+    host.add_image_of(image, &other).unwrap();
+    let error = host.add_image(image).unwrap_err();
+    assert!(matches!(error, StoreError::Disputed { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bundle_with_other_sizes_is_not_the_same_bundle() {
+    let host = Bench::new().store().await;
+    let images = |bytes: u64| [(Digest::of(b"a"), bytes), (Digest::of(b"b"), 4096)];
+    let bundle = |bytes| Bundle::new(&images(bytes)).unwrap();
+    host.add_bundle(bundle(4096)).unwrap();
+    host.add_bundle(bundle(4096)).unwrap();
+    assert!(host.add_bundle(bundle(8192)).is_err());
+    // Nor has an image a bundle's digest.
+    let claimed = ImageRef {
+        digest: bundle(4096).digest(),
+        bytes: 8192,
+        metadata_bytes: 4096,
+        inodes: 1,
+        chunk_index: Digest::of(b"index"),
+    };
+    assert!(host.add_image(claimed).is_err());
 }

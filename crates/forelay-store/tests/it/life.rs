@@ -33,7 +33,9 @@ async fn what_is_published_reads_back_from_another_host() {
         sample.component
     );
     assert_eq!(
-        host.image_metadata(sample.image()).await.unwrap(),
+        host.image_metadata(&host.open_image(sample.image()).await.unwrap())
+            .await
+            .unwrap(),
         sample.bytes[..4096]
     );
     for extent in [
@@ -71,7 +73,7 @@ async fn what_is_published_reads_back_from_another_host() {
     let out = bench.dir.path().join("materialised");
     host.materialise(sample.image(), &out).await.unwrap();
     assert_eq!(std::fs::read(&out).unwrap(), sample.bytes);
-    let reader = host.image_reader(sample.image()).await.unwrap();
+    let reader = host.image_reader(host.open_image(sample.image()).await.unwrap());
     let expected = sample.bytes[1_000_000..1_100_000].to_vec();
     tokio::task::spawn_blocking(move || {
         let mut buffer = vec![0; 100_000];

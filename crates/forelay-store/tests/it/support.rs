@@ -268,9 +268,9 @@ impl Repository for Faulty {
         self.inner.describe()
     }
 
-    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
+    async fn get(&self, key: &str, most_bytes: u64) -> Result<Bytes, RepositoryError> {
         self.call("reading", key)?;
-        Ok(self.mangled(key, self.inner.get(key).await?))
+        Ok(self.mangled(key, self.inner.get(key, most_bytes).await?))
     }
 
     async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError> {

@@ -19,6 +19,7 @@ use forelay_import::{
     Progress,
 };
 use forelay_store::Store;
+use forelay_store::gc::GcOptions;
 use forelay_store::publish::{PublishProgress, Published};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
@@ -26,7 +27,7 @@ use parking_lot::Mutex;
 use super::images;
 use super::output::{self, bytes};
 use crate::config::Config;
-use crate::daemon::{create_store, open_store};
+use crate::daemon::{create_store, images_in_use, open_store};
 use crate::recipe::Reader;
 
 /// `forelay component ...`.
@@ -454,8 +455,8 @@ async fn packages(
             base.name
         );
     }
-    store.add_image(base.image)?;
-    let reader = Reader(store.image_reader(base.image.digest).await?);
+    let image = store.component_image(base.id()).await?;
+    let reader = Reader(store.image_reader(image));
     let builder = builder.clone();
     let base = tokio::task::spawn_blocking(move || builder.base_root(&base, &reader)).await??;
     let options = PackageOptions { packages, split };
@@ -557,10 +558,14 @@ impl Bar {
     }
 }
 
-/// `forelay gc`.
+/// `forelay gc`. What this host's VMs have stays, also if its component was removed.
 pub async fn gc(config: &Config, json: bool) -> Result<()> {
     let store = open_store(config).await?;
-    let report = store.gc(&forelay_store::gc::GcOptions::default()).await?;
+    let options = GcOptions {
+        images_in_use: images_in_use(config, &store).await?,
+        ..GcOptions::default()
+    };
+    let report = store.gc(&options).await?;
     if json {
         return output::json(&report);
     }

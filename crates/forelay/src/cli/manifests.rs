@@ -184,6 +184,8 @@ async fn write_files(
         .with_context(|| format!("cannot write {}", map.display()))?;
     pad(&map)?;
     made.push(map.clone());
+    let opening = lock.components.iter().map(|one| store.hold_locked(one));
+    let _held = futures_util::future::try_join_all(opening).await?;
     for (index, device) in composed.devices.iter().enumerate() {
         let path = out.join(format!("{}.img", index + 1));
         store.materialise(device.image, &path).await?;

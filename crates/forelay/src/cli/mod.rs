@@ -4,6 +4,9 @@
 //! traces work on their own. Exit code 0 is success, 1 a failure told on standard error,
 //! 2 wrong usage; `exec` passes on the guest command's, `run` the entrypoint's.
 
+// What is printed goes through `output`: it may come from a guest, and nobody may read it.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 #[macro_use]
 mod output;
 
@@ -188,7 +191,7 @@ pub fn main() -> ExitCode {
     match run(arguments) {
         Ok(code) => code,
         Err(error) => {
-            complain!("error: {}", output::shown(&format!("{error:#}")));
+            complain!("error: {error:#}");
             ExitCode::FAILURE
         }
     }

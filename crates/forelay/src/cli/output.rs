@@ -39,12 +39,9 @@ macro_rules! say {
     ($($text:tt)*) => { $crate::cli::output::line(&format!($($text)*)) };
 }
 
-/// Prints a line on standard error. If nobody can read it, nobody can be told that either.
+/// Prints a line on standard error.
 macro_rules! complain {
-    ($($text:tt)*) => {{
-        use std::io::Write as _;
-        let _ = writeln!(std::io::stderr(), $($text)*);
-    }};
+    ($($text:tt)*) => { $crate::cli::output::complaint(std::io::stderr(), &format!($($text)*)) };
 }
 
 /// Prints a text of one or more lines. What it says may come from a repository or a guest:
@@ -53,8 +50,13 @@ pub fn line(text: &str) {
     raw(format!("{}\n", shown(text)).as_bytes());
 }
 
+/// As [`line`], to `out`. If nobody can read it, nobody can be told that either.
+pub fn complaint(mut out: impl std::io::Write, text: &str) {
+    let _ = out.write_all(format!("{}\n", shown(text)).as_bytes());
+}
+
 /// A text whose lines are fit to be shown.
-pub fn shown(text: &str) -> String {
+fn shown(text: &str) -> String {
     let lines: Vec<String> = text.split('\n').map(printable).collect();
     lines.join("\n")
 }
@@ -115,6 +117,9 @@ mod tests {
             shown("a: b\n  note: \u{1b}[2Jx"),
             "a: b\n  note: \\u{1b}[2Jx"
         );
+        let mut told = Vec::new();
+        complaint(&mut told, "note: \u{1b}]0;x\u{7}");
+        assert_eq!(told, b"note: \\u{1b}]0;x\\u{7}\n");
     }
 
     #[test]

@@ -158,7 +158,7 @@ pub async fn run(client: &Client, arguments: RunArguments, config: &Config) -> R
         let why = vm.error.as_deref().unwrap_or("no reason given");
         let name = &vm.name;
         let text = format!("VM {name} failed: {why}\nits console is in `forelay logs {name}`");
-        complain!("error: {}", output::shown(&text));
+        complain!("error: {text}");
         let status = vm.exit_status.filter(|status| follows && *status != 0);
         return Ok(status.unwrap_or(1));
     }
@@ -296,15 +296,15 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
     );
     for vm in &vms {
         if let Some(wait) = &vm.waiting {
-            println!("{} {wait}", vm.name);
+            say!("{} {wait}", vm.name);
         }
         for problem in &vm.launch.snapshot_problems {
-            println!("{}: {problem}", vm.name);
+            say!("{}: {problem}", vm.name);
         }
     }
     let health: Health = client.get("/v1/health").await?;
     for Degraded { what, problem, .. } in health.degraded {
-        eprintln!("degraded: {what}: {problem}");
+        complain!("degraded: {what}: {problem}");
     }
     Ok(())
 }
@@ -414,7 +414,7 @@ async fn show_output(mut from: impl AsyncRead + Unpin, credit: &Semaphore) -> Re
             Some(ExecFrame::StdinCredit(bytes)) => credit.add_permits(bytes as usize),
             Some(ExecFrame::End(end)) => {
                 if let Some(error) = end.error {
-                    complain!("error: {}", output::shown(&error));
+                    complain!("error: {error}");
                 }
                 return Ok(end.status);
             }
@@ -473,7 +473,7 @@ pub async fn attach(
     let is_new = |one: &&VmComponent| before.components.iter().all(|old| old.id != one.id);
     for one in vm.components.iter().filter(is_new) {
         for file in &one.left_out {
-            complain!("note: left out of {}: {}", one.name, output::shown(file));
+            complain!("note: left out of {}: {file}", one.name);
         }
     }
     Ok(())

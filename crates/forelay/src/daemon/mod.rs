@@ -28,11 +28,13 @@ mod snapshot;
 mod spine_tests;
 mod vm;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
-use forelay_store::Store;
+use forelay_image::Digest;
+use forelay_store::{ImageHold, Store};
 use forelay_vm::qemu::QemuDriver;
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{Sender, UnboundedReceiver, channel};
@@ -75,6 +77,7 @@ use vm::supervise::Supervisor;
 use vm::usage::UsageSampler;
 
 pub use forecast::learning::HISTORY_FILE;
+pub use launch::kept::images_in_use;
 pub use process::holder::{run_check, run_holder, run_pinner};
 pub use process::startup::{create_store, open_store};
 pub use process::worker::run_worker;
@@ -97,6 +100,8 @@ pub struct Host {
     instances: Arc<VmRegistry>,
     driver: Arc<QemuDriver>,
     takeover: Arc<Mutex<Option<Takeover>>>,
+    /// Images of VMs that were taken over: they stay what they are.
+    inherited_holds: Mutex<HashMap<Digest, ImageHold>>,
     announced: Arc<AnnouncedLaunches>,
     mapper: Arc<Mapper>,
     forecasts: Arc<Forecasts>,
@@ -348,6 +353,7 @@ impl Host {
             instances: parts.instances,
             driver: parts.driver,
             takeover,
+            inherited_holds: Mutex::default(),
             announced,
             mapper,
             forecasts,

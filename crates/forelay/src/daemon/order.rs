@@ -11,6 +11,7 @@ use forelay_image::bundle::Bundle;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::{Digest, NameOf};
+use forelay_store::ImageHold;
 use forelay_vm::PmemDevice;
 use serde::{Deserialize, Serialize};
 
@@ -172,6 +173,9 @@ pub struct DeviceRecord {
     /// No device: a snapshot's memory, from which the VM's own is copied on write.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub memory: bool,
+    /// Has its images stay what they are for as long as somebody has this.
+    #[serde(skip)]
+    pub holds: Vec<ImageHold>,
 }
 
 impl DeviceRecord {

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +13,9 @@ use forelay_cache::plan::PreparedLaunch;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::{Component, Digest, Extent};
+use forelay_import::BuiltComponent;
 use forelay_memory::mapping::FileMapping;
-use forelay_store::Priority;
+use forelay_store::{DirectoryRepository, FetchConfig, Priority, Store, StoreConfig};
 use forelay_vm::qemu::QemuDriver;
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -26,12 +28,13 @@ use super::launch::prepared::{Preparations, Preparer};
 use super::launch::standby::StandbyStarter;
 use super::launch::start::Starter;
 use super::memory::mapper::Mapper;
-use super::order::{Order, PlannedDevice};
+use super::order::{DeviceRecord, Order, PlannedDevice};
 use super::snapshot::service::Snapshots;
 use super::snapshot::shelf::tests::{damage_and_trust, sharing, snapshot};
 use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
 use super::vm::instance::{self, VmData};
 use super::vm::registry::{VmRegistry, WantedName};
+use crate::config::Config;
 
 impl Spine {
     fn mapper(&self) -> Arc<Mapper> {
@@ -62,11 +65,39 @@ impl Spine {
 
     /// A component that a VM can be booted with, as far as files go.
     async fn publish_kernel(&self) -> Component {
-        let files = self.dir.path().join("kernel");
-        std::fs::create_dir_all(files.join("boot")).unwrap();
-        std::fs::write(files.join("boot/vmlinuz"), "a kernel").unwrap();
-        std::fs::write(files.join("boot/initrd.cpio"), "an initramfs").unwrap();
+        let files = self.kernel_files("kernel", "a kernel");
         publish_directory(&files, &self.store).await.component
+    }
+
+    fn kernel_files(&self, dir: &str, vmlinuz: &str) -> PathBuf {
+        let files = self.dir.path().join(dir);
+        std::fs::create_dir_all(files.join("boot")).unwrap();
+        std::fs::write(files.join("boot/vmlinuz"), vmlinuz).unwrap();
+        std::fs::write(files.join("boot/initrd.cpio"), "an initramfs").unwrap();
+        files
+    }
+
+    /// A component with the bytes of `files` that claims to have the image of another. Another
+    /// host publishes it.
+    async fn publish_forged(&self, files: &Path, claimed: &Component) -> BuiltComponent {
+        let config = Config {
+            state_dir: self.dir.path().join("state"),
+            ..Config::default()
+        };
+        let opening = Store::open(StoreConfig {
+            repository: Arc::new(DirectoryRepository::open(config.repository_path())),
+            cache_dir: files.with_extension("publisher"),
+            cache_cap_bytes: 1 << 30,
+            fetch: FetchConfig::default(),
+        });
+        let store = opening.await.unwrap();
+        let mut built = publish_directory(files, &store).await;
+        built.chunks.image = claimed.image.digest;
+        built.component.image.digest = claimed.image.digest;
+        built.component.image.chunk_index = built.chunks.digest();
+        let published = store.publish(&built.component, &built.image, &built.chunks, &|_| {});
+        published.await.unwrap();
+        built
     }
 }
 
@@ -98,6 +129,20 @@ async fn images_are_mapped() {
     let spine = Spine::start().await;
     let (mapper, kernel) = (spine.mapper(), spine.publish_kernel().await);
     let one = order("web", &kernel, &[&spine.component], 8);
+    // A lock says of components what it likes; what is mapped is as their metadata says.
+    type Forge = fn(&mut Lock);
+    let forges: [Forge; 3] = [
+        |lock| lock.components[0].image_bytes += 2 << 20,
+        |lock| lock.components[0].metadata_bytes += 4096,
+        |lock| lock.kernel.image = Digest::of(b"another"),
+    ];
+    for forge in forges {
+        let mut lock = one.lock.clone();
+        forge(&mut lock);
+        let forged = Order::new(one.manifest.clone(), lock, 0.0, 8).unwrap();
+        let error = mapper.map_images(&forged).await.unwrap_err().to_string();
+        assert!(error.contains("what its metadata says"), "{error}");
+    }
     assert!(spine.domains.get(&domain()).is_none(), "mounted for nobody");
     let mapped = mapper.map_images(&one).await.unwrap();
     let [device] = &mapped[..] else {
@@ -149,6 +194,78 @@ fn gone(like: &Component) -> Component {
     gone.name = "gone".to_owned();
     gone.image.digest = Digest::of(b"gone");
     gone
+}
+
+#[test]
+fn privileged_a_kernel_that_claims_anothers_image_boots_in_no_ones_place() {
+    let test = "privileged_a_kernel_that_claims_anothers_image_boots_in_no_ones_place";
+    if can_run(test) {
+        walk(kernels_are_kept_apart());
+    }
+}
+
+async fn kernels_are_kept_apart() {
+    let spine = Spine::start().await;
+    let (composer, good) = (spine.composer(), spine.publish_kernel().await);
+    let files = spine.kernel_files("evil", "an evil kernel");
+    let evil = spine.publish_forged(&files, &good).await.component;
+    assert_eq!(evil.image.digest, good.image.digest);
+    let booted = async |kernel: &Component| {
+        let files = composer.kernel(&kernel.into()).await.unwrap();
+        std::fs::read_to_string(files.kernel).unwrap()
+    };
+    // As a daemon does that prepares the newest kernel before anybody asks for one.
+    assert_eq!(booted(&evil).await, "an evil kernel");
+    assert_eq!(booted(&good).await, "a kernel");
+    let mut forged = LockedComponent::from(&good);
+    forged.version = "9".to_owned();
+    assert!(composer.kernel(&forged).await.is_err());
+}
+
+#[test]
+fn privileged_an_image_is_what_its_lock_pins_of_all_that_claim_it() {
+    let test = "privileged_an_image_is_what_its_lock_pins_of_all_that_claim_it";
+    if can_run(test) {
+        walk(images_are_what_is_pinned());
+    }
+}
+
+async fn images_are_what_is_pinned() {
+    let spine = Spine::start().await;
+    let (mapper, kernel) = (spine.mapper(), spine.publish_kernel().await);
+    let good = order("web", &kernel, &[&spine.component], 8);
+    let image = spine.component.image;
+    let read = |mapped: &[DeviceRecord], bytes: usize| {
+        let mut read = vec![0; bytes];
+        let file = File::open(&mapped[0].path).unwrap();
+        file.read_exact_at(&mut read, 0).unwrap();
+        read
+    };
+    // One of the same size, and one that is longer.
+    for (name, bytes) in [("equal", 65_536), ("longer", 300_000)] {
+        let files = spine.dir.path().join(name);
+        std::fs::create_dir(&files).unwrap();
+        std::fs::write(files.join("data"), vec![7; bytes]).unwrap();
+        let forged = spine.publish_forged(&files, &spine.component).await;
+        let evil = order("evil", &kernel, &[&forged.component], 8);
+        let mapped = mapper.map_images(&evil).await.unwrap();
+        let forged_bytes = std::fs::read(&forged.image).unwrap();
+        assert!(read(&mapped, forged_bytes.len()) == forged_bytes);
+        // While a VM may have it there is no room for the other...
+        let refused = mapper.map_images(&good).await.unwrap_err();
+        assert!(refused.to_string().contains("is in use"), "{refused}");
+        drop(mapped);
+        // ...which finds nothing of it then.
+        let mapped = mapper.map_images(&good).await.unwrap();
+        assert!(read(&mapped, spine.bytes.len()) == spine.bytes, "{name}");
+        assert!(mapper.map_images(&evil).await.is_err());
+        let memory = spine.domains.get(&domain()).unwrap();
+        let at = spine.data.offset;
+        let page = &spine.bytes[at as usize..][..4096];
+        let late = forged.component.image.chunk_index;
+        assert!(!memory.push(&image.digest, late, at, page), "{name}");
+        assert!(memory.push(&image.digest, image.chunk_index, at, page));
+    }
 }
 
 #[test]

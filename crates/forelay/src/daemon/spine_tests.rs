@@ -108,7 +108,7 @@ impl Spine {
         let store = store.await.unwrap();
         store.initialise().await.unwrap();
         let (component, bytes, data) = publish(dir.path(), &store).await;
-        store.open_component(component.id()).await.unwrap();
+        store.hold_component(component.id()).await.unwrap();
         let (sender, inbox) = planner_channel();
         let scheduler = store.scheduler().clone();
         let domains = Arc::new(Domains::new(
@@ -227,8 +227,8 @@ impl Repository for Valve {
         self.0.describe()
     }
 
-    async fn get(&self, key: &str) -> Result<Bytes, RepositoryError> {
-        self.0.get(key).await
+    async fn get(&self, key: &str, most_bytes: u64) -> Result<Bytes, RepositoryError> {
+        self.0.get(key, most_bytes).await
     }
 
     async fn get_range(&self, key: &str, extent: Extent) -> Result<Bytes, RepositoryError> {
@@ -255,16 +255,20 @@ impl Repository for Valve {
 
 /// Builds a component of the directory `files` and publishes it.
 pub(super) async fn publish_directory(files: &Path, store: &Store) -> BuiltComponent {
+    let built = build_directory(files);
+    let published = store.publish(&built.component, &built.image, &built.chunks, &|_| {});
+    published.await.unwrap();
+    built
+}
+
+pub(super) fn build_directory(files: &Path) -> BuiltComponent {
     let source = BuildSource::Directory {
         path: files.to_path_buf(),
         ownership: Ownership::Keep,
     };
     let builder = Builder::new(&files.with_file_name("build")).unwrap();
     let built = builder.build(&BuildRequest::new(source), &|_| {});
-    let built = built.unwrap().main;
-    let published = store.publish(&built.component, &built.image, &built.chunks, &|_| {});
-    published.await.unwrap();
-    built
+    built.unwrap().main
 }
 
 /// Publishes a component of one file: the component, its image, and where the file's data is
@@ -380,7 +384,7 @@ async fn page_walk() {
     let memory = spine.domains.ensure(&domain()).unwrap();
     let (path, device_bytes) = spine
         .domains
-        .add_image(&memory, image.image, spine.component.image.bytes)
+        .add_image(&memory, &spine.component.image)
         .unwrap();
 
     // Absent: nobody has asked for anything.

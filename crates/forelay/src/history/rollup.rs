@@ -490,9 +490,12 @@ async fn fold_samples(
     rows: &mut BTreeMap<i64, Totals>,
 ) -> Result<(), sqlx::Error> {
     let mut sketches: BTreeMap<i64, Sketch> = BTreeMap::new();
+    // What the guest says of its network may be any number. Added, four of these are still an
+    // integer, not the REAL that SQLite makes of more.
     let mut samples = sqlx::query(
         "SELECT profile, cpu_ms, memory_bytes,
-                read_bytes + written_bytes + received_bytes + sent_bytes
+                min(read_bytes, 1 << 60) + min(written_bytes, 1 << 60)
+                    + min(received_bytes, 1 << 60) + min(sent_bytes, 1 << 60)
          FROM sample WHERE at_ms < ?",
     )
     .bind(end)

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use super::WriteError;
 use crate::chunk::MAX_CHUNK_BYTES;
 use crate::erofs::layout::{BLOCK_BYTES, blocks_of};
+use crate::watched::WatchedFile;
 use crate::{Chunk, Digest};
 
 /// Why a file's content could not be read.
@@ -27,8 +28,8 @@ pub enum SourceError {
         /// What the system said.
         source: io::Error,
     },
-    /// The host file is shorter than it was when the tree was made.
-    #[error("{path} became shorter while the image was written")]
+    /// The host file is not what it was when the tree was made.
+    #[error("{path} changed while the image was written: build again when nobody changes it")]
     Changed {
         /// Path on the host.
         path: String,
@@ -68,6 +69,7 @@ pub(super) enum Source<'a> {
         offset: u64,
         len: u64,
     },
+    Watched(&'a WatchedFile),
 }
 
 impl Source<'_> {
@@ -75,6 +77,7 @@ impl Source<'_> {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::Host { len, .. } => *len,
+            Self::Watched(file) => file.bytes(),
         }
     }
 
@@ -84,32 +87,41 @@ impl Source<'_> {
         buffer: &mut Vec<u8>,
         mut visit: impl FnMut(&[u8]) -> Result<(), DataError>,
     ) -> Result<(), DataError> {
-        match *self {
-            Self::Bytes(bytes) => bytes.chunks(MAX_CHUNK_BYTES as usize).try_for_each(visit),
-            Self::Host { path, offset, len } => {
-                let shown = || path.display().to_string();
-                let failed = |source: io::Error| {
-                    DataError::Source(match source.kind() {
-                        io::ErrorKind::UnexpectedEof => SourceError::Changed { path: shown() },
-                        _ => SourceError::Io {
-                            path: shown(),
-                            source,
-                        },
-                    })
-                };
-                let file = File::open(path).map_err(failed)?;
-                let mut done = 0;
-                while done < len {
-                    let piece = (len - done).min(MAX_CHUNK_BYTES) as usize;
-                    buffer.resize(piece, 0);
-                    file.read_exact_at(buffer, offset.saturating_add(done))
-                        .map_err(failed)?;
-                    visit(buffer)?;
-                    done += piece as u64;
-                }
-                Ok(())
+        let (path, offset, len) = match *self {
+            Self::Bytes(bytes) => {
+                return bytes.chunks(MAX_CHUNK_BYTES as usize).try_for_each(visit);
             }
+            Self::Host { path, offset, len } => (path, offset, len),
+            Self::Watched(file) => (file.path(), 0, file.bytes()),
+        };
+        let shown = || path.display().to_string();
+        let changed = || DataError::Source(SourceError::Changed { path: shown() });
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::UnexpectedEof => changed(),
+            _ => DataError::Source(SourceError::Io {
+                path: shown(),
+                source,
+            }),
+        };
+        let file = match self {
+            Self::Watched(watched) => watched.open().map_err(failed)?.ok_or_else(changed)?,
+            _ => File::open(path).map_err(failed)?,
+        };
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(MAX_CHUNK_BYTES) as usize;
+            buffer.resize(piece, 0);
+            file.read_exact_at(buffer, offset.saturating_add(done))
+                .map_err(failed)?;
+            visit(buffer)?;
+            done += piece as u64;
         }
+        if let Self::Watched(watched) = self
+            && !watched.is_unchanged(&file).map_err(failed)?
+        {
+            return Err(changed());
+        }
+        Ok(())
     }
 }
 

@@ -101,8 +101,9 @@ impl VmMaps {
             };
             let mut base = 0;
             for &(image, bytes) in members {
-                let reader = self.store.image_reader(image).await;
-                readers.push((slot, base, reader.map_err(HostError::failed)?));
+                let image = self.store.open_image(image).await;
+                let reader = self.store.image_reader(image.map_err(HostError::failed)?);
+                readers.push((slot, base, reader));
                 base += bytes;
             }
         }

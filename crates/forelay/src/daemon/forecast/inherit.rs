@@ -216,12 +216,12 @@ struct MetadataRegion {
 
 impl MetadataRegion {
     async fn read(store: &Store, id: ComponentId) -> Result<Self, HostError> {
-        let opened = store.open_component(id).await;
-        let image = &opened.map_err(HostError::failed)?.image;
-        let bytes = store.image_metadata(image.digest).await;
+        let image = store.component_image(id).await;
+        let image = image.map_err(HostError::failed)?;
+        let bytes = store.image_metadata(&image).await;
         Ok(Self {
             bytes: bytes.map_err(HostError::failed)?,
-            image_bytes: image.bytes,
+            image_bytes: image.image.bytes,
         })
     }
 

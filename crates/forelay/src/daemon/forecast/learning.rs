@@ -14,6 +14,7 @@ use std::time::Duration;
 use forelay_image::{Digest, Extent, PlannedExtent, Touch};
 use forelay_predict::arrivals::{Forecaster, LaunchForecast, ProfileKey};
 use forelay_predict::time::Timestamp;
+use forelay_predict::working_set::WorkingSetConfig;
 use parking_lot::RwLock;
 use tokio::sync::Mutex;
 
@@ -102,7 +103,12 @@ impl Learner {
     ) -> Self {
         let window_ms = (config.window_s.max(0.0) * 1e3) as u32 + LONGEST_LAUNCH_MS;
         let ahead = config.prefetch && config.ahead;
-        let new_models = move || Models::new(window_ms, ahead, memory_mib.clone());
+        let sets = WorkingSetConfig {
+            window_ms,
+            pool_across_owners: config.pool_across_owners,
+            ..WorkingSetConfig::default()
+        };
+        let new_models = move || Models::new(sets.clone(), ahead, memory_mib.clone());
         Self {
             path: state_dir.join(HISTORY_FILE),
             history: RwLock::default(),

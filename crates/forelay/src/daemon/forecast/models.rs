@@ -80,11 +80,12 @@ struct OpenVm {
 
 impl Models {
     /// Models that know nothing but the memory that profiles' manifests ask for.
-    pub fn new(window_ms: u32, forecasting: bool, memory_mib: HashMap<String, u32>) -> Self {
-        let sets = WorkingSets::new(working_set::WorkingSetConfig {
-            window_ms,
-            ..working_set::WorkingSetConfig::default()
-        });
+    pub fn new(
+        sets: working_set::WorkingSetConfig,
+        forecasting: bool,
+        memory_mib: HashMap<String, u32>,
+    ) -> Self {
+        let sets = WorkingSets::new(sets);
         let forecaster = Forecaster::new(arrivals::ArrivalsConfig {
             forecasting,
             ..arrivals::ArrivalsConfig::default()
@@ -322,7 +323,7 @@ mod tests {
 
     fn models() -> Models {
         let memory = HashMap::from([("ann/web".to_owned(), 256)]);
-        Models::new(60_000, true, memory)
+        Models::new(Default::default(), true, memory)
     }
 
     #[test]

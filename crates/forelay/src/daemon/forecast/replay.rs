@@ -218,7 +218,7 @@ mod tests {
 
     fn models() -> Models {
         let memory = HashMap::from([("ann/web".to_owned(), 256)]);
-        Models::new(60_000, true, memory)
+        Models::new(Default::default(), true, memory)
     }
 
     /// Everything that is forecast, in words.

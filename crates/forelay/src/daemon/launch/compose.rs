@@ -19,8 +19,9 @@ use crate::daemon::error::HostError;
 use crate::daemon::order::{DeviceRecord, Order};
 use crate::recipe::{KernelFiles, Recipe, kernel_files};
 
-/// Recipes of recent locks that are kept.
+/// Recipes of recent locks that are kept, and most bytes of their metadata.
 const KEEP_RECIPES: usize = 64;
+const KEEP_RECIPES_BYTES: u64 = 1 << 30;
 
 /// Composes map images.
 pub struct Composer {
@@ -70,7 +71,10 @@ impl Composer {
             .map_err(HostError::failed)?;
         let recipe = Arc::new(recipe);
         let mut recipes = self.recipes.lock();
-        if recipes.len() >= KEEP_RECIPES {
+        let kept_bytes: u64 = recipes.values().map(|one| one.metadata_bytes()).sum();
+        if recipes.len() >= KEEP_RECIPES
+            || kept_bytes + recipe.metadata_bytes() > KEEP_RECIPES_BYTES
+        {
             recipes.clear();
         }
         recipes.insert(digest, Arc::clone(&recipe));
@@ -102,9 +106,10 @@ impl Composer {
         composed.await.map_err(HostError::failed)?
     }
 
-    /// Kernel and initramfs of a kernel component as host files.
+    /// Kernel and initramfs of a kernel component as host files. Kept by its id, which pins the
+    /// bytes: an image's digest alone is what its publisher claims.
     pub async fn kernel(&self, kernel: &LockedComponent) -> Result<KernelFiles, HostError> {
-        let dir = self.kernels_dir.join(kernel.image.hex());
+        let dir = self.kernels_dir.join(kernel.id.hex());
         let files = kernel_files(&self.store, kernel, &dir).await;
         files.map_err(HostError::failed)
     }
@@ -140,6 +145,7 @@ fn write_map_image(
         component: "map image".to_owned(),
         members: Vec::new(),
         memory: false,
+        holds: Vec::new(),
     };
     Ok(MapImage {
         record,

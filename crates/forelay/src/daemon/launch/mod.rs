@@ -26,6 +26,7 @@ pub(super) mod admit;
 pub(super) mod ahead;
 pub(super) mod compose;
 pub(super) mod find;
+pub(super) mod kept;
 pub(super) mod maker;
 pub(super) mod prefetch;
 pub(super) mod prepared;

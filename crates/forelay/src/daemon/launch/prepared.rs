@@ -436,6 +436,7 @@ mod tests {
             component: String::new(),
             members: vec![],
             memory: false,
+            holds: vec![],
         };
         Preparation {
             manifest: order.manifest.digest(),

@@ -9,7 +9,7 @@ use forelay_image::component::Component;
 use forelay_image::lock::Lock;
 use forelay_image::manifest::Manifest;
 use forelay_image::solve::solve;
-use forelay_store::Store;
+use forelay_store::{Store, StoreError};
 
 use crate::daemon::error::HostError;
 use crate::daemon::order::Order;
@@ -42,19 +42,27 @@ impl Resolver {
                     .map_err(HostError::invalid)?
             }
         };
-        self.check_machine(&lock).await?;
+        self.check_components(&lock).await?;
         let solve_s = started.elapsed().as_secs_f64();
         Order::new(manifest, lock, solve_s, self.pmem_slots)
     }
 }
 
 impl Resolver {
-    /// Refuses what is for other machines than this host. What cannot be read here is told
-    /// by the launch.
-    async fn check_machine(&self, lock: &Lock) -> Result<(), HostError> {
-        let all = lock.all().map(|one| self.store.pinned_component(one.id));
-        let all = futures_util::future::join_all(all).await;
-        let all: Vec<_> = all.into_iter().flatten().collect();
+    /// Refuses what is for other machines than this host, and a lock that says of components
+    /// what their metadata does not say. What cannot be read here is told by the launch.
+    async fn check_components(&self, lock: &Lock) -> Result<(), HostError> {
+        let found = lock.all().map(|one| self.store.locked_component(one));
+        let mut all = Vec::new();
+        for found in futures_util::future::join_all(found).await {
+            match found {
+                Ok(component) => all.push(component),
+                Err(error @ StoreError::NotAsLocked { .. }) => {
+                    return Err(HostError::invalid(error));
+                }
+                Err(_) => {}
+            }
+        }
         check_architectures(all.iter().map(|one| &**one)).map_err(HostError::invalid)?;
         let here = forelay_import::host_architecture();
         let foreign = |one: &&Arc<Component>| !runs_here(one);

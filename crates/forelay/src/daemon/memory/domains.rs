@@ -14,14 +14,16 @@ use std::time::Instant;
 
 use forelay_cache::plan::SharedExtent;
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
+use forelay_image::component::ImageRef;
 use forelay_image::{Digest, Extent};
-use forelay_memory::{Fault, FaultHandler, FileSpec, SharedMemory};
+use forelay_memory::{AddFileError, Fault, FaultHandler, FileSpec, SharedMemory};
 use forelay_store::Scheduler;
 use parking_lot::{Mutex, RwLock};
 
 use crate::daemon::error::HostError;
 use crate::daemon::events::Events;
 use crate::daemon::memory::faults::Attribution;
+use crate::daemon::memory::origins::{self, Origins};
 use crate::daemon::memory::planner::PlannerSender;
 use crate::daemon::memory::sessions::Sessions;
 use crate::daemon::memory::waiting::{WaitLog, longest_waits};
@@ -33,9 +35,48 @@ pub struct DomainMemory {
     pub domain: Domain,
     /// Its mount.
     pub shared: SharedMemory,
+    /// Whose bytes the pages of its files are.
+    origins: Origins,
 }
 
 impl DomainMemory {
+    /// Stores bytes that were verified by a chunk index, unless the file is of another; whether
+    /// it did.
+    pub fn push(&self, image: &Digest, chunk_index: Digest, offset: u64, bytes: &[u8]) -> bool {
+        self.origins.store(image, chunk_index, || {
+            let pushed = self.shared.push(image, offset, bytes);
+            if let Err(error) = &pushed {
+                tracing::warn!(%image, %error, "push failed");
+            }
+            pushed.is_ok()
+        })
+    }
+
+    /// Makes an empty file of what may be another's, which no VM maps any more.
+    fn clear(&self, image: &Digest, spec: FileSpec) -> Result<(), HostError> {
+        let evict = |bytes: u64| {
+            let evicted = self.shared.evict(image, &[Extent::new(0, bytes)]);
+            evicted.map(drop).map_err(HostError::failed)
+        };
+        match self.shared.add_file(*image, spec) {
+            Err(AddFileError::Differs { spec: other, .. }) => {
+                evict(other.device_bytes)?;
+                self.shared.remove_file(image).map_err(HostError::failed)?;
+                let added = self.shared.add_file(*image, spec);
+                added.map_err(HostError::failed)?;
+            }
+            other => other.map_err(HostError::failed)?,
+        }
+        evict(spec.device_bytes)?;
+        let reads = self.shared.waiting_reads();
+        match reads.iter().any(|read| read.file == *image) {
+            true => Err(HostError::Busy(format!(
+                "pages of image {image} that another component left are being read: try again"
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// Pins resident extents, or takes the pins off.
     pub fn set_pinned(
         &self,
@@ -180,9 +221,11 @@ impl Domains {
         config.domain = domain.as_str().to_owned();
         config.pinner = Some(Arc::clone(self.sessions.pinner()));
         let shared = SharedMemory::start(config, Arc::new(handler)).map_err(HostError::failed)?;
+        let origins = origins::path(&self.mounts_dir, domain.as_str());
         let memory = Arc::new(DomainMemory {
             domain: domain.clone(),
             shared,
+            origins: Origins::open(origins).map_err(HostError::failed)?,
         });
         table.insert(domain.clone(), Arc::clone(&memory));
         Ok(memory)
@@ -198,20 +241,33 @@ impl Domains {
         self.table.read().values().cloned().collect()
     }
 
-    /// Makes an image reachable in a domain; returns the path that a VMM maps and the
-    /// device's size in bytes.
+    /// Makes an image that is open reachable in a domain; returns the path that a VMM maps and
+    /// the device's size in bytes. What is there of another that claimed its digest goes.
     pub fn add_image(
         &self,
         memory: &DomainMemory,
-        image: Digest,
-        image_bytes: u64,
+        image: &ImageRef,
     ) -> Result<(PathBuf, u64), HostError> {
-        let spec = FileSpec::padded(image_bytes);
-        memory
-            .shared
-            .add_file(image, spec)
-            .map_err(HostError::failed)?;
-        Ok((memory.shared.path(&image), spec.device_bytes))
+        let (digest, spec) = (image.digest, FileSpec::padded(image.bytes));
+        let clear = || memory.clear(&digest, spec);
+        memory.origins.set(&digest, image.chunk_index, clear)?;
+        let added = memory.shared.add_file(digest, spec);
+        added.map_err(HostError::failed)?;
+        Ok((memory.shared.path(&digest), spec.device_bytes))
+    }
+
+    /// Makes an image reachable that a live VM maps, also if it cannot be opened now: then
+    /// without its chunk index.
+    pub fn add_inherited(
+        &self,
+        memory: &DomainMemory,
+        (image, image_bytes): (Digest, u64),
+        chunk_index: Option<Digest>,
+    ) -> Result<(), HostError> {
+        let added = memory.shared.add_file(image, FileSpec::padded(image_bytes));
+        added.map_err(HostError::failed)?;
+        let note = |index| memory.origins.set_if_unknown(&image, index);
+        chunk_index.map_or(Ok(()), note).map_err(HostError::failed)
     }
 
     /// Has the next pinner hold what the last one did, if that has ended.

@@ -5,6 +5,7 @@ pub(super) mod executors;
 pub(super) mod faults;
 pub(super) mod journal;
 pub(super) mod mapper;
+pub(super) mod origins;
 pub(super) mod planner;
 pub(super) mod prefetcher;
 pub(super) mod residency;

@@ -180,16 +180,11 @@ impl Arrivals {
     fn store(&self, id: FetchId, part: &ImagePart) {
         let ImagePart {
             image,
+            chunk_index,
             extent,
             bytes,
         } = part;
-        let push = || {
-            let pushed = self.memory.shared.push(image, extent.offset, bytes);
-            if let Err(error) = &pushed {
-                tracing::warn!(%image, %error, "push failed");
-            }
-            pushed.is_ok()
-        };
+        let push = || self.memory.push(image, *chunk_index, extent.offset, bytes);
         if self.ledger.store(id, *extent, push) {
             let image = SharedImage::new(self.memory.domain.clone(), *image);
             self.domains.attribution().returned(&image, *extent);

@@ -4,6 +4,7 @@
 pub(super) mod health;
 pub(super) mod heartbeat;
 pub(super) mod holder;
+mod log_lines;
 pub(super) mod startup;
 pub(super) mod takeover;
 pub(super) mod worker;
@@ -14,7 +15,7 @@ fn log() {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(|| log_lines::OneLine(std::io::stderr()));
     // Fails only if a test has set one already.
     let _ = match std::env::var("FORELAY_LOG_FORMAT").as_deref() {
         Ok("json") => builder.json().try_init(),

@@ -1,21 +1,24 @@
 //! What an earlier worker left: mounts whose faults wait, files that VMs map, VMs.
 //!
 //! ```text
-//! mounts: readers run -> images known, files added: faults are answered -> API, ready
+//! mounts: readers run -> images reserved for the VMs that map them -> known, files added:
+//!   faults are answered -> API, ready
 //!   -> VMs, side by side: reattached | ended | unreachable (tried again)
 //! ```
 //! Invariants: no path below a mount is touched before its readers run; a VM whose process
 //! lives is never given up because it does not answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
 use forelay_cache::{Domain, PlannerEvent};
+use forelay_image::Digest;
 use forelay_image::bundle::Bundle;
 use forelay_image::lock::Lock;
+use forelay_store::{ImageHold, ImageMap};
 use forelay_vm::process::Process;
 use forelay_vm::state::VmState as VmmState;
 use forelay_vm::{ReattachError, VmHandle, VmmDriver as _};
@@ -73,6 +76,7 @@ pub async fn serve_mounts(host: &Arc<Host>, journalled: Replayed) -> Result<Inhe
     };
     let with_memory = inherited.records.iter();
     let with_memory = with_memory.filter(|record| inherited.held.contains(&record.vm.domain));
+    with_memory.clone().for_each(|record| reserve(host, record));
     let opened = join_all(with_memory.map(|record| open_files(host, record))).await;
     let unopened: Vec<Record> = opened.into_iter().flatten().collect();
     if !unopened.is_empty() {
@@ -81,13 +85,30 @@ pub async fn serve_mounts(host: &Arc<Host>, journalled: Replayed) -> Result<Inhe
     Ok(inherited)
 }
 
+/// Keeps the images of a VM for what it was launched with: no other that claims their digests
+/// gets them, also if they cannot be opened yet.
+fn reserve(host: &Host, record: &Record) {
+    let lock = Lock::parse(&record.lock);
+    for component in lock.iter().flat_map(|lock| &lock.components) {
+        host.store
+            .reserve_image(component.image, Some(component.id));
+    }
+    for device in record.devices.iter().filter(|device| device.memory) {
+        host.store.reserve_image(device.image, None);
+    }
+}
+
+/// The chunk indexes of a VM's images, as far as they are known.
+type Indexes = HashMap<Digest, Digest>;
+
 /// Makes images and files of a VM known; the record, if it has to be tried again.
 async fn open_files(host: &Arc<Host>, record: &Record) -> Option<Record> {
-    let know = tokio::time::timeout(OPEN_LIMIT, know_images(host, record));
+    let mut indexes = Indexes::new();
+    let know = tokio::time::timeout(OPEN_LIMIT, know_images(host, record, &mut indexes));
     let known = matches!(know.await, Ok(true));
     let (serving, record) = (Arc::clone(host), record.clone());
     let added = tokio::task::spawn_blocking(move || {
-        let added = add_files(&serving, &record);
+        let added = add_files(&serving, &record, &indexes);
         if let Err(error) = &added {
             let problem = format!("VM {}: {error}", record.vm.name);
             serving.health.lack(Dependency::Mounts, problem);
@@ -111,7 +132,7 @@ async fn reopen(host: Arc<Host>, mut records: Vec<Record>) {
 
 /// Makes the images of a VM's lock known again, before anything can fault on them. False if
 /// that has to be tried again.
-async fn know_images(host: &Host, record: &Record) -> bool {
+async fn know_images(host: &Host, record: &Record, indexes: &mut Indexes) -> bool {
     let lock = match Lock::parse(&record.lock) {
         Ok(lock) => lock,
         Err(error) => {
@@ -121,44 +142,56 @@ async fn know_images(host: &Host, record: &Record) -> bool {
     };
     let mut all = true;
     for component in &lock.components {
-        if let Err(error) = host.store.open_component(component.id).await {
-            let why = forelay_host::error_chain(&error);
-            tracing::error!(
-                vm = record.vm.name,
-                component = component.name,
-                error = why,
-                "a running VM's component cannot be opened"
-            );
-            all = false;
+        match host.store.hold_component(component.id).await {
+            Ok(held) => note_held(host, held, indexes),
+            Err(error) => {
+                let why = forelay_host::error_chain(&error);
+                tracing::error!(
+                    vm = record.vm.name,
+                    component = component.name,
+                    error = why,
+                    "a running VM's component cannot be opened"
+                );
+                all = false;
+            }
         }
     }
-    all & know_memory(host, record).await
+    all & know_memory(host, record, indexes).await
+}
+
+/// An image of a VM that was taken over stays what it is for as long as this daemon runs.
+fn note_held(host: &Host, (map, hold): (Arc<ImageMap>, ImageHold), indexes: &mut Indexes) {
+    indexes.insert(map.image.digest, map.image.chunk_index);
+    host.inherited_holds.lock().insert(map.image.digest, hold);
 }
 
 /// The same of the memory that a VM resumed from.
-async fn know_memory(host: &Host, record: &Record) -> bool {
+async fn know_memory(host: &Host, record: &Record, indexes: &mut Indexes) -> bool {
     let domain = Domain::from(record.vm.domain.as_str());
     let mut all = true;
     for device in record.devices.iter().filter(|device| device.memory) {
-        let known = host.snapshots.know(&domain, device.image).await;
-        if !matches!(known, Ok(true)) {
-            let (vm, why) = (&record.vm.name, known.err().map(|error| error.to_string()));
-            tracing::error!(vm, why, "a running VM's snapshot cannot be opened");
-            all = false;
+        match host.snapshots.know(&domain, device.image).await {
+            Ok(Some(held)) => note_held(host, held, indexes),
+            other => {
+                let (vm, why) = (&record.vm.name, other.err().map(|error| error.to_string()));
+                tracing::error!(vm, why, "a running VM's snapshot cannot be opened");
+                all = false;
+            }
         }
     }
     all
 }
 
-fn add_files(host: &Host, record: &Record) -> Result<(), HostError> {
+fn add_files(host: &Host, record: &Record, indexes: &Indexes) -> Result<(), HostError> {
     let domain = Domain::from(record.vm.domain.as_str());
     let memory = host.domains.ensure(&domain)?;
     for device in record.devices.iter().skip(1) {
         if let Some(bundle) = Bundle::new(&device.members) {
-            host.store.add_bundle(bundle);
+            host.store.add_bundle(bundle).map_err(HostError::failed)?;
         }
-        host.domains
-            .add_image(&memory, device.image, device.image_bytes)?;
+        let file = (device.image, device.image_bytes);
+        let index = indexes.get(&device.image).copied();
+        host.domains.add_inherited(&memory, file, index)?;
     }
     Ok(())
 }

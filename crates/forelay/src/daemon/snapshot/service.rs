@@ -14,7 +14,7 @@ use forelay_cache::plan::SharedExtent;
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_guest_protocol::snapshot::Tier;
 use forelay_image::{ChunkIndex, Component, ComponentId, Digest, Extent};
-use forelay_store::{ImageMap, Priority, Store};
+use forelay_store::{ImageHold, ImageMap, Priority, Store};
 
 use crate::api::{self, EventKind};
 use crate::daemon::error::HostError;
@@ -200,21 +200,25 @@ impl Snapshots {
 
     /// Verifies one, unless that was done before.
     async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), NotResumed> {
-        let map = self.map_of(shelf, kept).await?;
+        let (map, _hold) = self.map_of(shelf, kept).await?;
         shelf.verify(kept, &map.locations.packs).await
     }
 
-    async fn map_of(&self, shelf: &Shelf, kept: &Kept) -> Result<Arc<ImageMap>, HostError> {
+    async fn map_of(
+        &self,
+        shelf: &Shelf,
+        kept: &Kept,
+    ) -> Result<(Arc<ImageMap>, ImageHold), HostError> {
         let image = kept.component.image;
-        let adding = self.store.add_image_of(image, shelf.store());
-        adding.map_err(HostError::failed)?;
+        let hold = self.store.add_image_of(image, shelf.store());
+        let hold = hold.map_err(HostError::failed)?;
         let opened = self.store.open_image(image.digest).await;
-        opened.map_err(HostError::failed)
+        Ok((opened.map_err(HostError::failed)?, hold))
     }
 
     /// Makes the memory of a snapshot reachable that was verified.
     async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened, NotResumed> {
-        let map = self.map_of(shelf, &kept).await?;
+        let (map, image_hold) = self.map_of(shelf, &kept).await?;
         if !shelf.is_verified(kept.id, &map.locations.packs).await? {
             return Ok(Opened::Unverified);
         }
@@ -229,7 +233,7 @@ impl Snapshots {
         let (domains, domain) = (Arc::clone(&self.domains), kept.domain.clone());
         let mapped = tokio::task::spawn_blocking(move || {
             let memory = domains.ensure(&domain)?;
-            let (_, device_bytes) = domains.add_image(&memory, image.digest, image.bytes)?;
+            let (_, device_bytes) = domains.add_image(&memory, &image)?;
             let path = memory.shared.private_path(&image.digest);
             Ok::<_, HostError>(path.map(|path| (path, device_bytes)))
         });
@@ -246,6 +250,7 @@ impl Snapshots {
                 component: format!("memory at {}", kept.of.origin.tier.name()),
                 members: Vec::new(),
                 memory: true,
+                holds: vec![image_hold],
             },
             kept,
             state,
@@ -253,13 +258,17 @@ impl Snapshots {
         })))
     }
 
-    /// Makes the memory image of a VM that runs known again; false if it is not there.
-    pub async fn know(&self, domain: &Domain, image: Digest) -> Result<bool, HostError> {
+    /// Makes the memory image of a VM that runs known again; `None` if it is not there.
+    pub async fn know(
+        &self,
+        domain: &Domain,
+        image: Digest,
+    ) -> Result<Option<(Arc<ImageMap>, ImageHold)>, HostError> {
         let shelf = self.shelf(domain).await?;
         let Some(kept) = shelf.of_image(image) else {
-            return Ok(false);
+            return Ok(None);
         };
-        self.map_of(&shelf, &kept).await.map(|_| true)
+        self.map_of(&shelf, &kept).await.map(Some)
     }
 
     /// All snapshots, as clients see them, by domain and age.

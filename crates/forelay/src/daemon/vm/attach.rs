@@ -31,6 +31,10 @@ use crate::daemon::vm::supervise::Supervisor;
 use crate::history::ComponentRef;
 use crate::recipe::solve_for_this_host;
 
+/// Most files that a guest may say it left out of one component; its agent says no more than a
+/// few dozen.
+const MOST_LEFT_OUT: usize = 100;
+
 /// Attaches components to running VMs, and detaches them.
 pub struct AttachService {
     pub store: Store,
@@ -130,7 +134,9 @@ impl AttachService {
         let attached = attached.map_err(HostError::failed)?;
         let plugged = Instant::now();
         self.note_attached(instance, component, record).await;
-        let guest_ms = attached.guest.device_wait_ms + attached.guest.graft_ms;
+        // The guest may say any number.
+        let guest_ms = attached.guest.device_wait_ms;
+        let guest_ms = guest_ms.saturating_add(attached.guest.graft_ms);
         let figures = AttachFigures {
             plan_s,
             map_s,
@@ -155,7 +161,7 @@ impl AttachService {
             let new = vm.components.iter_mut().rfind(|one| one.id == component.id);
             if let Some(new) = new {
                 new.attach = Some(figures);
-                new.left_out = attached.guest.left_out;
+                new.left_out = left_out(attached.guest.left_out);
             }
         });
         Ok(())
@@ -307,6 +313,12 @@ impl AttachService {
     }
 }
 
+/// What the guest says that it left out, as far as it is kept.
+fn left_out(mut said: Vec<String>) -> Vec<String> {
+    said.truncate(MOST_LEFT_OUT);
+    said
+}
+
 fn uuid(component: &LockedComponent) -> String {
     component.image.image_uuid().to_string()
 }
@@ -339,6 +351,11 @@ fn parse_wanted(text: &str) -> Result<NameRange, HostError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_guest_says_it_left_out_is_bounded() {
+        assert_eq!(left_out(vec!["x".to_owned(); 10_000]).len(), MOST_LEFT_OUT);
+    }
 
     #[test]
     fn components_are_named_as_in_manifests() {

@@ -383,6 +383,8 @@ impl Instance {
     /// Its VMM is gone.
     pub fn end(&self, end: VmEnd) {
         self.go_on(|_| VmStage::Ended(end));
+        // Nothing maps them any more.
+        self.update(|vm| vm.devices.iter_mut().for_each(|one| one.holds.clear()));
     }
 
     /// Its VMM, while that is supervised.

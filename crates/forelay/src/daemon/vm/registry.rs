@@ -295,8 +295,13 @@ impl UnusableRecord {
         self.path.parent().unwrap_or(&self.path)
     }
 
+    /// Why it cannot be used.
+    pub fn problem(&self) -> &str {
+        &self.problem
+    }
+
     /// The name of the VM.
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         let name = self.dir().file_name().unwrap_or_default();
         name.to_string_lossy().into_owned()
     }

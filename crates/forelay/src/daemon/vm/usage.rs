@@ -28,6 +28,8 @@ use crate::host_stats::{HostStats, ProcessUsage};
 
 /// How often VMs are sampled, on the wall clock.
 const EVERY: Duration = Duration::from_secs(15);
+/// Most that a VM's network can have carried between two samples: 100 Gbit/s for 20 s.
+const MOST_CARRIED_BYTES: u64 = 250_000_000_000;
 /// How long a guest may take to say what its network carried.
 const ANSWER: Duration = Duration::from_secs(2);
 /// The quantile of the host's demand for which there shall be room.
@@ -67,15 +69,17 @@ impl Usage {
     /// What was used between an earlier look and this one.
     fn since(&self, earlier: &Self, since_launch_ms: u64) -> ResourceSample {
         let (now, before) = (&self.process, &earlier.process);
+        // The guest says what it likes.
+        let carried = |now: u64, before: u64| now.saturating_sub(before).min(MOST_CARRIED_BYTES);
+        let (network, carried_before) = (&self.network, &earlier.network);
         ResourceSample {
             since_launch_ms,
             cpu_ms: now.cpu_ms.saturating_sub(before.cpu_ms),
             memory_bytes: now.memory_bytes,
             read_bytes: now.read_bytes.saturating_sub(before.read_bytes),
             written_bytes: now.written_bytes.saturating_sub(before.written_bytes),
-            received_bytes: (self.network.received_bytes)
-                .saturating_sub(earlier.network.received_bytes),
-            sent_bytes: (self.network.sent_bytes).saturating_sub(earlier.network.sent_bytes),
+            received_bytes: carried(network.received_bytes, carried_before.received_bytes),
+            sent_bytes: carried(network.sent_bytes, carried_before.sent_bytes),
         }
     }
 }
@@ -202,6 +206,10 @@ mod tests {
         let sample = now.since(&earlier, 9);
         assert_eq!((sample.cpu_ms, sample.memory_bytes), (150, 4096));
         assert_eq!((sample.received_bytes, sample.sent_bytes), (20, 5));
+        let absurd = used(250, 4096, network(u64::MAX, u64::MAX));
+        let sample = absurd.since(&earlier, 9);
+        let most = MOST_CARRIED_BYTES;
+        assert_eq!((sample.received_bytes, sample.sent_bytes), (most, most));
         // A counter that went back is another process: nothing is known.
         assert_eq!(earlier.since(&now, 9).cpu_ms, 0);
     }

@@ -202,6 +202,32 @@ async fn a_clock_that_jumps_destroys_nothing() {
 }
 
 #[tokio::test]
+async fn numbers_that_a_guest_made_up_stop_no_rolling_up() {
+    let scratch = Scratch::new();
+    let history = scratch.open().await;
+    let made_up = |read_bytes| ResourceSample {
+        read_bytes,
+        memory_bytes: 300 << 20,
+        received_bytes: u64::MAX,
+        sent_bytes: u64::MAX,
+        ..ResourceSample::default()
+    };
+    for (nonce, read_bytes) in [(100, u64::MAX), (200, 0)] {
+        let sample = event(DAY_MS, nonce, "web", What::Sample(made_up(read_bytes)));
+        history.append(&[sample]).await.unwrap();
+    }
+    // The newest day stays raw.
+    history
+        .append(&life(20 * DAY_MS, 300, "web"))
+        .await
+        .unwrap();
+    let done = history.roll_up(Timestamp(20 * DAY_MS)).await.unwrap();
+    assert_eq!((done.days, done.events), (1, 2));
+    let gone = history.roll_up(Timestamp(900 * DAY_MS)).await.unwrap();
+    assert!(gone.deleted > 0);
+}
+
+#[tokio::test]
 async fn size_is_bounded_whatever_is_appended() {
     let scratch = Scratch::new();
     let limits = Limits {
