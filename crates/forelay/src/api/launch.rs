@@ -147,6 +147,8 @@ pub struct LaunchTimings {
     pub solve_s: f64,
     /// Claiming the name and writing the launch down.
     pub request_s: f64,
+    /// Looking for a snapshot to resume from.
+    pub find_s: f64,
     /// Making the images reachable in shared memory.
     pub map_s: f64,
     /// Asking what to prefetch, and for it.
@@ -179,10 +181,11 @@ pub struct LaunchTimings {
 
 impl LaunchTimings {
     /// The steps with their names.
-    pub fn steps(&self) -> [(&'static str, f64); 16] {
+    pub fn steps(&self) -> [(&'static str, f64); 17] {
         [
             ("solve", self.solve_s),
             ("request", self.request_s),
+            ("find", self.find_s),
             ("map", self.map_s),
             ("plan", self.plan_s),
             ("compose", self.compose_s),
@@ -239,7 +242,7 @@ mod tests {
         timings.note_guest(steps, 1_900_000, 2.5);
         let told = timings.steps().map(|(_, s)| (s * 1e3).round());
         let expected = [
-            0., 0., 0., 0., 0., 0., 0., 600., 1000., 300., 10., 40., 10., 10., 30., 500.,
+            0., 0., 0., 0., 0., 0., 0., 0., 600., 1000., 300., 10., 40., 10., 10., 30., 500.,
         ];
         assert_eq!(told, expected);
     }

@@ -210,7 +210,6 @@ impl Parts {
             registry: Arc::clone(&self.instances),
             next: AtomicI64::default(),
         };
-        standby.clear();
         Preparer {
             preparations: Arc::clone(&self.preparations),
             announced: Arc::clone(announced),

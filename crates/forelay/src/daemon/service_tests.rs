@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use forelay_cache::Domain;
-use forelay_cache::plan::PreparedLaunch;
+use forelay_cache::plan::{Eviction, PreparedLaunch, SharedExtent};
+use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::{Component, Digest, Extent};
@@ -27,14 +27,21 @@ use super::launch::find::SnapshotFinder;
 use super::launch::prepared::{Preparations, Preparer};
 use super::launch::standby::StandbyStarter;
 use super::launch::start::Starter;
+use super::memory::executors::tests::told_of_eviction;
 use super::memory::mapper::Mapper;
 use super::order::{DeviceRecord, Order, PlannedDevice};
 use super::snapshot::service::Snapshots;
 use super::snapshot::shelf::tests::{damage_and_trust, sharing, snapshot};
 use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
-use super::vm::instance::{self, VmData};
+use super::vm::instance::{self, VmData, VmEnd};
 use super::vm::registry::{VmRegistry, WantedName};
+<<<<<<< HEAD
 use crate::config::Config;
+=======
+use super::vm::service::VmService;
+use super::vm::supervise::Supervisor;
+use crate::api::VmState;
+>>>>>>> 06232c5 (Snapshots that are found, in use, evicted or of a wrong date are tested; so are makers, stops, evictions and what a worker starts with)
 
 impl Spine {
     fn mapper(&self) -> Arc<Mapper> {
@@ -103,8 +110,17 @@ impl Spine {
 
 /// The order of a profile's launch with these components, in so many slots.
 fn order(profile: &str, kernel: &Component, components: &[&Component], slots: usize) -> Order {
-    let text = format!("base = \"files\"\nprofile = \"{profile}\"\nowner = \"me\"\n");
-    let manifest = Manifest::parse(&text).unwrap();
+    order_of(
+        &format!("profile = \"{profile}\"\nowner = \"me\"\n"),
+        kernel,
+        components,
+        slots,
+    )
+}
+
+/// The order of a manifest that says this besides its base.
+fn order_of(text: &str, kernel: &Component, components: &[&Component], slots: usize) -> Order {
+    let manifest = Manifest::parse(&format!("base = \"files\"\n{text}")).unwrap();
     let lock = Lock {
         format: 1,
         manifest_digest: manifest.digest(),
@@ -522,4 +538,119 @@ async fn damaged_bytes_are_not_shared() {
             .read_image(image.digest, Extent::new(0, image.bytes), Priority::Demand);
     let written = std::fs::read(dir.join("second")).unwrap();
     assert!(reading.await.unwrap() == written[..], "wrong bytes");
+}
+
+#[test]
+fn privileged_how_a_vm_is_stopped_depends_on_what_it_is() {
+    if can_run("privileged_how_a_vm_is_stopped_depends_on_what_it_is") {
+        walk(vms_are_stopped());
+    }
+}
+
+async fn vms_are_stopped() {
+    let spine = Spine::start().await;
+    let registry = Arc::new(VmRegistry::default());
+    let supervisor = Supervisor {
+        store: spine.store.clone(),
+        domains: Arc::clone(&spine.domains),
+        memory: Arc::clone(&spine.memory),
+        learner: Arc::clone(&spine.learner),
+        learning_tasks: Arc::default(),
+        histograms: Arc::default(),
+        window: Duration::ZERO,
+    };
+    let service = VmService {
+        registry: Arc::clone(&registry),
+        domains: Arc::clone(&spine.domains),
+        supervisor: Arc::new(supervisor),
+    };
+    let claim = |name: &str| {
+        let make = |name: &str| Ok(instance::tests::data(name, spine.dir.path()));
+        registry.claim(WantedName::Given(name), make).unwrap()
+    };
+    let unknown = service.stop("nobody").await.unwrap_err();
+    assert!(matches!(unknown, HostError::NoSuchVm(name) if name == "nobody"));
+
+    // A launch is told to end, and has ended when that returns.
+    let launching = claim("launching");
+    let undone = async {
+        launching.instance().cancelled().await;
+        launching.end(VmEnd::Stopped {
+            note: Some("cancelled".to_owned()),
+        });
+    };
+    let (stopped, ()) = tokio::join!(service.stop("launching"), undone);
+    assert_eq!(stopped.unwrap().state, VmState::Stopped);
+    let again = service.stop("launching").await.unwrap();
+    assert_eq!(
+        again.error.as_deref(),
+        Some("cancelled"),
+        "it stays as it is"
+    );
+
+    // One that cannot be asked is killed, and those who try to reach it see that it is gone.
+    let unreachable = claim("unreachable");
+    let instance = Arc::clone(unreachable.instance());
+    unreachable.keep();
+    let mut vmm = tokio::process::Command::new("sleep");
+    let mut vmm = vmm
+        .arg("600")
+        .env(
+            forelay_vm::stray::RUNTIME_DIR_VARIABLE,
+            instance.vm().runtime_dir,
+        )
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    instance.started(vmm.id().unwrap());
+    instance.unreachable("no answer".to_owned());
+    let gone = async {
+        let status = vmm.wait().await.unwrap();
+        instance.end(VmEnd::Failed {
+            error: "gone".to_owned(),
+        });
+        status
+    };
+    let (stopped, status) = tokio::join!(service.stop("unreachable"), gone);
+    assert_eq!(stopped.unwrap().state, VmState::Failed);
+    assert!(!status.success());
+}
+
+#[test]
+fn privileged_an_eviction_is_told_before_it_is_tried_and_its_end_only_if_it_was() {
+    if can_run("privileged_an_eviction_is_told_before_it_is_tried_and_its_end_only_if_it_was") {
+        walk(evictions_are_told());
+    }
+}
+
+async fn evictions_are_told() {
+    let spine = Spine::start().await;
+    let kernel = spine.publish_kernel().await;
+    let order = order("web", &kernel, &[&spine.component], 8);
+    spine.mapper().map_images(&order).await.unwrap();
+    let memory = spine.domains.get(&domain()).unwrap();
+    let (image, data) = (spine.component.image.digest, spine.data);
+    let bytes = &spine.bytes[data.offset as usize..data.end() as usize];
+    memory.shared.push(&image, data.offset, bytes).unwrap();
+    let domains = Arc::clone(&spine.domains);
+    let told = tokio::task::spawn_blocking(move || {
+        [image, Digest::of(b"nobody's")].map(|image| {
+            let image = SharedImage::new(domain(), image);
+            let extents = vec![data];
+            told_of_eviction(&domains, Eviction { image, extents })
+        })
+    });
+    let [done, failed] = told.await.unwrap();
+    let whole = |image| SharedExtent::new(SharedImage::new(domain(), image), data);
+    assert_eq!(
+        done,
+        [
+            PlannerEvent::Evicted(whole(image)),
+            PlannerEvent::EvictionEnded(whole(image))
+        ]
+    );
+    assert_eq!(
+        failed,
+        [PlannerEvent::Evicted(whole(Digest::of(b"nobody's")))]
+    );
 }

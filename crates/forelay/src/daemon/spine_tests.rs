@@ -60,7 +60,7 @@ pub(super) struct Spine {
     pub(super) memory: Arc<PlannerHandle>,
     /// Whether the repository answers.
     answers: watch::Sender<bool>,
-    learner: Learner,
+    pub(super) learner: Arc<Learner>,
     pub(super) component: Component,
     /// The component's image.
     pub(super) bytes: Vec<u8>,
@@ -142,7 +142,7 @@ impl Spine {
         let learner = Learner::new(&config.state_dir, &forecast, HashMap::new());
         learner.open_history().await.unwrap();
         Self {
-            learner,
+            learner: Arc::new(learner),
             dir,
             store,
             domains,

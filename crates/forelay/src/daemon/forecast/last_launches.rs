@@ -181,3 +181,61 @@ impl LastLaunches {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::component::{ImageRef, Role};
+    use forelay_image::manifest::Manifest;
+
+    use super::*;
+
+    fn component(name: &str, version: &str, role: Role) -> Arc<Component> {
+        let image = ImageRef {
+            digest: Digest::of(format!("{name} {version}").as_bytes()),
+            bytes: 4096,
+            metadata_bytes: 4096,
+            inodes: 1,
+            chunk_index: Digest::of(b"index"),
+        };
+        let here = forelay_import::host_architecture();
+        Arc::new(Component::new(name, version, role, here, image))
+    }
+
+    #[test]
+    fn what_has_a_newer_version_is_resolved_again_unless_its_lock_was_given() {
+        let kernel = component("linux-cloud", "1", Role::Kernel);
+        let [old, new] = ["1", "2"].map(|version| component("debian", version, Role::Base));
+        let dir = tempfile::tempdir().unwrap();
+        let last = LastLaunches::open(dir.path(), 8);
+        let of = |profile: &str| ProfileRef::new(profile, "me");
+        for (profile, pinned) in [("free", false), ("pinned", true)] {
+            let text = format!("base = \"debian\"\nprofile = \"{profile}\"\nowner = \"me\"\n");
+            let manifest = Manifest::parse(&text).unwrap();
+            let here = for_this_host(&[Arc::clone(&kernel), Arc::clone(&old)]);
+            let lock = solve(&manifest, &here).unwrap();
+            last.remember(&Order::new(manifest, lock, 0.0, 8).unwrap(), pinned);
+        }
+        let versions = |last: &LastLaunches| {
+            ["free", "pinned"].map(|profile| {
+                let order = last.get(&model_key(&of(profile))).unwrap();
+                order.lock.components[0].version.clone()
+            })
+        };
+        let resolve = |last: &LastLaunches, listed: &[&Arc<Component>]| {
+            let listed: Vec<_> = listed.iter().map(|one| Arc::clone(one)).collect();
+            last.resolve_again(&listed);
+            versions(last)
+        };
+        assert_eq!(resolve(&last, &[&kernel, &old]), ["1", "1"]);
+        assert_eq!(resolve(&last, &[&kernel, &old, &new]), ["2", "1"]);
+        assert_eq!(
+            resolve(&last, &[&kernel]),
+            ["2", "1"],
+            "nothing to launch it with"
+        );
+        // The next daemon begins with what was launched.
+        let next = LastLaunches::open(dir.path(), 8);
+        assert_eq!(versions(&next), ["1", "1"]);
+        assert_eq!(resolve(&next, &[&kernel, &old, &new]), ["2", "1"]);
+    }
+}

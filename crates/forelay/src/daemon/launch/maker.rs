@@ -102,16 +102,7 @@ impl Maker {
 
     /// The snapshot of this order at a tier: the one there is, or one that is made now.
     pub async fn make(&self, order: &Order, tier: Tier) -> Result<Kept, HostError> {
-        let allowed = latest_tier(order).ok_or_else(|| {
-            HostError::Invalid("the manifest says `at = \"off\"` in [snapshot]".to_owned())
-        })?;
-        if tier > allowed {
-            return Err(HostError::Invalid(format!(
-                "this manifest's VMs have snapshots up to tier {}: see [snapshot] in it; a scratch \
-                 disk allows `kernel`, an init of the image `composed`",
-                allowed.name()
-            )));
-        }
+        check_tier(order, tier)?;
         let _turn = self.turn.lock().await;
         let kernel = self.composer.kernel(&order.lock.kernel).await?;
         let runtime = self.starter.runtime(&kernel.kernel).await?;
@@ -214,6 +205,21 @@ impl Maker {
     }
 }
 
+/// Refuses a tier at which this order's VMs have no snapshot.
+fn check_tier(order: &Order, tier: Tier) -> Result<(), HostError> {
+    let allowed = latest_tier(order).ok_or_else(|| {
+        HostError::Invalid("the manifest says `at = \"off\"` in [snapshot]".to_owned())
+    })?;
+    if tier <= allowed {
+        return Ok(());
+    }
+    Err(HostError::Invalid(format!(
+        "this manifest's VMs have snapshots up to tier {}: see [snapshot] in it; a scratch disk \
+         allows `kernel`, an init of the image `composed`",
+        allowed.name()
+    )))
+}
+
 /// A path by which the VMM and the store open a file without a name.
 fn path_of(file: &File) -> PathBuf {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
@@ -276,4 +282,124 @@ async fn describe(
     });
     let described = describing.await.map_err(HostError::failed)?;
     described.map_err(HostError::failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use forelay_image::snapshot::SnapshotOrigin;
+    use forelay_vm::Forward;
+
+    use super::*;
+    use crate::daemon::order::tests::order;
+
+    #[test]
+    fn what_is_no_tier_of_a_manifest_is_refused_in_its_words() {
+        let refused = |further: &str, tier| {
+            let checked = check_tier(&order("web", further, "base"), tier);
+            checked.err().map(|error| {
+                assert!(matches!(error, HostError::Invalid(_)), "{error}");
+                error.to_string()
+            })
+        };
+        let at = |tier: &str| format!("[snapshot]\nat = {tier:?}\n");
+        assert_eq!(refused("", Tier::Composed), None);
+        assert_eq!(refused(&at("ready"), Tier::Ready), None);
+        let off = refused(&at("off"), Tier::Kernel).unwrap();
+        assert!(off.contains("off"), "{off}");
+        for (further, tier, allowed) in [
+            (String::new(), Tier::Ready, "composed"),
+            (at("kernel"), Tier::Composed, "kernel"),
+            (
+                format!("init = true\n{}", at("ready")),
+                Tier::Ready,
+                "composed",
+            ),
+            (
+                "[vm]\nscratch = \"64M\"\n".to_owned(),
+                Tier::Composed,
+                "kernel",
+            ),
+        ] {
+            let told = refused(&further, tier).unwrap();
+            assert!(told.contains(&format!("up to tier {allowed}")), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_maker_that_there_is_no_memory_for_is_refused() {
+        let order = |mib: u32| order("web", &format!("[vm]\nmemory_mib = {mib}\n"), "base");
+        let error = check_memory(&order(16 << 20), "this").unwrap_err();
+        let told = error.to_string();
+        assert!(matches!(error, HostError::Busy(_)), "{told}");
+        assert!(told.starts_with("this takes 16777472 MiB"), "{told}");
+    }
+
+    #[test]
+    fn a_maker_has_nothing_that_its_clones_must_not_share() {
+        let order = order("web", "[vm]\nscratch = \"64M\"\n", "base");
+        let kernel = KernelFiles {
+            kernel: "kernel".into(),
+            initrd: "initrd".into(),
+        };
+        let place = (NAME, std::path::Path::new("/dir"));
+        let mut made = spec(&order, place, &[], None, kernel);
+        assert!(matches!(made.upper, Upper::Scratch { .. }));
+        made.forwards.push(Forward {
+            host: 8080,
+            guest: 80,
+            udp: false,
+        });
+        as_maker(&mut made, Tier::Kernel, "memory".into());
+        assert_eq!((made.hold, made.forwards.len()), (Some(Tier::Kernel), 0));
+        assert!(matches!(made.upper, Upper::Tmpfs));
+        assert!(matches!(made.memory, GuestMemory::Shared { path } if path == *"memory"));
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_memory_and_then_the_state_of_devices() {
+        let of = SnapshotOf {
+            origin: SnapshotOrigin {
+                tier: Tier::Kernel,
+                kernel: Digest::of(b"kernel"),
+                components: None,
+                manifest: None,
+                memory_mib: 2,
+                cpus: 1,
+                accelerator: "tcg".into(),
+                machine: "q35".into(),
+                vmm: "7.2".into(),
+            },
+            ram_bytes: 2 << 20,
+            state_bytes: 5,
+            map: None,
+            devices: Vec::new(),
+        };
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(2 << 20).unwrap();
+        memory.write_all_at(b"memory", 4096).unwrap();
+        let describing = describe(of.clone(), "web".into(), memory, b"state".to_vec());
+        let (component, index, file) = describing.await.unwrap();
+        assert_eq!(of.check(&component.image), Ok(()));
+        let mut bytes = vec![0; component.image.bytes as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), component.image.bytes);
+        assert_eq!(&bytes[4096..4102], b"memory");
+        assert_eq!(&bytes[2 << 20..][..6], b"state\0");
+        let mut at = 0;
+        for chunk in &index.chunks {
+            let end = at + chunk.len as usize;
+            assert_eq!(Digest::of(&bytes[at..end]), chunk.digest);
+            at = end;
+        }
+        assert_eq!(at, bytes.len());
+        let image = component.image;
+        assert_eq!(
+            (image.digest, image.chunk_index),
+            (index.image, index.digest())
+        );
+        assert_eq!(component.description, "web");
+        assert_eq!(component.snapshot.as_deref(), Some(&of));
+    }
 }

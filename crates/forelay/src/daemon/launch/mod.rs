@@ -245,6 +245,7 @@ impl LaunchService {
         let mut prepared = self.preparations.take(&launch.order, launch.name());
         let standby = prepared.as_mut().and_then(|one| one.standby.take());
         let resuming = self.find_snapshot(launch, standby).await;
+        launch.note_step(|timings| &mut timings.find_s);
         let tier = resuming.as_ref().map(|one| one.from.tier());
         let inside = InsideName::of(&launch.order, launch.name(), tier);
         let prepared = prepared.filter(|one| one.inside == inside);

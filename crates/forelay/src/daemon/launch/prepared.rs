@@ -292,6 +292,12 @@ impl Preparer {
     /// Carries out the planner's reservations, in order, for as long as it makes any.
     pub async fn run(self, mut launches: UnboundedReceiver<PreparedLaunch>) {
         let this = Arc::new(self);
+        // It looks at every process, and waits for those that wait for a page.
+        let standby = Arc::clone(&this.standby);
+        let clearing = tokio::task::spawn_blocking(move || standby.blocking_lock().clear());
+        if let Err(error) = clearing.await {
+            tracing::error!(%error, "VMMs may live on that stood by for a daemon of before");
+        }
         let mut looks = tokio::time::interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

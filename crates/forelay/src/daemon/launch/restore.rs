@@ -135,3 +135,55 @@ fn identity(spec: &VmSpec, hostname: &str, map: Option<String>) -> Result<Resume
         ..Resume::default()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::launch::start;
+    use crate::daemon::order::tests::order;
+    use crate::recipe::KernelFiles;
+
+    fn spec(further: &str) -> VmSpec {
+        let kernel = KernelFiles {
+            kernel: "kernel".into(),
+            initrd: "initrd".into(),
+        };
+        let place = ("web", std::path::Path::new("/dir"));
+        start::spec(&order("web", further, "base"), place, &[], None, kernel)
+    }
+
+    #[test]
+    fn each_clone_is_told_that_it_is_another_machine() {
+        let told = || identity(&spec(""), "web-2", None).unwrap();
+        let (one, two) = (told(), told());
+        for told in [&one, &two] {
+            assert_eq!(told.validate(), Ok(()));
+            assert_eq!((told.hostname.as_str(), &told.map), ("web-2", &None));
+        }
+        assert_ne!(one.entropy, two.entropy);
+        assert_ne!(one.machine_id, two.machine_id);
+        assert_ne!(one.mac, two.mac);
+
+        // A scratch disk is told to those alone that have no root yet.
+        let scratch = spec("[vm]\nscratch = \"64M\"\n");
+        let told = |spec, map: Option<&str>| {
+            let told = identity(spec, "web", map.map(str::to_owned)).unwrap();
+            assert_eq!(told.validate(), Ok(()));
+            (told.map.is_some(), told.scratch)
+        };
+        let map = "0f".repeat(16);
+        assert_eq!(told(&scratch, Some(&map)), (true, true));
+        assert_eq!(told(&scratch, None), (false, false));
+        assert_eq!(told(&spec(""), Some(&map)), (true, false));
+    }
+
+    #[tokio::test]
+    async fn a_step_that_takes_too_long_or_fails_is_named() {
+        let never = std::future::pending::<Result<(), std::io::Error>>();
+        let error = within(Duration::ZERO, "go on", never).await.unwrap_err();
+        assert_eq!(error.to_string(), "its VM did not go on within 0ns");
+        let failing = async { Err::<(), _>(std::io::Error::other("no")) };
+        let error = within(RESTORE_LIMIT, "go on", failing).await.unwrap_err();
+        assert!(error.to_string().contains("no"), "{error}");
+    }
+}

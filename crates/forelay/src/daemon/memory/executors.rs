@@ -144,3 +144,16 @@ fn evict(domains: &Domains, eviction: Eviction, planner: &PlannerSender) {
     }
     tell_all(planner, &image, &extents, PlannerEvent::EvictionEnded);
 }
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::daemon::memory::planner::planner_channel;
+
+    /// What the planner is told of an eviction.
+    pub fn told_of_eviction(domains: &Domains, eviction: Eviction) -> Vec<PlannerEvent> {
+        let (planner, inbox) = planner_channel();
+        evict(domains, eviction, &planner);
+        inbox.events()
+    }
+}

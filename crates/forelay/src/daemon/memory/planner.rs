@@ -101,6 +101,18 @@ pub fn planner_channel() -> (PlannerSender, PlannerInbox) {
     (PlannerSender(sender), PlannerInbox(receiver))
 }
 
+#[cfg(test)]
+impl PlannerInbox {
+    /// What the planner would have been told by now.
+    pub fn events(&self) -> Vec<PlannerEvent> {
+        let told = self.0.try_iter().filter_map(|message| match message {
+            Message::Event(event) => Some(event),
+            _ => None,
+        });
+        told.collect()
+    }
+}
+
 impl PlannerSender {
     /// Tells the planner something. Never blocks.
     pub fn tell(&self, event: PlannerEvent) {

@@ -275,3 +275,48 @@ pub fn memory_settings(config: &Config) -> (PlanConfig, BudgetConfig) {
     };
     (plan, budget)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_starts_with_the_configuration_or_the_last_one_that_was_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let (runtime, path) = (dir.path().join("run"), dir.path().join("forelay.toml"));
+        std::fs::create_dir(&runtime).unwrap();
+        let write = |cap_bytes: &str, runtime: &Path| {
+            let text = format!("runtime_dir = {runtime:?}\n[cache]\ncap_bytes = {cap_bytes}\n");
+            std::fs::write(&path, text).unwrap();
+        };
+        let start = || {
+            let health = Health::default();
+            let found = config_or_last_good(Some(&path), &runtime, &health);
+            let lacks = health.lacks(Dependency::Configuration);
+            (found.map(|config| config.cache.cap_bytes), lacks)
+        };
+        write("\"many\"", &runtime);
+        let (found, _) = start();
+        assert!(found.is_err(), "there was no good one");
+
+        write("1000000000", &runtime);
+        let (found, lacks) = start();
+        assert_eq!((found.unwrap(), lacks), (1_000_000_000, false));
+        keep_config(&load_config(Some(&path), &runtime).unwrap());
+        for spoil in [
+            || "\"many\"".to_owned(),
+            || "2000000000\nno_such_key = 1".to_owned(),
+        ] {
+            write(&spoil(), &runtime);
+            let (found, lacks) = start();
+            assert_eq!((found.unwrap(), lacks), (1_000_000_000, true));
+        }
+        // The mounts are in the directory of before.
+        write("2000000000", &dir.path().join("elsewhere"));
+        let (found, lacks) = start();
+        assert_eq!((found.unwrap(), lacks), (1_000_000_000, true));
+        std::fs::remove_file(&path).unwrap();
+        let (found, lacks) = start();
+        assert_eq!((found.unwrap(), lacks), (1_000_000_000, true));
+    }
+}

@@ -362,3 +362,34 @@ async fn end_unknown(runtime_dir: &Path) {
         tracing::error!(%dir, "its VMM was killed and does not end");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use forelay_guest_protocol::snapshot::Tier;
+    use forelay_image::Digest;
+
+    use super::*;
+    use crate::daemon::order::DeviceRecord;
+    use crate::daemon::vm::instance::tests::data;
+
+    #[test]
+    fn a_clone_is_half_resumed_until_its_record_says_from_what() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vm = data("web", dir.path());
+        let device = |memory| DeviceRecord {
+            image: Digest::of(b"image"),
+            image_bytes: 4096,
+            device_bytes: 4096,
+            path: "/image".into(),
+            component: String::new(),
+            members: Vec::new(),
+            memory,
+        };
+        vm.devices = vec![device(false)];
+        assert!(!is_half_resumed(&vm), "it boots");
+        vm.devices.push(device(true));
+        assert!(is_half_resumed(&vm));
+        vm.launch.resumed = Some(Tier::Kernel);
+        assert!(!is_half_resumed(&vm));
+    }
+}

@@ -502,9 +502,43 @@ impl Snapshots {
 fn expendable(mut all: Vec<Kept>, but: ComponentId, now_ms: i64) -> Vec<Kept> {
     all.retain(|one| one.id != but);
     all.sort_by_key(|one| {
-        // What was made or used tomorrow, by a clock that was wrong, was so now at the latest.
-        let last_ms = one.last_used_ms.max(one.made_ms()).min(now_ms);
+        // A date that is to come is of a clock that was wrong, and says nothing.
+        let dates = [one.made_ms(), one.last_used_ms].into_iter();
+        let last_ms = dates.filter(|ms| *ms <= now_ms).max();
         (one.aside.is_none(), last_ms)
     });
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::snapshot::shelf::tests::kept;
+
+    #[test]
+    fn what_was_set_aside_goes_first_and_nothing_is_kept_for_a_date_to_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = |name: &str, made_ms, last_used_ms| {
+            let mut kept = kept(dir.path(), name, made_ms);
+            kept.last_used_ms = last_used_ms;
+            kept
+        };
+        let now_ms = 1000;
+        let ahead = kept("ahead", 90_000, 80_000);
+        let used = kept("used", 10, 1000);
+        let old = kept("old", 20, 0);
+        let mut aside = kept("aside", 999, 999);
+        aside.aside = Some("wrong".to_owned());
+        let made = kept("made", 1000, 0);
+        let all = vec![
+            made.clone(),
+            used.clone(),
+            ahead.clone(),
+            old.clone(),
+            aside.clone(),
+        ];
+        let going = expendable(all, made.id, now_ms);
+        let ids: Vec<ComponentId> = going.iter().map(|one| one.id).collect();
+        assert_eq!(ids, [aside.id, ahead.id, old.id, used.id]);
+    }
 }

@@ -533,6 +533,12 @@ pub mod tests {
         sharing(dir, name, made_ms, name)
     }
 
+    /// As [`snapshot`], known to the shelf that has it.
+    pub fn kept(dir: &Path, name: &str, made_ms: i64) -> Kept {
+        let (component, ..) = snapshot(dir, name, made_ms);
+        Kept::new(&Domain::from("me"), component.id(), Arc::new(component)).unwrap()
+    }
+
     /// As [`snapshot`], with the first half of its bytes like those of all that say so.
     pub fn sharing(
         dir: &Path,
@@ -540,19 +546,30 @@ pub mod tests {
         made_ms: i64,
         half: &str,
     ) -> (Component, PathBuf, ChunkIndex) {
+        let origin = SnapshotOrigin {
+            tier: Tier::Kernel,
+            kernel: Digest::of(name.as_bytes()),
+            components: None,
+            manifest: None,
+            memory_mib: 2,
+            cpus: 1,
+            accelerator: "tcg".into(),
+            machine: "q35".into(),
+            vmm: "7.2".into(),
+        };
+        of_origin(dir, (name, half), made_ms, origin)
+    }
+
+    /// As [`sharing`], made from what a launch may look for.
+    pub fn of_origin(
+        dir: &Path,
+        (name, half): (&str, &str),
+        made_ms: i64,
+        origin: SnapshotOrigin,
+    ) -> (Component, PathBuf, ChunkIndex) {
         let of = SnapshotOf {
-            origin: SnapshotOrigin {
-                tier: Tier::Kernel,
-                kernel: Digest::of(name.as_bytes()),
-                components: None,
-                manifest: None,
-                memory_mib: 2,
-                cpus: 1,
-                accelerator: "tcg".into(),
-                machine: "q35".into(),
-                vmm: "7.2".into(),
-            },
-            ram_bytes: 2 << 20,
+            ram_bytes: u64::from(origin.memory_mib) << 20,
+            origin,
             state_bytes: 1000,
             map: None,
             devices: Vec::new(),

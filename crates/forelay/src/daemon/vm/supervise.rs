@@ -231,20 +231,7 @@ impl Supervisor {
                 self.note_waits(instance, launch);
             }
         }
-        let seconds = |moment: Moment| launch.before_vmm_s + moment.since_launch.as_secs_f64();
-        instance.update(|vm| {
-            if vm.launch.mounted_s.is_none() {
-                vm.launch.mounted_s = progress.mounted.map(seconds);
-                // Told with it, and so noted once.
-                let failures = progress.root.iter().flat_map(|root| &root.failures);
-                vm.launch.notes.extend(failures.cloned());
-            }
-            if vm.launch.ready_s.is_none() {
-                vm.launch.ready_s = progress.ready.map(seconds);
-                note_guest_steps(&mut vm.launch, progress);
-            }
-            vm.exit_status = progress.entrypoint.map(|status| status.code());
-        });
+        instance.update(|vm| note_guest(vm, progress, launch.before_vmm_s));
         if launch.ready_at.is_some() && before.1.1.is_none() && !launch.recorded {
             instance.read(|vm| self.histograms.ready(&vm.launch));
         }
@@ -410,21 +397,50 @@ impl Supervisor {
         if let Ok(dir) = instance.dir() {
             dir.clear();
         }
-        let asked = ended.cause == Cause::HostQuit;
-        let mounted = instance.read(|vm| vm.launch.mounted_s.is_some());
-        let good = asked || (ended.cause == Cause::GuestPoweroff && mounted);
         let failure = handle.progress().failure;
-        if good && failure.is_none() {
-            return instance.end(VmEnd::Stopped { note: None });
-        }
-        let reason = failure.map_or_else(String::new, |text| format!(": {text}"));
-        if instance.read(|vm| vm.launch.ready_s.is_none()) {
+        let console = || handle.console_tail();
+        let launch = instance.read(|vm| vm.launch.clone());
+        let end = end_of(&launch, ended, failure, console);
+        if matches!(end, VmEnd::Failed { .. }) && launch.ready_s.is_none() {
             self.histograms.failed();
         }
-        let console = handle.console_tail();
-        let error = format!("{ended}{reason}; last console lines:\n{console}");
-        instance.end(VmEnd::Failed { error });
+        instance.end(end);
     }
+}
+
+/// How a VM ended: well if it was told to, or powered itself off after it had begun.
+fn end_of(
+    launch: &LaunchFigures,
+    ended: &Ended,
+    failure: Option<String>,
+    console: impl FnOnce() -> String,
+) -> VmEnd {
+    let asked = ended.cause == Cause::HostQuit;
+    let good = asked || (ended.cause == Cause::GuestPoweroff && launch.mounted_s.is_some());
+    if good && failure.is_none() {
+        return VmEnd::Stopped { note: None };
+    }
+    let reason = failure.map_or_else(String::new, |text| format!(": {text}"));
+    let console = console();
+    VmEnd::Failed {
+        error: format!("{ended}{reason}; last console lines:\n{console}"),
+    }
+}
+
+/// Notes what the guest has said so far: each thing counts from when it was said first.
+fn note_guest(vm: &mut VmData, progress: &Progress, before_vmm_s: f64) {
+    let seconds = |moment: Moment| before_vmm_s + moment.since_launch.as_secs_f64();
+    if vm.launch.mounted_s.is_none() {
+        vm.launch.mounted_s = progress.mounted.map(seconds);
+        // Told with it, and so noted once.
+        let failures = progress.root.iter().flat_map(|root| &root.failures);
+        vm.launch.notes.extend(failures.cloned());
+    }
+    if vm.launch.ready_s.is_none() {
+        vm.launch.ready_s = progress.ready.map(seconds);
+        note_guest_steps(&mut vm.launch, progress);
+    }
+    vm.exit_status = progress.entrypoint.map(|status| status.code());
 }
 
 /// Notes the guest's part of a launch, once it is ready.
@@ -458,4 +474,89 @@ fn launched_images(instance: &Instance) -> Vec<Digest> {
     let devices = instance.devices();
     let images = devices.iter().skip(1).map(|device| device.image);
     images.filter(|image| !attached.contains(image)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_guest_protocol::messages::{ExitStatus, Mounted};
+
+    use super::*;
+    use crate::daemon::vm::instance::tests::data;
+
+    #[test]
+    fn what_a_guest_says_counts_from_when_it_said_so_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vm = data("web", dir.path());
+        let at = |seconds| {
+            Some(Moment {
+                since_launch: Duration::from_secs(seconds),
+                guest_uptime: Duration::from_secs(seconds),
+            })
+        };
+        let mut progress = Progress::default();
+        note_guest(&mut vm, &progress, 1.0);
+        assert_eq!((vm.launch.mounted_s, vm.launch.ready_s), (None, None));
+        progress.mounted = at(2);
+        progress.root = Some(Mounted {
+            failures: vec!["a hook failed".to_owned()],
+            ..Mounted::default()
+        });
+        note_guest(&mut vm, &progress, 1.0);
+        assert_eq!((vm.launch.mounted_s, vm.launch.ready_s), (Some(3.0), None));
+        progress.ready = at(4);
+        progress.entrypoint = Some(ExitStatus::Code(3));
+        note_guest(&mut vm, &progress, 1.0);
+        // Another daemon hears of all of it again, and later.
+        (progress.mounted, progress.ready) = (at(60), at(60));
+        note_guest(&mut vm, &progress, 0.0);
+        let launch = &vm.launch;
+        assert_eq!((launch.mounted_s, launch.ready_s), (Some(3.0), Some(5.0)));
+        assert_eq!(
+            (&launch.notes[..], vm.exit_status),
+            (&["a hook failed".to_owned()][..], Some(3))
+        );
+    }
+
+    #[test]
+    fn a_vm_has_failed_unless_it_was_told_to_end_or_did_after_it_had_begun() {
+        let end = |cause, mounted_s, failure: Option<&str>| {
+            let launch = LaunchFigures {
+                mounted_s,
+                ..LaunchFigures::default()
+            };
+            let ended = Ended {
+                cause,
+                exit_code: Some(0),
+                signal: None,
+            };
+            let failure = failure.map(str::to_owned);
+            match end_of(&launch, &ended, failure, || "the console".to_owned()) {
+                VmEnd::Stopped { note } => note,
+                VmEnd::Failed { error } => {
+                    assert!(
+                        error.ends_with("last console lines:\nthe console"),
+                        "{error}"
+                    );
+                    Some(error)
+                }
+            }
+        };
+        assert_eq!(end(Cause::HostQuit, None, None), None);
+        assert_eq!(end(Cause::GuestPoweroff, Some(1.0), None), None);
+        for (cause, mounted_s, failure, word) in [
+            (Cause::GuestPoweroff, None, None, "powered off"),
+            (Cause::GuestReset, Some(1.0), None, "kernel panic"),
+            (Cause::VmmDied, Some(1.0), None, "exited with code 0"),
+            (Cause::HostQuit, Some(1.0), Some("no root"), ": no root;"),
+            (
+                Cause::GuestPoweroff,
+                Some(1.0),
+                Some("no root"),
+                ": no root;",
+            ),
+        ] {
+            let told = end(cause, mounted_s, failure).unwrap();
+            assert!(told.contains(word), "{told}");
+        }
+    }
 }
