@@ -35,13 +35,10 @@ use super::snapshot::shelf::tests::{damage_and_trust, sharing, snapshot};
 use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
 use super::vm::instance::{self, VmData, VmEnd};
 use super::vm::registry::{VmRegistry, WantedName};
-<<<<<<< HEAD
-use crate::config::Config;
-=======
 use super::vm::service::VmService;
 use super::vm::supervise::Supervisor;
 use crate::api::VmState;
->>>>>>> 06232c5 (Snapshots that are found, in use, evicted or of a wrong date are tested; so are makers, stops, evictions and what a worker starts with)
+use crate::config::Config;
 
 impl Spine {
     fn mapper(&self) -> Arc<Mapper> {
