@@ -384,6 +384,7 @@ mod tests {
             component: String::new(),
             members: Vec::new(),
             memory,
+            holds: Vec::new(),
         };
         vm.devices = vec![device(false)];
         assert!(!is_half_resumed(&vm), "it boots");
