@@ -82,6 +82,9 @@ pub struct Manifest {
     /// The virtual machine.
     #[serde(default)]
     pub vm: VmSettings,
+    /// What its guests can connect to.
+    #[serde(default, skip_serializing_if = "NetworkSettings::is_default")]
+    pub network: NetworkSettings,
     /// From what its launches may resume instead of booting.
     #[serde(default, skip_serializing_if = "SnapshotSettings::is_default")]
     pub snapshot: SnapshotSettings,
@@ -120,6 +123,21 @@ impl Default for VmSettings {
             forward: Vec::new(),
             scratch: Scratch::Tmpfs,
         }
+    }
+}
+
+/// The `[network]` table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetworkSettings {
+    /// Whether the guest reaches the host's loopback, as its gateway: services of the host, and
+    /// ports of other VMs.
+    pub host_loopback: bool,
+}
+
+impl NetworkSettings {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 

@@ -2,12 +2,14 @@
 //! mapped read-only into every VM that uses it.
 //!
 //! Owns the FUSE mount, its session across daemons (holder), pins (pinner), push and
-//! eviction, observation of touched pages, memory pressure, and the hints with which
-//! VMMs are started. Refuses to know the store, the cache policy and VMs: it is told
+//! eviction, observation of touched pages, memory pressure, and the hints and confinement
+//! with which VMMs are started. Refuses to know the store, the cache policy and VMs: it is told
 //! which bytes go where and asks a [`FaultHandler`] for those that are missing. Threads
 //! only, no async runtime. The one crate with unsafe code besides the guest.
 
 pub mod command_hints;
+pub mod confine;
+pub mod connect_filter;
 pub mod counters;
 pub mod files;
 pub mod fuse;

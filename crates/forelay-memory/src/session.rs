@@ -383,7 +383,8 @@ impl Core {
         Attributes {
             node: file.node,
             size_bytes: file.spec.device_bytes,
-            mode: libc::S_IFREG | 0o440,
+            // Its group may open it for writing where the mount is not read-only.
+            mode: libc::S_IFREG | 0o460,
             ..self.root()
         }
     }

@@ -178,6 +178,7 @@ impl SharedMemory {
         memory.unmount_on_drop = is_new;
         if !is_new {
             memory.core.resend(&RESEND_DELAYS);
+            memory.refresh_attributes(abi::ROOT_NODE);
         }
         if let Err(error) = memory.tune(config.readahead_kib) {
             tracing::warn!(%error, "readahead of the mount keeps the kernel's default");
@@ -277,6 +278,9 @@ impl SharedMemory {
             file.pinned.lock().extend(extents);
         }
         self.core.serve_deferred();
+        if !self.unmount_on_drop {
+            self.refresh_attributes(file.node);
+        }
         if file.mapping.lock().is_none() {
             let mapping = self
                 .open(&key)
@@ -285,6 +289,16 @@ impl SharedMemory {
             *file.mapping.lock() = Some(Arc::new(mapping));
         }
         Ok(())
+    }
+
+    /// Has the kernel ask again whose a node is: an earlier daemon may have said another group.
+    fn refresh_attributes(&self, node: u64) {
+        // From before its first byte on: no page is dropped.
+        let body = abi::inval_inode_body(node, u64::MAX, 0);
+        match self.core.connection.notify(notify::INVAL_INODE, &[&body]) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => tracing::warn!(%error, node, "who may read a file stays as it was"),
+        }
     }
 
     /// Opens a file through the mount. The first close in a session asks whether anybody

@@ -116,7 +116,8 @@ fn key(qemu: &Path, kernel: &Path) -> String {
     )
 }
 
-fn in_path(program: &Path) -> PathBuf {
+/// The program as the shell would find it.
+pub(crate) fn in_path(program: &Path) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .map(|directory| directory.join(program))

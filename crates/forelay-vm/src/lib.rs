@@ -10,13 +10,14 @@
 //! what a successor needs. Nothing here kills a VM because a handle is dropped.
 //!
 //! This crate knows neither components nor shared memory: it is given files and tells the
-//! VMM to map them. How the VMM process is confined (seccomp, session, cgroup) is decided by
-//! the caller through [`spec::Wrap`].
+//! VMM to map them. How the VMM process is confined is decided by the caller through
+//! [`spec::Wrap`] (seccomp, session) and [`confined::Confined`] (user, namespaces).
 
 #![forbid(unsafe_code)]
 
 pub mod accelerator;
 pub mod channel;
+pub mod confined;
 pub mod driver;
 pub mod exec;
 pub mod handle;
@@ -32,6 +33,7 @@ pub mod state;
 pub mod stray;
 
 pub use accelerator::{Accelerator, Probe, probe_accelerator};
+pub use confined::{Confined, Needs};
 pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};
 pub use exec::{ExecEvent, Execution};
 pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};
@@ -49,4 +51,6 @@ pub const RUNTIME_FILES: [&str; 8] = [
 ];
 
 pub use snapshot::SnapshotError;
-pub use spec::{Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Upper, VmSpec, Wrap};
+pub use spec::{
+    Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Reach, Upper, VmSpec, Wrap,
+};

@@ -13,6 +13,8 @@ use std::sync::Arc;
 use forelay_guest_protocol::snapshot::Tier;
 use serde::{Deserialize, Serialize};
 
+use crate::confined::{Confined, Listening};
+
 /// Sizes of pmem devices are multiples of this.
 pub const PMEM_ALIGN_BYTES: u64 = 2 << 20;
 
@@ -48,6 +50,8 @@ pub struct VmSpec {
     pub forwards: Vec<Forward>,
     /// False leaves the VM without a network device.
     pub network: bool,
+    /// What the guest can connect to through it.
+    pub reach: Reach,
     /// Serial console log, appended to.
     pub console_log: PathBuf,
     /// Directory for sockets and the state file; made if missing.
@@ -58,6 +62,12 @@ pub struct VmSpec {
     pub hotplug_bytes: u64,
     /// Applied to the VMM's command just before it starts.
     pub wrap: Option<Wrap>,
+    /// Whose pages its VMM may map; VMMs of one trust domain run as one user.
+    pub trust_domain: String,
+    /// Who starts the VMM's command, with what it may reach; by itself it may reach anything.
+    pub confined: Option<Confined>,
+    /// Sockets that the VMM inherits; it makes its own if there are none.
+    pub listening: Option<Listening>,
 }
 
 impl VmSpec {
@@ -78,11 +88,15 @@ impl VmSpec {
             upper: Upper::Tmpfs,
             forwards: Vec::new(),
             network: true,
+            reach: Reach::Host,
             console_log: runtime_dir.join("console.log"),
             runtime_dir,
             disks: Vec::new(),
             hotplug_bytes: 16 << 30,
             wrap: None,
+            trust_domain: String::new(),
+            confined: None,
+            listening: None,
             name,
         }
     }
@@ -224,6 +238,18 @@ pub enum Upper {
         /// Its size.
         bytes: u64,
     },
+}
+
+/// What a guest can connect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// What the host can, its own loopback included: the gateway's address leads there.
+    Host,
+    /// What the host can, but not the host's loopback. The VMM lets a guest connect to anything:
+    /// whoever confines it sees to that.
+    Network,
+    /// Nothing; ports of the host still lead into the guest.
+    Nothing,
 }
 
 /// A TCP port of the host that leads into the guest.

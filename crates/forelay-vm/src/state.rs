@@ -33,6 +33,9 @@ pub struct VmState {
     pub driver: String,
     /// The VMM's process.
     pub process: ProcessId,
+    /// The VMM's user, if it has one of its own.
+    #[serde(default)]
+    pub user: Option<u32>,
     /// When it was launched, milliseconds since the epoch.
     pub launched_ms: u64,
     /// Accelerator in use.

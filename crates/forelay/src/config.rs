@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use forelay_image::NameOf;
 use serde::{Deserialize, Serialize};
 
 /// Where the configuration is when nobody says.
@@ -20,6 +21,9 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// The API's Unix socket; `runtime_dir/forelay.sock` if absent.
     pub socket: Option<PathBuf>,
+    /// Group whose users may reach the socket; what they may do there, `access` says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Where components come from.
     pub repository: RepositoryConfig,
     /// The disk cache in front of the repository.
@@ -32,6 +36,39 @@ pub struct Config {
     pub snapshots: SnapshotConfig,
     /// VMM defaults.
     pub vmm: VmmConfig,
+    /// Which owners users act for; root acts for all, whom no entry names for none.
+    pub access: Vec<AccessRule>,
+}
+
+/// Which owners a user or the users of a group act for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AccessRule {
+    /// A user, by name or number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Or a group, by name or number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Owners in manifests; `*` for all, and all that concerns the whole host.
+    pub owners: Vec<String>,
+}
+
+impl AccessRule {
+    fn check(&self) -> Result<(), String> {
+        if self.user.is_some() == self.group.is_some() || self.owners.is_empty() {
+            return Err(
+                "an [[access]] entry has either `user` or `group`, and `owners`".to_owned(),
+            );
+        }
+        let owners = self.owners.iter().filter(|owner| *owner != "*");
+        for owner in owners {
+            NameOf::Owner
+                .check(owner)
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
 }
 
 /// Where components come from.
@@ -119,6 +156,13 @@ pub struct VmmConfig {
     pub accelerator: String,
     /// Most pmem devices per VM before small components are bundled.
     pub pmem_slots: usize,
+    /// VMMs run as users without rights, one for each trust domain, and see nothing of the host
+    /// but what they need. With `false` they are the host's root: for tests and comparisons.
+    pub confine: bool,
+    /// First of the user ids that VMMs run as; nobody else may have them.
+    pub first_user: u32,
+    /// How many there are: a trust domain takes one for good.
+    pub users: u32,
 }
 
 impl Default for Config {
@@ -133,6 +177,8 @@ impl Default for Config {
             forecast: ForecastConfig::default(),
             snapshots: SnapshotConfig::default(),
             vmm: VmmConfig::default(),
+            group: None,
+            access: Vec::new(),
         }
     }
 }
@@ -213,6 +259,10 @@ impl Default for VmmConfig {
             qemu: "qemu-system-x86_64".into(),
             accelerator: "auto".into(),
             pmem_slots: 32,
+            confine: true,
+            // Neither systemd nor subordinate ids nor directories of users come near.
+            first_user: 2_100_000_000,
+            users: 65_536,
         }
     }
 }
@@ -268,11 +318,28 @@ impl Config {
     /// What the types do not say.
     fn check(&self) -> Result<(), String> {
         match self.vmm.accelerator.as_str() {
-            "auto" | "kvm" | "tcg" => Ok(()),
-            other => Err(format!(
-                "vmm.accelerator is {other:?}: it can be auto, kvm or tcg"
-            )),
+            "auto" | "kvm" | "tcg" => {}
+            other => {
+                return Err(format!(
+                    "vmm.accelerator is {other:?}: it can be auto, kvm or tcg"
+                ));
+            }
         }
+        for rule in &self.access {
+            rule.check()?;
+        }
+        let VmmConfig {
+            first_user, users, ..
+        } = self.vmm;
+        // The last user id means none.
+        let last = first_user.checked_add(users).filter(|end| *end < u32::MAX);
+        if first_user < 1_000 || users == 0 || last.is_none() {
+            return Err(format!(
+                "vmm.first_user {first_user} and vmm.users {users} are no range of user ids \
+                 above 1000"
+            ));
+        }
+        Ok(())
     }
 
     /// Where the configuration is kept that a worker was last ready with.
@@ -357,6 +424,21 @@ mod tests {
         std::fs::write(&path, "[memory]\nbuget_bytes = 1\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("buget_bytes"), "{error}");
+        for (access, valid) in [
+            ("user = \"ann\"\nowners = [\"a\", \"*\"]", true),
+            ("user = \"ann\"\ngroup = \"ops\"\nowners = [\"a\"]", false),
+            ("group = \"ops\"", false),
+            ("owners = [\"a\"]", false),
+            ("user = \"ann\"\nowners = [\"../a\"]", false),
+        ] {
+            std::fs::write(&path, format!("[[access]]\n{access}\n")).unwrap();
+            let loaded = Config::load(Some(&path));
+            assert_eq!(loaded.is_ok(), valid, "{access}: {loaded:?}");
+            let Ok(config) = loaded else { continue };
+            // As a worker keeps it for the next.
+            std::fs::write(&path, toml::to_string(&config).unwrap()).unwrap();
+            assert_eq!(Config::load(Some(&path)).unwrap(), config);
+        }
         std::fs::write(&path, "[vmm]\naccelerator = \"xen\"\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("auto, kvm or tcg"), "{error}");

@@ -138,21 +138,44 @@ fn attach_writable(mount: &OwnedFd, mountpoint: &Path) -> io::Result<()> {
 
 /// `struct mount_attr` of `linux/mount.h`.
 #[repr(C)]
-struct MountAttributes {
+pub(crate) struct MountAttributes {
     set: u64,
     clear: u64,
     propagation: u64,
     userns_fd: u64,
 }
 
+impl MountAttributes {
+    /// To set these.
+    pub fn set(flags: MountAttrFlags) -> Self {
+        Self {
+            set: u64::from(flags.bits()),
+            clear: 0,
+            propagation: 0,
+            userns_fd: 0,
+        }
+    }
+}
+
 /// Lets files of one mount be opened for writing; others of its file system stay as they are.
 fn clear_read_only(mount: &OwnedFd) -> io::Result<()> {
     let change = MountAttributes {
-        set: 0,
         clear: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()),
-        propagation: 0,
-        userns_fd: 0,
+        ..MountAttributes::set(MountAttrFlags::empty())
     };
+    set_mount_attributes(mount, change, false)
+}
+
+/// Changes one mount, or with all that are below it.
+pub(crate) fn set_mount_attributes(
+    mount: &OwnedFd,
+    change: MountAttributes,
+    recursive: bool,
+) -> io::Result<()> {
+    let mut flags = libc::AT_EMPTY_PATH;
+    if recursive {
+        flags |= libc::AT_RECURSIVE;
+    }
     // SAFETY: the path is an empty C string and `change` is of the size that is passed; the
     // kernel reads both and keeps neither.
     let done = unsafe {
@@ -160,7 +183,7 @@ fn clear_read_only(mount: &OwnedFd) -> io::Result<()> {
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            flags,
             std::ptr::from_ref(&change),
             size_of::<MountAttributes>(),
         )

@@ -36,7 +36,7 @@ fn privileged_files_look_as_promised_and_refuse_writes() {
     let path = mount.memory.path(&images[0].key());
     let meta = std::fs::metadata(&path).unwrap();
     assert_eq!(meta.size(), 4 * MIB);
-    assert_eq!(meta.mode() & 0o7777, 0o440);
+    assert_eq!(meta.mode() & 0o7777, 0o460);
     let refused = File::options().write(true).open(&path).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
     assert!(std::fs::remove_file(&path).is_err());

@@ -2,6 +2,7 @@
 //! real mappings in real processes. Needs root; says so loudly where it has none.
 
 mod charges;
+mod confine;
 mod content;
 #[path = "../../../../xtask/src/frames.rs"]
 mod frames;

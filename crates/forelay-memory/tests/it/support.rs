@@ -102,9 +102,19 @@ impl TestMount {
         Self::with_handler(images, Images::new(images))
     }
 
+    /// One whose files a group may read.
+    pub fn for_group(images: &[TestImage], group: u32) -> Self {
+        Self::start(images, Images::new(images), Some(group))
+    }
+
     pub fn with_handler(images: &[TestImage], handler: Arc<dyn FaultHandler>) -> Self {
+        Self::start(images, handler, None)
+    }
+
+    fn start(images: &[TestImage], handler: Arc<dyn FaultHandler>, gid: Option<u32>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::new(dir.path().join("mount"), Session::New);
+        config.gid = gid;
         config.pinner = Some(Arc::new(pinner::PinnerClient::in_process().unwrap()));
         let memory = SharedMemory::start(config, handler).unwrap();
         for image in images {

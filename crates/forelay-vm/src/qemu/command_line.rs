@@ -17,13 +17,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::ops::RangeInclusive;
+use std::os::fd::RawFd;
 use std::path::Path;
 
 use forelay_guest_protocol::snapshot::{HOLD_WORD, Tier};
 use serde::{Deserialize, Serialize};
 
 use crate::accelerator::Accelerator;
-use crate::spec::{Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Upper, VmSpec};
+use crate::spec::{Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Reach, Upper, VmSpec};
 
 /// The bridge for hot-plugged devices, and the name of the bus behind it.
 const HOTPLUG_BRIDGE: &str = "hotplug";
@@ -229,17 +230,26 @@ pub fn kernel_command_line(spec: &VmSpec, accelerator: Accelerator) -> String {
 }
 
 fn sockets(line: &mut Line, spec: &VmSpec) {
-    let path = |name: &str| spec.runtime_dir.join(name);
+    let address = |name: &str, inherited: Option<RawFd>| match inherited {
+        Some(fd) => OsString::from(format!("fd={fd}")),
+        None => {
+            let mut address = OsString::from("path=");
+            address.push(escape(spec.runtime_dir.join(name).as_os_str()));
+            address
+        }
+    };
     let server = OsStr::new(",server=on,wait=off");
-    for (id, name) in [("monitor", MONITOR_SOCKET), ("channel", CHANNEL_SOCKET)] {
-        let prefix = format!("socket,id={id},path=");
-        let path = escape(path(name).as_os_str());
-        line.raw("-chardev", &[OsStr::new(&prefix), &path, server]);
+    let inherited = spec.listening;
+    let monitor = address(MONITOR_SOCKET, inherited.map(|sockets| sockets.monitor));
+    let channel = address(CHANNEL_SOCKET, inherited.map(|sockets| sockets.channel));
+    for (id, address) in [("monitor", monitor), ("channel", channel)] {
+        let prefix = format!("socket,id={id},");
+        line.raw("-chardev", &[OsStr::new(&prefix), &address, server]);
     }
-    let console = escape(path(CONSOLE_SOCKET).as_os_str());
+    let console = address(CONSOLE_SOCKET, inherited.map(|sockets| sockets.console));
     let log = escape(spec.console_log.as_os_str());
     let parts = [
-        OsStr::new("socket,id=console,path="),
+        OsStr::new("socket,id=console,"),
         &console,
         server,
         OsStr::new(",logappend=on,logfile="),
@@ -279,6 +289,9 @@ fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
         return Err("ports are forwarded, but the VM has no network".to_owned());
     }
     let mut user = format!("user,id={NETWORK},ipv6=off");
+    if spec.reach == Reach::Nothing {
+        user.push_str(",restrict=on");
+    }
     for forward in &spec.forwards {
         user.push_str(&format!(",hostfwd={}", forward_rule(forward)));
     }
@@ -565,7 +578,7 @@ mod tests {
         };
         spec.append = vec!["systemd.log_level=debug".into()];
         let text = text(&spec);
-        assert!(text.contains("hostfwd=tcp:127.0.0.1:8080-:80"));
+        assert!(text.contains("hostfwd=tcp:127.0.0.1:8080-:80") && !text.contains("restrict"));
         assert!(text.contains("serial=forelay-scratch"));
         assert!(text.contains("forelay.scratch=1 systemd.log_level=debug"));
         spec.network = false;

@@ -13,6 +13,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::command_line::{self, FUNCTIONS, HotplugBus, PciPlace};
 use super::{Qmp, QmpError, migration};
+use crate::confined::Incoming;
 use crate::driver::{AttachError, Detachment, VmControl};
 use crate::lifecycle::Cause;
 use crate::snapshot::SnapshotError;
@@ -32,12 +33,18 @@ pub struct QemuControl {
 struct ControlledVm {
     runtime_dir: PathBuf,
     state: VmState,
+    /// Where a clone that inherited its sockets takes its state.
+    incoming: Option<Incoming>,
 }
 
 impl QemuControl {
     /// Control over `qmp` of the VM with this state.
-    pub fn new(qmp: Qmp, runtime_dir: PathBuf, state: VmState) -> Self {
-        let known = Mutex::new(ControlledVm { runtime_dir, state });
+    pub fn new(qmp: Qmp, runtime_dir: PathBuf, state: VmState, incoming: Option<Incoming>) -> Self {
+        let known = Mutex::new(ControlledVm {
+            runtime_dir,
+            state,
+            incoming,
+        });
         Self { qmp, known }
     }
 
@@ -121,7 +128,9 @@ impl VmControl for QemuControl {
     async fn attach_pmem(&self, device: &PmemDevice) -> Result<(), AttachError> {
         device.validate().map_err(AttachError::Device)?;
         let mut known = self.known.lock().await;
-        let ControlledVm { runtime_dir, state } = &mut *known;
+        let ControlledVm {
+            runtime_dir, state, ..
+        } = &mut *known;
         if state.pmem.iter().any(|known| known.id == device.id) {
             let text = format!("the VM was launched with device {}", device.id);
             return Err(AttachError::Device(text));
@@ -172,7 +181,9 @@ impl VmControl for QemuControl {
 
     async fn detach_pmem(&self, id: &str) -> Result<Detachment, AttachError> {
         let mut known = self.known.lock().await;
-        let ControlledVm { runtime_dir, state } = &mut *known;
+        let ControlledVm {
+            runtime_dir, state, ..
+        } = &mut *known;
         let index = state
             .hotplugged
             .iter()
@@ -202,12 +213,13 @@ impl VmControl for QemuControl {
     async fn save(&self) -> Result<Vec<u8>, SnapshotError> {
         // No change meanwhile.
         let known = self.known.lock().await;
-        migration::save(&self.qmp, &known.runtime_dir).await
+        migration::save(&self.qmp, &known.runtime_dir, known.state.user).await
     }
 
     async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError> {
-        let known = self.known.lock().await;
-        migration::restore(&self.qmp, &known.runtime_dir, state).await
+        let mut known = self.known.lock().await;
+        let incoming = known.incoming.take();
+        migration::restore(&self.qmp, &known.runtime_dir, incoming, state).await
     }
 
     async fn pause(&self) -> Result<(), AttachError> {
@@ -238,6 +250,7 @@ impl VmControl for QemuControl {
         *known = ControlledVm {
             runtime_dir: runtime_dir.to_owned(),
             state,
+            incoming: None,
         };
         let written = known.state.write(&known.runtime_dir);
         written.map_err(AttachError::State)
@@ -249,7 +262,9 @@ impl VmControl for QemuControl {
         scratch: Option<&Path>,
     ) -> Result<(), AttachError> {
         let mut known = self.known.lock().await;
-        let ControlledVm { runtime_dir, state } = &mut *known;
+        let ControlledVm {
+            runtime_dir, state, ..
+        } = &mut *known;
         for (index, device) in devices.iter().enumerate() {
             device.validate().map_err(AttachError::Device)?;
             let earlier = state.pmem.iter().chain(&devices[..index]);

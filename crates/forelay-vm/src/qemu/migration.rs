@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{LOG_FILE, Qmp};
+use super::{LOG_FILE, Qmp, QmpError};
+use crate::confined::Incoming;
 use crate::handle::file_tail;
 use crate::snapshot::{MAX_STATE_BYTES, SnapshotError};
 
@@ -50,13 +51,21 @@ impl Drop for Socket {
     }
 }
 
-/// Stops the guest and returns the state of its devices.
-pub async fn save(qmp: &Qmp, runtime_dir: &Path) -> Result<Vec<u8>, SnapshotError> {
+/// Stops the guest and returns the state of its devices. `user` is the VMM's, if it has one of
+/// its own.
+pub async fn save(
+    qmp: &Qmp,
+    runtime_dir: &Path,
+    user: Option<u32>,
+) -> Result<Vec<u8>, SnapshotError> {
     let saving = async {
         qmp.command("stop", Value::Null).await?;
         leave_out_shared_memory(qmp).await?;
         let socket = Socket::new(runtime_dir);
         let listener = UnixListener::bind(&socket.0).map_err(SnapshotError::State)?;
+        if user.is_some() {
+            std::os::unix::fs::lchown(&socket.0, user, user).map_err(SnapshotError::State)?;
+        }
         qmp.command("migrate", socket.uri()?).await?;
         let (stream, _) = listener.accept().await.map_err(SnapshotError::State)?;
         let mut state = Vec::new();
@@ -73,13 +82,23 @@ pub async fn save(qmp: &Qmp, runtime_dir: &Path) -> Result<Vec<u8>, SnapshotErro
 }
 
 /// Gives a QEMU that waits for it a state, and lets the guest run.
-pub async fn restore(qmp: &Qmp, runtime_dir: &Path, state: &[u8]) -> Result<(), SnapshotError> {
+pub async fn restore(
+    qmp: &Qmp,
+    runtime_dir: &Path,
+    incoming: Option<Incoming>,
+    state: &[u8],
+) -> Result<(), SnapshotError> {
     let restoring = async {
         leave_out_shared_memory(qmp).await?;
-        let socket = Socket::new(runtime_dir);
-        qmp.command("migrate-incoming", socket.uri()?).await?;
-        let connected = UnixStream::connect(&socket.0).await;
-        let mut stream = connected.map_err(SnapshotError::State)?;
+        let stream = match incoming {
+            Some(incoming) => inherited(qmp, incoming).await?,
+            None => {
+                let socket = Socket::new(runtime_dir);
+                qmp.command("migrate-incoming", socket.uri()?).await?;
+                UnixStream::connect(&socket.0).await
+            }
+        };
+        let mut stream = stream.map_err(SnapshotError::State)?;
         stream
             .write_all(state)
             .await
@@ -103,6 +122,16 @@ pub async fn restore(qmp: &Qmp, runtime_dir: &Path, state: &[u8]) -> Result<(), 
         Ok(restored) => restored,
         Err(_) => Err(SnapshotError::TimedOut(MIGRATION)),
     }
+}
+
+/// Has a QEMU take its state from a socket that it inherited.
+async fn inherited(qmp: &Qmp, incoming: Incoming) -> Result<io::Result<UnixStream>, QmpError> {
+    let uri = json!({ "uri": format!("fd:{}", incoming.theirs) });
+    qmp.command("migrate-incoming", uri).await?;
+    let ours = std::os::unix::net::UnixStream::from(incoming.ours);
+    Ok(ours
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(ours)))
 }
 
 async fn leave_out_shared_memory(qmp: &Qmp) -> Result<(), SnapshotError> {

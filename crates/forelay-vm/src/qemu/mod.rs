@@ -25,7 +25,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 
-use crate::accelerator::{Accelerator, Probe, probe_accelerator};
+use crate::accelerator::{Accelerator, Probe, in_path, probe_accelerator};
+use crate::confined::{self, Incoming, Needs, Sockets};
 use crate::driver::{LaunchError, ReattachError, VmmDriver};
 use crate::handle::{Parts, VmHandle, file_tail};
 use crate::lifecycle::{Cause, Ended};
@@ -129,53 +130,94 @@ impl QemuDriver {
         }
     }
 
-    async fn arguments(&self, spec: &VmSpec) -> Result<(Vec<OsString>, Accelerator), LaunchError> {
-        let prepared = self.prepare(&spec.kernel).await;
-        let (accelerator, mut spec) = (prepared.probe.accelerator, spec.clone());
-        spec.kernel = prepared.kernel;
-        let arguments =
-            command_line::arguments(&spec, accelerator).map_err(|reason| LaunchError::Spec {
-                name: spec.name.clone(),
-                reason,
-            })?;
-        Ok((arguments, accelerator))
-    }
-
-    fn start(&self, spec: &VmSpec, arguments: &[OsString]) -> Result<Started, LaunchError> {
-        let file_error = |path: &Path| {
-            let (name, path) = (spec.name.clone(), path.to_owned());
-            move |source| LaunchError::File { name, path, source }
-        };
-        let log = spec.runtime_dir.join(LOG_FILE);
-        let output = std::fs::File::create(&log).map_err(file_error(&log))?;
-        let errors = output.try_clone().map_err(file_error(&log))?;
-        let mut command = Command::new(&self.binary);
-        command
-            .args(arguments)
-            .env(stray::RUNTIME_DIR_VARIABLE, &spec.runtime_dir)
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(errors);
+    /// The VMM's command as it is executed, its output aside.
+    fn command(&self, spec: &VmSpec, prepared: &PreparedKernel) -> Result<Command, LaunchError> {
+        let arguments = arguments(spec, prepared)?;
+        let mut command;
+        if spec.confined.is_some() {
+            command = Command::new(in_path(&self.binary));
+            command.env_clear().env("PATH", confined::PATH);
+            command.args(arguments);
+            command.args(["-sandbox", confined::SANDBOX]);
+        } else {
+            command = Command::new(&self.binary);
+            command.args(arguments);
+        }
+        command.env(stray::RUNTIME_DIR_VARIABLE, &spec.runtime_dir);
         match &spec.wrap {
             Some(wrap) => (wrap.0)(&mut command),
             None => drop(command.process_group(0)),
         }
+        Ok(command)
+    }
+
+    /// Starts the VMM; with it comes where a clone takes its state, if it inherited that.
+    fn start(
+        &self,
+        spec: &VmSpec,
+        prepared: &PreparedKernel,
+    ) -> Result<(Started, Option<Incoming>), LaunchError> {
+        let file_error = |(path, source): (PathBuf, std::io::Error)| LaunchError::File {
+            name: spec.name.clone(),
+            path,
+            source,
+        };
+        let log = spec.runtime_dir.join(LOG_FILE);
+        let open = || {
+            let output = std::fs::File::create(&log)?;
+            Ok((output.try_clone()?, output))
+        };
+        let (output, errors) = open().map_err(|error| file_error((log.clone(), error)))?;
         let start_error = |source| LaunchError::Start {
             program: self.binary.display().to_string(),
             source,
         };
-        let mut child = command.spawn().map_err(start_error)?;
+        let mut spec = spec.clone();
+        spec.kernel.clone_from(&prepared.kernel);
+        let sockets = match spec.confined.clone() {
+            Some(confined) => {
+                confined::inherit_memory(&mut spec);
+                Some(confined.prepare(&spec).map_err(file_error)?)
+            }
+            None => None,
+        };
+        spec.listening = sockets.as_ref().map(Sockets::numbers);
+        let mut command = self.command(&spec, prepared)?;
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        let child = match (&spec.confined, &sockets) {
+            (Some(confined), Some(sockets)) => {
+                let mut needs = Needs::of(&spec, prepared.probe.accelerator);
+                needs.fds.extend(sockets.inherited());
+                (confined.spawn)(&mut command, needs)
+            }
+            _ => command.spawn(),
+        };
+        let mut child = child.map_err(start_error)?;
         let held = ProcessId::of(child.id()).and_then(Process::hold);
         // An unreaped child keeps its pid, so it can be held even if it has ended already.
         let held = held.and_then(|held| held.ok_or_else(|| std::io::Error::other("it vanished")));
         match held {
-            Ok(process) => Ok(Started(Some(process))),
+            Ok(process) => {
+                let incoming = sockets.and_then(Sockets::leave);
+                Ok((Started(Some(process)), incoming))
+            }
             Err(error) => {
                 let _ = child.kill().and_then(|()| child.wait());
                 Err(start_error(error))
             }
         }
     }
+}
+
+/// The VMM's arguments for a VM that boots a kernel which was prepared.
+fn arguments(spec: &VmSpec, prepared: &PreparedKernel) -> Result<Vec<OsString>, LaunchError> {
+    let mut spec = spec.clone();
+    spec.kernel.clone_from(&prepared.kernel);
+    let arguments = command_line::arguments(&spec, prepared.probe.accelerator);
+    arguments.map_err(|reason| LaunchError::Spec {
+        name: spec.name.clone(),
+        reason,
+    })
 }
 
 /// A VMM that has no handle yet: killed when dropped, also if the launch is given up.
@@ -261,13 +303,17 @@ impl VmmDriver for QemuDriver {
 
     async fn command_line(&self, spec: &VmSpec) -> Result<Vec<OsString>, LaunchError> {
         let mut words = vec![self.binary.clone().into_os_string()];
-        words.extend(self.arguments(spec).await?.0);
+        let prepared = self.prepare(&spec.kernel).await;
+        words.extend(arguments(spec, &prepared)?);
         Ok(words)
     }
 
     async fn launch(&self, spec: &VmSpec) -> Result<VmHandle, LaunchError> {
         check_files(spec)?;
-        let (arguments, accelerator) = self.arguments(spec).await?;
+        let prepared = self.prepare(&spec.kernel).await;
+        let accelerator = prepared.probe.accelerator;
+        // What is refused is refused before anything is made.
+        arguments(spec, &prepared)?;
         if let Upper::Scratch { path, bytes } = &spec.upper {
             let made = scratch::ensure(path, *bytes).await;
             made.map_err(|source| LaunchError::Scratch {
@@ -277,11 +323,12 @@ impl VmmDriver for QemuDriver {
         }
         prepare_directory(spec)?;
         let launched = Instant::now();
-        let started = self.start(spec, &arguments)?;
+        let (started, incoming) = self.start(spec, &prepared)?;
         let state = VmState {
             name: spec.name.clone(),
             driver: self.name().to_owned(),
             process: started.process().id(),
+            user: spec.confined.as_ref().map(|confined| confined.user),
             launched_ms: now_ms(),
             accelerator: accelerator.to_string(),
             console_log: spec.console_log.clone(),
@@ -306,6 +353,7 @@ impl VmmDriver for QemuDriver {
             qmp,
             spec.runtime_dir.clone(),
             state.clone(),
+            incoming,
         ));
         let runtime_dir = spec.runtime_dir.clone();
         Ok(VmHandle::new(Parts {
@@ -344,7 +392,12 @@ impl VmmDriver for QemuDriver {
         .await
         .map_err(connect_error("the guest channel"))?;
         let runtime_dir = runtime_dir.to_owned();
-        let control = Arc::new(QemuControl::new(qmp, runtime_dir.clone(), state.clone()));
+        let control = Arc::new(QemuControl::new(
+            qmp,
+            runtime_dir.clone(),
+            state.clone(),
+            None,
+        ));
         let launched = Instant::now();
         Ok(VmHandle::new(Parts {
             state,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::output;
 use crate::api::{Degraded, Health, MemoryReport, NOT_PROBED, Snapshot, Takeover, Vm, WaitCulprit};
 use crate::client::Client;
-use crate::config::Config;
+use crate::config::{Config, VmmConfig};
 
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -75,6 +75,7 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         pressure_stall(),
         cgroups(),
         memory_lock(),
+        confinement(&config.vmm),
         builder(),
         repository(config),
     ]);
@@ -132,6 +133,10 @@ fn degraded(degraded: &Degraded) -> Finding {
         "configuration" => "mend the configuration, then SIGHUP to `forelay daemon`",
         "history" => "make room, or move the damaged file away: a new history is begun",
         "repository" => "mount it, or set repository.path; `forelay component build` makes one",
+        "control groups" => {
+            "let the daemon make control groups: on cgroup v2 with `Delegate=yes` and \
+             `DelegateSubgroup=daemon` in its unit"
+        }
         "holder" => "forelay daemon (takes over; VMs go on)",
         _ => "look at the daemon's log",
     };
@@ -330,6 +335,38 @@ fn memory_lock() -> Finding {
             "memory lock",
             format!("limit is {}: little can be pinned", output::bytes(bytes)),
             "raise LimitMEMLOCK of the daemon's unit",
+        ),
+    }
+}
+
+/// How far VMMs are kept from the host and from each other.
+fn confinement(vmm: &VmmConfig) -> Finding {
+    let what = "confinement";
+    if !vmm.confine {
+        return Finding::reduced(
+            what,
+            "off: every VMM is the host's root, and so is whoever breaks out of a VM",
+            "vmm.confine = true in the configuration",
+        );
+    }
+    match forelay_memory::confine::landlock_version() {
+        0 => Finding::reduced(
+            what,
+            "user, namespaces, system call filter; no Landlock, so VMMs of one trust domain are \
+             kept apart by namespaces alone",
+            "boot with `lsm=landlock,...` (Linux 5.13 or later with CONFIG_SECURITY_LANDLOCK)",
+        ),
+        version @ ..6 => Finding::reduced(
+            what,
+            format!(
+                "user, namespaces, system call filter, Landlock {version}: abstract sockets of \
+                 the host can be reached (Landlock 6 closes them)"
+            ),
+            "boot Linux 6.12 or later",
+        ),
+        version => Finding::ok(
+            what,
+            format!("user, namespaces, system call filter, Landlock {version}"),
         ),
     }
 }

@@ -43,6 +43,7 @@ use tokio::sync::watch;
 use crate::api::{Degraded, Takeover};
 use crate::config::Config;
 use api::accounts::MemoryAccounts;
+use api::audit::Audit;
 use api::inspect::VmMaps;
 use forecast::announced::AnnouncedLaunches;
 use forecast::forecasts::Forecasts;
@@ -56,6 +57,7 @@ use launch::LaunchService;
 use launch::admit::Admission;
 use launch::ahead::{Improvable, MOST_WAITING, SnapshotsAhead};
 use launch::compose::Composer;
+use launch::confinement::Confiner;
 use launch::find::SnapshotFinder;
 use launch::maker::Maker;
 use launch::prefetch::LaunchPrefetcher;
@@ -75,6 +77,7 @@ use vm::registry::VmRegistry;
 use vm::service::VmService;
 use vm::supervise::Supervisor;
 use vm::usage::UsageSampler;
+use vm::vmm_groups::VmmGroups;
 
 pub use forecast::learning::HISTORY_FILE;
 pub use launch::kept::images_in_use;
@@ -90,6 +93,8 @@ pub struct Host {
     config: Config,
     started: Instant,
     health: Health,
+    /// Who changed what.
+    audit: Audit,
     /// VMs of before were looked for, and the history was read or found missing.
     settled: watch::Sender<bool>,
     store: Store,
@@ -129,6 +134,8 @@ struct Parts {
     last_launches: Arc<LastLaunches>,
     demand: ForecastDemand,
     driver: Arc<QemuDriver>,
+    /// Of VMMs, where they are confined.
+    groups: Option<Arc<VmmGroups>>,
     preparations: Arc<Preparations>,
     /// Instances, none yet.
     instances: Arc<VmRegistry>,
@@ -150,6 +157,7 @@ impl Parts {
 
     fn supervisor(&self) -> Arc<Supervisor> {
         Arc::new(Supervisor {
+            groups: self.groups.clone(),
             store: self.store.clone(),
             domains: Arc::clone(&self.domains),
             memory: Arc::clone(&self.memory),
@@ -190,7 +198,13 @@ impl Parts {
     fn finder(&self) -> Arc<SnapshotFinder> {
         Arc::new(SnapshotFinder {
             composer: self.composer(),
-            starter: Arc::new(Starter::new(Arc::clone(&self.driver))),
+            starter: Arc::new(Starter::new(
+                Arc::clone(&self.driver),
+                Confiner {
+                    domains: Arc::clone(&self.domains),
+                    groups: self.groups.clone(),
+                },
+            )),
             snapshots: self.snapshots(),
         })
     }
@@ -342,6 +356,7 @@ impl Host {
                 domains: Arc::clone(&parts.domains),
                 supervisor: Arc::clone(&supervisor),
             },
+            audit: Audit::new(&parts.config.state_dir),
             config: parts.config,
             health: parts.health,
             store: parts.store,

@@ -46,6 +46,12 @@ pub struct PlannedDevice {
     pub members: Vec<(Digest, u64)>,
 }
 
+/// Whose VM a manifest asks for.
+pub fn owner_of(manifest: &Manifest) -> String {
+    let owner = manifest.owner.as_deref();
+    owner.unwrap_or(DEFAULT_OWNER).to_owned()
+}
+
 impl Order {
     /// What a manifest and its lock ask for, on a VMM with so many pmem slots.
     pub fn new(
@@ -54,10 +60,7 @@ impl Order {
         solve_s: f64,
         pmem_slots: usize,
     ) -> Result<Self, HostError> {
-        let owner = manifest
-            .owner
-            .clone()
-            .unwrap_or_else(|| DEFAULT_OWNER.to_owned());
+        let owner = owner_of(&manifest);
         // A lock or a record may hold a manifest that an earlier version accepted.
         NameOf::Owner.check(&owner).map_err(HostError::invalid)?;
         let domain = Domain::from(owner.as_str());

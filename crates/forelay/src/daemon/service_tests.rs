@@ -23,6 +23,7 @@ use super::api::accounts::MemoryAccounts;
 use super::error::HostError;
 use super::forecast::announced::{AnnouncedLaunches, ProfileId};
 use super::launch::compose::Composer;
+use super::launch::confinement::Confiner;
 use super::launch::find::SnapshotFinder;
 use super::launch::prepared::{Preparations, Preparer};
 use super::launch::standby::StandbyStarter;
@@ -312,7 +313,11 @@ async fn launches_are_prepared() {
     let preparations = Arc::new(preparations);
     // There are no snapshots, so no VMM is started.
     let driver = QemuDriver::new(spine.dir.path());
-    let starter = Arc::new(Starter::new(Arc::new(driver)));
+    let confiner = Confiner {
+        domains: Arc::clone(&spine.domains),
+        groups: None,
+    };
+    let starter = Arc::new(Starter::new(Arc::new(driver), confiner));
     let finder = Arc::new(SnapshotFinder {
         composer: Arc::clone(&composer),
         starter: Arc::clone(&starter),

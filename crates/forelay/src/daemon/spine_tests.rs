@@ -113,6 +113,7 @@ impl Spine {
         let scheduler = store.scheduler().clone();
         let domains = Arc::new(Domains::new(
             &config.mounts_dir(),
+            None,
             scheduler.clone(),
             sender.clone(),
             Sessions::connect().unwrap(),

@@ -142,13 +142,31 @@ fn privileged_whatever_the_umask_only_root_reaches_a_vm() {
         found.permissions().mode() & 0o7777
     };
     assert_eq!(mode("run/forelay.sock"), 0o660);
-    for (dir, secret) in [
-        ("run/vms", "run/vms/plain/instance.json"),
-        ("run/vms/plain", "run/vms/plain/map.img"),
-        ("state", "run/vms/plain/monitor.sock"),
+    for (dir, its_mode, secret) in [
+        ("run/vms", 0o700, "run/vms/plain/instance.json"),
+        ("run/vms/plain", 0o710, "run/vms/plain/vm-state.json"),
+        ("state", 0o700, "run/vms/plain/monitor.sock"),
     ] {
-        assert_eq!(mode(dir), 0o700, "{dir}");
+        assert_eq!(mode(dir), its_mode, "{dir}");
         assert_eq!(mode(secret) & 0o077, 0, "{secret}");
+    }
+    // What its VMM reads: the group is one that nobody else has.
+    for lent in ["run/vms/plain", "run/vms/plain/map.img"] {
+        use std::os::unix::fs::MetadataExt as _;
+        let found = std::fs::metadata(host.dir().join(lent)).unwrap();
+        assert!(found.uid() == 0 && found.gid() >= 2_100_000_000, "{lent}");
+        assert_eq!(found.mode() & 0o007, 0, "{lent}");
+    }
+    let vmm = host.vm("plain")["pid"].to_string();
+    let status = std::fs::read_to_string(format!("/proc/{vmm}/status")).unwrap();
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        "Uid:\t21000",
+    ] {
+        assert!(status.contains(line), "{line} in {status}");
     }
 
     // A reader that has seen enough is no failure.

@@ -306,7 +306,8 @@ impl Host {
                 std::fs::write(&path, text).unwrap();
                 let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
                 std::fs::set_permissions(&path, mode).unwrap();
-                format!("qemu = {path:?}\n")
+                // It is to reach the host's directory.
+                format!("qemu = {path:?}\nconfine = false\n")
             }
             None if settings.no_vmm => "qemu = \"/bin/false\"\n".to_owned(),
             None => String::new(),

@@ -4,6 +4,7 @@
 //! Tests named `privileged_*` need root, FUSE, QEMU and the guest init; without them they
 //! print a loud `SKIPPED` line. They run one at a time, also under plain `cargo test`.
 
+mod access;
 mod attach;
 mod bad_input;
 mod brought;

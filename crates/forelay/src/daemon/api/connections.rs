@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
@@ -21,6 +21,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::api::ApiError;
+use crate::config::AccessRule;
+use crate::daemon::api::access::Caller;
 use crate::daemon::api::problems;
 
 /// Who may use the API: root and root's group.
@@ -124,7 +126,12 @@ pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
 }
 
 /// Serves the API for as long as this is polled.
-pub async fn serve(listener: UnixListener, router: Router, limits: ClientLimits) {
+pub async fn serve(
+    listener: UnixListener,
+    router: Router,
+    limits: ClientLimits,
+    access: Vec<AccessRule>,
+) {
     let router = router
         .layer(from_fn(move |request, next| {
             read_body(limits.body, request, next)
@@ -137,7 +144,11 @@ pub async fn serve(listener: UnixListener, router: Router, limits: ClientLimits)
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let router = router.clone();
+                let Ok(credentials) = stream.peer_cred() else {
+                    continue;
+                };
+                let caller = Caller::new(&credentials, &access);
+                let router = router.clone().layer(Extension(caller));
                 tokio::spawn(async move {
                     converse(stream, router, limits.header).await;
                     drop(turn);
@@ -201,7 +212,7 @@ mod tests {
         let router = Router::new()
             .route("/", get(async || "fine"))
             .route("/echo", post(async |body: String| body));
-        tokio::spawn(serve(listener, router, LIMITS));
+        tokio::spawn(serve(listener, router, LIMITS, Vec::new()));
         socket
     }
 
@@ -245,7 +256,7 @@ mod tests {
             .route("/long", post(std::future::pending::<()>))
             .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
             .route("/", get(async || "fine"));
-        tokio::spawn(serve(listen(&socket).unwrap(), router, LIMITS));
+        tokio::spawn(serve(listen(&socket).unwrap(), router, LIMITS, Vec::new()));
         let request = |words: &str| {
             format!("{words} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
         };

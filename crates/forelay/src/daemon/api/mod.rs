@@ -1,6 +1,8 @@
 //! What clients see: the HTTP routes and the views behind them.
 
+pub(super) mod access;
 pub(super) mod accounts;
+pub(super) mod audit;
 pub(super) mod connections;
 mod events;
 mod exec;

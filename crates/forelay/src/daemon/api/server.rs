@@ -18,7 +18,7 @@ use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::events::{self, Streams};
 use crate::daemon::api::problems::ProblemKind;
-use crate::daemon::api::{exec, metrics};
+use crate::daemon::api::{access, exec, metrics};
 use crate::daemon::error::HostError;
 
 /// How long a client waits for a VM's next state when too many wait.
@@ -61,6 +61,7 @@ pub fn router(host: Arc<Host>) -> Router {
         .merge(waiting)
         .layer(Extension(Streams::default()))
         .fallback(unknown)
+        .layer(from_fn_with_state(Arc::clone(&host), access::check))
         .with_state(host)
 }
 

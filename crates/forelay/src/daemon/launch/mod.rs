@@ -25,6 +25,7 @@
 pub(super) mod admit;
 pub(super) mod ahead;
 pub(super) mod compose;
+pub(super) mod confinement;
 pub(super) mod find;
 pub(super) mod kept;
 pub(super) mod maker;

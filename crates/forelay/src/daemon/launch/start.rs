@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use forelay_image::manifest::{Manifest, Scratch};
 use forelay_memory::command_hints::Hints;
+use forelay_memory::confine;
+use forelay_vm::confined;
 use forelay_vm::qemu::QemuDriver;
-use forelay_vm::{Boot, Forward, Upper, VmHandle, VmSpec, VmmDriver as _, Wrap};
+use forelay_vm::{Boot, Forward, Reach, Upper, VmHandle, VmSpec, VmmDriver as _, Wrap};
 use parking_lot::Mutex;
 
 use crate::daemon::error::HostError;
 use crate::daemon::launch::compose::MapImage;
+use crate::daemon::launch::confinement::Confiner;
 use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::Runtime;
 use crate::daemon::vm::directory::SCRATCH;
@@ -28,15 +31,17 @@ const FIRST_AUTO_PORT: u16 = 20_000;
 /// Starts VMMs.
 pub struct Starter {
     driver: Arc<QemuDriver>,
+    confiner: Confiner,
     pub ports: Ports,
     accelerator: Mutex<Option<String>>,
 }
 
 impl Starter {
     /// Starts them with `driver`.
-    pub fn new(driver: Arc<QemuDriver>) -> Self {
+    pub fn new(driver: Arc<QemuDriver>, confiner: Confiner) -> Self {
         Self {
             driver,
+            confiner,
             ports: Ports::default(),
             accelerator: Mutex::default(),
         }
@@ -64,7 +69,9 @@ impl Starter {
 
     /// Starts the VMM; returns when it runs, not when the guest does.
     pub async fn start(&self, spec: &VmSpec) -> Result<StartedVmm, HostError> {
-        let handle = self.driver.launch(spec).await.map_err(HostError::failed)?;
+        let spec = self.confiner.confine(spec)?;
+        let launching = self.driver.launch(&spec).await;
+        let handle = launching.map_err(HostError::failed)?;
         *self.accelerator.lock() = Some(handle.state().accelerator.clone());
         Ok(StartedVmm(Some(handle)))
     }
@@ -81,9 +88,27 @@ impl StartedVmm {
 
     /// Makes one that stands by the VMM of a launch.
     pub async fn launch_as(&mut self, spec: &VmSpec) -> Result<(), HostError> {
+        self.move_in(spec)?;
         let launched = self.handle().launch_as(spec).await;
         self.0 = Some(launched.map_err(HostError::failed)?);
         Ok(())
+    }
+
+    /// Shows a confined VMM the directory of the VM that it becomes.
+    fn move_in(&self, spec: &VmSpec) -> Result<(), HostError> {
+        let handle = self.handle();
+        let Some(user) = handle.state().user else {
+            return Ok(());
+        };
+        if spec.forwards.iter().any(|forward| forward.udp) && spec.reach != Reach::Host {
+            // They are let through a filter that was made before they were known.
+            let text = "it cannot be given UDP ports";
+            return Err(HostError::Failed(text.to_owned()));
+        }
+        confined::lend(spec, user).map_err(|(path, error)| {
+            HostError::Failed(format!("{} is not lent: {error}", path.display()))
+        })?;
+        confine::show(handle.pid(), &spec.runtime_dir).map_err(HostError::failed)
     }
 
     /// Lets it live.
@@ -178,8 +203,13 @@ pub fn spec(
     let uuid = map.map_or_else(|| "0".repeat(32), |map| map.uuid.to_string());
     let boot = Boot::Map { uuid };
     let mut spec = VmSpec::new(name, kernel.kernel, kernel.initrd, boot);
+    spec.trust_domain = order.domain.as_str().to_owned();
     spec.memory_mib = u32::try_from(settings.memory_mib).unwrap_or(u32::MAX);
     spec.cpus = settings.cpus;
+    spec.reach = match order.manifest.network.host_loopback {
+        true => Reach::Host,
+        false => Reach::Network,
+    };
     spec.console_log = runtime_dir.join("console.log");
     spec.runtime_dir = runtime_dir.to_owned();
     spec.upper = match settings.scratch {

@@ -26,6 +26,7 @@ use crate::daemon::memory::faults::Attribution;
 use crate::daemon::memory::origins::{self, Origins};
 use crate::daemon::memory::planner::PlannerSender;
 use crate::daemon::memory::sessions::Sessions;
+use crate::daemon::memory::users::DomainUsers;
 use crate::daemon::memory::waiting::{WaitLog, longest_waits};
 
 /// Shared memory of one trust domain.
@@ -152,6 +153,8 @@ fn answer(fault: Fault, bytes: &[u8]) {
 /// All trust domains of this daemon.
 pub struct Domains {
     mounts_dir: PathBuf,
+    /// Users of the domains' VMMs, where they have any.
+    users: Option<DomainUsers>,
     scheduler: Scheduler,
     planner: PlannerSender,
     sessions: Sessions,
@@ -165,6 +168,7 @@ impl Domains {
     /// No domain yet; mounts go below `mounts_dir`.
     pub fn new(
         mounts_dir: &Path,
+        users: Option<DomainUsers>,
         scheduler: Scheduler,
         planner: PlannerSender,
         sessions: Sessions,
@@ -174,6 +178,7 @@ impl Domains {
         let attribution = Arc::default();
         Self {
             mounts_dir,
+            users,
             scheduler,
             planner,
             sessions,
@@ -209,7 +214,7 @@ impl Domains {
         if let Some(memory) = table.get(domain) {
             return Ok(Arc::clone(memory));
         }
-        let mountpoint = self.mounts_dir.join(domain.as_str());
+        let mountpoint = self.mountpoint(domain);
         let session = self.sessions.open(domain.as_str(), &mountpoint)?;
         let handler = DomainFaults {
             domain: domain.clone(),
@@ -218,6 +223,7 @@ impl Domains {
             attribution: Arc::clone(&self.attribution),
         };
         let mut config = forelay_memory::Config::new(mountpoint, session);
+        config.gid = self.user_of(domain)?;
         config.domain = domain.as_str().to_owned();
         config.pinner = Some(Arc::clone(self.sessions.pinner()));
         let shared = SharedMemory::start(config, Arc::new(handler)).map_err(HostError::failed)?;
@@ -229,6 +235,17 @@ impl Domains {
         });
         table.insert(domain.clone(), Arc::clone(&memory));
         Ok(memory)
+    }
+
+    /// The user of a domain's VMMs; `None` if they are root's.
+    pub fn user_of(&self, domain: &Domain) -> Result<Option<u32>, HostError> {
+        let users = self.users.as_ref();
+        users.map(|users| users.of(domain)).transpose()
+    }
+
+    /// Where a domain is mounted.
+    pub fn mountpoint(&self, domain: &Domain) -> PathBuf {
+        self.mounts_dir.join(domain.as_str())
     }
 
     /// The domain of this name, if it is mounted.

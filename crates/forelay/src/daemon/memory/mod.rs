@@ -11,4 +11,5 @@ pub(super) mod prefetcher;
 pub(super) mod residency;
 pub(super) mod samples;
 pub(super) mod sessions;
+pub(super) mod users;
 pub(super) mod waiting;

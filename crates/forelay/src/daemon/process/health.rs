@@ -32,6 +32,8 @@ pub enum Dependency {
     Components,
     /// A mount is not served.
     Mounts,
+    /// VMMs are confined, but not in all that control groups could do.
+    ControlGroups,
 }
 
 impl Dependency {
@@ -46,6 +48,7 @@ impl Dependency {
             Self::Repository => "repository",
             Self::Components => "components",
             Self::Mounts => "mounts",
+            Self::ControlGroups => "control groups",
         }
     }
 }

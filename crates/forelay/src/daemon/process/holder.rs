@@ -157,6 +157,7 @@ mod tests {
             let dir = vms.path().join(name);
             std::fs::create_dir(&dir).unwrap();
             let state = VmState {
+                user: None,
                 name: name.to_owned(),
                 driver: "qemu".to_owned(),
                 process,

@@ -23,7 +23,7 @@ use forelay_vm::qemu::QemuDriver;
 use tokio::sync::mpsc;
 
 use super::health::{Dependency, Health};
-use crate::config::{Config, RepositoryConfig};
+use crate::config::{Config, RepositoryConfig, VmmConfig};
 use crate::daemon::forecast::clock::ForecastClock;
 use crate::daemon::forecast::last_launches::LastLaunches;
 use crate::daemon::forecast::learning::Learner;
@@ -34,7 +34,9 @@ use crate::daemon::memory::journal::{Journal, JournalWriter, Replayed};
 use crate::daemon::memory::planner::{PlannerHandle, PlannerParts, planner_channel};
 use crate::daemon::memory::samples::{Sampler, total_bytes};
 use crate::daemon::memory::sessions::Sessions;
+use crate::daemon::memory::users::DomainUsers;
 use crate::daemon::vm::registry::VmRegistry;
+use crate::daemon::vm::vmm_groups::VmmGroups;
 use crate::daemon::{Host, Parts};
 
 /// Share of the host's memory that an adaptive budget may take at most.
@@ -175,8 +177,26 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
     let store = store_or_makeshift(&config, &health).await?;
     let scheduler = store.scheduler().clone();
     let (sender, inbox) = planner_channel();
+    let users = config.vmm.confine.then(|| {
+        let VmmConfig {
+            first_user, users, ..
+        } = config.vmm;
+        DomainUsers::open(
+            &config.state_dir,
+            first_user..first_user.saturating_add(users),
+        )
+    });
+    let groups = config
+        .vmm
+        .confine
+        .then(|| VmmGroups::open(&config.runtime_dir));
+    let lacks = groups.as_ref().map(|groups| groups.lacks().join("; "));
+    if let Some(lacks) = lacks.filter(|lacks| !lacks.is_empty()) {
+        health.lack(Dependency::ControlGroups, lacks);
+    }
     let domains = Arc::new(Domains::new(
         &config.mounts_dir(),
+        users,
         scheduler.clone(),
         sender.clone(),
         Sessions::connect()?,
@@ -214,6 +234,7 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
     let registry = VmRegistry::new(health.events().clone());
     let host = Host::new(Parts {
         driver: Arc::new(driver(&config)),
+        groups: groups.map(Arc::new),
         preparations: Arc::new(preparations),
         config,
         health,

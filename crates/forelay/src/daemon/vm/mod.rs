@@ -9,3 +9,4 @@ pub(super) mod service;
 pub(super) mod supervise;
 pub(super) mod usage;
 pub(super) mod vmm_cgroup;
+pub(super) mod vmm_groups;

@@ -25,6 +25,7 @@ use crate::daemon::memory::faults::{Plan, Waits};
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::vm::instance::{GuestStage, Instance, VmData, VmEnd};
 use crate::daemon::vm::launch_figures::LaunchHistograms;
+use crate::daemon::vm::vmm_groups::VmmGroups;
 use crate::history::ProfileRef;
 
 /// Between scans while a launch is observed.
@@ -73,6 +74,8 @@ struct WatchedLaunch {
 
 /// Watches over VMs.
 pub struct Supervisor {
+    /// Of VMMs, where they are confined.
+    pub groups: Option<Arc<VmmGroups>>,
     pub store: Store,
     pub domains: Arc<Domains>,
     pub memory: Arc<PlannerHandle>,
@@ -396,6 +399,9 @@ impl Supervisor {
         self.note_stopped(instance).await;
         if let Ok(dir) = instance.dir() {
             dir.clear();
+        }
+        if let Some(groups) = &self.groups {
+            groups.sweep();
         }
         let failure = handle.progress().failure;
         let console = || handle.console_tail();
