@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs::Permissions;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -124,11 +124,7 @@ pub(crate) fn inherit_memory(spec: &mut VmSpec) {
 
 /// The descriptor of ours that a path names for a VMM that inherits it.
 fn inherited(path: &Path) -> Option<RawFd> {
-    path.strip_prefix(INHERITED)
-        .ok()?
-        .to_str()?
-        .parse()
-        .ok()
+    path.strip_prefix(INHERITED).ok()?.to_str()?.parse().ok()
 }
 
 /// Lets the VMM's user read what is made for it, and write what is its own: in the runtime
@@ -142,7 +138,10 @@ pub fn lend(spec: &VmSpec, user: u32) -> Result<(), (PathBuf, io::Error)> {
     };
     lent(&spec.runtime_dir, to_group(&spec.runtime_dir, 0o710))?;
     for device in &spec.pmem {
-        if device.path.starts_with(&spec.runtime_dir) {
+        let found = std::fs::metadata(&device.path);
+        let found = found.map_err(|error| (device.path.clone(), error))?;
+        // Files of the domain's mount are its group's already.
+        if found.gid() != user || found.mode() & 0o040 == 0 {
             lent(&device.path, to_group(&device.path, 0o640))?;
         }
     }

@@ -72,7 +72,9 @@ fn privileged_a_user_acts_for_its_owners_alone_and_what_it_does_is_written_down(
     let (_, said) = as_user(&["run", "--detach", "--name", "mine-2", &mine]);
     assert!(!said.contains("may not act"), "{said}");
     assert!(
-        host.run(["ps", "--all", "--json"]).stdout.contains("mine-2"),
+        host.run(["ps", "--all", "--json"])
+            .stdout
+            .contains("mine-2"),
         "asked for by its user"
     );
     let log = std::fs::read_to_string(host.dir().join("state/audit.log")).unwrap();
