@@ -553,6 +553,7 @@ async fn vms_are_stopped() {
     let spine = Spine::start().await;
     let registry = Arc::new(VmRegistry::default());
     let supervisor = Supervisor {
+        groups: None,
         store: spine.store.clone(),
         domains: Arc::clone(&spine.domains),
         memory: Arc::clone(&spine.memory),
