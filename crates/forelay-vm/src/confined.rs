@@ -127,23 +127,33 @@ fn inherited(path: &Path) -> Option<RawFd> {
     path.strip_prefix(INHERITED).ok()?.to_str()?.parse().ok()
 }
 
+fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    std::fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+fn to_group(path: &Path, group: u32, mode: u32) -> io::Result<()> {
+    std::os::unix::fs::lchown(path, None, Some(group))?;
+    set_mode(path, mode)
+}
+
+/// Lets the VMM's user read a file of a device. Those of the domain's mount are its group's
+/// already.
+pub(crate) fn lend_file(path: &Path, user: u32) -> io::Result<()> {
+    let found = std::fs::metadata(path)?;
+    if found.gid() == user && found.mode() & 0o040 != 0 {
+        return Ok(());
+    }
+    to_group(path, user, 0o640)
+}
+
 /// Lets the VMM's user read what is made for it, and write what is its own: in the runtime
 /// directory of this VM, which must be visible to it. What all VMs boot from is a component's, no
 /// secret, and is opened to all.
 pub fn lend(spec: &VmSpec, user: u32) -> Result<(), (PathBuf, io::Error)> {
     let lent = |path: &Path, done: io::Result<()>| done.map_err(|error| (path.to_owned(), error));
-    let set_mode = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode));
-    let to_group = |path: &Path, mode| {
-        std::os::unix::fs::lchown(path, None, Some(user)).and_then(|()| set_mode(path, mode))
-    };
-    lent(&spec.runtime_dir, to_group(&spec.runtime_dir, 0o710))?;
+    lent(&spec.runtime_dir, to_group(&spec.runtime_dir, user, 0o710))?;
     for device in &spec.pmem {
-        let found = std::fs::metadata(&device.path);
-        let found = found.map_err(|error| (device.path.clone(), error))?;
-        // Files of the domain's mount are its group's already.
-        if found.gid() != user || found.mode() & 0o040 == 0 {
-            lent(&device.path, to_group(&device.path, 0o640))?;
-        }
+        lent(&device.path, lend_file(&device.path, user))?;
     }
     let own = |path: &Path| {
         std::os::unix::fs::lchown(path, Some(user), Some(user)).and_then(|()| set_mode(path, 0o600))

@@ -13,7 +13,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::command_line::{self, FUNCTIONS, HotplugBus, PciPlace};
 use super::{Qmp, QmpError, migration};
-use crate::confined::Incoming;
+use crate::confined::{self, Incoming};
 use crate::driver::{AttachError, Detachment, VmControl};
 use crate::lifecycle::Cause;
 use crate::snapshot::SnapshotError;
@@ -271,6 +271,11 @@ impl VmControl for QemuControl {
             if earlier.into_iter().any(|known| known.id == device.id) {
                 let text = format!("the VM has a device {} already", device.id);
                 return Err(AttachError::Device(text));
+            }
+        }
+        if let Some(user) = state.user {
+            for device in devices {
+                confined::lend_file(&device.path, user).map_err(AttachError::State)?;
             }
         }
         let mut slots = state.hotplug_bus.slots().skip(state.launch_slots.into());
