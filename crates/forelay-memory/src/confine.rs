@@ -132,7 +132,7 @@ impl Confinement {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private).map_err(step("part with the host's mounts"))?;
         let given = self.copy_given(program)?;
-        let tree = Tree::new()?;
+        let tree = FileTree::new()?;
         for one in &given {
             tree.show(one)?;
         }
@@ -217,7 +217,7 @@ pub fn show(pid: u32, directory: &Path) -> Result<(), ConfineError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open("/", flags, Mode::empty());
         let root = root.map_err(step("open the VMM's file tree"))?;
-        Tree { root }.show(&given)
+        FileTree { root }.show(&given)
     };
     on_thread(showing)
 }
@@ -289,11 +289,11 @@ impl Given {
 }
 
 /// The tree while it is made.
-struct Tree {
+struct FileTree {
     root: OwnedFd,
 }
 
-impl Tree {
+impl FileTree {
     /// An empty one, mounted where it covers what the thread needs no more.
     fn new() -> Result<Self, ConfineError> {
         let make = || -> rustix::io::Result<OwnedFd> {

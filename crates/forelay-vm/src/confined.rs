@@ -27,7 +27,7 @@ const INHERITED: &str = "/proc/self/fd";
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Starts a VMM's command with what it needs, and with nothing else.
-pub type Spawn = dyn Fn(&mut Command, Needs) -> io::Result<Child> + Send + Sync;
+pub type Spawn = dyn Fn(&mut Command, VmmNeeds) -> io::Result<Child> + Send + Sync;
 
 /// How a VMM is confined.
 #[derive(Clone)]
@@ -55,7 +55,7 @@ impl fmt::Debug for Confined {
 
 /// What of the host a VMM needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
+pub struct VmmNeeds {
     /// Files that it reads.
     pub read: Vec<PathBuf>,
     /// Files that it opens for writing, and the runtime directory.
@@ -66,7 +66,7 @@ pub struct Needs {
     pub fds: Vec<RawFd>,
 }
 
-impl Needs {
+impl VmmNeeds {
     /// Those of a VM, its sockets aside.
     pub fn of(spec: &VmSpec, accelerator: Accelerator) -> Self {
         let mut needs = Self {

@@ -33,7 +33,7 @@ pub mod state;
 pub mod stray;
 
 pub use accelerator::{Accelerator, Probe, probe_accelerator};
-pub use confined::{Confined, Needs};
+pub use confined::{Confined, VmmNeeds};
 pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver};
 pub use exec::{ExecEvent, Execution};
 pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};

@@ -246,7 +246,7 @@ pub enum Reach {
     /// What the host can, its own loopback included: the gateway's address leads there.
     Host,
     /// What the host can, but not the host's loopback. The VMM lets a guest connect to anything:
-    /// whoever confines it sees to that.
+    /// the one who confines it sees to that.
     Network,
     /// Nothing; ports of the host still lead into the guest.
     Nothing,

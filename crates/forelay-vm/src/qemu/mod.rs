@@ -26,7 +26,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 
 use crate::accelerator::{Accelerator, Probe, in_path, probe_accelerator};
-use crate::confined::{self, Incoming, Needs, Sockets};
+use crate::confined::{self, Incoming, Sockets, VmmNeeds};
 use crate::driver::{LaunchError, ReattachError, VmmDriver};
 use crate::handle::{Parts, VmHandle, file_tail};
 use crate::lifecycle::{Cause, Ended};
@@ -186,7 +186,7 @@ impl QemuDriver {
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         let child = match (&spec.confined, &sockets) {
             (Some(confined), Some(sockets)) => {
-                let mut needs = Needs::of(&spec, prepared.probe.accelerator);
+                let mut needs = VmmNeeds::of(&spec, prepared.probe.accelerator);
                 needs.fds.extend(sockets.inherited());
                 (confined.spawn)(&mut command, needs)
             }

@@ -345,7 +345,7 @@ fn confinement(vmm: &VmmConfig) -> Finding {
     if !vmm.confine {
         return Finding::reduced(
             what,
-            "off: every VMM is the host's root, and so is whoever breaks out of a VM",
+            "off: every VMM is the host's root, and so is what breaks out of a VM",
             "vmm.confine = true in the configuration",
         );
     }

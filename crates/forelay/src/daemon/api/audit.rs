@@ -37,7 +37,7 @@ pub struct Deed {
 }
 
 #[derive(Serialize)]
-struct Entry<'a> {
+struct AuditLine<'a> {
     at_ms: i64,
     #[serde(flatten)]
     deed: &'a Deed,
@@ -71,7 +71,7 @@ impl Audit {
     }
 
     fn write(&self, deed: &Deed) -> io::Result<()> {
-        let entry = Entry {
+        let entry = AuditLine {
             at_ms: now_ms(),
             deed,
         };

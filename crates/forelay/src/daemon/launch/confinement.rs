@@ -2,7 +2,7 @@
 //! boots from, and QEMU's own files.
 //!
 //! Refuses to know how that is enforced (`forelay_memory::confine`) and what a VM needs
-//! ([`forelay_vm::Needs`]); here the two meet.
+//! ([`forelay_vm::VmmNeeds`]); here the two meet.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,11 +12,11 @@ use std::sync::Arc;
 use forelay_cache::Domain;
 use forelay_memory::confine::Confinement;
 use forelay_memory::connect_filter::ConnectFilter;
-use forelay_vm::{Confined, Needs, Reach, VmSpec};
+use forelay_vm::{Confined, Reach, VmSpec, VmmNeeds};
 
 use crate::daemon::error::HostError;
 use crate::daemon::memory::domains::Domains;
-use crate::daemon::vm::vmm_groups::{Limits, VmmGroups, loopback_resolvers};
+use crate::daemon::vm::vmm_groups::{GroupLimits, VmmGroups, loopback_resolvers};
 
 /// Confines VMMs to their trust domains.
 pub struct Confiner {
@@ -42,8 +42,8 @@ impl Confiner {
         let limits = limits(&spec);
         // Of all its components: more may be attached later.
         let mount = self.domains.mountpoint(&domain);
-        let spawn = move |command: &mut Command, needs: Needs| {
-            let Needs {
+        let spawn = move |command: &mut Command, needs: VmmNeeds| {
+            let VmmNeeds {
                 mut read,
                 write,
                 devices,
@@ -71,7 +71,7 @@ impl Confiner {
 }
 
 /// What a VMM may take of the host, and where it may connect to.
-fn limits(spec: &VmSpec) -> Limits {
+fn limits(spec: &VmSpec) -> GroupLimits {
     let files: u64 = spec.pmem.iter().map(|device| device.bytes).sum();
     let udp = spec.forwards.iter().filter(|forward| forward.udp);
     let filter = ConnectFilter {
@@ -81,7 +81,7 @@ fn limits(spec: &VmSpec) -> Limits {
     let mut parts = spec.runtime_dir.iter().rev().take(2);
     let (name, kind) = (parts.next(), parts.next());
     let part = |part: Option<&OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
-    Limits {
+    GroupLimits {
         // VMs and makers may be called the same.
         name: format!("{}-{}", part(kind), part(name)),
         memory_bytes: (u64::from(spec.memory_mib) << 20) + files,

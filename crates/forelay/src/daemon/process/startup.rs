@@ -177,23 +177,7 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
     let store = store_or_makeshift(&config, &health).await?;
     let scheduler = store.scheduler().clone();
     let (sender, inbox) = planner_channel();
-    let users = config.vmm.confine.then(|| {
-        let VmmConfig {
-            first_user, users, ..
-        } = config.vmm;
-        DomainUsers::open(
-            &config.state_dir,
-            first_user..first_user.saturating_add(users),
-        )
-    });
-    let groups = config
-        .vmm
-        .confine
-        .then(|| VmmGroups::open(&config.runtime_dir));
-    let lacks = groups.as_ref().map(|groups| groups.lacks().join("; "));
-    if let Some(lacks) = lacks.filter(|lacks| !lacks.is_empty()) {
-        health.lack(Dependency::ControlGroups, lacks);
-    }
+    let (users, groups) = confinement(&config, &health).unzip();
     let domains = Arc::new(Domains::new(
         &config.mounts_dir(),
         users,
@@ -250,6 +234,26 @@ pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Rep
         learning_tasks: Arc::default(),
     });
     Ok((Arc::new(host), journalled))
+}
+
+/// Users and groups of VMMs, where they are confined.
+fn confinement(config: &Config, health: &Health) -> Option<(DomainUsers, VmmGroups)> {
+    let VmmConfig {
+        confine,
+        first_user,
+        users,
+        ..
+    } = config.vmm;
+    if !confine {
+        return None;
+    }
+    let range = first_user..first_user.saturating_add(users);
+    let users = DomainUsers::open(&config.state_dir, range);
+    let groups = VmmGroups::open(&config.runtime_dir);
+    if !groups.lacks().is_empty() {
+        health.lack(Dependency::ControlGroups, groups.lacks().join("; "));
+    }
+    Some((users, groups))
 }
 
 fn driver(config: &Config) -> QemuDriver {

@@ -50,7 +50,7 @@ pub struct VmmGroups {
 
 /// What a VM may take, and where it may connect to.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct GroupLimits {
     /// Name for its group.
     pub name: String,
     /// Memory of the guest and all that it maps.
@@ -143,7 +143,7 @@ impl VmmGroups {
     /// Makes the groups of a VM and has `start` put its VMM into them by their `cgroup.procs`.
     pub fn fill<T>(
         &self,
-        limits: &Limits,
+        limits: &GroupLimits,
         start: impl FnOnce(Vec<PathBuf>) -> io::Result<T>,
     ) -> io::Result<T> {
         let _kept = self.being_filled.read();
@@ -224,7 +224,7 @@ impl Hierarchy {
     }
 
     /// The group of a VM, with its limits.
-    fn make(&self, limits: &Limits) -> io::Result<PathBuf> {
+    fn make(&self, limits: &GroupLimits) -> io::Result<PathBuf> {
         let dir = self.dir.join(&limits.name);
         // One that a VM of the same name left may have other limits, and a filter.
         let _ = std::fs::remove_dir(&dir);
@@ -288,7 +288,7 @@ print join(' ', tcp('127.0.0.1'), tcp('0.0.0.0'), udp('127.0.0.1'), udp('127.9.9
             &port(udp.local_addr()),
         ]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let limits = Limits {
+        let limits = GroupLimits {
             name: "vms-test".to_owned(),
             memory_bytes: 64 << 20,
             cpus: 1,
