@@ -104,7 +104,7 @@ impl Host {
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\
              bandwidth_bytes_per_s = {}\n\n[memory]\nbudget_bytes = {}\n\n\
-             [forecast]\nprefetch = {}\nahead = {}\n\n[snapshots]\nmake = false\n",
+             [forecast]\nprefetch = {}\nahead = {}\n\n[snapshots]\nmake = false\ncpu_stall = 100.0\n",
             settings.state,
             scratch.join("run"),
             settings.repository,

@@ -74,6 +74,11 @@ pub enum GuestCommand {
     Traffic,
     /// Makes a held guest a machine of its own and lets it go on.
     Resume(Resume),
+    /// Sets the wall clock; has no reply.
+    Clock {
+        /// What it shows, in microseconds since the epoch.
+        unix_time_us: u64,
+    },
     /// Flushes and powers off.
     Poweroff,
 }

@@ -146,6 +146,9 @@ impl Resume {
 pub struct Resumed {
     /// What of its own identity it could not be given, hooks that failed among it.
     pub failures: Vec<String>,
+    /// What its clock shows when it says so, in microseconds since the epoch; 0 from agents that do
+    /// not say. What it was told is older: the first message takes a clone's guest a while.
+    pub unix_time_us: u64,
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
 use crate::boot::{console, context};
 use crate::exec::{self, Execs, Port};
 use crate::graft::Grafts;
+use crate::identity::RootFiles;
 use crate::process::{self, Reaper};
 use crate::{devices, freezer, hold, identity, ready, sys};
 
@@ -63,6 +64,8 @@ struct Agent {
     port: OnceLock<Arc<Port>>,
     entrypoint: OnceLock<i32>,
     outgoing: SyncSender<Outgoing>,
+    /// What a held VM is told, with the request's id.
+    resumes: SyncSender<(u64, Resume)>,
     running: AtomicUsize,
 }
 
@@ -76,8 +79,8 @@ pub struct Start {
     pub is_init: bool,
     /// The guest channel, if it was opened before.
     pub port: Option<File>,
-    /// The VM is held for a snapshot when it is ready.
-    pub is_held: bool,
+    /// Where the VM is held for a snapshot: before its entrypoint is started, or when it is ready.
+    pub hold: Option<Tier>,
 }
 
 /// Runs the agent for ever.
@@ -87,13 +90,14 @@ pub fn run<T>(start: Start) -> io::Result<T> {
         mounted,
         is_init,
         port,
-        is_held,
+        hold,
     } = start;
-    if is_held {
+    if hold == Some(Tier::Ready) {
         freezer::separate()?;
     }
     let reaper = Reaper::start()?;
     let (outgoing, queue) = mpsc::sync_channel(QUEUE_MESSAGES);
+    let (resumes, resumed) = mpsc::sync_channel(1);
     let status = Status {
         protocol: PROTOCOL_VERSION,
         mounted: mounted.clone(),
@@ -109,20 +113,30 @@ pub fn run<T>(start: Start) -> io::Result<T> {
         port: OnceLock::new(),
         entrypoint: OnceLock::new(),
         outgoing,
+        resumes,
         running: AtomicUsize::new(0),
     });
     agent.note_step(|steps| &mut steps.agent_us);
-    agent.send(GuestMessage::Mounted(mounted));
+    let held = (hold == Some(Tier::Composed)).then(|| agent.prepare_hold(Tier::Composed));
+    if held.is_none() {
+        agent.send(GuestMessage::Mounted(mounted));
+    }
     let for_channel = Arc::clone(&agent);
     thread("channel", move || channel(&for_channel, port, queue))?;
+    if let Some(files) = held {
+        agent.wait_resumed(&files, &resumed);
+    }
     let started = agent.start_entrypoint();
     agent.note_step(|steps| &mut steps.entrypoint_us);
     agent.start_console()?;
     match started.and_then(|()| agent.wait_ready()) {
         Ok(()) => {
             agent.tell_ready();
-            if is_held {
-                agent.hold();
+            if hold == Some(Tier::Ready) {
+                agent.stop_image();
+                let files = agent.prepare_hold(Tier::Ready);
+                agent.wait_resumed(&files, &resumed);
+                agent.ready_again();
             }
         }
         Err(text) => {
@@ -178,7 +192,7 @@ pub fn run_from_environment() -> io::Result<Infallible> {
         mounted,
         is_init: false,
         port,
-        is_held: false,
+        hold: None,
     })
 }
 
@@ -295,6 +309,24 @@ impl Agent {
                 GuestCommand::Credit { stdout, stderr } => self.execs.credit(id, stdout, stderr),
                 GuestCommand::End => self.execs.end(id),
                 GuestCommand::EndAll => self.execs.end_all(),
+                GuestCommand::Clock { unix_time_us } => {
+                    if let Err(error) = sys::set_clock(unix_time_us) {
+                        console(&format!("clock: {error}"));
+                    }
+                }
+                GuestCommand::Resume(resume) => {
+                    // Who waits for it takes the first one.
+                    if !self.is_held() || self.resumes.try_send((id, resume)).is_err() {
+                        let text = "this VM is not held for a snapshot";
+                        let result = refuse(ErrorKind::BadRequest, text);
+                        self.send(GuestMessage::Reply { id, result });
+                    }
+                }
+                // In a clone a thread more takes longer than all else that it does.
+                GuestCommand::Status if self.is_held() => {
+                    let result = Reply::Status(self.status().clone());
+                    self.send(GuestMessage::Reply { id, result });
+                }
                 command => self.start_request(id, command),
             },
             Err(text) => {
@@ -332,18 +364,9 @@ impl Agent {
         }
         let agent = Arc::clone(self);
         let started = thread("request", move || {
-            let reply = match command {
-                GuestCommand::Resume(resume) => match agent.resume(id, &resume) {
-                    Ok(()) => None,
-                    Err(text) => Some(refuse(ErrorKind::BadRequest, text)),
-                },
-                command => Some(agent.perform(id, command)),
-            };
+            let reply = agent.perform(id, command);
             agent.running.fetch_sub(1, Ordering::SeqCst);
-            match reply {
-                Some(reply) => agent.reply(id, reply),
-                None => agent.ready_again(),
-            }
+            agent.reply(id, reply);
         });
         if let Err(error) = started {
             self.running.fetch_sub(1, Ordering::SeqCst);
@@ -366,8 +389,8 @@ impl Agent {
         self.send(GuestMessage::Ready { uptime_ms, steps });
     }
 
-    /// Stops what the image runs and waits for the host to save this VM.
-    fn hold(&self) {
+    /// Stops what the image runs.
+    fn stop_image(&self) {
         std::thread::sleep(SETTLE);
         self.execs.end_all();
         if let Err(error) = freezer::freeze() {
@@ -375,17 +398,32 @@ impl Agent {
             self.send(GuestMessage::Failed { text });
             self.power_off();
         }
+    }
+
+    /// Makes all ready for the host to save this VM, and says so; what its clones will change.
+    fn prepare_hold(&self, tier: Tier) -> RootFiles {
+        let files = RootFiles::find(tier, &self.config.keeps);
         hold::prepare();
-        self.status().held = Some(Tier::Ready);
-        self.send(GuestMessage::Held { tier: Tier::Ready });
+        self.status().held = Some(tier);
+        self.send(GuestMessage::Held { tier });
+        files
+    }
+
+    /// Waits until this is a clone that was told who it is. (On this thread: in a clone that was
+    /// just restored, to make another one takes longer than what is to be done.)
+    fn wait_resumed(&self, files: &RootFiles, resumed: &Receiver<(u64, Resume)>) {
+        // The sender lives in this agent.
+        while let Ok((id, resume)) = resumed.recv() {
+            match self.resume(id, &resume, files) {
+                Ok(()) => return,
+                Err(text) => self.reply(id, refuse(ErrorKind::BadRequest, text)),
+            }
+        }
     }
 
     /// Makes this clone a machine of its own and lets its processes go on.
-    fn resume(&self, id: u64, resume: &Resume) -> Result<(), String> {
+    fn resume(&self, id: u64, resume: &Resume, files: &RootFiles) -> Result<(), String> {
         resume.validate()?;
-        if !self.is_held() {
-            return Err("this VM is not held for a snapshot".to_owned());
-        }
         sys::count_uptime_from_now();
         let mut failures = Vec::new();
         let failed = |error: io::Error| format!("this clone must not run on: {error}");
@@ -396,8 +434,7 @@ impl Agent {
                 status if status.success() => Ok(()),
                 status => Err(identity::ended(status.code())),
             };
-        let at = (Tier::Ready, &self.config.keeps[..]);
-        identity::files(resume, at, &run, &mut failures);
+        files.set(resume, &run, &mut failures);
         freezer::thaw().map_err(failed)?;
         let mounted = {
             let mut status = self.status();
@@ -411,7 +448,12 @@ impl Agent {
             };
             status.mounted.clone()
         };
-        self.reply(id, Reply::Resumed(Resumed { failures }));
+        let unix_time_us = sys::clock_us();
+        let resumed = Resumed {
+            failures,
+            unix_time_us,
+        };
+        self.reply(id, Reply::Resumed(resumed));
         self.send(GuestMessage::Mounted(mounted));
         Ok(())
     }
@@ -449,6 +491,7 @@ impl Agent {
                 self.power_off()
             }
             GuestCommand::Resume(_)
+            | GuestCommand::Clock { .. }
             | GuestCommand::Start(_)
             | GuestCommand::Credit { .. }
             | GuestCommand::End

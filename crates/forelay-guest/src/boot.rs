@@ -97,7 +97,8 @@ fn boot() -> io::Result<Never> {
     root::overlay(&parameters, &config, &lower, &mounted)?;
     root::switch(&mounted)?;
     prepare_root(&config);
-    if tier == Some(Tier::Composed) && !has_scratch {
+    let is_init = matches!(config.run, Run::Init { .. });
+    if tier == Some(Tier::Composed) && !has_scratch && is_init {
         clone = Some(Clone::begin(Tier::Composed, &mut steps)?);
     }
     if let Err(error) = sys::limit_open_files(OPEN_FILES_SOFT, OPEN_FILES_HARD) {
@@ -122,8 +123,8 @@ fn boot() -> io::Result<Never> {
             config,
             mounted,
             is_init: true,
+            hold: tier.filter(|_| port.is_none()),
             port,
-            is_held: tier == Some(Tier::Ready),
         }),
     }
 }
@@ -171,8 +172,8 @@ impl Clone {
     fn finish(mut self, keeps: &[String]) -> io::Result<(fs::File, Vec<String>)> {
         // The placeholder's, which `prepare_root` has set.
         sys::set_hostname(&self.held.resume.hostname)?;
-        let at = (self.tier, keeps);
-        identity::files(&self.held.resume, at, &run_alone, &mut self.failures);
+        let files = identity::RootFiles::find(self.tier, keeps);
+        files.set(&self.held.resume, &run_alone, &mut self.failures);
         let untold = match self.tier {
             Tier::Kernel => self.failures,
             Tier::Composed | Tier::Ready => {

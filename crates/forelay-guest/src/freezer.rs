@@ -4,8 +4,9 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::boot::context;
@@ -15,6 +16,9 @@ const ROOT: &str = "/sys/fs/cgroup";
 const IMAGE: &str = "/sys/fs/cgroup/image";
 /// How long processes may take to stand still: one waits for a disk at the longest.
 const FREEZE: Duration = Duration::from_secs(10);
+
+/// What the groups that stand still are let go by.
+static FROZEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 /// What processes write themselves into.
 static PROCESSES: OnceLock<File> = OnceLock::new();
@@ -37,7 +41,20 @@ pub fn processes() -> Option<RawFd> {
 /// has made stand beside its own.
 pub fn freeze() -> io::Result<()> {
     let groups = groups()?;
-    set(&groups, "1")?;
+    let mut frozen = Vec::new();
+    for group in &groups {
+        let file = group.join("cgroup.freeze");
+        match File::options().write(true).open(&file) {
+            Ok(switch) => {
+                set(&switch, "1").map_err(context(file.display()))?;
+                frozen.push(switch);
+            }
+            // It was removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(context(file.display())(error)),
+        }
+    }
+    *FROZEN.lock().unwrap_or_else(PoisonError::into_inner) = frozen;
     let is_frozen = |group: &PathBuf| {
         fs::read_to_string(group.join("cgroup.events"))
             .is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
@@ -49,7 +66,8 @@ pub fn freeze() -> io::Result<()> {
 
 /// Lets them go on.
 pub fn thaw() -> io::Result<()> {
-    set(&groups()?, "0")
+    let frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
+    frozen.iter().try_for_each(|switch| set(switch, "0"))
 }
 
 fn groups() -> io::Result<Vec<PathBuf>> {
@@ -63,14 +81,10 @@ fn groups() -> io::Result<Vec<PathBuf>> {
     Ok(groups)
 }
 
-fn set(groups: &[PathBuf], value: &str) -> io::Result<()> {
-    for group in groups {
-        let file = group.join("cgroup.freeze");
-        match fs::write(&file, value) {
-            // It was removed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            written => written.map_err(context(file.display()))?,
-        }
+fn set(switch: &File, value: &str) -> io::Result<()> {
+    match switch.write_all_at(value.as_bytes(), 0) {
+        // Its group was removed meanwhile.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        written => written,
     }
-    Ok(())
 }

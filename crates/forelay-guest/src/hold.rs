@@ -1,7 +1,7 @@
 //! A boot that is held for a snapshot, and goes on when the host says so.
 //!
-//! PID 1 holds it before the agent runs (tiers `kernel` and `composed`); at tier `ready` the
-//! agent does so itself. A held guest answers that it is held and refuses the rest. What
+//! PID 1 holds it before the agent runs at tier `kernel`, and for an init of the image; the
+//! agent does so itself where it stays. A held guest answers that it is held and refuses the rest. What
 //! is saved here is restored any number of times: nothing that must differ between clones
 //! may be made before a hold.
 
@@ -91,7 +91,10 @@ impl HeldBoot {
 
     /// Tells the host that the clone is a machine of its own.
     pub fn resumed(&mut self, failures: Vec<String>) -> io::Result<()> {
-        let result = Reply::Resumed(Resumed { failures });
+        let result = Reply::Resumed(Resumed {
+            failures,
+            unix_time_us: sys::clock_us(),
+        });
         let reply = GuestMessage::Reply {
             id: self.id,
             result,
@@ -133,7 +136,10 @@ fn answer(tier: Tier, command: GuestCommand) -> HeldAnswer {
             held: Some(tier),
             ..Status::default()
         })),
-        GuestCommand::Credit { .. } | GuestCommand::End | GuestCommand::EndAll => HeldAnswer::None,
+        GuestCommand::Credit { .. }
+        | GuestCommand::End
+        | GuestCommand::EndAll
+        | GuestCommand::Clock { .. } => HeldAnswer::None,
         _ => refuse(ErrorKind::Busy, HELD.to_owned()),
     }
 }

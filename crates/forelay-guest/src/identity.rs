@@ -1,12 +1,13 @@
 //! What makes a clone a machine of its own: applied before anything of the image runs on.
 //!
 //! Two halves: what the kernel knows ([`kernel`]), which a clone without a root has too, and
-//! what lies in files ([`files`]). What cannot be done is said and holds nothing up, except
+//! what lies in files ([`RootFiles`]). What cannot be done is said and holds nothing up, except
 //! entropy: clones that draw the same random numbers must not run.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use crate::{pmem_state, process, sys};
 
 /// Host name of the maker, where an image was composed before its VM had a name.
 const PLACEHOLDER: &str = "forelay";
+const HOSTS: &str = "/etc/hosts";
 /// Programs that an image wants run in a clone, in the order of their names.
 const HOOKS: &str = "/etc/forelay/resume.d";
 /// How long one of them may take, and all that a clone runs of its image.
@@ -42,71 +44,123 @@ pub fn kernel(resume: &Resume, failures: &mut Vec<String>) -> io::Result<()> {
     note("clock", sys::set_clock(resume.unix_time_us));
     note("host name", sys::set_hostname(&resume.hostname));
     if let Some(mac) = resume.mac_address() {
-        note("MAC address", sys::set_mac("eth0", mac));
+        let set = UnixDatagram::unbound().and_then(|any| sys::set_mac(&any, "eth0", mac));
+        note("MAC address", set);
     }
     note("pmem devices", pmem_state::set_again());
     Ok(())
 }
 
-/// Gives the root's files what is the clone's, `keeps` aside, and runs the image's hooks.
-pub fn files(
-    resume: &Resume,
-    (tier, keeps): (Tier, &[String]),
-    run: Run<'_>,
-    failures: &mut Vec<String>,
-) {
-    let mut note = |what: &str, done: io::Result<()>| {
-        failures.extend(done.err().map(|error| format!("{what}: {error}")));
-    };
-    let Resume {
-        hostname,
-        machine_id,
-        ..
-    } = resume;
-    note(
-        "/etc/hostname",
-        replace("/etc/hostname", &format!("{hostname}\n"), 0o644),
-    );
-    note("/etc/hosts", rename_in_hosts(hostname));
-    let keeps = |path: &str| keeps.iter().any(|kept| kept == path);
-    let id = format!("{machine_id}\n");
-    let [main, dbus] = MACHINE_IDS;
-    let has_dbus = fs::symlink_metadata(dbus).is_ok_and(|found| found.is_file());
-    for (path, mode, is_made) in [(main, 0o444, true), (dbus, 0o644, has_dbus)] {
-        if is_made && !keeps(path) {
-            note(path, replace(path, &id, mode));
+/// What of the root a clone changes, found before it was saved: under emulation a kernel
+/// takes long for what it does for the first time.
+pub struct RootFiles {
+    hostname: EditableFile,
+    machine_ids: Vec<EditableFile>,
+    /// With what it says of the maker.
+    hosts: Option<(EditableFile, String)>,
+    host_keys: Vec<PathBuf>,
+    hooks: Vec<PathBuf>,
+}
+
+/// A file, or its path and why it cannot be written.
+type EditableFile = Result<OwnFile, (String, String)>;
+
+impl RootFiles {
+    /// Those of the root as it is now, `keeps` aside. Files that are part of the image are the
+    /// VM's own then.
+    pub fn find(tier: Tier, keeps: &[String]) -> Self {
+        let keeps = |path: &str| keeps.iter().any(|kept| kept == path);
+        let [main, dbus] = MACHINE_IDS;
+        let has_dbus = fs::symlink_metadata(dbus).is_ok_and(|found| found.is_file());
+        let machine_ids = [(main, 0o444, true), (dbus, 0o644, has_dbus)].into_iter();
+        let machine_ids = machine_ids.filter(|(path, _, is_made)| *is_made && !keeps(path));
+        let hosts = fs::read_to_string(HOSTS).ok();
+        let hosts = hosts.filter(|hosts| with_name(hosts, "").is_some());
+        Self {
+            hostname: OwnFile::make("/etc/hostname", 0o644),
+            machine_ids: machine_ids
+                .map(|(path, mode, _)| OwnFile::make(path, mode))
+                .collect(),
+            hosts: hosts.map(|text| (OwnFile::make(HOSTS, 0o644), text)),
+            host_keys: host_keys(tier, keeps),
+            hooks: hooks(),
         }
     }
-    let deadline = Instant::now() + LIMIT;
-    let within = |command: &mut Command| {
-        let left = deadline.saturating_duration_since(Instant::now());
-        run(command, left.min(HOOK_LIMIT))
-    };
-    for key in host_keys(tier, keeps) {
-        note(&key.display().to_string(), make_host_key(&key, &within));
+
+    /// Gives them what is the clone's, and runs the image's hooks.
+    pub fn set(&self, resume: &Resume, run: Run<'_>, failures: &mut Vec<String>) {
+        let mut note = |what: &str, done: io::Result<()>| {
+            failures.extend(done.err().map(|error| format!("{what}: {error}")));
+        };
+        let Resume {
+            hostname,
+            machine_id,
+            ..
+        } = resume;
+        let (name, id) = (format!("{hostname}\n"), format!("{machine_id}\n"));
+        let hosts = self.hosts.as_ref().and_then(|(file, before)| {
+            let text = with_name(before, hostname)?;
+            Some((file, text))
+        });
+        let ids = self.machine_ids.iter().map(|file| (file, id.clone()));
+        let texts = std::iter::once((&self.hostname, name)).chain(hosts);
+        for (file, text) in texts.chain(ids) {
+            match file {
+                Ok(file) => note(&file.path, file.set(&text)),
+                Err((path, why)) => note(path, Err(io::Error::other(why.clone()))),
+            }
+        }
+        let deadline = Instant::now() + LIMIT;
+        let within = |command: &mut Command| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            run(command, left.min(HOOK_LIMIT))
+        };
+        for key in &self.host_keys {
+            note(&key.display().to_string(), make_host_key(key, &within));
+        }
+        for hook in &self.hooks {
+            note(&hook.display().to_string(), within(&mut command(hook)));
+        }
+        failures.truncate(MAX_FAILURES);
     }
-    for hook in hooks() {
-        note(&hook.display().to_string(), within(&mut command(&hook)));
-    }
-    failures.truncate(MAX_FAILURES);
 }
 
-/// A file with this content and mode; what was there is replaced, not followed.
-fn replace(path: &str, text: &str, mode: u32) -> io::Result<()> {
-    let new = format!("{path}.forelay-new");
-    fs::write(&new, text)?;
-    fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
-    fs::rename(&new, path)
+/// A file of the VM's own, open to be written.
+struct OwnFile {
+    path: String,
+    file: File,
+    bytes: u64,
 }
 
-fn rename_in_hosts(hostname: &str) -> io::Result<()> {
-    match fs::read_to_string("/etc/hosts") {
-        Ok(hosts) => match with_name(&hosts, hostname) {
-            Some(hosts) => replace("/etc/hosts", &hosts, 0o644),
-            None => Ok(()),
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
+impl OwnFile {
+    /// With the content that it has; what was there is replaced, not followed.
+    fn make(path: &str, mode: u32) -> EditableFile {
+        let make = || -> io::Result<Self> {
+            let content = match fs::read(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                content => content.unwrap_or_default(),
+            };
+            let new = format!("{path}.forelay-new");
+            let mut file = File::create(&new)?;
+            file.write_all(&content)?;
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            fs::rename(&new, path)?;
+            Ok(Self {
+                path: path.to_owned(),
+                file,
+                bytes: content.len() as u64,
+            })
+        };
+        make().map_err(|error| (path.to_owned(), error.to_string()))
+    }
+
+    fn set(&self, text: &str) -> io::Result<()> {
+        self.file.write_all_at(text.as_bytes(), 0)?;
+        let bytes = text.len() as u64;
+        match bytes < self.bytes {
+            true => self.file.set_len(bytes),
+            false => Ok(()),
+        }
     }
 }
 

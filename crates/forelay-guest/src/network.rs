@@ -23,6 +23,11 @@ pub fn configure(network: Option<&Network>) -> io::Result<()> {
         Path::new("/sys/class/net/eth0").exists().then_some(())
     })
     .ok_or_else(|| io::Error::other("no eth0 appeared"))?;
+    // Nobody answers to these here: a router is asked for again and again, also by each clone.
+    for setting in ["router_solicitations", "dad_transmits"] {
+        // A kernel without this protocol has no such setting.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/eth0/{setting}"), "0");
+    }
     sys::configure_interface("eth0", Some((network.address, network.prefix)))
         .map_err(context("eth0"))?;
     sys::default_route(network.gateway).map_err(context("default route"))?;

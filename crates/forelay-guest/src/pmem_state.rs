@@ -63,7 +63,8 @@ static NOTED: Mutex<Vec<Registers>> = Mutex::new(Vec::new());
 /// What is set again.
 struct Registers {
     path: PathBuf,
-    space: [u8; pci::BYTES],
+    /// Open, so that a clone need not look for it.
+    device: PciDevice,
     features: [[u8; 4]; 2],
     queue_size: [u8; 2],
     rings: [[u8; 4]; 6],
@@ -114,21 +115,22 @@ impl Registers {
             queue_size: device.read(register::QUEUE_SIZE)?,
             rings,
             status: device.status()?,
-            space: device.space,
+            device,
         })
     }
 
     fn set_again(&self) -> io::Result<()> {
-        let device = PciDevice::open(&self.path)?;
+        let device = &self.device;
+        device.open_window()?;
         // Otherwise the VMM has restored it, or nothing drove it.
         if device.status()? != 0 || self.status & RUNNING == 0 {
             return Ok(());
         }
         for place in (pci::FIRST_BAR..pci::BARS_END).step_by(4) {
-            device.put(place, &self.space[place..place + 4])?;
+            device.put(place, &device.space[place..place + 4])?;
         }
-        device.put(pci::INTERRUPT_LINE, &[self.space[pci::INTERRUPT_LINE]])?;
-        let command = &self.space[pci::COMMAND..pci::COMMAND + 2];
+        device.put(pci::INTERRUPT_LINE, &[device.space[pci::INTERRUPT_LINE]])?;
+        let command = &device.space[pci::COMMAND..pci::COMMAND + 2];
         device.put(pci::COMMAND, command)?;
         device.write(register::STATUS, [DRIVEN])?;
         for (select, features) in (0_u32..).zip(self.features) {
@@ -158,7 +160,8 @@ struct PciDevice {
     file: File,
     space: [u8; pci::BYTES],
     window: usize,
-    /// Where its common registers begin.
+    /// Which of its regions has the common registers, and where they begin.
+    bar: u8,
     common: u32,
 }
 
@@ -172,16 +175,22 @@ impl PciDevice {
         };
         let (common, window) = (find(capability::COMMON)?, find(capability::WINDOW)?);
         let offset = common + capability::OFFSET;
-        let bar = [space[common + capability::BAR]];
+        let bar = space[common + capability::BAR];
         let common = u32::from_le_bytes(std::array::from_fn(|byte| space[offset + byte]));
         let device = Self {
             file,
             space,
             window,
+            bar,
             common,
         };
-        device.put(window + capability::BAR, &bar)?;
+        device.open_window()?;
         Ok(device)
+    }
+
+    /// Has the window show the registers: a device forgets that in a clone.
+    fn open_window(&self) -> io::Result<()> {
+        self.put(self.window + capability::BAR, &[self.bar])
     }
 
     fn put(&self, place: usize, bytes: &[u8]) -> io::Result<()> {

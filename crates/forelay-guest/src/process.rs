@@ -57,8 +57,8 @@ impl Reaper {
             .name("reaper".into())
             .spawn(move || {
                 loop {
-                    for_thread.reap();
-                    sys::wait_sigchld();
+                    let soon = for_thread.reap();
+                    sys::wait_sigchld(soon);
                 }
             })?;
         Ok(reaper)
@@ -68,7 +68,8 @@ impl Reaper {
         self.children.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reap(&self) {
+    /// Reaps who has ended; true if others may be left, as a child is being started.
+    fn reap(&self) -> bool {
         let mut children = self.children();
         let pids: Vec<i32> = children.waiting.keys().copied().collect();
         let mut told: Vec<_> = pids.iter().filter_map(|pid| children.reap(*pid)).collect();
@@ -78,10 +79,12 @@ impl Reaper {
         {
             told.extend(children.reap(pid));
         }
+        let soon = children.starting > 0;
         drop(children);
         for (ended, status) in told {
             ended(status);
         }
+        soon
     }
 
     /// Starts a child; `ended` is told its status, on the reaper's thread or on this one.

@@ -100,6 +100,12 @@ pub fn set_clock(unix_time_us: u64) -> io::Result<()> {
     check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) })
 }
 
+/// What the wall clock shows: microseconds since the epoch.
+pub fn clock_us() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    u64::try_from(now.unwrap_or_default().as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Mixes `entropy` into the kernel's random numbers and has it use that at once.
 pub fn reseed(entropy: &[u8; ENTROPY_BYTES]) -> io::Result<()> {
     // From linux/random.h; the kernel's `rand_pool_info` with its buffer.
@@ -123,9 +129,8 @@ pub fn reseed(entropy: &[u8; ENTROPY_BYTES]) -> io::Result<()> {
     check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG as _) })
 }
 
-/// Gives an interface another MAC address.
-pub fn set_mac(name: &str, address: [u8; 6]) -> io::Result<()> {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+/// Gives an interface another MAC address; any socket will do.
+pub fn set_mac(socket: &impl AsRawFd, name: &str, address: [u8; 6]) -> io::Result<()> {
     let mut data = [0 as libc::c_char; 14];
     for (to, from) in data.iter_mut().zip(address) {
         *to = from as libc::c_char;
@@ -135,7 +140,7 @@ pub fn set_mac(name: &str, address: [u8; 6]) -> io::Result<()> {
         sa_family: libc::ARPHRD_ETHER,
         sa_data: data,
     };
-    interface_ioctl(&socket, libc::SIOCSIFHWADDR, &mut request)
+    interface_ioctl(socket, libc::SIOCSIFHWADDR, &mut request)
 }
 
 /// Sets the soft and hard limit of open files, for this process and all that it starts.
@@ -293,18 +298,24 @@ pub fn block_sigchld() {
     }
 }
 
-/// Waits for SIGCHLD, at most one second.
-pub fn wait_sigchld() {
-    let limit = libc::timespec {
+/// Waits for SIGCHLD, at most one second if there is to be a look soon.
+pub fn wait_sigchld(soon: bool) {
+    let second = libc::timespec {
         tv_sec: 1,
         tv_nsec: 0,
     };
-    // SAFETY: `set` is initialised by sigemptyset before use; `limit` outlives the call.
+    let limit = if soon {
+        &raw const second
+    } else {
+        std::ptr::null()
+    };
+    // SAFETY: `set` is initialised by sigemptyset before use; `limit` is null, or `second`, which
+    // outlives the call.
     unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGCHLD);
-        libc::sigtimedwait(&set, std::ptr::null_mut(), &limit);
+        libc::sigtimedwait(&set, std::ptr::null_mut(), limit);
     }
 }
 
@@ -450,7 +461,7 @@ fn interface_address(
 }
 
 fn interface_ioctl(
-    socket: &std::net::UdpSocket,
+    socket: &impl AsRawFd,
     call: libc::c_ulong,
     request: &mut libc::ifreq,
 ) -> io::Result<()> {

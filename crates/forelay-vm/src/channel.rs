@@ -136,10 +136,12 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Serves a connection of the VM `vm`; what the guest reports goes into `progress`.
+    /// Serves a connection of the VM `vm`; what the guest reports goes into `progress`. One that may
+    /// have talked to another host before is asked what was missed.
     pub fn start(
         vm: &str,
         connection: LineConnection,
+        is_new: bool,
         launched: Instant,
         progress: watch::Sender<Progress>,
     ) -> Self {
@@ -147,7 +149,9 @@ impl Channel {
         let (version_sender, version) = watch::channel(None);
         let (waiting, execs) = (Arc::<Waiting>::default(), Arc::<Execs>::default());
         let launched = Arc::new(Mutex::new(launched));
-        tokio::spawn(catch_up(outgoing.clone()));
+        if !is_new {
+            tokio::spawn(catch_up(outgoing.clone()));
+        }
         let receiver = Receiver {
             waiting: Arc::clone(&waiting),
             execs: Arc::clone(&execs),
@@ -224,6 +228,13 @@ impl Channel {
         async move { while version.changed().await.is_ok() {} }
     }
 
+    /// Sends a command that has no reply, or whose reply is an event to this host.
+    pub async fn tell(&self, command: GuestCommand) {
+        let line = encode_line(&GuestRequest { id: 0, command });
+        // A connection that is gone is noticed by who reads from it.
+        let _ = self.outgoing.send(line).await;
+    }
+
     /// Starts a program; `limit` is for the start alone.
     pub async fn start_program(
         &self,
@@ -231,6 +242,9 @@ impl Channel {
         limit: Duration,
     ) -> Result<Execution, ChannelError> {
         let mut version = self.version.clone();
+        if version.borrow().is_none() {
+            self.tell(GuestCommand::Status).await;
+        }
         let known = tokio::time::timeout(limit, version.wait_for(Option::is_some)).await;
         let known = known.map_err(|_| ChannelError::TimedOut(limit))?;
         let known = known.map_err(|_| ChannelError::Closed)?.unwrap_or(0);
@@ -438,10 +452,8 @@ mod tests {
     fn channel(stream: UnixStream) -> (Channel, watch::Receiver<Progress>) {
         let (sender, progress) = watch::channel(Progress::default());
         let connection = crate::lines::over(stream, 1 << 16);
-        (
-            Channel::start("web", connection, Instant::now(), sender),
-            progress,
-        )
+        let channel = Channel::start("web", connection, false, Instant::now(), sender);
+        (channel, progress)
     }
 
     #[tokio::test]

@@ -133,6 +133,8 @@ pub(crate) struct Parts {
     pub runtime_dir: PathBuf,
     /// The VMM's process.
     pub process: Process,
+    /// Nobody has talked to the guest in this VMM.
+    pub is_new_clone: bool,
     /// The guest channel's connection.
     pub channel: crate::lines::LineConnection,
     /// The VMM's control.
@@ -148,6 +150,7 @@ impl VmHandle {
             state,
             runtime_dir,
             process,
+            is_new_clone,
             channel,
             control,
             launched,
@@ -156,6 +159,7 @@ impl VmHandle {
         let channel = Arc::new(Channel::start(
             &state.name,
             channel,
+            is_new_clone,
             launched,
             progress.clone(),
         ));

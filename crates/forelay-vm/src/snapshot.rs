@@ -25,6 +25,8 @@ use crate::state::VmState;
 
 /// Largest state of devices, memory aside; some 100 KiB is usual.
 pub const MAX_STATE_BYTES: usize = 16 << 20;
+/// How far off a clone's clock may be that is not set again.
+const CLOCK_TOLERANCE_US: u64 = 20_000;
 /// How long a clone may take to be a machine of its own, hooks of its image included.
 const RESUME: Duration = Duration::from_secs(120);
 
@@ -58,6 +60,11 @@ pub enum SnapshotError {
     /// What the guest was to be told makes no sense.
     #[error("{0}")]
     Resume(String),
+}
+
+fn now_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    u64::try_from(now.unwrap_or_default().as_micros()).unwrap_or(u64::MAX)
 }
 
 fn answers(progress: &Progress) -> bool {
@@ -99,6 +106,7 @@ impl VmHandle {
     /// Has a clone that was restored wait for its launch: until its guest answers, and then
     /// without using a CPU.
     pub async fn stand_by(&self) -> Result<(), SnapshotError> {
+        self.channel().tell(GuestCommand::Status).await;
         self.wait("restored", RESUME, answers).await?;
         Ok(self.control().pause().await?)
     }
@@ -129,21 +137,26 @@ impl VmHandle {
     }
 
     /// Makes a clone a machine of its own and lets it go on; what it could not be given is
-    /// in the answer. The time that it is told is that of this call.
+    /// in the answer. The time that it is told is that of this call, or of the answer if the guest
+    /// took long to hear of it.
     pub async fn resume(&self, mut resume: Resume) -> Result<Resumed, SnapshotError> {
-        // A guest that was just restored takes a while for its first message; after that its
-        // clock is told a time that is not so old.
-        self.wait("restored", RESUME, answers).await?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.unwrap_or_default().as_micros();
-        resume.unix_time_us = u64::try_from(now).unwrap_or(u64::MAX);
+        resume.unix_time_us = now_us();
         resume.validate().map_err(SnapshotError::Resume)?;
         let command = GuestCommand::Resume(resume);
         match self.channel().request(command, RESUME).await {
             Ok(Reply::Resumed(resumed)) => {
                 self.note(|progress| progress.held = None);
+                let unix_time_us = now_us();
+                let off_us = unix_time_us.abs_diff(resumed.unix_time_us);
+                if resumed.unix_time_us > 0 && off_us > CLOCK_TOLERANCE_US {
+                    let clock = GuestCommand::Clock { unix_time_us };
+                    self.channel().tell(clock).await;
+                }
                 let failures = bounded_failures(resumed.failures);
-                Ok(Resumed { failures })
+                Ok(Resumed {
+                    failures,
+                    unix_time_us: resumed.unix_time_us,
+                })
             }
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected).into()),
             Err(error) => Err(self.channel_error(error).into()),

@@ -16,6 +16,7 @@ mod policy;
 mod premap;
 mod pressure;
 mod snapshot;
+mod snapshot_cases;
 mod statistics;
 
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! `bench snapshot`: launches that resume beside launches that boot, and beside a local qcow2
 //! disk, in one run: until `examples/web.toml` is ready and until its page is served, private memory of
 //! a clone, all host memory of twenty clones of the four examples, bytes on disk of their
-//! snapshots.
+//! snapshots. What is measured apart from that is in `snapshot_cases.rs`.
 //!
 //! Everything is resident and known, as after a few launches; rounds take the ways in a new order
 //! each.
@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
@@ -20,6 +20,7 @@ use super::memory::status_bytes;
 use super::peers::disk::{DiskSource, Disks};
 use super::peers::forelay::launch_served;
 use super::peers::memory::forelay_bytes;
+use super::snapshot_cases as cases;
 use super::statistics::median;
 use super::write;
 use crate::demo;
@@ -27,7 +28,11 @@ use crate::host::Host;
 use crate::process::{output, run_quiet};
 
 const ROUNDS: usize = 10;
-const TIERS: [&str; 3] = ["kernel", "composed", "ready"];
+pub(super) const TIERS: [&str; 3] = ["kernel", "composed", "ready"];
+/// A launch of tier `ready` whose VMM stood by.
+const STARTED_AHEAD: &str = "ready_started_ahead";
+/// How long a VMM may take until it stands by.
+const STANDBY_LIMIT: Duration = Duration::from_secs(60);
 const PROFILES: [&str; 4] = ["web", "cache", "python", "node"];
 const CLONES_OF_EACH: usize = 5;
 /// Idle VMs settle this long before they are measured.
@@ -47,10 +52,11 @@ struct Launched {
     demand_fetches: f64,
 }
 
-/// The launches of each way: `booted`, then the tiers, then the local disk's seconds.
+/// The launches of each way: `booted`, then the tiers, then the last one's started ahead; and
+/// the local disk's seconds.
 #[derive(Default)]
 struct Rounds {
-    ways: [Vec<Launched>; 4],
+    ways: [Vec<Launched>; 5],
     qcow2_ready_s: Vec<f64>,
     qcow2_page_s: Vec<f64>,
 }
@@ -62,7 +68,7 @@ impl Rounds {
 
     /// Seconds of each way over `base_s`.
     fn ratios(&self, of: fn(&Launched) -> f64, base_s: f64) -> Value {
-        let names = std::iter::once("booted").chain(TIERS);
+        let names = ["booted"].into_iter().chain(TIERS).chain([STARTED_AHEAD]);
         let ratios = names
             .enumerate()
             .map(|(way, name)| (name.to_owned(), json!(self.median(way, of) / base_s)));
@@ -78,8 +84,11 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let mut host = bench.start()?;
     let rounds = rounds(&host, &disks)?;
     let stored = stored(&host)?;
+    let never_ran = cases::never_ran(&host)?;
+    let examples = cases::other_examples(&host)?;
     let memory = memory(&host)?;
     host.stop_daemon()?;
+    let first = cases::first_over_line(&bench)?;
     let boot_s = rounds.median(0, |one| one.ready_s);
     let qcow2_s = median(&rounds.qcow2_ready_s);
     let private = |way| rounds.median(way, |one| one.private_bytes);
@@ -100,6 +109,9 @@ pub fn run_bench(out: &Path) -> Result<()> {
         "private_ratio_to_boot": private(3) / private(0),
         "private_bytes": { "booted": private(0), "clones": per_way(|one| one.private_bytes) },
         "restore_demand_fetches": per_way(|one| one.demand_fetches),
+        "first_over_throttled_line": first,
+        "never_ran": never_ran,
+        "examples": examples,
         "host_memory_ratio": memory["ratio"],
         "host_memory": memory,
         "stored": stored,
@@ -108,7 +120,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
 }
 
 /// The manifest of an example whose launches resume at `tier` at the latest.
-fn manifest(host: &Host, profile: &str, tier: &str, any_port: bool) -> Result<PathBuf> {
+pub(super) fn manifest(host: &Host, profile: &str, tier: &str, any_port: bool) -> Result<PathBuf> {
     let mut text = std::fs::read_to_string(demo::manifest(profile))?;
     if any_port {
         // `forward = ["8080:80"]` becomes `[":80"]`.
@@ -142,10 +154,10 @@ fn rounds(host: &Host, disks: &Disks) -> Result<Rounds> {
     let mut draw = Draw(5);
     // The first round finds out what launches touch.
     for round in 0..=ROUNDS {
-        let mut order = [0, 1, 2, 3, 4];
+        let mut order = [0, 1, 2, 3, 4, 5];
         draw.shuffle(&mut order);
         for way in order {
-            if way == 4 {
+            if way == 5 {
                 let served = disks.boot(DiskSource::Local, true)?;
                 println!("round {round}: qcow2    {:5.2} s", served.ready_s);
                 if round > 0 {
@@ -154,10 +166,12 @@ fn rounds(host: &Host, disks: &Disks) -> Result<Rounds> {
                 }
                 continue;
             }
-            let (path, tier) = &manifests[way];
-            let launched = launch(host, path, tier)?;
+            let (path, tier) = &manifests[way.min(TIERS.len())];
+            let ahead = way > TIERS.len();
+            let launched = launch(host, path, tier, ahead)?;
+            let name = if ahead { STARTED_AHEAD } else { tier };
             println!(
-                "round {round}: {tier:<8} {:5.2} s, {:5.1} MiB private, {} demand fetches",
+                "round {round}: {name:<8} {:5.2} s, {:5.1} MiB private, {} demand fetches",
                 launched.ready_s,
                 launched.private_bytes / 1048576.0,
                 launched.demand_fetches,
@@ -170,7 +184,7 @@ fn rounds(host: &Host, disks: &Disks) -> Result<Rounds> {
     Ok(rounds)
 }
 
-fn create(host: &Host, manifest: &Path, tier: &str) -> Result<Value> {
+pub(super) fn create(host: &Host, manifest: &Path, tier: &str) -> Result<Value> {
     host.json([
         "snapshot".as_ref(),
         "create".as_ref(),
@@ -180,10 +194,26 @@ fn create(host: &Host, manifest: &Path, tier: &str) -> Result<Value> {
     ])
 }
 
-fn launch(host: &Host, manifest: &Path, tier: &str) -> Result<Launched> {
+/// Has a VMM stand by for a manifest's launch.
+fn stand_by(host: &Host, manifest: &Path) -> Result<()> {
+    run_quiet(host.forelay(["prefetch"]).arg(manifest))?;
+    let deadline = Instant::now() + STANDBY_LIMIT;
+    while host.json(["memory"])?["standby_vmms"] != 1 {
+        ensure!(Instant::now() < deadline, "no VMM stands by");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn launch(host: &Host, manifest: &Path, tier: &str, ahead: bool) -> Result<Launched> {
+    if ahead {
+        stand_by(host, manifest)?;
+    }
     let (vm, page_s) = launch_served(host, manifest)?;
     let resumed = vm["launch"]["resumed"].as_str().unwrap_or("off");
     ensure!(resumed == tier, "resumed from {resumed}: {}", vm["launch"]);
+    let stood_by = vm["launch"]["stood_by"] == true;
+    ensure!(stood_by == ahead, "stood by: {stood_by}: {}", vm["launch"]);
     let pid = vm["pid"].as_u64().context("a running VM has a pid")?;
     let launched = Launched {
         ready_s: vm["launch"]["ready_s"]

@@ -297,7 +297,7 @@ fn network(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
     }
     line.plain(&["-netdev", &user]);
     line.device(&format!(
-        "virtio-net-pci,netdev={NETWORK},romfile=,addr=0x2.2,multifunction=on"
+        "virtio-net-pci,netdev={NETWORK},romfile=,guest_announce=off,addr=0x2.2,multifunction=on"
     ));
     Ok(())
 }

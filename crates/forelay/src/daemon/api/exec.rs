@@ -252,7 +252,7 @@ mod tests {
         let (host, guest) = UnixStream::pair().unwrap();
         let connection = forelay_vm::lines::over(host, 1 << 16);
         let progress = watch::Sender::new(Progress::default());
-        let channel = Channel::start("web", connection, Instant::now(), progress);
+        let channel = Channel::start("web", connection, false, Instant::now(), progress);
         let mut guest = BufReader::new(guest);
         let agent = async {
             let mut line = String::new();
