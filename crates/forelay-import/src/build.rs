@@ -28,7 +28,7 @@ use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::rootfs::{describe_base, put_fragments, release_version};
 use crate::roots::BaseRoot;
-use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
+use crate::spool::{DEFAULT_LIMIT_BYTES, Spool, check_free};
 use crate::tar::read_files;
 use forelay_image::control::{parse_provides, parse_relations, sbom_package};
 use forelay_image::package_status::status_path;
@@ -246,6 +246,7 @@ impl Builder {
             .map_err(io_error("creating an image in", &scratch))?;
         let (file, image) = file.into_parts();
         let total_bytes = content_bytes(&part.tree);
+        check_free(&scratch, total_bytes, Path::new(&part.draft.name))?;
         let mut out = Counted {
             inner: BufWriter::with_capacity(1 << 20, file),
             done_bytes: 0,

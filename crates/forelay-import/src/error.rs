@@ -46,6 +46,21 @@ pub enum ImportError {
         /// What is counted.
         unit: &'static str,
     },
+    /// A source that does not fit on the disk where it would be unpacked.
+    #[error(
+        "{} takes {bytes} bytes at the least, and {} has {free} free: free some space, or put \
+         the state directory elsewhere", source_path.display(), dir.display()
+    )]
+    NoRoom {
+        /// The source.
+        source_path: PathBuf,
+        /// What it takes.
+        bytes: u64,
+        /// Where it would be unpacked.
+        dir: PathBuf,
+        /// What is free there.
+        free: u64,
+    },
     /// A name or path that cannot be in a component.
     #[error("{}: {source}", path.display())]
     Tree {

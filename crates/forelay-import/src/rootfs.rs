@@ -21,6 +21,29 @@ const DPKG_STATUS: &str = "var/lib/dpkg/status";
 const DPKG_STATUS_PARTS: &str = "var/lib/dpkg/status.d";
 const APK_INSTALLED: [&str; 2] = ["lib/apk/db/installed", "usr/lib/apk/db/installed"];
 const OS_RELEASE: [&str; 2] = ["usr/lib/os-release", "etc/os-release"];
+const DEBIAN_VERSION: &str = "etc/debian_version";
+
+/// Files that tell what a file system is, and a folder of such.
+pub(crate) const TELLING: &[&str] = &[
+    DPKG_STATUS,
+    APK_INSTALLED[0],
+    APK_INSTALLED[1],
+    OS_RELEASE[0],
+    OS_RELEASE[1],
+    DEBIAN_VERSION,
+];
+pub(crate) const TELLING_FOLDER: &str = DPKG_STATUS_PARTS;
+
+/// Adds to a container image's metadata what it offers as a base, by those of its files that
+/// tell ([`TELLING`]). What the image says of itself stays.
+pub(crate) fn describe_image(told: &Tree, draft: &mut Draft) -> Result<(), ImportError> {
+    // Its release's names have the release's version, not the image's tag.
+    let version = release_version(told)?.unwrap_or_else(|| draft.version.clone());
+    let mut found = Draft::new(&draft.name, &version, draft.role, &draft.architecture, ());
+    describe_base(told, &mut found)?;
+    (draft.provides, draft.sbom) = (found.provides, found.sbom);
+    Ok(())
+}
 
 /// Adds to a base's metadata what its file system says.
 pub(crate) fn describe_base(tree: &Tree, draft: &mut Draft) -> Result<(), ImportError> {
@@ -68,7 +91,7 @@ pub(crate) fn describe_base(tree: &Tree, draft: &mut Draft) -> Result<(), Import
 
 /// The version that a root file system gives its release, if any.
 pub(crate) fn release_version(tree: &Tree) -> Result<Option<String>, ImportError> {
-    let debian = text_of(tree, "etc/debian_version")?;
+    let debian = text_of(tree, DEBIAN_VERSION)?;
     // Testing and unstable are called `trixie/sid`.
     let debian = debian.filter(|text| text.starts_with(|c: char| c.is_ascii_digit()));
     let version = debian.unwrap_or(Release::read(tree)?.version);

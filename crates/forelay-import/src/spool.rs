@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::error::{ImportError, archive_error, io_error};
 
-/// Most bytes that an archive may unpack to, unless the caller says otherwise.
+/// Most bytes that a source may unpack to, unless the caller says otherwise.
 pub const DEFAULT_LIMIT_BYTES: u64 = 64 << 30;
 
 const COPY_BYTES: usize = 256 << 10;
@@ -30,10 +30,12 @@ pub struct Spool {
     directory: TempDir,
     files: u32,
     limit_bytes: u64,
+    /// What all files may still take, holes included: the image is to hold them in full.
+    left_bytes: u64,
 }
 
 impl Spool {
-    /// A spool in `parent`, which takes at most `limit_bytes` for each file.
+    /// A spool in `parent`, which takes at most `limit_bytes` in all its files.
     pub fn new(parent: &Path, limit_bytes: u64) -> Result<Self, ImportError> {
         std::fs::create_dir_all(parent).map_err(io_error("creating", parent))?;
         let directory = tempfile::Builder::new()
@@ -44,6 +46,7 @@ impl Spool {
             directory,
             files: 0,
             limit_bytes,
+            left_bytes: limit_bytes,
         })
     }
 
@@ -54,9 +57,10 @@ impl Spool {
 
     /// A new file of `len` bytes, all of it a hole; `source` is named in errors.
     pub(crate) fn sparse_file(&mut self, len: u64, source: &Path) -> Result<PathBuf, ImportError> {
-        if len > self.limit_bytes {
-            return Err(self.too_large(source));
-        }
+        self.left_bytes = match self.left_bytes.checked_sub(len) {
+            Some(left) => left,
+            None => return Err(self.too_large(source)),
+        };
         let (path, _) = self.store(&mut io::empty(), source)?;
         let file = File::options().write(true).open(&path);
         file.and_then(|file| file.set_len(len))
@@ -91,13 +95,32 @@ impl Spool {
                 Err(error) => return Err(archive_error(source, what_is_wrong(&error))),
             };
             total += count as u64;
-            if total > self.limit_bytes {
+            if total > self.left_bytes {
                 return Err(self.too_large(source));
             }
             out.write_all(&buffer[..count])
                 .map_err(io_error("writing", &path))?;
         }
+        self.left_bytes -= total;
         Ok((path, total))
+    }
+}
+
+/// Refuses what needs so many bytes in a directory whose file system has no room for them.
+pub(crate) fn check_free(dir: &Path, bytes: u64, source: &Path) -> Result<(), ImportError> {
+    // Where it cannot be told, a full disk is told when it is full.
+    let Ok(found) = rustix::fs::statvfs(dir) else {
+        return Ok(());
+    };
+    let free = found.f_bavail.saturating_mul(found.f_frsize);
+    match bytes <= free {
+        true => Ok(()),
+        false => Err(ImportError::NoRoom {
+            source_path: source.to_owned(),
+            bytes,
+            dir: dir.to_owned(),
+            free,
+        }),
     }
 }
 

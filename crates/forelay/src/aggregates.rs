@@ -1,5 +1,5 @@
 //! Files of a VM that several of its components have made entries in, found in the
-//! components' images and made one. What becomes of the entries is
+//! components' images and made one; a container image is one of them with all its layers. What becomes of the entries is
 //! [`forelay_image::aggregate`]'s; which files are compared at all is told by their chunks,
 //! so that equal ones are not read.
 //!
@@ -8,12 +8,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use forelay_guest_protocol::accounts::MergedFile;
+use forelay_image::Digest;
 use forelay_image::aggregate::{
     ALTERNATIVE_LINKS, ALTERNATIVES, Alternative, aggregate_paths, merged_entries,
 };
 use forelay_image::erofs::layout::FileType;
-use forelay_image::erofs::read::{Image, Inode, ReadAt, ReadError};
-use forelay_image::{ChunkIndex, Digest};
+use forelay_image::erofs::read::Inode;
+
+use crate::stacked::{Found, InLayer, Place, Stacked};
 
 /// Largest file that is made one with others: some times Debian's certificates.
 const LIMIT_BYTES: u64 = 1 << 20;
@@ -21,26 +23,6 @@ const LIMIT_BYTES: u64 = 1 << 20;
 const SUM_LIMIT_BYTES: u64 = 16 << 20;
 /// Most alternatives of several components.
 const NAMES_LIMIT: usize = 4096;
-
-/// One component's image: metadata at hand, content where it is.
-pub struct Layer<'a> {
-    pub metadata: &'a [u8],
-    pub chunks: &'a ChunkIndex,
-    pub reader: &'a dyn ReadAt,
-}
-
-impl ReadAt for Layer<'_> {
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
-        match offset < self.metadata.len() as u64 {
-            true => self.metadata.read_at(buffer, offset),
-            false => self.reader.read_at(buffer, offset),
-        }
-    }
-
-    fn size(&self) -> std::io::Result<u64> {
-        self.reader.size()
-    }
-}
 
 /// What a VM has of its own because its components have it differently.
 #[derive(Debug, Default)]
@@ -50,14 +32,10 @@ pub struct Aggregates {
     pub links: Vec<(String, Vec<u8>)>,
 }
 
-/// Makes one of what the layers have, the base first. An error names its layer.
-pub fn merge(layers: &[Layer<'_>]) -> Result<Aggregates, (usize, ReadError)> {
-    let open = layers.iter().enumerate().map(|(number, layer)| {
-        let image = Image::open(layer).map_err(|error| (number, error))?;
-        Ok((image, layer.chunks))
-    });
+/// Makes one of what the components have, the base first.
+pub fn merge(stacks: &[Stacked<'_>]) -> InLayer<Aggregates> {
     let mut images = Images {
-        layers: open.collect::<Result<_, _>>()?,
+        stacks,
         left_bytes: SUM_LIMIT_BYTES,
     };
     let mut merged = Aggregates::default();
@@ -80,13 +58,13 @@ pub fn merge(layers: &[Layer<'_>]) -> Result<Aggregates, (usize, ReadError)> {
     Ok(merged)
 }
 
-/// Names that several layers have, each with its inode numbers by layer. Names that no
+/// Names that several components have, each with its places by component. Names that no
 /// alternative has, and those beyond [`NAMES_LIMIT`], are laid as other files are.
-fn several(folders: &[Folder]) -> impl Iterator<Item = (String, Vec<(usize, u64)>)> {
-    let mut names: BTreeMap<&[u8], Vec<(usize, u64)>> = BTreeMap::new();
+fn several(folders: &[Folder]) -> impl Iterator<Item = (String, Vec<(usize, Place)>)> {
+    let mut names: BTreeMap<&[u8], Vec<(usize, Place)>> = BTreeMap::new();
     for (number, folder) in folders.iter().enumerate() {
-        for (name, &nid) in folder {
-            names.entry(name).or_default().push((number, nid));
+        for (name, &place) in folder {
+            names.entry(name).or_default().push((number, place));
         }
     }
     let several = names.into_iter().filter(|(_, numbers)| numbers.len() > 1);
@@ -95,72 +73,59 @@ fn several(folders: &[Folder]) -> impl Iterator<Item = (String, Vec<(usize, u64)
     several.take(NAMES_LIMIT)
 }
 
-/// The layers' open images with their chunks.
+/// The components' open images.
 struct Images<'a> {
-    layers: Vec<(Image<'a>, &'a ChunkIndex)>,
+    stacks: &'a [Stacked<'a>],
     /// How much may still be read and made.
     left_bytes: u64,
 }
 
-/// Inode numbers by name of one layer's directory.
-type Folder = HashMap<Vec<u8>, u64>;
-
-/// What was read of the layers; an error names its layer.
-type InLayer<T> = Result<T, (usize, ReadError)>;
+/// Places by name of one component's directory.
+type Folder = HashMap<Vec<u8>, Place>;
 
 impl Images<'_> {
-    /// The layers' inodes at a path.
-    fn files(&self, path: &str) -> InLayer<Vec<(usize, Inode)>> {
-        let found = self.layers.iter().enumerate().map(|(number, (image, _))| {
-            let inode = image.lookup(path.as_bytes());
-            let inode = inode.map_err(|error| (number, error))?;
-            Ok(inode.map(|inode| (number, inode)))
+    /// What the components have at a path.
+    fn files(&self, path: &str) -> InLayer<Vec<(usize, Found)>> {
+        let found = self.stacks.iter().enumerate().map(|(number, stack)| {
+            let found = stack.find(path);
+            found.map(|found| found.map(|found| (number, found)))
         });
         found.filter_map(Result::transpose).collect()
     }
 
-    /// Each layer's directory at a path, read once; none where there is something else.
+    /// Each component's directory at a path, read once; none where there is something else.
     fn folders(&self, path: &str) -> InLayer<Vec<Folder>> {
-        let mut folders = vec![Folder::new(); self.layers.len()];
-        for (number, inode) in self.files(path)? {
-            if inode.record.file_type == FileType::Directory {
-                let entries = self.layers[number].0.read_dir(&inode);
-                let entries = entries.map_err(|error| (number, error))?.into_iter();
-                folders[number] = entries.map(|entry| (entry.name, entry.nid)).collect();
-            }
-        }
-        Ok(folders)
+        let folders = self.stacks.iter().map(|stack| stack.folder(path));
+        folders.collect()
     }
 
     /// What those of the files say that differ from all before, and the last of them; `None`
     /// where there is nothing to be made one, or something that is no text or too long.
-    fn texts(&mut self, files: Vec<(usize, Inode)>) -> InLayer<Option<(Vec<String>, Inode)>> {
+    fn texts(&mut self, files: Vec<(usize, Found)>) -> InLayer<Option<(Vec<String>, Inode)>> {
         let mut seen: BTreeSet<Vec<Digest>> = BTreeSet::new();
         let mut versions = Vec::new();
-        for (number, inode) in files {
-            let (image, chunks) = &self.layers[number];
+        for (number, found) in files {
+            let record = &found.inode.record;
             // A link, a directory, or no list that a package made: laid as such.
-            if inode.record.file_type != FileType::File || inode.record.size > LIMIT_BYTES {
+            if record.file_type != FileType::File || record.size > LIMIT_BYTES {
                 return Ok(None);
             }
-            let extents = image.extents_of(&inode).map_err(|error| (number, error))?;
-            let of_file = extents
-                .iter()
-                .flat_map(|one| chunks.overlapping(one.extent));
-            if seen.insert(of_file.map(|chunk| chunk.digest).collect()) {
-                versions.push((number, inode));
+            if seen.insert(self.stacks[number].chunks(&found)?) {
+                versions.push((number, found));
             }
         }
-        let [_, .., (_, last)] = versions[..] else {
+        let [_, .., (_, last)] = &versions[..] else {
             return Ok(None);
         };
-        if !self.spend(versions.iter().map(|(_, inode)| inode.record.size).sum()) {
+        let last = last.inode;
+        let sizes = versions.iter().map(|(_, found)| found.inode.record.size);
+        if !self.spend(sizes.sum()) {
             return Ok(None);
         }
         let mut texts = Vec::new();
-        for (number, inode) in versions {
-            let read = self.layers[number].0.read_whole(&inode, LIMIT_BYTES);
-            match String::from_utf8(read.map_err(|error| (number, error))?) {
+        for (number, found) in versions {
+            let read = self.stacks[number].read(&found, LIMIT_BYTES)?;
+            match String::from_utf8(read) {
                 Ok(text) => texts.push(text),
                 Err(_) => return Ok(None),
             }
@@ -201,15 +166,13 @@ impl Images<'_> {
     fn settle(
         &mut self,
         name: &str,
-        numbers: Vec<(usize, u64)>,
+        numbers: Vec<(usize, Place)>,
         links: &[Folder],
         merged: &mut Aggregates,
     ) -> InLayer<()> {
-        let files = numbers.into_iter().map(|(number, nid)| {
-            let inode = self.layers[number].0.inode(nid);
-            inode
-                .map(|inode| (number, inode))
-                .map_err(|error| (number, error))
+        let files = numbers.into_iter().map(|(number, place)| {
+            let found = self.stacks[number].at(place);
+            found.map(|found| (number, found))
         });
         let files = files.collect::<Result<_, _>>()?;
         let Some((texts, last)) = self.texts(files)? else {
@@ -248,12 +211,11 @@ impl Images<'_> {
 
     /// Where a layer's link leads, if it has one of this name.
     fn link(&self, number: usize, links: &Folder, name: &str) -> InLayer<Option<Vec<u8>>> {
-        let image = &self.layers[number].0;
-        let Some(&nid) = links.get(name.as_bytes()) else {
+        let stack = &self.stacks[number];
+        let Some(&place) = links.get(name.as_bytes()) else {
             return Ok(None);
         };
-        let inode = image.inode(nid).map_err(|error| (number, error))?;
-        Ok(image.read_link(&inode).ok())
+        Ok(stack.link(&stack.at(place)?))
     }
 }
 
@@ -265,6 +227,7 @@ mod tests {
     use forelay_image::tree::{Attributes, Kind, Node, Tree};
 
     use super::*;
+    use crate::stacked::Layer;
 
     fn tree(files: &[(String, String)]) -> Tree {
         let mut tree = Tree::new();
@@ -282,12 +245,17 @@ mod tests {
             (bytes.into_inner(), written)
         });
         let built: Vec<_> = built.collect();
-        let layers = built.iter().map(|(bytes, written)| Layer {
+        let layers = (0..).zip(&built).map(|(number, (bytes, written))| Layer {
+            number,
             metadata: &bytes[..written.image.metadata_bytes as usize],
             chunks: &written.chunks,
             reader: bytes,
         });
-        merge(&layers.collect::<Vec<_>>()).unwrap()
+        let layers: Vec<_> = layers.collect();
+        let stacks = layers
+            .chunks(1)
+            .map(|layers| Stacked::open(layers).unwrap());
+        merge(&stacks.collect::<Vec<_>>()).unwrap()
     }
 
     /// What dpkg keeps of an alternative with one choice.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use forelay_guest_protocol::accounts::{
-    Fragments, MergeError, MergedFile, fragments_path, merged_files,
+    Fragments, MergeError, MergedFile, fragments_path, merged_files, merged_paths,
 };
 use forelay_guest_protocol::config::{
     Entrypoint, Network, ReadyProbe, Run, VM_CONFIG_PATH, VmConfig,
@@ -23,6 +23,7 @@ use forelay_guest_protocol::snapshot::is_identity;
 use forelay_host::atomic_write;
 use forelay_image::bundle::Bundle;
 use forelay_image::component::{Component, ContainerImage, Role};
+use forelay_image::erofs::layout::FileType;
 use forelay_image::erofs::merge::{
     ComposeError, ComposeOptions, Composed, Layer, MapLayout, compose,
 };
@@ -35,6 +36,7 @@ use forelay_import::NEEDS_LDCONFIG;
 use forelay_store::{ImageMap, ImageReader, Store, StoreError};
 
 use crate::aggregates::{self, Aggregates};
+use crate::stacked::{Found, InLayer, Layer as StackedLayer, Stacked};
 
 /// Largest fragments file that is read.
 const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
@@ -184,8 +186,11 @@ impl Recipe {
             .iter()
             .map(|component| load_part(store, component, full_system));
         let loaded = futures_util::future::try_join_all(parts).await?;
-        let (parts, texts): (Vec<Part>, Vec<PartTexts>) = loaded.into_iter().unzip();
-        let (parts, aggregates) = load_aggregates(parts).await?;
+        let (parts, mut texts): (Vec<Part>, Vec<PartTexts>) = loaded.into_iter().unzip();
+        let (parts, aggregates, of_image) = load_aggregates(parts, full_system).await?;
+        if let (Some(base), Some(of_image)) = (texts.first_mut(), of_image) {
+            *base = of_image;
+        }
         let mut fragments = Vec::new();
         let mut statuses = Vec::new();
         for text in texts {
@@ -251,16 +256,30 @@ impl Recipe {
         })
     }
 
-    /// Whose layer this is.
+    /// Whose layer this is; one of a container image is the image's.
     fn layer_name(&self, layer: usize) -> &str {
-        let part = self.parts.get(layer);
+        let part = match self.is_of_image(layer) {
+            true => self.parts.first(),
+            false => self.parts.get(layer),
+        };
         part.map_or("the manifest", |part| &part.component.name)
+    }
+
+    /// True for a layer of the container image that is the base.
+    fn is_of_image(&self, layer: usize) -> bool {
+        layer < image_layers(&self.parts)
     }
 
     /// What the VM does not have as its components have it, in words.
     pub fn notes(&self, composed: &Composed) -> Vec<String> {
-        let conflicts = composed.conflicts.iter().take(NAMED_PATHS);
+        // That layers of one image have a file differently is what they are for.
+        let conflicts = composed.conflicts.iter();
+        let conflicts =
+            conflicts.filter(|one| !(self.is_of_image(one.loser) && self.is_of_image(one.winner)));
+        let conflicts: Vec<_> = conflicts.collect();
         let mut notes: Vec<String> = conflicts
+            .iter()
+            .take(NAMED_PATHS)
             .map(|conflict| {
                 format!(
                     "{} is in {} and in {}, whose is used",
@@ -270,8 +289,8 @@ impl Recipe {
                 )
             })
             .collect();
-        if composed.conflicts.len() > NAMED_PATHS {
-            let more = composed.conflicts.len() - NAMED_PATHS;
+        if conflicts.len() > NAMED_PATHS {
+            let more = conflicts.len() - NAMED_PATHS;
             notes.push(format!("{more} more paths are in several components"));
         }
         for part in &self.parts {
@@ -519,29 +538,79 @@ async fn load_part(
     ))
 }
 
-/// Makes one of the files that several components have made entries in. The layers of a
-/// container image were made on each other: the highest has all entries.
-async fn load_aggregates(parts: Vec<Part>) -> Result<(Vec<Part>, Aggregates), RecipeError> {
+/// How many components, from the first on, are a container image: it and its layers.
+fn image_layers(parts: &[Part]) -> usize {
+    let is_layer = |part: &&Part| part.component.role == Role::Layer;
+    match parts.split_first() {
+        Some((base, above)) if base.component.container.is_some() => {
+            1 + above.iter().take_while(is_layer).count()
+        }
+        _ => 0,
+    }
+}
+
+/// Makes one of the files that several components have made entries in, and reads what a
+/// container image that is the base says of accounts and packages.
+async fn load_aggregates(
+    parts: Vec<Part>,
+    full_system: bool,
+) -> Result<(Vec<Part>, Aggregates, Option<PartTexts>), RecipeError> {
     let read = tokio::task::spawn_blocking(move || {
-        let apart = parts.iter();
-        let apart = apart.filter(|part| part.component.role != Role::Layer);
-        let apart: Vec<&Part> = apart.collect();
-        let layers = apart.iter().map(|part| aggregates::Layer {
+        let layers = (0..).zip(&parts).map(|(number, part)| StackedLayer {
+            number,
             metadata: &part.metadata,
             chunks: &part.map.index,
             reader: &part.reader,
         });
-        let layers: Vec<_> = layers.collect();
-        match aggregates::merge(&layers) {
-            Ok(merged) => Ok((parts, merged)),
+        let layers: Vec<StackedLayer<'_>> = layers.collect();
+        let (image, others) = layers.split_at(image_layers(&parts));
+        let merge = || -> InLayer<(Aggregates, Option<PartTexts>)> {
+            let image = Some(image).filter(|layers| !layers.is_empty());
+            let all = image.into_iter().chain(others.chunks(1));
+            let stacks = all.map(Stacked::open).collect::<Result<Vec<_>, _>>()?;
+            let texts = image.and(stacks.first());
+            let texts = texts.map(|image| texts_of_image(image, full_system));
+            Ok((aggregates::merge(&stacks)?, texts.transpose()?))
+        };
+        match merge() {
+            Ok((merged, texts)) => Ok((parts, merged, texts)),
             Err((number, source)) => {
-                let Component { name, version, .. } = &*apart[number].component;
+                let Component { name, version, .. } = &*parts[number].component;
                 let component = format!("{name} {version}");
                 Err(RecipeError::of_image(component, source))
             }
         }
     });
     read.await.map_err(|_| RecipeError::Interrupted)?
+}
+
+/// What a container image says, where a base that was built as one has files for it.
+fn texts_of_image(image: &Stacked<'_>, full_system: bool) -> InLayer<PartTexts> {
+    let read = |path: &str| -> InLayer<Option<String>> {
+        let found = image.find(path)?;
+        let is_file = |found: &Found| {
+            let record = &found.inode.record;
+            record.file_type == FileType::File && record.size <= FRAGMENTS_LIMIT_BYTES
+        };
+        let Some(found) = found.filter(is_file) else {
+            return Ok(None);
+        };
+        let bytes = image.read(&found, FRAGMENTS_LIMIT_BYTES)?;
+        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+    };
+    let mut fragments = Fragments::default();
+    for path in merged_paths() {
+        if let Some(text) = read(path)? {
+            fragments.files.insert(path.to_owned(), text);
+        }
+    }
+    Ok(PartTexts {
+        fragments,
+        package_status: match full_system {
+            true => read(PACKAGE_STATUS_PATH)?,
+            false => None,
+        },
+    })
 }
 
 fn read_texts(

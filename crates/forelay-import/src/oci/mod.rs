@@ -19,6 +19,7 @@ mod registry;
 mod source;
 mod stack;
 
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Cursor, Read};
 use std::path::{Path, PathBuf};
 
@@ -28,10 +29,11 @@ use forelay_image::tree::{Attributes, FileData, ROOT, Tree};
 use forelay_image::{Digest, NameOf};
 
 use crate::draft::{Draft, Imported, Part};
-use crate::error::{ImportError, archive_error, io_error};
+use crate::error::{ImportError, archive_error, io_error, tree_error};
 use crate::progress::{BuildPhase, Progress, Reporter};
-use crate::spool::{Compression, DEFAULT_LIMIT_BYTES, Spool, read_up_to};
-use crate::tar::read_layer;
+use crate::rootfs::{TELLING, TELLING_FOLDER, describe_image};
+use crate::spool::{Compression, DEFAULT_LIMIT_BYTES, Spool, check_free, read_up_to};
+use crate::tar::{TarRoom, read_layer};
 use document::{
     Descriptor, ImageSettings, MAX_DOCUMENT_BYTES, Parsed, choose, parse, parse_config,
 };
@@ -40,8 +42,6 @@ use stack::Stack;
 
 pub use source::ImageSource;
 
-/// Most files and directories of all layers together.
-const MAX_NODES: usize = 8 << 20;
 /// Most indexes on the way to an image.
 const MAX_INDEXES: usize = 4;
 
@@ -152,8 +152,9 @@ pub(crate) fn import_image(
         report,
     };
     let (title, settings, layers) = reader.image()?;
-    let (layers, notes) = reader.layers(&settings.diff_ids, &layers)?;
-    let main = image_part(title, settings, notes)?;
+    let (layers, notes, told) = reader.layers(&settings.diff_ids, &layers)?;
+    let mut main = image_part(title, settings, notes)?;
+    describe_image(&told, &mut main.draft)?;
     Ok(Imported {
         main,
         split_off: layers,
@@ -237,44 +238,34 @@ impl ContainerReader<'_> {
         }
     }
 
-    /// The layers as components, the lowest first, and what there is to say of them.
+    /// The layers as components, the lowest first, what there is to say of them, and those
+    /// files of theirs that tell what the image is.
     fn layers(
         &mut self,
         diff_ids: &[Digest],
         blobs: &[Blob],
-    ) -> Result<(Vec<Part>, Vec<String>), ImportError> {
+    ) -> Result<(Vec<Part>, Vec<String>, Tree), ImportError> {
+        self.check_room(blobs)?;
         let mut stack = Stack::default();
         let mut drafts = Vec::new();
         let mut notes = Vec::new();
-        let (mut bytes, mut nodes, mut chain) = (0, 0, None);
+        let mut unpacked: HashMap<Digest, PathBuf> = HashMap::new();
+        let (mut room, mut chain) = (TarRoom::default(), None);
         for (number, (blob, diff_id)) in blobs.iter().zip(diff_ids).enumerate() {
             chain = Some(chain_id(chain, *diff_id));
-            // Of a layer that comes again, the last place counts.
-            if diff_ids[number + 1..].contains(diff_id) {
-                continue;
-            }
             (self.report)(Progress::Permille {
                 phase: BuildPhase::Read,
                 permille: (number * 1000 / blobs.len()) as u32,
                 detail: format!("layer {} of {}", number + 1, blobs.len()),
             });
-            let (path, unpacked) = self.unpack(number + 1, blob, *diff_id)?;
-            bytes += unpacked;
-            if bytes > DEFAULT_LIMIT_BYTES {
-                return Err(ImportError::TooLarge {
-                    path: self.shown.clone(),
-                    limit: DEFAULT_LIMIT_BYTES,
-                    unit: "bytes of layers",
-                });
-            }
+            // One that comes again is laid again: what lies between may have changed it.
+            let path = match unpacked.get(diff_id) {
+                Some(path) => path.clone(),
+                None => self.unpack(number + 1, blob, *diff_id)?,
+            };
             let shown = self.shown.join(format!("layer {}", number + 1));
-            let mut layer = read_layer(
-                &path,
-                &shown,
-                &mut self.spool,
-                MAX_NODES.saturating_sub(nodes),
-            )?;
-            nodes += layer.tree.len();
+            let mut layer = read_layer(&path, &shown, &mut self.spool, &mut room)?;
+            unpacked.insert(*diff_id, path);
             let said = std::mem::take(&mut layer.notes);
             notes.extend(
                 said.iter()
@@ -285,19 +276,37 @@ impl ContainerReader<'_> {
                 .map_err(|problem| archive_error(&shown, problem))?;
             drafts.push(layer_draft(*diff_id, chain.filter(|_| changed)));
         }
+        let told = stack
+            .excerpt(TELLING, TELLING_FOLDER)
+            .map_err(tree_error(&self.shown))?;
         let parts = stack.trees.into_iter().zip(drafts);
         let parts = parts.filter(|(tree, _)| !leaves_nothing(tree));
         let parts = parts.map(|(tree, draft)| Part { tree, draft });
-        Ok((parts.collect(), notes))
+        Ok((without_repeated(parts.collect()), notes, told))
     }
 
-    /// Decompresses a layer into the spool; returns the file and its bytes.
+    /// Refuses an image for whose layers there is no room, before any is fetched. Each is here
+    /// twice for a while, as it comes and unpacked, which takes more; what that is, nobody says.
+    fn check_room(&self, blobs: &[Blob]) -> Result<(), ImportError> {
+        let sizes = blobs.iter().filter_map(|blob| blob.bytes);
+        let bytes = sizes.fold(0_u64, u64::saturating_add);
+        if bytes > DEFAULT_LIMIT_BYTES {
+            return Err(ImportError::TooLarge {
+                path: self.shown.clone(),
+                limit: DEFAULT_LIMIT_BYTES,
+                unit: "bytes of layers",
+            });
+        }
+        check_free(self.spool.path(), bytes.saturating_mul(2), &self.shown)
+    }
+
+    /// Decompresses a layer into the spool; returns the file.
     fn unpack(
         &mut self,
         number: usize,
         blob: &Blob,
         diff_id: Digest,
-    ) -> Result<(PathBuf, u64), ImportError> {
+    ) -> Result<PathBuf, ImportError> {
         let data = self.blobs.blob(blob, &mut self.spool, self.report)?;
         let reading = || io_error("reading", &self.shown);
         let file = data.reader().map_err(reading())?;
@@ -307,7 +316,7 @@ impl ContainerReader<'_> {
         let compression = Compression::detect(&first[..count]);
         let all = Cursor::new(first[..count].to_vec()).chain(&mut raw);
         let mut plain = Hashed::new(compression.reader(all).map_err(reading())?);
-        let stored = self.spool.store(&mut plain, &self.shown)?;
+        let (stored, _) = self.spool.store(&mut plain, &self.shown)?;
         let (_, unpacked) = plain.finish();
         // What follows the compressed data counts to the blob's digest.
         io::copy(&mut raw, &mut io::sink()).map_err(reading())?;
@@ -365,13 +374,24 @@ fn chain_id(below: Option<Digest>, diff_id: Digest) -> Digest {
     }
 }
 
-/// Metadata of a layer; one that is what it is on others alone carries their digest.
+/// Metadata of a layer; one that is what it is on others alone is called by the digest of all
+/// of them, since a VM may have it in two places.
 fn layer_draft(diff_id: Digest, on: Option<Digest>) -> Draft {
     let version = on.map_or_else(|| "1".to_owned(), |chain| format!("1+{}", chain.short()));
-    let name = format!("layer-{}", diff_id.hex());
+    let name = format!("layer-{}", on.unwrap_or(diff_id).hex());
     let mut draft = Draft::new(&name, &version, Role::Layer, "all", ());
     draft.description = "layer of container images".to_owned();
     draft
+}
+
+/// Without layers that come again higher up as they are: all that one has is above all that
+/// lies between then.
+fn without_repeated(mut parts: Vec<Part>) -> Vec<Part> {
+    let mut seen = HashSet::new();
+    parts.reverse();
+    parts.retain(|part| seen.insert((part.draft.name.clone(), part.draft.version.clone())));
+    parts.reverse();
+    parts
 }
 
 /// True for a layer without which the image is the same.

@@ -4,15 +4,22 @@
 //! The protocol is oci-client's. Owns what a user is told when it fails, and what is tried
 //! again: connections that break and servers that are busy, not refusals.
 //!
-//! Blocking, with a runtime of its own. Invariant: nothing longer than its descriptor says
-//! is written. (What oci-client itself collects in memory, documents and the words of a refusal,
-//! it does not bound: a hostile registry can exhaust the importing command, not the daemon.)
+//! Manifests are fetched here, since oci-client takes what comes of them. Blocking, with a
+//! runtime of its own.
+//!
+//! Invariants: nothing longer than its descriptor says is written, no manifest longer than one
+//! may be is held; a registry whose words oci-client panics at is told as one that makes no
+//! sense. (What oci-client itself collects in memory, tokens and the words of a refusal, it does
+//! not bound: a hostile registry can exhaust the importing command, not the daemon.)
 
+use std::cell::Cell;
 use std::fs::File;
 use std::future::Future;
 use std::io::{BufReader, ErrorKind, Write as _};
 use std::net::Ipv4Addr;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::Duration;
 
 use docker_credential::{CredentialRetrievalError, DockerCredential};
@@ -22,7 +29,8 @@ use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciErrorCode};
 use oci_client::manifest::OciDescriptor;
 use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, Reference};
+use oci_client::{Client, Reference, RegistryOperation};
+use reqwest::header::ACCEPT;
 
 use super::document::MAX_DOCUMENT_BYTES;
 use super::source::ImageTitle;
@@ -34,12 +42,16 @@ use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 /// Longest time without a byte.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Longest time for a manifest, however it drips.
+const DOCUMENT_LIMIT: Duration = Duration::from_secs(300);
 /// Waits before what failed for the moment is tried again.
 const RETRY_AFTER: [Duration; 3] = [
     Duration::from_millis(300),
     Duration::from_secs(2),
     Duration::from_secs(6),
 ];
+/// As much is told of what a server says that is no registry's answer.
+const SAID_BYTES: usize = 200;
 /// Where Docker keeps the credentials of its own registry.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 const ACCEPTED: [&str; 4] = [
@@ -55,6 +67,10 @@ pub(super) struct Registry {
     shown: PathBuf,
     auth: RegistryAuth,
     client: Client,
+    /// For manifests.
+    http: reqwest::Client,
+    /// `http` or `https`.
+    scheme: &'static str,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -64,18 +80,23 @@ impl Registry {
         let shown = PathBuf::from(reference.whole());
         // Another part of the process may have chosen already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let local = is_local(reference.resolve_registry());
+        let (protocol, scheme) = match plain_http || is_local(reference.resolve_registry()) {
+            true => (ClientProtocol::Http, "http"),
+            false => (ClientProtocol::Https, "https"),
+        };
         let config = ClientConfig {
-            protocol: match plain_http || local {
-                true => ClientProtocol::Http,
-                false => ClientProtocol::Https,
-            },
+            protocol,
             connect_timeout: Some(CONNECT_LIMIT),
             read_timeout: Some(SILENCE_LIMIT),
             ..ClientConfig::default()
         };
-        let client = Client::try_from(config)
-            .map_err(|error| archive_error(&shown, format!("no HTTP client: {error}")))?;
+        let unusable = |error: &dyn std::error::Error| {
+            archive_error(&shown, format!("no HTTP client: {}", chain(error)))
+        };
+        let client = Client::try_from(config).map_err(|error| unusable(&error))?;
+        let http = reqwest::Client::builder().connect_timeout(CONNECT_LIMIT);
+        let http = http.read_timeout(SILENCE_LIMIT).build();
+        let http = http.map_err(|error| unusable(&error))?;
         let runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = { runtime }.enable_all().build();
         Ok(Self {
@@ -85,6 +106,8 @@ impl Registry {
             runtime: runtime.map_err(io_error("starting a runtime for", &shown))?,
             shown,
             client,
+            http,
+            scheme,
         })
     }
 
@@ -94,7 +117,7 @@ impl Registry {
         F: Future<Output = Result<T, OciDistributionError>>,
     {
         let mut waits = RETRY_AFTER.iter();
-        self.runtime.block_on(async {
+        let trying = async {
             loop {
                 let error = match what(self).await {
                     Ok(done) => return Ok(done),
@@ -105,6 +128,12 @@ impl Registry {
                     None => return Err(archive_error(&self.shown, self.said(&error))),
                 }
             }
+        };
+        let done = without_panic(|| self.runtime.block_on(trying));
+        done.unwrap_or_else(|| {
+            let registry = self.reference.registry();
+            let problem = format!("{registry} answers what makes no sense");
+            Err(archive_error(&self.shown, problem))
         })
     }
 
@@ -143,11 +172,10 @@ impl Registry {
     }
 
     fn manifest_of(&self, reference: &Reference) -> Result<Vec<u8>, ImportError> {
-        let pulled = self.tried(|one| {
-            let pull = one
-                .client
-                .pull_manifest_raw(reference, &one.auth, &ACCEPTED);
-            async { pull.await.map(|(bytes, _)| bytes) }
+        let pulled = self.tried(|one| async {
+            let pull = tokio::time::timeout(DOCUMENT_LIMIT, one.document(reference));
+            let late = |_| Err(std::io::Error::from(ErrorKind::TimedOut).into());
+            pull.await.unwrap_or_else(late)
         })?;
         if pulled.len() as u64 > MAX_DOCUMENT_BYTES {
             return Err(archive_error(
@@ -155,7 +183,47 @@ impl Registry {
                 "its manifest is too large to be read",
             ));
         }
-        Ok(pulled.to_vec())
+        Ok(pulled)
+    }
+
+    /// A manifest, or what is enough of one that is too large.
+    async fn document(&self, reference: &Reference) -> Result<Vec<u8>, OciDistributionError> {
+        let url = format!(
+            "{}://{}/v2/{}/manifests/{}",
+            self.scheme,
+            reference.resolve_registry(),
+            reference.repository(),
+            reference.digest().or(reference.tag()).unwrap_or("latest")
+        );
+        let pull = RegistryOperation::Pull;
+        let token = self.client.auth(&self.reference, &self.auth, pull).await?;
+        let asked = self.http.get(&url).header(ACCEPT, ACCEPTED.join(", "));
+        let asked = match (token, &self.auth) {
+            (Some(token), _) => asked.bearer_auth(token),
+            (None, RegistryAuth::Basic(user, password)) => asked.basic_auth(user, Some(password)),
+            (None, _) => asked,
+        };
+        let answer = asked.send().await?;
+        let status = answer.status();
+        let mut body = Vec::new();
+        let mut parts = answer.bytes_stream();
+        while body.len() as u64 <= MAX_DOCUMENT_BYTES
+            && let Some(part) = parts.next().await
+        {
+            body.extend_from_slice(&part?);
+        }
+        if status.is_success() {
+            return Ok(body);
+        }
+        Err(match (status.as_u16(), serde_json::from_slice(&body)) {
+            (401, _) => OciDistributionError::UnauthorizedError { url },
+            (_, Ok(envelope)) => OciDistributionError::RegistryError { envelope, url },
+            (code, Err(_)) => OciDistributionError::ServerError {
+                code,
+                url,
+                message: String::from_utf8_lossy(&body[..body.len().min(SAID_BYTES)]).into_owned(),
+            },
+        })
     }
 
     fn expected(&self, blob: &Blob) -> Result<(OciDescriptor, u64), ImportError> {
@@ -271,6 +339,26 @@ impl Blobs for Registry {
     }
 }
 
+/// Does `what`; `None` if it panics, of which nothing is printed.
+fn without_panic<T>(what: impl FnOnce() -> T) -> Option<T> {
+    thread_local! {
+        static QUIET: Cell<bool> = const { Cell::new(false) };
+    }
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                before(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let done = std::panic::catch_unwind(AssertUnwindSafe(what));
+    QUIET.set(false);
+    done.ok()
+}
+
 /// True for a registry on this host, which speaks plain HTTP as a rule.
 fn is_local(registry: &str) -> bool {
     let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
@@ -362,6 +450,12 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_no_end() {
+        assert_eq!(without_panic(|| 7), Some(7));
+        assert_eq!(without_panic(|| panic!("nobody sees this")), None::<u8>);
+    }
 
     #[test]
     fn only_this_hosts_registries_speak_plain_http() {

@@ -6,8 +6,9 @@
 //! oci:DIR[:TAG]                                      a directory with `oci-layout`
 //! ./F, /DIR, F.tar                                   either, by its path alone
 //! ```
-//! Owns the notation. Invariant: the names that it gives are no package's: they start
-//! with `oci-`.
+//! Owns the notation. Invariants: the names that it gives are no package's: they start
+//! with `oci-`; images of other registries or paths have other names (`a/b` is `a+b` in them, a
+//! port follows `++`).
 
 use std::path::{Path, PathBuf};
 
@@ -144,12 +145,17 @@ impl ImageTitle {
 }
 
 fn component_name(path: &str) -> String {
-    let plain = |c: char| match c {
-        'a'..='z' | '0'..='9' | '.' | '_' | '+' => c,
-        _ => '-',
-    };
-    let name: String = path.to_lowercase().chars().map(plain).collect();
-    format!("oci-{name}")
+    let mut name = "oci-".to_owned();
+    for c in path.to_lowercase().chars() {
+        match c {
+            'a'..='z' | '0'..='9' | '.' | '_' | '+' => name.push(c),
+            // Neither is in a name of a registry or a repository.
+            '/' => name.push('+'),
+            ':' => name.push_str("++"),
+            _ => name.push('-'),
+        }
+    }
+    name
 }
 
 #[cfg(test)]
@@ -170,9 +176,11 @@ mod tests {
         for (text, name, version) in [
             ("nginx", "oci-nginx", "latest"),
             ("docker://nginx:1.25", "oci-nginx", "1.25"),
-            ("bitnami/redis:7", "oci-bitnami-redis", "7"),
-            ("quay.io/a/b:x_y", "oci-quay.io-a-b", "x_y"),
-            ("localhost:5000/app:1", "oci-localhost-5000-app", "1"),
+            ("bitnami/redis:7", "oci-bitnami+redis", "7"),
+            ("bitnami-redis:7", "oci-bitnami-redis", "7"),
+            ("quay.io/a/b:x_y", "oci-quay.io+a+b", "x_y"),
+            ("localhost:5000/app:1", "oci-localhost++5000+app", "1"),
+            ("localhost/5000/app:1", "oci-localhost+5000+app", "1"),
             (&format!("app@sha256:{digest}"), "oci-app", "aaaaaaaaaaaa"),
         ] {
             assert_eq!(title(text), (name.to_owned(), version.to_owned()), "{text}");
@@ -202,7 +210,7 @@ mod tests {
         assert_eq!(in_files(None).name, "oci-web-app");
         assert_eq!(in_files(Some("1.2")).version, "1.2");
         let called = in_files(Some("a/b:3"));
-        assert_eq!(called.name, "oci-a-b");
+        assert_eq!(called.name, "oci-a+b");
         assert_eq!(called.reference, "archive:docker.io/a/b:3");
     }
 }

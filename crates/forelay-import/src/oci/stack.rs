@@ -7,16 +7,19 @@
 //!
 //! Owns looking up a path in a stack of layers: their deletions hold, links are followed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use forelay_image::erofs::xattr::{OPAQUE, REPLACES};
-use forelay_image::tree::{Attributes, Kind, NodeId, ROOT, Tree, split_path};
+use forelay_image::tree::{Attributes, Kind, NodeId, ROOT, Tree, TreeError, split_path};
 
 use super::document::Refused;
 use crate::tar::{ImageLayer, mark};
 
 /// Most links that lead to one path, as for the kernel.
 const MAX_LINKS: usize = 40;
+/// Most bytes, and most files of a folder, of an [`excerpt`](Stack::excerpt).
+const MAX_EXCERPT_BYTES: u64 = 16 << 20;
+const MAX_EXCERPT_FILES: usize = 64 << 10;
 
 /// Layers over each other.
 #[derive(Debug, Default)]
@@ -64,6 +67,41 @@ impl Stack {
         }
         self.trees.push(tree);
         Ok(changed)
+    }
+
+    /// Those of some files, and of the files of a folder, that the layers have and that are no
+    /// larger than a text may be, as a tree.
+    pub fn excerpt(&self, paths: &[&str], folder: &str) -> Result<Tree, TreeError> {
+        let mut tree = Tree::new();
+        let mut left = MAX_EXCERPT_BYTES;
+        let paths = paths.iter().map(|path| path.as_bytes().to_vec());
+        let in_folder = match self.resolve(folder.as_bytes()) {
+            AtPath::Directories(all) => all,
+            _ => Vec::new(),
+        };
+        let names: BTreeSet<&Vec<u8>> = in_folder
+            .iter()
+            .filter_map(|&(layer, id)| self.trees[layer].entries(id))
+            .flat_map(|entries| entries.keys())
+            .take(MAX_EXCERPT_FILES)
+            .collect();
+        let in_folder = names
+            .into_iter()
+            .map(|name| [folder.as_bytes(), b"/", name].concat());
+        for path in paths.chain(in_folder) {
+            let AtPath::Leaf((layer, id)) = self.resolve(&path) else {
+                continue;
+            };
+            let node = self.trees[layer].node(id);
+            let Kind::File(data) = &node.kind else {
+                continue;
+            };
+            if let Some(rest) = left.checked_sub(data.len()) {
+                left = rest;
+                tree.insert_path(&path, node.clone())?;
+            }
+        }
+        Ok(tree)
     }
 
     /// Takes out deletions of what the layers below do not have, with the directories that

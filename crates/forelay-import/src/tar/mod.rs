@@ -35,13 +35,37 @@ pub(crate) use layers::{ImageLayer, mark};
 use pax::{Extensions, parse_time};
 
 const BLOCK_BYTES: u64 = 512;
-/// Longest accepted name, link target or set of PAX records.
+/// Longest accepted extension headers of an entry, all together.
 const MAX_EXTENSION_BYTES: u64 = 1 << 20;
 /// Most files and directories of an archive, with those that its names make on the way.
 const MAX_NODES: usize = 8 << 20;
+/// Most bytes of names, link targets and attributes: they are all held in memory.
+const MAX_HELD_BYTES: u64 = 1 << 30;
+/// Most of them of one entry.
+const MAX_ENTRY_BYTES: u64 = 256 << 10;
+/// Longest target of a link, as for the kernel.
+const MAX_TARGET_BYTES: usize = 4095;
+/// Names of attributes that are told as left out.
+const LEFT_OUT_TOLD: usize = 16;
 const MAX_DEPTH: usize = 512;
 /// Most symbolic links that lead to one entry, as for the kernel.
 const MAX_LINKS: u32 = 40;
+
+/// What archives that belong together may still hold in memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TarRoom {
+    nodes: usize,
+    held_bytes: u64,
+}
+
+impl Default for TarRoom {
+    fn default() -> Self {
+        Self {
+            nodes: MAX_NODES,
+            held_bytes: MAX_HELD_BYTES,
+        }
+    }
+}
 
 /// Reads the archive at `path`; a compressed one is decompressed into `spool` first.
 pub fn read_tar(path: &Path, spool: &mut Spool, owner: Ownership) -> Result<Files, ImportError> {
@@ -88,21 +112,24 @@ pub(crate) fn read_plain(
     spool: &mut Spool,
     owner: Ownership,
 ) -> Result<Files, ImportError> {
-    read_within(plain, shown, spool, owner, MAX_NODES)
+    read_within(plain, shown, spool, owner, TarRoom::default())
 }
 
-/// Reads the uncompressed layer `plain` of a container image, which may have so many files
-/// and directories; errors name `shown`.
+/// Reads the uncompressed layer `plain` of a container image, whose layers share `room`; errors
+/// name `shown`.
 pub(crate) fn read_layer(
     plain: &Path,
     shown: &Path,
     spool: &mut Spool,
-    max_nodes: usize,
+    room: &mut TarRoom,
 ) -> Result<ImageLayer, ImportError> {
-    let mut reader = TarReader::open(plain, shown, spool, Ownership::Keep)?;
+    let mut reader = TarReader::open(plain, shown, spool, Ownership::Keep, *room)?;
     reader.own = Some(Own::default());
-    reader.entries(max_nodes)?;
-    reader.finish_layer()
+    reader.entries()?;
+    room.held_bytes = reader.room.held_bytes;
+    let layer = reader.finish_layer()?;
+    room.nodes = room.nodes.saturating_sub(layer.tree.len());
+    Ok(layer)
 }
 
 fn read_within(
@@ -110,10 +137,10 @@ fn read_within(
     shown: &Path,
     spool: &mut Spool,
     owner: Ownership,
-    max_nodes: usize,
+    room: TarRoom,
 ) -> Result<Files, ImportError> {
-    let mut reader = TarReader::open(plain, shown, spool, owner)?;
-    reader.entries(max_nodes)?;
+    let mut reader = TarReader::open(plain, shown, spool, owner, room)?;
+    reader.entries()?;
     reader.finish()
 }
 
@@ -129,6 +156,7 @@ struct TarReader<'a> {
     deletions: Deletions,
     /// What the entries of a layer say of those below it; `None` for other archives.
     own: Option<Own>,
+    room: TarRoom,
     /// Whether the last block was one of zeros, as at the end.
     ended: bool,
     /// Names of attributes that were left out.
@@ -141,6 +169,7 @@ impl<'a> TarReader<'a> {
         shown: &Path,
         spool: &'a mut Spool,
         owner: Ownership,
+        room: TarRoom,
     ) -> Result<Self, ImportError> {
         let file = File::open(plain).map_err(io_error("opening", plain))?;
         let archive_bytes = file.metadata().map_err(io_error("reading", plain))?.len();
@@ -155,13 +184,15 @@ impl<'a> TarReader<'a> {
             tree: Tree::new(),
             deletions: Deletions::default(),
             own: None,
+            room,
             ended: false,
             left_out: BTreeSet::new(),
         })
     }
 
-    /// Reads all entries, which make at most so many files and directories.
-    fn entries(&mut self, max_nodes: usize) -> Result<(), ImportError> {
+    /// Reads all entries.
+    fn entries(&mut self) -> Result<(), ImportError> {
+        let max_nodes = self.room.nodes;
         let mut entries = 0;
         while self.entry()? {
             entries += 1;
@@ -189,12 +220,20 @@ impl TarReader<'_> {
     /// Reads one entry with its extension headers; false at the end of the archive.
     fn entry(&mut self) -> Result<bool, ImportError> {
         let mut extensions = Extensions::default();
+        let mut extension_bytes = 0_u64;
         loop {
             let Some(header) = self.header()? else {
                 return Ok(false);
             };
             let bad_size = |error| self.damaged(format!("bad size: {error}"));
             let stored = header.entry_size().map_err(bad_size)?;
+            if is_extension(header.entry_type()) {
+                extension_bytes = extension_bytes.saturating_add(stored);
+                if extension_bytes > MAX_EXTENSION_BYTES {
+                    let problem = format!("extension headers of {extension_bytes} bytes");
+                    return Err(self.damaged(problem));
+                }
+            }
             match header.entry_type() {
                 EntryType::GNULongName => {
                     extensions.name = Some(until_nul(&self.extension(stored)?));
@@ -352,9 +391,6 @@ impl TarReader<'_> {
     }
 
     fn extension(&mut self, stored: u64) -> Result<Vec<u8>, ImportError> {
-        if stored > MAX_EXTENSION_BYTES {
-            return Err(self.damaged(format!("an extension header of {stored} bytes")));
-        }
         let offset = self.content(stored)?;
         let mut bytes = vec![0; stored as usize];
         self.file
@@ -378,6 +414,7 @@ impl TarReader<'_> {
             return Err(self.damaged(format!("the name {shown:?} leaves the archive")));
         }
         self.check_depth(&path)?;
+        self.hold(header, extensions, &path)?;
         let deleted = match self.own {
             Some(_) => self.through_links(path.clone()),
             None => path.clone(),
@@ -546,6 +583,49 @@ impl TarReader<'_> {
         Ok(make(major, minor))
     }
 
+    /// Takes room in memory for an entry.
+    fn hold(
+        &mut self,
+        header: &Header,
+        extensions: &Extensions,
+        path: &[u8],
+    ) -> Result<(), ImportError> {
+        let target = match header.entry_type() {
+            EntryType::Link | EntryType::Symlink => self.link_target(header, extensions).len(),
+            _ => 0,
+        };
+        let records = extensions.pax.iter();
+        let records = records.filter(|(key, _)| key.starts_with(b"SCHILY."));
+        let records: usize = records.map(|(key, value)| key.len() + value.len()).sum();
+        let bytes = (path.len() + target + records) as u64;
+        if target > MAX_TARGET_BYTES {
+            return Err(self.damaged(format!("a link to a name of {target} bytes")));
+        }
+        if bytes > MAX_ENTRY_BYTES {
+            let problem = format!("an entry with {bytes} bytes of names and attributes");
+            return Err(self.damaged(problem));
+        }
+        match self.room.held_bytes.checked_sub(bytes) {
+            Some(left) => self.room.held_bytes = left,
+            None => {
+                return Err(ImportError::TooLarge {
+                    path: self.shown.clone(),
+                    limit: MAX_HELD_BYTES,
+                    unit: "bytes of names, links and attributes",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes that an attribute is left out.
+    fn leave_out(&mut self, name: String) {
+        let told: String = name.chars().take(80).collect();
+        if self.left_out.len() < LEFT_OUT_TOLD {
+            self.left_out.insert(told);
+        }
+    }
+
     /// The attributes that an image keeps; access control lists are texts until the end.
     fn xattrs(&mut self, extensions: &Extensions) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let mut xattrs = BTreeMap::new();
@@ -555,15 +635,13 @@ impl TarReader<'_> {
                     xattrs.insert(name.to_vec(), value.clone());
                 }
                 Some(name) => {
-                    let name = String::from_utf8_lossy(name).into_owned();
-                    self.left_out.insert(name);
+                    self.leave_out(String::from_utf8_lossy(name).into_owned());
                 }
                 None if acl::is_list(key) => drop(xattrs.insert(key.clone(), value.clone())),
                 None => {
                     if let Some(kind) = key.strip_prefix(b"SCHILY.acl.") {
                         let kind = String::from_utf8_lossy(kind);
-                        let lists = format!("access control lists of kind {kind:?}");
-                        self.left_out.insert(lists);
+                        self.leave_out(format!("access control lists of kind {kind:?}"));
                     }
                 }
             }
@@ -603,6 +681,12 @@ impl TarReader<'_> {
             xattrs,
         })
     }
+}
+
+/// True for headers that say something of the entry that follows.
+fn is_extension(kind: EntryType) -> bool {
+    let names = kind.is_gnu_longname() || kind.is_gnu_longlink();
+    names || kind.is_pax_local_extensions() || kind.is_pax_global_extensions()
 }
 
 /// A numeric field that was left blank counts as 0.

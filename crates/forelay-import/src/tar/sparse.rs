@@ -8,7 +8,8 @@
 //! PAX 1.0   pieces as lines of decimal numbers before the content, padded to a block
 //! ```
 //! (GNU tar's manual, "Storing Sparse Files".) Invariant: a piece lies within its file
-//! and its bytes within the entry; no file is longer than the spool allows.
+//! and its bytes within the entry; the files take no more than the spool allows in all, however
+//! few bytes of them are in the archive.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -53,6 +54,9 @@ impl TarReader<'_> {
                 pieces.push((piece.offset().map_err(bad)?, piece.length().map_err(bad)?));
             }
             more = extended.is_extended();
+            if pieces.len() as u64 > MAX_PIECES {
+                return Err(self.damaged("a sparse file of too many pieces"));
+            }
         }
         let from = self.content(stored)?;
         self.expand(len, &pieces, from, from + stored)

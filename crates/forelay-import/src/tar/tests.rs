@@ -202,7 +202,13 @@ fn names_that_are_deep_or_make_too_many_directories_are_refused() {
         fs::write(&path, placed(&[], &names)).unwrap();
         let read = |limit: usize| {
             let mut spool = spool(directory.path());
-            read_within(&path, &path, &mut spool, Ownership::Keep, limit)
+            {
+                let room = TarRoom {
+                    nodes: limit,
+                    ..TarRoom::default()
+                };
+                read_within(&path, &path, &mut spool, Ownership::Keep, room)
+            }
         };
         assert!(read(1201).is_ok(), "{last}");
         let error = read(1200).err().unwrap();
@@ -711,4 +717,66 @@ fn compressions_that_are_not_read_are_named() {
         let shown = format!("{error} {:?}", std::error::Error::source(&error));
         assert!(shown.contains(word), "{shown}");
     }
+}
+
+#[test]
+fn what_an_archive_holds_in_memory_and_claims_on_disk_is_bounded() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.tar");
+    let read = |held_bytes: u64| {
+        let mut spool = spool(directory.path());
+        let room = TarRoom {
+            held_bytes,
+            ..TarRoom::default()
+        };
+        read_within(&path, &path, &mut spool, Ownership::Keep, room)
+    };
+    let entry = |builder: &mut tar::Builder<Vec<u8>>, name: &str, records: &[(&str, &[u8])]| {
+        builder
+            .append_pax_extensions(records.iter().copied())
+            .unwrap();
+        let mut header = Header::new_ustar();
+        header.set_size(0);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, &[][..]).unwrap();
+    };
+    let value = vec![b'x'; 1000];
+    let note = [("SCHILY.xattr.user.note", &value[..])];
+    let mut builder = tar::Builder::new(Vec::new());
+    for number in 0..10 {
+        entry(&mut builder, &format!("f{number}"), &note);
+    }
+    fs::write(&path, builder.into_inner().unwrap()).unwrap();
+    let bytes = 10 * (2 + "SCHILY.xattr.user.note".len() + value.len()) as u64;
+    assert!(read(bytes).is_ok());
+    let error = read(bytes - 1).err().unwrap().to_string();
+    assert!(error.contains("names, links and attributes"), "{error}");
+    // One entry alone: attributes, and headers that say nothing.
+    let large = vec![b'x'; 300 << 10];
+    for (key, count, said) in [
+        (
+            "SCHILY.xattr.user.large",
+            1,
+            "bytes of names and attributes",
+        ),
+        ("comment", 4, "extension headers of"),
+    ] {
+        let mut builder = tar::Builder::new(Vec::new());
+        for _ in 0..count {
+            builder.append_pax_extensions([(key, &large[..])]).unwrap();
+        }
+        entry(&mut builder, "f", &note);
+        fs::write(&path, builder.into_inner().unwrap()).unwrap();
+        let error = read(u64::MAX).err().unwrap().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+    // Files that are all holes: each fits, both do not.
+    let mut builder = tar::Builder::new(Vec::new());
+    for name in ["a", "b"] {
+        let size = [("GNU.sparse.size", &b"700000"[..]), ("GNU.sparse.map", b"")];
+        entry(&mut builder, name, &size);
+    }
+    fs::write(&path, builder.into_inner().unwrap()).unwrap();
+    let error = read(u64::MAX).err().unwrap().to_string();
+    assert!(error.contains("bytes when unpacked"), "{error}");
 }

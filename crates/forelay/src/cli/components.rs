@@ -147,6 +147,7 @@ pub async fn run(command: ComponentCommand, config: &Config) -> Result<()> {
             Ok(())
         }
         ComponentCommand::Remove { component } => {
+            let _turn = images::turn(config).await?;
             let found = find(&store, &component).await?;
             images::remove(&store, &found).await?;
             say!("{} {} removed", found.name, found.version);
@@ -252,7 +253,7 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
     let json = arguments.json;
     let builder = builder(config)?;
     let request = request(arguments, store, &builder).await?;
-    let component = make(request, builder, store, json).await?;
+    let component = make(request, builder, config, store, json).await?;
     match json {
         true => output::json(&described(&component)),
         false => Ok(()),
@@ -268,6 +269,7 @@ pub fn builder(config: &Config) -> Result<Builder> {
 pub async fn make(
     request: BuildRequest,
     builder: Builder,
+    config: &Config,
     store: &Store,
     quiet: bool,
 ) -> Result<Component> {
@@ -278,6 +280,11 @@ pub async fn make(
         builder.build(&request, &|progress| shown.show(progress))
     });
     let built = built.await??;
+    // Until all of it is there.
+    let _turn = match built.main.component.container {
+        Some(_) => Some(images::turn(config).await?),
+        None => None,
+    };
     images::check_free(store, &built.main.component).await?;
     let mut began = started;
     let mut layers = Layers::default();

@@ -76,7 +76,7 @@ pub async fn manifest(
                 plain_http: arguments.plain_http,
             };
             let request = BuildRequest::new(BuildSource::Image(options));
-            components::make(request, components::builder(config)?, &store, true).await?
+            components::make(request, components::builder(config)?, config, &store, true).await?
         }
     };
     let manifest = made(&component, arguments, command, detach)?;
@@ -152,6 +152,20 @@ fn variables(given: &[String]) -> Result<BTreeMap<String, String>> {
         }
     };
     given.iter().map(pair).collect()
+}
+
+/// The turn to change which images this host's repository has, held while this is: an image
+/// whose layers are there already must not lose them to the removal of another one.
+pub async fn turn(config: &Config) -> Result<std::fs::File> {
+    let path = config.state_dir.join("images.lock");
+    let taken = tokio::task::spawn_blocking(move || {
+        let shown = path.display().to_string();
+        let dir = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        let file = dir.and_then(|()| std::fs::File::create(path));
+        let locked = file.and_then(|file| file.lock().map(|()| file));
+        locked.with_context(|| format!("cannot lock {shown}"))
+    });
+    taken.await?
 }
 
 /// Refuses an image whose name and version in the repository are those of one from

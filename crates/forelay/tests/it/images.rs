@@ -189,13 +189,14 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
         "--oci",
         &reference,
         "--name",
-        "oci-example-app",
+        "oci-example+app",
     ];
     let said = host.refused(same);
     assert!(
         said.contains("is archive:docker.io/example/app:1"),
         "{said}"
     );
+    let registry_port = registry.port;
     drop(registry);
 
     // By its name, without its registry, with another command and to its end.
@@ -212,12 +213,9 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
             ran.stdout
         );
     }
-    let name = format!(
-        "oci-127.0.0.1-{}-example-app",
-        reference.split([':', '/']).nth(1).unwrap()
-    );
+    let name = format!("oci-127.0.0.1++{}+example+app", registry_port);
     host.ok(["component", "remove", &name]);
     assert_eq!(layers_of(&host), LAYERS);
-    host.ok(["component", "remove", "oci-example-app"]);
+    host.ok(["component", "remove", "oci-example+app"]);
     assert_eq!(layers_of(&host), 0);
 }
