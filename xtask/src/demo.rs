@@ -2,7 +2,8 @@
 //! them and boot, the second launch finds its bytes in shared memory, four VMs share one
 //! copy, and a launch of which a snapshot was made resumes.
 //!
-//! Leaves its repository in `target/demo/repository`, so that a second run only boots.
+//! Leaves its repository in `target/demo/repository`, so that a second run only boots; with
+//! `--repository` a server gets a copy of it, which the hosts then use.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::backend::{self, Backend};
 use crate::bench;
 use crate::host::{self, Host, Programs, Settings};
 use crate::pages::{self, Sharing};
@@ -41,7 +43,7 @@ const COMPONENTS: &[(&[&str], &str)] = &[
 const SIDE_BY_SIDE: [&str; 4] = ["web", "cache", "python", "node"];
 
 /// Runs the demo.
-pub fn run_all() -> Result<()> {
+pub fn run_all(backend: Backend) -> Result<()> {
     let started = Instant::now();
     prerequisites::install()?;
     let programs = host::build()?;
@@ -55,7 +57,14 @@ pub fn run_all() -> Result<()> {
 
     let state = dir.join("state");
     bench::remove_all(&state)?;
-    let settings = Settings::throttled(repository, state);
+    let mut settings = Settings::throttled(repository, state);
+    let server = backend.start()?;
+    if let Some(server) = &server {
+        let url = backend.url(server);
+        backend::fill(&programs, &settings.repository, &url)?;
+        println!("\nhosts use {url}\n");
+        settings.url = Some(url);
+    }
     let mut host = Host::new(&programs, &settings)?;
     let mut launches = Vec::new();
     twice(&mut host, &mut launches)?;

@@ -45,6 +45,8 @@ pub fn build() -> Result<Programs> {
 pub struct Settings {
     /// Repository directory.
     pub repository: PathBuf,
+    /// Another repository than the directory.
+    pub url: Option<String>,
     /// Durable state: disk cache, history.
     pub state: PathBuf,
     /// Stands in for a remote repository.
@@ -64,6 +66,7 @@ impl Settings {
     pub fn local(repository: PathBuf, state: PathBuf) -> Self {
         Self {
             repository,
+            url: None,
             state,
             latency_ms: 0,
             bandwidth_bytes_per_s: 0,
@@ -101,13 +104,17 @@ impl Host {
         std::fs::create_dir_all(&scratch)?;
         std::fs::create_dir_all(&settings.state)?;
         let config = scratch.join("forelay.toml");
+        let place = match &settings.url {
+            Some(url) => format!("url = {url:?}"),
+            None => format!("path = {:?}", settings.repository),
+        };
         let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n\
+            "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\n{}\nlatency_ms = {}\n\
              bandwidth_bytes_per_s = {}\n\n[memory]\nbudget_bytes = {}\n\n\
              [forecast]\nprefetch = {}\nahead = {}\n\n[snapshots]\nmake = false\ncpu_stall = 100.0\n",
             settings.state,
             scratch.join("run"),
-            settings.repository,
+            place,
             settings.latency_ms,
             settings.bandwidth_bytes_per_s,
             settings.budget_bytes,

@@ -3,6 +3,7 @@
 //! Owns how the project is built, checked and shown; holds no logic of the product.
 //! Everything it starts it ends by its own ids.
 
+mod backend;
 mod bench;
 mod cgroup;
 mod cpu;
@@ -14,6 +15,8 @@ mod host;
 mod pages;
 mod prerequisites;
 mod process;
+#[path = "../../crates/forelay-store/tests/it/servers.rs"]
+mod servers;
 mod test;
 mod tidy;
 
@@ -24,6 +27,8 @@ Usage: cargo xtask <TASK>
 
 Tasks:
   demo            install what is needed, build, compose and boot real VMs, show the main job
+  demo --repository s3|oci
+                  the same over a bucket, or a container registry
   test            install what is needed and run the whole suite
   bench <NAME>    measure; writes target/bench/<NAME>.json
   guest           build the guest's init and print its path
@@ -41,7 +46,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
         ["bench", name, rest @ ..] => bench::run_named(name, rest),
-        ["demo"] => demo::run_all(),
+        ["demo"] => demo::run_all(backend::Backend::Directory),
+        ["demo", "--repository", name] => backend::Backend::parse(name).and_then(demo::run_all),
         ["test", rest @ ..] => test::run_all(rest),
         ["guest"] => guest::build().map(|path| println!("{}", path.display())),
         // Not for people: the memory hog of `bench pressure`.

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::process::run;
+use crate::process::{run, target_dir};
 
 /// Programs and the packages that bring them, in installation order: `qemu-img` comes
 /// after the emulator, whose version of it fits.
@@ -37,9 +37,40 @@ const PEERS: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
 ];
 
+/// The S3 server of the tests, and what of it that takes, from PyPI.
+const S3_SERVER: [&str; 3] = ["moto[s3]==5.2.5", "flask", "flask-cors"];
+
 /// Installs whatever is missing.
 pub fn install() -> Result<()> {
     install_missing(NEEDED)
+}
+
+/// Installs moto in a virtual environment below `target`; without Python or the network the tests that
+/// need it are skipped.
+pub fn install_s3_server() -> Result<()> {
+    let cache = target_dir().join("test-cache");
+    let dir = cache.join("moto");
+    if dir.join("bin/moto_server").exists() {
+        return Ok(());
+    }
+    let python = dir.join("bin/python");
+    let make = Command::new("python3")
+        .arg("-m")
+        .arg("venv")
+        .arg(&dir)
+        .status();
+    let mut pip = Command::new(&python);
+    pip.args(["-m", "pip", "install", "--quiet", "--no-compile"]);
+    let installed = make.is_ok_and(|status| status.success())
+        && pip
+            .args(S3_SERVER)
+            .status()
+            .is_ok_and(|status| status.success());
+    if !installed {
+        eprintln!("NOT INSTALLED: moto. Tests that need an S3 server are skipped.");
+        let _ = std::fs::remove_dir_all(&dir);
+    }
+    Ok(())
 }
 
 /// Installs what of the peers is missing.

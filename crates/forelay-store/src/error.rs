@@ -19,7 +19,7 @@ pub enum StoreError {
     Repository(#[from] RepositoryError),
     /// Nothing there is a repository.
     #[error(
-        "there is no repository at {location}: mount it, set repository.path in the configuration, or make one with `forelay component build`"
+        "there is no repository at {location}: mount it, set repository.url in the configuration, or make one with `forelay component build`"
     )]
     NoRepository {
         /// Where it was looked for.

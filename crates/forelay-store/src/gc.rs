@@ -22,7 +22,7 @@ use forelay_image::component::ImageRef;
 use crate::error::StoreError;
 use crate::layout;
 use crate::pack::Locations;
-use crate::repository::{Object, Put};
+use crate::repository::{Object, Put, RepositoryError};
 use crate::store::{Store, decode_component};
 
 /// What to collect.
@@ -63,8 +63,8 @@ pub struct GcReport {
     pub revived: u64,
 }
 
-/// Objects by the digest in their keys.
-type Objects = BTreeMap<Digest, Vec<Object>>;
+/// Keys of objects by the digest in them.
+type Objects = BTreeMap<Digest, Vec<String>>;
 
 impl Store {
     /// Collects garbage. The first run condemns, a run after the grace period deletes.
@@ -115,12 +115,12 @@ impl Store {
 
     async fn objects(&self, folder: &str, suffixes: &[&str]) -> Result<Objects, StoreError> {
         let mut objects = Objects::new();
-        for object in self.0.repository.list(folder).await? {
+        for key in self.0.repository.list(folder).await? {
             let digest = suffixes
                 .iter()
-                .find_map(|suffix| layout::digest_in(&object.key, folder, suffix));
+                .find_map(|suffix| layout::digest_in(&key, folder, suffix));
             if let Some(digest) = digest {
-                objects.entry(digest).or_default().push(object);
+                objects.entry(digest).or_default().push(key);
             }
         }
         Ok(objects)
@@ -176,30 +176,32 @@ impl Sweep<'_> {
         report: &mut GcReport,
     ) -> Result<(), StoreError> {
         let repository = &self.store.0.repository;
-        for (digest, objects) in objects {
+        for (digest, keys) in objects {
             let mark = layout::condemned(*digest);
-            let marked = self.marks.get(digest).and_then(|marks| marks.first());
-            match (is_live(digest), marked) {
-                (true, None) => {}
-                (true, Some(_)) => {
+            match (is_live(digest), self.marks.contains_key(digest)) {
+                (true, false) => {}
+                (true, true) => {
                     repository.delete(&mark).await?;
                     report.revived += 1;
                 }
-                (false, None) => {
+                (false, false) => {
                     // Objects younger than the grace period may belong to a publication.
-                    if objects.iter().all(|object| age(object) >= self.grace) {
+                    let found = self.inspect(keys).await?;
+                    if found.iter().flatten().all(|one| age(one) >= self.grace) {
                         let put = repository.put_if_absent(&mark, Vec::new().into()).await?;
                         report.condemned += u64::from(put == Put::Created);
                     }
                 }
-                (false, Some(object)) => {
+                (false, true) => {
+                    let found = self.inspect(keys).await?;
                     // A publisher may have taken the mark off since it was listed.
-                    if age(object) < self.grace || self.store.get(&mark).await.is_err() {
-                        continue;
+                    match repository.inspect(&mark).await {
+                        Ok(mark) if age(&mark) >= self.grace => {}
+                        _ => continue,
                     }
-                    for object in objects {
-                        repository.delete(&object.key).await?;
-                        report.freed_bytes += object.bytes;
+                    for (key, object) in keys.iter().zip(found) {
+                        repository.delete(key).await?;
+                        report.freed_bytes += object.map_or(0, |one| one.bytes);
                     }
                     repository.delete(&mark).await?;
                     report.deleted += 1;
@@ -207,6 +209,19 @@ impl Sweep<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Size and age of each object that is there still.
+    async fn inspect(&self, keys: &[String]) -> Result<Vec<Option<Object>>, RepositoryError> {
+        let mut found = Vec::new();
+        for key in keys {
+            match self.store.0.repository.inspect(key).await {
+                Ok(object) => found.push(Some(object)),
+                Err(error) if error.is_not_found() => found.push(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
     }
 }
 

@@ -11,6 +11,7 @@
 //! crate unverified.
 #![forbid(unsafe_code)]
 
+mod copy;
 pub mod disk_cache;
 pub mod error;
 pub mod fetch;
@@ -31,8 +32,10 @@ pub use fetch::{
     Priority, Scheduler,
 };
 pub use images::{ImageHold, ImageMap};
+pub use repositories::address::RepositoryUrl;
 pub use repositories::directory::DirectoryRepository;
 pub use repositories::limited::Limited;
+pub use repositories::mirrored::Mirrored;
 pub use repositories::throttle::Throttled;
-pub use repository::{Repository, RepositoryError};
+pub use repository::{Repository, RepositoryError, SetAside};
 pub use store::{ImageReader, Store, StoreConfig};

@@ -49,7 +49,7 @@ pub struct Published {
 }
 
 /// Where chunks are that the repository has already.
-type Known = HashMap<Digest, (Digest, Location)>;
+pub(crate) type Known = HashMap<Digest, (Digest, Location)>;
 
 /// What publishing the chunks needs, owned, for the blocking thread.
 struct Job {
@@ -98,7 +98,6 @@ impl Store {
         chunks: &ChunkIndex,
         progress: &(dyn Fn(PublishProgress) + Send + Sync),
     ) -> Result<Option<Published>, StoreError> {
-        let repository = &self.0.repository;
         let known = self.known_chunks().await?;
         let job = Job {
             path: image.to_owned(),
@@ -128,25 +127,45 @@ impl Store {
             .await
             .map_err(|error| StoreError::Inconsistent(error.to_string()))??;
         let locations = locate(component, chunks, &places)?;
-        if !self.put_indexes(chunks, &locations, &fresh).await? {
+        let put = self
+            .make_visible(component, chunks, &locations, &fresh)
+            .await?;
+        let Some(put) = put else {
+            return Ok(None);
+        };
+        Ok(Some(Published {
+            id: component.id(),
+            created: put == Put::Created,
+            progress: last,
+        }))
+    }
+
+    /// The last steps of a publication, after all packs: indexes, then metadata. `None` if gc
+    /// took a pack away meanwhile.
+    pub(crate) async fn make_visible(
+        &self,
+        component: &Component,
+        chunks: &ChunkIndex,
+        locations: &Locations,
+        fresh: &HashSet<Digest>,
+    ) -> Result<Option<Put>, StoreError> {
+        if !self.put_indexes(chunks, locations, fresh).await? {
             return Ok(None);
         }
+        let key = layout::component(component.id());
         let metadata = component.canonical_json();
-        let put = repository
-            .put_if_absent(&layout::component(component.id()), metadata.into())
+        let put = self
+            .0
+            .repository
+            .put_if_absent(&key, metadata.into())
             .await?;
         // A collector that had listed the image as dead may have been at work: from here
         // on the image is live, so what is there now stays.
-        if !self.put_indexes(chunks, &locations, &fresh).await? {
+        if !self.put_indexes(chunks, locations, fresh).await? {
             return Ok(None);
         }
         self.add_image(component.image)?;
-        let created = put == Put::Created;
-        Ok(Some(Published {
-            id: component.id(),
-            created,
-            progress: last,
-        }))
+        Ok(Some(put))
     }
 
     /// Puts chunk index and locations, and checks that what they name stands. Indexes
@@ -180,7 +199,7 @@ impl Store {
         Ok(standing)
     }
 
-    async fn put_pack(&self, pack: &FinishedPack) -> Result<(), StoreError> {
+    pub(crate) async fn put_pack(&self, pack: &FinishedPack) -> Result<(), StoreError> {
         let repository = &self.0.repository;
         let body = Body::File(pack.file.path().to_owned());
         repository
@@ -198,13 +217,13 @@ impl Store {
     }
 
     /// Chunks of all packs that are not condemned.
-    async fn known_chunks(&self) -> Result<Known, StoreError> {
+    pub(crate) async fn known_chunks(&self) -> Result<Known, StoreError> {
         let repository = &self.0.repository;
         let condemned = self.condemned().await?;
         let listed = repository.list(layout::PACKS).await?;
         let packs: Vec<Digest> = listed
             .iter()
-            .filter_map(|object| layout::digest_in(&object.key, layout::PACKS, ".idx"))
+            .filter_map(|key| layout::digest_in(key, layout::PACKS, ".idx"))
             .filter(|pack| !condemned.contains(pack))
             .collect();
         let mut known = Known::new();
@@ -240,7 +259,7 @@ impl Store {
         let listed = self.0.repository.list(layout::CONDEMNED).await?;
         Ok(listed
             .iter()
-            .filter_map(|object| layout::digest_in(&object.key, layout::CONDEMNED, ""))
+            .filter_map(|key| layout::digest_in(key, layout::CONDEMNED, ""))
             .collect())
     }
 
@@ -257,7 +276,7 @@ impl Store {
         let listed = self.0.repository.list(layout::PACKS).await?;
         let present: HashSet<Digest> = listed
             .iter()
-            .filter_map(|object| layout::digest_in(&object.key, layout::PACKS, ".pack"))
+            .filter_map(|key| layout::digest_in(key, layout::PACKS, ".pack"))
             .collect();
         Ok(packs
             .iter()
@@ -337,7 +356,7 @@ impl Job {
     }
 }
 
-fn remember(known: &mut Known, index: &PackIndex, replace: bool) {
+pub(crate) fn remember(known: &mut Known, index: &PackIndex, replace: bool) {
     for entry in &index.entries {
         let location = Location {
             pack: 0,
@@ -352,7 +371,7 @@ fn remember(known: &mut Known, index: &PackIndex, replace: bool) {
     }
 }
 
-fn locate(
+pub(crate) fn locate(
     component: &Component,
     chunks: &ChunkIndex,
     places: &Known,

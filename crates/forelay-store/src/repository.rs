@@ -53,11 +53,9 @@ pub enum Put {
     Present,
 }
 
-/// An entry of a listing.
+/// What is known of an object without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Object {
-    /// Its key.
-    pub key: String,
     /// Its size in bytes.
     pub bytes: u64,
     /// When it was stored, by the repository's clock.
@@ -71,6 +69,17 @@ pub struct Description {
     pub kind: &'static str,
     /// Where it is, e.g. a path.
     pub location: String,
+}
+
+/// A repository that is set aside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetAside {
+    /// Where it is.
+    pub location: String,
+    /// Why.
+    pub problem: String,
+    /// Since when.
+    pub since: SystemTime,
 }
 
 /// Why a repository operation failed.
@@ -165,11 +174,23 @@ pub trait Repository: Send + Sync + 'static {
     /// Stores an object unless the key is taken. When this returns `Ok`, the object is durable.
     async fn put_if_absent(&self, key: &str, body: Body) -> Result<Put, RepositoryError>;
 
-    /// All objects whose key starts with `prefix` (a `folder/`), sorted by key.
-    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError>;
+    /// Keys of all objects that are in the folder `prefix` (`folder/`), sorted.
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, RepositoryError>;
+
+    /// Size and age of an object, without its bytes.
+    async fn inspect(&self, key: &str) -> Result<Object, RepositoryError>;
 
     /// Deletes an object; one that does not exist counts as deleted.
     async fn delete(&self, key: &str) -> Result<(), RepositoryError>;
+
+    /// Takes note that bytes read from `key` were wrong. Means nothing where there is but one
+    /// place that they can come from.
+    fn doubt(&self, _key: &str, _problem: &str) {}
+
+    /// Which of several places are set aside at the moment, because they failed.
+    fn set_aside(&self) -> Vec<SetAside> {
+        Vec::new()
+    }
 }
 
 /// Accepts keys of one or more `/`-separated parts of letters, digits and `. _ -`; parts

@@ -25,7 +25,7 @@ use crate::error::StoreError;
 use crate::fetch::{FetchConfig, Priority, Scheduler};
 use crate::images::{ImageHold, ImageMap, Images};
 use crate::layout::{self, Access, Descriptor};
-use crate::repository::{Repository, RepositoryError};
+use crate::repository::{Repository, RepositoryError, SetAside};
 
 /// A whole image is read in windows of this many bytes...
 const WINDOW_BYTES: u64 = 4 << 20;
@@ -114,6 +114,11 @@ impl Store {
         read_descriptor(&*self.0.repository).await.map(drop)
     }
 
+    /// Which of the repository and its mirrors are set aside at the moment.
+    pub fn set_aside(&self) -> Vec<SetAside> {
+        self.0.repository.set_aside()
+    }
+
     /// What the repository permits, asked once.
     async fn access(&self) -> Result<&Access, StoreError> {
         let read = || read_descriptor(&*self.0.repository);
@@ -142,7 +147,7 @@ impl Store {
         let listed = self.0.repository.list(layout::COMPONENTS).await?;
         let ids = listed
             .iter()
-            .filter_map(|object| layout::digest_in(&object.key, layout::COMPONENTS, ".json"));
+            .filter_map(|key| layout::digest_in(key, layout::COMPONENTS, ".json"));
         let mut components = Vec::new();
         let ids: Vec<ComponentId> = ids.collect();
         for group in ids.chunks(32) {

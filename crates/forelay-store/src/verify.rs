@@ -101,7 +101,7 @@ impl Store {
         let listed = self.0.repository.list(layout::PACKS).await?;
         let packs: Vec<Digest> = listed
             .iter()
-            .filter_map(|object| layout::digest_in(&object.key, layout::PACKS, ".idx"))
+            .filter_map(|key| layout::digest_in(key, layout::PACKS, ".idx"))
             .collect();
         report.progress.total_packs = packs.len() as u64;
         for pack in packs {
@@ -111,13 +111,14 @@ impl Store {
             report.progress.packs += 1;
             progress(report.progress);
         }
-        for object in components {
-            let problem = match layout::digest_in(&object.key, layout::COMPONENTS, ".json") {
+        for key in components {
+            let problem = match layout::digest_in(&key, layout::COMPONENTS, ".json") {
                 Some(id) => self.verify_component(id, &indexes, &report).await.err(),
                 None => Some("its name is not that of a component".to_owned().into()),
             };
-            let found = problem.map(|problem| problem.at(object.key));
-            report.findings.extend(found);
+            report
+                .findings
+                .extend(problem.map(|problem| problem.at(key)));
             report.progress.components += 1;
             progress(report.progress);
         }

@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use forelay_image::NameOf;
+use forelay_store::RepositoryUrl;
+use forelay_store::repositories::address::BadUrl;
 use serde::{Deserialize, Serialize};
 
 /// Where the configuration is when nobody says.
@@ -75,7 +77,12 @@ impl AccessRule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RepositoryConfig {
-    /// A directory; `state_dir/repository` if absent.
+    /// `dir:/PATH`, `s3://BUCKET/PREFIX` or `oci://HOST/NAME`: where components are published;
+    /// the directory `state_dir/repository` if neither this nor `path` is given.
+    pub url: Option<String>,
+    /// Asked after `url`, in this order, when it fails or lacks something.
+    pub mirrors: Vec<String>,
+    /// A directory; the same as `url = "dir:..."`.
     pub path: Option<PathBuf>,
     /// Longest time that the repository may take to answer, in seconds; what takes longer
     /// fails for now.
@@ -198,6 +205,8 @@ impl RepositoryConfig {
 impl Default for RepositoryConfig {
     fn default() -> Self {
         Self {
+            url: None,
+            mirrors: Vec::new(),
             path: None,
             timeout_s: 30.0,
             latency_ms: 0,
@@ -317,6 +326,10 @@ impl Config {
 
     /// What the types do not say.
     fn check(&self) -> Result<(), String> {
+        if self.repository.url.is_some() && self.repository.path.is_some() {
+            return Err("repository.url and repository.path: give one of them".to_owned());
+        }
+        self.repository_urls().map_err(|error| error.to_string())?;
         match self.vmm.accelerator.as_str() {
             "auto" | "kvm" | "tcg" => {}
             other => {
@@ -359,7 +372,17 @@ impl Config {
             .unwrap_or_else(|| self.runtime_dir.join("forelay.sock"))
     }
 
-    /// The repository's directory.
+    /// The repository, then its mirrors.
+    pub fn repository_urls(&self) -> Result<(RepositoryUrl, Vec<RepositoryUrl>), BadUrl> {
+        let first = match &self.repository.url {
+            Some(url) => url.parse()?,
+            None => RepositoryUrl::directory(self.repository_path()),
+        };
+        let mirrors = self.repository.mirrors.iter().map(|url| url.parse());
+        Ok((first, mirrors.collect::<Result<_, _>>()?))
+    }
+
+    /// The repository's directory, where it is in one.
     pub fn repository_path(&self) -> PathBuf {
         self.repository
             .path
@@ -438,6 +461,15 @@ mod tests {
             // As a worker keeps it for the next.
             std::fs::write(&path, toml::to_string(&config).unwrap()).unwrap();
             assert_eq!(Config::load(Some(&path)).unwrap(), config);
+        }
+        for (text, because) in [
+            ("url = \"ftp://x\"", "no address of a repository"),
+            ("url = \"s3://x\"\npath = \"/x\"", "give one of them"),
+            ("mirrors = [\"oci://u:p@h/x\"]", "secrets"),
+        ] {
+            std::fs::write(&path, format!("[repository]\n{text}\n")).unwrap();
+            let error = Config::load(Some(&path)).unwrap_err().to_string();
+            assert!(error.contains(because), "{error}");
         }
         std::fs::write(&path, "[vmm]\naccelerator = \"xen\"\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();

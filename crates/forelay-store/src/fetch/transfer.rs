@@ -58,6 +58,10 @@ impl Scheduler {
         match outcome {
             Ok(bytes) => {
                 let bad = self.unpack(&request, bytes).await;
+                if let Some((source, problem)) = bad.first() {
+                    let repository = self.0.images.repository_of(source.image);
+                    repository.doubt(&layout::pack(request.pack), problem);
+                }
                 for (source, problem) in bad {
                     self.look_again(source, Failure::Bytes(problem), second_looks)
                         .await;

@@ -278,7 +278,7 @@ impl Repository for DirectoryRepository {
         self.blocking(move |this| this.write(&key, &body)).await
     }
 
-    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, RepositoryError> {
         let prefix = prefix.trim_end_matches('/').to_owned();
         self.blocking(move |this| {
             let folder = this.path(&prefix)?;
@@ -288,29 +288,39 @@ impl Repository for DirectoryRepository {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
                 Err(error) => return Err(failed(error)),
             };
-            let mut objects = Vec::new();
+            let mut keys = Vec::new();
             for entry in entries {
                 let entry = entry.map_err(failed)?;
                 let Ok(name) = entry.file_name().into_string() else {
                     continue;
                 };
-                let metadata = match entry.metadata() {
-                    Ok(metadata) => metadata,
+                let is_file = match entry.file_type() {
+                    Ok(kind) => kind.is_file(),
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     Err(error) => return Err(failed(error)),
                 };
                 let key = format!("{prefix}/{name}");
-                if metadata.is_file() && check_key(&key).is_ok() {
-                    let modified = metadata.modified().map_err(failed)?;
-                    objects.push(Object {
-                        key,
-                        bytes: metadata.len(),
-                        modified,
-                    });
+                if is_file && check_key(&key).is_ok() {
+                    keys.push(key);
                 }
             }
-            objects.sort_by(|a, b| a.key.cmp(&b.key));
-            Ok(objects)
+            keys.sort();
+            Ok(keys)
+        })
+        .await
+    }
+
+    async fn inspect(&self, key: &str) -> Result<Object, RepositoryError> {
+        let key = key.to_owned();
+        self.blocking(move |this| {
+            let path = this.path(&key)?;
+            let failed = |source| classify("reading", &key, &path, 0, source);
+            let metadata = fs::metadata(&path).map_err(failed)?;
+            let modified = metadata.modified().map_err(failed)?;
+            Ok(Object {
+                bytes: metadata.len(),
+                modified,
+            })
         })
         .await
     }

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_image::Extent;
 
-use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError};
+use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError, SetAside};
 
 /// Bytes that are known to be on their way may come as slowly as this.
 const SLOWEST_BYTES_PER_S: u64 = 1 << 20;
@@ -84,14 +84,27 @@ impl Repository for Limited {
         self.within("writing", key, bytes, writing).await
     }
 
-    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, RepositoryError> {
         let listing = self.inner.list(prefix);
         self.within("listing", prefix, 0, listing).await
+    }
+
+    async fn inspect(&self, key: &str) -> Result<Object, RepositoryError> {
+        let inspecting = self.inner.inspect(key);
+        self.within("reading", key, 0, inspecting).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), RepositoryError> {
         let deleting = self.inner.delete(key);
         self.within("deletion", key, 0, deleting).await
+    }
+
+    fn doubt(&self, key: &str, problem: &str) {
+        self.inner.doubt(key, problem);
+    }
+
+    fn set_aside(&self) -> Vec<SetAside> {
+        self.inner.set_aside()
     }
 }
 

@@ -16,7 +16,7 @@ use forelay_image::Extent;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError};
+use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError, SetAside};
 
 const SLICE_BYTES: u64 = 64 << 10;
 
@@ -97,13 +97,26 @@ impl Repository for Throttled {
         self.inner.put_if_absent(key, body).await
     }
 
-    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, RepositoryError> {
         tokio::time::sleep(self.latency).await;
         self.inner.list(prefix).await
+    }
+
+    async fn inspect(&self, key: &str) -> Result<Object, RepositoryError> {
+        tokio::time::sleep(self.latency).await;
+        self.inner.inspect(key).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), RepositoryError> {
         tokio::time::sleep(self.latency).await;
         self.inner.delete(key).await
+    }
+
+    fn doubt(&self, key: &str, problem: &str) {
+        self.inner.doubt(key, problem);
+    }
+
+    fn set_aside(&self) -> Vec<SetAside> {
+        self.inner.set_aside()
     }
 }

@@ -288,9 +288,14 @@ impl Repository for Faulty {
         self.inner.put_if_absent(key, body).await
     }
 
-    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, RepositoryError> {
         self.call("listing", prefix)?;
         self.inner.list(prefix).await
+    }
+
+    async fn inspect(&self, key: &str) -> Result<Object, RepositoryError> {
+        self.call("reading", key)?;
+        self.inner.inspect(key).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), RepositoryError> {

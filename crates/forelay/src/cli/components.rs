@@ -1,4 +1,4 @@
-//! Commands on components and the repository: build, list, show, gc, verify.
+//! Commands on components and the repository: build, list, show, remove, gc, verify.
 //!
 //! They work on the repository directly; a daemon that uses the same one sees what was
 //! published with its next launch.
@@ -24,10 +24,10 @@ use forelay_store::publish::{PublishProgress, Published};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
-use super::images;
 use super::output::{self, bytes};
+use super::{copy, images};
 use crate::config::Config;
-use crate::daemon::{create_store, images_in_use, open_store};
+use crate::daemon::{create_store, images_in_use, open_first_store, open_other_store, open_store};
 use crate::recipe::Reader;
 
 /// `forelay component ...`.
@@ -46,6 +46,29 @@ pub enum ComponentCommand {
         component: String,
         #[arg(long)]
         json: bool,
+    },
+    /// Copy components from the repository to another.
+    Push {
+        #[command(flatten)]
+        target: copy::Target,
+        #[command(flatten)]
+        what: copy::CopyArguments,
+    },
+    /// Copy components from another repository into the repository.
+    Pull {
+        #[command(flatten)]
+        origin: copy::Origin,
+        #[command(flatten)]
+        what: copy::CopyArguments,
+    },
+    /// Copy components between two other repositories.
+    Copy {
+        #[command(flatten)]
+        origin: copy::Origin,
+        #[command(flatten)]
+        target: copy::Target,
+        #[command(flatten)]
+        what: copy::CopyArguments,
     },
     /// Make a component invisible; `forelay gc` then frees what nothing else uses.
     Remove {
@@ -131,23 +154,40 @@ fn parse_role(text: &str) -> Result<Role, String> {
 
 /// Runs a `component` command.
 pub async fn run(command: ComponentCommand, config: &Config) -> Result<()> {
-    let store = match &command {
-        ComponentCommand::Build(_) => create_store(config).await?,
-        _ => open_store(config).await?,
-    };
     match command {
-        ComponentCommand::Build(arguments) => build(*arguments, &store, config).await,
-        ComponentCommand::List { json } => list(&store, json).await,
+        ComponentCommand::Build(arguments) => {
+            build(*arguments, &create_store(config).await?, config).await
+        }
+        ComponentCommand::List { json } => list(&open_store(config).await?, json).await,
         ComponentCommand::Show { component, json } => {
-            let found = find(&store, &component).await?;
+            let found = find(&open_store(config).await?, &component).await?;
             if json {
                 return output::json(&described(&found));
             }
             show(&found);
             Ok(())
         }
+        ComponentCommand::Push { target, what } => {
+            let from = open_store(config).await?;
+            let to = open_other_store(config, &target.to, true).await?;
+            copy::run(what, &from, &to).await
+        }
+        ComponentCommand::Pull { origin, what } => {
+            let from = open_other_store(config, &origin.from, false).await?;
+            copy::run(what, &from, &create_store(config).await?).await
+        }
+        ComponentCommand::Copy {
+            origin,
+            target,
+            what,
+        } => {
+            let from = open_other_store(config, &origin.from, false).await?;
+            let to = open_other_store(config, &target.to, true).await?;
+            copy::run(what, &from, &to).await
+        }
         ComponentCommand::Remove { component } => {
             let _turn = images::turn(config).await?;
+            let store = open_first_store(config).await?;
             let found = find(&store, &component).await?;
             images::remove(&store, &found).await?;
             say!("{} {} removed", found.name, found.version);
@@ -493,10 +533,10 @@ fn guest_init(given: Option<PathBuf>) -> Result<PathBuf> {
 }
 
 /// Progress on a terminal: one bar for each phase, with rates.
-struct Bar(Mutex<(ProgressBar, &'static str)>);
+pub(super) struct Bar(Mutex<(ProgressBar, &'static str)>);
 
 impl Bar {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let hidden = ProgressBar::hidden();
         Self(Mutex::new((hidden, "")))
     }
@@ -524,7 +564,7 @@ impl Bar {
         }
     }
 
-    fn bytes(&self, word: &'static str, done_bytes: u64, total_bytes: Option<u64>) {
+    pub(super) fn bytes(&self, word: &'static str, done_bytes: u64, total_bytes: Option<u64>) {
         self.phase(word, total_bytes);
         let state = self.0.lock();
         if let Some(total_bytes) = total_bytes {
@@ -560,14 +600,14 @@ impl Bar {
         *state = (bar, word);
     }
 
-    fn clear(&self) {
+    pub(super) fn clear(&self) {
         self.0.lock().0.finish_and_clear();
     }
 }
 
 /// `forelay gc`. What this host's VMs have stays, also if its component was removed.
 pub async fn gc(config: &Config, json: bool) -> Result<()> {
-    let store = open_store(config).await?;
+    let store = open_first_store(config).await?;
     let options = GcOptions {
         images_in_use: images_in_use(config, &store).await?,
         ..GcOptions::default()
@@ -591,7 +631,7 @@ pub async fn gc(config: &Config, json: bool) -> Result<()> {
 
 /// `forelay verify`.
 pub async fn verify(config: &Config, json: bool) -> Result<()> {
-    let store = open_store(config).await?;
+    let store = open_first_store(config).await?;
     let bar = Bar::new();
     let report = store
         .verify(&|progress| bar.bytes("verifying", progress.packs, Some(progress.total_packs)))

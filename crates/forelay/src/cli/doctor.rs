@@ -132,11 +132,12 @@ fn degraded(degraded: &Degraded) -> Finding {
     let fix = match degraded.what.as_str() {
         "configuration" => "mend the configuration, then SIGHUP to `forelay daemon`",
         "history" => "make room, or move the damaged file away: a new history is begun",
-        "repository" => "mount it, or set repository.path; `forelay component build` makes one",
         "control groups" => {
             "let the daemon make control groups: on cgroup v2 with `Delegate=yes` and \
              `DelegateSubgroup=daemon` in its unit"
         }
+        "repository" => "mount it, or set repository.url; `forelay component build` makes one",
+        "mirror" => "see whether it can be reached and what it answers; it is tried again",
         "holder" => "forelay daemon (takes over; VMs go on)",
         _ => "look at the daemon's log",
     };
@@ -383,13 +384,27 @@ fn builder() -> Finding {
 }
 
 fn repository(config: &Config) -> Finding {
-    let path = config.repository_path();
-    match std::fs::metadata(&path) {
+    let (first, mirrors) = match config.repository_urls() {
+        Ok(urls) => urls,
+        Err(error) => {
+            let fix = "set repository.url in the configuration";
+            return Finding::missing("repository", error.to_string(), fix);
+        }
+    };
+    let Some(path) = first.as_directory() else {
+        // Whether it answers, the daemon tells.
+        let all = std::iter::once(&first)
+            .chain(&mirrors)
+            .map(ToString::to_string);
+        let all: Vec<String> = all.collect();
+        return Finding::ok("repository", all.join(", then "));
+    };
+    match std::fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => Finding::ok("repository", path.display().to_string()),
         Ok(_) => Finding::missing(
             "repository",
             format!("{} is not a directory", path.display()),
-            "set repository.path in the configuration",
+            "set repository.url in the configuration",
         ),
         Err(_) => Finding::reduced(
             "repository",

@@ -11,6 +11,7 @@
 mod output;
 
 mod components;
+mod copy;
 mod doctor;
 #[cfg(test)]
 mod documented;

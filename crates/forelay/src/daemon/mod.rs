@@ -82,7 +82,7 @@ use vm::vmm_groups::VmmGroups;
 pub use forecast::learning::HISTORY_FILE;
 pub use launch::kept::images_in_use;
 pub use process::holder::{run_check, run_holder, run_pinner};
-pub use process::startup::{create_store, open_store};
+pub use process::startup::{create_store, open_first_store, open_other_store, open_store};
 pub use process::worker::run_worker;
 
 /// How long learning may take that the daemon's end cuts short.

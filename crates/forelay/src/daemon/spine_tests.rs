@@ -245,8 +245,12 @@ impl Repository for Valve {
         self.0.put_if_absent(key, body).await
     }
 
-    async fn list(&self, prefix: &str) -> Result<Vec<Object>, RepositoryError> {
+    async fn list(&self, prefix: &str) -> Result<Vec<String>, RepositoryError> {
         self.0.list(prefix).await
+    }
+
+    async fn inspect(&self, key: &str) -> Result<Object, RepositoryError> {
+        self.0.inspect(key).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), RepositoryError> {

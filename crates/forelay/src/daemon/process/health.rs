@@ -28,6 +28,8 @@ pub enum Dependency {
     DiskCache,
     /// The repository is not there or does not answer.
     Repository,
+    /// The repository, or one of its mirrors, failed and is asked after the others for a while.
+    Mirror,
     /// Components of running VMs cannot be opened.
     Components,
     /// A mount is not served.
@@ -46,6 +48,7 @@ impl Dependency {
             Self::Directory => "directory",
             Self::DiskCache => "disk cache",
             Self::Repository => "repository",
+            Self::Mirror => "mirror",
             Self::Components => "components",
             Self::Mounts => "mounts",
             Self::ControlGroups => "control groups",

@@ -14,9 +14,11 @@ use forelay_cache::Planner;
 use forelay_cache::budget::BudgetConfig;
 use forelay_cache::mapping_table::{MappingTable, SharedTable};
 use forelay_cache::plan::PlanConfig;
+use forelay_image::Digest;
 use forelay_memory::pressure;
 use forelay_store::{
-    DirectoryRepository, FetchConfig, Limited, Repository, Store, StoreConfig, Throttled,
+    DirectoryRepository, FetchConfig, Limited, Mirrored, Repository, RepositoryUrl, Store,
+    StoreConfig, Throttled,
 };
 use forelay_vm::Accelerator;
 use forelay_vm::qemu::QemuDriver;
@@ -43,6 +45,8 @@ use crate::daemon::{Host, Parts};
 const ADAPTIVE_SHARE: f64 = 0.5;
 /// Cap of a disk cache that had to be put into the runtime directory, which is memory.
 const MAKESHIFT_CACHE_BYTES: u64 = 256 << 20;
+/// Cap of the disk cache of a repository that is only copied from or to.
+const OTHER_CACHE_BYTES: u64 = 64 << 20;
 
 /// The configuration of a worker below a holder that has `runtime_dir`.
 pub fn load_config(path: Option<&Path>, runtime_dir: &Path) -> Result<Config> {
@@ -91,43 +95,85 @@ pub fn keep_config(config: &Config) {
     }
 }
 
-/// The store as configured. Never makes a repository.
+/// The store as configured, for who reads. Never makes a repository.
 pub async fn open_store(config: &Config) -> Result<Store> {
-    let directory = DirectoryRepository::open(config.repository_path());
     let cache = (config.cache_path(), config.cache.cap_bytes);
-    store(config, directory, cache).await
+    store(repository(config, true)?, cache).await
 }
 
-/// As [`open_store`], with a repository made if there is none.
-pub async fn create_store(config: &Config) -> Result<Store> {
-    let path = config.repository_path();
-    let directory = DirectoryRepository::create(&path)
-        .with_context(|| format!("cannot make the repository {}", path.display()))?;
+/// As [`open_store`], without the mirrors: for who changes the repository or judges it.
+pub async fn open_first_store(config: &Config) -> Result<Store> {
     let cache = (config.cache_path(), config.cache.cap_bytes);
-    let store = store(config, directory, cache).await?;
+    store(repository(config, false)?, cache).await
+}
+
+/// As [`open_first_store`], with a repository made if there is none.
+pub async fn create_store(config: &Config) -> Result<Store> {
+    let (first, _) = config.repository_urls()?;
+    make_directory(&first)?;
+    let store = open_first_store(config).await?;
     store.initialise().await?;
     Ok(store)
 }
 
-async fn store(
-    config: &Config,
-    directory: DirectoryRepository,
-    (cache_dir, cache_cap_bytes): (std::path::PathBuf, u64),
-) -> Result<Store> {
+/// A store of another repository than the configured one, made if `make` and there is none.
+pub async fn open_other_store(config: &Config, url: &RepositoryUrl, make: bool) -> Result<Store> {
+    if make {
+        make_directory(url)?;
+    }
+    // Where chunks are differs from repository to repository, so what is known of that, too.
+    let name = Digest::of(url.to_string().as_bytes()).short();
+    let cache_dir = config.cache_path().join("repositories").join(name);
+    let cache = (cache_dir, OTHER_CACHE_BYTES);
+    let store = store(opened(config, url), cache).await?;
+    if make {
+        store.initialise().await?;
+    }
+    Ok(store)
+}
+
+fn make_directory(url: &RepositoryUrl) -> Result<()> {
+    if let Some(path) = url.as_directory() {
+        DirectoryRepository::create(path)
+            .with_context(|| format!("cannot make the repository {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// A repository that fails for now when it takes too long.
+fn opened(config: &Config, url: &RepositoryUrl) -> Arc<dyn Repository> {
     let limit = config.repository.timeout();
-    let directory: Arc<dyn Repository> = Arc::new(Limited::new(Arc::new(directory), limit));
+    Arc::new(Limited::new(url.open(), limit))
+}
+
+/// The configured repository, on the line that it stands in for.
+fn repository(config: &Config, with_mirrors: bool) -> Result<Arc<dyn Repository>> {
+    let (first, mirrors) = config.repository_urls()?;
+    let first = opened(config, &first);
+    let repository: Arc<dyn Repository> = match with_mirrors && !mirrors.is_empty() {
+        true => {
+            let mirrors = mirrors.iter().map(|url| opened(config, url));
+            Arc::new(Mirrored::new(first, mirrors.collect()))
+        }
+        false => first,
+    };
     let RepositoryConfig {
         latency_ms,
         bandwidth_bytes_per_s,
         ..
-    } = &config.repository;
-    let repository: Arc<dyn Repository> = if *latency_ms > 0 || *bandwidth_bytes_per_s > 0 {
-        let latency = Duration::from_millis(*latency_ms);
-        let bandwidth = (*bandwidth_bytes_per_s > 0).then_some(*bandwidth_bytes_per_s);
-        Arc::new(Throttled::new(directory, latency, bandwidth))
-    } else {
-        directory
-    };
+    } = config.repository;
+    if latency_ms == 0 && bandwidth_bytes_per_s == 0 {
+        return Ok(repository);
+    }
+    let latency = Duration::from_millis(latency_ms);
+    let bandwidth = (bandwidth_bytes_per_s > 0).then_some(bandwidth_bytes_per_s);
+    Ok(Arc::new(Throttled::new(repository, latency, bandwidth)))
+}
+
+async fn store(
+    repository: Arc<dyn Repository>,
+    (cache_dir, cache_cap_bytes): (std::path::PathBuf, u64),
+) -> Result<Store> {
     Ok(Store::open(StoreConfig {
         repository,
         cache_dir,
@@ -148,8 +194,11 @@ async fn store_or_makeshift(config: &Config, health: &Health) -> Result<Store> {
         Dependency::DiskCache,
         format!("{error:#}; in {} until a restart", makeshift.display()),
     );
-    let directory = DirectoryRepository::open(config.repository_path());
-    store(config, directory, (makeshift, MAKESHIFT_CACHE_BYTES)).await
+    store(
+        repository(config, true)?,
+        (makeshift, MAKESHIFT_CACHE_BYTES),
+    )
+    .await
 }
 
 /// Makes the daemon's directories as far as it can.

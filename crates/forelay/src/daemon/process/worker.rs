@@ -215,6 +215,14 @@ async fn heal(host: Arc<Host>, path: Option<std::path::PathBuf>) {
 
 /// True if it is there.
 async fn probe_repository(host: &Host) -> bool {
+    let aside = host.store.set_aside();
+    let told = aside
+        .iter()
+        .map(|one| format!("{} is set aside: {}", one.location, one.problem));
+    match told.reduce(|all, one| format!("{all}; {one}")) {
+        Some(problem) => host.health.lack(Dependency::Mirror, problem),
+        None => host.health.has(Dependency::Mirror),
+    }
     match tokio::time::timeout(PROBE_LIMIT, host.store.probe()).await {
         Ok(probed) => host.health.note(Dependency::Repository, probed).is_some(),
         Err(_) => {
