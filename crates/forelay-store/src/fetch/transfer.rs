@@ -59,7 +59,7 @@ impl Scheduler {
             Ok(bytes) => {
                 let bad = self.unpack(&request, bytes).await;
                 if let Some((source, problem)) = bad.first() {
-                    let repository = self.0.images.repository_of(source.image);
+                    let repository = self.0.images.repository_of(source.image.digest);
                     repository.doubt(&layout::pack(request.pack), problem);
                 }
                 for (source, problem) in bad {
