@@ -45,7 +45,7 @@ async fn objects_are_put_once_and_read_in_parts(open: Open<'_>) {
     one.delete("a/absent").await.unwrap();
     assert_eq!(one.list("a/").await.unwrap(), Vec::<String>::new());
     for key in ["", "a//b", "../a", "a/../b", "/a", "a/", "a/.b", "a b"] {
-        let refused = one.get(key).await;
+        let refused = one.get(key, MOST).await;
         assert!(matches!(refused, Err(RepositoryError::Key(_))), "{key:?}");
         let refused = one.put_if_absent(key, vec![1].into()).await;
         assert!(matches!(refused, Err(RepositoryError::Key(_))), "{key:?}");
@@ -234,7 +234,7 @@ async fn ids(store: &Store) -> BTreeSet<Digest> {
 }
 
 async fn reads_back(host: &Store, sample: &Sample) {
-    host.open_component(sample.component.id()).await.unwrap();
+    let _held = host.hold_component(sample.component.id()).await.unwrap();
     assert!(sample.read_from(host).await == sample.bytes);
 }
 
@@ -323,7 +323,7 @@ async fn wrong_bytes_are_refused(hosts: &Hosts<'_>) {
             repository.put_if_absent(&key, bad.into()).await.unwrap();
         }
         let host = hosts.one().await;
-        host.open_component(sample.component.id()).await.unwrap();
+        let _held = host.hold_component(sample.component.id()).await.unwrap();
         let whole = Extent::new(0, sample.bytes.len() as u64);
         let read = host
             .read_image(sample.image(), whole, Priority::Demand)

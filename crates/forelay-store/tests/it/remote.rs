@@ -125,7 +125,7 @@ async fn faults_are_met(
     let publisher = store(open(&url(server, server.address)), &hosts).await;
     app.publish_to(&publisher).await;
     let host = store(repository, &hosts).await;
-    host.open_component(app.component.id()).await.unwrap();
+    let _held = host.hold_component(app.component.id()).await.unwrap();
     proxy.meet(bytes_of, [Fault::Flip(1000)]);
     assert!(app.read_from(&host).await == app.bytes);
     assert!(
@@ -238,7 +238,7 @@ async fn components_are_copied(server: &Server) {
     assert_eq!(copied.progress.reused_bytes, 900_000);
     assert_eq!(copied.progress.done_bytes, second.bytes.len() as u64);
     for one in [&first, &second] {
-        here.open_component(id(one)).await.unwrap();
+        let _held = here.hold_component(id(one)).await.unwrap();
         assert!(one.read_from(&here).await == one.bytes);
     }
     assert_eq!(here.verify(&|_| {}).await.unwrap().findings, []);
