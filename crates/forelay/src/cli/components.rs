@@ -48,28 +48,11 @@ pub enum ComponentCommand {
         json: bool,
     },
     /// Copy components from the repository to another.
-    Push {
-        #[command(flatten)]
-        target: copy::Target,
-        #[command(flatten)]
-        what: copy::CopyArguments,
-    },
+    Push(Box<copy::PushArguments>),
     /// Copy components from another repository into the repository.
-    Pull {
-        #[command(flatten)]
-        origin: copy::Origin,
-        #[command(flatten)]
-        what: copy::CopyArguments,
-    },
+    Pull(Box<copy::PullArguments>),
     /// Copy components between two other repositories.
-    Copy {
-        #[command(flatten)]
-        origin: copy::Origin,
-        #[command(flatten)]
-        target: copy::Target,
-        #[command(flatten)]
-        what: copy::CopyArguments,
-    },
+    Copy(Box<copy::BetweenArguments>),
     /// Make a component invisible; `forelay gc` then frees what nothing else uses.
     Remove {
         /// Name, `name@version` or id.
@@ -167,23 +150,19 @@ pub async fn run(command: ComponentCommand, config: &Config) -> Result<()> {
             show(&found);
             Ok(())
         }
-        ComponentCommand::Push { target, what } => {
+        ComponentCommand::Push(arguments) => {
             let from = open_store(config).await?;
-            let to = open_other_store(config, &target.to, true).await?;
-            copy::run(what, &from, &to).await
+            let to = open_other_store(config, &arguments.to, true).await?;
+            copy::run(&arguments.what, &from, &to).await
         }
-        ComponentCommand::Pull { origin, what } => {
-            let from = open_other_store(config, &origin.from, false).await?;
-            copy::run(what, &from, &create_store(config).await?).await
+        ComponentCommand::Pull(arguments) => {
+            let from = open_other_store(config, &arguments.from, false).await?;
+            copy::run(&arguments.what, &from, &create_store(config).await?).await
         }
-        ComponentCommand::Copy {
-            origin,
-            target,
-            what,
-        } => {
-            let from = open_other_store(config, &origin.from, false).await?;
-            let to = open_other_store(config, &target.to, true).await?;
-            copy::run(what, &from, &to).await
+        ComponentCommand::Copy(arguments) => {
+            let from = open_other_store(config, &arguments.from, false).await?;
+            let to = open_other_store(config, &arguments.to, true).await?;
+            copy::run(&arguments.what, &from, &to).await
         }
         ComponentCommand::Remove { component } => {
             let _turn = images::turn(config).await?;

@@ -27,20 +27,37 @@ pub struct CopyArguments {
     json: bool,
 }
 
-/// A repository to push to.
+/// Arguments of `forelay component push`.
 #[derive(Debug, clap::Args)]
-pub struct Target {
+pub struct PushArguments {
+    #[command(flatten)]
+    pub what: CopyArguments,
     /// Where to: dir:/PATH, s3://BUCKET/PREFIX or oci://HOST/NAME.
     #[arg(long, value_name = "URL")]
     pub to: RepositoryUrl,
 }
 
-/// A repository to pull from.
+/// Arguments of `forelay component pull`.
 #[derive(Debug, clap::Args)]
-pub struct Origin {
+pub struct PullArguments {
+    #[command(flatten)]
+    pub what: CopyArguments,
     /// Where from: dir:/PATH, s3://BUCKET/PREFIX or oci://HOST/NAME.
     #[arg(long, value_name = "URL")]
     pub from: RepositoryUrl,
+}
+
+/// Arguments of `forelay component copy`.
+#[derive(Debug, clap::Args)]
+pub struct BetweenArguments {
+    #[command(flatten)]
+    pub what: CopyArguments,
+    /// Where from: dir:/PATH, s3://BUCKET/PREFIX or oci://HOST/NAME.
+    #[arg(long, value_name = "URL")]
+    pub from: RepositoryUrl,
+    /// Where to.
+    #[arg(long, value_name = "URL")]
+    pub to: RepositoryUrl,
 }
 
 /// What became of a component; printed with `--json`.
@@ -60,8 +77,8 @@ struct Copied {
 }
 
 /// Copies what is asked for and says so.
-pub async fn run(arguments: CopyArguments, from: &Store, to: &Store) -> Result<()> {
-    let wanted = wanted(&arguments, from).await?;
+pub async fn run(arguments: &CopyArguments, from: &Store, to: &Store) -> Result<()> {
+    let wanted = wanted(arguments, from).await?;
     if wanted.is_empty() {
         bail!("the repository to copy from has no components");
     }
