@@ -29,7 +29,7 @@ pub struct Confiner {
 impl Confiner {
     /// The VM of `spec` with its VMM confined to its trust domain; as it is where VMMs are not
     /// confined.
-    pub fn confine(&self, spec: &VmSpec) -> Result<VmSpec, HostError> {
+    pub async fn confine(&self, spec: &VmSpec) -> Result<VmSpec, HostError> {
         let domain = Domain::from(spec.trust_domain.as_str());
         let mut spec = spec.clone();
         let user = self.domains.user_of(&domain)?;
@@ -40,8 +40,11 @@ impl Confiner {
             spec.reach = Reach::Nothing;
         }
         let limits = limits(&spec);
-        // Of all its components: more may be attached later.
+        // Of all its components: more may be attached later, also to a VM that begins without any.
         let mount = self.domains.mountpoint(&domain);
+        let domains = Arc::clone(&self.domains);
+        let mounting = tokio::task::spawn_blocking(move || domains.ensure(&domain).map(drop));
+        mounting.await.map_err(HostError::failed)??;
         let spawn = move |command: &mut Command, needs: VmmNeeds| {
             let VmmNeeds {
                 mut read,

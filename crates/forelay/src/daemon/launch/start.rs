@@ -69,7 +69,7 @@ impl Starter {
 
     /// Starts the VMM; returns when it runs, not when the guest does.
     pub async fn start(&self, spec: &VmSpec) -> Result<StartedVmm, HostError> {
-        let spec = self.confiner.confine(spec)?;
+        let spec = self.confiner.confine(spec).await?;
         let launching = self.driver.launch(&spec).await;
         let handle = launching.map_err(HostError::failed)?;
         *self.accelerator.lock() = Some(handle.state().accelerator.clone());
