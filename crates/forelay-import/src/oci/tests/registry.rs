@@ -51,7 +51,7 @@ fn refused(answer: Answer) -> String {
     let refused = import_image(&options, scratch.path(), &|_| {});
     let left = fs::read_dir(scratch.path()).unwrap().count();
     assert_eq!(left, 0, "nothing is left");
-    let said = refused.err().expect("it is refused").to_string();
+    let said = refused.map(|_| ()).unwrap_err().to_string();
     assert_eq!(said.lines().count(), 1, "{said}");
     said
 }
