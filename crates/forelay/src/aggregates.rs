@@ -15,7 +15,7 @@ use forelay_image::aggregate::{
 use forelay_image::erofs::layout::FileType;
 use forelay_image::erofs::read::Inode;
 
-use crate::stacked::{Found, InLayer, Place, Stacked};
+use crate::stacked::{FilePlace, FoundFile, InLayer, Stacked};
 
 /// Largest file that is made one with others: some times Debian's certificates.
 const LIMIT_BYTES: u64 = 1 << 20;
@@ -60,8 +60,8 @@ pub fn merge(stacks: &[Stacked<'_>]) -> InLayer<Aggregates> {
 
 /// Names that several components have, each with its places by component. Names that no
 /// alternative has, and those beyond [`NAMES_LIMIT`], are laid as other files are.
-fn several(folders: &[Folder]) -> impl Iterator<Item = (String, Vec<(usize, Place)>)> {
-    let mut names: BTreeMap<&[u8], Vec<(usize, Place)>> = BTreeMap::new();
+fn several(folders: &[Folder]) -> impl Iterator<Item = (String, Vec<(usize, FilePlace)>)> {
+    let mut names: BTreeMap<&[u8], Vec<(usize, FilePlace)>> = BTreeMap::new();
     for (number, folder) in folders.iter().enumerate() {
         for (name, &place) in folder {
             names.entry(name).or_default().push((number, place));
@@ -81,11 +81,11 @@ struct Images<'a> {
 }
 
 /// Places by name of one component's directory.
-type Folder = HashMap<Vec<u8>, Place>;
+type Folder = HashMap<Vec<u8>, FilePlace>;
 
 impl Images<'_> {
     /// What the components have at a path.
-    fn files(&self, path: &str) -> InLayer<Vec<(usize, Found)>> {
+    fn files(&self, path: &str) -> InLayer<Vec<(usize, FoundFile)>> {
         let found = self.stacks.iter().enumerate().map(|(number, stack)| {
             let found = stack.find(path);
             found.map(|found| found.map(|found| (number, found)))
@@ -101,7 +101,7 @@ impl Images<'_> {
 
     /// What those of the files say that differ from all before, and the last of them; `None`
     /// where there is nothing to be made one, or something that is no text or too long.
-    fn texts(&mut self, files: Vec<(usize, Found)>) -> InLayer<Option<(Vec<String>, Inode)>> {
+    fn texts(&mut self, files: Vec<(usize, FoundFile)>) -> InLayer<Option<(Vec<String>, Inode)>> {
         let mut seen: BTreeSet<Vec<Digest>> = BTreeSet::new();
         let mut versions = Vec::new();
         for (number, found) in files {
@@ -166,7 +166,7 @@ impl Images<'_> {
     fn settle(
         &mut self,
         name: &str,
-        numbers: Vec<(usize, Place)>,
+        numbers: Vec<(usize, FilePlace)>,
         links: &[Folder],
         merged: &mut Aggregates,
     ) -> InLayer<()> {

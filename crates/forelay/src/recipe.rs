@@ -36,7 +36,7 @@ use forelay_import::NEEDS_LDCONFIG;
 use forelay_store::{ImageMap, ImageReader, Store, StoreError};
 
 use crate::aggregates::{self, Aggregates};
-use crate::stacked::{Found, InLayer, Layer as StackedLayer, Stacked};
+use crate::stacked::{FoundFile, InLayer, Layer as StackedLayer, Stacked};
 
 /// Largest fragments file that is read.
 const FRAGMENTS_LIMIT_BYTES: u64 = 16 << 20;
@@ -588,7 +588,7 @@ async fn load_aggregates(
 fn texts_of_image(image: &Stacked<'_>, full_system: bool) -> InLayer<PartTexts> {
     let read = |path: &str| -> InLayer<Option<String>> {
         let found = image.find(path)?;
-        let is_file = |found: &Found| {
+        let is_file = |found: &FoundFile| {
             let record = &found.inode.record;
             record.file_type == FileType::File && record.size <= FRAGMENTS_LIMIT_BYTES
         };

@@ -40,7 +40,7 @@ impl ReadAt for Layer<'_> {
 pub type InLayer<T> = Result<T, (usize, ReadError)>;
 
 /// A node of a stack: its image's place in that, highest first, and its inode number.
-pub type Place = (usize, u64);
+pub type FilePlace = (usize, u64);
 
 /// Images over each other.
 pub struct Stacked<'a> {
@@ -49,14 +49,14 @@ pub struct Stacked<'a> {
 }
 
 /// A file, or the like, of a stack.
-pub struct Found {
+pub struct FoundFile {
     /// Its image.
     image: usize,
     pub inode: Inode,
 }
 
 /// How far a path leads in one of the images.
-enum Way {
+enum LayerWay {
     /// To this; the flag says that nothing of it is merged with what lies below.
     Here(Inode, bool),
     /// Nowhere, and on in the images below.
@@ -77,26 +77,26 @@ impl<'a> Stacked<'a> {
     }
 
     /// What is at a path, if anything is.
-    pub fn find(&self, path: &str) -> InLayer<Option<Found>> {
+    pub fn find(&self, path: &str) -> InLayer<Option<FoundFile>> {
         for image in 0..self.images.len() {
             match self.way(image, path)? {
-                Way::Here(inode, _) if inode.record.is_whiteout() => return Ok(None),
-                Way::Here(inode, _) => return Ok(Some(Found { image, inode })),
-                Way::On => {}
-                Way::Hidden => return Ok(None),
+                LayerWay::Here(inode, _) if inode.record.is_whiteout() => return Ok(None),
+                LayerWay::Here(inode, _) => return Ok(Some(FoundFile { image, inode })),
+                LayerWay::On => {}
+                LayerWay::Hidden => return Ok(None),
             }
         }
         Ok(None)
     }
 
     /// What the directory at a path has, if there is one.
-    pub fn folder(&self, path: &str) -> InLayer<HashMap<Vec<u8>, Place>> {
-        let mut names: HashMap<Vec<u8>, Option<Place>> = HashMap::new();
+    pub fn folder(&self, path: &str) -> InLayer<HashMap<Vec<u8>, FilePlace>> {
+        let mut names: HashMap<Vec<u8>, Option<FilePlace>> = HashMap::new();
         for image in 0..self.images.len() {
             let (inode, is_opaque) = match self.way(image, path)? {
-                Way::Here(inode, is_opaque) => (inode, is_opaque),
-                Way::On => continue,
-                Way::Hidden => break,
+                LayerWay::Here(inode, is_opaque) => (inode, is_opaque),
+                LayerWay::On => continue,
+                LayerWay::Hidden => break,
             };
             if inode.record.file_type != FileType::Directory {
                 break;
@@ -121,14 +121,14 @@ impl<'a> Stacked<'a> {
     }
 
     /// The node at a place.
-    pub fn at(&self, (image, nid): Place) -> InLayer<Found> {
+    pub fn at(&self, (image, nid): FilePlace) -> InLayer<FoundFile> {
         let inode = self.images[image].1.inode(nid);
         let inode = inode.map_err(self.failed(image))?;
-        Ok(Found { image, inode })
+        Ok(FoundFile { image, inode })
     }
 
     /// The chunks that a file is in: those of equal files are equal.
-    pub fn chunks(&self, found: &Found) -> InLayer<Vec<Digest>> {
+    pub fn chunks(&self, found: &FoundFile) -> InLayer<Vec<Digest>> {
         let (_, image, chunks) = &self.images[found.image];
         let extents = image.extents_of(&found.inode);
         let extents = extents.map_err(self.failed(found.image))?;
@@ -139,7 +139,7 @@ impl<'a> Stacked<'a> {
     }
 
     /// A whole file of at most so many bytes.
-    pub fn read(&self, found: &Found, limit_bytes: u64) -> InLayer<Vec<u8>> {
+    pub fn read(&self, found: &FoundFile, limit_bytes: u64) -> InLayer<Vec<u8>> {
         let read = self.images[found.image]
             .1
             .read_whole(&found.inode, limit_bytes);
@@ -147,7 +147,7 @@ impl<'a> Stacked<'a> {
     }
 
     /// Where a symbolic link leads; `None` for anything else.
-    pub fn link(&self, found: &Found) -> Option<Vec<u8>> {
+    pub fn link(&self, found: &FoundFile) -> Option<Vec<u8>> {
         self.images[found.image].1.read_link(&found.inode).ok()
     }
 
@@ -156,14 +156,18 @@ impl<'a> Stacked<'a> {
         move |error| (number, error)
     }
 
-    fn way(&self, image: usize, path: &str) -> InLayer<Way> {
+    fn way(&self, image: usize, path: &str) -> InLayer<LayerWay> {
         let parts: Vec<&[u8]> = split_path(path.as_bytes()).collect();
         let mut is_opaque = false;
         for end in 1..=parts.len() {
             let read = &self.images[image].1;
             let inode = read.lookup(&parts[..end].join(&b'/'));
             let Some(inode) = inode.map_err(self.failed(image))? else {
-                return Ok(if is_opaque { Way::Hidden } else { Way::On });
+                return Ok(if is_opaque {
+                    LayerWay::Hidden
+                } else {
+                    LayerWay::On
+                });
             };
             let is_directory = inode.record.file_type == FileType::Directory;
             if is_directory && self.images.len() > 1 {
@@ -171,13 +175,13 @@ impl<'a> Stacked<'a> {
                 is_opaque |= xattrs.contains_key(OPAQUE);
             }
             if end == parts.len() {
-                return Ok(Way::Here(inode, is_opaque));
+                return Ok(LayerWay::Here(inode, is_opaque));
             }
             if !is_directory {
-                return Ok(Way::Hidden);
+                return Ok(LayerWay::Hidden);
             }
         }
-        Ok(Way::On)
+        Ok(LayerWay::On)
     }
 }
 
