@@ -58,7 +58,8 @@ impl Reaper {
             .spawn(move || {
                 loop {
                     let soon = for_thread.reap();
-                    sys::wait_sigchld(soon);
+                    // The main thread of tests takes signals from it.
+                    sys::wait_sigchld(soon || cfg!(test));
                 }
             })?;
         Ok(reaper)

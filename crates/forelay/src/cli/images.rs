@@ -122,10 +122,10 @@ fn made(
             image.reference
         );
     }
-    let base = format!("base = \"{name}@= {version}\"");
-    let mut manifest = Manifest::parse(&base).context("the image's name")?;
     let profile = name.replace('+', "-");
-    manifest.name = Some(profile.chars().take(PROFILE_BYTES).collect());
+    let profile: String = profile.chars().take(PROFILE_BYTES).collect();
+    let text = format!("name = \"{profile}\"\nbase = \"{name}@= {version}\"");
+    let mut manifest = Manifest::parse(&text).context("the image's name")?;
     manifest.command = command;
     manifest.env = variables(&arguments.env)?;
     manifest.vm.memory_mib = arguments.memory >> 20;

@@ -1,7 +1,12 @@
 //! Launches that end before their VMM is supervised: cancelled, failed, or cut short by the
 //! worker's death. Nothing of them runs on.
 
-use std::process::{Child, Stdio};
+use std::fs::File;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::fixture::{Host, RepositoryOf, Settings, bench, idle, signal};
 
@@ -65,13 +70,37 @@ fn privileged_a_vmm_that_nobody_knows_is_ended_whatever_its_program_is_called() 
     run.wait().unwrap();
 }
 
-/// Whoever opens a pipe without a writer waits, as for a dead file server: no image opens.
-fn hang(host: &Host) {
-    for entry in std::fs::read_dir(host.repository().join("chunks")).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::remove_file(&path).unwrap();
-        let made = std::process::Command::new("mkfifo").arg(&path).status();
-        assert!(made.unwrap().success());
+/// A file system whose server never answers, as that of a dead file server, over all that images
+/// are opened by; whoever looks at it waits until this is dropped.
+struct Hanging {
+    at: PathBuf,
+    _server: OwnedFd,
+}
+
+impl Hanging {
+    fn over(host: &Host) -> Self {
+        let at = host.repository().join("chunks");
+        let opened = File::options().read(true).write(true).open("/dev/fuse");
+        let server = OwnedFd::from(opened.unwrap());
+        // For `mount`, which has it under the same number.
+        fcntl_setfd(&server, FdFlags::empty()).unwrap();
+        let number = server.as_raw_fd();
+        let options = format!("fd={number},rootmode=40000,user_id=0,group_id=0");
+        let mut mount = Command::new("mount");
+        mount.args(["-i", "-t", "fuse", "-o", &options, "none"]);
+        let mounted = mount.arg(&at).status().unwrap();
+        fcntl_setfd(&server, FdFlags::CLOEXEC).unwrap();
+        assert!(mounted.success());
+        Self {
+            at,
+            _server: server,
+        }
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
     }
 }
 
@@ -86,7 +115,7 @@ fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminat
         ..Settings::default()
     };
     let mut host = Host::started(&bench, &settings);
-    hang(&host);
+    let hanging = Hanging::over(&host);
     let mut first = begin(&host, "first");
     host.ok(["stop", "first"]);
     assert_eq!(host.vm("first")["state"], "stopped");
@@ -94,6 +123,7 @@ fn privileged_a_launch_that_waits_for_the_repository_can_be_stopped_and_terminat
     // The name is free again, and the next one is ended by the daemon's own end.
     let mut again = begin(&host, "first");
     assert_eq!(host.terminate(), Some(0));
+    drop(hanging);
     assert_eq!((host.vmms(), host.mounts()), (vec![], vec![]));
     again.wait().unwrap();
 }
@@ -108,7 +138,7 @@ fn privileged_a_repository_that_hangs_is_told_in_words() {
         ..Settings::default()
     };
     let host = Host::started(&bench, &settings);
-    hang(&host);
+    let _hanging = Hanging::over(&host);
     let manifest = host.write("plain.toml", &idle("plain", "[]", ""));
     let said = host.refused(["run", "--detach", manifest.to_str().unwrap()]);
     assert!(said.contains("did not answer within 1 s"), "{said}");
