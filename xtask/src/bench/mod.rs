@@ -15,6 +15,7 @@ mod peers;
 mod policy;
 mod premap;
 mod pressure;
+mod restores;
 mod snapshot;
 mod snapshot_cases;
 mod statistics;
@@ -30,9 +31,9 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 16] = [
+pub const NAMES: [&str; 17] = [
     "launch", "boot", "peers", "compose", "forecast", "policy", "table", "plan", "memory",
-    "pressure", "burst", "attach", "premap", "day", "packages", "snapshot",
+    "pressure", "burst", "attach", "premap", "day", "packages", "snapshot", "restores",
 ];
 
 /// Runs one benchmark.
@@ -46,6 +47,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "memory" => memory::run_bench(&out)?,
         "snapshot" => snapshot::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
+        "restores" => restores::run_bench(&out, arguments)?,
         "burst" => burst::run_bench(&out)?,
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,
