@@ -75,16 +75,14 @@ impl VmmNeeds {
         };
         match &spec.memory {
             GuestMemory::Private => {}
-            GuestMemory::Shared { path }
-            | GuestMemory::Snapshot { path }
-            | GuestMemory::Saved { path, .. } => {
+            GuestMemory::Shared { path } | GuestMemory::Snapshot { path } => {
                 match inherited(path) {
                     Some(fd) => needs.fds.push(fd),
                     None => needs.write.push(path.clone()),
                 }
             }
         }
-        if !spec.memory.is_restored() {
+        if !matches!(spec.memory, GuestMemory::Snapshot { .. }) {
             needs
                 .read
                 .extend([spec.kernel.clone(), spec.initrd.clone()]);
@@ -117,9 +115,7 @@ impl VmmNeeds {
 
 /// Names a descriptor of ours, which a file without a name is, as the VMM does that inherits it.
 pub(crate) fn inherit_memory(spec: &mut VmSpec) {
-    if let GuestMemory::Shared { path }
-    | GuestMemory::Snapshot { path }
-    | GuestMemory::Saved { path, .. } = &mut spec.memory
+    if let GuestMemory::Shared { path } | GuestMemory::Snapshot { path } = &mut spec.memory
         && let Ok(descriptor) = path.strip_prefix(format!("/proc/{}/fd", std::process::id()))
     {
         *path = Path::new(INHERITED).join(descriptor);
@@ -173,7 +169,7 @@ pub fn lend(spec: &VmSpec, user: u32) -> Result<(), (PathBuf, io::Error)> {
     {
         lent(path, own(path))?;
     }
-    if spec.memory.is_restored() {
+    if matches!(spec.memory, GuestMemory::Snapshot { .. }) {
         return Ok(());
     }
     for path in [&spec.kernel, &spec.initrd] {
@@ -224,7 +220,7 @@ impl Sockets {
             UnixListener::bind(&path).map_err(|error| (path, error))
         };
         let state = match spec.memory {
-            GuestMemory::Snapshot { .. } | GuestMemory::Saved { .. } => {
+            GuestMemory::Snapshot { .. } => {
                 let pair = UnixStream::pair();
                 Some(pair.map_err(|error| (spec.runtime_dir.clone(), error))?)
             }

@@ -26,7 +26,6 @@ pub mod lifecycle;
 pub mod lines;
 pub mod process;
 pub mod qemu;
-pub mod saved;
 pub mod scratch;
 pub mod snapshot;
 pub mod spec;
@@ -40,7 +39,7 @@ pub use exec::{ExecEvent, Execution};
 pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
 /// Files that a launched VM may leave in its runtime directory.
-pub const RUNTIME_FILES: [&str; 9] = [
+pub const RUNTIME_FILES: [&str; 8] = [
     state::STATE_FILE,
     state::UNFINISHED_STATE_FILE,
     "console.log",
@@ -49,10 +48,8 @@ pub const RUNTIME_FILES: [&str; 9] = [
     qemu::command_line::CHANNEL_SOCKET,
     qemu::command_line::CONSOLE_SOCKET,
     qemu::migration::STATE_SOCKET,
-    qemu::saved::DEVICES_FILE,
 ];
 
-pub use saved::{SavedMachine, SavedVm};
 pub use snapshot::SnapshotError;
 pub use spec::{
     Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Reach, Upper, VmSpec, Wrap,

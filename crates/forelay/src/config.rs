@@ -111,10 +111,6 @@ pub struct MemoryConfig {
     pub budget_bytes: u64,
     /// Available memory below this is critical, in bytes; 0 for 5% of all memory.
     pub critical_bytes: u64,
-    /// Owner whose VMs offer their memory to the kernel's search for pages that are the same
-    /// (KSM), nobody's if absent. One alone: the kernel knows no trust domains, and who can tell
-    /// that a page was shared knows what another VM has in memory.
-    pub ksm: Option<String>,
 }
 
 /// Learning and forecasting.

@@ -15,7 +15,6 @@ mod peers;
 mod policy;
 mod premap;
 mod pressure;
-mod restores;
 mod snapshot;
 mod snapshot_cases;
 mod statistics;
@@ -31,9 +30,9 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 17] = [
+pub const NAMES: [&str; 16] = [
     "launch", "boot", "peers", "compose", "forecast", "policy", "table", "plan", "memory",
-    "pressure", "burst", "attach", "premap", "day", "packages", "snapshot", "restores",
+    "pressure", "burst", "attach", "premap", "day", "packages", "snapshot",
 ];
 
 /// Runs one benchmark.
@@ -47,7 +46,6 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "memory" => memory::run_bench(&out)?,
         "snapshot" => snapshot::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
-        "restores" => restores::run_bench(&out, arguments)?,
         "burst" => burst::run_bench(&out)?,
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,

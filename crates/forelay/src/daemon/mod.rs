@@ -33,7 +33,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
-use forelay_cache::Domain;
 use forelay_image::Digest;
 use forelay_store::{ImageHold, Store};
 use forelay_vm::qemu::QemuDriver;
@@ -193,7 +192,6 @@ impl Parts {
             registry: Arc::clone(&self.instances),
             holders: Arc::clone(&self.preparations) as _,
             shelves: Default::default(),
-            saving: Default::default(),
         })
     }
 
@@ -206,7 +204,6 @@ impl Parts {
                     domains: Arc::clone(&self.domains),
                     groups: self.groups.clone(),
                 },
-                self.config.memory.ksm.as_deref().map(Domain::from),
             )),
             snapshots: self.snapshots(),
         })
@@ -395,13 +392,7 @@ impl Host {
         let launches = Arc::clone(&self.launches);
         tokio::spawn(launches.keep_kernels_prepared(self.forecasts.listed.subscribe()));
         let snapshots = Arc::clone(&self.snapshots);
-        for instance in self.instances.all() {
-            snapshots.remove_after(instance);
-        }
-        tokio::spawn(async move {
-            snapshots.remove_unused().await;
-            snapshots.verify_all().await;
-        });
+        tokio::spawn(async move { snapshots.verify_all().await });
         let sampler = UsageSampler {
             registry: Arc::clone(&self.instances),
             learner: Arc::clone(&self.forecasts.learner),

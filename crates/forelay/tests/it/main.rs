@@ -22,7 +22,6 @@ mod full_disk;
 mod images;
 mod inherit;
 mod life_of_a_page;
-mod lifecycle;
 mod memory;
 mod not_resumed;
 mod premap;

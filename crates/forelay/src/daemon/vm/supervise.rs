@@ -397,9 +397,6 @@ impl Supervisor {
         self.memory
             .tell(PlannerEvent::VmStopped(instance.name().into()));
         self.note_stopped(instance).await;
-        if instance.state() == VmState::Hibernated {
-            return;
-        }
         if let Ok(dir) = instance.dir() {
             dir.clear();
         }
