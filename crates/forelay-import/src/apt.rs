@@ -70,11 +70,6 @@ impl AptCache {
         self
     }
 
-    /// Where it keeps all that it keeps.
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
     /// Where downloaded package archives are.
     pub fn archives(&self) -> PathBuf {
         self.directory.join("archives")

@@ -17,7 +17,7 @@
 //! maintainer scripts that [`crate::clean`] does not know.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs;
 use std::path::Path;
 
 use forelay_image::tree::Tree;
@@ -39,7 +39,6 @@ use crate::tool::Tool;
 use forelay_guest_protocol::accounts::{Fragments, fragment_of, fragments_path, merged_paths};
 use forelay_image::control::{Paragraph, parse_paragraphs};
 use forelay_image::package_status::status_path;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 /// Whole files that no component may replace, and that are not needed in it.
 const DROPPED: &[&str] = &[
@@ -163,24 +162,10 @@ fn check_request(
     }
 }
 
-/// Reads a file of a root that may be anybody's: its links lead nowhere outside of it.
-fn read_within(root: &Path, path: &str) -> io::Result<Vec<u8>> {
-    let directory = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::IN_ROOT;
-    let file = rustix::fs::openat2(directory, path, flags, Mode::empty(), resolve)?;
-    let (mut file, mut bytes) = (std::fs::File::from(file), Vec::new());
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    io::Read::read_to_end(&mut file, &mut bytes)?;
-    Ok(bytes)
-}
-
 /// Installed packages by name (with architecture if several of one name are installed).
 fn read_status(root: &Path) -> Result<BTreeMap<String, Paragraph>, ImportError> {
     let path = root.join("var/lib/dpkg/status");
-    let text = read_within(root, "var/lib/dpkg/status").map_err(io_error("reading", &path))?;
+    let text = fs::read(&path).map_err(io_error("reading", &path))?;
     let mut packages = BTreeMap::new();
     for paragraph in parse_paragraphs(&String::from_utf8_lossy(&text)) {
         if paragraph.is_installed() {
@@ -262,7 +247,6 @@ fn install(
         .host_tool("apt-get", "util-linux", &doing)?
         .env("APT_CONFIG", config)
         .env("FORELAY_ARCHIVES", apt.archives())
-        .env("FORELAY_APT", apt.directory())
         .env("FORELAY_STATUS", "3")
         .arg("-o")
         .arg(format!("Dir::Cache::archives={}", archives.display()))
@@ -349,10 +333,7 @@ fn separate_shared_files(
     base: &BaseRoot,
     installed: &Installed,
 ) -> Result<(), ImportError> {
-    let base_text = |path: &str| {
-        let text = read_within(&base.directory, path).unwrap_or_default();
-        String::from_utf8(text).unwrap_or_default()
-    };
+    let base_text = |path: &str| fs::read_to_string(base.directory.join(path)).unwrap_or_default();
     let changed = |tree: &Tree, path: &str| -> Result<String, ImportError> {
         Ok(text_of(tree, path)?.unwrap_or_else(|| base_text(path)))
     };

@@ -7,11 +7,6 @@
 //! resolves, and no network but the loopback; their standard input is empty, what they
 //! print is kept. Services cannot be started (`policy-rc.d` answers 101).
 //!
-//! What is run there is root and may be anybody's: the layers' own shell is, too. So before any
-//! of it runs, the run's root becomes a jail with the host's programs, read-only, the scratch
-//! root and what apt keeps; the host's root is unmounted, and capabilities with which one could
-//! get further are dropped for good. What breaks out of the scratch root is in the jail.
-//!
 //! Invariant: the upper directory holds only what the run changed in the layers; what
 //! belongs to the sandbox itself comes from a helper layer below it and from mounts.
 
@@ -23,28 +18,12 @@ use crate::error::{ImportError, io_error};
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
 use crate::tool::{Tool, require_root};
 
-/// Mounts everything and becomes the command. Arguments: root, jail, overlay options, command.
+/// Mounts everything and becomes the command. Arguments: root, overlay options, command.
 const ENTER: &str = r#"set -eu
-root=$1 jail=$2 options=$3
-shift 3
+root=$1 options=$2
+shift 2
 mount -t overlay -o "$options" overlay "$root"
-for dir in proc sys dev run tmp var var/cache var/cache/apt var/cache/apt/archives; do
-    if [ -L "$root/$dir" ]; then
-        echo "the base has a link in place of the directory /$dir" >&2
-        exit 1
-    fi
-done
-proc() {
-    mount -t proc -o nosuid,nodev,noexec proc "$1/proc"
-    # They are the host's.
-    for path in sys sysrq-trigger irq bus; do
-        if [ -e "$1/proc/$path" ]; then
-            mount --bind "$1/proc/$path" "$1/proc/$path"
-            mount -o remount,bind,ro "$1/proc/$path"
-        fi
-    done
-}
-proc "$root"
+mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
 mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$root/sys"
 mount -t tmpfs -o mode=755,size=64m tmpfs "$root/dev"
 for node in null:3 zero:5 full:7 random:8 urandom:9; do
@@ -69,46 +48,14 @@ if [ -n "${FORELAY_ARCHIVES:-}" ]; then
 fi
 # The host's name resolves to an address that is there.
 ip link set lo up 2>/dev/null || :
-# The jail: no path leads to the host from here on.
-mount -t tmpfs -o mode=755,size=64m tmpfs "$jail"
-mkdir "$jail/proc" "$jail/dev" "$jail/etc" "$jail/host"
-mkdir -m 1777 "$jail/tmp"
-for dir in usr bin sbin lib lib32 lib64 libx32; do
-    if [ -L "/$dir" ]; then
-        cp -P "/$dir" "$jail/$dir"
-    elif [ -d "/$dir" ]; then
-        mkdir "$jail/$dir"
-        mount --bind "/$dir" "$jail/$dir"
-        mount -o remount,bind,ro "$jail/$dir"
-    fi
-done
-for file in passwd group nsswitch.conf ld.so.cache; do
-    if [ -f "/etc/$file" ]; then
-        cp "/etc/$file" "$jail/etc/$file"
-    fi
-done
-proc "$jail"
-mount --bind "$root/dev" "$jail/dev"
-mkdir -p "$jail$root"
-mount --rbind "$root" "$jail$root"
-if [ -n "${FORELAY_APT:-}" ]; then
-    mkdir -p "$jail$FORELAY_APT"
-    mount --bind "$FORELAY_APT" "$jail$FORELAY_APT"
-fi
-cd "$jail"
-pivot_root . host
-cd /
-umount -l /host
-rmdir /host
 # Programs report on descriptor 3, which is what our caller reads; what scripts print goes
 # to standard error, which is open, and is kept for when something fails.
 status=${FORELAY_STATUS:-}
-unset FORELAY_STATUS FORELAY_ARCHIVES FORELAY_APT
+unset FORELAY_STATUS FORELAY_ARCHIVES
 if [ -n "$status" ]; then
     exec 3>&1 >&2
 fi
-exec setpriv --inh-caps=-all --bounding-set=-all,+chown,+dac_override,+fowner,+fsetid,+kill,\
-+setgid,+setuid,+setfcap,+sys_chroot,+net_bind_service,+audit_write -- "$@"
+exec "$@"
 "#;
 
 /// The name of the sandbox's host, with a domain, as scripts ask for one.
@@ -151,7 +98,7 @@ impl Sandbox {
             layers: layers.iter().map(|layer| (*layer).to_owned()).collect(),
             spool,
         };
-        for name in ["upper", "work", "root", "helper", "jail"] {
+        for name in ["upper", "work", "root", "helper"] {
             let path = sandbox.spool.path().join(name);
             fs::create_dir(&path).map_err(io_error("creating", &path))?;
             let mode = fs::Permissions::from_mode(0o755);
@@ -190,8 +137,7 @@ impl Sandbox {
     }
 
     /// A tool that runs on the host's programs, but sees the scratch root mounted at
-    /// [`Self::root`], and of the host's files only what `FORELAY_APT` names. `package` has the
-    /// program.
+    /// [`Self::root`]. `package` has the program.
     pub(crate) fn host_tool(
         &self,
         program: &str,
@@ -210,7 +156,6 @@ impl Sandbox {
             .args(["--pid", "--fork", "--kill-child", "--"])
             .args(["sh", "-c", ENTER, "sh"])
             .arg(self.root())
-            .arg(self.spool.path().join("jail"))
             .arg(self.overlay_options()?)
             .arg(program))
     }
@@ -264,80 +209,5 @@ mod tests {
         for path in ["/a,b", "/a:b", "/a\\b"] {
             assert!(option_path(Path::new(path)).is_err());
         }
-    }
-
-    /// A layer with the host's perl and shell, and what they are linked with.
-    fn layer(at: &Path) {
-        let script = "set -e; for program in perl sh; do \
-                      path=$(readlink -f \"$(command -v $program)\"); \
-                      mkdir -p \"$1/usr/bin\"; cp \"$path\" \"$1/usr/bin/$program\"; \
-                      ldd \"$path\" | grep -o '/[^ ]*' | while read -r file; do \
-                      mkdir -p \"$1/${file%/*}\"; cp -L \"$file\" \"$1/$file\"; done; done";
-        let made = std::process::Command::new("sh")
-            .args(["-c", script, "sh"])
-            .arg(at)
-            .status();
-        assert!(made.unwrap().success());
-        for dir in ["proc", "sys", "dev", "run", "tmp", "var"] {
-            fs::create_dir(at.join(dir)).unwrap();
-        }
-        std::os::unix::fs::symlink("usr/bin", at.join("bin")).unwrap();
-    }
-
-    #[test]
-    fn privileged_what_breaks_out_of_the_scratch_root_finds_no_host() {
-        let dir = tempfile::tempdir().unwrap();
-        let base = dir.path().join("base");
-        fs::create_dir(&base).unwrap();
-        let scratch = dir.path().join("scratch");
-        let sandbox = match Sandbox::new(&scratch, &[&base]) {
-            Ok(sandbox) => sandbox,
-            Err(error) => {
-                let test = "privileged_what_breaks_out_of_the_scratch_root_finds_no_host";
-                return println!("SKIPPED {test}: {error}");
-            }
-        };
-        layer(&base);
-        // A file of the host beside the scratch root, and one that is to be made.
-        let secret = dir.path().join("secret");
-        fs::write(&secret, "the host's").unwrap();
-        let made = dir.path().join("made");
-        let script = format!(
-            r#"perl -e '
-                open my $status, "<", "/proc/self/status"; print grep /^Cap(Eff|Bnd)/, <$status>;
-                print "sysctl\n" if open my $sysctl, ">", "/proc/sys/kernel/sysrq";
-                mkdir "/tmp/x"; chroot "/tmp/x"; chdir ".." for 1..64; chroot ".";
-                print "out\n" if -e "/usr/bin/setpriv";
-                print "read\n" if -e "{secret}";
-                print "made\n" if open my $made, ">", "{made}";
-                print "written\n" if open my $file, ">", "/usr/bin/forelay-escaped";
-            '"#,
-            secret = secret.display(),
-            made = made.display(),
-        );
-        let said = sandbox.run(&script).unwrap();
-        let lines: Vec<&str> = said.lines().collect();
-        assert!(lines.contains(&"out"), "it did break out: {said}");
-        for forbidden in ["sysctl", "read", "written"] {
-            assert!(!lines.contains(&forbidden), "{said}");
-        }
-        assert!(!made.exists());
-        let caps = lines.iter().filter_map(|line| line.split_once(":\t"));
-        let caps: Vec<u64> = caps
-            .map(|(_, caps)| u64::from_str_radix(caps, 16).unwrap())
-            .collect();
-        // dac_read_search, sys_module, sys_rawio, sys_ptrace, sys_admin, mknod
-        let dangerous = [2, 16, 17, 19, 21, 27].map(|cap: u32| 1u64 << cap);
-        assert_eq!(caps.len(), 2, "{said}");
-        assert!(
-            caps.iter()
-                .all(|caps| dangerous.iter().all(|one| caps & one == 0))
-        );
-
-        // A link in place of what is mounted on leads nowhere.
-        fs::remove_dir(base.join("run")).unwrap();
-        std::os::unix::fs::symlink(dir.path(), base.join("run")).unwrap();
-        let error = sandbox.run("exit 0").unwrap_err().to_string();
-        assert!(error.contains("link in place"), "{error}");
     }
 }
