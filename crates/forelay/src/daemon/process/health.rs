@@ -34,8 +34,8 @@ pub enum Dependency {
     Components,
     /// A mount is not served.
     Mounts,
-    /// VMMs are confined, but not in all that control groups could do.
-    ControlGroups,
+    /// The API is not served over TCP.
+    Dashboard,
 }
 
 impl Dependency {
@@ -51,7 +51,7 @@ impl Dependency {
             Self::Mirror => "mirror",
             Self::Components => "components",
             Self::Mounts => "mounts",
-            Self::ControlGroups => "control groups",
+            Self::Dashboard => "dashboard over TCP",
         }
     }
 }
