@@ -3,7 +3,6 @@
 //! Looked for at `--config`, `$FORELAY_CONFIG`, `/etc/forelay/forelay.toml`, in this
 //! order; a missing default file means all defaults. Unknown keys are errors.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use forelay_image::NameOf;
@@ -39,18 +38,39 @@ pub struct Config {
     pub snapshots: SnapshotConfig,
     /// VMM defaults.
     pub vmm: VmmConfig,
-    /// The API and the dashboard.
-    pub api: ApiConfig,
+    /// Which owners users act for; root acts for all, whom no entry names for none.
+    pub access: Vec<AccessRule>,
 }
 
-/// The API and the dashboard.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Which owners a user or the users of a group act for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct ApiConfig {
-    /// Where they are served besides the socket: an address of loopback and a port, 0 for any.
-    /// Clients there need the token that is in the state directory.
+pub struct AccessRule {
+    /// A user, by name or number.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub listen: Option<SocketAddr>,
+    pub user: Option<String>,
+    /// Or a group, by name or number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Owners in manifests; `*` for all, and all that concerns the whole host.
+    pub owners: Vec<String>,
+}
+
+impl AccessRule {
+    fn check(&self) -> Result<(), String> {
+        if self.user.is_some() == self.group.is_some() || self.owners.is_empty() {
+            return Err(
+                "an [[access]] entry has either `user` or `group`, and `owners`".to_owned(),
+            );
+        }
+        let owners = self.owners.iter().filter(|owner| *owner != "*");
+        for owner in owners {
+            NameOf::Owner
+                .check(owner)
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
 }
 
 /// Where components come from.
@@ -164,7 +184,8 @@ impl Default for Config {
             forecast: ForecastConfig::default(),
             snapshots: SnapshotConfig::default(),
             vmm: VmmConfig::default(),
-            api: ApiConfig::default(),
+            group: None,
+            access: Vec::new(),
         }
     }
 }
@@ -305,17 +326,8 @@ impl Config {
 
     /// What the types do not say.
     fn check(&self) -> Result<(), String> {
-        if let Some(address) = self.api.listen.filter(|one| !one.ip().is_loopback()) {
-            return Err(format!(
-                "api.listen is {address}: the API is served on loopback alone, for example on \
-                 127.0.0.1:8900; to reach it from elsewhere use `ssh -L`"
-            ));
-        }
-        match self.vmm.accelerator.as_str() {
-            "auto" | "kvm" | "tcg" => Ok(()),
-            other => Err(format!(
-                "vmm.accelerator is {other:?}: it can be auto, kvm or tcg"
-            )),
+        if self.repository.url.is_some() && self.repository.path.is_some() {
+            return Err("repository.url and repository.path: give one of them".to_owned());
         }
         self.repository_urls().map_err(|error| error.to_string())?;
         match self.vmm.accelerator.as_str() {
@@ -360,12 +372,17 @@ impl Config {
             .unwrap_or_else(|| self.runtime_dir.join("forelay.sock"))
     }
 
-    /// The token of clients over TCP.
-    pub fn api_token_path(&self) -> PathBuf {
-        self.state_dir.join("api-token")
+    /// The repository, then its mirrors.
+    pub fn repository_urls(&self) -> Result<(RepositoryUrl, Vec<RepositoryUrl>), BadUrl> {
+        let first = match &self.repository.url {
+            Some(url) => url.parse()?,
+            None => RepositoryUrl::directory(self.repository_path()),
+        };
+        let mirrors = self.repository.mirrors.iter().map(|url| url.parse());
+        Ok((first, mirrors.collect::<Result<_, _>>()?))
     }
 
-    /// The repository's directory.
+    /// The repository's directory, where it is in one.
     pub fn repository_path(&self) -> PathBuf {
         self.repository
             .path

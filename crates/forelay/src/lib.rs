@@ -14,4 +14,4 @@ pub mod exec_frames;
 pub mod history;
 pub mod host_stats;
 pub mod recipe;
-pub mod units;
+mod stacked;

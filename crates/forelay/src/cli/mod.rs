@@ -133,11 +133,6 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Print the address of the dashboard, with its token.
-    Dashboard {
-        #[arg(long)]
-        json: bool,
-    },
     /// What is expected to be needed next, and why.
     Forecast {
         profile: Option<String>,
@@ -289,7 +284,6 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Memory { drop_idle, json } => inspect::memory(client, drop_idle, json).await?,
         Command::Map { name, json } => inspect::map(client, &name, json).await?,
         Command::Events { follow, json } => events::run(client, follow, json).await?,
-        Command::Dashboard { json } => inspect::dashboard(client, config, json).await?,
         Command::Forecast { profile, json } => {
             inspect::forecast(client, profile.as_deref(), json).await?;
         }

@@ -29,9 +29,8 @@ mod spine_tests;
 mod vm;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use forelay_image::Digest;
@@ -93,8 +92,6 @@ const LEARN_GRACE: Duration = Duration::from_secs(5);
 pub struct Host {
     config: Config,
     started: Instant,
-    /// Where the API is served over TCP.
-    dashboard: OnceLock<SocketAddr>,
     health: Health,
     /// Who changed what.
     audit: Audit,
@@ -344,7 +341,6 @@ impl Host {
         tokio::spawn(preparer.run(parts.likely));
         Self {
             started: Instant::now(),
-            dashboard: OnceLock::new(),
             settled: watch::Sender::new(false),
             accounts: Arc::new(accounts),
             maps: Arc::new(maps),
@@ -425,16 +421,6 @@ impl Host {
     pub fn accelerator(&self) -> String {
         let known = self.launches.starter.accelerator();
         known.unwrap_or_else(|| crate::api::NOT_PROBED.to_owned())
-    }
-
-    /// Where the API is served over TCP, if it is.
-    pub fn dashboard(&self) -> Option<SocketAddr> {
-        self.dashboard.get().copied()
-    }
-
-    /// It is served there from now on.
-    pub fn set_dashboard(&self, address: SocketAddr) {
-        let _ = self.dashboard.set(address);
     }
 
     /// Where it is told what happens.

@@ -1,211 +1,387 @@
-//! Who may use the API over loopback TCP: those who know the token, for what they are shown by
-//! a browser or ask by a program.
+//! Who may do what over the API: the user at the other end of the socket against the
+//! configuration's table.
 //!
-//! Guests reach their host's loopback through user-mode networking, and so does every page that
-//! a browser has open. Invariants: nothing is answered without the token, or the session that a
-//! browser has for it, which only reads; both are compared in constant time; a request whose
-//! `Host` is no name of loopback is refused, so that no page elsewhere can have its own name
-//! point here.
+//! Root may do everything. Another user acts for the owners that the table gives to it or to one
+//! of its groups: it sees and handles their VMs, snapshots, history and forecasts as if there were
+//! no others. What tells of the whole host is for those who may act for all owners. What anybody
+//! changes is written to the audit log.
+//!
+//! Refuses to know the routes' meaning beyond whom a request is about; a route that is not known
+//! here is closed to all but those. Invariant: of another owner's VM a client learns no more than
+//! that its name is taken.
 
-use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
-use axum::http::header::{
-    AUTHORIZATION, CACHE_CONTROL, COOKIE, HOST, LOCATION, REFERRER_POLICY, SET_COOKIE,
-};
-use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Extension, Request, State};
+use axum::http::{Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use forelay_image::Digest;
-use subtle::ConstantTimeEq as _;
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::net::unix::UCred;
 
-/// Random bytes of a token.
-const TOKEN_BYTES: usize = 32;
-/// The cookie that a browser has.
-const SESSION: &str = "forelay-session";
+use crate::api::ApiError;
+use crate::config::AccessRule;
+use crate::daemon::Host;
+use crate::daemon::api::audit::Deed;
+use crate::daemon::api::server::Failure;
+use crate::daemon::error::HostError;
+use crate::daemon::order::owner_of;
 
-/// What lets a client in.
-#[derive(Clone)]
-pub struct Access(Arc<Secrets>);
+/// In a rule, every owner.
+const EVERY: &str = "*";
+/// Largest body of an answer that is looked through for owners.
+const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-struct Secrets {
-    token: String,
-    /// What a browser has for it: it tells nothing of the token.
-    session: String,
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// Its user.
+    pub user: u32,
+    /// Its process, when it connected.
+    pub process: Option<i32>,
+    owners: Owners,
 }
 
-impl Access {
-    /// The token in the file `path`, made if there is none; root alone may read it.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let token = match std::fs::read_to_string(path) {
-            Ok(token) if is_token(token.trim()) => token.trim().to_owned(),
-            Ok(_) => return Err(io::Error::other("it holds no token: remove it")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => make(path)?,
-            Err(error) => return Err(error),
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Owners {
+    All,
+    These(Arc<BTreeSet<String>>),
+}
+
+impl Caller {
+    /// The caller with these credentials under the table.
+    pub fn new(credentials: &UCred, rules: &[AccessRule]) -> Self {
+        let (user, group) = (credentials.uid(), credentials.gid());
+        let owners = match user {
+            0 => Owners::All,
+            _ if rules.is_empty() => Owners::These(Arc::default()),
+            _ => {
+                let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+                let accounts = Accounts {
+                    users: read("/etc/passwd"),
+                    groups: read("/etc/group"),
+                };
+                accounts.owners(rules, user, group)
+            }
         };
-        Ok(Self::of(token))
+        Self {
+            user,
+            process: credentials.pid(),
+            owners,
+        }
     }
 
-    fn of(token: String) -> Self {
-        let session = Digest::of(format!("session of {token}").as_bytes()).to_string();
-        Self(Arc::new(Secrets { token, session }))
-    }
-
-    /// Lets a request through, or says why not.
-    pub async fn guard(State(access): State<Self>, request: Request, next: Next) -> Response {
-        let headers = request.headers();
-        if !is_loopback(headers, request.uri()) {
-            let words = "this is served under the names of loopback alone: 127.0.0.1, [::1] and \
-                         localhost";
-            return (StatusCode::MISDIRECTED_REQUEST, words).into_response();
+    fn may_act_for(&self, owner: &str) -> bool {
+        match &self.owners {
+            Owners::All => true,
+            Owners::These(owners) => owners.contains(owner),
         }
-        if bearer(headers).is_some_and(|token| same(token, &access.0.token)) {
-            return next.run(request).await;
-        }
-        let reads = [Method::GET, Method::HEAD].contains(request.method());
-        if reads && cookie(headers).is_some_and(|session| same(session, &access.0.session)) {
-            return next.run(request).await;
-        }
-        let asked = request.uri().query().unwrap_or_default().split('&');
-        let asked = asked.filter_map(|pair| pair.strip_prefix("token="));
-        if reads
-            && asked
-                .last()
-                .is_some_and(|token| same(token, &access.0.token))
-        {
-            return access.let_in(request.uri());
-        }
-        let words = "no token, or a wrong one: open the address that `forelay dashboard` prints; \
-                     programs send `Authorization: Bearer TOKEN`";
-        (StatusCode::UNAUTHORIZED, words).into_response()
-    }
-
-    /// Gives a browser its session, and has it forget the token.
-    fn let_in(&self, uri: &Uri) -> Response {
-        let cookie = format!(
-            "{SESSION}={}; HttpOnly; SameSite=Strict; Path=/",
-            self.0.session
-        );
-        let headers = [
-            (SET_COOKIE, cookie),
-            (LOCATION, uri.path().to_owned()),
-            (CACHE_CONTROL, "no-store".to_owned()),
-            (REFERRER_POLICY, "no-referrer".to_owned()),
-        ];
-        (StatusCode::SEE_OTHER, headers).into_response()
     }
 }
 
-fn is_token(text: &str) -> bool {
-    text.len() == 2 * TOKEN_BYTES && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+/// The host's users and groups, as in `/etc`.
+struct Accounts {
+    users: String,
+    groups: String,
 }
 
-fn make(path: &Path) -> io::Result<String> {
-    use std::io::Write as _;
-    let mut bytes = [0; TOKEN_BYTES];
-    let mut filled = 0;
-    while filled < TOKEN_BYTES {
-        let flags = rustix::rand::GetRandomFlags::empty();
-        filled += rustix::rand::getrandom(&mut bytes[filled..], flags)?;
+impl Accounts {
+    fn owners(&self, rules: &[AccessRule], user: u32, group: u32) -> Owners {
+        let mut owners = BTreeSet::new();
+        for rule in rules {
+            let is_user = rule
+                .user
+                .as_ref()
+                .is_some_and(|one| self.is_user(one, user));
+            let is_group = rule.group.as_ref();
+            if is_user || is_group.is_some_and(|one| self.is_in(one, user, group)) {
+                owners.extend(rule.owners.iter().cloned());
+            }
+        }
+        match owners.contains(EVERY) {
+            true => Owners::All,
+            false => Owners::These(Arc::new(owners)),
+        }
     }
-    let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let unfinished = path.with_extension("new");
-    match std::fs::remove_file(&unfinished) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+
+    /// Whether `wanted`, a name or a number, is this user.
+    fn is_user(&self, wanted: &str, user: u32) -> bool {
+        wanted.parse() == Ok(user) || number_of(&self.users, wanted) == Some(user)
     }
-    let mut options = std::fs::File::options();
-    let mut file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&unfinished)?;
-    file.write_all(token.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&unfinished, path)?;
-    Ok(token)
+
+    /// Whether this user is in the group `wanted`, by its own group or as a member.
+    fn is_in(&self, wanted: &str, user: u32, group: u32) -> bool {
+        if wanted.parse() == Ok(group) || number_of(&self.groups, wanted) == Some(group) {
+            return true;
+        }
+        let line = self
+            .groups
+            .lines()
+            .find(|line| line.split(':').next() == Some(wanted));
+        let members = line
+            .and_then(|line| line.split(':').nth(3))
+            .unwrap_or_default();
+        members
+            .split(',')
+            .any(|member| number_of(&self.users, member) == Some(user))
+    }
 }
 
-fn same(given: &str, known: &str) -> bool {
-    given.as_bytes().ct_eq(known.as_bytes()).into()
+/// The number in the third field of the line that begins with `name`.
+fn number_of(lines: &str, name: &str) -> Option<u32> {
+    let mut named = lines
+        .lines()
+        .filter(|line| line.split(':').next() == Some(name));
+    named.next()?.split(':').nth(2)?.parse().ok()
 }
 
-/// Whether the request is to a name of loopback, on whatever port.
-fn is_loopback(headers: &HeaderMap, uri: &Uri) -> bool {
-    let mut hosts = headers.get_all(HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else {
-        return false;
+/// The number of a group by its name or number.
+pub fn group_number(group: &str) -> Option<u32> {
+    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    group.parse().ok().or_else(|| number_of(&groups, group))
+}
+
+/// Whom a request is about.
+#[derive(Debug, PartialEq, Eq)]
+enum About<'a> {
+    /// Nobody.
+    Nobody,
+    /// The owner of a VM.
+    Vm(&'a str),
+    /// The owner of a snapshot.
+    Snapshot(&'a str),
+    /// The owner in the manifest that the request has.
+    Manifest,
+    /// Several owners: the answer is a list.
+    List,
+    /// The whole host.
+    Host,
+}
+
+fn about<'a>(method: &Method, path: &'a str) -> About<'a> {
+    let mut parts = path.split('/').skip(1);
+    if parts.next() != Some("v1") {
+        return About::Host;
+    }
+    let (first, second) = (parts.next().unwrap_or_default(), parts.next());
+    let reads = method == Method::GET;
+    match (first, second) {
+        ("vms", Some(name)) => About::Vm(name),
+        ("snapshots", Some(id)) => About::Snapshot(id),
+        ("vms" | "snapshots", None) if reads => About::List,
+        ("vms" | "snapshots" | "prefetch", None) => About::Manifest,
+        ("history" | "forecast", None) if reads => About::List,
+        ("health", None) if reads => About::Nobody,
+        _ => About::Host,
+    }
+}
+
+fn refused(status: StatusCode, error: String) -> Response {
+    (status, Json(ApiError::new(error))).into_response()
+}
+
+/// Lets a request through if its caller may act for whom it is about, and writes down what it
+/// changed or tried to.
+pub async fn check(
+    State(host): State<Arc<Host>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let answer = match permit(&host, &caller, request).await {
+        Ok((request, about_list)) => {
+            let answer = next.run(request).await;
+            match about_list {
+                true => only_theirs(&caller, answer).await,
+                false => answer,
+            }
+        }
+        Err(refusal) => refusal,
     };
-    let host = host.to_str().unwrap_or_default();
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
+    if method != Method::GET {
+        host.audit.note(Deed {
+            user: caller.user,
+            process: caller.process,
+            method: method.as_str().to_owned(),
+            path,
+            status: answer.status().as_u16(),
+        });
+    }
+    answer
+}
+
+/// The request, and whether its answer is a list of what is of several owners.
+async fn permit(
+    host: &Host,
+    caller: &Caller,
+    request: Request,
+) -> Result<(Request, bool), Response> {
+    if caller.owners == Owners::All {
+        return Ok((request, false));
+    }
+    let path = request.uri().path().to_owned();
+    let other = |error: HostError| Failure::from(error).into_response();
+    match about(request.method(), &path) {
+        About::Nobody => Ok((request, false)),
+        About::List => Ok((request, true)),
+        About::Vm(name) => {
+            let owner = host
+                .vms
+                .instance(name)
+                .map(|instance| instance.profile().owner);
+            match owner {
+                Ok(owner) if caller.may_act_for(&owner) => Ok((request, false)),
+                _ => Err(other(HostError::NoSuchVm(name.to_owned()))),
+            }
+        }
+        About::Snapshot(id) => {
+            let (_, kept) = host.snapshots.named(id).await.map_err(other)?;
+            match caller.may_act_for(kept.domain.as_str()) {
+                true => Ok((request, false)),
+                false => Err(other(HostError::Invalid(format!(
+                    "there is no snapshot {id}"
+                )))),
+            }
+        }
+        About::Manifest => {
+            let (parts, body) = request.into_parts();
+            let bytes = axum::body::to_bytes(body, MAX_ANSWER_BYTES).await;
+            let bytes = bytes.map_err(|_| StatusCode::PAYLOAD_TOO_LARGE.into_response())?;
+            let owner = manifests_owner(&bytes);
+            // What is no request of ours is told so by the route.
+            if let Some(owner) = owner.filter(|owner| !caller.may_act_for(owner)) {
+                return Err(refused(
+                    StatusCode::FORBIDDEN,
+                    format!(
+                        "you may not act for owner {owner}: ask for an [[access]] entry in the \
+                         daemon's configuration"
+                    ),
+                ));
+            }
+            Ok((Request::from_parts(parts, Body::from(bytes)), false))
+        }
+        About::Host => Err(refused(
+            StatusCode::FORBIDDEN,
+            "this tells of or changes the whole host: only root and who may act for all owners \
+             (`*`) may ask"
+                .to_owned(),
+        )),
+    }
+}
+
+/// Whom the manifest in a request is for; `None` if there is none that can be understood.
+fn manifests_owner(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct WithManifest {
+        manifest: String,
+    }
+    let request: WithManifest = serde_json::from_slice(body).ok()?;
+    let manifest = forelay_image::manifest::Manifest::parse(&request.manifest).ok()?;
+    Some(owner_of(&manifest))
+}
+
+/// A list without what is of owners that the caller may not act for.
+async fn only_theirs(caller: &Caller, answer: Response) -> Response {
+    let (mut parts, body) = answer.into_parts();
+    if !parts.status.is_success() {
+        return Response::from_parts(parts, body);
+    }
+    let bytes = axum::body::to_bytes(body, MAX_ANSWER_BYTES)
+        .await
+        .unwrap_or_default();
+    let Ok(Value::Array(mut list)) = serde_json::from_slice(&bytes) else {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
-    // A target with a name of its own would count instead of the header.
-    uri.host().is_none() && ["127.0.0.1", "localhost", "[::1]"].contains(&name)
+    list.retain(|one| {
+        let owner = one.get("owner").or_else(|| one.get("domain"));
+        let owner = owner.and_then(Value::as_str);
+        owner.is_some_and(|owner| caller.may_act_for(owner))
+    });
+    parts.headers.remove(header::CONTENT_LENGTH);
+    Response::from_parts(parts, Body::from(Value::Array(list).to_string()))
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    headers
-        .get(AUTHORIZATION)?
-        .to_str()
-        .ok()?
-        .strip_prefix("Bearer ")
-}
-
-fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let cookies = headers
-        .get_all(COOKIE)
-        .iter()
-        .filter_map(|value| value.to_str().ok());
-    let mut pairs = cookies.flat_map(|cookies| cookies.split(';'));
-    pairs.find_map(|pair| pair.trim().strip_prefix(SESSION)?.strip_prefix('='))
+/// Lets a group reach the API's socket: it may enter the socket's directory and no more.
+pub fn open_to_group(socket: &Path, group: &str) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let number = group_number(group).ok_or_else(|| {
+        std::io::Error::other(format!(
+            "there is no group {group}: make it, or mend `group`"
+        ))
+    })?;
+    std::os::unix::fs::lchown(socket, None, Some(number))?;
+    if let Some(dir) = socket.parent() {
+        std::os::unix::fs::lchown(dir, None, Some(number))?;
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o710))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use axum::http::HeaderValue;
-
     use super::*;
 
-    #[test]
-    fn a_token_is_made_once_and_for_root_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api-token");
-        let access = Access::open(&path).unwrap();
-        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        assert!(is_token(&access.0.token) && !access.0.session.contains(&access.0.token));
-        assert_eq!(Access::open(&path).unwrap().0.token, access.0.token);
-        std::fs::write(&path, "short").unwrap();
-        assert!(Access::open(&path).is_err());
+    fn rule(user: Option<&str>, group: Option<&str>, owners: &[&str]) -> AccessRule {
+        AccessRule {
+            user: user.map(str::to_owned),
+            group: group.map(str::to_owned),
+            owners: owners.iter().map(|one| (*one).to_owned()).collect(),
+        }
     }
 
     #[test]
-    fn only_names_of_loopback_are_served() {
-        let is = |host: &str, target: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(HOST, HeaderValue::from_str(host).unwrap());
-            is_loopback(&headers, &target.parse().unwrap())
+    fn a_user_acts_for_the_owners_of_its_rules_and_its_groups() {
+        let accounts = Accounts {
+            users: "root:x:0:0::/:\nann:x:1000:1000::/:\nbob:x:1001:1001::/:\n".to_owned(),
+            groups: "ann:x:1000:\nops:x:50:bob,carl\nwheel:x:51:\n".to_owned(),
         };
-        for fine in ["127.0.0.1:8900", "localhost", "[::1]:80", "[::1]"] {
-            assert!(is(fine, "/"), "{fine}");
+        let rules = [
+            rule(Some("ann"), None, &["a", "shared"]),
+            rule(None, Some("ops"), &["b", "shared"]),
+            rule(None, Some("wheel"), &["*"]),
+            rule(Some("1234"), None, &["n"]),
+        ];
+        let owners = |user, group| accounts.owners(&rules, user, group);
+        let these = |names: &[&str]| {
+            let names = names.iter().map(|one| (*one).to_owned()).collect();
+            Owners::These(Arc::new(names))
+        };
+        assert_eq!(owners(1000, 1000), these(&["a", "shared"]));
+        assert_eq!(owners(1001, 1001), these(&["b", "shared"]), "a member");
+        assert_eq!(owners(1002, 50), these(&["b", "shared"]), "its own group");
+        assert_eq!(owners(1002, 51), Owners::All);
+        assert_eq!(owners(1234, 7), these(&["n"]));
+        assert_eq!(owners(1002, 1002), these(&[]));
+    }
+
+    #[test]
+    fn each_request_is_about_somebody_and_unknown_ones_about_the_host() {
+        let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
+        let cases = [
+            (&get, "/v1/vms", About::List),
+            (&post, "/v1/vms", About::Manifest),
+            (&post, "/v1/vms/web/exec", About::Vm("web")),
+            (&delete, "/v1/vms/web", About::Vm("web")),
+            (&post, "/v1/prefetch", About::Manifest),
+            (&get, "/v1/snapshots", About::List),
+            (&delete, "/v1/snapshots/ab", About::Snapshot("ab")),
+            (&get, "/v1/history", About::List),
+            (&get, "/v1/health", About::Nobody),
+            (&get, "/v1/memory", About::Host),
+            (&get, "/metrics", About::Host),
+            (&get, "/v1/events", About::Host),
+            (&post, "/v1/memory/drop", About::Host),
+            (&post, "/v1/anything/new", About::Host),
+            (&get, "//v1/vms", About::Host),
+        ];
+        for (method, path, expected) in cases {
+            assert_eq!(about(method, path), expected, "{method} {path}");
         }
-        for other in [
-            "evil.example",
-            "evil.example:8900",
-            "localhost.evil.example",
-            "127.0.0.1.x:1",
-            "",
-        ] {
-            assert!(!is(other, "/"), "{other}");
-        }
-        assert!(!is("localhost", "http://evil.example/"));
-        assert!(!is_loopback(&HeaderMap::new(), &"/".parse().unwrap()));
     }
 }

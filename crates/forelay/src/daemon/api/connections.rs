@@ -12,18 +12,17 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
-use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use axum::serve::Listener;
 use axum::{Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::api::ApiError;
-use crate::daemon::api::access::Access;
+use crate::config::AccessRule;
+use crate::daemon::api::access::Caller;
 use crate::daemon::api::problems;
 
 /// Who may use the API: root and root's group.
@@ -40,8 +39,8 @@ const MAX_STOPS: usize = MAX_CONVERSING / 8;
 const MAX_STREAMS: usize = 1_200;
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = MAX_CONVERSING + MAX_STREAMS;
-/// Connections over TCP at a time: anything on this host may open some.
-const MAX_OVER_TCP: usize = 128;
+/// Pause after the system refused a connection, for example for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a client may take.
 #[derive(Clone, Copy, Debug)]
@@ -53,16 +52,6 @@ pub struct ClientLimits {
     pub header: Duration,
     /// For a request's body.
     pub body: Duration,
-}
-
-impl ClientLimits {
-    /// Those over TCP.
-    pub fn over_tcp() -> Self {
-        Self {
-            connections: MAX_OVER_TCP,
-            ..Self::default()
-        }
-    }
 }
 
 impl Default for ClientLimits {
@@ -136,40 +125,44 @@ pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the API for as long as this is polled, to those whom `access` lets in if there is one.
-pub async fn serve<L: Listener>(
-    mut listener: L,
+/// Serves the API for as long as this is polled.
+pub async fn serve(
+    listener: UnixListener,
     router: Router,
     limits: ClientLimits,
-    access: Option<Access>,
+    access: Vec<AccessRule>,
 ) {
-    let mut router = router.layer(from_fn(move |request, next| {
-        read_body(limits.body, request, next)
-    }));
-    if let Some(access) = access {
-        router = router.layer(from_fn_with_state(access, Access::guard));
-    }
-    let router = router.layer(from_fn(problems::answer));
+    let router = router
+        .layer(from_fn(move |request, next| {
+            read_body(limits.body, request, next)
+        }))
+        .layer(from_fn(problems::answer));
     let turns = Arc::new(Semaphore::new(limits.connections));
     loop {
         let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
             return;
         };
-        // What the system refuses, for example for want of descriptors, is tried again.
-        let (stream, _) = listener.accept().await;
-        let router = router.clone();
-        tokio::spawn(async move {
-            converse(stream, router, limits.header).await;
-            drop(turn);
-        });
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let Ok(credentials) = stream.peer_cred() else {
+                    continue;
+                };
+                let caller = Caller::new(&credentials, &access);
+                let router = router.clone().layer(Extension(caller));
+                tokio::spawn(async move {
+                    converse(stream, router, limits.header).await;
+                    drop(turn);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection to the API was not accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
     }
 }
 
-async fn converse(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    router: Router,
-    header: Duration,
-) {
+async fn converse(stream: UnixStream, router: Router, header: Duration) {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header);
     let service = TowerToHyperService::new(router);
@@ -199,9 +192,9 @@ async fn read_body(limit: Duration, request: Request, next: Next) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use axum::middleware::from_fn_with_state;
     use axum::routing::{get, post};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::UnixStream;
 
     use super::*;
 
@@ -219,7 +212,7 @@ mod tests {
         let router = Router::new()
             .route("/", get(async || "fine"))
             .route("/echo", post(async |body: String| body));
-        tokio::spawn(serve(listener, router, LIMITS, None));
+        tokio::spawn(serve(listener, router, LIMITS, Vec::new()));
         socket
     }
 
@@ -263,7 +256,7 @@ mod tests {
             .route("/long", post(std::future::pending::<()>))
             .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
             .route("/", get(async || "fine"));
-        tokio::spawn(serve(listen(&socket).unwrap(), router, LIMITS, None));
+        tokio::spawn(serve(listen(&socket).unwrap(), router, LIMITS, Vec::new()));
         let request = |words: &str| {
             format!("{words} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
         };

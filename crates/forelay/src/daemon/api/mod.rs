@@ -1,14 +1,12 @@
 //! What clients see: the HTTP routes and the views behind them.
 
-mod access;
+pub(super) mod access;
 pub(super) mod accounts;
 pub(super) mod audit;
 pub(super) mod connections;
 mod events;
 mod exec;
 pub(super) mod inspect;
-pub(super) mod listeners;
 mod metrics;
-mod pages;
 mod problems;
 pub(super) mod server;

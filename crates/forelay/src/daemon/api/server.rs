@@ -18,7 +18,7 @@ use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::events::{self, Streams};
 use crate::daemon::api::problems::ProblemKind;
-use crate::daemon::api::{exec, metrics, pages};
+use crate::daemon::api::{access, exec, metrics};
 use crate::daemon::error::HostError;
 
 /// How long a client waits for a VM's next state when too many wait.
@@ -58,7 +58,6 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/events", get(events::stream))
         .route("/v1/events/recent", get(events::recent))
         .route("/metrics", get(metrics::scrape))
-        .merge(pages::router(&host))
         .merge(waiting)
         .layer(Extension(Streams::default()))
         .fallback(unknown)
@@ -103,7 +102,6 @@ async fn health(State(host): Shared) -> Json<Health> {
         uptime_s: host.uptime().as_secs_f64(),
         accelerator: host.accelerator(),
         degraded: host.degraded(),
-        dashboard: host.dashboard().map(|address| format!("http://{address}/")),
     })
 }
 

@@ -34,8 +34,8 @@ pub enum Dependency {
     Components,
     /// A mount is not served.
     Mounts,
-    /// The API is not served over TCP.
-    Dashboard,
+    /// VMMs are confined, but not in all that control groups could do.
+    ControlGroups,
 }
 
 impl Dependency {
@@ -51,7 +51,7 @@ impl Dependency {
             Self::Mirror => "mirror",
             Self::Components => "components",
             Self::Mounts => "mounts",
-            Self::Dashboard => "dashboard over TCP",
+            Self::ControlGroups => "control groups",
         }
     }
 }

@@ -22,7 +22,7 @@ use super::startup::{config_or_last_good, keep_config, load_config, make_directo
 use super::{heartbeat, takeover};
 use crate::config::Config;
 use crate::daemon::Host;
-use crate::daemon::api::{connections, listeners};
+use crate::daemon::api::{access, connections, server};
 
 /// Between attempts at what is missing.
 const RETRY_EVERY: Duration = Duration::from_secs(5);
@@ -114,11 +114,15 @@ async fn serve(config: Config, path: Option<&Path>, health: Health) -> Result<()
     }
     tokio::spawn(settle(Arc::clone(&host), inherited, instances));
     tokio::spawn(heal(Arc::clone(&host), path.map(Path::to_path_buf)));
-    let over_tcp = |served| {
-        host.health.note(Dependency::Dashboard, served);
-    };
+    if let Some(group) = &host.config.group
+        && let Err(error) = access::open_to_group(&socket, group)
+    {
+        tracing::error!(group, %error, "the API is root's alone");
+    }
+    let access = host.config.access.clone();
+    let router = server::router(Arc::clone(&host));
     let end = tokio::select! {
-        () = listeners::run(&host, listener, over_tcp) => End::Stop,
+        () = connections::serve(listener, router, connections::ClientLimits::default(), access) => End::Stop,
         end = signals.arrived() => end,
         Ok(()) = handed_over => End::HandedOver,
     };
