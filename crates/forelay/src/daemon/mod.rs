@@ -113,6 +113,7 @@ pub struct Host {
     supervisor: Arc<Supervisor>,
     snapshots: Arc<Snapshots>,
     preparations: Arc<Preparations>,
+    standby: Arc<tokio::sync::Mutex<StandbyStarter>>,
     launches: Arc<LaunchService>,
     attachments: AttachService,
     vms: VmService,
@@ -338,6 +339,7 @@ impl Host {
         let snapshots = Arc::clone(&finder.snapshots);
         let launches = parts.launches(&mapper, &supervisor, &forecasts, &announced, &finder);
         let (accounts, maps) = (parts.accounts(&takeover), parts.maps());
+        let standby = Arc::clone(&preparer.standby);
         tokio::spawn(preparer.run(parts.likely));
         Self {
             started: Instant::now(),
@@ -374,6 +376,7 @@ impl Host {
             supervisor,
             snapshots,
             preparations: parts.preparations,
+            standby,
             launches,
         }
     }
@@ -386,6 +389,7 @@ impl Host {
                 forecasts: Arc::clone(&self.forecasts),
                 announced: Arc::clone(&self.announced),
                 mapper: Arc::clone(&self.mapper),
+                resumed: Arc::clone(&self.launches.finder) as _,
             };
             tokio::spawn(prefetch_loop.run());
         }
