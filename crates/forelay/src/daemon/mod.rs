@@ -113,7 +113,6 @@ pub struct Host {
     supervisor: Arc<Supervisor>,
     snapshots: Arc<Snapshots>,
     preparations: Arc<Preparations>,
-    standby: Arc<tokio::sync::Mutex<StandbyStarter>>,
     launches: Arc<LaunchService>,
     attachments: AttachService,
     vms: VmService,
@@ -339,7 +338,6 @@ impl Host {
         let snapshots = Arc::clone(&finder.snapshots);
         let launches = parts.launches(&mapper, &supervisor, &forecasts, &announced, &finder);
         let (accounts, maps) = (parts.accounts(&takeover), parts.maps());
-        let standby = Arc::clone(&preparer.standby);
         tokio::spawn(preparer.run(parts.likely));
         Self {
             started: Instant::now(),
@@ -376,7 +374,6 @@ impl Host {
             supervisor,
             snapshots,
             preparations: parts.preparations,
-            standby,
             launches,
         }
     }
@@ -389,7 +386,6 @@ impl Host {
                 forecasts: Arc::clone(&self.forecasts),
                 announced: Arc::clone(&self.announced),
                 mapper: Arc::clone(&self.mapper),
-                resumed: Arc::clone(&self.launches.finder) as _,
             };
             tokio::spawn(prefetch_loop.run());
         }

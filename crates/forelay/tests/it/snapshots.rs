@@ -394,25 +394,3 @@ fn privileged_a_vmm_stands_by_for_the_launch_that_is_likely_and_outlives_no_daem
     assert_eq!(host.json(["memory"])["standby_vmms"], 0);
     assert!(host.vmms().is_empty());
 }
-
-#[test]
-fn privileged_a_daemon_that_is_stopped_while_it_makes_a_snapshot_leaves_nothing_of_it() {
-    let test = "privileged_a_daemon_that_is_stopped_while_it_makes_a_snapshot_leaves_nothing_of_it";
-    let Some(bench) = bench(test) else { return };
-    let mut host = Host::started(&bench, &Settings::default());
-    let (text, _) = web();
-    let manifest = host.write("web.toml", &text);
-    let making = host
-        .command(["snapshot", "create"])
-        .arg(&manifest)
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    host.until("the maker's VMM runs", |host| !host.vmms().is_empty());
-    assert_eq!(host.terminate(), Some(0));
-    let making = making.wait_with_output().unwrap();
-    assert!(!making.status.success());
-    assert!(host.vmms().is_empty(), "{:?}", host.vmms());
-    host.start();
-    assert_eq!(host.json(["snapshot", "list"]), serde_json::json!([]));
-}

@@ -5,13 +5,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use forelay_cache::DeviceImage;
-
 use crate::daemon::error::HostError;
-use crate::daemon::forecast::announced::ResumedMemory;
 use crate::daemon::launch::compose::Composer;
-use crate::daemon::launch::prefetch::device_of;
 use crate::daemon::launch::start::Starter;
 use crate::daemon::order::Order;
 use crate::daemon::snapshot::origin::Runtime;
@@ -55,13 +50,5 @@ impl SnapshotFinder {
     async fn runtime(&self, order: &Order) -> Result<Runtime, HostError> {
         let kernel = self.composer.kernel(&order.lock.kernel).await?;
         self.starter.runtime(&kernel.kernel).await
-    }
-}
-
-#[async_trait]
-impl ResumedMemory for SnapshotFinder {
-    async fn memory_of(&self, order: &Order) -> Option<DeviceImage> {
-        let (found, _) = self.open(order).await.ok()?;
-        found.map(|from| device_of(&from.memory))
     }
 }

@@ -30,8 +30,6 @@ const RETRY_EVERY: Duration = Duration::from_secs(5);
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// Descriptors that a worker may have, if the system allows so many.
 const DESCRIPTORS: u64 = 16_384;
-/// How long a stop waits for a VMM that is being started for nobody.
-const STANDBY_LIMIT: Duration = Duration::from_secs(5);
 /// How long a stop waits for VMs that are still being found.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -136,10 +134,6 @@ async fn finish(host: &Arc<Host>, socket: &Path, end: End) -> Result<()> {
     // The VMs to be stopped, or to be learned from, are known only then.
     let _ = tokio::time::timeout(SETTLE_LIMIT, host.settled()).await;
     host.preparations.close().await;
-    // What was being started to stand by is let go of as soon as it does.
-    if let Ok(starter) = tokio::time::timeout(STANDBY_LIMIT, host.standby.lock()).await {
-        starter.clear();
-    }
     match end {
         End::Stop => {
             tracing::info!("stopping all VMs");

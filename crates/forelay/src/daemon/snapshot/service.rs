@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use forelay_cache::plan::SharedExtent;
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_guest_protocol::snapshot::Tier;
-use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
-use forelay_store::{ImageMap, Priority, Store};
+use forelay_image::{ChunkIndex, Component, ComponentId, Digest, Extent};
+use forelay_store::{ImageHold, ImageMap, Priority, Store};
 
 use crate::api::{self, EventKind};
 use crate::daemon::error::HostError;
@@ -24,7 +25,6 @@ use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
 use crate::daemon::snapshot::shelf::{Kept, NotResumed, Shelf};
 use crate::daemon::vm::registry::VmRegistry;
-use crate::host_stats::HostStats;
 
 /// See the module's header.
 pub struct Snapshots {
@@ -317,16 +317,8 @@ impl Snapshots {
                 .any(|device| device.memory && device.image == image)
         };
         let live = self.registry.live().into_iter();
-        let known = live.filter(|instance| instance.read(uses));
-        let mut users: Vec<String> = known.map(|instance| instance.name().to_owned()).collect();
-        // Of others the kernel knows what they map.
-        let unknown = self.registry.unknown_dirs().into_iter();
-        let unknown = unknown.filter(|dir| vmm_maps(dir, &image));
-        users.extend(unknown.filter_map(|dir| {
-            let name = dir.file_name()?.to_string_lossy().into_owned();
-            Some(format!("{name} (whose record cannot be used)"))
-        }));
-        users
+        let users = live.filter(|instance| instance.read(uses));
+        users.map(|instance| instance.name().to_owned()).collect()
     }
 
     /// The one whose id begins with `prefix`.
@@ -376,9 +368,12 @@ impl Snapshots {
             // Only if a launch looked at it since the daemon started.
             let _ = memory.shared.remove_file(&image.digest);
         }
-        self.memory.tell(PlannerEvent::Removed(SharedImage {
-            domain: kept.domain.clone(),
-            image: image.digest,
+        self.memory.tell(PlannerEvent::Evicted(SharedExtent {
+            image: SharedImage {
+                domain: kept.domain.clone(),
+                image: image.digest,
+            },
+            extent: Extent::new(0, image.bytes),
         }));
         self.store.forget_image(image);
     }
@@ -501,18 +496,6 @@ impl Snapshots {
             tokio::spawn(shelf.note_use(kept.id));
         }
     }
-}
-
-/// Whether a VMM of this directory maps an image's file.
-fn vmm_maps(dir: &Path, image: &Digest) -> bool {
-    let hex = image.hex();
-    let is_of_image = |file: &PathBuf| {
-        let name = file.file_name().unwrap_or_default();
-        name.to_string_lossy().contains(&hex)
-    };
-    let vmms = forelay_vm::stray::find(dir).into_iter();
-    let mut files = vmms.flat_map(|vmm| HostStats::default().mapped_files(vmm.pid));
-    files.any(|file| is_of_image(&file))
 }
 
 /// All but one, those that go first at first: what was set aside is of no use at all.

@@ -159,13 +159,6 @@ impl VmRegistry {
         self.table.lock().unknown.extend(unknown);
     }
 
-    /// Directories of VMs that may run and cannot be known.
-    pub fn unknown_dirs(&self) -> Vec<PathBuf> {
-        let table = self.table.lock();
-        let there = table.unknown.values().filter(|record| record.path.exists());
-        there.map(|record| record.dir().to_owned()).collect()
-    }
-
     /// Refuses launches from now on; returns the instances that live.
     pub fn close(&self) -> Vec<Arc<Instance>> {
         self.table.lock().closed = true;
