@@ -341,7 +341,7 @@ fn privileged_a_full_disk_is_named_and_nothing_is_left() {
         .unwrap()
         .build(&request, &silent)
         .unwrap_err();
-    assert!(matches!(error, ImportError::DiskFull { .. }), "{error}");
+    assert!(matches!(error, ImportError::NoRoom { .. }), "{error}");
     assert_eq!(fs::read_dir(small.join("tmp")).unwrap().count(), 0);
 }
 
