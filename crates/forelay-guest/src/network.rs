@@ -30,6 +30,9 @@ pub fn configure(network: Option<&Network>) -> io::Result<()> {
     }
     sys::configure_interface("eth0", Some((network.address, network.prefix)))
         .map_err(context("eth0"))?;
+    // A clone gets a MAC address of its own later on. Who asked for this machine's before it had
+    // it would send to its maker's for ever, unless the change is announced.
+    fs::write("/proc/sys/net/ipv4/conf/eth0/arp_notify", "1").map_err(context("arp_notify"))?;
     sys::default_route(network.gateway).map_err(context("default route"))?;
     let text = format!("nameserver {}\n", network.dns);
     fs::create_dir_all("/etc")?;
