@@ -105,7 +105,7 @@ pub fn never_ran(host: &Host) -> Result<Value> {
             let usual = std::fs::read_to_string(manifest(host, "web", tier, false)?)?;
             let profile = format!("new-{tier}-{round}");
             let text = usual.replacen("name = \"web\"", &format!("name = {profile:?}"), 1);
-            let text = text.replace("hello from", &format!("hello number {round} from"));
+            let text = text.replace("composed VM", &format!("composed VM, number {round}"));
             let path = host.scratch().join(format!("{profile}.toml"));
             std::fs::write(&path, text)?;
             let (vm, _) = launch_served(host, &path)?;

@@ -1,7 +1,11 @@
 //! Launches that resume: from a snapshot that was made of their kernel, of their image, of their
 //! program; and that boot when a snapshot is of no use.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -14,6 +18,33 @@ fn served(host: &Host, manifest: &Path, name: &str, port: u16) -> Value {
     let page = http_get(port, "/");
     assert!(page.contains("hello from a test"), "{page}");
     vm
+}
+
+/// Like [`served`], while somebody asks for the page again and again from before the launch on:
+/// the first of them reach the guest before it has an address of its own.
+fn served_to_the_impatient(host: &Host, manifest: &Path, name: &str, port: u16) -> Value {
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let ended = AtomicBool::new(false);
+    let asked = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                let made = TcpStream::connect_timeout(&address, Duration::from_millis(100));
+                if let Ok(mut stream) = made {
+                    asked.fetch_add(1, Ordering::Relaxed);
+                    let _ = stream.set_read_timeout(Some(Duration::from_millis(100)));
+                    let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
+                    let _ = stream.read(&mut [0; 64]);
+                } else {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let vm = served(host, manifest, name, port);
+        ended.store(true, Ordering::Relaxed);
+        assert!(asked.load(Ordering::Relaxed) > 0, "nobody asked");
+        vm
+    })
 }
 
 fn seconds(vm: &Value) -> f64 {
@@ -44,7 +75,7 @@ fn privileged_a_launch_resumes_and_shares_its_memory_and_boots_when_it_cannot() 
     );
     let again = host.json(["snapshot", "create", path]);
     assert_eq!(again["id"], made["id"], "there is one already");
-    let first = served(&host, &manifest, "web", port);
+    let first = served_to_the_impatient(&host, &manifest, "web", port);
     assert_eq!(
         first["launch"]["resumed"], "composed",
         "{}",
