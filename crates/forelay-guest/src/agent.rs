@@ -136,7 +136,7 @@ pub fn run<T>(start: Start) -> io::Result<T> {
                 agent.stop_image();
                 let files = agent.prepare_hold(Tier::Ready);
                 agent.wait_resumed(&files, &resumed);
-                agent.ready_again();
+                agent.ready_again(&files);
             }
         }
         Err(text) => {
@@ -458,9 +458,14 @@ impl Agent {
         Ok(())
     }
 
-    /// After [`Self::resume`]: tells when the VM is ready, or that it will not be.
-    fn ready_again(&self) {
-        match self.wait_ready() {
+    /// After [`Self::resume`]: tells when the VM is ready, or that it will not be. It was when it
+    /// was held, and nothing has run since but hooks, which may have started a program again.
+    fn ready_again(&self, files: &RootFiles) {
+        let ready = match files.has_hooks() {
+            true => self.wait_ready(),
+            false => self.has_not_failed(),
+        };
+        match ready {
             Ok(()) => self.tell_ready(),
             Err(text) => {
                 self.send(GuestMessage::Failed { text });
@@ -520,14 +525,21 @@ impl Agent {
     /// Waits until the VM is ready, or says why it will not be. (An entrypoint that ends well
     /// may have left a service.)
     fn wait_ready(&self) -> Result<(), String> {
-        let failed = || self.status().exited.filter(|status| !status.success());
-        if ready::wait(&self.config, &self.reaper, || failed().is_some()) {
-            return Ok(());
+        let failed = || self.has_not_failed().is_err();
+        match ready::wait(&self.config, &self.reaper, failed) {
+            true => Ok(()),
+            false => self.has_not_failed(),
         }
-        let status = failed().map_or(0, |status| status.code());
-        Err(format!(
-            "the entrypoint ended with status {status} before the VM was ready"
-        ))
+    }
+
+    fn has_not_failed(&self) -> Result<(), String> {
+        let failed = self.status().exited.filter(|status| !status.success());
+        failed.map_or(Ok(()), |status| {
+            let status = status.code();
+            Err(format!(
+                "the entrypoint ended with status {status} before the VM was ready"
+            ))
+        })
     }
 
     fn spawn_entrypoint(self: &Arc<Self>, entrypoint: &Entrypoint) -> io::Result<()> {

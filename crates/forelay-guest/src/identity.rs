@@ -87,6 +87,11 @@ impl RootFiles {
         }
     }
 
+    /// Whether [`Self::set`] runs hooks of the image.
+    pub fn has_hooks(&self) -> bool {
+        !self.hooks.is_empty()
+    }
+
     /// Gives them what is the clone's, and runs the image's hooks.
     pub fn set(&self, resume: &Resume, run: Run<'_>, failures: &mut Vec<String>) {
         let mut note = |what: &str, done: io::Result<()>| {

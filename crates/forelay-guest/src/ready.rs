@@ -3,15 +3,17 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::ops::Range;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::config::{ReadyProbe, Run, VmConfig};
 
 use crate::process::{self, Reaper};
 
-/// Interval of cheap probes: short at first, since most of what starts fast is there soon.
+/// Interval of cheap probes: short at first, since most of what starts fast is there soon; then
+/// a part of what was waited already, so that nobody waits much longer than it took.
 const POLL: Duration = Duration::from_millis(20);
 const FIRST_POLL: Duration = Duration::from_millis(2);
+const POLL_PART: u32 = 24;
 /// Interval of probes that start a process.
 const EXEC_POLL: Duration = Duration::from_millis(250);
 
@@ -48,7 +50,7 @@ fn until(
     failed: impl Fn() -> bool,
     mut probe: impl FnMut() -> bool,
 ) -> bool {
-    let mut pause = interval.start;
+    let began = Instant::now();
     loop {
         if probe() {
             return true;
@@ -56,7 +58,7 @@ fn until(
         if failed() {
             return false;
         }
-        std::thread::sleep(pause);
-        pause = interval.end.min(pause * 2);
+        let part = began.elapsed() / POLL_PART;
+        std::thread::sleep(part.clamp(interval.start, interval.end));
     }
 }

@@ -50,6 +50,19 @@ impl WebBench {
         &self.manifest
     }
 
+    /// This bench with its repository on this host, as a local disk is, not behind a line.
+    pub fn at_hand(&self) -> Self {
+        Self {
+            programs: self.programs.clone(),
+            settings: Settings {
+                latency_ms: 0,
+                bandwidth_bytes_per_s: 0,
+                ..self.settings.clone()
+            },
+            manifest: self.manifest.clone(),
+        }
+    }
+
     /// A host without a daemon.
     pub fn host(&self) -> Result<Host> {
         Host::new(&self.programs, &self.settings)

@@ -3,8 +3,8 @@
 //! a clone, all host memory of twenty clones of the four examples, bytes on disk of their
 //! snapshots. What is measured apart from that is in `snapshot_cases.rs`.
 //!
-//! Everything is resident and known, as after a few launches; rounds take the ways in a new order
-//! each.
+//! Everything is resident and known, as after a few launches, and the repository is on this host
+//! as the disk is; rounds take the ways in a new order each.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -81,7 +81,7 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let bench = WebBench::new("snapshot")?;
     crate::prerequisites::install_peers()?;
     let disks = Disks::make(&bench)?;
-    let mut host = bench.start()?;
+    let mut host = bench.at_hand().start()?;
     let rounds = rounds(&host, &disks)?;
     let stored = stored(&host)?;
     let never_ran = cases::never_ran(&host)?;
