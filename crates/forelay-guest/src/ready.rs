@@ -3,17 +3,15 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::ops::Range;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use forelay_guest_protocol::config::{ReadyProbe, Run, VmConfig};
 
 use crate::process::{self, Reaper};
 
-/// Interval of cheap probes: short at first, since most of what starts fast is there soon; then
-/// a part of what was waited already, so that nobody waits much longer than it took.
+/// Interval of cheap probes: short at first, since most of what starts fast is there soon.
 const POLL: Duration = Duration::from_millis(20);
 const FIRST_POLL: Duration = Duration::from_millis(2);
-const POLL_PART: u32 = 24;
 /// Interval of probes that start a process.
 const EXEC_POLL: Duration = Duration::from_millis(250);
 
@@ -50,7 +48,7 @@ fn until(
     failed: impl Fn() -> bool,
     mut probe: impl FnMut() -> bool,
 ) -> bool {
-    let began = Instant::now();
+    let mut pause = interval.start;
     loop {
         if probe() {
             return true;
@@ -58,7 +56,7 @@ fn until(
         if failed() {
             return false;
         }
-        let part = began.elapsed() / POLL_PART;
-        std::thread::sleep(part.clamp(interval.start, interval.end));
+        std::thread::sleep(pause);
+        pause = interval.end.min(pause * 2);
     }
 }
