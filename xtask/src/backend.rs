@@ -1,6 +1,7 @@
 //! The repositories that the demo can run over: the directory that
 //! components are built into, and servers that it is copied to.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
@@ -58,9 +59,14 @@ impl Backend {
 
     /// The address of its repository on the server, asked there.
     pub fn url(self, server: &Server) -> String {
+        self.url_at(server, server.address)
+    }
+
+    /// The same, asked at another address that leads there.
+    pub fn url_at(self, server: &Server, address: SocketAddr) -> String {
         match self {
-            Self::Oci => server.oci_url(server.address),
-            _ => server.s3_url(server.address),
+            Self::Oci => server.oci_url(address),
+            _ => server.s3_url(address),
         }
     }
 }

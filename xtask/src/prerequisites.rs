@@ -25,6 +25,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("ssh-keygen", "openssh-client"),
     ("skopeo", "skopeo"),
     ("umoci", "umoci"),
+    ("buildah", "buildah"),
     ("docker-registry", "docker-registry"),
     ("busybox", "busybox-static"),
 ];

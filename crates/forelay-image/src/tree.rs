@@ -62,6 +62,12 @@ impl Attributes {
     }
 }
 
+/// Bytes of one file that are had when they are asked for.
+pub trait FileBytes: std::fmt::Debug + Send + Sync {
+    /// Reads up to `buffer.len()` bytes from `offset`; 0 at the end.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+}
+
 /// Where a regular file's bytes are.
 #[derive(Clone, Debug)]
 pub enum FileData {
@@ -78,6 +84,33 @@ pub enum FileData {
     },
     /// All of a host file that others may change meanwhile; read when the image is written.
     Watched(WatchedFile),
+    /// Elsewhere, `len` bytes; read when the image is written.
+    Elsewhere {
+        /// Who has them.
+        source: Arc<dyn FileBytes>,
+        /// Number of bytes.
+        len: u64,
+    },
+}
+
+/// [`FileBytes`] from the start on.
+struct FromStart<'a> {
+    source: &'a dyn FileBytes,
+    offset: u64,
+    left: u64,
+}
+
+impl Read for FromStart<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let len = (out.len() as u64).min(self.left) as usize;
+        let count = match len {
+            0 => 0,
+            _ => self.source.read_at(&mut out[..len], self.offset)?,
+        };
+        self.offset += count as u64;
+        self.left -= count as u64;
+        Ok(count)
+    }
 }
 
 impl FileData {
@@ -85,7 +118,7 @@ impl FileData {
     pub fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::HostFile { len, .. } => *len,
+            Self::HostFile { len, .. } | Self::Elsewhere { len, .. } => *len,
             Self::Watched(file) => file.bytes(),
         }
     }
@@ -109,6 +142,13 @@ impl FileData {
     pub fn reader(&self) -> io::Result<Box<dyn Read + '_>> {
         let (mut file, offset) = match self {
             Self::Bytes(bytes) => return Ok(Box::new(&bytes[..])),
+            Self::Elsewhere { source, len } => {
+                return Ok(Box::new(FromStart {
+                    source: &**source,
+                    offset: 0,
+                    left: *len,
+                }));
+            }
             Self::HostFile { path, offset, .. } => (File::open(path)?, *offset),
             Self::Watched(watched) => {
                 let changed = || io::Error::other("it changed after it was looked at");

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use forelay_image::component::{Component, Role};
@@ -23,7 +24,7 @@ use crate::dir::{Ownership, name_from_path, read_directory};
 use crate::draft::{Draft, Files, Imported, Part, plain_files};
 use crate::error::{ImportError, io_error, tree_error};
 use crate::kernel::{KERNEL_NAME, KernelOptions, build_kernel};
-use crate::oci::{ImageOptions, import_image};
+use crate::oci::{ImageOptions, KnownLayers, import_image};
 use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::rootfs::{describe_base, put_fragments, release_version};
@@ -120,6 +121,8 @@ pub struct BuiltComponents {
     /// Components that were split off it, which are published first: where one requires the
     /// other, it is the main one.
     pub split_off: Vec<BuiltComponent>,
+    /// Components that go with it and were there before.
+    pub at_hand: Vec<Component>,
 }
 
 impl BuiltComponents {
@@ -135,6 +138,7 @@ pub struct Builder {
     cache: PathBuf,
     refresh_after: Duration,
     mirror: Option<String>,
+    layers: Option<Arc<dyn KnownLayers>>,
 }
 
 impl Builder {
@@ -147,6 +151,7 @@ impl Builder {
             cache,
             refresh_after: DEFAULT_REFRESH_AFTER,
             mirror: None,
+            layers: None,
         })
     }
 
@@ -159,6 +164,12 @@ impl Builder {
     /// Downloads from the Debian mirror at `uri` alone, instead of the host's sources.
     pub fn mirror(mut self, uri: &str) -> Self {
         self.mirror = Some(uri.to_owned());
+        self
+    }
+
+    /// Fetches no layer of a container image that `known` has.
+    pub fn known_layers(mut self, known: Arc<dyn KnownLayers>) -> Self {
+        self.layers = Some(known);
         self
     }
 
@@ -179,18 +190,30 @@ impl Builder {
         }
         let mut imported = self.import(request, report)?;
         apply_overrides(&mut imported.main.draft, request)?;
-        let split_off = imported.split_off.iter();
-        let split_off = split_off.map(|part| self.write(part, report));
-        let mut split_off = split_off.collect::<Result<Vec<_>, _>>()?;
+        let mut others = Vec::new();
+        for part in &imported.split_off {
+            others.push(match &part.at_hand {
+                Some(component) => Beside::AtHand(component.clone()),
+                None => Beside::Built(self.write(part, report)?),
+            });
+        }
         if let Some(container) = &mut imported.main.draft.container {
-            keep_last(&mut split_off);
-            let ids = split_off.iter().map(|layer| layer.component.id());
+            keep_last(&mut others);
+            let ids = others.iter().map(|layer| layer.component().id());
             container.layers = ids.collect();
         }
-        Ok(BuiltComponents {
-            split_off,
+        let mut built = BuiltComponents {
             main: self.write(&imported.main, report)?,
-        })
+            split_off: Vec::new(),
+            at_hand: Vec::new(),
+        };
+        for one in others {
+            match one {
+                Beside::Built(one) => built.split_off.push(one),
+                Beside::AtHand(component) => built.at_hand.push(component),
+            }
+        }
+        Ok(built)
     }
 
     /// Reads the source into a tree, without writing an image.
@@ -228,7 +251,12 @@ impl Builder {
                 let files = read_files(path, &mut spool, *ownership)?;
                 plain_component(path, files, request, vec![spool])
             }
-            BuildSource::Image(options) => import_image(options, &scratch, report),
+            BuildSource::Image(options) => {
+                let known = self.layers.as_deref();
+                // What is in a file is at hand, too.
+                let known = known.filter(|_| options.source.reference().is_some());
+                import_image(options, known, &scratch, report)
+            }
             BuildSource::DebFile { path } => {
                 import_deb_file(path, request.name.as_deref(), &scratch, report)
             }
@@ -278,11 +306,26 @@ impl Builder {
     }
 }
 
+/// A component that goes with another.
+enum Beside {
+    Built(BuiltComponent),
+    AtHand(Component),
+}
+
+impl Beside {
+    fn component(&self) -> &Component {
+        match self {
+            Self::Built(one) => &one.component,
+            Self::AtHand(component) => component,
+        }
+    }
+}
+
 /// Of layers with the same files, the last place counts.
-fn keep_last(layers: &mut Vec<BuiltComponent>) {
+fn keep_last(layers: &mut Vec<Beside>) {
     let mut seen = HashSet::new();
     layers.reverse();
-    layers.retain(|layer| seen.insert(layer.component.image.digest));
+    layers.retain(|layer| seen.insert(layer.component().image.digest));
     layers.reverse();
 }
 

@@ -40,6 +40,19 @@ pub struct Part {
     pub tree: Tree,
     /// The metadata.
     pub draft: Draft,
+    /// The component that it is already: nothing is to be written.
+    pub at_hand: Option<Component>,
+}
+
+impl Part {
+    /// One that is to be written.
+    pub(crate) fn new(tree: Tree, draft: Draft) -> Self {
+        Self {
+            tree,
+            draft,
+            at_hand: None,
+        }
+    }
 }
 
 /// What was read from a source. Its content lies in `spools`, which must live until the
@@ -58,7 +71,7 @@ impl Imported {
     /// One component from which nothing was split off.
     pub fn alone(tree: Tree, draft: Draft, spools: Vec<Spool>) -> Self {
         Self {
-            main: Part { tree, draft },
+            main: Part::new(tree, draft),
             split_off: Vec::new(),
             spools,
         }

@@ -120,7 +120,7 @@ pub fn build_kernel(
     let split_off = vec![take_modules(&mut tree, &control, name, &release)];
     let draft = describe(&control, name, &release);
     Ok(Imported {
-        main: Part { tree, draft },
+        main: Part::new(tree, draft),
         split_off,
         spools: vec![spool],
     })
@@ -322,7 +322,7 @@ fn take_modules(tree: &mut Tree, control: &Paragraph, kernel: &str, release: &st
     ];
     draft.requires.sort();
     draft.sbom = vec![sbom_package(control)];
-    Part { tree: part, draft }
+    Part::new(part, draft)
 }
 
 fn describe(control: &Paragraph, name: &str, release: &str) -> Draft {

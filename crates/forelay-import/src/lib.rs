@@ -40,7 +40,7 @@ pub mod unpack;
 pub use build::{BuildRequest, BuildSource, Builder, BuiltComponent, BuiltComponents};
 pub use draft::{Draft, Files, Imported, Part, host_architecture};
 pub use error::ImportError;
-pub use oci::{ImageOptions, ImageSource};
+pub use oci::{ImageOptions, ImageSource, KnownLayers};
 pub use packages::NEEDS_LDCONFIG;
 pub use progress::{BuildPhase, Progress, Reporter};
 

@@ -128,7 +128,7 @@ pub fn build_packages(
         clamp_times(tree, started_s, FALLBACK_TIME_S);
     }
     Ok(Imported {
-        main: Part { tree, draft },
+        main: Part::new(tree, draft),
         split_off: parts,
         spools: vec![sandbox.into_spool()],
     })

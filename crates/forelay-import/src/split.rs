@@ -104,7 +104,7 @@ pub(super) fn split_off(
         part.put_file(&status_path(&name), status.into_bytes(), made(0o644))
             .map_err(tree_error(shown))?;
         let draft = draft(&part, &name, paragraph, base);
-        parts.push(Part { tree: part, draft });
+        parts.push(Part::new(part, draft));
     }
     Ok(parts)
 }

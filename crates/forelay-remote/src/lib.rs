@@ -7,7 +7,9 @@
 
 mod credentials;
 mod error;
+mod patience;
 pub mod registry;
 pub mod wire;
 
 pub use error::RemoteError;
+pub use patience::Patience;

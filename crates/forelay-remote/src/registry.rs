@@ -6,10 +6,11 @@
 //! descriptor says, and what is fetched by digest is checked by who asked for it.
 
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use forelay_image::{Digest, Extent};
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _};
 use parking_lot::Mutex;
 use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue,
@@ -279,47 +280,60 @@ impl Registry {
 
     /// A part of a blob.
     pub async fn blob_range(&self, digest: Digest, extent: Extent) -> Result<Bytes, RemoteError> {
-        if extent.len == 0 {
-            return Ok(Bytes::new());
-        }
-        let url = self.url(&format!("blobs/{digest}"))?;
-        let range = format!("bytes={}-{}", extent.offset, extent.end() - 1);
-        let build = |client: &Client| Ok(client.get(url.clone()).header(RANGE, &range));
-        let answer = self.call("blob", build).await?;
-        let part = match answer.status() {
-            StatusCode::PARTIAL_CONTENT => self.wire.body(answer, extent.len).await?,
-            // It has no ranges: what comes before is passed over.
-            _ => self.skip_to(answer, extent).await?,
-        };
-        self.expect(part, extent.len)
-    }
-
-    async fn skip_to(&self, answer: Response, extent: Extent) -> Result<Bytes, RemoteError> {
-        let mut at = 0;
         let mut part = BytesMut::new();
-        let mut stream = answer.bytes_stream();
-        while at < extent.end()
-            && let Some(bytes) = stream.next().await
-        {
-            let bytes = bytes.map_err(|error| self.wire.broken(&error))?;
-            let here = Extent::new(at, bytes.len() as u64);
-            if let Some(wanted) = here.intersection(&extent) {
-                let from = (wanted.offset - at) as usize;
-                part.extend_from_slice(&bytes[from..from + wanted.len as usize]);
+        if extent.len > 0 {
+            let mut parts = self.parts(digest, extent, true).await?;
+            while let Some(bytes) = parts.next().await? {
+                part.extend_from_slice(&bytes);
             }
-            at = here.end();
         }
         Ok(part.freeze())
+    }
+
+    /// What a blob of `bytes` bytes has from `offset` on, as it comes. Its digest is not checked.
+    pub async fn blob_from(
+        &self,
+        digest: Digest,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<BlobParts<'_>, RemoteError> {
+        let extent = Extent::new(offset, bytes.saturating_sub(offset));
+        self.parts(digest, extent, false).await
+    }
+
+    async fn parts(
+        &self,
+        digest: Digest,
+        extent: Extent,
+        more_follows: bool,
+    ) -> Result<BlobParts<'_>, RemoteError> {
+        let url = self.url(&format!("blobs/{digest}"))?;
+        let range = format!("bytes={}-{}", extent.offset, extent.end().saturating_sub(1));
+        let all = !more_follows && extent.offset == 0;
+        let build = |client: &Client| {
+            let get = client.get(url.clone());
+            Ok(if all { get } else { get.header(RANGE, &range) })
+        };
+        let answer = self.call("blob", build).await?;
+        let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
+        // It has no ranges: what comes before is passed over.
+        let skip = if is_part { 0 } else { extent.offset };
+        let parts = BlobParts {
+            wire: &self.wire,
+            skip,
+            wanted: extent.len,
+            left: extent.len,
+            more_follows: more_follows && !is_part,
+            stream: Box::pin(answer.bytes_stream()),
+        };
+        Ok(parts)
     }
 
     /// A body that ends early did not come whole.
     fn expect(&self, body: Bytes, bytes: u64) -> Result<Bytes, RemoteError> {
         match body.len() as u64 == bytes {
             true => Ok(body),
-            false => Err(RemoteError::Connection {
-                host: self.wire.host().to_owned(),
-                problem: format!("{} of {bytes} bytes came", body.len()),
-            }),
+            false => Err(cut_short(&self.wire, body.len() as u64, bytes)),
         }
     }
 
@@ -355,6 +369,56 @@ impl Registry {
             })
         };
         self.call("upload", put).await.map(drop)
+    }
+}
+
+/// Bytes of a blob, no more than were asked for.
+pub struct BlobParts<'a> {
+    wire: &'a Wire,
+    /// Bytes to come that were not asked for.
+    skip: u64,
+    wanted: u64,
+    left: u64,
+    /// Whether there may be more behind them.
+    more_follows: bool,
+    stream: Pin<Box<dyn Stream<Item = reqwest::Result<Bytes>> + Send>>,
+}
+
+impl BlobParts<'_> {
+    /// The next ones; `None` after the last. Fails if there are fewer or more than expected.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, RemoteError> {
+        while !(self.left == 0 && self.more_follows)
+            && let Some(bytes) = self.stream.next().await
+        {
+            let mut bytes = bytes.map_err(|error| self.wire.broken(&error))?;
+            let skipped = self.skip.min(bytes.len() as u64);
+            bytes.advance(skipped as usize);
+            self.skip -= skipped;
+            if bytes.len() as u64 > self.left {
+                if !self.more_follows {
+                    let host = self.wire.host().to_owned();
+                    let limit = self.wanted;
+                    return Err(RemoteError::TooLong { host, limit });
+                }
+                bytes.truncate(self.left as usize);
+            }
+            if !bytes.is_empty() {
+                self.left -= bytes.len() as u64;
+                return Ok(Some(bytes));
+            }
+        }
+        match self.left {
+            0 => Ok(None),
+            left => Err(cut_short(self.wire, self.wanted - left, self.wanted)),
+        }
+    }
+}
+
+/// A body that ended early: it may come whole another time.
+fn cut_short(wire: &Wire, came: u64, bytes: u64) -> RemoteError {
+    RemoteError::Connection {
+        host: wire.host().to_owned(),
+        problem: format!("{came} of {bytes} bytes came"),
     }
 }
 

@@ -18,6 +18,7 @@ pub mod fetch;
 pub mod gc;
 pub mod images;
 pub mod layout;
+mod listing;
 pub mod pack;
 pub mod publish;
 pub mod repositories;

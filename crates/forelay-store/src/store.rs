@@ -25,6 +25,7 @@ use crate::error::StoreError;
 use crate::fetch::{FetchConfig, Priority, Scheduler};
 use crate::images::{ImageHold, ImageMap, Images};
 use crate::layout::{self, Access, Descriptor};
+use crate::listing::LastListing;
 use crate::repository::{Repository, RepositoryError, SetAside};
 
 /// A whole image is read in windows of this many bytes...
@@ -52,6 +53,7 @@ pub(crate) struct StoreInner {
     cache: Arc<DiskCache>,
     scheduler: Scheduler,
     components: Mutex<BTreeMap<ComponentId, Arc<Component>>>,
+    listing: LastListing,
 }
 
 /// A repository with this host's caches. Cheap to clone.
@@ -77,6 +79,7 @@ impl Store {
         let images = Arc::new(Images::new(repository.clone(), &cache_dir)?);
         let scheduler = Scheduler::new(repository.clone(), cache.clone(), images.clone(), fetch);
         let components = Mutex::default();
+        let listing = LastListing::new(&cache_dir, repository.describe().location);
         Ok(Self(Arc::new(StoreInner {
             repository,
             images,
@@ -85,6 +88,7 @@ impl Store {
             cache,
             scheduler,
             components,
+            listing,
         })))
     }
 
@@ -139,17 +143,37 @@ impl Store {
         }
     }
 
-    /// All published components, by name and version. Metadata that is corrupted, too large or
-    /// vanishes meanwhile is left out with a warning, so that one bad object does not
-    /// hide the others.
-    pub async fn components(&self) -> Result<Vec<Arc<Component>>, StoreError> {
+    /// From now on what the repository listed last stands in for a repository that cannot be
+    /// asked, also what it listed for a process before this one.
+    pub fn accept_last_listing(&self) {
+        self.0.listing.want();
+    }
+
+    async fn listed(&self) -> Result<Vec<ComponentId>, StoreError> {
         self.access().await?;
         let listed = self.0.repository.list(layout::COMPONENTS).await?;
         let ids = listed
             .iter()
             .filter_map(|key| layout::digest_in(key, layout::COMPONENTS, ".json"));
+        Ok(ids.collect())
+    }
+
+    /// All published components, by name and version. Metadata that is corrupted, too large or
+    /// vanishes meanwhile is left out with a warning, so that one bad object does not
+    /// hide the others.
+    pub async fn components(&self) -> Result<Vec<Arc<Component>>, StoreError> {
+        let (ids, is_now) = match self.listed().await {
+            Ok(ids) => {
+                self.0.listing.keep(&ids);
+                (ids, true)
+            }
+            Err(StoreError::Repository(error)) if error.is_transient() => {
+                let last = self.0.listing.last().ok_or(error)?;
+                (last, false)
+            }
+            Err(error) => return Err(error),
+        };
         let mut components = Vec::new();
-        let ids: Vec<ComponentId> = ids.collect();
         for group in ids.chunks(32) {
             let fetched =
                 futures_util::future::join_all(group.iter().map(|id| self.pinned_component(*id)))
@@ -164,6 +188,8 @@ impl Store {
                     ) => {
                         tracing::warn!(component = %id, %error, "leaving out a component");
                     }
+                    // Of what this host never asked for it has nothing.
+                    Err(StoreError::Repository(error)) if !is_now && error.is_transient() => {}
                     Err(error) => return Err(error),
                 }
             }

@@ -7,6 +7,7 @@ mod burst;
 mod day;
 mod disks;
 mod draw;
+mod far_line;
 mod images;
 mod launch;
 mod memory;
@@ -15,6 +16,7 @@ mod peers;
 mod policy;
 mod premap;
 mod pressure;
+mod repository;
 mod snapshot;
 mod snapshot_cases;
 mod statistics;
@@ -30,9 +32,24 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 16] = [
-    "launch", "boot", "peers", "compose", "forecast", "policy", "table", "plan", "memory",
-    "pressure", "burst", "attach", "premap", "day", "packages", "snapshot",
+pub const NAMES: [&str; 17] = [
+    "launch",
+    "boot",
+    "peers",
+    "compose",
+    "forecast",
+    "policy",
+    "table",
+    "plan",
+    "memory",
+    "pressure",
+    "burst",
+    "attach",
+    "premap",
+    "day",
+    "packages",
+    "snapshot",
+    "repository",
 ];
 
 /// Runs one benchmark.
@@ -46,6 +63,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "memory" => memory::run_bench(&out)?,
         "snapshot" => snapshot::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
+        "repository" => repository::run_bench(&out)?,
         "burst" => burst::run_bench(&out)?,
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,

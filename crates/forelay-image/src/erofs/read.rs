@@ -25,6 +25,7 @@ mod tree;
 
 pub use extents::{FileExtents, PlacedExtent};
 pub use source::ReadAt;
+pub use tree::{SharedSource, tree_over};
 
 /// Longest path that a walk follows, in bytes: deeper trees are taken for an attack.
 const PATH_BYTES_MAX: usize = 16 << 10;

@@ -362,6 +362,7 @@ impl<'a> Plan<'a> {
                 len: *len,
             },
             Kind::File(FileData::Watched(file)) => Source::Watched(file),
+            Kind::File(FileData::Elsewhere { source, len }) => Source::Elsewhere(&**source, *len),
             _ => Source::Bytes(&[]),
         }
     }

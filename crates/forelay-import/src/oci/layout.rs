@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use forelay_image::Digest;
 use forelay_image::tree::{FileData, Kind, Tree, split_path};
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 use serde::Deserialize;
 
 use super::document::{MAX_DOCUMENT_BYTES, MAX_LAYERS, Refused, listed};

@@ -4,7 +4,7 @@
 //! ```text
 //! source.rs    what the user names            document.rs  indexes, manifests, configurations
 //! layout.rs    archives and directories       registry.rs  registries
-//! stack.rs     what layers say of each other
+//! stack.rs     what layers say of each other  known.rs     layers that need not come again
 //! ```
 //! A layer is the same component in whatever image it is: its name is the digest of its
 //! uncompressed archive, and it knows nothing of others.
@@ -14,6 +14,7 @@
 //! is kept.
 
 mod document;
+mod known;
 mod layout;
 mod registry;
 mod source;
@@ -23,7 +24,7 @@ use std::collections::{HashMap, HashSet};
 use std::io::{self, Cursor, Read};
 use std::path::{Path, PathBuf};
 
-use forelay_image::component::{ContainerImage, Role};
+use forelay_image::component::{Component, ContainerImage, Role};
 use forelay_image::digest::Hasher;
 use forelay_image::tree::{Attributes, FileData, ROOT, Tree};
 use forelay_image::{Digest, NameOf};
@@ -33,13 +34,14 @@ use crate::error::{ImportError, archive_error, io_error, tree_error};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::rootfs::{TELLING, TELLING_FOLDER, describe_image};
 use crate::spool::{Compression, DEFAULT_LIMIT_BYTES, Spool, check_free, read_up_to};
-use crate::tar::{TarRoom, read_layer};
+use crate::tar::{ImageLayer, TarRoom, read_layer};
 use document::{
     Descriptor, ImageSettings, MAX_DOCUMENT_BYTES, Parsed, choose, parse, parse_config,
 };
 use source::ImageTitle;
-use stack::Stack;
+use stack::{LaidLayer, Stack};
 
+pub use known::KnownLayers;
 pub use source::ImageSource;
 
 /// Most indexes on the way to an image.
@@ -52,6 +54,8 @@ pub struct ImageOptions {
     pub source: ImageSource,
     /// Its registry speaks HTTP without TLS, as those on this host do.
     pub plain_http: bool,
+    /// Certificates (PEM) of authorities that its registry may be signed by, beside the host's.
+    pub ca: Option<PathBuf>,
 }
 
 /// What an image is made of and what it is called.
@@ -129,17 +133,18 @@ trait Blobs {
 }
 
 /// Reads an image into components.
+///
+/// Layers that are `known` are not read.
 pub(crate) fn import_image(
     options: &ImageOptions,
+    known: Option<&dyn KnownLayers>,
     scratch: &Path,
     report: Reporter<'_>,
 ) -> Result<Imported, ImportError> {
     report(Progress::Started(BuildPhase::Read));
     let mut spool = Spool::new(scratch, DEFAULT_LIMIT_BYTES)?;
     let blobs: Box<dyn Blobs> = match &options.source {
-        ImageSource::Registry(reference) => {
-            Box::new(registry::Registry::new(reference, options.plain_http)?)
-        }
+        ImageSource::Registry(reference) => Box::new(registry::Registry::new(reference, options)?),
         ImageSource::Files { path, tag } => {
             Box::new(layout::Layout::open(path, tag.as_deref(), &mut spool)?)
         }
@@ -148,6 +153,7 @@ pub(crate) fn import_image(
         shown: options.source.shown(),
         source: &options.source,
         blobs,
+        known,
         spool,
         report,
     };
@@ -162,11 +168,20 @@ pub(crate) fn import_image(
     })
 }
 
+/// Archives of layers that were unpacked.
+#[derive(Default)]
+struct Unpacked {
+    paths: HashMap<Digest, PathBuf>,
+    /// What all of them may hold.
+    room: TarRoom,
+}
+
 /// Reads one image.
 struct ContainerReader<'a> {
     shown: PathBuf,
     source: &'a ImageSource,
     blobs: Box<dyn Blobs>,
+    known: Option<&'a dyn KnownLayers>,
     spool: Spool,
     report: Reporter<'a>,
 }
@@ -245,50 +260,91 @@ impl ContainerReader<'_> {
         diff_ids: &[Digest],
         blobs: &[Blob],
     ) -> Result<(Vec<Part>, Vec<String>, Tree), ImportError> {
-        self.check_room(blobs)?;
+        let known = self.known_layers(diff_ids);
+        let wanted = blobs
+            .iter()
+            .zip(&known)
+            .filter(|(_, known)| known.is_none());
+        self.check_room(wanted.map(|(blob, _)| blob))?;
         let mut stack = Stack::default();
         let mut drafts = Vec::new();
         let mut notes = Vec::new();
-        let mut unpacked: HashMap<Digest, PathBuf> = HashMap::new();
-        let (mut room, mut chain) = (TarRoom::default(), None);
-        for (number, (blob, diff_id)) in blobs.iter().zip(diff_ids).enumerate() {
-            chain = Some(chain_id(chain, *diff_id));
+        let (mut unpacked, mut chain) = (Unpacked::default(), None);
+        for (number, known) in known.into_iter().enumerate() {
+            let (blob, diff_id) = (&blobs[number], diff_ids[number]);
+            chain = Some(chain_id(chain, diff_id));
             (self.report)(Progress::Permille {
                 phase: BuildPhase::Read,
                 permille: (number * 1000 / blobs.len()) as u32,
                 detail: format!("layer {} of {}", number + 1, blobs.len()),
             });
-            // One that comes again is laid again: what lies between may have changed it.
-            let path = match unpacked.get(diff_id) {
-                Some(path) => path.clone(),
-                None => self.unpack(number + 1, blob, *diff_id)?,
+            let (component, mut layer) = match known {
+                Some((component, layer)) => (Some(component), layer),
+                None => (None, self.layer(number + 1, blob, diff_id, &mut unpacked)?),
             };
-            let shown = self.shown.join(format!("layer {}", number + 1));
-            let mut layer = read_layer(&path, &shown, &mut self.spool, &mut room)?;
-            unpacked.insert(*diff_id, path);
             let said = std::mem::take(&mut layer.notes);
-            notes.extend(
-                said.iter()
-                    .map(|note| format!("layer {}: {note}", number + 1)),
-            );
-            let changed = stack
-                .push(layer)
-                .map_err(|problem| archive_error(&shown, problem))?;
-            drafts.push(layer_draft(*diff_id, chain.filter(|_| changed)));
+            let said_of_it = said.iter();
+            notes.extend(said_of_it.map(|note| format!("layer {}: {note}", number + 1)));
+            let laid = stack.push(layer);
+            let laid =
+                laid.map_err(|problem| archive_error(self.layer_path(number + 1), problem))?;
+            drafts.push(match component.filter(|_| laid == LaidLayer::AsItIs) {
+                Some(component) => known::draft_of(component),
+                None => (layer_draft(diff_id, chain, laid, said), None),
+            });
         }
         let told = stack
             .excerpt(TELLING, TELLING_FOLDER)
             .map_err(tree_error(&self.shown))?;
         let parts = stack.trees.into_iter().zip(drafts);
         let parts = parts.filter(|(tree, _)| !leaves_nothing(tree));
-        let parts = parts.map(|(tree, draft)| Part { tree, draft });
+        let parts = parts.map(|(tree, (draft, at_hand))| Part {
+            tree,
+            draft,
+            at_hand,
+        });
         Ok((without_repeated(parts.collect()), notes, told))
+    }
+
+    /// A layer as its archive has it.
+    fn layer(
+        &mut self,
+        number: usize,
+        blob: &Blob,
+        diff_id: Digest,
+        unpacked: &mut Unpacked,
+    ) -> Result<ImageLayer, ImportError> {
+        // One that comes again is laid again: what lies between may have changed it.
+        let path = match unpacked.paths.get(&diff_id) {
+            Some(path) => path.clone(),
+            None => self.unpack(number, blob, diff_id)?,
+        };
+        let shown = self.layer_path(number);
+        let layer = read_layer(&path, &shown, &mut self.spool, &mut unpacked.room)?;
+        unpacked.paths.insert(diff_id, path);
+        Ok(layer)
+    }
+
+    /// How errors name a layer.
+    fn layer_path(&self, number: usize) -> PathBuf {
+        self.shown.join(format!("layer {number}"))
+    }
+
+    /// The components that some of the layers are already.
+    fn known_layers(&self, diff_ids: &[Digest]) -> Vec<Option<(Component, ImageLayer)>> {
+        let mut chain = None;
+        let found = diff_ids.iter().map(|diff_id| {
+            let chained = chain_id(chain, *diff_id);
+            chain = Some(chained);
+            known::find(self.known?, *diff_id, chained)
+        });
+        found.collect()
     }
 
     /// Refuses an image for whose layers there is no room, before any is fetched. Each is here
     /// twice for a while, as it comes and unpacked, which takes more; what that is, nobody says.
-    fn check_room(&self, blobs: &[Blob]) -> Result<(), ImportError> {
-        let sizes = blobs.iter().filter_map(|blob| blob.bytes);
+    fn check_room<'b>(&self, blobs: impl Iterator<Item = &'b Blob>) -> Result<(), ImportError> {
+        let sizes = blobs.filter_map(|blob| blob.bytes);
         let bytes = sizes.fold(0_u64, u64::saturating_add);
         if bytes > DEFAULT_LIMIT_BYTES {
             return Err(ImportError::TooLarge {
@@ -374,13 +430,32 @@ fn chain_id(below: Option<Digest>, diff_id: Digest) -> Digest {
     }
 }
 
-/// Metadata of a layer; one that is what it is on others alone is called by the digest of all
-/// of them, since a VM may have it in two places.
-fn layer_draft(diff_id: Digest, on: Option<Digest>) -> Draft {
+/// Name and version of a layer; one that is what it is on others alone is called by the digest
+/// of all of them, since a VM may have it in two places.
+fn called(diff_id: Digest, on: Option<Digest>) -> (String, String) {
     let version = on.map_or_else(|| "1".to_owned(), |chain| format!("1+{}", chain.short()));
-    let name = format!("layer-{}", on.unwrap_or(diff_id).hex());
+    (format!("layer-{}", on.unwrap_or(diff_id).hex()), version)
+}
+
+/// Metadata of a layer, laid over those that `chain` is the digest of with it.
+fn layer_draft(
+    diff_id: Digest,
+    chain: Option<Digest>,
+    laid: LaidLayer,
+    notes: Vec<String>,
+) -> Draft {
+    let (name, version) = match laid {
+        LaidLayer::AsItIs => called(diff_id, None),
+        LaidLayer::Settled => called(diff_id, chain),
+        // Its tree does not say that it hides all others: it is not to be found as known.
+        LaidLayer::Alone => {
+            let (name, version) = called(diff_id, chain);
+            (name, format!("{version}.alone"))
+        }
+    };
     let mut draft = Draft::new(&name, &version, Role::Layer, "all", ());
     draft.description = "layer of container images".to_owned();
+    draft.notes = notes;
     draft
 }
 
@@ -428,10 +503,7 @@ fn image_part(
         reference,
         ..container
     });
-    Ok(Part {
-        tree: Tree::new(),
-        draft,
-    })
+    Ok(Part::new(Tree::new(), draft))
 }
 
 #[cfg(test)]

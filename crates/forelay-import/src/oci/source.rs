@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 
 use forelay_image::{Digest, NameOf};
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 
 use crate::dir::name_from_path;
 use crate::error::ImportError;

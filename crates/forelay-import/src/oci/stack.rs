@@ -21,6 +21,17 @@ const MAX_LINKS: usize = 40;
 const MAX_EXCERPT_BYTES: u64 = 16 << 20;
 const MAX_EXCERPT_FILES: usize = 64 << 10;
 
+/// What became of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LaidLayer {
+    /// It is what it would be anywhere.
+    AsItIs,
+    /// It is what it is on these layers.
+    Settled,
+    /// It hides all layers below, which its tree does not say.
+    Alone,
+}
+
 /// Layers over each other.
 #[derive(Debug, Default)]
 pub(super) struct Stack {
@@ -34,15 +45,17 @@ pub(super) struct Stack {
 type InLayer = (usize, NodeId);
 
 impl Stack {
-    /// Lays a layer on top; true if it was changed by what is below.
-    pub fn push(&mut self, layer: ImageLayer) -> Result<bool, Refused> {
+    /// Lays a layer on top.
+    pub fn push(&mut self, layer: ImageLayer) -> Result<LaidLayer, Refused> {
         let ImageLayer {
             mut tree,
             links,
             bare,
             ..
         } = layer;
-        let mut changed = self.keep_attributes(&mut tree, &bare)?;
+        self.keep_attributes(&mut tree, &bare)?;
+        // What it says of them is not in its tree.
+        let mut changed = !bare.is_empty();
         let named: HashSet<NodeId> = tree.reachable().into_iter().collect();
         let mut copied = HashMap::new();
         let mut same = HashMap::new();
@@ -60,13 +73,18 @@ impl Stack {
         rename(&mut tree, &same);
         changed |= self.forget_deletions(&mut tree, ROOT, b"");
         let root = &mut tree.node_mut(ROOT).attributes.xattrs;
-        if root.remove(OPAQUE).is_some() {
+        let is_alone = root.remove(OPAQUE).is_some();
+        if is_alone {
             // Nothing of the layers below is left.
             self.trees.iter_mut().for_each(|below| *below = Tree::new());
             self.names.clear();
         }
         self.trees.push(tree);
-        Ok(changed)
+        Ok(match (is_alone, changed) {
+            (true, _) => LaidLayer::Alone,
+            (false, true) => LaidLayer::Settled,
+            (false, false) => LaidLayer::AsItIs,
+        })
     }
 
     /// Those of some files, and of the files of a folder, that the layers have and that are no
@@ -128,8 +146,7 @@ impl Stack {
     }
 
     /// Gives opaque directories of `tree` the attributes that they have below.
-    fn keep_attributes(&self, tree: &mut Tree, bare: &[Vec<u8>]) -> Result<bool, Refused> {
-        let mut changed = false;
+    fn keep_attributes(&self, tree: &mut Tree, bare: &[Vec<u8>]) -> Result<(), Refused> {
         for path in bare {
             let below = match self.resolve(path) {
                 AtPath::Directories(below) if !below.is_empty() => below,
@@ -141,11 +158,10 @@ impl Stack {
             let mut all = below.iter().map(attributes);
             if let Some(meant) = all.find(|one| one.xattrs.contains_key(REPLACES)) {
                 tree.node_mut(id).attributes.clone_from(meant);
-                changed = true;
             }
             mark(tree, id, OPAQUE);
         }
-        Ok(changed)
+        Ok(())
     }
 
     /// The file, or the like, that a hard link is another name of.

@@ -2,6 +2,7 @@
 //! `umoci unpack` leaves.
 
 mod forms;
+mod known;
 mod laid;
 mod random;
 mod refused;
@@ -181,15 +182,24 @@ impl Made {
 }
 
 fn import(path: &Path, tag: Option<&str>) -> Result<Imported, ImportError> {
+    import_knowing(path, tag, None)
+}
+
+fn import_knowing(
+    path: &Path,
+    tag: Option<&str>,
+    known: Option<&dyn KnownLayers>,
+) -> Result<Imported, ImportError> {
     let options = ImageOptions {
         source: ImageSource::Files {
             path: path.to_owned(),
             tag: tag.map(str::to_owned),
         },
         plain_http: false,
+        ca: None,
     };
     let scratch = tempfile::tempdir().unwrap();
-    import_image(&options, scratch.path(), &|_| {}).map(|mut imported| {
+    import_image(&options, known, scratch.path(), &|_| {}).map(|mut imported| {
         // The content is needed after the spool is gone.
         for part in &mut imported.split_off {
             read_in(&mut part.tree);

@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use forelay_image::Extent;
+use forelay_remote::Patience;
 
 use crate::repository::{Body, Description, Object, Put, Repository, RepositoryError};
 
@@ -62,13 +63,13 @@ impl Retrying {
         F: Future<Output = Result<T, RepositoryError>> + Send + 'a,
     {
         let inner = self.inner()?;
-        for wait in WAITS {
+        let mut patience = Patience::new(&WAITS);
+        loop {
             match ask(inner).await {
-                Err(error) if error.is_transient() => tokio::time::sleep(wait).await,
+                Err(error) if error.is_transient() && patience.wait().await => {}
                 other => return other,
             }
         }
-        ask(inner).await
     }
 }
 

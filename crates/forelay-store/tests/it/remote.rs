@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +38,7 @@ async fn a_registry_conforms() {
     what_hangs_ends(&server).await;
     mirrors_stand_in(&server).await;
     components_are_copied(&server).await;
+    what_was_listed_last_stands_in(&server).await;
 }
 
 fn open(url: &str) -> Arc<dyn Repository> {
@@ -135,18 +137,65 @@ async fn faults_are_met(
 }
 
 async fn store(repository: Arc<dyn Repository>, dir: &tempfile::TempDir) -> Store {
+    let cache_dir = tempfile::tempdir_in(dir).unwrap().keep();
+    let store = store_in(repository, &cache_dir).await;
+    store.initialise().await.unwrap();
+    store
+}
+
+async fn store_in(repository: Arc<dyn Repository>, cache_dir: &Path) -> Store {
     let config = StoreConfig {
         repository,
-        cache_dir: tempfile::tempdir_in(dir).unwrap().keep(),
+        cache_dir: cache_dir.to_owned(),
         cache_cap_bytes: 1 << 30,
         fetch: FetchConfig {
             first_backoff: Duration::from_millis(1),
             ..FetchConfig::default()
         },
     };
-    let store = Store::open(config).await.unwrap();
-    store.initialise().await.unwrap();
-    store
+    Store::open(config).await.unwrap()
+}
+
+/// While a repository cannot be asked, what it listed last counts for who wants that.
+async fn what_was_listed_last_stands_in(server: &Server) {
+    let dir = tempfile::tempdir().unwrap();
+    let proxy = Proxy::to(server.address).await;
+    let repository = || open(&server.oci_url(proxy.address));
+    let app = sample(dir.path(), "kept", &[(71, 4096), (72, 100_000)]);
+    let cache = dir.path().join("cache");
+    let before = store_in(repository(), &cache).await;
+    app.publish_to(&before).await;
+    let listed = before.components().await.unwrap();
+    assert!(listed.iter().any(|one| one.id() == app.component.id()));
+    let _held = before.hold_component(app.component.id()).await.unwrap();
+    assert!(app.read_from(&before).await == app.bytes);
+    drop(before);
+
+    let away = || proxy.meet("HTTP", vec![Fault::Answer("502 Bad gateway\r\n"); 999]);
+    away();
+    let after = store_in(repository(), &cache).await;
+    assert!(after.components().await.is_err(), "nobody wanted it");
+    after.accept_last_listing();
+    assert_eq!(after.components().await.unwrap(), listed);
+    let _held = after.hold_component(app.component.id()).await.unwrap();
+    assert!(app.read_from(&after).await == app.bytes);
+
+    // What it lists now counts again as soon as it answers.
+    proxy.meet("", []);
+    let others = store(open(&server.oci_url(server.address)), &dir).await;
+    others.remove_component(app.component.id()).await.unwrap();
+    let now = after.components().await.unwrap();
+    assert_eq!(now.len() + 1, listed.len());
+    // Nor is another repository's list taken for it.
+    away();
+    let other = open(
+        &server
+            .oci_url(proxy.address)
+            .replace("team/vms", "team/other"),
+    );
+    let other = store_in(other, &cache).await;
+    other.accept_last_listing();
+    assert!(other.components().await.is_err());
 }
 
 /// A server that has begun to answer and sends nothing more.

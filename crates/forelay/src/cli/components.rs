@@ -24,6 +24,7 @@ use forelay_store::publish::{PublishProgress, Published};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
+use super::layers::{self, RepositoryLayers};
 use super::output::{self, bytes};
 use super::{copy, images};
 use crate::config::Config;
@@ -93,6 +94,12 @@ pub struct BuildArguments {
     /// With --oci: the registry speaks HTTP without TLS (those on this host do anyway).
     #[arg(long, requires = "oci")]
     plain_http: bool,
+    /// With --oci: certificates (PEM) of who signed the registry's, beside the host's.
+    #[arg(long, requires = "oci", value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// With --oci: fetch layers that the repository has, too, and publish what of them it lost.
+    #[arg(long, requires = "oci")]
+    refetch: bool,
     /// Base that --deb packages are installed on: name or name@version.
     #[arg(long, value_name = "COMPONENT", default_value = "debian")]
     on: String,
@@ -270,7 +277,10 @@ pub async fn find(store: &Store, wanted: &str) -> Result<Arc<Component>> {
 
 async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Result<()> {
     let json = arguments.json;
-    let builder = builder(config)?;
+    let mut builder = builder(config)?;
+    if arguments.oci.is_some() && !arguments.refetch {
+        builder = builder.known_layers(Arc::new(RepositoryLayers::list(store).await?));
+    }
     let request = request(arguments, store, &builder).await?;
     let component = make(request, builder, config, store, json).await?;
     match json {
@@ -305,8 +315,12 @@ pub async fn make(
         None => None,
     };
     images::check_free(store, &built.main.component).await?;
+    layers::check_present(store, &built.at_hand).await?;
     let mut began = started;
-    let mut layers = Layers::default();
+    let mut layers = Layers {
+        all: built.at_hand.len(),
+        ..Layers::default()
+    };
     for one in built.in_order() {
         let published = publish(store, one, &bar).await?;
         if one.component.role == Role::Layer {
@@ -420,6 +434,7 @@ async fn request(
         BuildSource::Image(ImageOptions {
             source: ImageSource::parse(&image)?,
             plain_http: arguments.plain_http,
+            ca: arguments.ca,
         })
     } else if arguments.kernel {
         BuildSource::Kernel(KernelOptions {

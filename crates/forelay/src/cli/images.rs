@@ -7,6 +7,7 @@
 //! that an image which was removed alone had.
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
@@ -16,6 +17,7 @@ use forelay_import::{BuildRequest, BuildSource, ImageOptions, ImageSource};
 use forelay_store::Store;
 
 use super::components;
+use super::layers::RepositoryLayers;
 use crate::config::Config;
 use crate::daemon::create_store;
 use crate::recipe::runs_here;
@@ -46,6 +48,9 @@ pub struct ImageArguments {
     /// With --image: the registry speaks HTTP without TLS.
     #[arg(long, requires = "image")]
     plain_http: bool,
+    /// With --image: certificates (PEM) of who signed the registry's, beside the host's.
+    #[arg(long, requires = "image", value_name = "FILE")]
+    ca: Option<PathBuf>,
 }
 
 fn port(text: &str) -> Result<Forward, String> {
@@ -74,9 +79,12 @@ pub async fn manifest(
             let options = ImageOptions {
                 source: source?,
                 plain_http: arguments.plain_http,
+                ca: arguments.ca.clone(),
             };
             let request = BuildRequest::new(BuildSource::Image(options));
-            components::make(request, components::builder(config)?, config, &store, true).await?
+            let layers = Arc::new(RepositoryLayers::list(&store).await?);
+            let builder = components::builder(config)?.known_layers(layers);
+            components::make(request, builder, config, &store, true).await?
         }
     };
     let manifest = made(&component, arguments, command, detach)?;

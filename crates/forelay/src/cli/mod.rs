@@ -19,6 +19,7 @@ mod events;
 mod history;
 mod images;
 mod inspect;
+mod layers;
 mod manifests;
 mod simulate;
 mod snapshots;

@@ -232,6 +232,8 @@ pub enum RepositoryOf {
     Test,
     /// What is there, if anything.
     Path(PathBuf),
+    /// At this address, with mirrors.
+    Url { url: String, mirrors: Vec<String> },
 }
 
 /// What a host is configured with.
@@ -287,6 +289,11 @@ impl Host {
             RepositoryOf::All => bench.repository.clone(),
             RepositoryOf::Test => bench.private_repository(dir.path()),
             RepositoryOf::Path(path) => path.clone(),
+            RepositoryOf::Url { .. } => PathBuf::new(),
+        };
+        let place = match &settings.repository {
+            RepositoryOf::Url { url, mirrors } => format!("url = {url:?}\nmirrors = {mirrors:?}"),
+            _ => format!("path = {repository:?}"),
         };
         let state = settings.state.clone();
         let slots = settings
@@ -315,12 +322,12 @@ impl Host {
         let timeout = settings.timeout_s;
         let timeout = timeout.map(|seconds| format!("timeout_s = {seconds}\n"));
         let text = format!(
-            "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\npath = {:?}\nlatency_ms = {}\n{}\n\
+            "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\n{}\nlatency_ms = {}\n{}\n\
              [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n{}\n\
              [snapshots]\nmake = {}\ncpu_stall = 100.0\n\n[vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
-            repository,
+            place,
             settings.latency_ms,
             timeout.unwrap_or_default(),
             settings.budget_bytes,
@@ -365,7 +372,7 @@ impl Host {
         self.dir.path()
     }
 
-    /// Its repository.
+    /// Its repository's directory.
     pub fn repository(&self) -> PathBuf {
         self.repository.clone()
     }

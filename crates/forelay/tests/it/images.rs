@@ -2,14 +2,16 @@
 //! make them with.
 
 use std::fs;
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use forelay_image::Digest;
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
-use crate::fixture::{Host, PATIENCE, RepositoryOf, Settings, bench, http_get, reserved_port};
+use crate::fixture::{Host, RepositoryOf, Settings, bench, http_get, reserved_port};
+use crate::proxy::Proxy;
+use crate::servers::Server;
 
 /// More layers than a VM may have devices.
 const LAYERS: usize = 60;
@@ -93,44 +95,6 @@ fn skopeo(from: &str, to: &str) {
     tool(command.args([from, to]));
 }
 
-/// Debian's registry, for as long as this lives.
-struct RunningRegistry {
-    child: Child,
-    port: u16,
-}
-
-impl RunningRegistry {
-    fn start(dir: &Path) -> Self {
-        let port = reserved_port();
-        let config = format!(
-            "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\n\
-             http:\n  addr: 127.0.0.1:{port}\n",
-            dir.join("registry").display()
-        );
-        fs::write(dir.join("registry.yml"), config).unwrap();
-        let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(dir.join("registry.yml"));
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let registry = Self {
-            child: command.spawn().unwrap(),
-            port,
-        };
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(std::time::Instant::now() < deadline, "no registry");
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
-        registry
-    }
-}
-
-impl Drop for RunningRegistry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn layers_of(host: &Host) -> usize {
     let all = host.json(["component", "list"]);
     let all = all.as_array().unwrap().iter();
@@ -175,12 +139,32 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
 
     // The same from a registry: nothing of it is new.
     assert_eq!(layers_of(&host), LAYERS);
-    let registry = RunningRegistry::start(host.dir());
-    let reference = format!("127.0.0.1:{}/example/app:1", registry.port);
-    skopeo(&from, &format!("docker://{reference}"));
-    let said = host.ok(["component", "build", "--oci", &reference]);
-    assert!(said.contains("60 layers, 0 of them new"), "{said}");
-    let none = format!("127.0.0.1:{}/example/none:1", registry.port);
+    let registry = Server::registry().unwrap();
+    let runtime = Runtime::new().unwrap();
+    let proxy = runtime.block_on(Proxy::to(registry.address));
+    skopeo(
+        &from,
+        &format!("docker://{}/example/app:1", registry.address),
+    );
+    let reference = format!("{}/example/app:1", proxy.address);
+    let build = ["component", "build", "--oci", &reference];
+    for (further, fetched) in [(&[][..], 1), (&["--refetch"], 1 + LAYERS)] {
+        proxy.meet("", []);
+        let said = host.ok(build.iter().chain(further));
+        assert!(said.contains("60 layers, 0 of them new"), "{said}");
+        // Its configuration, and no layer that is there.
+        assert_eq!(proxy.count("blobs/sha"), fetched, "{said}");
+    }
+    // One that is not there is fetched.
+    let all = host.json(["component", "list"]);
+    let mut all = all.as_array().unwrap().iter();
+    let lost = all.rfind(|one| one["role"] == "layer");
+    host.ok(["component", "remove", lost.unwrap()["id"].as_str().unwrap()]);
+    proxy.meet("", []);
+    let said = host.ok(build);
+    assert!(said.contains("60 layers, 1 of them new"), "{said}");
+    assert_eq!(proxy.count("blobs/sha"), 2, "{said}");
+    let none = format!("{}/example/none:1", proxy.address);
     let said = host.refused(["component", "build", "--oci", &none]);
     assert!(said.contains("has no such image or tag"), "{said}");
     let same = [
@@ -196,7 +180,6 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
         said.contains("is archive:docker.io/example/app:1"),
         "{said}"
     );
-    let registry_port = registry.port;
     drop(registry);
 
     // By its name, without its registry, with another command and to its end.
@@ -213,7 +196,7 @@ fn privileged_an_image_becomes_a_vm_that_answers() {
             ran.stdout
         );
     }
-    let name = format!("oci-127.0.0.1++{}+example+app", registry_port);
+    let name = format!("oci-127.0.0.1++{}+example+app", proxy.address.port());
     host.ok(["component", "remove", &name]);
     assert_eq!(layers_of(&host), LAYERS);
     host.ok(["component", "remove", "oci-example+app"]);

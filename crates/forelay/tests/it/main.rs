@@ -22,10 +22,17 @@ mod full_disk;
 mod images;
 mod inherit;
 mod life_of_a_page;
+mod making_images;
 mod memory;
 mod not_resumed;
 mod premap;
+#[path = "../../../forelay-store/tests/it/proxy.rs"]
+mod proxy;
+mod real_images;
+mod repositories;
 mod self_control;
+#[path = "../../../forelay-store/tests/it/servers.rs"]
+mod servers;
 mod snapshots;
 mod systemd;
 mod waiting;

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use super::WriteError;
 use crate::chunk::MAX_CHUNK_BYTES;
 use crate::erofs::layout::{BLOCK_BYTES, blocks_of};
+use crate::tree::FileBytes;
 use crate::watched::WatchedFile;
 use crate::{Chunk, Digest};
 
@@ -70,13 +71,14 @@ pub(super) enum Source<'a> {
         len: u64,
     },
     Watched(&'a WatchedFile),
+    Elsewhere(&'a dyn FileBytes, u64),
 }
 
 impl Source<'_> {
     fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::Host { len, .. } => *len,
+            Self::Host { len, .. } | Self::Elsewhere(_, len) => *len,
             Self::Watched(file) => file.bytes(),
         }
     }
@@ -92,6 +94,7 @@ impl Source<'_> {
                 return bytes.chunks(MAX_CHUNK_BYTES as usize).try_for_each(visit);
             }
             Self::Host { path, offset, len } => (path, offset, len),
+            Self::Elsewhere(file, len) => return pieces_of(file, len, buffer, visit),
             Self::Watched(file) => (file.path(), 0, file.bytes()),
         };
         let shown = || path.display().to_string();
@@ -123,6 +126,38 @@ impl Source<'_> {
         }
         Ok(())
     }
+}
+
+/// The same of a file that is read by who has it.
+fn pieces_of(
+    file: &dyn FileBytes,
+    len: u64,
+    buffer: &mut Vec<u8>,
+    mut visit: impl FnMut(&[u8]) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let failed = |source: io::Error| {
+        let path = format!("{file:?}");
+        DataError::Source(match source.kind() {
+            io::ErrorKind::UnexpectedEof => SourceError::Changed { path },
+            _ => SourceError::Io { path, source },
+        })
+    };
+    let mut done = 0;
+    while done < len {
+        let piece = (len - done).min(MAX_CHUNK_BYTES) as usize;
+        buffer.resize(piece, 0);
+        let mut got = 0;
+        while got < piece {
+            let at = done + got as u64;
+            match file.read_at(&mut buffer[got..], at).map_err(failed)? {
+                0 => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                count => got += count,
+            }
+        }
+        visit(buffer)?;
+        done += piece as u64;
+    }
+    Ok(())
 }
 
 /// Block addresses of all files with data.

@@ -29,6 +29,7 @@ fn a_layer_is_one_component_whatever_its_form_and_its_image() {
         let options = ImageOptions {
             source,
             plain_http: false,
+            ca: None,
         };
         let request = BuildRequest::new(BuildSource::Image(options));
         let builder = Builder::new(cache.path()).unwrap();

@@ -3,13 +3,21 @@
 use super::*;
 
 /// Makes layers whose entries meet: few names, in directories and to files that there were.
-struct Maker {
+pub(super) struct Maker {
     random: ChaCha8Rng,
     directories: Vec<String>,
     files: Vec<String>,
 }
 
 impl Maker {
+    pub fn seeded(seed: u64) -> Self {
+        Self {
+            random: ChaCha8Rng::seed_from_u64(seed),
+            directories: vec![String::new()],
+            files: vec!["a".to_owned()],
+        }
+    }
+
     fn one_of(&mut self, all: &[String]) -> String {
         all[self.random.random_range(0..all.len())].clone()
     }
@@ -56,7 +64,7 @@ impl Maker {
         }
     }
 
-    fn layers(&mut self) -> Vec<Vec<(EntryType, String, String)>> {
+    pub fn layers(&mut self) -> Vec<OwnedEntries> {
         let count = self.random.random_range(2..=4);
         let mut layer = |number| {
             let entries = self.random.random_range(2..10);
@@ -66,8 +74,24 @@ impl Maker {
     }
 }
 
+/// The entries of a layer.
+pub(super) type OwnedEntries = Vec<(EntryType, String, String)>;
+
 /// Layers as they were made.
-type MadeLayers = [Vec<(EntryType, String, String)>];
+type MadeLayers = [OwnedEntries];
+
+/// An image of these layers.
+pub(super) fn image_of(layers: &MadeLayers) -> Made {
+    let borrowed = layers.iter().map(|layer| {
+        let entries = layer.iter();
+        entries
+            .map(|(kind, path, content)| (*kind, &path[..], &content[..]))
+            .collect()
+    });
+    let borrowed: Vec<Vec<TarEntry<'_>>> = borrowed.collect();
+    let slices: Vec<&[TarEntry<'_>]> = borrowed.iter().map(Vec::as_slice).collect();
+    Made::new(&slices)
+}
 
 /// True if a layer has names in what a layer below has as a link.
 fn goes_through_link(layers: &MadeLayers, path: &str) -> bool {
@@ -121,21 +145,8 @@ fn privileged_random_images_are_what_umoci_unpacks() {
     let (mut same, mut copied, mut odd) = (0, 0, 0);
     let mut wrong: Vec<String> = Vec::new();
     for case in 0..100 {
-        let mut maker = Maker {
-            random: ChaCha8Rng::seed_from_u64(case),
-            directories: vec![String::new()],
-            files: vec!["a".to_owned()],
-        };
-        let layers = maker.layers();
-        let borrowed = layers.iter().map(|layer| {
-            let entries = layer.iter();
-            entries
-                .map(|(kind, path, content)| (*kind, &path[..], &content[..]))
-                .collect()
-        });
-        let borrowed: Vec<Vec<TarEntry<'_>>> = borrowed.collect();
-        let slices: Vec<&[TarEntry<'_>]> = borrowed.iter().map(Vec::as_slice).collect();
-        let made = Made::new(&slices);
+        let layers = Maker::seeded(case).layers();
+        let made = image_of(&layers);
         let imported = made.import();
         let Some(expected) = unpacked(&made) else {
             continue;

@@ -224,6 +224,7 @@ fn private_dir(dir: &Path) -> std::io::Result<()> {
 /// Everything but what serving VMs can do without; that is opened later.
 pub async fn open_host(config: Config, health: Health) -> Result<(Arc<Host>, Replayed)> {
     let store = store_or_makeshift(&config, &health).await?;
+    store.accept_last_listing();
     let scheduler = store.scheduler().clone();
     let (sender, inbox) = planner_channel();
     let (users, groups) = confinement(&config, &health).unzip();
