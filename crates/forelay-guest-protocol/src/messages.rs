@@ -21,13 +21,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::snapshot::{Resume, Resumed, Tier};
+use crate::snapshot::{Freeze, Frozen, Release, Resume, Resumed, Tier};
 
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "org.forelay.channel";
 /// Version of these messages; reported in [`Status`]. Programs are run by 2 and later,
-/// and 3 can be held for a snapshot.
-pub const PROTOCOL_VERSION: u32 = 3;
+/// 3 can be held for a snapshot, and 4 can be frozen while they run.
+pub const PROTOCOL_VERSION: u32 = 4;
 /// Longest line that a guest accepts, newline included: more than arguments and environment
 /// of a program can be.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -79,6 +79,11 @@ pub enum GuestCommand {
         /// What it shows, in microseconds since the epoch.
         unix_time_us: u64,
     },
+    /// Stops what the image runs, so that the host can save the VM; it is held from then on.
+    Freeze(Freeze),
+    /// Lets a held guest go on as the machine that it was; one that is not held is told the
+    /// time alone.
+    Release(Release),
     /// Flushes and powers off.
     Poweroff,
 }
@@ -275,6 +280,10 @@ pub enum Reply {
     Traffic(Traffic),
     /// To [`GuestCommand::Resume`].
     Resumed(Resumed),
+    /// To [`GuestCommand::Freeze`].
+    Frozen(Frozen),
+    /// To [`GuestCommand::Release`].
+    Released,
     /// To [`GuestCommand::Poweroff`].
     PoweringOff,
     /// The request failed.

@@ -7,6 +7,13 @@
 //!   | -- GuestRequest{id, Resume} ---->  |
 //!   | <------- Reply{id, Resumed} -----  |   it is a machine of its own now
 //!   | <------- Mounted, Ready, ... ----  |   as after a boot; its times count from the resume
+//!
+//! host                                guest (that runs)
+//!   | -- GuestRequest{id, Freeze} ---->  |
+//!   | <------- Reply{id, Frozen} ------  |   held from here on
+//!   |   ... saved                        |
+//!   | -- GuestRequest{id, Release} --->  |   the same VM, now or restored later
+//!   | -- or GuestRequest{id, Resume} ->  |   a clone of it
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -127,16 +134,53 @@ impl Resume {
 
     /// The entropy's bytes.
     pub fn entropy_bytes(&self) -> Option<[u8; ENTROPY_BYTES]> {
-        let hex = self.entropy.as_bytes();
-        if hex.len() != 2 * ENTROPY_BYTES {
-            return None;
-        }
-        let mut bytes = [0; ENTROPY_BYTES];
-        for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
-            let digit = |digit: u8| char::from(digit).to_digit(16);
-            *byte = (digit(pair[0])? << 4 | digit(pair[1])?) as u8;
-        }
-        Some(bytes)
+        entropy_bytes(&self.entropy)
+    }
+}
+
+fn entropy_bytes(hex: &str) -> Option<[u8; ENTROPY_BYTES]> {
+    let hex = hex.as_bytes();
+    if hex.len() != 2 * ENTROPY_BYTES {
+        return None;
+    }
+    let mut bytes = [0; ENTROPY_BYTES];
+    for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
+        let digit = |digit: u8| char::from(digit).to_digit(16);
+        *byte = (digit(pair[0])? << 4 | digit(pair[1])?) as u8;
+    }
+    Some(bytes)
+}
+
+/// How a VM that runs is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Freeze {
+    /// Memory that it can do without is given back first, which takes seconds.
+    pub give_back: bool,
+}
+
+/// What a VM says that is held now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Frozen {
+    /// Nothing of the image runs; else the image's own init does.
+    pub all: bool,
+}
+
+/// What a held VM is told that goes on as the machine that it was.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Release {
+    /// Entropy: [`ENTROPY_BYTES`] in hex, or nothing.
+    pub entropy: String,
+    /// Wall clock: microseconds since the epoch.
+    pub unix_time_us: u64,
+}
+
+impl Release {
+    /// The entropy's bytes, if there is any.
+    pub fn entropy_bytes(&self) -> Option<[u8; ENTROPY_BYTES]> {
+        entropy_bytes(&self.entropy)
     }
 }
 

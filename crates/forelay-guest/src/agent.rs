@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd as _;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -23,7 +23,7 @@ use forelay_guest_protocol::messages::{
     BootSteps, ErrorKind, Exec, ExitStatus, GuestCommand, GuestMessage, GuestRequest, Line,
     LineBuffer, MAX_REQUEST_BYTES, Mounted, PROTOCOL_VERSION, Reply, Status, Traffic,
 };
-use forelay_guest_protocol::snapshot::{Resume, Resumed, Tier};
+use forelay_guest_protocol::snapshot::{Freeze, Frozen, Release, Resume, Resumed, Tier};
 
 use crate::boot::{console, context};
 use crate::exec::{self, Execs, Port};
@@ -67,6 +67,10 @@ struct Agent {
     /// What a held VM is told, with the request's id.
     resumes: SyncSender<(u64, Resume)>,
     running: AtomicUsize,
+    /// Held by what holds this VM, or lets it go on.
+    holding: Mutex<()>,
+    /// It is held since it was told to freeze, so that no thread waits for what it is told.
+    is_frozen: AtomicBool,
 }
 
 /// How the agent starts.
@@ -115,6 +119,8 @@ pub fn run<T>(start: Start) -> io::Result<T> {
         outgoing,
         resumes,
         running: AtomicUsize::new(0),
+        holding: Mutex::default(),
+        is_frozen: AtomicBool::new(false),
     });
     agent.note_step(|steps| &mut steps.agent_us);
     let held = (hold == Some(Tier::Composed)).then(|| agent.prepare_hold(Tier::Composed));
@@ -314,6 +320,9 @@ impl Agent {
                         console(&format!("clock: {error}"));
                     }
                 }
+                GuestCommand::Resume(resume) if self.is_frozen.load(Ordering::SeqCst) => {
+                    self.start_resume(id, resume);
+                }
                 GuestCommand::Resume(resume) => {
                     // Who waits for it takes the first one.
                     if !self.is_held() || self.resumes.try_send((id, resume)).is_err() {
@@ -421,10 +430,90 @@ impl Agent {
         }
     }
 
+    fn holding(&self) -> MutexGuard<'_, ()> {
+        self.holding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops what the image runs, if this is PID 1: an init of the image's own cannot be.
+    fn freeze(&self, freeze: Freeze) -> Reply {
+        let _one = self.holding();
+        if self.is_held() {
+            return refuse(ErrorKind::Busy, hold::HELD);
+        }
+        if self.is_init
+            && let Err(error) = freezer::gather().and_then(|()| freezer::freeze())
+        {
+            let _ = freezer::thaw();
+            return refuse(ErrorKind::Failed, format!("stop all programs: {error}"));
+        }
+        hold::note_devices();
+        sys::sync();
+        if freeze.give_back {
+            hold::give_back();
+        }
+        self.status().held = Some(Tier::Ready);
+        self.is_frozen.store(true, Ordering::SeqCst);
+        Reply::Frozen(Frozen { all: self.is_init })
+    }
+
+    /// Lets this VM go on, which is the one that it was. Its programs go on whatever fails.
+    fn release(&self, release: &Release) -> Reply {
+        let _one = self.holding();
+        if !self.is_held() {
+            return match sys::set_clock(release.unix_time_us) {
+                Ok(()) => Reply::Released,
+                Err(error) => refuse(ErrorKind::Failed, format!("clock: {error}")),
+            };
+        }
+        for failure in identity::same(release) {
+            console(&failure);
+        }
+        if self.is_init
+            && let Err(error) = freezer::thaw()
+        {
+            return refuse(ErrorKind::Failed, format!("let programs go on: {error}"));
+        }
+        self.is_frozen.store(false, Ordering::SeqCst);
+        let (mounted, ready_ms) = {
+            let mut status = self.status();
+            status.held = None;
+            (status.mounted.clone(), status.ready_uptime_ms)
+        };
+        // A host that met it held has not heard of either.
+        let steps = mounted.steps;
+        self.send(GuestMessage::Mounted(mounted));
+        if let Some(uptime_ms) = ready_ms {
+            self.send(GuestMessage::Ready { uptime_ms, steps });
+        }
+        Reply::Released
+    }
+
+    /// Makes the clone of a VM that ran a machine of its own.
+    fn start_resume(self: &Arc<Self>, id: u64, resume: Resume) {
+        let agent = Arc::clone(self);
+        let started = thread("resume", move || {
+            let files = RootFiles::find(Tier::Ready, &agent.config.keeps);
+            match agent.resume(id, &resume, &files) {
+                Ok(()) => agent.ready_again(&files),
+                Err(text) => agent.reply(id, refuse(ErrorKind::BadRequest, text)),
+            }
+        });
+        if let Err(error) = started {
+            let result = refuse(ErrorKind::Failed, format!("start a thread: {error}"));
+            self.send(GuestMessage::Reply { id, result });
+        }
+    }
+
     /// Makes this clone a machine of its own and lets its processes go on.
     fn resume(&self, id: u64, resume: &Resume, files: &RootFiles) -> Result<(), String> {
         resume.validate()?;
+        let _one = self.holding();
+        if !self.is_held() {
+            return Err("this VM is not held for a snapshot".to_owned());
+        }
         sys::count_uptime_from_now();
+        // Who started them is another VM's host.
+        self.execs.end_all();
         let mut failures = Vec::new();
         let failed = |error: io::Error| format!("this clone must not run on: {error}");
         identity::kernel(resume, &mut failures).map_err(failed)?;
@@ -436,6 +525,7 @@ impl Agent {
             };
         files.set(resume, &run, &mut failures);
         freezer::thaw().map_err(failed)?;
+        self.is_frozen.store(false, Ordering::SeqCst);
         let mounted = {
             let mut status = self.status();
             status.held = None;
@@ -491,6 +581,8 @@ impl Agent {
                 Ok(dev) => Reply::Traffic(Traffic::parse(&dev)),
                 Err(error) => refuse(ErrorKind::Failed, format!("/proc/net/dev: {error}")),
             },
+            GuestCommand::Freeze(freeze) => self.freeze(freeze),
+            GuestCommand::Release(release) => self.release(&release),
             GuestCommand::Poweroff => {
                 self.reply(id, Reply::PoweringOff);
                 self.power_off()

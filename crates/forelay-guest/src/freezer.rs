@@ -1,5 +1,8 @@
-//! The control group of what the image runs, in a VM that is to be held when it is ready:
-//! frozen while it is held, so that a clone is a machine of its own before any of it runs on.
+//! The control group of what the image runs: frozen while the VM is held, so that a clone is a
+//! machine of its own before any of it runs on.
+//!
+//! A VM that is to be held when it is ready has it from the start; one that is held while it
+//! runs puts its processes there first.
 
 use std::fs::{self, File};
 use std::io;
@@ -35,6 +38,35 @@ pub fn separate() -> io::Result<()> {
 /// Where a process of the image is to write its number, if it has a group.
 pub fn processes() -> Option<RawFd> {
     Some(PROCESSES.get()?.as_raw_fd())
+}
+
+/// How often processes are looked for that were started meanwhile.
+const MOST_PASSES: u32 = 1000;
+
+/// Puts all processes that are in no group into the image's, the agent aside.
+pub fn gather() -> io::Result<()> {
+    fs::create_dir_all(IMAGE).map_err(context(IMAGE))?;
+    let group = Path::new(IMAGE).join("cgroup.procs");
+    let own = std::process::id().to_string();
+    for _ in 0..MOST_PASSES {
+        let listed = fs::read_to_string(Path::new(ROOT).join("cgroup.procs"));
+        let listed = listed.map_err(context(ROOT))?;
+        // Threads of the kernel have no program, nor has what just ended.
+        let runs = |pid: &&str| **pid != own && fs::read_link(format!("/proc/{pid}/exe")).is_ok();
+        let found: Vec<&str> = listed.lines().filter(runs).collect();
+        if found.is_empty() {
+            return Ok(());
+        }
+        for pid in found {
+            match fs::write(&group, pid) {
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                written => written.map_err(context(group.display()))?,
+            }
+        }
+    }
+    Err(io::Error::other(
+        "programs are started faster than they can be stopped",
+    ))
 }
 
 /// Stops all processes but the agent; returns when they stand still. Groups that the image

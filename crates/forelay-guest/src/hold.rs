@@ -31,10 +31,20 @@ pub fn tier(parameters: &Parameters) -> Option<Tier> {
 /// Gives memory back that a clone would carry for nothing: what is cached can be read again,
 /// and what is free is told to the host. Notes what the VMM does not save.
 pub fn prepare() {
+    note_devices();
+    sys::sync();
+    give_back();
+}
+
+/// Notes what the VMM does not save.
+pub fn note_devices() {
     if let Err(error) = pmem_state::note() {
         console(&format!("state of pmem devices: {error}"));
     }
-    sys::sync();
+}
+
+/// Gives memory back; returns when the host has heard of it.
+pub fn give_back() {
     for (file, value) in [("drop_caches", "3"), ("compact_memory", "1")] {
         if let Err(error) = fs::write(format!("/proc/sys/vm/{file}"), value) {
             console(&format!("{file}: {error}"));

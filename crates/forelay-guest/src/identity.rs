@@ -12,13 +12,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use forelay_guest_protocol::snapshot::{MACHINE_IDS, MAX_FAILURES, Resume, Tier, is_host_key};
+use forelay_guest_protocol::snapshot::{
+    MACHINE_IDS, MAX_FAILURES, Release, Resume, Tier, is_host_key,
+};
 
 use crate::boot::context;
 use crate::{pmem_state, process, sys};
 
 /// Host name of the maker, where an image was composed before its VM had a name.
 const PLACEHOLDER: &str = "forelay";
+const HOSTNAME: &str = "/etc/hostname";
 const HOSTS: &str = "/etc/hosts";
 /// Programs that an image wants run in a clone, in the order of their names.
 const HOOKS: &str = "/etc/forelay/resume.d";
@@ -32,6 +35,21 @@ pub type Run<'a> = &'a dyn Fn(&mut Command, Duration) -> io::Result<()>;
 /// A program that ended with this code.
 pub fn ended(code: i32) -> io::Error {
     io::Error::other(format!("it ended with code {code}"))
+}
+
+/// Has a VM go on that was saved and is the same: it draws other random numbers than what else
+/// may be made of what was saved, and its clock is right.
+pub fn same(release: &Release) -> Vec<String> {
+    let mut failures = Vec::new();
+    let mut note = |what: &str, done: io::Result<()>| {
+        failures.extend(done.err().map(|error| format!("{what}: {error}")));
+    };
+    if let Some(entropy) = release.entropy_bytes() {
+        note("entropy", sys::reseed(&entropy));
+    }
+    note("clock", sys::set_clock(release.unix_time_us));
+    note("pmem devices", pmem_state::set_again());
+    failures
 }
 
 /// Gives this kernel what is the clone's; what failed is added to `failures`.
@@ -58,6 +76,8 @@ pub struct RootFiles {
     machine_ids: Vec<EditableFile>,
     /// With what it says of the maker.
     hosts: Option<(EditableFile, String)>,
+    /// The maker's name: in a clone of a VM that ran, it has the placeholder's place.
+    before: String,
     host_keys: Vec<PathBuf>,
     hooks: Vec<PathBuf>,
 }
@@ -75,13 +95,16 @@ impl RootFiles {
         let machine_ids = [(main, 0o444, true), (dbus, 0o644, has_dbus)].into_iter();
         let machine_ids = machine_ids.filter(|(path, _, is_made)| *is_made && !keeps(path));
         let hosts = fs::read_to_string(HOSTS).ok();
-        let hosts = hosts.filter(|hosts| with_name(hosts, "").is_some());
+        let before = fs::read_to_string(HOSTNAME).unwrap_or_default();
+        let before = before.trim().to_owned();
+        let hosts = hosts.filter(|hosts| with_name(hosts, &before, "").is_some());
         Self {
-            hostname: OwnFile::make("/etc/hostname", 0o644),
+            hostname: OwnFile::make(HOSTNAME, 0o644),
             machine_ids: machine_ids
                 .map(|(path, mode, _)| OwnFile::make(path, mode))
                 .collect(),
             hosts: hosts.map(|text| (OwnFile::make(HOSTS, 0o644), text)),
+            before,
             host_keys: host_keys(tier, keeps),
             hooks: hooks(),
         }
@@ -103,8 +126,8 @@ impl RootFiles {
             ..
         } = resume;
         let (name, id) = (format!("{hostname}\n"), format!("{machine_id}\n"));
-        let hosts = self.hosts.as_ref().and_then(|(file, before)| {
-            let text = with_name(before, hostname)?;
+        let hosts = self.hosts.as_ref().and_then(|(file, hosts)| {
+            let text = with_name(hosts, &self.before, hostname)?;
             Some((file, text))
         });
         let ids = self.machine_ids.iter().map(|file| (file, id.clone()));
@@ -169,10 +192,13 @@ impl OwnFile {
     }
 }
 
-/// The hosts file with `hostname` for the placeholder; `None` if it is not there.
-fn with_name(hosts: &str, hostname: &str) -> Option<String> {
+/// The hosts file with `hostname` for the placeholder and the name of before; `None` if neither
+/// is there.
+fn with_name(hosts: &str, before: &str, hostname: &str) -> Option<String> {
     let rename = |word: &str| match word.trim_end() {
-        PLACEHOLDER => word.replace(PLACEHOLDER, hostname),
+        old if old == PLACEHOLDER || (old == before && old != "localhost" && !old.is_empty()) => {
+            word.replace(old, hostname)
+        }
         _ => word.to_owned(),
     };
     let line = |line: &str| match line.trim_start().starts_with('#') {
@@ -242,9 +268,13 @@ mod tests {
     fn only_the_placeholder_among_the_names_of_a_hosts_file_is_replaced() {
         let hosts = "127.0.0.1\tlocalhost\n127.0.1.1\tforelay forelay.example\n# forelay\n";
         let expected = "127.0.0.1\tlocalhost\n127.0.1.1\tweb-1 forelay.example\n# forelay\n";
-        assert_eq!(with_name(hosts, "web-1").as_deref(), Some(expected));
-        assert_eq!(with_name("127.0.1.1 x\n", "web-1"), None);
-        let last = with_name("::1 a forelay", "b");
-        assert_eq!(last.as_deref(), Some("::1 a b"));
+        let with = |hosts, name| with_name(hosts, "web", name);
+        assert_eq!(with(hosts, "web-1").as_deref(), Some(expected));
+        assert_eq!(with("127.0.1.1 x\n", "web-1"), None);
+        assert_eq!(with("::1 a forelay", "b").as_deref(), Some("::1 a b"));
+        let renamed = with("127.0.1.1 web web.example\n", "fork");
+        assert_eq!(renamed.as_deref(), Some("127.0.1.1 fork web.example\n"));
+        assert_eq!(with_name("127.0.0.1 localhost \n", "localhost", "b"), None);
+        assert_eq!(with_name("127.0.0.1  x\n", "", "b"), None);
     }
 }

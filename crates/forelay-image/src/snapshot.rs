@@ -38,6 +38,9 @@ pub struct SnapshotOrigin {
     pub machine: String,
     /// The VMM and its version.
     pub vmm: String,
+    /// The VM that was saved while it ran, and which time that was: no launch resumes from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
 }
 
 impl SnapshotOrigin {
@@ -106,6 +109,7 @@ mod tests {
             accelerator: "tcg".into(),
             machine: "q35".into(),
             vmm: "7.2".into(),
+            vm: None,
         };
         let of = SnapshotOf {
             origin: origin.clone(),
@@ -135,7 +139,7 @@ mod tests {
             spoil(&mut of, &mut image);
             assert!(of.check(&image).is_err(), "{of:?}");
         }
-        let changes: [fn(&mut SnapshotOrigin); 9] = [
+        let changes: [fn(&mut SnapshotOrigin); 10] = [
             |one| one.tier = Tier::Composed,
             |one| one.kernel = Digest::of(b"other"),
             |one| one.components = Some(Digest::of(b"lock")),
@@ -145,6 +149,7 @@ mod tests {
             |one| one.accelerator = "kvm".into(),
             |one| one.machine = "pc".into(),
             |one| one.vmm = "8.2".into(),
+            |one| one.vm = Some("web".into()),
         ];
         for (index, change) in changes.into_iter().enumerate() {
             let mut other = origin.clone();

@@ -19,6 +19,7 @@ pub mod observe;
 mod packet;
 pub mod pinner;
 pub mod pressure;
+pub mod private_pages;
 mod session;
 mod shared;
 

@@ -235,22 +235,28 @@ impl Channel {
         let _ = self.outgoing.send(line).await;
     }
 
+    /// Waits until the guest has said which version it speaks, and refuses one before `since`.
+    pub async fn require(&self, since: u32, limit: Duration) -> Result<(), ChannelError> {
+        let mut version = self.version.clone();
+        let known = tokio::time::timeout(limit, version.wait_for(Option::is_some)).await;
+        let known = known.map_err(|_| ChannelError::TimedOut(limit))?;
+        let known = known.map_err(|_| ChannelError::Closed)?.unwrap_or(0);
+        match known < since {
+            true => Err(ChannelError::Outdated(known)),
+            false => Ok(()),
+        }
+    }
+
     /// Starts a program; `limit` is for the start alone.
     pub async fn start_program(
         &self,
         exec: Exec,
         limit: Duration,
     ) -> Result<Execution, ChannelError> {
-        let mut version = self.version.clone();
-        if version.borrow().is_none() {
+        if self.version.borrow().is_none() {
             self.tell(GuestCommand::Status).await;
         }
-        let known = tokio::time::timeout(limit, version.wait_for(Option::is_some)).await;
-        let known = known.map_err(|_| ChannelError::TimedOut(limit))?;
-        let known = known.map_err(|_| ChannelError::Closed)?.unwrap_or(0);
-        if known < STREAMS_SINCE {
-            return Err(ChannelError::Outdated(known));
-        }
+        self.require(STREAMS_SINCE, limit).await?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let run_limit = (exec.timeout_ms > 0).then(|| Duration::from_millis(exec.timeout_ms));
         let patience = run_limit.map(|limit| limit.saturating_add(END_LIMIT));

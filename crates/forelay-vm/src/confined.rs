@@ -75,14 +75,14 @@ impl VmmNeeds {
         };
         match &spec.memory {
             GuestMemory::Private => {}
-            GuestMemory::Shared { path } | GuestMemory::Snapshot { path } => {
-                match inherited(path) {
-                    Some(fd) => needs.fds.push(fd),
-                    None => needs.write.push(path.clone()),
-                }
-            }
+            GuestMemory::Shared { path }
+            | GuestMemory::Snapshot { path }
+            | GuestMemory::Saved { path, .. } => match inherited(path) {
+                Some(fd) => needs.fds.push(fd),
+                None => needs.write.push(path.clone()),
+            },
         }
-        if !matches!(spec.memory, GuestMemory::Snapshot { .. }) {
+        if !spec.memory.is_restored() {
             needs
                 .read
                 .extend([spec.kernel.clone(), spec.initrd.clone()]);
@@ -115,7 +115,9 @@ impl VmmNeeds {
 
 /// Names a descriptor of ours, which a file without a name is, as the VMM does that inherits it.
 pub(crate) fn inherit_memory(spec: &mut VmSpec) {
-    if let GuestMemory::Shared { path } | GuestMemory::Snapshot { path } = &mut spec.memory
+    if let GuestMemory::Shared { path }
+    | GuestMemory::Snapshot { path }
+    | GuestMemory::Saved { path, .. } = &mut spec.memory
         && let Ok(descriptor) = path.strip_prefix(format!("/proc/{}/fd", std::process::id()))
     {
         *path = Path::new(INHERITED).join(descriptor);
@@ -169,7 +171,7 @@ pub fn lend(spec: &VmSpec, user: u32) -> Result<(), (PathBuf, io::Error)> {
     {
         lent(path, own(path))?;
     }
-    if matches!(spec.memory, GuestMemory::Snapshot { .. }) {
+    if spec.memory.is_restored() {
         return Ok(());
     }
     for path in [&spec.kernel, &spec.initrd] {
@@ -220,7 +222,7 @@ impl Sockets {
             UnixListener::bind(&path).map_err(|error| (path, error))
         };
         let state = match spec.memory {
-            GuestMemory::Snapshot { .. } => {
+            GuestMemory::Snapshot { .. } | GuestMemory::Saved { .. } => {
                 let pair = UnixStream::pair();
                 Some(pair.map_err(|error| (spec.runtime_dir.clone(), error))?)
             }

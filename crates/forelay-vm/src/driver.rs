@@ -14,6 +14,8 @@ use async_trait::async_trait;
 use crate::channel::ChannelError;
 use crate::handle::VmHandle;
 use crate::lifecycle::Ended;
+use crate::qemu::QmpError;
+use crate::saved::SavedVm;
 use crate::snapshot::SnapshotError;
 use crate::spec::{PmemDevice, VmSpec};
 use crate::state::VmState;
@@ -63,6 +65,15 @@ pub trait VmControl: Send + Sync {
     /// Makes the VMM that of another VM: with its ports, its state file in `runtime_dir`. Its
     /// sockets are there already.
     async fn rename(&self, state: VmState, runtime_dir: &Path) -> Result<(), AttachError>;
+
+    /// Whether the guest's CPUs stand still.
+    async fn is_paused(&self) -> Result<bool, QmpError>;
+
+    /// Stops the guest's CPUs and returns all of the VM but its memory.
+    async fn save_whole(&self) -> Result<SavedVm, SnapshotError>;
+
+    /// Gives a VMM that waits for it a state that [`Self::save_whole`] returned.
+    async fn restore_whole(&self, state: &[u8]) -> Result<(), SnapshotError>;
 
     /// Hot-plugs all devices of a launch, the scratch disk with them if there is one.
     async fn plug_all(

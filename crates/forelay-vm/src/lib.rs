@@ -26,6 +26,7 @@ pub mod lifecycle;
 pub mod lines;
 pub mod process;
 pub mod qemu;
+pub mod saved;
 pub mod scratch;
 pub mod snapshot;
 pub mod spec;
@@ -39,7 +40,7 @@ pub use exec::{ExecEvent, Execution};
 pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
 /// Files that a launched VM may leave in its runtime directory.
-pub const RUNTIME_FILES: [&str; 8] = [
+pub const RUNTIME_FILES: [&str; 9] = [
     state::STATE_FILE,
     state::UNFINISHED_STATE_FILE,
     "console.log",
@@ -48,8 +49,10 @@ pub const RUNTIME_FILES: [&str; 8] = [
     qemu::command_line::CHANNEL_SOCKET,
     qemu::command_line::CONSOLE_SOCKET,
     qemu::migration::STATE_SOCKET,
+    qemu::saved::DEVICES_FILE,
 ];
 
+pub use saved::{SavedMachine, SavedVm};
 pub use snapshot::SnapshotError;
 pub use spec::{
     Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Reach, Upper, VmSpec, Wrap,

@@ -14,6 +14,7 @@ use forelay_guest_protocol::snapshot::Tier;
 use serde::{Deserialize, Serialize};
 
 use crate::confined::{Confined, Listening};
+use crate::saved::SavedMachine;
 
 /// Sizes of pmem devices are multiples of this.
 pub const PMEM_ALIGN_BYTES: u64 = 2 << 20;
@@ -30,6 +31,8 @@ pub struct VmSpec {
     pub memory_mib: u32,
     /// Where that memory lies.
     pub memory: GuestMemory,
+    /// The host's kernel may keep pages of its memory once that are the same as others'.
+    pub mergeable: bool,
     /// Where the boot is held for a snapshot; for a clone, where its maker was.
     pub hold: Option<Tier>,
     /// Virtual CPUs.
@@ -78,6 +81,7 @@ impl VmSpec {
         Self {
             memory_mib: 512,
             memory: GuestMemory::Private,
+            mergeable: false,
             hold: None,
             cpus: 1,
             kernel,
@@ -142,6 +146,16 @@ impl VmSpec {
 impl VmSpec {
     fn validate_hold(&self) -> Result<(), String> {
         let has_image = !self.pmem.is_empty();
+        if let GuestMemory::Saved { machine, .. } = &self.memory {
+            machine
+                .hotplugged
+                .iter()
+                .try_for_each(|one| one.device.validate())?;
+            return match (machine.hold == self.hold, has_image) {
+                (true, true) => Ok(()),
+                _ => Err("a VM that was saved needs the machine that it was saved on".to_owned()),
+            };
+        }
         match (self.hold, &self.memory) {
             (Some(Tier::Kernel), _) if has_image => {
                 Err("a VM that is held without an image gets its devices later".to_owned())
@@ -175,6 +189,20 @@ pub enum GuestMemory {
         /// The file.
         path: PathBuf,
     },
+    /// The same of a VM that was saved while it ran ([`crate::VmHandle::restore_whole`]).
+    Saved {
+        /// The file.
+        path: PathBuf,
+        /// What it was saved on.
+        machine: Box<SavedMachine>,
+    },
+}
+
+impl GuestMemory {
+    /// Whether the VMM waits for a state, and needs no kernel.
+    pub(crate) fn is_restored(&self) -> bool {
+        matches!(self, Self::Snapshot { .. } | Self::Saved { .. })
+    }
 }
 
 /// What the root comes from.

@@ -57,6 +57,9 @@ pub struct VmState {
     pub hotplug_bus: HotplugBus,
     /// pmem devices plugged in since, with their slots.
     pub hotplugged: Vec<Hotplugged>,
+    /// Its devices are such that it can be saved while it runs; VMs of earlier versions cannot.
+    #[serde(default)]
+    pub can_be_saved: bool,
 }
 
 /// A hot-plugged device.

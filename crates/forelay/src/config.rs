@@ -111,6 +111,10 @@ pub struct MemoryConfig {
     pub budget_bytes: u64,
     /// Available memory below this is critical, in bytes; 0 for 5% of all memory.
     pub critical_bytes: u64,
+    /// Owner whose VMs offer their memory to the kernel's search for pages that are the same
+    /// (KSM), nobody's if absent. One alone: the kernel knows no trust domains, and who can tell
+    /// that a page was shared knows what another VM has in memory.
+    pub ksm: Option<String>,
 }
 
 /// Learning and forecasting.
@@ -341,6 +345,11 @@ impl Config {
         for rule in &self.access {
             rule.check()?;
         }
+        if let Some(owner) = &self.memory.ksm {
+            NameOf::Owner
+                .check(owner)
+                .map_err(|error| format!("memory.ksm: {error}"))?;
+        }
         let VmmConfig {
             first_user, users, ..
         } = self.vmm;
@@ -471,6 +480,9 @@ mod tests {
             let error = Config::load(Some(&path)).unwrap_err().to_string();
             assert!(error.contains(because), "{error}");
         }
+        std::fs::write(&path, "[memory]\nksm = \"../a\"\n").unwrap();
+        let error = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("memory.ksm"), "{error}");
         std::fs::write(&path, "[vmm]\naccelerator = \"xen\"\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("auto, kvm or tcg"), "{error}");

@@ -17,6 +17,7 @@ mod policy;
 mod premap;
 mod pressure;
 mod repository;
+mod restores;
 mod snapshot;
 mod snapshot_cases;
 mod statistics;
@@ -32,7 +33,7 @@ use crate::host::{self, Programs, Settings};
 use crate::process::{cargo, run, target_dir};
 
 /// All benchmarks.
-pub const NAMES: [&str; 17] = [
+pub const NAMES: [&str; 18] = [
     "launch",
     "boot",
     "peers",
@@ -50,6 +51,7 @@ pub const NAMES: [&str; 17] = [
     "packages",
     "snapshot",
     "repository",
+    "restores",
 ];
 
 /// Runs one benchmark.
@@ -64,6 +66,7 @@ pub fn run_named(name: &str, arguments: &[&str]) -> Result<()> {
         "snapshot" => snapshot::run_bench(&out)?,
         "pressure" => pressure::run_bench(&out)?,
         "repository" => repository::run_bench(&out)?,
+        "restores" => restores::run_bench(&out, arguments)?,
         "burst" => burst::run_bench(&out)?,
         "attach" => attach::run_bench(&out)?,
         "premap" => premap::run_bench(&out)?,

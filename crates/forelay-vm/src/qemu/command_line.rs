@@ -23,7 +23,9 @@ use std::path::Path;
 use forelay_guest_protocol::snapshot::{HOLD_WORD, Tier};
 use serde::{Deserialize, Serialize};
 
+use super::saved::NO_CONFIGURATION;
 use crate::accelerator::Accelerator;
+use crate::saved::SavedMachine;
 use crate::spec::{Boot, Disk, DiskFormat, Forward, GuestMemory, PmemDevice, Reach, Upper, VmSpec};
 
 /// The bridge for hot-plugged devices, and the name of the bus behind it.
@@ -99,9 +101,12 @@ pub fn arguments(spec: &VmSpec, accelerator: Accelerator) -> Result<Vec<OsString
     }
     line.plain(&["-smp", &spec.cpus.to_string()]);
     line.plain(&["-m", &memory(spec)]);
-    if matches!(spec.memory, GuestMemory::Snapshot { .. }) {
+    if let GuestMemory::Snapshot { .. } | GuestMemory::Saved { .. } = spec.memory {
         // The kernel is in the memory; reading it again would take longer than all else.
         line.plain(&["-S", "-incoming", "defer"]);
+        if saved(spec).is_some() {
+            line.plain(&["-global", NO_CONFIGURATION]);
+        }
     } else {
         line.path("-kernel", &spec.kernel);
         line.path("-initrd", &spec.initrd);
@@ -140,27 +145,42 @@ const TCG_KERNEL_WORDS: [&str; 5] = [
 /// The guest's memory: called the same in all VMs, since a state refers to it by name.
 fn guest_memory(line: &mut Line, spec: &VmSpec) {
     let size = spec.memory_mib;
-    let file = |options: &str| format!("memory-backend-file,id={RAM},size={size}M,{options}");
+    // Without a word of ours QEMU offers it to all.
+    let merge = if spec.mergeable { "on" } else { "off" };
+    let common = format!("id={RAM},size={size}M,merge={merge}");
+    let file = |options: &str| format!("memory-backend-file,{common},{options}");
     let (backend, path) = match &spec.memory {
-        GuestMemory::Private => (
-            format!("memory-backend-ram,id={RAM},size={size}M"),
-            OsString::new(),
-        ),
+        GuestMemory::Private => (format!("memory-backend-ram,{common}"), OsString::new()),
         GuestMemory::Shared { path } => (file("share=on,mem-path="), escape(path.as_os_str())),
         // Opened for writing, though no byte is written: QEMU before 8.2 maps no other file
         // privately, and later ones do not give back what a guest frees of a read-only one.
-        GuestMemory::Snapshot { path } => (file("share=off,mem-path="), escape(path.as_os_str())),
+        GuestMemory::Snapshot { path } | GuestMemory::Saved { path, .. } => {
+            (file("share=off,mem-path="), escape(path.as_os_str()))
+        }
     };
     line.raw("-object", &[OsStr::new(&backend), &path]);
 }
 
+fn saved(spec: &VmSpec) -> Option<&SavedMachine> {
+    match &spec.memory {
+        GuestMemory::Saved { machine, .. } => Some(machine),
+        _ => None,
+    }
+}
+
 fn memory(spec: &VmSpec) -> String {
-    if spec.pmem.is_empty() && spec.hotplug_bytes == 0 {
+    // A clone that was held before it had devices was started without any.
+    let pmem = match spec.hold {
+        Some(Tier::Kernel) => &[][..],
+        _ => &spec.pmem,
+    };
+    if pmem.is_empty() && spec.hotplug_bytes == 0 {
         return format!("{}M", spec.memory_mib);
     }
-    let pmem: u64 = spec.pmem.iter().map(|device| device.bytes).sum();
+    let devices = pmem.len() as u64;
+    let pmem: u64 = pmem.iter().map(|device| device.bytes).sum();
     // Every device may need alignment, so leave room beside the sizes.
-    let room = pmem + (spec.pmem.len() as u64 + 16) * (1 << 30) / 16 + spec.hotplug_bytes;
+    let room = pmem + (devices + 16) * (1 << 30) / 16 + spec.hotplug_bytes;
     let most_mib = u64::from(spec.memory_mib) + room.div_ceil(1 << 20);
     format!("{}M,slots=1,maxmem={most_mib}M", spec.memory_mib)
 }
@@ -264,17 +284,12 @@ fn sockets(line: &mut Line, spec: &VmSpec) {
         "virtserialport,bus=serial.0,nr=1,chardev=channel,name={name}"
     ));
     line.device("virtio-rng-pci,addr=0x2.1,multifunction=on");
-    // Never inflated: the guest reports what it frees, and the host has it back. In a clone
-    // what was given back is not zero but what the snapshot has there: a guest that wants
-    // zeros, or a pattern, must not report.
-    let poison = if spec.hold.is_some() {
-        ",page-poison=off"
-    } else {
-        ""
-    };
-    line.device(&format!(
-        "virtio-balloon-pci,free-page-reporting=on{poison},addr=0x2.3,multifunction=on"
-    ));
+    // Never inflated: the guest reports what it frees, and the host has it back. In a VM that
+    // goes on from a snapshot, as any may one day, what was given back is not zero but what the
+    // snapshot has there: a guest that wants zeros, or a pattern, must not report.
+    line.device(
+        "virtio-balloon-pci,free-page-reporting=on,page-poison=off,addr=0x2.3,multifunction=on",
+    );
     if spec.hold.is_some() {
         // Tells a kernel that knows the device that it is a clone.
         line.device("vmgenid,guid=auto");
@@ -320,24 +335,43 @@ fn pmem(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
             spec.pmem.len()
         ));
     }
+    // What was plugged into a VM's bridge before it was saved is there from the start.
+    let on_bridge = spec.hold == Some(Tier::Kernel);
+    let slots = usize::from(*HotplugBus::Bridge.slots().start());
     for (index, device) in spec.pmem.iter().enumerate() {
-        let (slot, function) = (FIRST_PMEM_SLOT + index / 8, index % 8);
-        let prefix = format!(
-            "memory-backend-file,id=m-{},size={}",
-            device.id, device.bytes
+        let (group, function) = (index / FUNCTIONS, index % FUNCTIONS);
+        let place = match on_bridge {
+            true => format!("bus={HOTPLUG_BRIDGE},addr={:#x}", slots + group),
+            false => format!("addr={:#x}", FIRST_PMEM_SLOT + group),
+        };
+        pmem_device(
+            line,
+            spec,
+            device,
+            &format!("{place}.{function},multifunction=on"),
         );
-        let path = escape(device.path.as_os_str());
-        let backend = ",share=on,readonly=on,align=2M,mem-path=";
-        line.raw(
-            "-object",
-            &[OsStr::new(&prefix), OsStr::new(backend), &path],
-        );
-        line.device(&format!(
-            "virtio-pmem-pci,id=d-{id},memdev=m-{id},addr={slot:#x}.{function},multifunction=on",
-            id = device.id
-        ));
+    }
+    for one in saved(spec).into_iter().flat_map(|saved| &saved.hotplugged) {
+        let place = format!("bus={HOTPLUG_BRIDGE},addr={:#x}", one.slot);
+        pmem_device(line, spec, &one.device, &place);
     }
     Ok(())
+}
+
+fn pmem_device(line: &mut Line, spec: &VmSpec, device: &PmemDevice, place: &str) {
+    let PmemDevice { id, path, bytes } = device;
+    let prefix = format!("memory-backend-file,id=m-{id},size={bytes}");
+    let path = escape(path.as_os_str());
+    let backend = ",share=on,readonly=on,align=2M,mem-path=";
+    line.raw(
+        "-object",
+        &[OsStr::new(&prefix), OsStr::new(backend), &path],
+    );
+    let address = saved(spec).and_then(|saved| saved.addresses.get(id));
+    let address = address.map_or_else(String::new, |address| format!(",memaddr={address}"));
+    line.device(&format!(
+        "virtio-pmem-pci,id=d-{id},memdev=m-{id}{address},{place}"
+    ));
 }
 
 fn disks(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
@@ -349,8 +383,9 @@ fn disks(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
         }
         Boot::Root(disk) => all.push(("forelay-root", disk.clone())),
     }
+    let scratch_on_bridge = spec.hold == Some(Tier::Kernel);
     if let Upper::Scratch { path, .. } = &spec.upper
-        && spec.hold != Some(Tier::Kernel)
+        && (!scratch_on_bridge || saved(spec).is_some())
     {
         all.push(("forelay-scratch", raw_disk(path, false)));
     }
@@ -370,19 +405,27 @@ fn disks(line: &mut Line, spec: &VmSpec) -> Result<(), String> {
         );
         let path = escape(disk.path.as_os_str());
         line.raw("-drive", &[OsStr::new(&prefix), &path]);
+        let place = match saved(spec) {
+            Some(saved) if scratch_on_bridge => {
+                format!("bus={HOTPLUG_BRIDGE},addr={:#x}", saved.launch_slots)
+            }
+            _ => format!("addr={DISK_SLOT:#x}.{index},multifunction=on"),
+        };
         line.device(&format!(
-            "virtio-blk-pci,drive=disk{index},serial={serial},addr={DISK_SLOT:#x}.{index},\
-             multifunction=on{features}"
+            "virtio-blk-pci,drive=disk{index},serial={serial},{place}{features}"
         ));
     }
     Ok(())
 }
 
 /// Whether disks take discards, and what their devices say of it. Not where a snapshot is
-/// made: the host lets no clone's VMM punch holes, since it would do so in the snapshot.
+/// made: the host lets no clone's VMM punch holes, since it would do so in the snapshot. One
+/// that was saved while it ran has agreed on discards with its guest and ignores them; zeros,
+/// which it could not, none is asked for.
 fn discards(spec: &VmSpec) -> (&'static str, &'static str) {
     match spec.hold {
-        None => ("unmap", ""),
+        None if saved(spec).is_some() => ("ignore", ",write-zeroes=off"),
+        None => ("unmap", ",write-zeroes=off"),
         Some(_) => ("ignore", ",discard=off,write-zeroes=off"),
     }
 }
@@ -518,6 +561,7 @@ impl Line {
 mod tests {
     use super::*;
     use crate::spec::{Forward, PMEM_ALIGN_BYTES};
+    use crate::state::Hotplugged;
 
     fn spec(devices: usize) -> VmSpec {
         let boot = Boot::Map {
@@ -596,7 +640,7 @@ mod tests {
         clone.name = "other".into();
         clone.memory = GuestMemory::Snapshot { path: "/s".into() };
         let (maker, clone) = (text(&maker), text(&clone));
-        let memory = "memory-backend-file,id=ram,size=512M,share";
+        let memory = "memory-backend-file,id=ram,size=512M,merge=off,share";
         assert!(maker.contains(&format!("{memory}=on,mem-path=/t/a,,b ")));
         assert!(clone.contains(&format!("{memory}=off,mem-path=/s ")));
         assert!(maker.contains("forelay.hold=ready"));
@@ -607,6 +651,59 @@ mod tests {
         };
         assert_eq!(devices(&maker), devices(&clone));
         assert!(maker.contains("vmgenid") && !text(&spec(2)).contains("vmgenid"));
+    }
+
+    #[test]
+    fn one_that_was_saved_while_it_ran_has_all_its_devices_where_they_were() {
+        let mut saved = spec(9);
+        saved.hold = Some(Tier::Kernel);
+        saved.upper = Upper::Scratch {
+            path: "/s".into(),
+            bytes: 1 << 30,
+        };
+        let attached = Hotplugged {
+            device: PmemDevice {
+                id: "later".into(),
+                path: "/l".into(),
+                bytes: PMEM_ALIGN_BYTES,
+            },
+            slot: 5,
+            retained: true,
+        };
+        let machine = SavedMachine {
+            hold: saved.hold,
+            pmem: saved.pmem.clone(),
+            launch_slots: 3,
+            hotplugged: vec![attached],
+            addresses: [("later".to_owned(), 4096)].into(),
+        };
+        saved.memory = GuestMemory::Saved {
+            path: "/m".into(),
+            machine: Box::new(machine),
+        };
+        let text = text(&saved);
+        for word in [
+            "id=d-c0,memdev=m-c0,bus=hotplug,addr=0x1.0,multifunction=on",
+            "id=d-c8,memdev=m-c8,bus=hotplug,addr=0x2.0,multifunction=on",
+            "id=d-later,memdev=m-later,memaddr=4096,bus=hotplug,addr=0x5 ",
+            "serial=forelay-scratch,bus=hotplug,addr=0x3,discard=off",
+            "share=off,mem-path=/m ",
+            "-incoming defer -global migration.send-configuration=off",
+        ] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+        // As it was when it was started without devices.
+        let mut empty = spec(0);
+        empty.hold = Some(Tier::Kernel);
+        assert_eq!(memory(&saved), memory(&empty));
+        // One that booted keeps what its guest was told of its disk.
+        saved.hold = None;
+        assert!(arguments(&saved, Accelerator::Tcg).is_err());
+        if let GuestMemory::Saved { machine, .. } = &mut saved.memory {
+            machine.hold = None;
+        }
+        let booted = super::tests::text(&saved);
+        assert!(booted.contains("discard=ignore") && !booted.contains("discard=off"));
     }
 
     #[test]

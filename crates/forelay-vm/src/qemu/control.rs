@@ -12,10 +12,11 @@ use tokio::sync::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::command_line::{self, FUNCTIONS, HotplugBus, PciPlace};
-use super::{Qmp, QmpError, migration};
+use super::{Qmp, QmpError, migration, saved};
 use crate::confined::{self, Incoming};
 use crate::driver::{AttachError, Detachment, VmControl};
 use crate::lifecycle::Cause;
+use crate::saved::SavedVm;
 use crate::snapshot::SnapshotError;
 use crate::spec::PmemDevice;
 use crate::state::{Hotplugged, VmState};
@@ -219,7 +220,9 @@ impl VmControl for QemuControl {
     async fn restore(&self, state: &[u8]) -> Result<(), SnapshotError> {
         let mut known = self.known.lock().await;
         let incoming = known.incoming.take();
-        migration::restore(&self.qmp, &known.runtime_dir, incoming, state).await
+        migration::load(&self.qmp, &known.runtime_dir, incoming, state, false).await?;
+        self.qmp.command("cont", Value::Null).await?;
+        Ok(())
     }
 
     async fn pause(&self) -> Result<(), AttachError> {
@@ -254,6 +257,27 @@ impl VmControl for QemuControl {
         };
         let written = known.state.write(&known.runtime_dir);
         written.map_err(AttachError::State)
+    }
+
+    async fn is_paused(&self) -> Result<bool, QmpError> {
+        let found = self.qmp.command("query-status", Value::Null).await?;
+        Ok(found["running"] == false)
+    }
+
+    async fn save_whole(&self) -> Result<SavedVm, SnapshotError> {
+        let known = self.known.lock().await;
+        let state = &known.state;
+        if !state.can_be_saved || state.hotplug_bus != HotplugBus::Bridge {
+            let text = "save a VM that an earlier version launched: stop it and launch it again";
+            return Err(SnapshotError::Failed(text.to_owned()));
+        }
+        saved::save(&self.qmp, &known.runtime_dir, state).await
+    }
+
+    async fn restore_whole(&self, state: &[u8]) -> Result<(), SnapshotError> {
+        let mut known = self.known.lock().await;
+        let incoming = known.incoming.take();
+        migration::load(&self.qmp, &known.runtime_dir, incoming, state, true).await
     }
 
     async fn plug_all(

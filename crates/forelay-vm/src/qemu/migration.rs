@@ -81,15 +81,18 @@ pub async fn save(
     saved.unwrap_or(Err(SnapshotError::TimedOut(MIGRATION)))
 }
 
-/// Gives a QEMU that waits for it a state, and lets the guest run.
-pub async fn restore(
+/// Gives a QEMU that waits for it a state: one of [`save`], or one `of_running`.
+pub async fn load(
     qmp: &Qmp,
     runtime_dir: &Path,
     incoming: Option<Incoming>,
     state: &[u8],
+    of_running: bool,
 ) -> Result<(), SnapshotError> {
     let restoring = async {
-        leave_out_shared_memory(qmp).await?;
+        if !of_running {
+            leave_out_shared_memory(qmp).await?;
+        }
         let stream = match incoming {
             Some(incoming) => inherited(qmp, incoming).await?,
             None => {
@@ -104,9 +107,7 @@ pub async fn restore(
             .await
             .map_err(SnapshotError::State)?;
         stream.shutdown().await.map_err(SnapshotError::State)?;
-        done(qmp, "restore a state").await?;
-        qmp.command("cont", Value::Null).await?;
-        Ok(())
+        done(qmp, "restore a state").await
     };
     match tokio::time::timeout(MIGRATION, restoring).await {
         Ok(Err(SnapshotError::Failed(why))) => Err(SnapshotError::Refused(why)),

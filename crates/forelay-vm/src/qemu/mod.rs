@@ -11,6 +11,7 @@ pub mod command_line;
 mod control;
 pub(crate) mod migration;
 mod qmp;
+pub(crate) mod saved;
 
 pub use command_line::HotplugBus;
 pub use control::QemuControl;
@@ -244,7 +245,7 @@ impl Drop for Started {
 /// Checks the files that a VM needs, since QEMU's own words for a missing one are poor.
 fn check_files(spec: &VmSpec) -> Result<(), LaunchError> {
     let mut paths = match &spec.memory {
-        GuestMemory::Snapshot { path } => vec![path],
+        GuestMemory::Snapshot { path } | GuestMemory::Saved { path, .. } => vec![path],
         GuestMemory::Private | GuestMemory::Shared { .. } => vec![&spec.kernel, &spec.initrd],
     };
     paths.extend(spec.pmem.iter().map(|device| &device.path));
@@ -338,6 +339,15 @@ impl VmmDriver for QemuDriver {
             launch_slots: 0,
             hotplug_bus: HotplugBus::Bridge,
             hotplugged: Vec::new(),
+            can_be_saved: true,
+        };
+        let state = match &spec.memory {
+            GuestMemory::Saved { machine, .. } => VmState {
+                launch_slots: machine.launch_slots,
+                hotplugged: machine.hotplugged.clone(),
+                ..state
+            },
+            _ => state,
         };
         let connected = connect(started.process(), spec, &state).await;
         let process = started.keep();

@@ -14,6 +14,10 @@ pub enum EventKind {
     Mounted,
     /// The guest says that its work is ready.
     Ready,
+    /// Its CPUs stand still, as asked.
+    Paused,
+    /// It is kept as a snapshot of its own, without a VMM.
+    Hibernated,
     /// The VMM lives and does not answer.
     Unreachable,
     /// A VM stopped as asked, or ended by itself with success.
@@ -46,6 +50,8 @@ impl EventKind {
             Self::Started => "started",
             Self::Mounted => "mounted",
             Self::Ready => "ready",
+            Self::Paused => "paused",
+            Self::Hibernated => "hibernated",
             Self::Unreachable => "unreachable",
             Self::Stopped => "stopped",
             Self::Failed => "failed",

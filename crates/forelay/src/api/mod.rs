@@ -26,4 +26,6 @@ pub use memory::{
     ComponentMemory, DomainMemory, MemoryReport, MemorySource, Shortage, Takeover, Totals, VmMemory,
 };
 pub use snapshots::{Snapshot, SnapshotRequest};
-pub use vms::{AttachFigures, AttachRequest, Vm, VmComponent, VmState, WaitCauses, Waits};
+pub use vms::{
+    AttachFigures, AttachRequest, ForkRequest, Forked, Vm, VmComponent, VmState, WaitCauses, Waits,
+};

@@ -20,6 +20,10 @@ pub enum VmState {
     Mounted,
     /// The guest says that its work is ready.
     Ready,
+    /// Its CPUs stand still, as asked.
+    Paused,
+    /// Kept as a snapshot of its own; it has no VMM and takes no memory.
+    Hibernated,
     /// The VMM lives and does not answer; `error` says how. It is tried again.
     Unreachable,
     /// Stopped as asked, or ended by itself with success.
@@ -30,11 +34,13 @@ pub enum VmState {
 
 impl VmState {
     /// All states, in the order of a life.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Launching,
         Self::Booting,
         Self::Mounted,
         Self::Ready,
+        Self::Paused,
+        Self::Hibernated,
         Self::Unreachable,
         Self::Stopped,
         Self::Failed,
@@ -47,6 +53,8 @@ impl VmState {
             Self::Booting => "booting",
             Self::Mounted => "mounted",
             Self::Ready => "ready",
+            Self::Paused => "paused",
+            Self::Hibernated => "hibernated",
             Self::Unreachable => "unreachable",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
@@ -57,8 +65,18 @@ impl VmState {
     pub const fn is_live(self) -> bool {
         matches!(
             self,
-            Self::Launching | Self::Booting | Self::Mounted | Self::Ready | Self::Unreachable
+            Self::Launching
+                | Self::Booting
+                | Self::Mounted
+                | Self::Ready
+                | Self::Paused
+                | Self::Unreachable
         )
+    }
+
+    /// True when there is nothing left of it to go on with.
+    pub const fn has_ended(self) -> bool {
+        matches!(self, Self::Stopped | Self::Failed)
     }
 }
 
@@ -93,6 +111,9 @@ pub struct Vm {
     pub waiting: Option<PendingFault>,
     /// Directory with sockets and logs.
     pub runtime_dir: PathBuf,
+    /// The VM that it is a fork of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forked_from: Option<String>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -192,4 +213,34 @@ pub struct AttachFigures {
 pub struct AttachRequest {
     /// Name, optionally `name@range`.
     pub component: String,
+}
+
+/// Clones to make of a running VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ForkRequest {
+    /// How many.
+    #[serde(default = "one")]
+    pub count: u32,
+    /// Name of the clone, with a number behind it if there are several; made from the VM's own if
+    /// absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+const fn one() -> u32 {
+    1
+}
+
+/// What a fork did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Forked {
+    /// The clones.
+    pub vms: Vec<Vm>,
+    /// Clones that could not be made, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<String>,
+    /// How long the VM stood still.
+    pub held_s: f64,
+    /// From the request until the clones went on.
+    pub took_s: f64,
 }

@@ -20,6 +20,7 @@ mod history;
 mod images;
 mod inspect;
 mod layers;
+mod lifecycle;
 mod manifests;
 mod simulate;
 mod snapshots;
@@ -81,6 +82,29 @@ enum Command {
     },
     /// Stop VMs.
     Stop {
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Have VMs stand still.
+    Pause {
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep VMs as snapshots of their own, which take no memory.
+    Hibernate {
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make clones of a running VM, each a machine of its own.
+    Fork(lifecycle::ForkArguments),
+    /// Have VMs go on that are paused or hibernate.
+    Resume {
         #[arg(required = true)]
         names: Vec<String>,
         #[arg(long)]
@@ -265,6 +289,12 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Prefetch(arguments) => vms::prefetch(client, arguments).await?,
         Command::Ps { all, json } => vms::ps(client, all, json).await?,
         Command::Stop { names, json } => vms::stop(client, &names, json).await?,
+        Command::Pause { names, json } => lifecycle::each(client, "pause", &names, json).await?,
+        Command::Resume { names, json } => lifecycle::each(client, "resume", &names, json).await?,
+        Command::Hibernate { names, json } => {
+            lifecycle::each(client, "hibernate", &names, json).await?;
+        }
+        Command::Fork(arguments) => return lifecycle::fork(client, arguments).await,
         Command::Exec(arguments) => return vms::exec(client, arguments).await,
         Command::Attach {
             name,

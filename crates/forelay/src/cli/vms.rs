@@ -220,7 +220,8 @@ fn print_timings(vm: &Vm) {
     );
 }
 
-fn spinner(quiet: bool) -> ProgressBar {
+/// Shows that something goes on, to a person.
+pub fn spinner(quiet: bool) -> ProgressBar {
     if quiet || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
@@ -232,7 +233,8 @@ fn spinner(quiet: bool) -> ProgressBar {
     bar
 }
 
-async fn wait_ready(
+/// Waits until a VM is ready, or will not be.
+pub async fn wait_ready(
     client: &Client,
     name: &str,
     timeout: Duration,
@@ -242,7 +244,11 @@ async fn wait_ready(
     loop {
         let vm: Vm = client.get(&vm_path(name, "?wait_ms=500")?).await?;
         match vm.state {
-            VmState::Ready | VmState::Stopped | VmState::Failed => return Ok(vm),
+            VmState::Ready
+            | VmState::Paused
+            | VmState::Hibernated
+            | VmState::Stopped
+            | VmState::Failed => return Ok(vm),
             _ if vm.waiting.is_some() => {
                 let wait = output::optional(vm.waiting, |wait| wait.to_string());
                 spinner.set_message(format!("{name} {wait}"));
@@ -274,7 +280,7 @@ fn read(path: impl AsRef<Path>) -> Result<String> {
 /// `forelay ps`.
 pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
     let mut vms: Vec<Vm> = client.get("/v1/vms").await?;
-    vms.retain(|vm| all || vm.state.is_live());
+    vms.retain(|vm| all || !vm.state.has_ended());
     if json {
         return output::json(&vms);
     }
@@ -312,13 +318,16 @@ pub async fn ps(client: &Client, all: bool, json: bool) -> Result<()> {
 fn state(vm: &Vm) -> String {
     match vm.waiting {
         Some(_) => "waiting".to_owned(),
-        None => format!("{:?}", vm.state).to_lowercase(),
+        None => vm.state.name().to_owned(),
     }
 }
 
 /// What a VM began with.
 fn from(vm: &Vm) -> String {
-    let from = vm.launch.resumed.map_or("boot", Tier::name);
+    let from = match vm.forked_from {
+        Some(_) => "fork",
+        None => vm.launch.resumed.map_or("boot", Tier::name),
+    };
     let stood_by = if vm.launch.stood_by { ", stood by" } else { "" };
     format!("{from}{stood_by}")
 }

@@ -33,6 +33,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
+use forelay_cache::Domain;
 use forelay_image::Digest;
 use forelay_store::{ImageHold, Store};
 use forelay_vm::qemu::QemuDriver;
@@ -192,6 +193,7 @@ impl Parts {
             registry: Arc::clone(&self.instances),
             holders: Arc::clone(&self.preparations) as _,
             shelves: Default::default(),
+            saving: Default::default(),
         })
     }
 
@@ -204,6 +206,7 @@ impl Parts {
                     domains: Arc::clone(&self.domains),
                     groups: self.groups.clone(),
                 },
+                self.config.memory.ksm.as_deref().map(Domain::from),
             )),
             snapshots: self.snapshots(),
         })
@@ -392,7 +395,13 @@ impl Host {
         let launches = Arc::clone(&self.launches);
         tokio::spawn(launches.keep_kernels_prepared(self.forecasts.listed.subscribe()));
         let snapshots = Arc::clone(&self.snapshots);
-        tokio::spawn(async move { snapshots.verify_all().await });
+        for instance in self.instances.all() {
+            snapshots.remove_after(instance);
+        }
+        tokio::spawn(async move {
+            snapshots.remove_unused().await;
+            snapshots.verify_all().await;
+        });
         let sampler = UsageSampler {
             registry: Arc::clone(&self.instances),
             learner: Arc::clone(&self.forecasts.learner),

@@ -65,6 +65,7 @@ impl Spine {
             registry: Arc::default(),
             holders: Arc::new(Preparations::open(dir.join("prepared"))),
             shelves: Default::default(),
+            saving: Default::default(),
         })
     }
 
@@ -317,7 +318,7 @@ async fn launches_are_prepared() {
         domains: Arc::clone(&spine.domains),
         groups: None,
     };
-    let starter = Arc::new(Starter::new(Arc::new(driver), confiner));
+    let starter = Arc::new(Starter::new(Arc::new(driver), confiner, None));
     let finder = Arc::new(SnapshotFinder {
         composer: Arc::clone(&composer),
         starter: Arc::clone(&starter),
@@ -330,6 +331,7 @@ async fn launches_are_prepared() {
             registry: Arc::default(),
             holders: Arc::clone(&preparations) as _,
             shelves: Default::default(),
+            saving: Default::default(),
         }),
     });
     let standby = StandbyStarter {

@@ -62,6 +62,10 @@ fn privileged_a_user_acts_for_its_owners_alone_and_what_it_does_is_written_down(
     for (arguments, why) in [
         (vec!["stop", "other-1"], "other-1"),
         (vec!["exec", "other-1", "true"], "other-1"),
+        (vec!["pause", "other-1"], "no VM is called"),
+        (vec!["resume", "other-1"], "no VM is called"),
+        (vec!["hibernate", "other-1"], "no VM is called"),
+        (vec!["fork", "other-1"], "no VM is called"),
         (vec!["run", "--detach", &other], "owner others"),
         (vec!["prefetch", &other], "owner others"),
         (vec!["memory"], "whole host"),
@@ -92,6 +96,7 @@ fn privileged_a_user_acts_for_its_owners_alone_and_what_it_does_is_written_down(
     };
     assert!(was(USER, "DELETE", "/v1/vms/other-1", 404), "{log}");
     assert!(was(USER, "POST", "/v1/vms", 403), "{log}");
+    assert!(was(USER, "POST", "/v1/vms/other-1/fork", 404), "{log}");
     assert!(
         deeds
             .iter()

@@ -22,6 +22,7 @@ mod full_disk;
 mod images;
 mod inherit;
 mod life_of_a_page;
+mod lifecycle;
 mod making_images;
 mod memory;
 mod not_resumed;

@@ -66,6 +66,11 @@ fn idle_and_merged(of: impl Fn() -> Result<u64>) -> Result<[u64; 2]> {
 
 fn of_forelay(bench: &WebBench, vms: usize) -> Result<[u64; 2]> {
     let mut host = bench.start()?;
+    // Nobody's pages are merged unless the configuration says whose.
+    host.stop_daemon()?;
+    host.configure("memory", "ksm = \"demo\"")?;
+    host.start_daemon()?;
+    host.wait_for_kernel()?;
     let text = std::fs::read_to_string(bench.manifest())?.replace("\"8080:80\"", "\":80\"");
     let manifest = host.scratch().join("idle.toml");
     std::fs::write(&manifest, text)?;

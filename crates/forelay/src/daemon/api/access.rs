@@ -367,6 +367,8 @@ mod tests {
             (&get, "/v1/vms", About::List),
             (&post, "/v1/vms", About::Manifest),
             (&post, "/v1/vms/web/exec", About::Vm("web")),
+            (&post, "/v1/vms/web/hibernate", About::Vm("web")),
+            (&post, "/v1/vms/web/fork", About::Vm("web")),
             (&delete, "/v1/vms/web", About::Vm("web")),
             (&post, "/v1/prefetch", About::Manifest),
             (&get, "/v1/snapshots", About::List),

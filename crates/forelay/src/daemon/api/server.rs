@@ -12,7 +12,8 @@ use axum::routing::{delete, get, post};
 use serde::Deserialize;
 
 use crate::api::{
-    ApiError, AttachRequest, Health, LaunchRequest, PrefetchRequest, SnapshotRequest, WaitingVm,
+    ApiError, AttachRequest, ForkRequest, Forked, Health, LaunchRequest, PrefetchRequest,
+    SnapshotRequest, VmState, WaitingVm,
 };
 use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
@@ -20,6 +21,7 @@ use crate::daemon::api::events::{self, Streams};
 use crate::daemon::api::problems::ProblemKind;
 use crate::daemon::api::{access, exec, metrics};
 use crate::daemon::error::HostError;
+use crate::daemon::vm::pause;
 
 /// How long a client waits for a VM's next state when too many wait.
 const CROWDED_WAIT: Duration = Duration::from_millis(500);
@@ -38,6 +40,10 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/exec", post(exec::exec))
         .route("/v1/vms/{name}/attach", post(attach))
         .route("/v1/vms/{name}/detach", post(detach))
+        .route("/v1/vms/{name}/pause", post(pause))
+        .route("/v1/vms/{name}/resume", post(resume))
+        .route("/v1/vms/{name}/hibernate", post(hibernate))
+        .route("/v1/vms/{name}/fork", post(fork))
         .route("/v1/prefetch", post(prefetch))
         .route("/v1/snapshots", post(make_snapshot))
         .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
@@ -150,7 +156,12 @@ async fn show(
 }
 
 async fn stop(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
-    Ok(Json(host.vms.stop(&name).await?))
+    let hibernates = host.vms.instance(&name)?.state() == VmState::Hibernated;
+    let stopped = host.vms.stop(&name).await?;
+    if hibernates {
+        host.snapshots.remove_unused().await;
+    }
+    Ok(Json(stopped))
 }
 
 async fn attach(
@@ -180,6 +191,51 @@ async fn detach(
         detached.await
     });
     Ok(Json(detached.await.map_err(HostError::failed)??))
+}
+
+async fn pause(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
+    let instance = host.vms.instance(&name)?;
+    // A client that goes away must not leave it half done.
+    let pausing = tokio::spawn(async move { pause::pause(&instance).await });
+    Ok(Json(pausing.await.map_err(HostError::failed)??))
+}
+
+async fn resume(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
+    let instance = host.vms.instance(&name)?;
+    let resuming = tokio::spawn(async move {
+        match instance.state() {
+            VmState::Hibernated => host.launches.wake(&instance).await,
+            _ => pause::unpause(&instance).await,
+        }
+    });
+    Ok(Json(resuming.await.map_err(HostError::failed)??))
+}
+
+async fn hibernate(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::Vm> {
+    let instance = host.vms.instance(&name)?;
+    let saving = tokio::spawn(async move {
+        let saved = host.launches.hibernate(&instance).await;
+        // Also of what was saved in vain, and of what it was saved as before.
+        host.snapshots.remove_unused().await;
+        saved
+    });
+    Ok(Json(saving.await.map_err(HostError::failed)??))
+}
+
+async fn fork(
+    State(host): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<ForkRequest>,
+) -> Answer<Forked> {
+    let source = host.vms.instance(&name)?;
+    let forking = tokio::spawn(async move {
+        let forked = host.launches.fork(&source, request).await;
+        if forked.is_err() {
+            host.snapshots.remove_unused().await;
+        }
+        forked
+    });
+    Ok(Json(forking.await.map_err(HostError::failed)??))
 }
 
 async fn map(State(host): Shared, Path(name): Path<String>) -> Answer<crate::api::VmMap> {

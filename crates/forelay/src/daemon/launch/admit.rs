@@ -84,6 +84,9 @@ fn launching(order: &Order, request: &LaunchRequest, dir: &VmDir, launched_ms: i
         },
         waits: Waits::default(),
         exit_status: None,
+        paused: false,
+        saved: None,
+        forked_from: None,
     }
 }
 

@@ -221,7 +221,7 @@ fn check_tier(order: &Order, tier: Tier) -> Result<(), HostError> {
 }
 
 /// A path by which the VMM and the store open a file without a name.
-fn path_of(file: &File) -> PathBuf {
+pub(super) fn path_of(file: &File) -> PathBuf {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
 }
 
@@ -254,7 +254,7 @@ pub fn check_memory(order: &Order, what: &str) -> Result<(), HostError> {
 }
 
 /// The component of a snapshot, with its chunks and the file that has its bytes.
-async fn describe(
+pub(super) async fn describe(
     of: SnapshotOf,
     made_of: String,
     memory: File,
@@ -272,7 +272,10 @@ async fn describe(
             inodes: 0,
             chunk_index: index.digest(),
         };
-        let name = format!("snapshot-{}", of.origin.tier.name());
+        let name = match of.origin.vm {
+            Some(_) => "snapshot-vm".to_owned(),
+            None => format!("snapshot-{}", of.origin.tier.name()),
+        };
         let architecture = forelay_import::host_architecture();
         let version = now_ms().to_string();
         let mut component = Component::new(&name, &version, Role::Snapshot, architecture, image);
@@ -370,6 +373,7 @@ mod tests {
                 accelerator: "tcg".into(),
                 machine: "q35".into(),
                 vmm: "7.2".into(),
+                vm: None,
             },
             ram_bytes: 2 << 20,
             state_bytes: 5,

@@ -21,18 +21,24 @@
 //! Invariants: a launch that is refused leaves no trace. Whatever step fails, and whenever
 //! the launch is cancelled, its VMM is ended, the planner hears that the VM is gone, and
 //! the instance ends with the reason.
+//!
+//! What is done with a VM that runs is no launch: it is saved (saving.rs), to go on later
+//! (hibernate.rs) or as several (fork.rs).
 
 pub(super) mod admit;
 pub(super) mod ahead;
 pub(super) mod compose;
 pub(super) mod confinement;
 pub(super) mod find;
+mod fork;
+mod hibernate;
 pub(super) mod kept;
 pub(super) mod maker;
 pub(super) mod prefetch;
 pub(super) mod prepared;
 pub(super) mod resolve;
 pub(super) mod restore;
+mod saving;
 pub(super) mod standby;
 pub(super) mod start;
 
@@ -141,6 +147,9 @@ impl LaunchService {
             .resolve(&request.manifest, request.lock.as_deref());
         let order = resolving.await?;
         let service = Arc::clone(self);
+        if let Some(vm) = service.wake_named(&order, &request).await? {
+            return Ok(vm);
+        }
         // Of its own: what was claimed is not left half recorded when the client goes away.
         let admitting = tokio::spawn(async move {
             let claim = service
@@ -536,6 +545,7 @@ impl LaunchService {
         let dir = launch.dir()?.path();
         let place = (launch.name(), dir.as_path());
         let mut spec = start::spec(order, place, &devices, Some(&boots.map), kernel);
+        spec.mergeable = self.starter.merges(&order.domain);
         spec.forwards.clone_from(&forwards);
         devices.extend(from.map(|from| from.memory.clone()));
         instance.update(|vm| vm.devices = devices);

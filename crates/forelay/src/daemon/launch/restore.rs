@@ -105,7 +105,11 @@ pub fn clone_of(spec: &VmSpec, from: &Resumable) -> VmSpec {
 }
 
 /// What makes the clone a machine of its own.
-fn identity(spec: &VmSpec, hostname: &str, map: Option<String>) -> Result<Resume, HostError> {
+pub(super) fn identity(
+    spec: &VmSpec,
+    hostname: &str,
+    map: Option<String>,
+) -> Result<Resume, HostError> {
     let mut random = [0; ENTROPY_BYTES + 16 + 3];
     let filled = getrandom(&mut random, GetRandomFlags::empty()).map_err(HostError::failed)?;
     if filled != random.len() {

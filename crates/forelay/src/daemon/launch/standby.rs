@@ -167,7 +167,8 @@ impl StandbyStarter {
         from.check_devices(&devices).map_err(NotResumed::Snapshot)?;
         let dir = standby.dir.path();
         let kernel = prepared.kernel.clone();
-        let spec = spec(order, (NAME, &dir), &devices, Some(&prepared.map), kernel);
+        let mut spec = spec(order, (NAME, &dir), &devices, Some(&prepared.map), kernel);
+        spec.mergeable = self.starter.merges(&order.domain);
         let vmm = self.starter.start(&clone_of(&spec, from)).await?;
         let standing_by = async {
             take_state(&vmm, from).await?;

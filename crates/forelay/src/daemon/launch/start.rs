@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use forelay_cache::Domain;
 use forelay_image::manifest::{Manifest, Scratch};
 use forelay_memory::command_hints::Hints;
 use forelay_memory::confine;
@@ -33,18 +34,26 @@ pub struct Starter {
     driver: Arc<QemuDriver>,
     confiner: Confiner,
     pub ports: Ports,
+    /// The trust domain whose VMs' memory the kernel may merge.
+    ksm: Option<Domain>,
     accelerator: Mutex<Option<String>>,
 }
 
 impl Starter {
-    /// Starts them with `driver`.
-    pub fn new(driver: Arc<QemuDriver>, confiner: Confiner) -> Self {
+    /// Starts them with `driver`; the kernel may merge the memory of one domain's.
+    pub fn new(driver: Arc<QemuDriver>, confiner: Confiner, ksm: Option<Domain>) -> Self {
         Self {
             driver,
             confiner,
             ports: Ports::default(),
+            ksm,
             accelerator: Mutex::default(),
         }
+    }
+
+    /// Whether the kernel may merge the memory of this domain's VMs.
+    pub fn merges(&self, domain: &Domain) -> bool {
+        self.ksm.as_ref() == Some(domain)
     }
 
     /// What VMs run under, as far as it is known.
@@ -171,7 +180,8 @@ impl Ports {
         Ok(forwards)
     }
 
-    fn free_port(&self, udp: bool) -> Result<u16, HostError> {
+    /// One that is free at this moment.
+    pub fn free_port(&self, udp: bool) -> Result<u16, HostError> {
         let mut next = self.next.lock();
         for _ in 0..10_000 {
             let port = (*next).max(FIRST_AUTO_PORT);

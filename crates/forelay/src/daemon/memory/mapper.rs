@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use forelay_cache::Domain;
+use forelay_image::bundle::Bundle;
 use forelay_image::component::ImageRef;
 use forelay_image::{ComponentId, Digest};
 use forelay_store::{ImageHold, Store};
@@ -56,6 +57,40 @@ impl Mapper {
             held.insert(digest, (map.image, holds));
         }
         self.add(&order.domain, order.devices.clone(), held).await
+    }
+
+    /// Makes the components' devices of a VM that was launched once reachable again.
+    pub async fn map_again(
+        &self,
+        order: &Order,
+        devices: &[DeviceRecord],
+    ) -> Result<Vec<DeviceRecord>, HostError> {
+        let store = &self.store;
+        let mut held = OpenImages::new();
+        for component in &order.lock.components {
+            let opened = store.hold_locked(component).await;
+            let (map, hold) = opened.map_err(HostError::failed)?;
+            held.insert(map.image.digest, (map.image, vec![hold]));
+        }
+        for device in devices {
+            let Some(bundle) = Bundle::new(&device.members) else {
+                continue;
+            };
+            let members = device.members.iter();
+            let holds = members.filter_map(|(image, _)| held.get(image));
+            let holds = holds.flat_map(|(_, holds)| holds.clone()).collect();
+            store.add_bundle(bundle).map_err(HostError::failed)?;
+            let map = store.open_image(device.image).await;
+            let map = map.map_err(HostError::failed)?;
+            held.insert(device.image, (map.image, holds));
+        }
+        let planned = devices.iter().map(|device| PlannedDevice {
+            image: device.image,
+            image_bytes: device.image_bytes,
+            label: device.component.clone(),
+            members: device.members.clone(),
+        });
+        self.add(&order.domain, planned.collect(), held).await
     }
 
     /// Makes a device that may be, or is about to be, attached reachable in a domain.

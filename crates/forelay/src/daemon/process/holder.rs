@@ -170,6 +170,7 @@ mod tests {
                 launch_slots: 0,
                 hotplug_bus: Default::default(),
                 hotplugged: Vec::new(),
+                can_be_saved: true,
             };
             state.write(&dir).unwrap();
         };

@@ -26,12 +26,14 @@ use futures_util::future::join_all;
 
 use super::health::Dependency;
 use super::startup::memory_settings;
+use crate::api::VmState;
 use crate::daemon::Host;
 use crate::daemon::error::HostError;
 use crate::daemon::launch::start::KILL_LIMIT;
 use crate::daemon::memory::journal::Replayed;
 use crate::daemon::vm::directory::RECORD;
 use crate::daemon::vm::instance::{Instance, VmData, VmEnd};
+use crate::daemon::vm::pause::settle;
 use crate::daemon::vm::registry::{Record, load_records};
 use crate::daemon::vm::service::kill_recorded;
 
@@ -75,6 +77,8 @@ pub async fn serve_mounts(host: &Arc<Host>, journalled: Replayed) -> Result<Inhe
         journalled,
     };
     let with_memory = inherited.records.iter();
+    // One that hibernates maps nothing.
+    let with_memory = with_memory.filter(|record| record.vm.state != VmState::Hibernated);
     let with_memory = with_memory.filter(|record| inherited.held.contains(&record.vm.domain));
     with_memory.clone().for_each(|record| reserve(host, record));
     let opened = join_all(with_memory.map(|record| open_files(host, record))).await;
@@ -246,6 +250,15 @@ pub fn list_vms(host: &Host, inherited: &Inherited) -> Vec<Arc<Instance>> {
 pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<Instance>>) {
     let taken_over = !inherited.records.is_empty() || inherited.journalled != Replayed::default();
     let held = &inherited.held;
+    let (hibernated, instances): (Vec<_>, Vec<_>) = instances
+        .into_iter()
+        .partition(|one| one.state() == VmState::Hibernated);
+    // What was made of them a moment before the daemon died has not run.
+    join_all(hibernated.iter().map(|one| async {
+        let dir = one.read(|vm| vm.runtime_dir.clone());
+        end_unknown(&dir).await;
+    }))
+    .await;
     let first = join_all(instances.iter().map(|instance| async {
         let vm = instance.vm();
         let runs = VmmState::read(&vm.runtime_dir).is_ok_and(|vmm| vmm.process.is_running());
@@ -289,6 +302,7 @@ pub async fn find_vms(host: Arc<Host>, inherited: Inherited, instances: Vec<Arc<
         }
     }
     for (instance, handle) in reattached {
+        tokio::spawn(settle(Arc::clone(&instance), handle.clone()));
         host.supervisor.resume(instance, handle);
     }
     if taken_over {
@@ -306,7 +320,7 @@ const HALF_RESUMED: &str = "the daemon ended while this VM was resuming from a s
 /// it resumed only after that.
 fn is_half_resumed(vm: &VmData) -> bool {
     let is_clone = vm.devices.iter().any(|device| device.memory);
-    is_clone && vm.launch.resumed.is_none()
+    is_clone && vm.launch.resumed.is_none() && vm.saved.is_none()
 }
 
 fn note_reattached(instance: &Instance, handle: &VmHandle) {
@@ -336,6 +350,7 @@ async fn keep_trying(host: Arc<Host>, instance: Arc<Instance>, mut why: String) 
         match attempt(&host, &before.runtime_dir, LATER_LIMIT).await {
             Attempt::Reattached(handle) => {
                 note_reattached(&instance, &handle);
+                tokio::spawn(settle(Arc::clone(&instance), handle.clone()));
                 return host.supervisor.resume(instance, handle);
             }
             Attempt::Ended(why) => return note_ended(&host, &instance, why).await,

@@ -3,6 +3,7 @@
 //!
 //! Refuses to know how a snapshot is made and how a VM resumes: `launch` does both.
 
+pub mod of_vm;
 pub mod origin;
 pub mod service;
 pub mod shelf;

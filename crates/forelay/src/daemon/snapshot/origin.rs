@@ -10,6 +10,7 @@ use forelay_image::snapshot::SnapshotOrigin;
 use forelay_vm::Accelerator;
 use forelay_vm::qemu::command_line::held_machine;
 
+use crate::daemon::memory::planner::now_ms;
 use crate::daemon::order::Order;
 
 /// How VMs run here.
@@ -53,6 +54,15 @@ pub fn origin(order: &Order, tier: Tier, runtime: &Runtime) -> SnapshotOrigin {
         accelerator: runtime.accelerator.to_string(),
         machine: Digest::of(machine.as_bytes()).hex(),
         vmm: runtime.vmm.clone(),
+        vm: None,
+    }
+}
+
+/// What the snapshot of a VM is made from that runs: like no other's, nor its own of another time.
+pub fn origin_of_running(order: &Order, runtime: &Runtime, vm: &str) -> SnapshotOrigin {
+    SnapshotOrigin {
+        vm: Some(format!("{vm} at {}", now_ms())),
+        ..origin(order, Tier::Ready, runtime)
     }
 }
 

@@ -38,6 +38,8 @@ pub struct Snapshots {
     pub registry: Arc<VmRegistry>,
     pub holders: Arc<dyn HoldsSnapshots>,
     pub shelves: tokio::sync::Mutex<BTreeMap<Domain, Arc<Shelf>>>,
+    /// Read by who makes the snapshot of a VM that nobody runs on yet.
+    pub saving: tokio::sync::RwLock<()>,
 }
 
 /// Who holds snapshots for launches that nobody has asked for yet.
@@ -59,7 +61,7 @@ pub struct Resumable {
 }
 
 /// What opening a snapshot came to.
-enum Opened {
+pub enum Opened {
     Here(Box<Resumable>),
     /// Nobody has read all of it since its files changed.
     Unverified,
@@ -108,7 +110,7 @@ impl Snapshots {
     }
 
     /// Those of all domains that have any.
-    async fn all_shelves(&self) -> Vec<Arc<Shelf>> {
+    pub async fn all_shelves(&self) -> Vec<Arc<Shelf>> {
         let mut shelves = Vec::new();
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
@@ -199,7 +201,7 @@ impl Snapshots {
     }
 
     /// Verifies one, unless that was done before.
-    async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), NotResumed> {
+    pub async fn verify(&self, shelf: &Shelf, kept: &Kept) -> Result<(), NotResumed> {
         let (map, _hold) = self.map_of(shelf, kept).await?;
         shelf.verify(kept, &map.locations.packs).await
     }
@@ -217,7 +219,7 @@ impl Snapshots {
     }
 
     /// Makes the memory of a snapshot reachable that was verified.
-    async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened, NotResumed> {
+    pub async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened, NotResumed> {
         let (map, image_hold) = self.map_of(shelf, &kept).await?;
         if !shelf.is_verified(kept.id, &map.locations.packs).await? {
             return Ok(Opened::Unverified);
@@ -309,15 +311,16 @@ impl Snapshots {
     }
 
     /// VMs that run on a snapshot's memory.
-    fn users(&self, kept: &Kept) -> Vec<String> {
+    pub fn users(&self, kept: &Kept) -> Vec<String> {
         let image = kept.component.image.digest;
         let uses = |vm: &crate::daemon::vm::instance::VmData| {
             vm.devices
                 .iter()
                 .any(|device| device.memory && device.image == image)
         };
-        let live = self.registry.live().into_iter();
-        let users = live.filter(|instance| instance.read(uses));
+        let all = self.registry.all().into_iter();
+        let exist = all.filter(|instance| !instance.state().has_ended());
+        let users = exist.filter(|instance| instance.read(uses));
         users.map(|instance| instance.name().to_owned()).collect()
     }
 
@@ -498,9 +501,10 @@ impl Snapshots {
     }
 }
 
-/// All but one, those that go first at first: what was set aside is of no use at all.
+/// All but one and those of VMs, those that go first at first: what was set aside is of no use at
+/// all.
 fn expendable(mut all: Vec<Kept>, but: ComponentId, now_ms: i64) -> Vec<Kept> {
-    all.retain(|one| one.id != but);
+    all.retain(|one| one.id != but && one.of.origin.vm.is_none());
     all.sort_by_key(|one| {
         // A date that is to come is of a clock that was wrong, and says nothing.
         let dates = [one.made_ms(), one.last_used_ms].into_iter();

@@ -203,6 +203,11 @@ impl Shelf {
         self.kept.lock().values().cloned().collect()
     }
 
+    /// The one with this id.
+    pub fn get(&self, id: ComponentId) -> Option<Kept> {
+        self.kept.lock().get(&id).cloned()
+    }
+
     /// The newest with this key that was not set aside.
     pub fn find(&self, key: Digest) -> Option<Kept> {
         let all = self.all().into_iter();
@@ -556,6 +561,7 @@ pub mod tests {
             accelerator: "tcg".into(),
             machine: "q35".into(),
             vmm: "7.2".into(),
+            vm: None,
         };
         of_origin(dir, (name, half), made_ms, origin)
     }

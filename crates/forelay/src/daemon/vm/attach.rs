@@ -20,7 +20,7 @@ use forelay_image::solve::relock;
 use forelay_store::Store;
 use forelay_vm::{AttachError, VmHandle};
 
-use crate::api::{AttachFigures, Vm, VmComponent};
+use crate::api::{AttachFigures, Vm, VmComponent, VmState};
 use crate::daemon::error::HostError;
 use crate::daemon::forecast::learning::Learner;
 use crate::daemon::memory::mapper::Mapper;
@@ -325,10 +325,23 @@ fn uuid(component: &LockedComponent) -> String {
 
 /// The VMM of a VM that runs.
 pub fn running(instance: &Instance) -> Result<VmHandle, HostError> {
-    instance.handle().ok_or_else(|| {
-        let (name, state) = (instance.name(), instance.state());
-        HostError::Busy(format!("VM {name} has no VMM to talk to: it is {state:?}"))
-    })
+    let (name, state) = (instance.name(), instance.state());
+    match (state, instance.handle()) {
+        (VmState::Paused | VmState::Hibernated, _) | (_, None) => {
+            Err(HostError::Busy(not_running(name, state)))
+        }
+        (_, Some(handle)) => Ok(handle),
+    }
+}
+
+fn not_running(name: &str, state: VmState) -> String {
+    match state {
+        VmState::Paused => format!("VM {name} is paused: `forelay resume {name}` lets it go on"),
+        VmState::Hibernated => {
+            format!("VM {name} hibernates: `forelay resume {name}` lets it go on")
+        }
+        _ => format!("VM {name} has no VMM to talk to: it is {state:?}"),
+    }
 }
 
 fn has(instance: &Instance, name: &str) -> bool {

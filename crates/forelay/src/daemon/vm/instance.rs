@@ -5,6 +5,7 @@
 //!     |           |          |         ^
 //!     |           +-> Unreachable ----+|
 //!     +---------------------------------+
+//! Running <-> Hibernated (no VMM) -> Ended
 //! ```
 //! `Started` is a VMM that nobody supervises: its launch has not handed it over, or an earlier
 //! daemon left it. Clients see a [`Vm`] made of this, a later daemon reads a [`Record`].
@@ -15,9 +16,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use forelay_cache::Domain;
-use forelay_image::NameError;
-use forelay_vm::{Forward, VmHandle};
+use forelay_image::{ComponentId, NameError};
+use forelay_vm::{Forward, SavedMachine, VmHandle};
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::api::{EventKind, LaunchFigures, Vm, VmComponent, VmState, Waits};
@@ -58,6 +60,25 @@ pub struct VmData {
     pub waits: Waits,
     /// Exit status of the entrypoint, once it ended.
     pub exit_status: Option<i32>,
+    /// Its CPUs stand still, as asked.
+    pub paused: bool,
+    /// How it was last saved whole, if it hibernates or goes on from that.
+    pub saved: Option<SavedRecord>,
+    /// The VM that it is a fork of.
+    pub forked_from: Option<String>,
+}
+
+/// A VM that was saved whole, as far as its memory image does not say it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedRecord {
+    /// The snapshot with its memory and the state of its devices.
+    pub snapshot: ComponentId,
+    /// The machine that it was saved on.
+    pub machine: SavedMachine,
+    /// The VMM and its version.
+    pub vmm: String,
+    /// What it ran under.
+    pub accelerator: String,
 }
 
 /// How far the guest has come.
@@ -105,14 +126,18 @@ enum VmStage {
         /// What it has touched, once observation has begun.
         observed: Option<Arc<Mutex<Observed>>>,
     },
+    /// No VMM, all of it saved.
+    Hibernated,
     /// No VMM any more.
     Ended(VmEnd),
 }
 
 impl VmStage {
-    fn state(&self) -> VmState {
+    fn state(&self, paused: bool) -> VmState {
         match self {
             Self::Launching => VmState::Launching,
+            Self::Hibernated => VmState::Hibernated,
+            Self::Started { .. } | Self::Running { .. } if paused => VmState::Paused,
             Self::Unreachable { .. } => VmState::Unreachable,
             Self::Started { guest, .. } | Self::Running { guest, .. } => match guest {
                 GuestStage::Booting => VmState::Booting,
@@ -129,6 +154,8 @@ impl VmStage {
             Self::Started { guest, .. }
             | Self::Unreachable { guest, .. }
             | Self::Running { guest, .. } => *guest,
+            // Only what is ready hibernates.
+            Self::Hibernated => GuestStage::Ready,
             Self::Launching | Self::Ended(_) => GuestStage::Booting,
         }
     }
@@ -137,7 +164,7 @@ impl VmStage {
         match self {
             Self::Started { pid, .. } | Self::Unreachable { pid, .. } => *pid,
             Self::Running { handle, .. } => Some(handle.pid()),
-            Self::Launching | Self::Ended(_) => None,
+            Self::Launching | Self::Hibernated | Self::Ended(_) => None,
         }
     }
 
@@ -148,13 +175,18 @@ impl VmStage {
             }
             Self::Ended(VmEnd::Failed { error }) => Some(error.clone()),
             Self::Ended(VmEnd::Stopped { note }) => note.clone(),
-            Self::Launching | Self::Started { .. } | Self::Running { .. } => None,
+            Self::Launching | Self::Started { .. } | Self::Running { .. } | Self::Hibernated => {
+                None
+            }
         }
     }
 
     /// What a record says of it; a VMM of it may have run since.
     fn recorded(vm: &Vm, pid: Option<u32>) -> Self {
         let guest = match vm.state {
+            VmState::Hibernated => return Self::Hibernated,
+            VmState::Paused if vm.launch.ready_s.is_some() => GuestStage::Ready,
+            VmState::Paused if vm.launch.mounted_s.is_some() => GuestStage::Mounted,
             VmState::Mounted => GuestStage::Mounted,
             VmState::Ready => GuestStage::Ready,
             _ => GuestStage::Booting,
@@ -165,12 +197,17 @@ impl VmStage {
 
 /// What there is to say of a VM that came to this stage.
 fn happening(data: &VmData, stage: &VmStage) -> Happening {
-    let state = stage.state();
+    let state = stage.state(data.paused);
     let (kind, message) = match state {
         VmState::Launching => (EventKind::Launching, "a launch was asked for".to_owned()),
         VmState::Booting => (EventKind::Started, "its VMM runs".to_owned()),
         VmState::Mounted => (EventKind::Mounted, "it has mounted its image".to_owned()),
         VmState::Ready => (EventKind::Ready, ready_message(&data.launch)),
+        VmState::Paused => (EventKind::Paused, "its CPUs stand still".to_owned()),
+        VmState::Hibernated => (
+            EventKind::Hibernated,
+            "it is kept as a snapshot of its own".to_owned(),
+        ),
         VmState::Unreachable => (EventKind::Unreachable, stage.error().unwrap_or_default()),
         VmState::Stopped => {
             let note = stage.error().unwrap_or_else(|| "it has stopped".to_owned());
@@ -207,6 +244,8 @@ pub struct Instance {
     cancel: watch::Sender<bool>,
     /// Held by the attach or detach under way.
     devices_change: tokio::sync::Mutex<()>,
+    /// Held by who watches over its VMM: one after the other, where it has several in its life.
+    watch: Arc<tokio::sync::Mutex<()>>,
     /// Where it is told what becomes of it.
     events: OnceLock<Events>,
 }
@@ -224,6 +263,7 @@ impl Instance {
             now: watch::Sender::new((data, stage)),
             cancel: watch::Sender::new(false),
             devices_change: tokio::sync::Mutex::default(),
+            watch: Arc::default(),
             events: OnceLock::new(),
         }
     }
@@ -270,6 +310,9 @@ impl Instance {
             launch: vm.launch,
             waits: vm.waits,
             exit_status: vm.exit_status,
+            paused: vm.state == VmState::Paused,
+            saved: record.saved,
+            forked_from: vm.forked_from,
         };
         Self::new(vm.name, data, stage)
     }
@@ -278,6 +321,11 @@ impl Instance {
     /// changes it and writes the record.
     pub async fn device_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.devices_change.lock().await
+    }
+
+    /// Waits until nobody watches over a VMM of it: what the end of one brings with it is done.
+    pub async fn watch_turn(&self) -> tokio::sync::OwnedMutexGuard<()> {
+        Arc::clone(&self.watch).lock_owned().await
     }
 
     /// Its name.
@@ -293,7 +341,8 @@ impl Instance {
 
     /// Its state as clients see it.
     pub fn state(&self) -> VmState {
-        self.now.borrow().1.state()
+        let (data, stage) = &*self.now.borrow();
+        stage.state(data.paused)
     }
 
     /// True while a VMM may exist.
@@ -320,12 +369,12 @@ impl Instance {
     /// Goes on to the stage that `next` makes of the one before, unless it has ended.
     fn go_on(&self, next: impl FnOnce(&VmStage) -> VmStage) {
         let mut changed = false;
-        self.now.send_if_modified(|(_, stage)| {
+        self.now.send_if_modified(|(data, stage)| {
             let ended = matches!(stage, VmStage::Ended(_));
             if !ended {
-                let before = stage.state();
+                let before = stage.state(data.paused);
                 *stage = next(stage);
-                changed = stage.state() != before;
+                changed = stage.state(data.paused) != before;
             }
             !ended
         });
@@ -349,6 +398,12 @@ impl Instance {
             guest: before.guest(),
             why,
         });
+    }
+
+    /// Its CPUs stand still from now on, or do so no longer.
+    pub fn pause(&self, paused: bool) {
+        self.update(|vm| vm.paused = paused);
+        self.tell();
     }
 
     /// Its VMM is supervised from now on.
@@ -378,6 +433,55 @@ impl Instance {
         if changed {
             self.tell();
         }
+    }
+
+    /// It is what was saved from now on, and its VMM nothing: on disk, or not at all.
+    pub fn hibernate(&self, saved: SavedRecord, devices: Vec<DeviceRecord>) -> std::io::Result<()> {
+        let mut before = None;
+        self.now.send_if_modified(|(data, stage)| {
+            let runs = matches!(stage, VmStage::Running { .. });
+            if runs {
+                let stage = std::mem::replace(stage, VmStage::Hibernated);
+                let devices = std::mem::replace(&mut data.devices, devices);
+                before = Some((stage, devices, data.saved.replace(saved)));
+            }
+            runs
+        });
+        let Some(before) = before else {
+            return Err(std::io::Error::other("it has ended meanwhile"));
+        };
+        self.save().inspect_err(|_| {
+            self.now.send_modify(|(data, stage)| {
+                (*stage, data.devices, data.saved) = before;
+            });
+            // Another part of this daemon may have written down what was not to be.
+            let _ = self.save();
+        })?;
+        self.tell();
+        Ok(())
+    }
+
+    /// It is what a VMM has that was made of what was saved; false if it does not hibernate.
+    pub fn wake(&self, pid: u32, devices: Vec<DeviceRecord>) -> bool {
+        let woken = self.now.send_if_modified(|(data, stage)| {
+            let hibernates = matches!(stage, VmStage::Hibernated);
+            if hibernates {
+                data.devices = devices;
+                let guest = GuestStage::Ready;
+                let pid = Some(pid);
+                *stage = VmStage::Started { pid, guest };
+            }
+            hibernates
+        });
+        if woken {
+            self.tell();
+        }
+        woken
+    }
+
+    /// Undoes [`Instance::wake`], where nothing has run since.
+    pub fn sleep_on(&self) {
+        self.go_on(|_| VmStage::Hibernated);
     }
 
     /// Its VMM is gone.
@@ -423,7 +527,7 @@ impl Instance {
     /// Waits until its state is another than now.
     pub async fn state_changed(&self) {
         let before = self.state();
-        let changed = |(_, stage): &(VmData, VmStage)| stage.state() != before;
+        let changed = |(data, stage): &(VmData, VmStage)| stage.state(data.paused) != before;
         // The sender lives in this instance.
         let _ = self.now.subscribe().wait_for(changed).await;
     }
@@ -466,7 +570,7 @@ impl Instance {
             profile: data.of.profile.clone(),
             owner: data.of.owner.clone(),
             domain: data.domain.as_str().to_owned(),
-            state: stage.state(),
+            state: stage.state(data.paused),
             pid: stage.pid(),
             launched_ms: data.launched_ms,
             forwards: data.forwards.clone(),
@@ -477,6 +581,7 @@ impl Instance {
             runtime_dir: data.runtime_dir.clone(),
             error: stage.error(),
             exit_status: data.exit_status,
+            forked_from: data.forked_from.clone(),
         }
     }
 
@@ -490,6 +595,7 @@ impl Instance {
             manifest: data.manifest.clone(),
             lock: data.lock.clone(),
             devices: data.devices.clone(),
+            saved: data.saved.clone(),
         })
     }
 
@@ -525,6 +631,9 @@ pub mod tests {
             launch: LaunchFigures::default(),
             waits: Waits::default(),
             exit_status: None,
+            paused: false,
+            saved: None,
+            forked_from: None,
         }
     }
 

@@ -18,7 +18,7 @@ use crate::daemon::forecast::forecasts::{LiveVm, LiveVms};
 use crate::daemon::memory::residency::RunningVmm;
 use crate::daemon::order::DeviceRecord;
 use crate::daemon::vm::directory::{RECORD, VmDir};
-use crate::daemon::vm::instance::{Instance, VmData, VmEnd};
+use crate::daemon::vm::instance::{Instance, SavedRecord, VmData, VmEnd};
 use crate::history::LaunchId;
 
 /// Ended instances that are still listed, so that `logs` and `ps --all` work.
@@ -43,6 +43,9 @@ pub struct Record {
     pub lock: String,
     /// pmem devices in slot order, map image first.
     pub devices: Vec<DeviceRecord>,
+    /// How it was saved whole, if it hibernates or goes on from that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<SavedRecord>,
 }
 
 /// All instances by name.
@@ -126,11 +129,7 @@ impl VmRegistry {
         make: impl FnOnce(&str) -> Result<VmData, HostError>,
     ) -> Result<Claim, HostError> {
         let mut table = self.table.lock();
-        if table.closed {
-            return Err(HostError::Busy(
-                "the daemon ends: nothing is launched".to_owned(),
-            ));
-        }
+        table.check_open()?;
         let name = match wanted {
             WantedName::Given(name) => name.to_owned(),
             WantedName::OfProfile(profile) => table.free_name(profile),
@@ -157,6 +156,20 @@ impl VmRegistry {
     pub fn keep_names(&self, unusable: Vec<UnusableRecord>) {
         let unknown = unusable.into_iter().map(|record| (record.name(), record));
         self.table.lock().unknown.extend(unknown);
+    }
+
+    /// Refuses to start a VM when none is to be any more.
+    pub fn check_open(&self) -> Result<(), HostError> {
+        self.table.lock().check_open()
+    }
+
+    /// Whether there may be VMs that cannot be known.
+    pub fn any_unknown(&self) -> bool {
+        let table = self.table.lock();
+        table
+            .unknown
+            .keys()
+            .any(|name| table.unknown(name).is_some())
     }
 
     /// Refuses launches from now on; returns the instances that live.
@@ -222,8 +235,19 @@ impl LiveVms for VmRegistry {
 }
 
 impl InstanceTable {
+    fn check_open(&self) -> Result<(), HostError> {
+        match self.closed {
+            true => Err(HostError::Busy(
+                "the daemon ends: nothing is launched".to_owned(),
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// The VM that has this name, and goes on.
     fn live(&self, name: &str) -> Option<&Arc<Instance>> {
-        self.instances.get(name).filter(|other| other.is_live())
+        let lives = |other: &&Arc<Instance>| !other.state().has_ended();
+        self.instances.get(name).filter(lives)
     }
 
     /// The record that keeps this name, while it is there.
@@ -266,7 +290,7 @@ impl InstanceTable {
         let ended = self
             .instances
             .values()
-            .filter(|instance| !instance.is_live());
+            .filter(|instance| instance.state().has_ended());
         let mut ended: Vec<_> = ended
             .map(|instance| (instance.read(|vm| vm.launched_ms), Arc::clone(instance)))
             .collect();

@@ -14,7 +14,7 @@ use crate::api::{Vm, VmState};
 use crate::daemon::error::HostError;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::waiting::{PendingWait, longest_waits};
-use crate::daemon::vm::instance::Instance;
+use crate::daemon::vm::instance::{Instance, VmEnd};
 use crate::daemon::vm::registry::VmRegistry;
 use crate::daemon::vm::supervise::Supervisor;
 
@@ -89,6 +89,9 @@ impl VmService {
     async fn stop_instance(&self, instance: &Instance) -> Result<(), HostError> {
         instance.cancel();
         let vm = instance.vm();
+        if vm.state == VmState::Hibernated {
+            return self.delete(instance).await;
+        }
         if vm.state == VmState::Unreachable {
             // It cannot be asked.
             let killed = kill_recorded(&vm.runtime_dir);
@@ -97,6 +100,10 @@ impl VmService {
         }
         // A launch that was handed over a moment ago cannot be cancelled any more.
         if let Some(handle) = instance.launched().await {
+            if vm.state == VmState::Paused && handle.unpause().await.is_ok() {
+                // It cannot end by itself while it stands still.
+                instance.pause(false);
+            }
             let stopping = async {
                 self.supervisor.scan_now(instance).await;
                 handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
@@ -105,6 +112,22 @@ impl VmService {
             };
             let stopped = tokio::time::timeout(STOP_GRACE + 2 * KILL_LIMIT, stopping).await;
             return stopped.unwrap_or_else(|_| Err(not_ended(&vm, None)));
+        }
+        Ok(())
+    }
+
+    /// Deletes a VM that hibernates; what it was saved as is for who keeps snapshots to remove.
+    async fn delete(&self, instance: &Instance) -> Result<(), HostError> {
+        let _turn = instance.device_turn().await;
+        if instance.state() != VmState::Hibernated {
+            let text = format!("VM {} goes on at this moment: try again", instance.name());
+            return Err(HostError::Busy(text));
+        }
+        instance.end(VmEnd::Stopped {
+            note: Some("it hibernated".to_owned()),
+        });
+        if let Ok(dir) = instance.dir() {
+            dir.clear();
         }
         Ok(())
     }

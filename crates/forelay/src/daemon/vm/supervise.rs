@@ -154,6 +154,7 @@ impl Supervisor {
         handle: VmHandle,
         mut launch: WatchedLaunch,
     ) {
+        let _watch = instance.watch_turn().await;
         let observed = self.observe_devices(&instance, handle.pid()).await;
         if launch.recorded {
             // What was touched before this daemon came is another daemon's to learn.
@@ -397,11 +398,15 @@ impl Supervisor {
         self.memory
             .tell(PlannerEvent::VmStopped(instance.name().into()));
         self.note_stopped(instance).await;
-        if let Ok(dir) = instance.dir() {
-            dir.clear();
-        }
         if let Some(groups) = &self.groups {
             groups.sweep();
+        }
+        if instance.state() == VmState::Hibernated {
+            // Its files are what it goes on with.
+            return;
+        }
+        if let Ok(dir) = instance.dir() {
+            dir.clear();
         }
         let failure = handle.progress().failure;
         let console = || handle.console_tail();
