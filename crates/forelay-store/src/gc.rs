@@ -33,6 +33,8 @@ pub struct GcOptions {
     /// How long something must have been condemned before it is deleted. Must exceed
     /// the longest publication.
     pub grace: Duration,
+    /// Changes nothing, and tells what a run would do.
+    pub dry_run: bool,
 }
 
 impl Default for GcOptions {
@@ -40,6 +42,7 @@ impl Default for GcOptions {
         Self {
             images_in_use: Vec::new(),
             grace: Duration::from_secs(24 * 3600),
+            dry_run: false,
         }
     }
 }
@@ -61,6 +64,11 @@ pub struct GcReport {
     pub freed_bytes: u64,
     /// Images and packs that were condemned and are live again.
     pub revived: u64,
+    /// Images and packs that nothing live refers to, whatever their age: what runs to come will
+    /// delete. Told by a dry run alone.
+    pub unused: u64,
+    /// Their bytes.
+    pub unused_bytes: u64,
 }
 
 /// Keys of objects by the digest in them.
@@ -69,7 +77,9 @@ type Objects = BTreeMap<Digest, Vec<String>>;
 impl Store {
     /// Collects garbage. The first run condemns, a run after the grace period deletes.
     pub async fn gc(&self, options: &GcOptions) -> Result<GcReport, StoreError> {
-        self.check_writable().await?;
+        if !options.dry_run {
+            self.check_writable().await?;
+        }
         let mut report = GcReport::default();
         // Listed before the roots: what is published meanwhile is not in these lists.
         let mut images = self.objects(layout::CHUNKS, &[".idx"]).await?;
@@ -82,9 +92,14 @@ impl Store {
         let mut live_images = self.root_images(&mut report).await?;
         live_images.extend(options.images_in_use.iter().map(|image| image.chunk_index));
         let mut live_packs = BTreeSet::new();
+        let mut used_packs: BTreeSet<Digest> = BTreeSet::new();
         for image in images.keys() {
             // Also of dead images: their packs fall when they have.
-            live_packs.extend(self.packs_of(*image).await?);
+            let packs = self.packs_of(*image).await?;
+            if live_images.contains(image) {
+                used_packs.extend(&packs);
+            }
+            live_packs.extend(packs);
         }
         report.live_images = images
             .keys()
@@ -98,8 +113,14 @@ impl Store {
         let sweep = Sweep {
             store: self,
             marks: &marks,
-            grace: options.grace,
+            options,
         };
+        if options.dry_run {
+            let is_used = |image: &Digest| live_images.contains(image);
+            sweep.add_unused(&images, is_used, &mut report).await?;
+            let is_used = |pack: &Digest| used_packs.contains(pack);
+            sweep.add_unused(&packs, is_used, &mut report).await?;
+        }
         // Locations before chunk indexes, so that half a deletion leaves no locations.
         for objects in images.values_mut() {
             objects.reverse();
@@ -165,10 +186,25 @@ impl Store {
 struct Sweep<'a> {
     store: &'a Store,
     marks: &'a Objects,
-    grace: Duration,
+    options: &'a GcOptions,
 }
 
 impl Sweep<'_> {
+    /// Adds what is not used to the report.
+    async fn add_unused(
+        &self,
+        objects: &Objects,
+        is_used: impl Fn(&Digest) -> bool,
+        report: &mut GcReport,
+    ) -> Result<(), StoreError> {
+        for (_, keys) in objects.iter().filter(|(digest, _)| !is_used(digest)) {
+            let found = self.inspect(keys).await?;
+            report.unused += 1;
+            report.unused_bytes += bytes(&found);
+        }
+        Ok(())
+    }
+
     async fn run(
         &self,
         objects: &Objects,
@@ -181,29 +217,37 @@ impl Sweep<'_> {
             match (is_live(digest), self.marks.contains_key(digest)) {
                 (true, false) => {}
                 (true, true) => {
-                    repository.delete(&mark).await?;
+                    if !self.options.dry_run {
+                        repository.delete(&mark).await?;
+                    }
                     report.revived += 1;
                 }
                 (false, false) => {
                     // Objects younger than the grace period may belong to a publication.
                     let found = self.inspect(keys).await?;
-                    if found.iter().flatten().all(|one| age(one) >= self.grace) {
-                        let put = repository.put_if_absent(&mark, Vec::new().into()).await?;
-                        report.condemned += u64::from(put == Put::Created);
+                    let is_old = |one: &Object| age(one) >= self.options.grace;
+                    if !found.iter().flatten().all(is_old) {
+                        continue;
                     }
+                    let put = match self.options.dry_run {
+                        true => Put::Created,
+                        false => repository.put_if_absent(&mark, Vec::new().into()).await?,
+                    };
+                    report.condemned += u64::from(put == Put::Created);
                 }
                 (false, true) => {
                     let found = self.inspect(keys).await?;
                     // A publisher may have taken the mark off since it was listed.
                     match repository.inspect(&mark).await {
-                        Ok(mark) if age(&mark) >= self.grace => {}
+                        Ok(mark) if age(&mark) >= self.options.grace => {}
                         _ => continue,
                     }
-                    for (key, object) in keys.iter().zip(found) {
-                        repository.delete(key).await?;
-                        report.freed_bytes += object.map_or(0, |one| one.bytes);
+                    for key in keys.iter().chain([&mark]) {
+                        if !self.options.dry_run {
+                            repository.delete(key).await?;
+                        }
                     }
-                    repository.delete(&mark).await?;
+                    report.freed_bytes += bytes(&found);
                     report.deleted += 1;
                 }
             }
@@ -223,6 +267,11 @@ impl Sweep<'_> {
         }
         Ok(found)
     }
+}
+
+/// Bytes of those that are there.
+fn bytes(found: &[Option<Object>]) -> u64 {
+    found.iter().flatten().map(|one| one.bytes).sum()
 }
 
 fn age(object: &Object) -> Duration {

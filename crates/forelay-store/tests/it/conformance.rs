@@ -260,6 +260,7 @@ async fn components_live(hosts: &Hosts<'_>) {
     let now = GcOptions {
         images_in_use: Vec::new(),
         grace: Duration::ZERO,
+        dry_run: false,
     };
     // Chunks, locations, then the pack that they named: each is condemned, then deleted.
     let mut deleted = 0;

@@ -1,5 +1,6 @@
 //! Garbage collection.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use forelay_store::gc::GcOptions;
@@ -11,6 +12,23 @@ fn at_once() -> GcOptions {
         grace: Duration::ZERO,
         ..GcOptions::default()
     }
+}
+
+/// All files of the repository.
+fn files(bench: &Bench) -> Vec<PathBuf> {
+    let mut pending = vec![bench.repository_path()];
+    let mut files = Vec::new();
+    while let Some(dir) = pending.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => pending.push(path),
+                false => files.push(path),
+            }
+        }
+    }
+    files.sort();
+    files
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -34,10 +52,28 @@ async fn what_nothing_refers_to_goes_in_two_steps() {
         ..at_once()
     };
     assert_eq!(store.gc(&in_use).await.unwrap().condemned, 0);
+    // What a run would do is told, as often as one asks, and not done.
+    let dry = GcOptions {
+        dry_run: true,
+        ..at_once()
+    };
+    let before = files(&bench);
+    let told = store.gc(&dry).await.unwrap();
+    assert_eq!((told.condemned, told.deleted), (1, 0), "{told:?}");
+    // The image and the pack that it has for itself; the other is the kept one's, too.
+    assert_eq!(told.unused, 2, "{told:?}");
+    assert!(told.unused_bytes > 100_000, "{told:?}");
+    assert_eq!(store.gc(&dry).await.unwrap(), told);
+    assert_eq!(files(&bench), before);
     // The locations hold the packs, so images go first.
     assert_eq!(store.gc(&at_once()).await.unwrap().condemned, 1);
+    let before = files(&bench);
+    let told = store.gc(&dry).await.unwrap();
+    assert_eq!((told.condemned, told.deleted), (0, 1), "{told:?}");
+    assert_eq!(files(&bench), before);
     let second = store.gc(&at_once()).await.unwrap();
-    assert_eq!(second.deleted, 1);
+    assert_eq!((second.deleted, second.unused), (1, 0));
+    assert_eq!(second.freed_bytes, told.freed_bytes);
     assert_eq!(store.gc(&at_once()).await.unwrap().condemned, 1);
     let last = store.gc(&at_once()).await.unwrap();
     assert!(last.deleted == 1 && last.freed_bytes > 100_000, "{last:?}");

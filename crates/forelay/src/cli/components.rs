@@ -600,15 +600,31 @@ impl Bar {
 }
 
 /// `forelay gc`. What this host's VMs have stays, also if its component was removed.
-pub async fn gc(config: &Config, json: bool) -> Result<()> {
+pub async fn gc(config: &Config, dry_run: bool, json: bool) -> Result<()> {
     let store = open_first_store(config).await?;
     let options = GcOptions {
         images_in_use: images_in_use(config, &store).await?,
+        dry_run,
         ..GcOptions::default()
     };
     let report = store.gc(&options).await?;
     if json {
         return output::json(&report);
+    }
+    if dry_run {
+        say!(
+            "{} components use {} images in {} packs; nothing refers to {} others ({}): a run now \
+             would delete {} ({}) and condemn {}, which the next run after the grace period deletes",
+            report.components,
+            report.live_images,
+            report.live_packs,
+            report.unused,
+            bytes(report.unused_bytes),
+            report.deleted,
+            bytes(report.freed_bytes),
+            report.condemned,
+        );
+        return Ok(());
     }
     say!(
         "{} components use {} images in {} packs; {} objects deleted ({}), {} condemned: the next \

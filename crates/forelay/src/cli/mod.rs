@@ -177,6 +177,9 @@ enum Command {
     Simulate(simulate::Arguments),
     /// Remove what no component references from the repository.
     Gc {
+        /// Only tell what would be done, and how much nothing refers to.
+        #[arg(long)]
+        dry_run: bool,
         #[arg(long)]
         json: bool,
     },
@@ -325,7 +328,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::History { profile, json, .. } => {
             inspect::history(client, profile.as_deref(), json).await?;
         }
-        Command::Gc { json } => components::gc(config, json).await?,
+        Command::Gc { dry_run, json } => components::gc(config, dry_run, json).await?,
         Command::Verify { json } => components::verify(config, json).await?,
         Command::Daemon { .. }
         | Command::InternalWorker { .. }

@@ -118,6 +118,7 @@ mod tests {
             let options = GcOptions {
                 images_in_use,
                 grace,
+                dry_run: false,
             };
             host.gc(&options).await.unwrap()
         };
