@@ -13,7 +13,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd as _;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -123,6 +123,7 @@ pub fn run<T>(start: Start) -> io::Result<T> {
         is_frozen: AtomicBool::new(false),
     });
     agent.note_step(|steps| &mut steps.agent_us);
+    let ends = agent.watch_entrypoint()?;
     let held = (hold == Some(Tier::Composed)).then(|| agent.prepare_hold(Tier::Composed));
     if held.is_none() {
         agent.send(GuestMessage::Mounted(mounted));
@@ -132,7 +133,7 @@ pub fn run<T>(start: Start) -> io::Result<T> {
     if let Some(files) = held {
         agent.wait_resumed(&files, &resumed);
     }
-    let started = agent.start_entrypoint();
+    let started = agent.start_entrypoint(ends);
     agent.note_step(|steps| &mut steps.entrypoint_us);
     agent.start_console()?;
     match started.and_then(|()| agent.wait_ready()) {
@@ -597,11 +598,11 @@ impl Agent {
     }
 
     /// Starts the entrypoint, if there is one; else says why it does not run.
-    fn start_entrypoint(self: &Arc<Self>) -> Result<(), String> {
+    fn start_entrypoint(&self, ends: Sender<ExitStatus>) -> Result<(), String> {
         let Run::Entrypoint(entrypoint) = &self.config.run else {
             return Ok(());
         };
-        let Err(error) = self.spawn_entrypoint(entrypoint) else {
+        let Err(error) = self.spawn_entrypoint(entrypoint, ends) else {
             return Ok(());
         };
         let text = format!("entrypoint {:?}: {error}", entrypoint.argv);
@@ -634,7 +635,24 @@ impl Agent {
         })
     }
 
-    fn spawn_entrypoint(self: &Arc<Self>, entrypoint: &Entrypoint) -> io::Result<()> {
+    /// Waits for the entrypoint's end, which is to be sent there. (Before it is started, and before
+    /// a VM is held: see [`Self::wait_resumed`].)
+    fn watch_entrypoint(self: &Arc<Self>) -> io::Result<Sender<ExitStatus>> {
+        let (ends, ended) = mpsc::channel();
+        let agent = Arc::clone(self);
+        thread("entrypoint", move || {
+            if let Ok(status) = ended.recv() {
+                agent.entrypoint_ended(status);
+            }
+        })?;
+        Ok(ends)
+    }
+
+    fn spawn_entrypoint(
+        &self,
+        entrypoint: &Entrypoint,
+        ends: Sender<ExitStatus>,
+    ) -> io::Result<()> {
         let Entrypoint {
             argv, cwd, user, ..
         } = entrypoint;
@@ -646,17 +664,11 @@ impl Agent {
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);
-        let (sender, ended) = mpsc::channel();
         let child = self.reaper.spawn(&mut command, move |status| {
-            let _ = sender.send(status);
+            let _ = ends.send(status);
         })?;
         let _ = self.entrypoint.set(child.id() as i32);
-        let agent = Arc::clone(self);
-        thread("entrypoint", move || {
-            if let Ok(status) = ended.recv() {
-                agent.entrypoint_ended(status);
-            }
-        })
+        Ok(())
     }
 
     fn entrypoint_ended(&self, status: ExitStatus) {

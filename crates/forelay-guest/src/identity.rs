@@ -277,4 +277,56 @@ mod tests {
         assert_eq!(with_name("127.0.0.1 localhost \n", "localhost", "b"), None);
         assert_eq!(with_name("127.0.0.1  x\n", "", "b"), None);
     }
+
+    #[test]
+    fn a_hook_that_hangs_is_ended_and_told_and_those_after_it_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let hook = |name: &str, script: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let ran = dir.path().join("ran");
+        let hooks = vec![
+            hook("10-hangs", "sleep 1000 & wait"),
+            hook("20-runs", &format!("echo > {}", ran.display())),
+            hook("30-fails", "exit 3"),
+        ];
+        let files = RootFiles {
+            hostname: OwnFile::make(dir.path().join("hostname").to_str().unwrap(), 0o644),
+            machine_ids: Vec::new(),
+            hosts: None,
+            before: String::new(),
+            host_keys: Vec::new(),
+            hooks,
+        };
+        let resume = Resume {
+            hostname: "web-1".to_owned(),
+            ..Resume::default()
+        };
+        let reaper = process::Reaper::start().unwrap();
+        let within = |command: &mut Command, limit: Duration| {
+            assert!(limit <= HOOK_LIMIT && HOOK_LIMIT < LIMIT);
+            // That of the first is over at once.
+            let hangs = command.get_program().to_string_lossy().ends_with("hangs");
+            let limit = if hangs {
+                Duration::from_millis(50)
+            } else {
+                limit
+            };
+            match process::run_within(&reaper, command, limit)? {
+                status if status.success() => Ok(()),
+                status => Err(io::Error::other(format!("{status:?}"))),
+            }
+        };
+        let mut failures = Vec::new();
+        files.set(&resume, &within, &mut failures);
+        assert!(ran.exists(), "{failures:?}");
+        let [hung, failed] = &failures[..] else {
+            panic!("{failures:?}")
+        };
+        assert!(hung.contains("10-hangs: it did not end within"), "{hung}");
+        assert!(failed.contains("30-fails"), "{failed}");
+    }
 }

@@ -155,6 +155,9 @@ pub struct SnapshotConfig {
     /// Most bytes on disk that the snapshots of one trust domain may take; the least useful go
     /// first.
     pub cap_bytes: u64,
+    /// Longest time that the VM of which a snapshot is made may take until it can be saved, in
+    /// seconds; it is ended then, and no snapshot is made.
+    pub maker_limit_s: f64,
 }
 
 /// VMM defaults.
@@ -197,13 +200,18 @@ impl Default for Config {
 impl RepositoryConfig {
     /// Longest time that the repository may take to answer: a millisecond to a day.
     pub fn timeout(&self) -> std::time::Duration {
-        let seconds = if self.timeout_s.is_finite() {
-            self.timeout_s.clamp(0.001, 86_400.0)
-        } else {
-            Self::default().timeout_s
-        };
-        std::time::Duration::from_secs_f64(seconds)
+        limit(self.timeout_s, Self::default().timeout_s)
     }
+}
+
+/// A time limit of so many seconds, within what makes sense.
+fn limit(seconds: f64, default: f64) -> std::time::Duration {
+    let seconds = if seconds.is_finite() {
+        seconds
+    } else {
+        default
+    };
+    std::time::Duration::from_secs_f64(seconds.clamp(0.001, 86_400.0))
 }
 
 impl Default for RepositoryConfig {
@@ -262,7 +270,15 @@ impl Default for SnapshotConfig {
             cpu_stall: 50.0,
             standby: 2,
             cap_bytes: 4 << 30,
+            maker_limit_s: 180.0,
         }
+    }
+}
+
+impl SnapshotConfig {
+    /// How long a maker's VM may take: a millisecond to a day.
+    pub fn maker_limit(&self) -> std::time::Duration {
+        limit(self.maker_limit_s, Self::default().maker_limit_s)
     }
 }
 

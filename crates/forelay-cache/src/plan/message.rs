@@ -184,6 +184,8 @@ pub enum PlannerEvent {
     /// Bytes leave shared memory, or the kernel has taken them. Of an eviction it is told
     /// before the bytes go, so that a fault that brings them back is told after it.
     Evicted(SharedExtent),
+    /// An image is gone for good, and its bytes with it: nothing had to leave for want of room.
+    Removed(SharedImage),
     /// An eviction has been carried out; its bytes may be back already.
     EvictionEnded(SharedExtent),
     /// Bytes are pinned now.

@@ -232,6 +232,7 @@ impl Planner {
             Event::Fetched(fetched) => return self.fetched(step, &fetched),
             Event::FetchEnded(ended) => return self.fetch_ended(step, ended),
             Event::Evicted(evicted) => return self.evicted(step, &evicted),
+            Event::Removed(image) => return self.removed(step, &image),
             Event::EvictionEnded(evicted) => self.eviction_ended(&evicted),
             Event::Pinned(pinned) => return step.table.pin(&pinned.image, pinned.extent),
             Event::Unpinned(pinned) => {
@@ -334,6 +335,14 @@ impl Planner {
         self.counters.reclaimed_bytes += (run.pages() - asked).bytes();
         self.ghosts.entry(image.clone()).or_default().insert(run);
         Ok(())
+    }
+
+    fn removed(&mut self, step: &mut Step<'_>, image: &SharedImage) -> Result<(), TableError> {
+        self.ghosts.remove(image);
+        match step.table.image_bytes(image) {
+            Some(bytes) => step.table.evict(image, Extent::new(0, bytes)).map(drop),
+            None => Ok(()),
+        }
     }
 
     fn eviction_ended(&mut self, evicted: &SharedExtent) {

@@ -17,6 +17,7 @@ mod explain;
 mod order;
 mod universe;
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use crate::component::{Component, ComponentId, NameRange, Role};
@@ -141,6 +142,15 @@ fn wants(manifest: &Manifest) -> Vec<Want> {
     wants
 }
 
+/// How components are preferred, those of one name from the newest on; of two builds of one version
+/// it is their ids that decide, as nothing says which is the newer.
+pub fn preference(a: &Component, b: &Component) -> Ordering {
+    let by_name = a.name.cmp(&b.name);
+    by_name
+        .then_with(|| version::compare(&b.version, &a.version))
+        .then_with(|| a.id().cmp(&b.id()))
+}
+
 fn resolve(
     manifest: &Manifest,
     available: &[Component],
@@ -148,12 +158,7 @@ fn resolve(
 ) -> Result<Lock, SolveError> {
     let wants = wants(manifest);
     let mut sorted: Vec<&Component> = available.iter().collect();
-    sorted.sort_by(|a, b| {
-        a.name
-            .cmp(&b.name)
-            .then_with(|| version::compare(&b.version, &a.version))
-            .then_with(|| a.id().cmp(&b.id()))
-    });
+    sorted.sort_by(|a, b| preference(a, b));
     sorted.dedup_by_key(|component| component.id());
     let universe = Universe::new(&sorted, previous).map_err(|problem| SolveError {
         problems: vec![problem],

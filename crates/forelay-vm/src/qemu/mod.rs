@@ -54,10 +54,38 @@ pub struct QemuDriver {
     pub accelerator: Option<Accelerator>,
     /// Where probe results are cached.
     pub state_dir: PathBuf,
-    /// What the program says of its version, once asked.
-    version: Arc<tokio::sync::OnceCell<String>>,
+    /// What the program says of its version, and which file said so.
+    version: Arc<tokio::sync::Mutex<Option<(ProgramStamp, String)>>>,
     /// Kernels are prepared one after the other: who asks for one that is being prepared waits.
     preparing: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// Which file a program is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ProgramStamp {
+    inode: u64,
+    bytes: u64,
+    changed_ns: (i64, i64),
+}
+
+impl ProgramStamp {
+    /// Of a program by its path or, as a shell finds it, by its name.
+    fn of(program: &Path) -> std::io::Result<Self> {
+        use std::os::unix::fs::MetadataExt as _;
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        let in_path = match program.components().count() {
+            1 => std::env::split_paths(&paths)
+                .map(|dir| dir.join(program))
+                .find(|path| path.is_file()),
+            _ => None,
+        };
+        let meta = in_path.as_deref().unwrap_or(program).metadata()?;
+        Ok(Self {
+            inode: meta.ino(),
+            bytes: meta.len(),
+            changed_ns: (meta.ctime(), meta.ctime_nsec()),
+        })
+    }
 }
 
 /// A kernel that is ready to be booted.
@@ -81,20 +109,24 @@ impl QemuDriver {
         }
     }
 
-    /// What QEMU says of its version; asked once, so a QEMU that was upgraded since is taken
-    /// for the old one until its snapshots do not restore.
+    /// What QEMU says of its version; asked again when its file is another.
     pub async fn version(&self) -> std::io::Result<String> {
-        let ask = || async {
-            let mut command = tokio::process::Command::new(&self.binary);
-            let output = output_within(command.arg("--version"), START).await?;
-            let text = String::from_utf8_lossy(&output.stdout);
-            let line = text.lines().next().unwrap_or_default().trim();
-            if !output.status.success() || line.is_empty() {
-                return Err(std::io::Error::other("QEMU does not say its version"));
-            }
-            Ok(line.to_owned())
-        };
-        self.version.get_or_try_init(ask).await.cloned()
+        let mut known = self.version.lock().await;
+        let stamp = ProgramStamp::of(&self.binary)?;
+        if let Some((of, version)) = &*known
+            && *of == stamp
+        {
+            return Ok(version.clone());
+        }
+        let mut command = tokio::process::Command::new(&self.binary);
+        let output = output_within(command.arg("--version"), START).await?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text.lines().next().unwrap_or_default().trim();
+        if !output.status.success() || line.is_empty() {
+            return Err(std::io::Error::other("QEMU does not say its version"));
+        }
+        *known = Some((stamp, line.to_owned()));
+        Ok(line.to_owned())
     }
 
     /// Finds out what VMs with this kernel run under and unpacks it, unless that was done
@@ -505,5 +537,33 @@ fn died(spec: &VmSpec, exit: Exit) -> LaunchError {
         name: spec.name.clone(),
         ended,
         output: file_tail(&spec.runtime_dir.join(LOG_FILE)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_qemu_that_was_upgraded_says_another_version() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut driver = QemuDriver::new(dir.path());
+        driver.binary = dir.path().join("qemu");
+        let install = |version: &str| {
+            let new = dir.path().join("new");
+            std::fs::write(&new, format!("#!/bin/sh\necho QEMU {version}\n")).unwrap();
+            let mode = std::fs::Permissions::from_mode(0o755);
+            std::fs::set_permissions(&new, mode).unwrap();
+            std::fs::rename(&new, &driver.binary).unwrap();
+        };
+        assert!(driver.version().await.is_err(), "there is none yet");
+        for version in ["7.2", "10.0"] {
+            install(version);
+            for _ in 0..2 {
+                assert_eq!(driver.version().await.unwrap(), format!("QEMU {version}"));
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! They work on the repository directly; a daemon that uses the same one sees what was
 //! published with its next launch.
 
+use std::cmp::Ordering;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use forelay_image::component::{Component, Role};
+use forelay_image::solve::preference;
 use forelay_import::base::BaseOptions;
 use forelay_import::dir::Ownership;
 use forelay_import::kernel::KernelOptions;
@@ -330,6 +332,9 @@ pub async fn make(
         if !quiet {
             say!("{}", told(one, &published, began));
         }
+        if let Some(text) = other_builds(&one.component, &store.components().await?) {
+            complain!("{text}");
+        }
         began = Instant::now();
     }
     let component = built.main.component;
@@ -343,6 +348,32 @@ pub async fn make(
         }
     }
     Ok(component)
+}
+
+/// What there is to say of other builds that are called like a component, such as a kernel with the
+/// guest agent of another Forelay: launches take one of them, which need not be the newer. (A
+/// container image takes the place of the one before it.)
+fn other_builds(built: &Component, all: &[Arc<Component>]) -> Option<String> {
+    let is_other = |one: &&Component| {
+        images::is_called(built, one) && one.id() != built.id() && one.container.is_none()
+    };
+    let others: Vec<&Component> = all.iter().map(|one| &**one).filter(is_other).collect();
+    let first = others.iter().copied().min_by(|a, b| preference(a, b))?;
+    let taken = match preference(built, first) {
+        Ordering::Greater => format!("that with the id {}, not this one", first.id()),
+        _ => "this one".to_owned(),
+    };
+    let remove = others.iter().map(|one| {
+        let id = one.id();
+        format!("\n  forelay component remove {id}")
+    });
+    Some(format!(
+        "{} {}: there are other builds of it; launches without a lock take {taken}. To be left with \
+         this one:{}",
+        built.name,
+        built.version,
+        remove.collect::<String>()
+    ))
 }
 
 /// What became of an image's layers.
@@ -668,5 +699,51 @@ pub async fn verify(config: &Config, json: bool) -> Result<()> {
             "{count} things are wrong in the repository: build or copy the components concerned \
              again"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forelay_image::Digest;
+    use forelay_image::component::ImageRef;
+    use forelay_image::manifest::Manifest;
+    use forelay_image::solve::solve;
+
+    use super::*;
+
+    fn build(name: &str, version: &str, role: Role, content: &str) -> Component {
+        let image = ImageRef {
+            digest: Digest::of(content.as_bytes()),
+            bytes: 4096,
+            metadata_bytes: 4096,
+            inodes: 1,
+            chunk_index: Digest::of(b"index"),
+        };
+        let architecture = forelay_import::host_architecture();
+        Component::new(name, version, role, architecture, image)
+    }
+
+    #[test]
+    fn another_build_of_a_version_is_told_with_the_one_that_launches_take() {
+        let kernel = |agent: &str| build("linux", "6.1", Role::Kernel, agent);
+        let (one, other) = (kernel("one agent"), kernel("another agent"));
+        let base = build("debian", "12", Role::Base, "base");
+        let newer = build("linux", "6.2", Role::Kernel, "one agent");
+        let all = [&base, &newer, &one].map(|one| Arc::new(one.clone()));
+        assert_eq!(other_builds(&one, &all), None, "itself alone");
+        assert_eq!(other_builds(&newer, &all), None);
+        let all = [&base, &one, &other].map(|one| Arc::new(one.clone()));
+        let known: Vec<Component> = all.iter().map(|one| (**one).clone()).collect();
+        let manifest = Manifest::parse("name = \"x\"\nbase = \"debian\"\n").unwrap();
+        let taken = solve(&manifest, &known).unwrap().kernel.id;
+        for (built, there) in [(&one, &other), (&other, &one)] {
+            let told = other_builds(built, &all).unwrap();
+            assert!(told.starts_with("linux 6.1: "), "{told}");
+            let removes = format!("forelay component remove {}", there.id());
+            assert!(told.contains(&removes), "{told}");
+            let is_taken = told.contains("launches without a lock take this one.");
+            assert_eq!(is_taken, built.id() == taken, "{told}");
+            assert_eq!(told.contains("not this one"), !is_taken, "{told}");
+        }
     }
 }

@@ -210,7 +210,7 @@ pub async fn replace(store: &Store, image: &Component) -> Result<()> {
 }
 
 /// True for components of one name and version for the same machines.
-fn is_called(one: &Component, other: &Component) -> bool {
+pub fn is_called(one: &Component, other: &Component) -> bool {
     let names = |one: &Component| (one.name.clone(), one.version.clone());
     names(one) == names(other) && one.architecture == other.architecture
 }

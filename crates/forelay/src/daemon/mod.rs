@@ -114,6 +114,7 @@ pub struct Host {
     supervisor: Arc<Supervisor>,
     snapshots: Arc<Snapshots>,
     preparations: Arc<Preparations>,
+    standby: Arc<tokio::sync::Mutex<StandbyStarter>>,
     launches: Arc<LaunchService>,
     attachments: AttachService,
     vms: VmService,
@@ -242,6 +243,7 @@ impl Parts {
         Arc::new(Maker {
             dir: self.config.makers_dir(),
             cap_bytes: self.config.snapshots.cap_bytes,
+            held_limit: self.config.snapshots.maker_limit(),
             composer: Arc::clone(&finder.composer),
             mapper: Arc::clone(mapper),
             starter: Arc::clone(&finder.starter),
@@ -341,6 +343,7 @@ impl Host {
         let snapshots = Arc::clone(&finder.snapshots);
         let launches = parts.launches(&mapper, &supervisor, &forecasts, &announced, &finder);
         let (accounts, maps) = (parts.accounts(&takeover), parts.maps());
+        let standby = Arc::clone(&preparer.standby);
         tokio::spawn(preparer.run(parts.likely));
         Self {
             started: Instant::now(),
@@ -377,6 +380,7 @@ impl Host {
             supervisor,
             snapshots,
             preparations: parts.preparations,
+            standby,
             launches,
         }
     }
@@ -389,6 +393,7 @@ impl Host {
                 forecasts: Arc::clone(&self.forecasts),
                 announced: Arc::clone(&self.announced),
                 mapper: Arc::clone(&self.mapper),
+                resumed: Arc::clone(&self.launches.finder) as _,
             };
             tokio::spawn(prefetch_loop.run());
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use forelay_cache::plan::{Eviction, PreparedLaunch, SharedExtent};
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
+use forelay_guest_protocol::snapshot::Tier;
 use forelay_image::lock::{Lock, LockedComponent};
 use forelay_image::manifest::Manifest;
 use forelay_image::{Component, Digest, Extent};
@@ -17,6 +18,7 @@ use forelay_import::BuiltComponent;
 use forelay_memory::mapping::FileMapping;
 use forelay_store::{DirectoryRepository, FetchConfig, Priority, Store, StoreConfig};
 use forelay_vm::qemu::QemuDriver;
+use forelay_vm::{Accelerator, GuestMemory};
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::api::accounts::MemoryAccounts;
@@ -26,13 +28,16 @@ use super::launch::compose::Composer;
 use super::launch::confinement::Confiner;
 use super::launch::find::SnapshotFinder;
 use super::launch::prepared::{Preparations, Preparer};
+use super::launch::restore::clone_of;
 use super::launch::standby::StandbyStarter;
-use super::launch::start::Starter;
+use super::launch::start::{self, Starter};
 use super::memory::executors::tests::told_of_eviction;
 use super::memory::mapper::Mapper;
 use super::order::{DeviceRecord, Order, PlannedDevice};
+use super::snapshot::origin::{Runtime, origin};
 use super::snapshot::service::Snapshots;
-use super::snapshot::shelf::tests::{damage_and_trust, sharing, snapshot};
+use super::snapshot::shelf::NotResumed;
+use super::snapshot::shelf::tests::{damage_and_trust, of_origin, sharing, snapshot};
 use super::spine_tests::{Spine, can_run, domain, publish_directory, until, walk};
 use super::vm::instance::{self, VmData, VmEnd};
 use super::vm::registry::{VmRegistry, WantedName};
@@ -40,6 +45,7 @@ use super::vm::service::VmService;
 use super::vm::supervise::Supervisor;
 use crate::api::VmState;
 use crate::config::Config;
+use crate::recipe::KernelFiles;
 
 impl Spine {
     fn mapper(&self) -> Arc<Mapper> {
@@ -542,6 +548,163 @@ async fn damaged_bytes_are_not_shared() {
             .read_image(image.digest, Extent::new(0, image.bytes), Priority::Demand);
     let written = std::fs::read(dir.join("second")).unwrap();
     assert!(reading.await.unwrap() == written[..], "wrong bytes");
+}
+
+#[test]
+fn privileged_a_launch_finds_the_latest_snapshot_that_is_its_own_and_right() {
+    if can_run("privileged_a_launch_finds_the_latest_snapshot_that_is_its_own_and_right") {
+        walk(snapshots_are_found());
+    }
+}
+
+async fn snapshots_are_found() {
+    let spine = Spine::start().await;
+    let (dir, snapshots, kernel) = (
+        spine.dir.path(),
+        spine.snapshots(),
+        spine.publish_kernel().await,
+    );
+    let order = |owner: &str, at: &str| {
+        let text =
+            format!("owner = \"{owner}\"\n[vm]\nmemory_mib = 32\n[snapshot]\nat = \"{at}\"\n");
+        order_of(&text, &kernel, &[&spine.component], 8)
+    };
+    let (web, other) = (order("me", "ready"), order("other", "ready"));
+    let runtime = Runtime {
+        accelerator: Accelerator::Tcg,
+        vmm: "a VMM".to_owned(),
+    };
+    assert!(!snapshots.any(&web), "nothing is made to look");
+    let shelf = snapshots.shelf(&domain()).await.unwrap();
+    let publish = async |tier: Tier| {
+        let origin = origin(&web, tier, &runtime);
+        let name = format!("at {}", tier.name());
+        let (component, image, chunks) = of_origin(dir, (&name, "both"), 1, origin);
+        let publishing = snapshots.publish(&shelf, &component, &image, &chunks);
+        publishing.await.unwrap()
+    };
+    publish(Tier::Kernel).await;
+    let composed = publish(Tier::Composed).await;
+    publish(Tier::Ready).await;
+    let best = async |order: &Order, runtime: &Runtime| {
+        let (found, problems) = snapshots.best(order, runtime).await.unwrap();
+        (found.map(|found| found.tier()), problems.join("; "))
+    };
+    let found = async |at: &str| best(&order("me", at), &runtime).await;
+    for tier in Tier::ALL {
+        assert_eq!(found(tier.name()).await, (Some(tier), String::new()));
+    }
+    assert_eq!(found("off").await, (None, String::new()));
+    assert!(!snapshots.any(&other), "another owner's launches see none");
+    assert_eq!(best(&other, &runtime).await, (None, String::new()));
+    let newer = Runtime {
+        vmm: "a newer VMM".to_owned(),
+        ..runtime.clone()
+    };
+    assert_eq!(best(&web, &newer).await, (None, String::new()));
+
+    let (resumed, _) = snapshots.best(&web, &runtime).await.unwrap();
+    let forecast = snapshots.memory_of(&web, &runtime).await.unwrap();
+    assert_eq!(forecast.image, resumed.unwrap().memory.image);
+    assert!(snapshots.memory_of(&web, &newer).await.is_none());
+
+    is_in_use(&spine, &snapshots, &web, &runtime).await;
+
+    // One that is wrong is passed over, for good.
+    let wrong = NotResumed::Snapshot(HostError::Failed("wrong".to_owned()));
+    assert!(snapshots.note_failure(&composed, &wrong).await);
+    assert_eq!(found("composed").await, (Some(Tier::Kernel), String::new()));
+
+    // Files that have changed are read before a VMM sees any of it.
+    let packs = dir.join("snapshots/me/repository/packs");
+    for pack in std::fs::read_dir(&packs).unwrap().flatten() {
+        let file = File::options().write(true).open(pack.path()).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH).unwrap();
+    }
+    let (none, problems) = found("kernel").await;
+    assert_eq!(
+        (none, &*problems),
+        (None, "the snapshot at kernel is not verified yet")
+    );
+    snapshots.verify_all().await;
+    assert_eq!(found("kernel").await, (Some(Tier::Kernel), String::new()));
+
+    // A disk that is gone for a while is told, and forgiven.
+    let away = dir.join("away");
+    std::fs::rename(&packs, &away).unwrap();
+    for _ in 0..5 {
+        let forecast = snapshots.memory_of(&web, &runtime).await;
+        assert!(forecast.is_none(), "and forecasts say nothing against it");
+    }
+    let (none, problems) = found("kernel").await;
+    assert_eq!(none, None);
+    assert!(problems.contains("cannot find"), "{problems}");
+    std::fs::rename(&away, &packs).unwrap();
+    assert_eq!(found("kernel").await, (Some(Tier::Kernel), String::new()));
+}
+
+/// One that a launch resumes from, or a VM runs on, is not removed; and what its clones are.
+async fn is_in_use(spine: &Spine, snapshots: &Arc<Snapshots>, web: &Order, runtime: &Runtime) {
+    let (found, _) = snapshots.best(web, runtime).await.unwrap();
+    let found = found.unwrap();
+    let (shelf, named) = snapshots.named(&found.kept.id.hex()[..16]).await.unwrap();
+    assert_eq!((named.id, found.tier()), (found.kept.id, Tier::Ready));
+    for prefix in ["", "sha256:", "no digest"] {
+        let refused = snapshots.named(prefix).await.err().unwrap();
+        assert!(matches!(refused, HostError::Invalid(_)), "{refused}");
+    }
+    let remove = async || match snapshots.remove(&shelf, &named).await {
+        Err(HostError::Busy(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    let why = remove().await;
+    assert!(why.contains("resuming"), "{why}");
+
+    let device = spine.mapper().map_images(web).await.unwrap().remove(0);
+    let kernel = KernelFiles {
+        kernel: "kernel".into(),
+        initrd: "initrd".into(),
+    };
+    let place = ("web-1", spine.dir.path());
+    let spec = start::spec(web, place, std::slice::from_ref(&device), None, kernel);
+    let clone = clone_of(&spec, &found);
+    let image = found.memory.path.clone();
+    assert!(matches!(clone.memory, GuestMemory::Snapshot { path } if path == image));
+    assert_eq!((clone.hold, clone.pmem.len()), (Some(Tier::Ready), 1));
+    let at_kernel = order_at_kernel(web);
+    let (of_kernel, _) = snapshots.best(&at_kernel, runtime).await.unwrap();
+    let clone = clone_of(&spec, &of_kernel.unwrap());
+    assert_eq!((clone.hold, clone.pmem.len()), (Some(Tier::Kernel), 0));
+
+    let claim = snapshots
+        .registry
+        .claim(WantedName::Given("web-1"), |name| {
+            Ok(VmData {
+                devices: vec![device, found.memory.clone()],
+                ..instance::tests::data(name, spine.dir.path())
+            })
+        });
+    let claim = claim.unwrap();
+    drop(found);
+    let why = remove().await;
+    assert!(
+        why.contains("web-1") && why.contains("stop them first"),
+        "{why}"
+    );
+    assert!(
+        shelf.find(named.of.origin.key()).is_some(),
+        "it is found again"
+    );
+    claim.end(VmEnd::Stopped { note: None });
+    snapshots.remove(&shelf, &named).await.unwrap();
+    assert!(shelf.find(named.of.origin.key()).is_none());
+}
+
+/// The same launch, if its manifest allowed the kernel's snapshot alone.
+fn order_at_kernel(order: &Order) -> Order {
+    let mut order = order.clone();
+    order.manifest.snapshot.at = Some(Tier::Kernel);
+    order
 }
 
 #[test]

@@ -284,6 +284,7 @@ fn privileged_what_breaks_one_vm_leaves_another_unharmed() {
     vanished(&host, &launch);
     unharmed();
     corrupt(&host, &launch);
+    built_again(&host);
     unharmed();
     vmm_dies_during_boot(&host);
     unharmed();
@@ -360,6 +361,37 @@ fn corrupt(host: &Host, launch: &dyn Fn(&str, &str, &[&str]) -> String) {
         assert!(said.stdout.contains(pack), "{}", said.stdout);
         replace(&packs[0], &sound);
     }
+}
+
+/// Two builds of one version: launches take one of them, and are told which.
+fn built_again(host: &Host) {
+    let build = |content: &str| {
+        let tree = host.dir().join(format!("again-{content}"));
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join("again"), content).unwrap();
+        let tree = tree.to_str().unwrap();
+        let words = ["component", "build", "--json", "--name", "again"];
+        let further = ["--component-version", "1", "--dir", tree];
+        let built = host.run(words.iter().chain(&further));
+        assert_eq!(built.code, Some(0), "{}", built.stderr);
+        let component: serde_json::Value = serde_json::from_str(&built.stdout).unwrap();
+        (component["id"].as_str().unwrap().to_owned(), built.stderr)
+    };
+    let (first, said) = build("one");
+    assert!(!said.contains("other builds"), "{said}");
+    let (second, said) = build("two");
+    let takes = match first < second {
+        true => format!("take that with the id {first}, not this one"),
+        false => "take this one".to_owned(),
+    };
+    assert!(said.contains(&takes), "{said}");
+    assert!(
+        said.contains(&format!("component remove {first}")),
+        "{said}"
+    );
+    host.ok(["component", "remove", &first]);
+    assert!(host.run(["component", "show", &first]).code != Some(0));
+    host.ok(["component", "show", &second]);
 }
 
 /// The VMM is killed before its VM is ready, which it never would be.

@@ -425,3 +425,104 @@ fn privileged_a_vmm_stands_by_for_the_launch_that_is_likely_and_outlives_no_daem
     assert_eq!(host.json(["memory"])["standby_vmms"], 0);
     assert!(host.vmms().is_empty());
 }
+
+#[test]
+fn privileged_a_daemon_that_is_stopped_while_it_makes_a_snapshot_leaves_nothing_of_it() {
+    let test = "privileged_a_daemon_that_is_stopped_while_it_makes_a_snapshot_leaves_nothing_of_it";
+    let Some(bench) = bench(test) else { return };
+    let mut host = Host::started(&bench, &Settings::default());
+    let (text, _) = web();
+    let manifest = host.write("web.toml", &text);
+    let making = host
+        .command(["snapshot", "create"])
+        .arg(&manifest)
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    host.until("the maker's VMM runs", |host| !host.vmms().is_empty());
+    assert_eq!(host.terminate(), Some(0));
+    let making = making.wait_with_output().unwrap();
+    assert!(!making.status.success());
+    assert!(host.vmms().is_empty(), "{:?}", host.vmms());
+    host.start();
+    assert_eq!(host.json(["snapshot", "list"]), serde_json::json!([]));
+}
+
+#[test]
+fn privileged_the_memory_of_a_likely_clone_is_there_before_it_is_asked_for() {
+    let test = "privileged_the_memory_of_a_likely_clone_is_there_before_it_is_asked_for";
+    let Some(bench) = bench(test) else { return };
+    let settings = Settings {
+        ahead: true,
+        ..Settings::default()
+    };
+    let mut host = Host::new(&bench, &settings);
+    // Without a VMM that stands by, which would ask for it before its launch does.
+    let config = host.dir().join("forelay.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let text = text.replace("[snapshots]\n", "[snapshots]\nstandby = 0\n");
+    std::fs::write(&config, text).unwrap();
+    host.start();
+    let (text, port) = web();
+    let manifest = host.write("web.toml", &text);
+    let path = manifest.to_str().unwrap();
+    host.json(["snapshot", "create", path]);
+    let fetches = |vm: &Value| {
+        assert_eq!(vm["launch"]["resumed"], "composed", "{}", vm["launch"]);
+        vm["launch"]["demand_fetches"].as_u64().unwrap()
+    };
+    let first = fetches(&served(&host, &manifest, "web", port));
+    host.until("its launch is learned", |host| {
+        host.json(["history", "web"])[0]["working_set_bytes"].as_u64() > Some(0)
+    });
+    host.ok(["stop", "web"]);
+    assert_eq!(host.terminate(), Some(0));
+
+    // All shared memory is lost with the daemon; nobody asks the next one for anything.
+    host.start();
+    let resident = |host: &Host| host.json(["memory"])["snapshot_resident_bytes"].as_u64();
+    host.until("its memory is loaded", |host| {
+        resident(host) > Some(4 << 20)
+    });
+    assert!(host.vmms().is_empty());
+    host.ok(["prefetch", "--wait", path]);
+    let loaded = resident(&host);
+    let second = fetches(&served(&host, &manifest, "web", port));
+    println!("demand fetches: {first} of the first clone, {second} of one that was forecast");
+    println!("{loaded:?} bytes of its memory were there");
+    assert!(second * 10 < first, "{second} of {first}");
+}
+
+#[test]
+fn privileged_a_clone_has_the_hosts_time_though_that_is_before_its_makers() {
+    let test = "privileged_a_clone_has_the_hosts_time_though_that_is_before_its_makers";
+    let Some(bench) = bench(test) else { return };
+    // VMs that boot have a clock of another time.
+    let settings = Settings {
+        vmm: Some(
+            "case \"$*\" in *-incoming*) ;; *) set -- \"$@\" -rtc base=2045-06-07T08:09:10;; esac\n\
+             exec $QEMU \"$@\"",
+        ),
+        ..Settings::default()
+    };
+    let host = Host::started(&bench, &settings);
+    let (text, port) = web();
+    let manifest = host.write("web.toml", &text);
+    let path = manifest.to_str().unwrap();
+    let now = || std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    for tier in ["kernel", "composed"] {
+        host.json(["snapshot", "create", "--at", tier, path]);
+        let clone = served(&host, &manifest, "web", port);
+        assert_eq!(clone["launch"]["resumed"], tier, "{}", clone["launch"]);
+        assert_eq!(clone["launch"]["notes"], Value::Null, "{clone}");
+        let before = now();
+        let told = host.sh("web", "date +%s; stat -c %Y /sys");
+        let told: Vec<u64> = told.lines().map(|line| line.parse().unwrap()).collect();
+        let [clock, booted] = told[..] else {
+            panic!("{told:?}")
+        };
+        assert!((before..=now()).contains(&clock), "{before} {clock}");
+        assert!(booted > clock, "its maker was ahead: {told:?}");
+        host.ok(["stop", "web"]);
+    }
+}

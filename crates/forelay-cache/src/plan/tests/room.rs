@@ -227,3 +227,23 @@ fn everything_pinned_under_pressure_frees_nothing_and_says_so() {
     assert_eq!((host.evictions, host.resident(1)), (0, 4 * MIB));
     assert_eq!(host.planner.counters().pressure_evicted_bytes, 0);
 }
+
+#[test]
+fn an_image_that_is_gone_for_good_takes_no_room_and_did_not_have_to_go() {
+    let mut host = Host::new(config(16));
+    fill(&mut host, 1, 2);
+    fill(&mut host, 2, 1);
+    let gone = shared(1);
+    assert!(host.resident(1) > 0);
+    let (resident, evictions) = (host.resident(2), host.evictions);
+    host.tell(PlannerEvent::Removed(gone.clone()));
+    assert_eq!((host.resident(1), host.resident(2)), (0, resident));
+    let counters = host.planner.counters();
+    assert_eq!(counters.reclaimed_bytes, 0, "nobody took it");
+    assert_eq!(host.evictions, evictions);
+    // One of the same name, later, is not one that had to be fetched again.
+    let extent = Extent::new(0, MIB);
+    host.tell(PlannerEvent::Fetched(SharedExtent::new(gone, extent)));
+    assert_eq!(host.planner.counters().refetched_bytes, 0);
+    host.tell(PlannerEvent::Removed(shared(99)));
+}

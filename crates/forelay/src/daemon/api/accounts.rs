@@ -174,7 +174,8 @@ impl MemoryAccounts {
         }
     }
 
-    /// What images are called, by the devices of the VMs that have or had them.
+    /// What images are called, by the devices of the VMs that have or had them, and what snapshots'
+    /// are that none has yet.
     fn labels(&self) -> HashMap<Digest, Label> {
         let mut labels = HashMap::new();
         let mut add = |device: &DeviceRecord| {
@@ -186,6 +187,16 @@ impl MemoryAccounts {
         };
         for instance in self.registry.all() {
             instance.read(|vm| vm.devices.iter().for_each(&mut add));
+        }
+        for memory in self.domains.all() {
+            for (image, component) in &*memory.snapshots.lock() {
+                let component = component.clone();
+                let snapshot = true;
+                labels.entry(*image).or_insert(Label {
+                    component,
+                    snapshot,
+                });
+            }
         }
         labels
     }

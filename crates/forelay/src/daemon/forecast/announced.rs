@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use forelay_cache::plan::ProfileForecast;
-use forelay_cache::{Domain, PlannerEvent, ProfileName};
+use forelay_cache::{DeviceImage, Domain, PlannerEvent, ProfileName};
 use forelay_image::PlannedExtent;
 use parking_lot::Mutex;
 
@@ -42,9 +43,19 @@ pub struct LaunchChance {
     pub at_ms: Option<i64>,
 }
 
-/// The forecast of an order's launch, for the planner.
+/// Says what launches will resume from.
+#[async_trait]
+pub trait ResumedMemory: Send + Sync {
+    /// The memory image that a launch of this order would go on from now, made reachable in
+    /// shared memory.
+    async fn memory_of(&self, order: &Order) -> Option<DeviceImage>;
+}
+
+/// The forecast of an order's launch, which will resume from `memory` if there is one, for the
+/// planner.
 pub fn profile_forecast(
     order: &Order,
+    memory: Option<DeviceImage>,
     chance: LaunchChance,
     working_set: Vec<PlannedExtent>,
 ) -> ProfileForecast {
@@ -53,7 +64,7 @@ pub fn profile_forecast(
         domain,
         profile,
         working_set,
-        devices: order.device_images(),
+        devices: order.device_images().into_iter().chain(memory).collect(),
         launch_probability: chance.probability,
         next_launch_ms: chance.at_ms,
     }
@@ -91,7 +102,7 @@ impl AnnouncedLaunches {
             probability: 0.0,
             at_ms: None,
         };
-        self.announce(profile_forecast(order, never, Vec::new()));
+        self.announce(profile_forecast(order, None, never, Vec::new()));
     }
 
     /// What the launch of a profile would be.

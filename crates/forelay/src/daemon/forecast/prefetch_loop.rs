@@ -16,7 +16,9 @@ use forelay_cache::{DeviceImage, Domain, PlannerEvent};
 use forelay_predict::arrivals::LaunchForecast;
 
 use crate::daemon::error::HostError;
-use crate::daemon::forecast::announced::{AnnouncedLaunches, LaunchChance, profile_forecast};
+use crate::daemon::forecast::announced::{
+    AnnouncedLaunches, LaunchChance, ResumedMemory, profile_forecast,
+};
 use crate::daemon::forecast::forecasts::{Catalogue, Forecasts, Need, Upcoming};
 use crate::daemon::forecast::models::model_key;
 use crate::daemon::memory::mapper::Mapper;
@@ -67,6 +69,7 @@ pub struct PrefetchLoop {
     pub forecasts: Arc<Forecasts>,
     pub announced: Arc<AnnouncedLaunches>,
     pub mapper: Arc<Mapper>,
+    pub resumed: Arc<dyn ResumedMemory>,
 }
 
 impl PrefetchLoop {
@@ -150,7 +153,12 @@ impl PrefetchLoop {
             probability: launch.probability,
             at_ms: Some(self.forecasts.learner.clock().wall_ms(launch.expected_at)),
         };
-        let forecast = profile_forecast(order, chance, upcoming.working_set());
+        let memory = self.resumed.memory_of(order).await;
+        // First: a clone needs its own memory before anything else.
+        let images: Vec<_> = memory.iter().map(|one| one.image).collect();
+        let mut working_set = self.forecasts.learner.plan(&order.of, &images);
+        working_set.extend(upcoming.working_set());
+        let forecast = profile_forecast(order, memory, chance, working_set);
         self.announced.offer(order);
         if let Some(before) = before.filter(|(before, _)| is_same(before, &forecast)) {
             return Ok(before);

@@ -2,7 +2,9 @@
 //!
 //! A launch is handed here if its next one could resume from a later snapshot than it did, which
 //! may be none. Once its VM is ready, its profile has been launched before, memory is plentiful,
-//! the CPUs have time and no other launch is under way, what its next launch will look for is made.
+//! the CPUs have time and no other launch is under way, what its next launch will look for is made:
+//! of all that wait, first what saves most seconds for the bytes that it takes, and nothing that
+//! saves too few.
 //!
 //! Refuses to be in anybody's way: whatever fails is logged, and tried again later and later. And
 //! to start a program that nobody asked for: a snapshot at `ready` is left to its owner.
@@ -23,6 +25,7 @@ use crate::api::VmState;
 use crate::daemon::error::HostError;
 use crate::daemon::forecast::announced::ProfileId;
 use crate::daemon::forecast::learning::Learner;
+use crate::daemon::forecast::models::model_key;
 use crate::daemon::launch::maker::Maker;
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::order::Order;
@@ -38,6 +41,16 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const STARTING_LIMIT_MS: i64 = 60_000;
 /// Launches that wait here, and as many again on their way: more are left to their next time.
 pub const MOST_WAITING: usize = 256;
+/// The least that a snapshot is to save: seconds a day for each MiB on disk.
+const LEAST_SAVED: f64 = 0.02;
+/// What one takes on disk, as far as nothing is known of it.
+const USUAL_BYTES: u64 = 16 << 20;
+/// What of a launch's time the next one saves: of a boot, and of a resume from an earlier tier.
+const SAVED_OF_BOOT: f64 = 0.7;
+const SAVED_OF_RESUME: f64 = 0.3;
+/// Within which time launches are forecast to find out how many there will be.
+const RATE_HORIZON_S: f64 = 3600.0;
+const DAY_S: f64 = 86_400.0;
 /// Until the same snapshot is made a second time; twice as long for each time more.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
 const AGAIN_AFTER_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -87,10 +100,19 @@ impl SnapshotsAhead {
         if !self.is_quiet() {
             return;
         }
-        let Some(launch) = waiting.take(now_ms()) else {
+        let (now, learner) = (self.learner.clock().now(), &self.learner);
+        let next = learner.next_launches(now, RATE_HORIZON_S, 0.0);
+        let a_day = |launch: &Improvable| {
+            let key = model_key(&launch.order.of);
+            let forecast = next.iter().find(|one| one.profile == key);
+            launches_a_day(forecast.map_or(0.0, |one| one.probability))
+        };
+        let saved = |launch: &Improvable| saved_a_day(launch, a_day(launch));
+        let Some(launch) = waiting.take(now_ms(), saved) else {
             return;
         };
-        if !self.will_return(&launch).await {
+        let mib = USUAL_BYTES as f64 / f64::from(1 << 20);
+        if saved(&launch) < LEAST_SAVED * mib || !self.will_return(&launch).await {
             return;
         }
         match self.make_next(&launch.order, attempts).await {
@@ -148,6 +170,25 @@ pub fn is_quiet(registry: &VmRegistry, memory: &PlannerHandle, cpu_stall: f64) -
         && stall <= cpu_stall
 }
 
+/// Launches of a profile a day, if one within the forecast's horizon is so likely. What is
+/// launched again comes at least once, for all that is known.
+fn launches_a_day(probability: f64) -> f64 {
+    let in_horizon = -(1.0 - probability.clamp(0.0, 0.999)).ln();
+    (in_horizon * DAY_S / RATE_HORIZON_S).max(1.0)
+}
+
+/// Seconds a day that launches like this one would save.
+fn saved_a_day(launch: &Improvable, launches: f64) -> f64 {
+    let (ready_s, resumed) = launch
+        .instance
+        .read(|vm| (vm.launch.ready_s, vm.launch.resumed));
+    let share = match resumed {
+        None => SAVED_OF_BOOT,
+        Some(_) => SAVED_OF_RESUME,
+    };
+    ready_s.unwrap_or(0.0) * share * launches
+}
+
 fn is_starting(instance: &Instance, now_ms: i64) -> bool {
     let state = instance.state();
     let launched_ms = instance.read(|vm| vm.launched_ms);
@@ -169,11 +210,12 @@ impl WaitingLaunches {
         }
     }
 
-    /// One whose VM has come as far as it will.
-    fn take(&mut self, now_ms: i64) -> Option<Improvable> {
-        let mut all = self.0.iter();
-        let settled = all.find(|(_, one)| !is_starting(&one.instance, now_ms));
-        let id = settled.map(|(id, _)| id.clone())?;
+    /// Of those whose VM has come as far as it will, the one that saves most.
+    fn take(&mut self, now_ms: i64, saved: impl Fn(&Improvable) -> f64) -> Option<Improvable> {
+        let all = self.0.iter();
+        let settled = all.filter(|(_, one)| !is_starting(&one.instance, now_ms));
+        let best = settled.max_by(|(_, a), (_, b)| saved(a).total_cmp(&saved(b)));
+        let id = best.map(|(id, _)| id.clone())?;
         self.0.remove(&id)
     }
 }
@@ -241,16 +283,45 @@ mod tests {
         waiting.add(launch("hangs", "a", 0));
         waiting.add(launch("web", "b", 50_000));
         waiting.add(launch("web-2", "b", 55_000));
-        assert!(waiting.take(59_999).is_none(), "both may get ready");
+        assert!(
+            waiting.take(59_999, |_| 1.0).is_none(),
+            "both may get ready"
+        );
         let name = |launch: Option<Improvable>| launch.unwrap().instance.name().to_owned();
-        assert_eq!(name(waiting.take(60_000)), "hangs");
-        assert!(waiting.take(60_000).is_none());
-        assert_eq!(name(waiting.take(115_000)), "web-2");
-        assert!(waiting.take(i64::MAX).is_none());
+        assert_eq!(name(waiting.take(60_000, |_| 1.0)), "hangs");
+        assert!(waiting.take(60_000, |_| 1.0).is_none());
+        assert_eq!(name(waiting.take(115_000, |_| 1.0)), "web-2");
+        assert!(waiting.take(i64::MAX, |_| 1.0).is_none());
         for number in 0..=MOST_WAITING {
             waiting.add(launch("web", &format!("p{number}"), 0));
         }
         assert_eq!(waiting.0.len(), MOST_WAITING);
+    }
+
+    #[test]
+    fn what_saves_most_is_made_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let launch = |profile: &str, ready_s, resumed| {
+            let mut data = data(profile, dir.path());
+            (data.launch.ready_s, data.launch.resumed) = (Some(ready_s), resumed);
+            Improvable {
+                order: order(profile, "", "base"),
+                instance: Arc::new(Instance::launching(profile, data)),
+            }
+        };
+        let mut waiting = WaitingLaunches::default();
+        waiting.add(launch("booted", 2.0, None));
+        waiting.add(launch("resumed", 2.0, Some(Tier::Kernel)));
+        waiting.add(launch("slow", 9.0, None));
+        waiting.add(launch("frequent", 2.0, None));
+        let saved = |one: &Improvable| {
+            let often = one.instance.name() == "frequent";
+            saved_a_day(one, launches_a_day(if often { 0.9 } else { 0.0 }))
+        };
+        let names = std::iter::from_fn(|| waiting.take(i64::MAX, saved));
+        let names: Vec<String> = names.map(|one| one.instance.name().to_owned()).collect();
+        assert_eq!(names, ["frequent", "slow", "booted", "resumed"]);
+        assert!(launches_a_day(1.0).is_finite());
     }
 
     #[test]

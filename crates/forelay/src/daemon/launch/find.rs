@@ -5,8 +5,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
+use forelay_cache::DeviceImage;
+
 use crate::daemon::error::HostError;
+use crate::daemon::forecast::announced::ResumedMemory;
 use crate::daemon::launch::compose::Composer;
+use crate::daemon::launch::prefetch::device_of;
 use crate::daemon::launch::start::Starter;
 use crate::daemon::order::Order;
 use crate::daemon::snapshot::origin::Runtime;
@@ -50,5 +55,18 @@ impl SnapshotFinder {
     async fn runtime(&self, order: &Order) -> Result<Runtime, HostError> {
         let kernel = self.composer.kernel(&order.lock.kernel).await?;
         self.starter.runtime(&kernel.kernel).await
+    }
+}
+
+#[async_trait]
+impl ResumedMemory for SnapshotFinder {
+    async fn memory_of(&self, order: &Order) -> Option<DeviceImage> {
+        if !self.snapshots.any(order) {
+            return None;
+        }
+        let runtime = self.runtime(order).await.ok()?;
+        let finding = self.snapshots.memory_of(order, &runtime);
+        let memory = tokio::time::timeout(FIND_LIMIT, finding).await.ok()??;
+        Some(device_of(&memory))
     }
 }

@@ -43,8 +43,6 @@ use crate::recipe::KernelFiles;
 /// How memory images are cut. Measured on the memory of `examples/web.toml` at two tiers: see
 /// ARCHITECTURE.md.
 const CHUNK_BYTES: u32 = 64 << 10;
-/// How long a maker's VM may take until it is held.
-const HELD_LIMIT: Duration = Duration::from_secs(180);
 /// Name of the maker's VM; there is one.
 const NAME: &str = "maker";
 /// What a maker takes besides its guest's memory, and what is left to others.
@@ -54,6 +52,8 @@ const BESIDE_BYTES: u64 = 256 << 20;
 pub struct Maker {
     pub dir: PathBuf,
     pub cap_bytes: u64,
+    /// How long a VM may take until it is held.
+    pub held_limit: Duration,
     pub composer: Arc<Composer>,
     pub mapper: Arc<Mapper>,
     pub starter: Arc<Starter>,
@@ -186,7 +186,7 @@ impl Maker {
         let held = async {
             let handle = vmm.handle();
             handle
-                .wait_held(HELD_LIMIT)
+                .wait_held(self.held_limit)
                 .await
                 .map_err(HostError::failed)?;
             handle.save().await.map_err(HostError::failed)

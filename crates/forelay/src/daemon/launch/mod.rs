@@ -213,8 +213,11 @@ impl LaunchService {
             .resolve(&request.manifest, request.lock.as_deref());
         let order = Arc::new(resolving.await?);
         let devices = self.mapper.map_images(&order).await?;
-        let plan = self.prefetcher.plan(&order, None, request.mode);
-        self.prefetcher.announce(&order, &plan);
+        let found = self.finder.open(&order).await;
+        let from = found.ok().and_then(|(from, _)| from);
+        let memory = from.as_ref().map(|from| &from.memory);
+        let plan = self.prefetcher.plan(&order, memory, request.mode);
+        self.prefetcher.announce(&order, memory, &plan);
         if request.wait {
             let waiting = self
                 .prefetcher

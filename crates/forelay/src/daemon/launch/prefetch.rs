@@ -77,11 +77,8 @@ impl LaunchPrefetcher {
         memory: Option<&DeviceRecord>,
         plan: &PrefetchPlan,
     ) {
-        let memory = memory.map(|one| DeviceImage {
-            image: one.image,
-            image_bytes: one.image_bytes,
-        });
-        let devices = order.device_images().into_iter().chain(memory);
+        let devices = order.device_images().into_iter();
+        let devices = devices.chain(memory.map(device_of));
         let requested = LaunchRequested {
             vm: vm.into(),
             domain: order.domain.clone(),
@@ -92,14 +89,20 @@ impl LaunchPrefetcher {
         self.memory.tell(PlannerEvent::LaunchRequested(requested));
     }
 
-    /// Tells the planner that a launch is certain, and when: now.
-    pub fn announce(&self, order: &Arc<Order>, plan: &PrefetchPlan) {
+    /// Tells the planner that a launch, which will resume from `memory` if there is one, is
+    /// certain, and when: now.
+    pub fn announce(&self, order: &Arc<Order>, memory: Option<&DeviceRecord>, plan: &PrefetchPlan) {
         let certain = LaunchChance {
             probability: 1.0,
             at_ms: Some(now_ms()),
         };
         self.announced.offer(order);
-        let forecast = profile_forecast(order, certain, plan.working_set.clone());
+        let forecast = profile_forecast(
+            order,
+            memory.map(device_of),
+            certain,
+            plan.working_set.clone(),
+        );
         self.announced.announce(forecast);
     }
 
@@ -209,6 +212,14 @@ impl LaunchPrefetcher {
             };
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+}
+
+/// A device as the planner names it.
+pub fn device_of(record: &DeviceRecord) -> DeviceImage {
+    DeviceImage {
+        image: record.image,
+        image_bytes: record.image_bytes,
     }
 }
 

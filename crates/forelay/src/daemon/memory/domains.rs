@@ -38,6 +38,9 @@ pub struct DomainMemory {
     pub shared: SharedMemory,
     /// Whose bytes the pages of its files are.
     origins: Origins,
+    /// Its images that are the memory of snapshots, and what they are called: a forecast may have
+    /// loaded them for VMs that there are not yet.
+    pub snapshots: Mutex<BTreeMap<Digest, String>>,
 }
 
 impl DomainMemory {
@@ -232,6 +235,7 @@ impl Domains {
             domain: domain.clone(),
             shared,
             origins: Origins::open(origins).map_err(HostError::failed)?,
+            snapshots: Mutex::default(),
         });
         table.insert(domain.clone(), Arc::clone(&memory));
         Ok(memory)

@@ -30,6 +30,8 @@ const RETRY_EVERY: Duration = Duration::from_secs(5);
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// Descriptors that a worker may have, if the system allows so many.
 const DESCRIPTORS: u64 = 16_384;
+/// How long a stop waits for a VMM that is being started for nobody.
+const STANDBY_LIMIT: Duration = Duration::from_secs(5);
 /// How long a stop waits for VMs that are still being found.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -134,6 +136,12 @@ async fn finish(host: &Arc<Host>, socket: &Path, end: End) -> Result<()> {
     // The VMs to be stopped, or to be learned from, are known only then.
     let _ = tokio::time::timeout(SETTLE_LIMIT, host.settled()).await;
     host.preparations.close().await;
+    // What was being started to stand by is let go of as soon as it does.
+    let standby = Arc::clone(&host.standby);
+    let clearing = tokio::task::spawn_blocking(move || standby.blocking_lock().clear());
+    if tokio::time::timeout(STANDBY_LIMIT, clearing).await.is_err() {
+        tracing::warn!("a VMM that was started for nobody is left to the next daemon");
+    }
     match end {
         End::Stop => {
             tracing::info!("stopping all VMs");

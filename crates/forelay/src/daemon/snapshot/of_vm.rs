@@ -23,7 +23,7 @@ impl Snapshots {
             HostError::Failed(format!("what it was saved as is damaged: {error}"))
         })?;
         match self.open(&shelf, kept).await? {
-            Opened::Here(found) => Ok(*found),
+            Opened::Here(found) => Ok(found),
             Opened::Unverified | Opened::Unreachable => Err(HostError::Failed(
                 "what it was saved as cannot be reached at this moment: try again".to_owned(),
             )),
@@ -48,10 +48,6 @@ impl Snapshots {
     /// Removes those that no VM is made of.
     pub async fn remove_unused(&self) {
         let _nobody_saves = self.saving.write().await;
-        if self.registry.any_unknown() {
-            // One of them may hibernate.
-            return;
-        }
         for shelf in self.all_shelves().await {
             let of_vms = shelf.all().into_iter();
             for kept in of_vms.filter(|one| one.of.origin.vm.is_some()) {

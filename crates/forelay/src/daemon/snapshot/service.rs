@@ -10,10 +10,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use forelay_cache::plan::SharedExtent;
 use forelay_cache::{Domain, PlannerEvent, SharedImage};
 use forelay_guest_protocol::snapshot::Tier;
-use forelay_image::{ChunkIndex, Component, ComponentId, Digest, Extent};
+use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
 use forelay_store::{ImageHold, ImageMap, Priority, Store};
 
 use crate::api::{self, EventKind};
@@ -25,6 +24,7 @@ use crate::daemon::order::{DeviceRecord, Order};
 use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
 use crate::daemon::snapshot::shelf::{Kept, NotResumed, Shelf};
 use crate::daemon::vm::registry::VmRegistry;
+use crate::host_stats::HostStats;
 
 /// See the module's header.
 pub struct Snapshots {
@@ -61,8 +61,8 @@ pub struct Resumable {
 }
 
 /// What opening a snapshot came to.
-pub enum Opened {
-    Here(Box<Resumable>),
+pub enum Opened<T> {
+    Here(T),
     /// Nobody has read all of it since its files changed.
     Unverified,
     /// It was removed a moment ago, or its domain's mount is one that an earlier version made.
@@ -141,11 +141,11 @@ impl Snapshots {
         for kept in self.candidates(&shelf, order, runtime) {
             let tier = kept.of.origin.tier;
             match self.open(&shelf, kept.clone()).await {
-                Ok(Opened::Here(found)) => return Ok((Some(*found), problems)),
+                Ok(Opened::Here(found)) => return Ok((Some(found), problems)),
                 Ok(Opened::Unverified) => {
                     let name = tier.name();
                     problems.push(format!("the snapshot at {name} is not verified yet"));
-                    self.verify_later(&shelf, kept);
+                    self.verify_later(&shelf, kept, |_| true);
                 }
                 Ok(Opened::Unreachable) => break,
                 Err(error) => {
@@ -155,6 +155,27 @@ impl Snapshots {
             }
         }
         Ok((None, problems))
+    }
+
+    /// The memory image that a launch would go on from now, made reachable. Asked again and again,
+    /// so it counts against none that it cannot be opened, or verified, at this moment.
+    pub async fn memory_of(
+        self: &Arc<Self>,
+        order: &Order,
+        runtime: &Runtime,
+    ) -> Option<DeviceRecord> {
+        let shelf = self.shelf(&order.domain).await.ok()?;
+        for kept in self.candidates(&shelf, order, runtime) {
+            match self.reach(&shelf, &kept).await {
+                Ok(Opened::Here((memory, _))) => return Some(memory),
+                Ok(Opened::Unverified) => self.verify_later(&shelf, kept, |error| {
+                    matches!(error, NotResumed::Snapshot(_))
+                }),
+                Ok(Opened::Unreachable) => break,
+                Err(error) => tracing::debug!(snapshot = %kept.id, %error, "not forecast"),
+            }
+        }
+        None
     }
 
     /// What a launch may resume from, the best first.
@@ -170,14 +191,21 @@ impl Snapshots {
         tiers.filter_map(|tier| shelf.find(origin(order, tier, runtime).key()))
     }
 
-    /// Verifies one beside the launch that found it, unless that shelf is being verified.
-    fn verify_later(self: &Arc<Self>, shelf: &Arc<Shelf>, kept: Kept) {
+    /// Verifies one beside what found it, unless that shelf is being verified; a failure that
+    /// `counts` is noted.
+    fn verify_later(
+        self: &Arc<Self>,
+        shelf: &Arc<Shelf>,
+        kept: Kept,
+        counts: impl Fn(&NotResumed) -> bool + Send + 'static,
+    ) {
         if shelf.is_verifying() {
             return;
         }
         let (this, shelf) = (Arc::clone(self), Arc::clone(shelf));
         tokio::spawn(async move {
-            if let Err(error) = this.verify(&shelf, &kept).await {
+            let verified = this.verify(&shelf, &kept).await;
+            if let Some(error) = verified.err().filter(counts) {
                 shelf.note_failure(kept.id, &error);
             }
         });
@@ -218,9 +246,33 @@ impl Snapshots {
         Ok((opened.map_err(HostError::failed)?, hold))
     }
 
-    /// Makes the memory of a snapshot reachable that was verified.
-    pub async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened, NotResumed> {
-        let (map, image_hold) = self.map_of(shelf, &kept).await?;
+    /// Makes the memory of a snapshot reachable that was verified, and reads its state.
+    pub async fn open(&self, shelf: &Shelf, kept: Kept) -> Result<Opened<Resumable>, NotResumed> {
+        let (memory, hold) = match self.reach(shelf, &kept).await? {
+            Opened::Here(reached) => reached,
+            Opened::Unverified => return Ok(Opened::Unverified),
+            Opened::Unreachable => return Ok(Opened::Unreachable),
+        };
+        let reading = self
+            .store
+            .read_image(memory.image, kept.of.state(), Priority::Demand);
+        let state = reading.await.map_err(HostError::failed)?;
+        Ok(Opened::Here(Resumable {
+            kept,
+            state,
+            memory,
+            _hold: hold,
+        }))
+    }
+
+    /// Makes the memory of a snapshot reachable that was verified; with what keeps it from being
+    /// removed.
+    async fn reach(
+        &self,
+        shelf: &Shelf,
+        kept: &Kept,
+    ) -> Result<Opened<(DeviceRecord, Arc<()>)>, NotResumed> {
+        let (map, image_hold) = self.map_of(shelf, kept).await?;
         if !shelf.is_verified(kept.id, &map.locations.packs).await? {
             return Ok(Opened::Unverified);
         }
@@ -228,14 +280,13 @@ impl Snapshots {
             return Ok(Opened::Unreachable);
         };
         let image = kept.component.image;
-        let state = self
-            .store
-            .read_image(image.digest, kept.of.state(), Priority::Demand);
-        let state = state.await.map_err(HostError::failed)?;
+        let component = format!("memory at {}", kept.of.origin.tier.name());
+        let label = component.clone();
         let (domains, domain) = (Arc::clone(&self.domains), kept.domain.clone());
         let mapped = tokio::task::spawn_blocking(move || {
             let memory = domains.ensure(&domain)?;
             let (_, device_bytes) = domains.add_image(&memory, &image)?;
+            memory.snapshots.lock().insert(image.digest, label);
             let path = memory.shared.private_path(&image.digest);
             Ok::<_, HostError>(path.map(|path| (path, device_bytes)))
         });
@@ -243,21 +294,17 @@ impl Snapshots {
         let Some((path, device_bytes)) = mapped else {
             return Ok(Opened::Unreachable);
         };
-        Ok(Opened::Here(Box::new(Resumable {
-            memory: DeviceRecord {
-                image: image.digest,
-                image_bytes: image.bytes,
-                device_bytes,
-                path,
-                component: format!("memory at {}", kept.of.origin.tier.name()),
-                members: Vec::new(),
-                memory: true,
-                holds: vec![image_hold],
-            },
-            kept,
-            state,
-            _hold: hold,
-        })))
+        let memory = DeviceRecord {
+            image: image.digest,
+            image_bytes: image.bytes,
+            device_bytes,
+            path,
+            component,
+            members: Vec::new(),
+            memory: true,
+            holds: vec![image_hold],
+        };
+        Ok(Opened::Here((memory, hold)))
     }
 
     /// Makes the memory image of a VM that runs known again; `None` if it is not there.
@@ -320,8 +367,17 @@ impl Snapshots {
         };
         let all = self.registry.all().into_iter();
         let exist = all.filter(|instance| !instance.state().has_ended());
-        let users = exist.filter(|instance| instance.read(uses));
-        users.map(|instance| instance.name().to_owned()).collect()
+        let known = exist.filter(|instance| instance.read(uses));
+        let mut users: Vec<String> = known.map(|instance| instance.name().to_owned()).collect();
+        // Of others the kernel knows what they map, but not whether they hibernate.
+        let is_of_vm = kept.of.origin.vm.is_some();
+        let unknown = self.registry.unknown_dirs().into_iter();
+        let unknown = unknown.filter(|dir| is_of_vm || vmm_maps(dir, &image));
+        users.extend(unknown.filter_map(|dir| {
+            let name = dir.file_name()?.to_string_lossy().into_owned();
+            Some(format!("{name} (whose record cannot be used)"))
+        }));
+        users
     }
 
     /// The one whose id begins with `prefix`.
@@ -370,13 +426,11 @@ impl Snapshots {
         if let Some(memory) = self.domains.get(&kept.domain) {
             // Only if a launch looked at it since the daemon started.
             let _ = memory.shared.remove_file(&image.digest);
+            memory.snapshots.lock().remove(&image.digest);
         }
-        self.memory.tell(PlannerEvent::Evicted(SharedExtent {
-            image: SharedImage {
-                domain: kept.domain.clone(),
-                image: image.digest,
-            },
-            extent: Extent::new(0, image.bytes),
+        self.memory.tell(PlannerEvent::Removed(SharedImage {
+            domain: kept.domain.clone(),
+            image: image.digest,
         }));
         self.store.forget_image(image);
     }
@@ -499,6 +553,18 @@ impl Snapshots {
             tokio::spawn(shelf.note_use(kept.id));
         }
     }
+}
+
+/// Whether a VMM of this directory maps an image's file.
+fn vmm_maps(dir: &Path, image: &Digest) -> bool {
+    let hex = image.hex();
+    let is_of_image = |file: &PathBuf| {
+        let name = file.file_name().unwrap_or_default();
+        name.to_string_lossy().contains(&hex)
+    };
+    let vmms = forelay_vm::stray::find(dir).into_iter();
+    let mut files = vmms.flat_map(|vmm| HostStats::default().mapped_files(vmm.pid));
+    files.any(|file| is_of_image(&file))
 }
 
 /// All but one and those of VMs, those that go first at first: what was set aside is of no use at

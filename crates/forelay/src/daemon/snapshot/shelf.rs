@@ -273,7 +273,9 @@ impl Shelf {
                 one.failures += 1;
                 one.failures
             }
-            _ => MOST_FAILURES,
+            (NotResumed::Snapshot(_), Some(_)) => MOST_FAILURES,
+            // It was removed meanwhile.
+            (_, None) => return false,
         };
         if failures < MOST_FAILURES {
             tracing::warn!(snapshot = %id, %error, failures, "a launch could not resume from it");
@@ -731,6 +733,11 @@ pub mod tests {
         let (shelf, kept) = with_one(dir.path()).await;
         let wrong = NotResumed::Snapshot(HostError::Failed("wrong".to_owned()));
         assert!(shelf.note_failure(kept.id, &wrong));
+        let gone = shelf.take(kept.id).unwrap();
+        assert!(
+            !shelf.note_failure(gone.id, &wrong),
+            "nothing is left of it"
+        );
     }
 
     #[tokio::test]
@@ -759,13 +766,24 @@ pub mod tests {
         shelf.verify(&kept, &packs).await.unwrap();
         shelf.close_files().await;
         assert!(is_verified().await, "closed before");
-        let mut bytes = std::fs::read(&pack).unwrap();
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 1;
-        std::fs::write(pack, bytes).unwrap();
-        assert!(!is_verified().await);
-        let found = shelf.verify(&kept, &packs).await;
-        assert!(matches!(found, Err(NotResumed::Snapshot(_))), "{found:?}");
+        let right = std::fs::read(&pack).unwrap();
+        let middle = right.len() / 2;
+        let mut flipped = right.clone();
+        flipped[middle] ^= 1;
+        for wrong in [
+            &flipped[..],
+            &right[..middle],
+            &right[..right.len() - 1],
+            &[],
+        ] {
+            std::fs::write(&pack, wrong).unwrap();
+            assert!(!is_verified().await);
+            let found = shelf.verify(&kept, &packs).await;
+            assert!(matches!(found, Err(NotResumed::Snapshot(_))), "{found:?}");
+        }
+        std::fs::write(&pack, right).unwrap();
+        shelf.verify(&kept, &packs).await.unwrap();
+        assert!(is_verified().await);
     }
 
     #[tokio::test]

@@ -163,13 +163,11 @@ impl VmRegistry {
         self.table.lock().check_open()
     }
 
-    /// Whether there may be VMs that cannot be known.
-    pub fn any_unknown(&self) -> bool {
+    /// Directories of VMs that may run, or hibernate, and cannot be known.
+    pub fn unknown_dirs(&self) -> Vec<PathBuf> {
         let table = self.table.lock();
-        table
-            .unknown
-            .keys()
-            .any(|name| table.unknown(name).is_some())
+        let there = table.unknown.values().filter(|record| record.path.exists());
+        there.map(|record| record.dir().to_owned()).collect()
     }
 
     /// Refuses launches from now on; returns the instances that live.

@@ -84,6 +84,9 @@ impl Usage {
     }
 }
 
+/// How long a VM that is not ready is not asked what its network carried.
+const STARTING_MS: i64 = 60_000;
+
 /// Samples what VMs use.
 pub struct UsageSampler {
     pub registry: Arc<VmRegistry>,
@@ -150,7 +153,13 @@ impl UsageSampler {
 /// What a guest's network has carried; `None` if it does not say: it boots, it hangs, or
 /// its kernel component is older than the question.
 async fn traffic(instance: &Instance) -> Option<Traffic> {
-    if !matches!(instance.state(), VmState::Mounted | VmState::Ready) {
+    // One that is about to be ready has something better to do.
+    let is_asked = match instance.state() {
+        VmState::Ready => true,
+        VmState::Mounted => now_ms() - instance.read(|vm| vm.launched_ms) > STARTING_MS,
+        _ => false,
+    };
+    if !is_asked {
         return None;
     }
     let handle = instance.handle()?;
