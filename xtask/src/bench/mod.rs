@@ -20,6 +20,7 @@ mod repository;
 mod restores;
 mod snapshot;
 mod snapshot_cases;
+mod snapshot_storage;
 mod statistics;
 
 use std::path::{Path, PathBuf};

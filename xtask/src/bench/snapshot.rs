@@ -1,14 +1,13 @@
 //! `bench snapshot`: launches that resume beside launches that boot, and beside a local qcow2
 //! disk, in one run: until `examples/web.toml` is ready and until its page is served, private memory of
 //! a clone, all host memory of twenty clones of the four examples, bytes on disk of their
-//! snapshots. What is measured apart from that is in `snapshot_cases.rs`.
+//! snapshots (`snapshot_storage.rs`). What is measured apart from that is in `snapshot_cases.rs`.
 //!
 //! Everything is resident and known, as after a few launches, and the repository is on this host
 //! as the disk is; rounds take the ways in a new order each.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -20,9 +19,9 @@ use super::memory::status_bytes;
 use super::peers::disk::{DiskSource, Disks};
 use super::peers::forelay::launch_served;
 use super::peers::memory::forelay_bytes;
-use super::snapshot_cases as cases;
 use super::statistics::median;
 use super::write;
+use super::{snapshot_cases as cases, snapshot_storage};
 use crate::demo;
 use crate::host::Host;
 use crate::process::{output, run_quiet};
@@ -33,7 +32,7 @@ pub(super) const TIERS: [&str; 3] = ["kernel", "composed", "ready"];
 const STARTED_AHEAD: &str = "ready_started_ahead";
 /// How long a VMM may take until it stands by.
 const STANDBY_LIMIT: Duration = Duration::from_secs(60);
-const PROFILES: [&str; 4] = ["web", "cache", "python", "node"];
+pub(super) const PROFILES: [&str; 4] = ["web", "cache", "python", "node"];
 const CLONES_OF_EACH: usize = 5;
 /// Idle VMs settle this long before they are measured.
 const IDLE: Duration = Duration::from_secs(10);
@@ -83,10 +82,11 @@ pub fn run_bench(out: &Path) -> Result<()> {
     let disks = Disks::make(&bench)?;
     let mut host = bench.at_hand().start()?;
     let rounds = rounds(&host, &disks)?;
-    let stored = stored(&host)?;
     let never_ran = cases::never_ran(&host)?;
     let examples = cases::other_examples(&host)?;
     let memory = memory(&host)?;
+    // Last, since it reads all of them.
+    let stored = snapshot_storage::stored(&host)?;
     host.stop_daemon()?;
     let first = cases::first_over_line(&bench)?;
     let boot_s = rounds.median(0, |one| one.ready_s);
@@ -225,47 +225,6 @@ fn launch(host: &Host, manifest: &Path, tier: &str, ahead: bool) -> Result<Launc
     };
     host.stop_all()?;
     Ok(launched)
-}
-
-/// Bytes on disk of all profiles' snapshots at all tiers, beside each memory image as a zstd
-/// file of its own.
-fn stored(host: &Host) -> Result<Value> {
-    let mut apart = 0;
-    let mut seen = BTreeSet::new();
-    for profile in PROFILES {
-        for tier in TIERS {
-            let made = create(host, &manifest(host, profile, tier, true)?, tier)?;
-            if !seen.insert(made["id"].to_string()) {
-                continue;
-            }
-            let hex = made["image"].as_str().unwrap_or_default();
-            let name = format!("{}.img", hex.trim_start_matches("sha256:"));
-            let mounts = host.scratch().join("run/memory");
-            let script = r#"f=$(find "$1" -name "$2" | head -n 1); zstd -q -3 -c "$f" | wc -c"#;
-            let text = output(
-                Command::new("sh")
-                    .args(["-euc", script, "sh"])
-                    .arg(&mounts)
-                    .arg(&name),
-            );
-            // A snapshot is in shared memory once something resumed from it.
-            let text = match text {
-                Ok(text) => text,
-                Err(error) => return Err(error).context("the memory image is not mapped"),
-            };
-            apart += String::from_utf8(text)?.trim().parse::<u64>().unwrap_or(0);
-        }
-    }
-    let all = host.json(["snapshot", "list"])?;
-    let together = all[0]["domain_stored_bytes"]
-        .as_u64()
-        .context("what snapshots take")?;
-    Ok(json!({
-        "snapshots": seen.len(),
-        "bytes": together,
-        "as_zstd_files_bytes": apart,
-        "ratio": together as f64 / apart.max(1) as f64,
-    }))
 }
 
 /// All host memory of twenty clones, and of the same twenty VMs booted; clones are machines of
