@@ -28,6 +28,8 @@ const NEEDED: &[(&str, &str)] = &[
     ("buildah", "buildah"),
     ("docker-registry", "docker-registry"),
     ("busybox", "busybox-static"),
+    ("promtool", "prometheus"),
+    ("tmux", "tmux"),
 ];
 
 /// What `bench peers` compares with, beside those.

@@ -100,86 +100,145 @@ const WORDS_AT_A_TIME: usize = 100_000;
 pub fn account(table: &MappingTable) -> Accounting {
     let mut account = Account::default();
     account.go_on(table, usize::MAX);
-    account.finish()
+    account.sum_up()
 }
 
-/// Sums up a table that others use: it is held for a few images at a time. Each image is
-/// accounted for as it was at one moment; a VM that comes or goes meanwhile is in what was
-/// looked at while it was there.
-pub fn account_shared(table: &SharedTable) -> Accounting {
-    let mut account = Account::default();
-    while !table.read(|table| account.go_on(table, WORDS_AT_A_TIME)) {}
-    account.finish()
+/// Sums up a table that others use, again and again: images that have not changed since the last
+/// account are not looked at again.
+#[derive(Debug, Default)]
+pub struct Accountant {
+    known: BTreeMap<SharedImage, ImageShares>,
+}
+
+impl Accountant {
+    /// Sums up `table`, the same one each time. It is held for a few images at a time: each image
+    /// is accounted for as it was at one moment; a VM that comes or goes meanwhile is in what was
+    /// looked at while it was there.
+    pub fn account(&mut self, table: &SharedTable) -> Accounting {
+        let mut account = Account {
+            before: std::mem::take(&mut self.known),
+            ..Account::default()
+        };
+        while !table.read(|table| account.go_on(table, WORDS_AT_A_TIME)) {}
+        let accounting = account.sum_up();
+        self.known = account.images;
+        accounting
+    }
 }
 
 /// An account that is being made.
 #[derive(Default)]
 struct Account {
-    images: Vec<ImageAccount>,
-    vms: BTreeMap<VmName, VmAccount>,
+    /// Images as they were in the account before.
+    before: BTreeMap<SharedImage, ImageShares>,
+    images: BTreeMap<SharedImage, ImageShares>,
+    /// By the numbers of their rows.
+    vms: BTreeMap<u64, VmAccount>,
+}
+
+/// An image's account, and who pays for it.
+#[derive(Clone, Debug)]
+struct ImageShares {
+    /// [`ImageRow::changed`] when it was looked at.
+    changed: u64,
+    account: ImageAccount,
+    charges: Vec<VmCharge>,
+}
+
+/// What a VM has of an image.
+#[derive(Clone, Copy, Debug, Default)]
+struct VmCharge {
+    /// Number of its row.
+    vm: u64,
+    resident_bytes: u64,
+    shared_bytes: u64,
+    /// In fractions of a byte, until it is settled.
+    charge: u128,
 }
 
 /// A VM's touched pages of one image.
 struct Share<'a> {
-    /// Index into a list of VMs.
-    vm: usize,
+    /// Number of its row.
+    vm: u64,
     touched: &'a PageSet,
 }
 
 impl Account {
-    /// Accounts for the images behind the last one, for as many as have `words` words of touched
-    /// pages. True if that was all.
+    /// Accounts for the images behind the last one: for those that have not changed, and for as
+    /// many others as have `words` words of touched pages. True if that was all.
     fn go_on(&mut self, table: &MappingTable, mut words: usize) -> bool {
-        let mut vms: Vec<VmAccount> = Vec::with_capacity(table.vms.len());
-        let mut shares: Vec<Vec<Share>> = Vec::new();
-        shares.resize_with(table.images.len(), Vec::new);
-        for (vm, row) in &table.vms {
-            for device in &row.devices {
-                let touched = &device.touched;
-                let vm = vms.len();
-                shares[device.image as usize].push(Share { vm, touched });
-            }
-            vms.push(empty_account(vm, row, table));
+        for (name, row) in &table.vms {
+            let known = self.vms.entry(row.number);
+            known.or_insert_with(|| empty_account(name, row, table));
         }
-        let after = match self.images.last() {
-            Some(last) => Bound::Excluded(last.image.clone()),
+        let after = match self.images.last_key_value() {
+            Some((last, _)) => Bound::Excluded(last.clone()),
             None => Bound::Unbounded,
         };
+        let mut due: Vec<&ImageRow> = Vec::new();
+        // Which of the due an image is.
+        let mut places: Vec<Option<usize>> = vec![None; table.images.len()];
         let mut all = true;
-        for (_, &index) in table.by_key.range((after, Bound::Unbounded)) {
+        for (key, &index) in table.by_key.range((after, Bound::Unbounded)) {
             let Some(row) = table.images[index as usize].as_ref() else {
                 continue;
             };
+            let known = self.before.remove(key);
+            if let Some(known) = known.filter(|known| known.changed == row.changed) {
+                self.images.insert(key.clone(), known);
+                continue;
+            }
             if words == 0 {
                 all = false;
                 break;
             }
-            let shares = &shares[index as usize];
-            let of_image = row.whole().end.index().div_ceil(64) * (shares.len() + 1);
+            let of_image = row.whole().end.index().div_ceil(64) * (row.mapped_by as usize + 1);
             words = words.saturating_sub(of_image);
-            self.images.push(account_image(row, shares, &mut vms));
+            places[index as usize] = Some(due.len());
+            due.push(row);
         }
-        for vm in vms {
-            self.add(vm);
+        let mut shares: Vec<Vec<Share>> = due.iter().map(|_| Vec::new()).collect();
+        let rows = table.vms.values().filter(|_| !due.is_empty());
+        for row in rows {
+            for device in &row.devices {
+                if let Some(at) = places[device.image as usize] {
+                    let (vm, touched) = (row.number, &device.touched);
+                    shares[at].push(Share { vm, touched });
+                }
+            }
+        }
+        for (row, shares) in due.into_iter().zip(shares) {
+            let of_image = account_image(row, &shares);
+            self.images.insert(row.key.clone(), of_image);
         }
         all
     }
 
-    fn add(&mut self, vm: VmAccount) {
-        match self.vms.get_mut(&vm.vm) {
-            Some(known) => {
-                known.resident_bytes += vm.resident_bytes;
-                known.shared_bytes += vm.shared_bytes;
-                known.charged_bytes += vm.charged_bytes;
+    fn sum_up(&mut self) -> Accounting {
+        for charge in self.images.values().flat_map(|one| &one.charges) {
+            // Whom an image is charged to was there when it was looked at.
+            if let Some(vm) = self.vms.get_mut(&charge.vm) {
+                vm.resident_bytes += charge.resident_bytes;
+                vm.shared_bytes += charge.shared_bytes;
+                vm.charged_bytes += charge.charge as u64;
             }
-            None => drop(self.vms.insert(vm.vm.clone(), vm)),
         }
-    }
-
-    fn finish(self) -> Accounting {
+        let mut vms: BTreeMap<VmName, VmAccount> = BTreeMap::new();
+        for vm in std::mem::take(&mut self.vms).into_values() {
+            match vms.get_mut(&vm.vm) {
+                // One that went, and one that came and has its name.
+                Some(known) => {
+                    known.resident_bytes += vm.resident_bytes;
+                    known.shared_bytes += vm.shared_bytes;
+                    known.charged_bytes += vm.charged_bytes;
+                }
+                None => drop(vms.insert(vm.vm.clone(), vm)),
+            }
+        }
+        let images = self.images.values().map(|one| one.account.clone());
         let mut accounting = Accounting {
-            images: self.images,
-            vms: self.vms.into_values().collect(),
+            images: images.collect(),
+            vms: vms.into_values().collect(),
             ..Accounting::default()
         };
         accounting.sum_up();
@@ -322,7 +381,7 @@ impl Sharers {
     }
 }
 
-fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> ImageAccount {
+fn account_image(row: &ImageRow, shares: &[Share]) -> ImageShares {
     let words = row.whole().end.index().div_ceil(64);
     let sharers = Sharers::of(shares, words);
     let mut resident = vec![0; words];
@@ -331,7 +390,7 @@ fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> Ima
     let mut columns: Vec<Column> = columns
         .map(|(word, resident)| Column::new(resident, &sharers.of_word(word)))
         .collect();
-    let mut charges: BTreeMap<usize, u128> = BTreeMap::new();
+    let mut charges: Vec<VmCharge> = Vec::with_capacity(shares.len());
     for share in shares {
         let (mut charge, mut resident, mut shared) = (0, 0, 0);
         share.touched.each_word(|word, bits| {
@@ -342,9 +401,18 @@ fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> Ima
             resident += (bits & column.resident).count_ones();
             shared += (bits & column.shared).count_ones();
         });
-        *charges.entry(share.vm).or_default() += charge;
-        vms[share.vm].resident_bytes += Pages(resident).bytes();
-        vms[share.vm].shared_bytes += Pages(shared).bytes();
+        // A VM that has it twice is one.
+        if charges.last().is_none_or(|last| last.vm != share.vm) {
+            charges.push(VmCharge {
+                vm: share.vm,
+                ..VmCharge::default()
+            });
+        }
+        if let Some(of_vm) = charges.last_mut() {
+            of_vm.charge += charge;
+            of_vm.resident_bytes += Pages(resident).bytes();
+            of_vm.shared_bytes += Pages(shared).bytes();
+        }
     }
     let touched = (0..words).map(|word| {
         let sums = &sharers.sums[word * sharers.digits..(word + 1) * sharers.digits];
@@ -355,9 +423,9 @@ fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> Ima
     let unclaimed_bytes = Pages(unclaimed.sum()).bytes();
     let shared = columns.iter().map(|column| column.shared.count_ones());
     let shared_bytes = Pages(shared.sum()).bytes();
-    settle(&charges, row.resident.bytes() - unclaimed_bytes, vms);
+    settle(&mut charges, row.resident.bytes() - unclaimed_bytes);
     let pinned = row.pinned().map(|pinned| &row.resident & pinned);
-    ImageAccount {
+    let account = ImageAccount {
         image: row.key.clone(),
         mapped_by: row.mapped_by,
         mapped_bytes: row.image_bytes.saturating_mul(u64::from(row.mapped_by)),
@@ -366,24 +434,26 @@ fn account_image(row: &ImageRow, shares: &[Share], vms: &mut [VmAccount]) -> Ima
         pinned_bytes: pinned.map_or(0, |pages| pages.bytes()),
         prefetched_unused_bytes: row.prefetched_unused.bytes(),
         unclaimed_bytes,
+    };
+    ImageShares {
+        changed: row.changed,
+        account,
+        charges,
     }
 }
 
 /// Charges whole bytes first, then one more each for the largest remainders, `claimed` in all.
-fn settle(charges: &BTreeMap<usize, u128>, claimed: u64, vms: &mut [VmAccount]) {
+fn settle(charges: &mut [VmCharge], claimed: u64) {
     let mut left = claimed;
-    for (&vm, charge) in charges {
-        let whole = (charge >> FRACTION_BITS) as u64;
-        vms[vm].charged_bytes += whole;
-        left -= whole;
+    let mut order: Vec<(u32, usize)> = Vec::with_capacity(charges.len());
+    for (at, one) in charges.iter_mut().enumerate() {
+        order.push((one.charge as u32, at));
+        one.charge >>= FRACTION_BITS;
+        left -= one.charge as u64;
     }
-    let mut order: Vec<(u32, usize)> = charges
-        .iter()
-        .map(|(&vm, &charge)| (charge as u32, vm))
-        .collect();
-    order.sort_by_key(|&(remainder, vm)| (std::cmp::Reverse(remainder), vm));
-    for &(_, vm) in order.iter().take(left as usize) {
-        vms[vm].charged_bytes += 1;
+    order.sort_unstable_by_key(|&(remainder, at)| (std::cmp::Reverse(remainder), at));
+    for &(_, at) in order.iter().take(left as usize) {
+        charges[at].charge += 1;
     }
 }
 
@@ -516,16 +586,70 @@ mod tests {
                 looks += 1;
             }
             assert_eq!(
-                (parts.finish(), looks > 1),
+                (parts.sum_up(), looks > 1),
                 (whole.clone(), true),
                 "{words}"
             );
         }
-        assert_eq!(account_shared(&SharedTable::new(table)), whole);
+        let shared = SharedTable::new(table);
+        assert_eq!(Accountant::default().account(&shared), whole);
+    }
+
+    /// One operation on the table by numbers: whatever they are, it does something or is refused.
+    fn change(
+        table: &mut MappingTable,
+        domain: &Domain,
+        (kind, vm, image, from): (u8, u8, u8, u64),
+    ) {
+        let name = VmName::from(format!("vm{vm}"));
+        let device = DeviceImage {
+            image: Digest::of(&[image]),
+            image_bytes: (u64::from(image) * 40 + 30) * PAGE_BYTES,
+        };
+        let key = SharedImage::new(domain.clone(), device.image);
+        let extent = Extent::new(from * PAGE_BYTES, 9 * PAGE_BYTES);
+        let profile = ProfileName::from("p");
+        // What is refused changes nothing.
+        let _ = match kind {
+            0 => table.map(&name, domain, &profile, &[device], Phase::Running),
+            1 => table.unmap(&name),
+            2 => table.attach(&name, &device),
+            3 => table.detach(&name, &device.image),
+            4 => table.rename(&name, &VmName::from(format!("other{vm}"))),
+            5 => table.pin(&key, extent),
+            6 => table.unpin(&key, extent).map(drop),
+            7 => table.evict(&key, extent).map(drop),
+            8 => table
+                .complete_fetch(&key, extent, Arrival::Prefetch)
+                .map(drop),
+            9 => table.add_image(domain, &device),
+            _ => table.touch(&name, &device.image, extent).map(drop),
+        };
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
+        /// Whatever happened since the account before, the next is what one from nothing is.
+        #[test]
+        fn an_account_that_knows_the_one_before_is_the_account(
+            steps in prop::collection::vec(
+                prop::collection::vec((0u8..16, 0u8..4, 0u8..4, 0u64..40), 0..12),
+                1..12,
+            ),
+        ) {
+            let domain = Domain::from("d");
+            let table = SharedTable::default();
+            let mut accountant = Accountant::default();
+            for changes in steps {
+                for one in changes {
+                    table.write(|table| change(table, &domain, one));
+                }
+                let told = accountant.account(&table);
+                told.validate().map_err(TestCaseError::fail)?;
+                prop_assert_eq!(told, table.read(account));
+            }
+        }
+
         #[test]
         fn charges_are_exact_and_fair(
             touches in prop::collection::vec((0u32..7, 0..PAGES, 1u64..40), 0..40),

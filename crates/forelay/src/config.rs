@@ -3,6 +3,7 @@
 //! Looked for at `--config`, `$FORELAY_CONFIG`, `/etc/forelay/forelay.toml`, in this
 //! order; a missing default file means all defaults. Unknown keys are errors.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use forelay_image::NameOf;
@@ -40,6 +41,20 @@ pub struct Config {
     pub vmm: VmmConfig,
     /// Which owners users act for; root acts for all, whom no entry names for none.
     pub access: Vec<AccessRule>,
+    /// The API and the dashboard over TCP.
+    pub api: ApiConfig,
+}
+
+/// The API and the dashboard over TCP.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ApiConfig {
+    /// Where they are served besides the socket: an address of loopback and a port, 0 for any.
+    /// Clients there need the token that is in the state directory (`api-token`, readable for
+    /// root alone). It is an operator's: who has it sees and handles what is of all owners,
+    /// whatever `access` says, as root does. With `api-read-token` beside it all is only seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
 }
 
 /// Which owners a user or the users of a group act for.
@@ -193,6 +208,7 @@ impl Default for Config {
             vmm: VmmConfig::default(),
             group: None,
             access: Vec::new(),
+            api: ApiConfig::default(),
         }
     }
 }
@@ -366,6 +382,12 @@ impl Config {
                 .check(owner)
                 .map_err(|error| format!("memory.ksm: {error}"))?;
         }
+        if let Some(address) = self.api.listen.filter(|one| !one.ip().is_loopback()) {
+            return Err(format!(
+                "api.listen is {address}: the API is served on loopback alone, for example on \
+                 127.0.0.1:8900; to reach it from elsewhere use `ssh -L`"
+            ));
+        }
         let VmmConfig {
             first_user, users, ..
         } = self.vmm;
@@ -395,6 +417,16 @@ impl Config {
         self.socket
             .clone()
             .unwrap_or_else(|| self.runtime_dir.join("forelay.sock"))
+    }
+
+    /// The token of clients over TCP.
+    pub fn api_token_path(&self) -> PathBuf {
+        self.state_dir.join("api-token")
+    }
+
+    /// The token of clients over TCP that only read.
+    pub fn api_read_token_path(&self) -> PathBuf {
+        self.state_dir.join("api-read-token")
     }
 
     /// The repository, then its mirrors.
@@ -499,6 +531,16 @@ mod tests {
         std::fs::write(&path, "[memory]\nksm = \"../a\"\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("memory.ksm"), "{error}");
+        for (address, valid) in [
+            ("127.0.0.1:8900", true),
+            ("[::1]:0", true),
+            ("0.0.0.0:8900", false),
+            ("192.0.2.7:80", false),
+            ("localhost", false),
+        ] {
+            std::fs::write(&path, format!("[api]\nlisten = \"{address}\"\n")).unwrap();
+            assert_eq!(Config::load(Some(&path)).is_ok(), valid, "{address}");
+        }
         std::fs::write(&path, "[vmm]\naccelerator = \"xen\"\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("auto, kvm or tcg"), "{error}");

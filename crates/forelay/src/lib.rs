@@ -15,3 +15,4 @@ pub mod history;
 pub mod host_stats;
 pub mod recipe;
 mod stacked;
+mod units;

@@ -33,6 +33,9 @@ pub(crate) struct ImageRow {
     pub(crate) prefetched_unused: PageSet,
     /// `pins[k]` holds the pages with more than `k` pins.
     pub(crate) pins: Vec<PageSet>,
+    /// Grows whenever anything of this changes, or what a VM has touched of it, and is never
+    /// what it was for another image.
+    pub(crate) changed: u64,
 }
 
 impl ImageRow {
@@ -45,6 +48,7 @@ impl ImageRow {
             fetching: PageSet::new(),
             prefetched_unused: PageSet::new(),
             pins: Vec::new(),
+            changed: 0,
         }
     }
 

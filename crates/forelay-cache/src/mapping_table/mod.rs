@@ -23,7 +23,7 @@ mod shared;
 
 use std::collections::BTreeMap;
 
-use forelay_image::pages::{PageRun, PageSet};
+use forelay_image::pages::{PageRun, PageSet, Pages};
 use forelay_image::{Digest, Extent};
 use serde::{Deserialize, Serialize};
 
@@ -153,6 +153,8 @@ pub struct TouchOutcome {
 /// A VM's row.
 #[derive(Clone, Debug)]
 pub(crate) struct VmRow {
+    /// Whatever it is called, and never another row's.
+    pub(crate) number: u64,
     pub(crate) domain: Domain,
     pub(crate) profile: ProfileName,
     pub(crate) phase: Phase,
@@ -166,6 +168,10 @@ pub(crate) struct DeviceRow {
     pub(crate) touched: PageSet,
 }
 
+/// Why a row is there.
+const LIVE_ROW: &str =
+    "indexes come from by_key or device rows, which validate() holds to live rows";
+
 /// The mapping table. See the module's header.
 #[derive(Clone, Debug, Default)]
 pub struct MappingTable {
@@ -177,6 +183,10 @@ pub struct MappingTable {
     pub(crate) vms: BTreeMap<VmName, VmRow>,
     pub(crate) resident_bytes: u64,
     pub(crate) fetching_bytes: u64,
+    /// Rows of VMs that there have been.
+    numbers: u64,
+    /// Changes of images so far: see [`ImageRow::changed`].
+    changes: u64,
 }
 
 impl MappingTable {
@@ -207,7 +217,9 @@ impl MappingTable {
             .iter()
             .map(|device| self.refer(domain, device))
             .collect();
+        self.numbers += 1;
         let row = VmRow {
+            number: self.numbers,
             domain: domain.clone(),
             profile: profile.clone(),
             phase,
@@ -293,6 +305,13 @@ impl MappingTable {
         let index = self.vm(vm)?.devices[at].image;
         let run = self.run_in(index, extent)?;
         let first = self.vm_mut(vm)?.devices[at].touched.insert(run);
+        let known = self.row(index).resident.count_within(run).bytes();
+        if first == Pages::NONE && known == run.extent().len {
+            return Ok(TouchOutcome {
+                learned_bytes: 0,
+                first_touch_bytes: 0,
+            });
+        }
         let row = self.row_mut(index);
         row.prefetched_unused.remove(run);
         let fetched = row.fetching.remove(run);
@@ -360,13 +379,20 @@ impl MappingTable {
         self.images[*self.by_key.get(image)? as usize].as_ref()
     }
 
-    fn row_mut(&mut self, index: u32) -> &mut ImageRow {
-        let row = self.images[index as usize].as_mut();
-        row.expect("indexes come from by_key or device rows, which validate() holds to live rows")
+    fn row(&self, index: u32) -> &ImageRow {
+        self.images[index as usize].as_ref().expect(LIVE_ROW)
     }
 
-    fn run_in(&mut self, index: u32, extent: Extent) -> Result<PageRun, TableError> {
-        let row = self.row_mut(index);
+    /// The row, to be changed.
+    fn row_mut(&mut self, index: u32) -> &mut ImageRow {
+        self.changes += 1;
+        let row = self.images[index as usize].as_mut().expect(LIVE_ROW);
+        row.changed = self.changes;
+        row
+    }
+
+    fn run_in(&self, index: u32, extent: Extent) -> Result<PageRun, TableError> {
+        let row = self.row(index);
         let run = PageRun::covering(extent);
         if run.end > row.whole().end || extent.end() > row.whole().end.offset() {
             return Err(TableError::OutOfImage {

@@ -15,6 +15,10 @@ pub struct Health {
     pub pid: u32,
     /// Seconds since it started.
     pub uptime_s: f64,
+    /// Where the dashboard is served over loopback TCP, if it is; `forelay dashboard` prints the
+    /// address with its token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dashboard: Option<String>,
     /// What VMs run under, or [`NOT_PROBED`].
     pub accelerator: String,
     /// What the daemon does without; empty if all is well.

@@ -1,13 +1,14 @@
 //! Commands that read the daemon's state: memory, map, forecast, history.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::output::{self, bytes, optional, seconds};
 use crate::api::{
-    ComponentMemory, ForecastEntry, HistoryEntry, MapDevice, MapFile, MemoryReport, SelfControl,
-    VmMap, VmMemory,
+    ComponentMemory, ForecastEntry, Health, HistoryEntry, MapDevice, MapFile, MemoryReport,
+    SelfControl, VmMap, VmMemory,
 };
 use crate::client::{Client, vm_path};
+use crate::config::Config;
 
 /// `forelay memory`.
 pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> {
@@ -66,6 +67,25 @@ pub async fn memory(client: &Client, drop_idle: bool, json: bool) -> Result<()> 
             ],
         );
     }
+    Ok(())
+}
+
+/// `forelay dashboard`.
+pub async fn dashboard(client: &Client, config: &Config, json: bool) -> Result<()> {
+    let health: Health = client.get("/v1/health").await?;
+    let address = health.dashboard.context(
+        "the dashboard is served on the daemon's socket alone: put `listen = \"127.0.0.1:8900\"` \
+         into [api] of the configuration and send SIGHUP to the daemon (`forelay doctor` tells if \
+         that port is taken)",
+    )?;
+    let path = config.api_token_path();
+    let token = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read the token {}", path.display()))?;
+    let url = format!("{address}?token={}", token.trim());
+    if json {
+        return output::json(&serde_json::json!({ "url": url }));
+    }
+    say!("{url}");
     Ok(())
 }
 

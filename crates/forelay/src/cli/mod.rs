@@ -24,6 +24,7 @@ mod lifecycle;
 mod manifests;
 mod simulate;
 mod snapshots;
+mod top;
 mod vms;
 
 use std::path::PathBuf;
@@ -155,6 +156,18 @@ enum Command {
         #[arg(long, short)]
         follow: bool,
         /// With `--follow`, one object a line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// VMs, components, forecasts and events at a terminal, kept up to date: q ends it, 1 to 5 and
+    /// Tab choose what is shown, arrows and PageDown go through it.
+    Top {
+        /// Print it once and end.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Print the address of the dashboard, with its token.
+    Dashboard {
         #[arg(long)]
         json: bool,
     },
@@ -318,6 +331,8 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
         Command::Memory { drop_idle, json } => inspect::memory(client, drop_idle, json).await?,
         Command::Map { name, json } => inspect::map(client, &name, json).await?,
         Command::Events { follow, json } => events::run(client, follow, json).await?,
+        Command::Top { once } => top::run(client, once).await?,
+        Command::Dashboard { json } => inspect::dashboard(client, config, json).await?,
         Command::Forecast { profile, json } => {
             inspect::forecast(client, profile.as_deref(), json).await?;
         }

@@ -6,6 +6,8 @@ use comfy_table::{ContentArrangement, Table, presets};
 use forelay_image::printable;
 use serde::Serialize;
 
+pub use crate::units::{bytes, seconds};
+
 /// Prints `value` as one JSON document.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     raw(format!("{}\n", serde_json::to_string_pretty(value)?).as_bytes());
@@ -71,37 +73,6 @@ pub fn raw(bytes: &[u8]) {
     }
 }
 
-/// `1536` as `1.5 KiB`.
-pub fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 {
-        format!("{count} B")
-    } else {
-        format!("{value:.1} {}", UNITS[unit])
-    }
-}
-
-/// `0.0123` as `12.3 ms`, `75` as `1 min 15 s`.
-pub fn seconds(value: f64) -> String {
-    match value {
-        v if v < 0.001 => format!("{:.0} us", v * 1e6),
-        v if v < 1.0 => format!("{:.1} ms", v * 1e3),
-        v if v < 60.0 => format!("{v:.2} s"),
-        v if v < 3600.0 => format!("{:.0} min {:.0} s", (v / 60.0).floor(), v % 60.0),
-        v => format!(
-            "{:.0} h {:.0} min",
-            (v / 3600.0).floor(),
-            (v % 3600.0) / 60.0
-        ),
-    }
-}
-
 /// `None` as a dash.
 pub fn optional<T>(value: Option<T>, show: impl Fn(T) -> String) -> String {
     value.map_or_else(|| "-".to_owned(), show)
@@ -120,15 +91,5 @@ mod tests {
         let mut told = Vec::new();
         complaint(&mut told, "note: \u{1b}]0;x\u{7}");
         assert_eq!(told, b"note: \\u{1b}]0;x\\u{7}\n");
-    }
-
-    #[test]
-    fn sizes_and_times_read_well() {
-        assert_eq!(bytes(512), "512 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(bytes(5 << 30), "5.0 GiB");
-        assert_eq!(seconds(0.0123), "12.3 ms");
-        assert_eq!(seconds(75.0), "1 min 15 s");
-        assert_eq!(seconds(7260.0), "2 h 1 min");
     }
 }

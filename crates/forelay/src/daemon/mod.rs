@@ -29,8 +29,9 @@ mod spine_tests;
 mod vm;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use forelay_cache::Domain;
@@ -93,6 +94,8 @@ const LEARN_GRACE: Duration = Duration::from_secs(5);
 pub struct Host {
     config: Config,
     started: Instant,
+    /// Where the API is served over TCP.
+    dashboard: OnceLock<SocketAddr>,
     health: Health,
     /// Who changed what.
     audit: Audit,
@@ -318,6 +321,7 @@ impl Parts {
             registry: Arc::clone(&self.instances),
             preparations: Arc::clone(&self.preparations),
             takeover: Arc::clone(takeover),
+            accountant: Mutex::default(),
         }
     }
 
@@ -347,6 +351,7 @@ impl Host {
         tokio::spawn(preparer.run(parts.likely));
         Self {
             started: Instant::now(),
+            dashboard: OnceLock::new(),
             settled: watch::Sender::new(false),
             accounts: Arc::new(accounts),
             maps: Arc::new(maps),
@@ -435,6 +440,16 @@ impl Host {
     pub fn accelerator(&self) -> String {
         let known = self.launches.starter.accelerator();
         known.unwrap_or_else(|| crate::api::NOT_PROBED.to_owned())
+    }
+
+    /// Where the API is served over TCP, if it is.
+    pub fn dashboard(&self) -> Option<SocketAddr> {
+        self.dashboard.get().copied()
+    }
+
+    /// It is served there from now on.
+    pub fn set_dashboard(&self, address: SocketAddr) {
+        let _ = self.dashboard.set(address);
     }
 
     /// Where it is told what happens.

@@ -427,6 +427,7 @@ async fn memory_is_accounted_for() {
         registry: Arc::clone(&registry),
         preparations: Arc::new(preparations),
         takeover: Arc::default(),
+        accountant: Default::default(),
     });
     let report = async || accounts.report().await.unwrap();
     let empty = report().await;

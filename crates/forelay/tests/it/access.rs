@@ -15,6 +15,7 @@ fn privileged_a_user_acts_for_its_owners_alone_and_what_it_does_is_written_down(
     let Some(bench) = bench(test) else { return };
     let settings = Settings {
         no_vmm: true,
+        over_tcp: true,
         ..Settings::default()
     };
     let mut host = Host::new(&bench, &settings);
@@ -54,6 +55,11 @@ fn privileged_a_user_acts_for_its_owners_alone_and_what_it_does_is_written_down(
         done && listed.contains("mine-1") && !listed.contains("other-1"),
         "{listed}"
     );
+    let (done, top) = as_user(&["top", "--once"]);
+    assert!(
+        done && top.contains("mine-1") && top.contains("all owners") && !top.contains("other-1"),
+        "{top}"
+    );
     let (done, learned) = as_user(&["history", "--json"]);
     assert!(
         done && learned.contains("mine") && !learned.contains("others"),
@@ -69,6 +75,7 @@ fn privileged_a_user_acts_for_its_owners_alone_and_what_it_does_is_written_down(
         (vec!["run", "--detach", &other], "owner others"),
         (vec!["prefetch", &other], "owner others"),
         (vec!["memory"], "whole host"),
+        (vec!["dashboard"], "cannot read the token"),
     ] {
         let (done, said) = as_user(&arguments);
         assert!(!done && said.contains(why), "{arguments:?}: {said}");

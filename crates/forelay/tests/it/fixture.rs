@@ -260,6 +260,8 @@ pub struct Settings {
     pub timeout_s: Option<f64>,
     /// Makes snapshots in the background of what is launched again.
     pub makes_snapshots: bool,
+    /// The API is also served over TCP, on any free port.
+    pub over_tcp: bool,
     /// Every launch fails at starting its VMM, after all that comes before.
     pub no_vmm: bool,
 }
@@ -324,7 +326,7 @@ impl Host {
         let text = format!(
             "state_dir = {:?}\nruntime_dir = {:?}\n\n[repository]\n{}\nlatency_ms = {}\n{}\n\
              [memory]\nbudget_bytes = {}\n\n[forecast]\nahead = {}\nwindow_s = 1.0\n{}\n\
-             [snapshots]\nmake = {}\ncpu_stall = 100.0\n\n[vmm]\n{}{vmm}",
+             [snapshots]\nmake = {}\ncpu_stall = 100.0\n\n{}[vmm]\n{}{vmm}",
             state.unwrap_or_else(|| dir.path().join("state")),
             dir.path().join("run"),
             place,
@@ -334,6 +336,10 @@ impl Host {
             settings.ahead,
             clock.unwrap_or_default(),
             settings.makes_snapshots,
+            match settings.over_tcp {
+                true => "[api]\nlisten = \"127.0.0.1:0\"\n\n",
+                false => "",
+            },
             slots.unwrap_or_default(),
         );
         std::fs::write(dir.path().join("forelay.toml"), text).unwrap();

@@ -12,7 +12,7 @@ use crate::fixture::{Host, PATIENCE, Settings, bench, web};
 const IDLE_STREAMS: usize = 600;
 
 /// What the API answers: headers and body.
-fn get(host: &Host, path: &str, headers: &str) -> (String, String) {
+pub fn get(host: &Host, path: &str, headers: &str) -> (String, String) {
     let mut socket = UnixStream::connect(host.dir().join("run/forelay.sock")).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let request =
@@ -42,7 +42,7 @@ fn idle_stream(host: &Host) -> UnixStream {
 }
 
 /// The samples of an exposition by name and labels, after the format's rules and those of names.
-fn samples(text: &str) -> BTreeMap<String, f64> {
+pub fn samples(text: &str) -> BTreeMap<String, f64> {
     let (mut types, mut helped) = (BTreeMap::new(), BTreeSet::new());
     let mut samples = BTreeMap::new();
     for line in text.lines() {

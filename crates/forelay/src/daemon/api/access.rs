@@ -1,7 +1,7 @@
 //! Who may do what over the API: the user at the other end of the socket against the
 //! configuration's table.
 //!
-//! Root may do everything. Another user acts for the owners that the table gives to it or to one
+//! Root may do everything, and so may who has the operator's token over TCP (`token`). Another user acts for the owners that the table gives to it or to one
 //! of its groups: it sees and handles their VMs, snapshots, history and forecasts as if there were
 //! no others. What tells of the whole host is for those who may act for all owners. What anybody
 //! changes is written to the audit log.
@@ -40,8 +40,8 @@ const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// Its user.
-    pub user: u32,
+    /// Its user; of whom has the token over TCP none is known.
+    pub user: Option<u32>,
     /// Its process, when it connected.
     pub process: Option<i32>,
     owners: Owners,
@@ -70,10 +70,24 @@ impl Caller {
             }
         };
         Self {
-            user,
+            user: Some(user),
             process: credentials.pid(),
             owners,
         }
+    }
+
+    /// Who has the operator's token: it acts for all owners.
+    pub fn with_token() -> Self {
+        Self {
+            user: None,
+            process: None,
+            owners: Owners::All,
+        }
+    }
+
+    /// Whether it came over TCP.
+    pub fn is_over_tcp(&self) -> bool {
+        self.user.is_none()
     }
 
     fn may_act_for(&self, owner: &str) -> bool {
@@ -381,6 +395,10 @@ mod tests {
             (&post, "/v1/memory/drop", About::Host),
             (&post, "/v1/anything/new", About::Host),
             (&get, "//v1/vms", About::Host),
+            // Pages show what is of all owners.
+            (&get, "/", About::Host),
+            (&get, "/ui/vms/web", About::Host),
+            (&get, "/ui/launches", About::Host),
         ];
         for (method, path, expected) in cases {
             assert_eq!(about(method, path), expected, "{method} {path}");

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use forelay_cache::accounting::{Accounting, ImageAccount, account, account_shared};
+use forelay_cache::accounting::{Accountant, Accounting, ImageAccount, account};
 use forelay_cache::mapping_table::{Arrival, MappingTable, Phase};
 use forelay_cache::{DeviceImage, Domain, SharedImage};
 use forelay_image::{Digest, Extent, PAGE_BYTES};
@@ -51,6 +51,8 @@ pub struct MemoryAccounts {
     pub preparations: Arc<Preparations>,
     /// How this daemon took over from an earlier one.
     pub takeover: Arc<Mutex<Option<api::Takeover>>>,
+    /// Knows the last account of the mapping table.
+    pub accountant: Mutex<Accountant>,
 }
 
 impl MemoryAccounts {
@@ -70,7 +72,8 @@ impl MemoryAccounts {
 
     /// The same as the mapping table has it. May take a moment: call it off the async threads.
     pub fn told_by_table(&self) -> api::MemoryReport {
-        let accounting = account_shared(self.memory.table());
+        // Who looks at the same time waits, and finds it made.
+        let accounting = self.accountant.lock().account(self.memory.table());
         self.report_of(&accounting, api::MemorySource::Table)
     }
 
@@ -154,6 +157,7 @@ impl MemoryAccounts {
         label: Option<&Label>,
     ) -> api::ComponentMemory {
         let image = &account.image;
+        // The kernel does not know what was prefetched; the table does.
         let (image_bytes, unused) = self.memory.table().read(|table| {
             let image_bytes = table.image_bytes(image).unwrap_or(0);
             let whole = Extent::new(0, image_bytes);

@@ -24,8 +24,8 @@ const PATH_BYTES: usize = 300;
 /// A request that changes something.
 #[derive(Clone, Debug, Serialize)]
 pub struct Deed {
-    /// The user who asked.
-    pub user: u32,
+    /// The user who asked; none if somebody did over TCP, with the token.
+    pub user: Option<u32>,
     /// Its process, when it connected.
     pub process: Option<i32>,
     /// HTTP method.
@@ -115,7 +115,7 @@ mod tests {
             ..Audit::new(dir.path())
         };
         let deed = |status| Deed {
-            user: 1000,
+            user: Some(1000),
             process: Some(7),
             method: "POST".to_owned(),
             path: format!("/v1/vms/{}", "ä".repeat(400)),

@@ -12,18 +12,20 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
+use axum::serve::Listener;
 use axum::{Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::api::ApiError;
-use crate::config::AccessRule;
 use crate::daemon::api::access::Caller;
 use crate::daemon::api::problems;
+use crate::daemon::api::token::TokenGate;
 
 /// Who may use the API: root and root's group.
 const SOCKET_MODE: u32 = 0o660;
@@ -39,8 +41,10 @@ const MAX_STOPS: usize = MAX_CONVERSING / 8;
 const MAX_STREAMS: usize = 1_200;
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = MAX_CONVERSING + MAX_STREAMS;
-/// Pause after the system refused a connection, for example for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections over TCP at a time: anything on this host may open some.
+const MAX_OVER_TCP: usize = 128;
+/// Of them, event streams: the others are left for what is answered at once.
+const MAX_STREAMS_OVER_TCP: usize = MAX_OVER_TCP * 3 / 4;
 
 /// What a client may take.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +56,16 @@ pub struct ClientLimits {
     pub header: Duration,
     /// For a request's body.
     pub body: Duration,
+}
+
+impl ClientLimits {
+    /// Those over TCP.
+    pub fn over_tcp() -> Self {
+        Self {
+            connections: MAX_OVER_TCP,
+            ..Self::default()
+        }
+    }
 }
 
 impl Default for ClientLimits {
@@ -79,6 +93,11 @@ impl LongRequests {
     /// Turns for event streams alone.
     pub fn for_streams() -> Self {
         Self(Arc::new(Semaphore::new(MAX_STREAMS)))
+    }
+
+    /// Turns for event streams over TCP alone.
+    pub fn for_streams_over_tcp() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_STREAMS_OVER_TCP)))
     }
 
     /// Turns for stops alone.
@@ -125,44 +144,46 @@ pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the API for as long as this is polled.
-pub async fn serve(
-    listener: UnixListener,
+/// Serves the API for as long as this is polled, to those whom the gate lets in, if there is
+/// one; `caller` says who is at the other end of a connection.
+pub async fn serve<L: Listener>(
+    mut listener: L,
     router: Router,
     limits: ClientLimits,
-    access: Vec<AccessRule>,
+    gate: Option<TokenGate>,
+    caller: impl Fn(&L::Io) -> Option<Caller>,
 ) {
-    let router = router
-        .layer(from_fn(move |request, next| {
-            read_body(limits.body, request, next)
-        }))
-        .layer(from_fn(problems::answer));
+    let mut router = router.layer(from_fn(move |request, next| {
+        read_body(limits.body, request, next)
+    }));
+    if let Some(gate) = gate {
+        // Before anything is read of a request's body.
+        router = router.layer(from_fn_with_state(gate, TokenGate::guard));
+    }
+    let router = router.layer(from_fn(problems::answer));
     let turns = Arc::new(Semaphore::new(limits.connections));
     loop {
         let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
             return;
         };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let Ok(credentials) = stream.peer_cred() else {
-                    continue;
-                };
-                let caller = Caller::new(&credentials, &access);
-                let router = router.clone().layer(Extension(caller));
-                tokio::spawn(async move {
-                    converse(stream, router, limits.header).await;
-                    drop(turn);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a connection to the API was not accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
+        // What the system refuses, for example for want of descriptors, is tried again.
+        let (stream, _) = listener.accept().await;
+        let Some(caller) = caller(&stream) else {
+            continue;
+        };
+        let router = router.clone().layer(Extension(caller));
+        tokio::spawn(async move {
+            converse(stream, router, limits.header).await;
+            drop(turn);
+        });
     }
 }
 
-async fn converse(stream: UnixStream, router: Router, header: Duration) {
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    router: Router,
+    header: Duration,
+) {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(header);
     let service = TowerToHyperService::new(router);
@@ -192,9 +213,9 @@ async fn read_body(limit: Duration, request: Request, next: Next) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use axum::middleware::from_fn_with_state;
     use axum::routing::{get, post};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::UnixStream;
 
     use super::*;
 
@@ -204,6 +225,10 @@ mod tests {
         body: Duration::from_millis(200),
     };
 
+    fn anybody(_: &UnixStream) -> Option<Caller> {
+        Some(Caller::with_token())
+    }
+
     fn started(dir: &Path) -> std::path::PathBuf {
         let socket = dir.join("api.sock");
         let listener = listen(&socket).unwrap();
@@ -212,7 +237,7 @@ mod tests {
         let router = Router::new()
             .route("/", get(async || "fine"))
             .route("/echo", post(async |body: String| body));
-        tokio::spawn(serve(listener, router, LIMITS, Vec::new()));
+        tokio::spawn(serve(listener, router, LIMITS, None, anybody));
         socket
     }
 
@@ -256,7 +281,13 @@ mod tests {
             .route("/long", post(std::future::pending::<()>))
             .layer(from_fn_with_state(turns.clone(), LongRequests::answer))
             .route("/", get(async || "fine"));
-        tokio::spawn(serve(listen(&socket).unwrap(), router, LIMITS, Vec::new()));
+        tokio::spawn(serve(
+            listen(&socket).unwrap(),
+            router,
+            LIMITS,
+            None,
+            anybody,
+        ));
         let request = |words: &str| {
             format!("{words} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
         };

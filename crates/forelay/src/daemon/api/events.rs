@@ -20,6 +20,7 @@ use tokio::sync::broadcast::{Receiver, error::RecvError};
 
 use crate::api::{ApiError, HostEvent};
 use crate::daemon::Host;
+use crate::daemon::api::access::Caller;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::events::Told;
 
@@ -28,11 +29,26 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Turns of streams.
 #[derive(Clone, Debug)]
-pub struct Streams(LongRequests);
+pub struct Streams {
+    over_socket: LongRequests,
+    over_tcp: LongRequests,
+}
 
 impl Default for Streams {
     fn default() -> Self {
-        Self(LongRequests::for_streams())
+        Self {
+            over_socket: LongRequests::for_streams(),
+            over_tcp: LongRequests::for_streams_over_tcp(),
+        }
+    }
+}
+
+impl Streams {
+    fn take(&self, caller: &Caller) -> Option<OwnedSemaphorePermit> {
+        match caller.is_over_tcp() {
+            true => self.over_tcp.take(),
+            false => self.over_socket.take(),
+        }
     }
 }
 
@@ -54,10 +70,11 @@ struct Watch {
 pub async fn stream(
     State(host): State<Arc<Host>>,
     Extension(streams): Extension<Streams>,
+    Extension(caller): Extension<Caller>,
     Query(since): Query<Since>,
     headers: HeaderMap,
 ) -> Response {
-    let Some(turn) = streams.0.take() else {
+    let Some(turn) = streams.take(&caller) else {
         let error = "so many watch already that no more can: try again in a while";
         return (StatusCode::SERVICE_UNAVAILABLE, Json(ApiError::new(error))).into_response();
     };

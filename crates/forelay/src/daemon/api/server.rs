@@ -19,7 +19,7 @@ use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::events::{self, Streams};
 use crate::daemon::api::problems::ProblemKind;
-use crate::daemon::api::{access, exec, metrics};
+use crate::daemon::api::{access, exec, metrics, pages, token};
 use crate::daemon::error::HostError;
 use crate::daemon::vm::pause;
 
@@ -64,6 +64,7 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/events", get(events::stream))
         .route("/v1/events/recent", get(events::recent))
         .route("/metrics", get(metrics::scrape))
+        .merge(pages::router(&host))
         .merge(waiting)
         .layer(Extension(Streams::default()))
         .fallback(unknown)
@@ -108,6 +109,7 @@ async fn health(State(host): Shared) -> Json<Health> {
         uptime_s: host.uptime().as_secs_f64(),
         accelerator: host.accelerator(),
         degraded: host.degraded(),
+        dashboard: host.dashboard().map(token::dashboard_url),
     })
 }
 

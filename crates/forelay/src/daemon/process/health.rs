@@ -36,6 +36,8 @@ pub enum Dependency {
     Mounts,
     /// VMMs are confined, but not in all that control groups could do.
     ControlGroups,
+    /// The API is not served over TCP.
+    Dashboard,
 }
 
 impl Dependency {
@@ -52,6 +54,7 @@ impl Dependency {
             Self::Components => "components",
             Self::Mounts => "mounts",
             Self::ControlGroups => "control groups",
+            Self::Dashboard => "dashboard over TCP",
         }
     }
 }

@@ -22,7 +22,7 @@ use super::startup::{config_or_last_good, keep_config, load_config, make_directo
 use super::{heartbeat, takeover};
 use crate::config::Config;
 use crate::daemon::Host;
-use crate::daemon::api::{access, connections, server};
+use crate::daemon::api::{access, connections, listeners};
 
 /// Between attempts at what is missing.
 const RETRY_EVERY: Duration = Duration::from_secs(5);
@@ -121,10 +121,11 @@ async fn serve(config: Config, path: Option<&Path>, health: Health) -> Result<()
     {
         tracing::error!(group, %error, "the API is root's alone");
     }
-    let access = host.config.access.clone();
-    let router = server::router(Arc::clone(&host));
+    let over_tcp = |served| {
+        host.health.note(Dependency::Dashboard, served);
+    };
     let end = tokio::select! {
-        () = connections::serve(listener, router, connections::ClientLimits::default(), access) => End::Stop,
+        () = listeners::run(&host, listener, over_tcp) => End::Stop,
         end = signals.arrived() => end,
         Ok(()) = handed_over => End::HandedOver,
     };
