@@ -46,7 +46,7 @@ impl Backend {
         let server = match self {
             Self::Directory => return Ok(None),
             Self::S3 => {
-                prerequisites::install_s3_server()?;
+                prerequisites::install_s3_server();
                 Server::s3()
             }
             Self::Oci => Server::registry(),

@@ -28,8 +28,13 @@ const NEEDED: &[(&str, &str)] = &[
     ("buildah", "buildah"),
     ("docker-registry", "docker-registry"),
     ("busybox", "busybox-static"),
+];
+
+/// What the tests alone need beside those: what judges metrics, a terminal, a browser.
+const OF_TESTS: &[(&str, &str)] = &[
     ("promtool", "prometheus"),
     ("tmux", "tmux"),
+    ("chromium", "chromium"),
 ];
 
 /// What `bench peers` compares with, beside those.
@@ -43,18 +48,33 @@ const PEERS: &[(&str, &str)] = &[
 /// The S3 server of the tests, and what of it that takes, from PyPI.
 const S3_SERVER: [&str; 3] = ["moto[s3]==5.2.5", "flask", "flask-cors"];
 
+/// What drives the browser, and what judges how accessible pages are, from PyPI.
+const BROWSER: [&str; 2] = ["playwright==1.65.2", "axe-playwright-python==0.1.8"];
+
 /// Installs whatever is missing.
 pub fn install() -> Result<()> {
     install_missing(NEEDED)
 }
 
-/// Installs moto in a virtual environment below `target`; without Python or the network the tests that
-/// need it are skipped.
-pub fn install_s3_server() -> Result<()> {
-    let cache = target_dir().join("test-cache");
-    let dir = cache.join("moto");
-    if dir.join("bin/moto_server").exists() {
-        return Ok(());
+/// Installs what the tests alone need.
+pub fn install_for_tests() -> Result<()> {
+    install_missing(OF_TESTS)?;
+    install_s3_server();
+    install_python("browser", "bin/playwright", &BROWSER);
+    Ok(())
+}
+
+/// Installs moto.
+pub fn install_s3_server() {
+    install_python("moto", "bin/moto_server", &S3_SERVER);
+}
+
+/// Installs Python packages in a virtual environment below `target`; without Python or the network
+/// the tests that need them are skipped.
+fn install_python(name: &str, program: &str, packages: &[&str]) {
+    let dir = target_dir().join("test-cache").join(name);
+    if dir.join(program).exists() {
+        return;
     }
     let python = dir.join("bin/python");
     let make = Command::new("python3")
@@ -66,14 +86,16 @@ pub fn install_s3_server() -> Result<()> {
     pip.args(["-m", "pip", "install", "--quiet", "--no-compile"]);
     let installed = make.is_ok_and(|status| status.success())
         && pip
-            .args(S3_SERVER)
+            .args(packages)
             .status()
             .is_ok_and(|status| status.success());
     if !installed {
-        eprintln!("NOT INSTALLED: moto. Tests that need an S3 server are skipped.");
+        eprintln!(
+            "NOT INSTALLED: {}. Tests that need them are skipped.",
+            packages.join(", ")
+        );
         let _ = std::fs::remove_dir_all(&dir);
     }
-    Ok(())
 }
 
 /// Installs what of the peers is missing.

@@ -14,7 +14,7 @@ use crate::{guest, prerequisites, tidy};
 /// Runs everything; further arguments go to the test runner (a filter, for example).
 pub fn run_all(filter: &[&str]) -> Result<()> {
     prerequisites::install()?;
-    prerequisites::install_s3_server()?;
+    prerequisites::install_for_tests()?;
     run(&mut cargo(&["fmt", "--all", "--check"]))?;
     tidy::check()?;
     let clippy = [

@@ -3,7 +3,7 @@
 //! Looked for at `--config`, `$FORELAY_CONFIG`, `/etc/forelay/forelay.toml`, in this
 //! order; a missing default file means all defaults. Unknown keys are errors.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use forelay_image::NameOf;
@@ -49,7 +49,7 @@ pub struct Config {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ApiConfig {
-    /// Where they are served besides the socket: an address of loopback and a port, 0 for any.
+    /// Where they are served besides the socket: 127.0.0.1 or [::1] and a port, 0 for any.
     /// Clients there need the token that is in the state directory (`api-token`, readable for
     /// root alone). It is an operator's: who has it sees and handles what is of all owners,
     /// whatever `access` says, as root does. With `api-read-token` beside it all is only seen.
@@ -382,10 +382,16 @@ impl Config {
                 .check(owner)
                 .map_err(|error| format!("memory.ksm: {error}"))?;
         }
-        if let Some(address) = self.api.listen.filter(|one| !one.ip().is_loopback()) {
+        // Where browsers look for names of localhost.
+        let loopback = [
+            IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpAddr::from(Ipv6Addr::LOCALHOST),
+        ];
+        let elsewhere = |one: &SocketAddr| !loopback.contains(&one.ip());
+        if let Some(address) = self.api.listen.filter(elsewhere) {
             return Err(format!(
-                "api.listen is {address}: the API is served on loopback alone, for example on \
-                 127.0.0.1:8900; to reach it from elsewhere use `ssh -L`"
+                "api.listen is {address}: the API is served on loopback alone, on 127.0.0.1 or \
+                 [::1], for example 127.0.0.1:8900; to reach it from elsewhere use `ssh -L`"
             ));
         }
         let VmmConfig {
@@ -534,6 +540,7 @@ mod tests {
         for (address, valid) in [
             ("127.0.0.1:8900", true),
             ("[::1]:0", true),
+            ("127.0.0.5:8900", false),
             ("0.0.0.0:8900", false),
             ("192.0.2.7:80", false),
             ("localhost", false),

@@ -43,6 +43,27 @@ pub enum EventKind {
 }
 
 impl EventKind {
+    /// All kinds, in the order in which they are declared.
+    pub const ALL: [Self; 17] = [
+        Self::Launching,
+        Self::Started,
+        Self::Mounted,
+        Self::Ready,
+        Self::Paused,
+        Self::Hibernated,
+        Self::Unreachable,
+        Self::Stopped,
+        Self::Failed,
+        Self::Evicting,
+        Self::Waiting,
+        Self::WaitOver,
+        Self::SnapshotMade,
+        Self::SnapshotFailed,
+        Self::Degraded,
+        Self::Restored,
+        Self::Pressure,
+    ];
+
     /// As in JSON.
     pub const fn name(self) -> &'static str {
         match self {
@@ -90,4 +111,18 @@ pub struct HostEvent {
     /// Seconds that it took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_kind_is_missing_from_all() {
+        for (at, kind) in EventKind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, at);
+            let named = serde_json::to_value(kind).unwrap();
+            assert_eq!(named, kind.name());
+        }
+    }
 }

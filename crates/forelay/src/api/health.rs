@@ -1,10 +1,20 @@
 //! Health of the daemon: what it does without, and who waits for bytes.
 
+use std::net::SocketAddr;
+
 use forelay_image::Digest;
 use serde::{Deserialize, Serialize};
 
 /// An accelerator that is not known: no kernel has been listed yet.
 pub const NOT_PROBED: &str = "not probed yet";
+
+/// The name of loopback under which browsers look at the dashboard of whom has this token: no
+/// other page knows it, so none can have a browser go to another port of it, which would be told
+/// its cookies.
+pub fn dashboard_name(token: &str) -> String {
+    let digest = Digest::of(format!("name of {token}").as_bytes()).hex();
+    format!("forelay-{}.localhost", &digest[..16])
+}
 
 /// The daemon's state of health.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -15,10 +25,10 @@ pub struct Health {
     pub pid: u32,
     /// Seconds since it started.
     pub uptime_s: f64,
-    /// Where the dashboard is served over loopback TCP, if it is; `forelay dashboard` prints the
-    /// address with its token.
+    /// Where the dashboard is served over loopback TCP, if it is; `forelay dashboard` prints its
+    /// address for browsers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dashboard: Option<String>,
+    pub dashboard: Option<SocketAddr>,
     /// What VMs run under, or [`NOT_PROBED`].
     pub accelerator: String,
     /// What the daemon does without; empty if all is well.

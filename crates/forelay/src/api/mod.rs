@@ -16,7 +16,9 @@ mod vms;
 pub use events::{EventKind, HostEvent};
 pub use exec::{ExecEnd, ExecRequest, ExecResult};
 pub use forecasts::{ForecastEntry, HistoryEntry, SelfControl};
-pub use health::{ApiError, Degraded, Health, NOT_PROBED, PendingFault, WaitCulprit, WaitingVm};
+pub use health::{
+    ApiError, Degraded, Health, NOT_PROBED, PendingFault, WaitCulprit, WaitingVm, dashboard_name,
+};
 pub use launch::{
     LaunchFigures, LaunchMode, LaunchRequest, LaunchTimings, PrefetchMode, PrefetchRequest,
     Prefetched,

@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result};
 use super::output::{self, bytes, optional, seconds};
 use crate::api::{
     ComponentMemory, ForecastEntry, Health, HistoryEntry, MapDevice, MapFile, MemoryReport,
-    SelfControl, VmMap, VmMemory,
+    SelfControl, VmMap, VmMemory, dashboard_name,
 };
 use crate::client::{Client, vm_path};
 use crate::config::Config;
@@ -81,7 +81,8 @@ pub async fn dashboard(client: &Client, config: &Config, json: bool) -> Result<(
     let path = config.api_token_path();
     let token = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read the token {}", path.display()))?;
-    let url = format!("{address}?token={}", token.trim());
+    let (name, port) = (dashboard_name(token.trim()), address.port());
+    let url = format!("http://{name}:{port}/?token={}", token.trim());
     if json {
         return output::json(&serde_json::json!({ "url": url }));
     }

@@ -22,6 +22,8 @@ mod memory;
 mod order;
 mod process;
 #[cfg(test)]
+mod scale_tests;
+#[cfg(test)]
 mod service_tests;
 mod snapshot;
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::net::TcpStream;
 use serde_json::Value;
 
 use crate::fixture::{Host, PATIENCE, RepositoryOf, Settings, bench, web};
+use crate::monitoring::prometheus_scrapes;
 use crate::watching::{get, samples};
 
 /// Clients over TCP that watch, or want to.
@@ -184,15 +185,26 @@ fn pages(host: &Host) {
     }
 }
 
-/// Where the dashboard is served over TCP, and its token.
-fn served(host: &Host) -> (String, String) {
+/// Where the dashboard is served over TCP, by address and by name, and its token.
+fn served(host: &Host) -> (String, String, String) {
     host.until("the dashboard is served over TCP", |host| {
         host.run(["dashboard"]).code == Some(0)
     });
     let url = host.json(["dashboard"])["url"].as_str().unwrap().to_owned();
-    let rest = url.strip_prefix("http://forelay.localhost:").unwrap();
-    let (port, token) = rest.split_once("/?token=").unwrap();
-    (format!("127.0.0.1:{port}"), token.to_owned())
+    let rest = url.strip_prefix("http://").unwrap();
+    let (named, token) = rest.split_once("/?token=").unwrap();
+    let (name, port) = named.split_once(':').unwrap();
+    assert!(name.starts_with("forelay-") && name.ends_with(".localhost"));
+    let told = host.get("/v1/health").unwrap();
+    assert!(
+        !told.to_string().contains(name),
+        "the name is as secret as what it is for: {told}"
+    );
+    (
+        format!("127.0.0.1:{port}"),
+        named.to_owned(),
+        token.to_owned(),
+    )
 }
 
 /// Sends a request over TCP; the connection.
@@ -222,7 +234,7 @@ fn privileged_over_tcp_only_the_token_lets_in() {
         ..Settings::default()
     };
     let host = Host::started(&bench, &settings);
-    let (address, token) = served(&host);
+    let (address, named, token) = served(&host);
     let name = format!("Host: {address}\r\n");
     let bearer = format!("Authorization: Bearer {token}\r\n");
     let wrong = format!("Authorization: Bearer {}\r\n", &token[1..]);
@@ -234,15 +246,24 @@ fn privileged_over_tcp_only_the_token_lets_in() {
         (format!("Host: evil.example\r\n{bearer}"), 421),
         (bearer.clone(), 421),
         (format!("{name}{bearer}"), 200),
-        (format!("Host: forelay.localhost\r\n{bearer}"), 200),
+        (format!("Host: {named}\r\n{bearer}"), 200),
+        (format!("{name}{bearer}Origin: http://{address}\r\n"), 200),
+        (
+            format!("{name}{bearer}Origin: http://evil.example\r\n"),
+            403,
+        ),
+        (format!("{name}{bearer}Origin: null\r\n"), 403),
     ] {
         for path in ["/v1/vms", "/", "/metrics"] {
             let answer = ask(&address, &format!("GET {path}"), &headers);
             let status = format!("HTTP/1.1 {status}");
             assert!(answer.starts_with(&status), "{path} {headers}: {answer}");
+            for policy in ["content-security-policy: default-src 'none'", "nosniff"] {
+                assert!(answer.contains(policy), "{path} {headers}: {answer}");
+            }
         }
     }
-    browser(&address, &name, &token);
+    browser(&address, &format!("Host: {named}\r\n"), &token);
     let reading = std::fs::read_to_string(host.dir().join("state/api-read-token")).unwrap();
     let reading = format!("{name}Authorization: Bearer {reading}\r\n");
     assert!(ask(&address, "GET /metrics", &reading).starts_with("HTTP/1.1 200"));
@@ -258,6 +279,7 @@ fn privileged_over_tcp_only_the_token_lets_in() {
     let last: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
     assert_eq!(last["user"], Value::Null, "{log}");
     assert_eq!(last["path"], "/v1/vms/nobody", "{log}");
+    prometheus_scrapes(&host, &address);
     many(&host, &address, &format!("{name}{bearer}"));
     port_is_taken(&bench, &address);
 }
@@ -279,12 +301,19 @@ fn browser(address: &str, name: &str, token: &str) {
         cookie.contains("HttpOnly; SameSite=Strict") && !cookie.contains(token),
         "{cookie}"
     );
-    let session = format!("{name}Cookie: {}\r\n", cookie.split(';').next().unwrap());
+    let cookie = format!("Cookie: {}\r\n", cookie.split(';').next().unwrap());
+    let session = format!("{name}{cookie}");
     assert!(ask(address, "GET /", &session).contains("<h1>Memory</h1>"));
     for change in ["DELETE /v1/vms/web-1", "POST /v1/memory/drop"] {
         assert!(ask(address, change, &session).starts_with("HTTP/1.1 401"));
     }
     assert!(ask(address, "GET /?token=x", name).starts_with("HTTP/1.1 401"));
+    // Other names of loopback are also those of every port of the host: no session is for them.
+    let usual = format!("Host: {address}\r\n");
+    let opened = ask(address, &format!("GET /?token={token}"), &usual);
+    assert!(opened.starts_with("HTTP/1.1 401"), "{opened}");
+    let with_cookie = ask(address, "GET /", &format!("{usual}{cookie}"));
+    assert!(with_cookie.starts_with("HTTP/1.1 401"), "{with_cookie}");
 }
 
 /// A thousand that watch, a thousand that say nothing, and browsers that go away: pages go on, and

@@ -8,6 +8,7 @@ mod access;
 mod attach;
 mod bad_input;
 mod brought;
+mod browser;
 mod bundle;
 mod command_line;
 mod daemon_dies;

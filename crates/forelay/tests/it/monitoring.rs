@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
-use crate::fixture::{Host, Settings, bench, idle};
+use crate::fixture::{Host, Settings, bench, http_get, idle, reserved_port};
 use crate::watching::get;
 
 /// Runs promtool on `input`; what it said, or nothing if there is none.
@@ -47,6 +47,72 @@ fn names(text: &str) -> BTreeSet<String> {
         of.unwrap_or(name).to_owned()
     })
     .collect()
+}
+
+/// A real Prometheus, configured as we say but for paths, scrapes the host over TCP and evaluates
+/// the rules.
+pub fn prometheus_scrapes(host: &Host, address: &str) {
+    let port = reserved_port();
+    let config = read("prometheus.yml")
+        .replace(
+            "/etc/prometheus/forelay.rules.yml",
+            &dir().join("forelay.rules.yml").display().to_string(),
+        )
+        .replace(
+            "/etc/prometheus/forelay-token",
+            &host
+                .dir()
+                .join("state/api-read-token")
+                .display()
+                .to_string(),
+        )
+        .replace("127.0.0.1:8900", address)
+        .replace("scrape_interval: 15s", "scrape_interval: 1s");
+    let config = host.write(
+        "prometheus.yml",
+        &format!("global: {{ evaluation_interval: 1s }}\n{config}"),
+    );
+    let mut command = Command::new("prometheus");
+    command.arg(format!("--config.file={}", config.display()));
+    command.arg(format!(
+        "--storage.tsdb.path={}",
+        host.dir().join("tsdb").display()
+    ));
+    command.arg(format!("--web.listen-address=127.0.0.1:{port}"));
+    let log = std::fs::File::create(host.dir().join("prometheus.log")).unwrap();
+    let Ok(child) = command.stdout(Stdio::null()).stderr(log).spawn() else {
+        println!("SKIPPED a part: needs prometheus");
+        return;
+    };
+    let _prometheus = Prometheus(child);
+    let asked = |path: &str, what: &str| {
+        let mut answer = String::new();
+        host.until(&format!("Prometheus answers {what} to {path}"), |_| {
+            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                answer = http_get(port, path);
+            }
+            answer.contains(what)
+        });
+    };
+    asked(
+        "/api/v1/query?query=forelay_build_info",
+        "\"job\":\"forelay\"",
+    );
+    asked("/api/v1/targets", "\"health\":\"up\"");
+    asked("/api/v1/rules", "\"name\":\"ForelayDown\"");
+    asked("/api/v1/rules", "\"health\":\"ok\"");
+    let rules = http_get(port, "/api/v1/rules");
+    assert!(!rules.contains("\"health\":\"err\""), "{rules}");
+}
+
+/// One that runs for as long as this is there.
+struct Prometheus(Child);
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]

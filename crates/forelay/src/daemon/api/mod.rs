@@ -9,7 +9,7 @@ mod exec;
 pub(super) mod inspect;
 pub(super) mod listeners;
 mod metrics;
-mod pages;
+pub(super) mod pages;
 mod problems;
 mod server;
 mod token;

@@ -19,7 +19,7 @@ use crate::daemon::Host;
 use crate::daemon::api::connections::LongRequests;
 use crate::daemon::api::events::{self, Streams};
 use crate::daemon::api::problems::ProblemKind;
-use crate::daemon::api::{access, exec, metrics, pages, token};
+use crate::daemon::api::{access, exec, metrics, pages};
 use crate::daemon::error::HostError;
 use crate::daemon::vm::pause;
 
@@ -109,7 +109,7 @@ async fn health(State(host): Shared) -> Json<Health> {
         uptime_s: host.uptime().as_secs_f64(),
         accelerator: host.accelerator(),
         degraded: host.degraded(),
-        dashboard: host.dashboard().map(token::dashboard_url),
+        dashboard: host.dashboard(),
     })
 }
 

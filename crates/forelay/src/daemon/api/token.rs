@@ -5,32 +5,38 @@
 //!
 //! Every program of the host reaches loopback, so do guests that are let (`host_loopback`), and
 //! so does every page that a browser has open. A browser gives the cookies of a host name to
-//! every port of it, so also to a VM's that is forwarded; that is why the address told has a name
-//! that nothing else goes by ([`NAME`]). Invariants: nothing is answered without the token, or the session that a
-//! browser has for it, which only reads; both are compared in constant time; a request whose
-//! `Host` is no name of loopback is refused, so that no page elsewhere can have its own name
-//! point here.
+//! every port of it, so also to one that leads into a VM, and pages can have it go there; that is
+//! why sessions are for a name of loopback that nobody can guess
+//! ([`dashboard_name`](crate::api::dashboard_name)). Invariants: nothing is answered without the
+//! token, or the session that a browser has for it, which only reads; both are compared in
+//! constant time; a request whose `Host` is no name of loopback is refused, so that no page
+//! elsewhere can have its own name point here, and so is one that another origin's page makes;
+//! what is answered is never run as code by a browser, unless its page says so.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::http::header::{
-    AUTHORIZATION, CACHE_CONTROL, COOKIE, HOST, LOCATION, REFERRER_POLICY, SET_COOKIE,
+    AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, COOKIE, HOST, LOCATION, ORIGIN,
+    REFERRER_POLICY, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use forelay_image::Digest;
 use subtle::ConstantTimeEq as _;
 
+use crate::api::dashboard_name;
+
 /// Random bytes of a token.
 const TOKEN_BYTES: usize = 32;
-/// A name of loopback, which browsers know to be one, for the dashboard alone.
-pub const NAME: &str = "forelay.localhost";
+/// Names of loopback by which programs may ask.
+const NAMES: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
+/// What is no page shows nothing and runs nothing.
+const NO_PAGE: &str = "default-src 'none'; frame-ancestors 'none'";
 /// The cookie that a browser has.
 const SESSION: &str = "forelay-session";
 
@@ -40,6 +46,8 @@ pub struct TokenGate(Arc<Secrets>);
 
 struct Secrets {
     token: String,
+    /// The host name that browsers know this by.
+    name: String,
     /// What a browser has for it, and those who only read (Prometheus): it tells nothing of the
     /// token.
     session: String,
@@ -68,38 +76,76 @@ impl TokenGate {
     }
 
     fn of(token: String) -> Self {
-        let session = Digest::of(format!("session of {token}").as_bytes()).to_string();
-        Self(Arc::new(Secrets { token, session }))
+        let session = Digest::of(format!("session of {token}").as_bytes()).hex();
+        let name = dashboard_name(&token);
+        Self(Arc::new(Secrets {
+            token,
+            name,
+            session,
+        }))
     }
 
     /// Lets a request through, or says why not.
     pub async fn guard(State(gate): State<Self>, request: Request, next: Next) -> Response {
-        let headers = request.headers();
-        if !is_loopback(headers, request.uri()) {
-            let words = "this is served under names of loopback alone: forelay.localhost, localhost, \
-                         127.0.0.1 or [::1]";
-            return (StatusCode::MISDIRECTED_REQUEST, words).into_response();
+        let mut answer = match gate.instead(&request) {
+            None => next.run(request).await,
+            Some(answer) => answer,
+        };
+        let policies = [
+            (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+            (CONTENT_SECURITY_POLICY, NO_PAGE),
+        ];
+        for (name, policy) in policies {
+            let policy = HeaderValue::from_static(policy);
+            answer.headers_mut().entry(name).or_insert(policy);
         }
-        if bearer(headers).is_some_and(|token| same(token, &gate.0.token)) {
-            return next.run(request).await;
+        answer
+    }
+
+    /// What is answered to a request that is not let through.
+    fn instead(&self, request: &Request) -> Option<Response> {
+        let (headers, uri) = (request.headers(), request.uri());
+        let refused = |status: StatusCode, words: &'static str| (status, words).into_response();
+        let Some(host) = host(headers, uri).filter(|host| self.goes_by(host)) else {
+            let words = "this is served under names of loopback alone: the one that \
+                         `forelay dashboard` prints, localhost, 127.0.0.1 or [::1]";
+            return Some(refused(StatusCode::MISDIRECTED_REQUEST, words));
+        };
+        let own = format!("http://{host}");
+        if headers
+            .get_all(ORIGIN)
+            .iter()
+            .any(|origin| origin.as_bytes() != own.as_bytes())
+        {
+            let words = "this is not for pages that come from elsewhere";
+            return Some(refused(StatusCode::FORBIDDEN, words));
+        }
+        let secrets = &*self.0;
+        if bearer(headers).is_some_and(|token| same(token, &secrets.token)) {
+            return None;
         }
         let reads = [Method::GET, Method::HEAD].contains(request.method());
-        let mut sessions = bearer(headers).into_iter().chain(cookie(headers));
-        if reads && sessions.any(|session| same(session, &gate.0.session)) {
-            return next.run(request).await;
+        let named = without_port(host) == secrets.name;
+        let cookie = cookie(headers).filter(|_| named);
+        let mut sessions = bearer(headers).into_iter().chain(cookie);
+        if reads && sessions.any(|session| same(session, &secrets.session)) {
+            return None;
         }
-        let asked = request.uri().query().unwrap_or_default().split('&');
+        let asked = uri.query().unwrap_or_default().split('&');
         let mut asked = asked.filter_map(|pair| pair.strip_prefix("token="));
-        if reads
-            && asked
-                .next_back()
-                .is_some_and(|token| same(token, &gate.0.token))
-        {
-            return gate.let_in(request.uri());
+        let asked = asked.next_back().filter(|_| reads && named);
+        if asked.is_some_and(|token| same(token, &secrets.token)) {
+            return Some(self.let_in(uri));
         }
         let words = "no token, or a wrong one: open the address that `forelay dashboard` prints; \
                      programs send `Authorization: Bearer TOKEN`";
-        (StatusCode::UNAUTHORIZED, words).into_response()
+        Some(refused(StatusCode::UNAUTHORIZED, words))
+    }
+
+    /// Whether this is known by the name in a `Host`, whatever port it has.
+    fn goes_by(&self, host: &str) -> bool {
+        let name = without_port(host);
+        name == self.0.name || NAMES.contains(&name)
     }
 
     /// Gives a browser its session, and has it forget the token.
@@ -108,10 +154,10 @@ impl TokenGate {
             "{SESSION}={}; HttpOnly; SameSite=Strict; Path=/",
             self.0.session
         );
-        // What begins with two slashes names another host.
-        let location = match uri.path().starts_with("//") {
-            true => "/",
-            false => uri.path(),
+        // A path that does not begin like ours may name another host.
+        let location = match uri.path().starts_with("/ui/") {
+            true => uri.path(),
+            false => "/",
         };
         let headers = [
             (SET_COOKIE, cookie),
@@ -120,19 +166,6 @@ impl TokenGate {
             (REFERRER_POLICY, "no-referrer".to_owned()),
         ];
         (StatusCode::SEE_OTHER, headers).into_response()
-    }
-}
-
-/// Where browsers find what is served on this address.
-pub fn dashboard_url(address: SocketAddr) -> String {
-    // Browsers look for that name at these two.
-    let usual = [
-        IpAddr::from(Ipv4Addr::LOCALHOST),
-        IpAddr::from(Ipv6Addr::LOCALHOST),
-    ];
-    match usual.contains(&address.ip()) {
-        true => format!("http://{NAME}:{}/", address.port()),
-        false => format!("http://{address}/"),
     }
 }
 
@@ -173,24 +206,24 @@ fn same(given: &str, known: &str) -> bool {
     given.as_bytes().ct_eq(known.as_bytes()).into()
 }
 
-/// Whether the request is to a name of loopback, on whatever port.
-fn is_loopback(headers: &HeaderMap, uri: &Uri) -> bool {
+/// The `Host` of a request, if there is one.
+fn host<'a>(headers: &'a HeaderMap, uri: &Uri) -> Option<&'a str> {
+    // A target with a name of its own would count instead of the header.
+    if uri.host().is_some() {
+        return None;
+    }
     let mut hosts = headers.get_all(HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else {
-        return false;
-    };
-    let host = host.to_str().unwrap_or_default();
-    let name = match host.rsplit_once(':') {
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host.to_str().ok(),
+        _ => None,
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,
-    };
-    let bare = name
-        .strip_prefix('[')
-        .and_then(|name| name.strip_suffix(']'));
-    let address = bare.unwrap_or(name).parse::<IpAddr>();
-    let known = [NAME, "localhost"].contains(&name) || address.is_ok_and(|one| one.is_loopback());
-    // A target with a name of its own would count instead of the header.
-    uri.host().is_none() && known
+    }
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
@@ -214,8 +247,6 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
-    use axum::http::HeaderValue;
-
     use super::*;
 
     #[test]
@@ -238,35 +269,78 @@ mod tests {
         assert!(TokenGate::open(&path, &reading).is_err());
     }
 
+    fn request(method: &Method, target: &str, headers: &[(&str, &str)]) -> Request {
+        let request = Request::builder().method(method).uri(target);
+        let request = headers.iter().fold(request, |request, (name, value)| {
+            request.header(*name, *value)
+        });
+        request.body(axum::body::Body::empty()).unwrap()
+    }
+
     #[test]
     fn only_names_of_loopback_are_served() {
-        let is = |host: &str, target: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(HOST, HeaderValue::from_str(host).unwrap());
-            is_loopback(&headers, &target.parse().unwrap())
+        let gate = TokenGate::of("7".repeat(64));
+        let is = |target: &str, host: &str| {
+            let bearer = format!("Bearer {}", gate.0.token);
+            let headers = [("host", host), ("authorization", &bearer)];
+            gate.instead(&request(&Method::POST, target, &headers))
+                .is_none()
         };
-        for fine in [
-            "127.0.0.1:8900",
-            "127.0.0.5",
-            "localhost",
-            "[::1]:80",
-            "[::1]",
-            "forelay.localhost:8900",
-        ] {
-            assert!(is(fine, "/"), "{fine}");
+        let named = format!("{}:8900", gate.0.name);
+        for fine in [&named, "127.0.0.1:8900", "localhost", "[::1]:80", "[::1]"] {
+            assert!(is("/", fine), "{fine}");
         }
         for other in [
             "evil.example",
             "evil.example:8900",
+            "forelay.localhost:8900",
             "localhost.evil.example",
             "127.0.0.1.x:1",
+            "127.0.0.2:8900",
             "192.0.2.1",
             "[::2]:8900",
             "",
         ] {
-            assert!(!is(other, "/"), "{other}");
+            assert!(!is("/", other), "{other}");
         }
-        assert!(!is("localhost", "http://evil.example/"));
-        assert!(!is_loopback(&HeaderMap::new(), &"/".parse().unwrap()));
+        assert!(!is("http://evil.example/", "localhost"));
+        let (method, bearer) = (Method::GET, format!("Bearer {}", gate.0.token));
+        let without = request(&method, "/", &[("authorization", &bearer)]);
+        assert!(gate.instead(&without).is_some());
+    }
+
+    #[test]
+    fn a_session_is_for_one_name_and_for_pages_of_its_own() {
+        let gate = TokenGate::of("7".repeat(64));
+        let Secrets {
+            token,
+            name,
+            session,
+        } = &*gate.0;
+        let host = format!("{name}:8900");
+        let cookie = format!("a=b; {SESSION}={session}");
+        let asks = |method: &Method, target: &str, headers: &[(&str, &str)]| {
+            let instead = gate.instead(&request(method, target, headers));
+            instead.map_or(200, |answer| answer.status().as_u16())
+        };
+        let with_token = format!("/?token={token}");
+        let own = format!("http://{host}");
+        let get = |headers: &[(&str, &str)]| asks(&Method::GET, "/", headers);
+        assert_eq!(get(&[("host", &host), ("cookie", &cookie)]), 200);
+        assert_eq!(get(&[("host", "localhost:8900"), ("cookie", &cookie)]), 401);
+        let from = |origin: &str| {
+            let headers = [("host", &*host), ("cookie", &cookie), ("origin", origin)];
+            get(&headers)
+        };
+        assert_eq!(from(&own), 200);
+        for origin in ["null", "http://evil.example", &own.replace("8900", "8080")] {
+            assert_eq!(from(origin), 403, "{origin}");
+        }
+        let headers = [("host", &*host), ("cookie", &cookie)];
+        assert_eq!(asks(&Method::POST, "/", &headers), 401);
+        assert_eq!(asks(&Method::GET, &with_token, &[("host", &host)]), 303);
+        for (method, host) in [(Method::POST, &*host), (Method::GET, "127.0.0.1:8900")] {
+            assert_eq!(asks(&method, &with_token, &[("host", host)]), 401, "{host}");
+        }
     }
 }

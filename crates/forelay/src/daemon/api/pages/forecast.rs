@@ -112,8 +112,8 @@ pub fn page(host: &Host, trail: &Trail) -> ForecastPage {
         points,
         calibration_words,
         horizon: seconds(host.forecasts.horizon.as_secs_f64()),
-        from: format!("{} UTC", time_of_day(now_ms - PAST_MS)),
-        until: format!("{} UTC", time_of_day(now_ms + FUTURE_MS)),
+        from: format!("{} UTC", &time_of_day(now_ms - PAST_MS)[..5]),
+        until: format!("{} UTC", &time_of_day(now_ms + FUTURE_MS)[..5]),
         frame: PageFrame::new(host, "Forecast"),
     }
 }

@@ -62,7 +62,7 @@ pub struct StagePart {
 /// Which kind of work a stage is.
 fn colour(stage: &str) -> usize {
     match stage {
-        "solve" | "request" | "map" | "plan" => 0,
+        "solve" | "request" | "find" | "map" | "plan" => 0,
         "compose" => 1,
         "VMM" => 2,
         "restore" => 3,
@@ -110,6 +110,7 @@ pub fn words_of(launch: &LaunchFigures) -> String {
     }
     words.push(match launch.demand_fetches {
         0 => "waited for no byte".to_owned(),
+        1 => format!("waited {} for one fetch", seconds(launch.stall_s)),
         fetches => format!("waited {} for {fetches} fetches", seconds(launch.stall_s)),
     });
     words.join(" · ")

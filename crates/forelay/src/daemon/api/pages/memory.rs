@@ -8,7 +8,8 @@ use forelay_image::Digest;
 use super::treemap::{Area, squarify};
 use super::{PageFrame, cut, percent, px};
 use crate::api::{ComponentMemory, ForecastEntry, MemoryReport};
-use crate::daemon::Host;
+use crate::daemon::api::accounts::MemoryAccounts;
+use crate::daemon::vm::registry::VmRegistry;
 use crate::host_stats::HostStats;
 use crate::units::bytes;
 
@@ -31,6 +32,7 @@ pub struct MemoryPage {
     expected_note: String,
     available: String,
     available_note: String,
+    pulse: String,
     maps: Vec<Map>,
     rows: Vec<ComponentRow>,
     more: usize,
@@ -114,8 +116,14 @@ impl Shares {
 }
 
 /// The page now.
-pub fn page(host: &Host, forecast: &[ForecastEntry]) -> MemoryPage {
-    let report = host.accounts.told_by_table();
+pub fn page(
+    frame: PageFrame,
+    accounts: &MemoryAccounts,
+    forecast: &[ForecastEntry],
+    pulse: String,
+) -> MemoryPage {
+    let report = accounts.told_by_table();
+    let live = &accounts.registry;
     let mut expected: HashMap<Digest, u64> = HashMap::new();
     for one in forecast.iter().filter(|one| one.probability >= 0.5) {
         let bytes = expected.entry(one.image).or_default();
@@ -127,12 +135,12 @@ pub fn page(host: &Host, forecast: &[ForecastEntry]) -> MemoryPage {
         .flat_map(|domain| &domain.components)
         .collect();
     components.sort_by_key(|one| std::cmp::Reverse((one.image_bytes, one.image)));
-    let names = mapped_by(host);
+    let names = mapped_by(live);
     let rows = components.iter().take(MOST_ROWS);
     let rows = rows.map(|one| component_row(one, &names, &expected));
     let saved = report.mapped_sum_bytes.saturating_sub(report.charged_bytes);
     let expected_bytes: u64 = expected.values().sum();
-    let (vms, more_vms) = vm_rows(host, &report);
+    let (vms, more_vms) = vm_rows(live, &report);
     MemoryPage {
         resident: bytes(report.resident_bytes),
         resident_note: format!(
@@ -163,14 +171,15 @@ pub fn page(host: &Host, forecast: &[ForecastEntry]) -> MemoryPage {
         rows: rows.collect(),
         more_vms,
         vms,
-        frame: PageFrame::new(host, "Memory"),
+        pulse,
+        frame,
     }
 }
 
 /// Names of the live VMs that have each image.
-fn mapped_by(host: &Host) -> BTreeMap<Digest, Vec<String>> {
+fn mapped_by(registry: &VmRegistry) -> BTreeMap<Digest, Vec<String>> {
     let mut names: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
-    for instance in host.instances.live() {
+    for instance in registry.live() {
         instance.read(|vm| {
             for device in &vm.devices {
                 let names = names.entry(device.image).or_default();
@@ -223,11 +232,11 @@ fn component_row(
 }
 
 /// The VMs that pay most, and how many others there are.
-fn vm_rows(host: &Host, report: &MemoryReport) -> (Vec<VmRow>, usize) {
+fn vm_rows(registry: &VmRegistry, report: &MemoryReport) -> (Vec<VmRow>, usize) {
     let stats = HostStats::default();
     // Launches that are set up ahead have rows in the table, too, and are nobody's yet.
     let vms = report.vms.iter().filter_map(|account| {
-        let instance = host.instances.get(&account.vm)?;
+        let instance = registry.get(&account.vm)?;
         Some((account, instance))
     });
     let mut vms: Vec<_> = vms.collect();
@@ -293,7 +302,7 @@ fn cell(area: Area, one: &ComponentMemory) -> Cell {
         }
     });
     let (resident, size) = (bytes(one.resident_bytes), bytes(one.image_bytes));
-    let letters = ((area.width - 22.0) / 8.4).max(0.0) as usize;
+    let letters = ((area.width - 22.0) / 9.4).max(0.0) as usize;
     Cell {
         title: format!(
             "{}: {resident} of {size} in memory, mapped by {}",

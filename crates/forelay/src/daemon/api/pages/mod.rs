@@ -9,7 +9,8 @@ mod expected;
 mod forecast;
 mod host;
 mod launches;
-mod memory;
+pub mod memory;
+mod pulse;
 mod trail;
 mod treemap;
 mod vm;
@@ -18,7 +19,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use askama::Template;
-use axum::Router;
 use axum::extract::{Extension, Path, State};
 use axum::http::StatusCode;
 use axum::http::header::{
@@ -27,6 +27,7 @@ use axum::http::header::{
 };
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Json, Router};
 
 use crate::api::Degraded;
 use crate::daemon::Host;
@@ -35,6 +36,7 @@ use crate::daemon::error::HostError;
 use crate::units;
 
 use expected::Expectations;
+use pulse::{Pulse, PulseReport};
 use trail::Trail;
 
 /// Pages by their paths.
@@ -76,18 +78,41 @@ const FILES: &[(&str, &str, &str)] = &[
         include_str!("../../../../static/htmx.min.js"),
     ),
     (
+        "chart.js",
+        "text/javascript; charset=utf-8",
+        include_str!("../../../../static/chart.js"),
+    ),
+    (
+        "uplot.min.js",
+        "text/javascript; charset=utf-8",
+        include_str!("../../../../static/uplot.min.js"),
+    ),
+    (
+        "uplot.css",
+        "text/css; charset=utf-8",
+        include_str!("../../../../static/uplot.css"),
+    ),
+    (
+        "uplot.LICENSE",
+        "text/plain; charset=utf-8",
+        include_str!("../../../../static/uplot.LICENSE"),
+    ),
+    (
         "htmx.LICENSE",
         "text/plain; charset=utf-8",
         include_str!("../../../../static/htmx.LICENSE"),
     ),
 ];
 
-/// The pages' routes. What forecasts tell is written down from now on.
+/// The pages' routes. What forecasts tell and what moves is written down from now on.
 pub fn router(host: &Arc<Host>) -> Router<Arc<Host>> {
     let trail = Arc::new(Trail::default());
     tokio::spawn(trail::follow(Arc::downgrade(host), Arc::downgrade(&trail)));
+    let pulse = Arc::new(Pulse::default());
+    tokio::spawn(pulse::follow(Arc::downgrade(host), Arc::downgrade(&pulse)));
     Router::new()
         .route("/", get(memory_page))
+        .route("/ui/pulse", get(beats))
         .route("/ui/forecast", get(forecast_page))
         .route("/ui/launches", get(launches_page))
         .route("/ui/repository", get(repository_page))
@@ -95,6 +120,7 @@ pub fn router(host: &Arc<Host>) -> Router<Arc<Host>> {
         .route("/ui/vms/{name}", get(vm_page))
         .route("/ui/static/{file}", get(file))
         .layer(Extension(trail))
+        .layer(Extension(pulse))
         .layer(Extension(Arc::new(Expectations::default())))
 }
 
@@ -111,6 +137,17 @@ pub struct PageFrame {
 impl PageFrame {
     fn new(host: &Host, at: &'static str) -> Self {
         Self::titled(host, at, at.to_owned())
+    }
+
+    /// Of no host.
+    #[cfg(test)]
+    pub fn of_test() -> Self {
+        Self {
+            title: String::new(),
+            at: "",
+            host: String::new(),
+            degraded: Vec::new(),
+        }
     }
 
     fn titled(host: &Host, at: &'static str, title: String) -> Self {
@@ -155,9 +192,18 @@ async fn made<P: Template + Send + 'static>(
 async fn memory_page(
     State(host): State<Arc<Host>>,
     Extension(expectations): Extension<Arc<Expectations>>,
+    Extension(pulse): Extension<Arc<Pulse>>,
 ) -> Result<Response, Failure> {
     let expected = expectations.recent(&host).await;
-    made(move || memory::page(&host, &expected)).await
+    made(move || {
+        let frame = PageFrame::new(&host, "Memory");
+        memory::page(frame, &host.accounts, &expected, pulse.words())
+    })
+    .await
+}
+
+async fn beats(Extension(pulse): Extension<Arc<Pulse>>) -> Json<PulseReport> {
+    Json(pulse.report())
 }
 
 async fn forecast_page(
