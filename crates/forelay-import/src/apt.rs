@@ -7,12 +7,16 @@
 //! Invariant: one process at a time uses a cache (a lock file is held meanwhile).
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crate::draft::host_architecture;
 use crate::error::{ImportError, io_error};
 use crate::progress::{BuildPhase, Progress, Reporter, apt_status};
+use crate::sandbox::jail::{APT, APT_STATE, TARGET};
 use crate::tool::Tool;
+use crate::within::read_within;
 
 /// How old package indexes may be before they are refreshed.
 pub const DEFAULT_REFRESH_AFTER: Duration = Duration::from_secs(3600);
@@ -95,49 +99,82 @@ impl AptCache {
         Ok(path)
     }
 
-    /// Writes a configuration for the root at `root` (`None`: no packages installed) and
-    /// returns its path, to be given in `APT_CONFIG`.
+    /// Where all that is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Writes a configuration for resolving what the root at `root` lacks (`None`: no packages
+    /// installed) and returns its path, to be given in `APT_CONFIG`. The root may be anybody's:
+    /// its status is copied, and no program of it runs.
     pub fn write_config(&self, root: Option<&Path>) -> Result<PathBuf, ImportError> {
-        let name = if root.is_some() {
-            "root.conf"
-        } else {
-            "empty.conf"
-        };
-        let path = self.directory.join(name);
-        let status = match root {
-            Some(root) => root.join("var/lib/dpkg/status"),
-            None => {
-                let status = self.directory.join("empty-status");
-                fs::write(&status, b"").map_err(io_error("writing", &status))?;
-                status
+        let (name, status) = match root {
+            Some(root) => {
+                let status = read_within(root, "var/lib/dpkg/status");
+                (
+                    "root",
+                    status.map_err(io_error("reading dpkg's status in", root))?,
+                )
             }
+            None => ("empty", Vec::new()),
         };
-        let directory = self.directory.display();
-        let mut text = format!(
-            "Dir::Etc::main \"/dev/null\";\nDir::Etc::parts \"{directory}/empty\";\n\
-             Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{directory}/sources.d\";\n\
-             Dir::Etc::preferences \"/dev/null\";\nDir::Etc::preferencesparts \"{directory}/empty\";\n\
-             Dir::State \"{directory}\";\nDir::State::lists \"{directory}/lists\";\n\
-             Dir::State::extended_states \"{directory}/extended_states\";\n\
-             Dir::State::status \"{}\";\nDir::Cache \"{directory}\";\n\
-             Dir::Cache::archives \"{directory}/archives\";\nDir::Log \"{directory}/log\";\n\
-             APT::Install-Recommends \"false\";\nAPT::Install-Suggests \"false\";\n\
-             APT::Sandbox::User \"root\";\nAPT::Get::Assume-Yes \"true\";\n\
-             APT::Keep-Downloaded-Packages \"true\";\nAPT::Cmd::Disable-Script-Warning \"true\";\n\
-             APT::Update::Error-Mode \"any\";\nAcquire::Languages \"none\";\n\
-             Acquire::Retries \"2\";\nAcquire::http::Timeout \"20\";\nDpkg::Use-Pty \"false\";\n",
-            status.display()
-        );
+        let status_path = self.directory.join(format!("{name}-status"));
+        fs::write(&status_path, status).map_err(io_error("writing", &status_path))?;
+        let path = self.directory.join(format!("{name}.conf"));
+        let places = Places {
+            cache: &self.directory.display().to_string(),
+            state: &self.directory.display().to_string(),
+            archives: &self.archives().display().to_string(),
+            status: &status_path.display().to_string(),
+        };
+        let mut text = places.settings();
         if let Some(root) = root {
-            text.push_str(&format!(
-                "DPkg::Chroot-Directory \"{}\";\n\
-                 DPkg::Options:: \"--force-unsafe-io\";\nDPkg::Options:: \"--force-confnew\";\n",
-                root.display()
-            ));
+            text.push_str(&architectures(root));
         }
         text.push_str(&host_acquire_options()?);
         fs::write(&path, text).map_err(io_error("writing", &path))?;
         Ok(path)
+    }
+
+    /// Writes a configuration for installing in a sandbox, and returns its path there.
+    /// `archives` is where the archives are in the scratch root.
+    pub(crate) fn write_sandbox_config(&self, archives: &str) -> Result<String, ImportError> {
+        let places = Places {
+            cache: APT,
+            state: APT_STATE,
+            archives: &format!("{TARGET}/{archives}"),
+            status: &format!("{TARGET}/var/lib/dpkg/status"),
+        };
+        let mut text = places.settings();
+        // Nobody else is there, and nothing of the cache can be written.
+        text.push_str("Debug::NoLocking \"true\";\n");
+        text.push_str(&format!(
+            "DPkg::Chroot-Directory \"{TARGET}\";\n\
+             DPkg::Options:: \"--force-unsafe-io\";\nDPkg::Options:: \"--force-confnew\";\n"
+        ));
+        let path = self.directory.join("sandbox.conf");
+        fs::write(&path, text).map_err(io_error("writing", &path))?;
+        self.open_to_sandbox()?;
+        Ok(format!("{APT}/sandbox.conf"))
+    }
+
+    /// A sandbox's root is none of the host's users: what it reads must be for all, whatever
+    /// the umask with which it was made.
+    fn open_to_sandbox(&self) -> Result<(), ImportError> {
+        for part in ["", "lists", "archives", "sources.d", "empty"] {
+            let directory = self.directory.join(part);
+            let failed = || io_error("opening to builds", &directory);
+            let mode =
+                |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+            mode(&directory, 0o755).map_err(failed())?;
+            for entry in fs::read_dir(&directory).map_err(failed())? {
+                let entry = entry.map_err(failed())?;
+                if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                    mode(&entry.path(), 0o644).map_err(failed())?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes the host's settings for reaching its mirrors alone, for tools that make a
@@ -226,6 +263,60 @@ impl AptCache {
             nearest: nearest_names(name, names.lines()),
         }
     }
+}
+
+/// Where apt finds and keeps things.
+struct Places<'a> {
+    /// Lists and sources.
+    cache: &'a str,
+    /// What it writes besides.
+    state: &'a str,
+    archives: &'a str,
+    /// dpkg's status.
+    status: &'a str,
+}
+
+impl Places<'_> {
+    fn settings(&self) -> String {
+        let Self {
+            cache,
+            state,
+            archives,
+            status,
+        } = self;
+        format!(
+            "Dir::Etc::main \"/dev/null\";\nDir::Etc::parts \"{cache}/empty\";\n\
+             Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{cache}/sources.d\";\n\
+             Dir::Etc::preferences \"/dev/null\";\nDir::Etc::preferencesparts \"{cache}/empty\";\n\
+             Dir::State \"{state}\";\nDir::State::lists \"{cache}/lists\";\n\
+             Dir::State::extended_states \"{state}/extended_states\";\n\
+             Dir::State::status \"{status}\";\nDir::Cache \"{state}\";\n\
+             Dir::Cache::archives \"{archives}\";\nDir::Log \"{state}/log\";\n\
+             APT::Install-Recommends \"false\";\nAPT::Install-Suggests \"false\";\n\
+             APT::Sandbox::User \"root\";\nAPT::Get::Assume-Yes \"true\";\n\
+             APT::Keep-Downloaded-Packages \"true\";\nAPT::Cmd::Disable-Script-Warning \"true\";\n\
+             APT::Update::Error-Mode \"any\";\nAcquire::Languages \"none\";\n\
+             Acquire::Retries \"2\";\nAcquire::http::Timeout \"20\";\nDpkg::Use-Pty \"false\";\n"
+        )
+    }
+}
+
+/// The architectures of a root, so that apt does not ask the root's own dpkg.
+fn architectures(root: &Path) -> String {
+    let native = host_architecture();
+    let text = read_within(root, "var/lib/dpkg/arch").unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let good = |name: &&str| {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        *name != native && !name.is_empty() && name.chars().all(plain)
+    };
+    let foreign = text.lines().map(str::trim).filter(good);
+    let names = std::iter::once(native).chain(foreign);
+    let names = names.map(|name| format!("APT::Architectures:: \"{name}\";\n"));
+    format!(
+        "APT::Architecture \"{native}\";\n{}",
+        names.collect::<String>()
+    )
 }
 
 /// Passes a line of apt's status descriptor on, if it is one.

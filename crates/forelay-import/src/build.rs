@@ -29,8 +29,10 @@ use crate::packages::{PackageOptions, build_packages};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::rootfs::{describe_base, put_fragments, release_version};
 use crate::roots::BaseRoot;
+use crate::sandbox::limits::BuildLimits;
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool, check_free};
 use crate::tar::read_files;
+use crate::users::{DEFAULT_FIRST_USER, UserRange};
 use forelay_image::control::{parse_provides, parse_relations, sbom_package};
 use forelay_image::package_status::status_path;
 
@@ -139,6 +141,8 @@ pub struct Builder {
     refresh_after: Duration,
     mirror: Option<String>,
     layers: Option<Arc<dyn KnownLayers>>,
+    users: UserRange,
+    limits: BuildLimits,
 }
 
 impl Builder {
@@ -152,6 +156,8 @@ impl Builder {
             refresh_after: DEFAULT_REFRESH_AFTER,
             mirror: None,
             layers: None,
+            users: UserRange::new(DEFAULT_FIRST_USER),
+            limits: BuildLimits::default(),
         })
     }
 
@@ -170,6 +176,14 @@ impl Builder {
     /// Fetches no layer of a container image that `known` has.
     pub fn known_layers(mut self, known: Arc<dyn KnownLayers>) -> Self {
         self.layers = Some(known);
+        self
+    }
+
+    /// Has what a build runs be of `users`, which are nobody's on the host, and take no more
+    /// than `limits`.
+    pub fn confined(mut self, users: UserRange, limits: BuildLimits) -> Self {
+        self.users = users;
+        self.limits = limits;
         self
     }
 
@@ -233,7 +247,7 @@ impl Builder {
             BuildSource::Packages { options, base } => {
                 let apt = self.apt(base.suite().unwrap_or(DEFAULT_SUITE))?;
                 let name = name(options.default_name());
-                build_packages(options, &name, base, &apt, &scratch, report)
+                build_packages(options, &name, base, &apt, &scratch, &self.limits, report)
             }
             BuildSource::Kernel(options) => {
                 let apt = self.apt(&options.suite)?;
@@ -297,7 +311,7 @@ impl Builder {
         component: &Component,
         image: &dyn forelay_image::erofs::read::ReadAt,
     ) -> Result<BaseRoot, ImportError> {
-        BaseRoot::open(&self.cache, component, image)
+        BaseRoot::open(&self.cache, component, image, self.users)
     }
 
     fn apt(&self, suite: &str) -> Result<AptCache, ImportError> {

@@ -21,6 +21,7 @@ use crate::kernel::{INITRD_PATH, KERNEL_PATH, KernelOptions};
 use crate::packages::PackageOptions;
 use crate::roots::BaseRoot;
 use crate::sandbox::Sandbox;
+use crate::sandbox::jail::TARGET;
 use crate::unpack::write_directory;
 use forelay_guest_protocol::accounts::{Fragments, fragments_path, merged_files};
 use forelay_image::package_status::{merged_status, status_path};
@@ -109,11 +110,16 @@ fn packages(names: &[&str]) -> BuildRequest {
     })
 }
 
+/// A scratch root over directories whose owners are as in [`base`].
+pub(crate) fn sandbox(scratch: &Path, layers: &[&Path]) -> Sandbox {
+    Sandbox::new(scratch, layers, base().users, &BuildLimits::default()).unwrap()
+}
+
 fn unpack(built: &BuiltComponent, to: &Path) {
     let image = File::open(&built.image).unwrap();
     let tree = Image::open(&image).unwrap().to_tree(1 << 30).unwrap();
     fs::create_dir(to).unwrap();
-    write_directory(&tree, to).unwrap();
+    write_directory(&tree, to, base().users).unwrap();
 }
 
 /// What a launch does with fragments, written into a directory to be the topmost layer.
@@ -139,6 +145,17 @@ fn merged_layer(layers: &[(&str, &Path)], to: &Path) {
     let added: Vec<&str> = added.iter().map(String::as_str).collect();
     fs::create_dir_all(to.join("var/lib/dpkg")).unwrap();
     fs::write(to.join("var/lib/dpkg/status"), merged_status(&base, &added)).unwrap();
+    give(to);
+}
+
+/// Makes a directory, with all in it, root's in a sandbox.
+pub(crate) fn give(directory: &Path) {
+    let root = base().users.first().to_string();
+    let given = Command::new("chown")
+        .args(["-R", &format!("{root}:{root}")])
+        .arg(directory)
+        .status();
+    assert!(given.unwrap().success());
 }
 
 #[test]
@@ -194,7 +211,7 @@ fn privileged_components_built_apart_work_together_on_their_base() {
     merged_layer(&layers, &directory("merged"));
     let layers = ["merged", "redis", "nginx"].map(directory);
     let layers = [&layers[0], &layers[1], &layers[2], &base().directory];
-    let root = Sandbox::new(scratch.path(), &layers.map(PathBuf::as_path)).unwrap();
+    let root = sandbox(scratch.path(), &layers.map(PathBuf::as_path));
     let script = "set -e; nginx -t 2>&1; redis-server --version; id -u redis; \
                   stat -c %U /var/lib/redis; dpkg -s nginx redis libc6 | grep -c '^Status: install ok'; \
                   dpkg --verify redis-server nginx-common || true";
@@ -258,7 +275,7 @@ fn privileged_libraries_split_off_are_the_same_component_whoever_needs_them() {
     merged_layer(&layers, &merged);
     let mut stacked = vec![merged.as_path()];
     stacked.extend(layers.iter().rev().map(|(_, path)| *path));
-    let root = Sandbox::new(scratch.path(), &stacked).unwrap();
+    let root = sandbox(scratch.path(), &stacked);
     let script = "set -e; nginx -t 2>&1; redis-server --version; \
                   ldd /usr/sbin/nginx | grep -c 'not found' || true; \
                   dpkg --verify libssl3 nginx-common redis-server || true";
@@ -427,17 +444,14 @@ fn privileged_the_kernel_component_holds_what_a_guest_needs_to_boot() {
 fn privileged_what_scripts_print_is_apart_from_what_apt_reports() {
     require_debian!("privileged_what_scripts_print_is_apart_from_what_apt_reports");
     let scratch = test_cache().join("scripts");
-    let sandbox = Sandbox::new(&scratch, &[&base().directory]).unwrap();
+    let sandbox = sandbox(&scratch, &[&base().directory]);
     let script = "read line || echo no input >&3; echo said; echo said >&2; echo status >&3; \
                   hostname --fqdn >&3; getent hosts debian.localdomain >&3; cat /etc/hostname >&3; \
                   for stream in stdin stdout stderr null zero full random urandom tty ptmx; do \
                   test -e /dev/$stream || echo no $stream >&3; done; env | grep FORELAY >&3";
     let out = sandbox
-        .host_tool("chroot", "coreutils", "testing")
-        .unwrap()
-        .env("FORELAY_STATUS", "3")
-        .arg(sandbox.root())
-        .args(["sh", "-c", &format!("{script}; exit 0")])
+        .tool("chroot", "testing", true)
+        .args([TARGET, "sh", "-c", &format!("{script}; exit 0")])
         .output()
         .unwrap();
     let lines: Vec<Vec<&str>> = out

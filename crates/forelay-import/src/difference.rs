@@ -20,12 +20,17 @@ use forelay_image::tree::{Attributes, FileData, Kind, NodeId, ROOT, Tree};
 
 use crate::dir::read_xattrs;
 use crate::error::{ImportError, io_error};
+use crate::users::UserRange;
 
-/// Removes from `upper` what is the same in the directory `base`; returns how many
-/// entries went.
-pub fn remove_unchanged(upper: &mut Tree, base: &Path) -> Result<usize, ImportError> {
+/// Removes from `upper` what is the same in the directory `base`, whose owners are shifted
+/// into `users`; returns how many entries went.
+pub fn remove_unchanged(
+    upper: &mut Tree,
+    base: &Path,
+    users: UserRange,
+) -> Result<usize, ImportError> {
     let mut removed = 0;
-    prune(upper, ROOT, base, &mut removed)?;
+    prune(upper, ROOT, base, users, &mut removed)?;
     Ok(removed)
 }
 
@@ -33,6 +38,7 @@ fn prune(
     upper: &mut Tree,
     directory: NodeId,
     base: &Path,
+    users: UserRange,
     removed: &mut usize,
 ) -> Result<(), ImportError> {
     let entries = upper.entries(directory).cloned().unwrap_or_default();
@@ -43,14 +49,16 @@ fn prune(
         };
         let opaque = b"trusted.overlay.opaque";
         let is_directory = upper.entries(id).is_some();
-        let same = same_attributes(&upper.node(id).attributes, &path, &metadata)?;
+        let same = same_attributes(&upper.node(id).attributes, &path, &metadata, users)?;
         let whiteout = upper.node(id).kind.is_whiteout();
         if metadata.is_dir() && !whiteout && !(is_directory && same) {
             let attributes = &mut upper.node_mut(id).attributes;
             attributes.xattrs.insert(REPLACES.to_vec(), b"y".to_vec());
         }
-        if is_directory && !upper.node(id).attributes.xattrs.contains_key(&opaque[..]) {
-            prune(upper, id, &path, removed)?;
+        // Never through a link of the base, which may lead anywhere.
+        let below = is_directory && metadata.is_dir();
+        if below && !upper.node(id).attributes.xattrs.contains_key(&opaque[..]) {
+            prune(upper, id, &path, users, removed)?;
         }
         if same && same_kind(upper, id, &path, &metadata)? {
             upper.remove(directory, &name);
@@ -77,11 +85,13 @@ fn same_attributes(
     attributes: &Attributes,
     path: &Path,
     base: &Metadata,
+    users: UserRange,
 ) -> Result<bool, ImportError> {
     let same = u32::from(attributes.mode) == base.mode() & 0o7777
-        && attributes.uid == base.uid()
-        && attributes.gid == base.gid();
-    Ok(same && attributes.xattrs == read_xattrs(path)?)
+        && users.outward(attributes.uid) == Some(base.uid())
+        && users.outward(attributes.gid) == Some(base.gid());
+    let xattrs = users.xattrs_inward(read_xattrs(path)?);
+    Ok(same && xattrs.as_ref() == Some(&attributes.xattrs))
 }
 
 fn same_content(data: &FileData, path: &Path) -> Result<bool, ImportError> {
@@ -123,7 +133,7 @@ mod tests {
         std::os::unix::fs::symlink("mode", upper.join("link")).unwrap();
         fs::write(upper.join("file"), b"file").unwrap();
         let mut tree = read_directory(&upper, Ownership::Keep).unwrap().tree;
-        remove_unchanged(&mut tree, &base).unwrap();
+        remove_unchanged(&mut tree, &base, UserRange::new(0)).unwrap();
         let marked = |path: &str| {
             let id = tree.lookup(path.as_bytes()).unwrap();
             tree.node(id).attributes.xattrs.contains_key(REPLACES)
@@ -162,7 +172,10 @@ mod tests {
             set(root, "same.d", b"1").unwrap();
         }
         let mut tree = read_directory(&upper, Ownership::Keep).unwrap().tree;
-        assert_eq!(remove_unchanged(&mut tree, &base).unwrap(), 2);
+        assert_eq!(
+            remove_unchanged(&mut tree, &base, UserRange::new(0)).unwrap(),
+            2
+        );
         let left: Vec<_> = tree.entries(ROOT).unwrap().iter().collect();
         let left = left.into_iter().map(|(name, &id)| {
             let marked = tree.node(id).attributes.xattrs.contains_key(REPLACES);
@@ -193,7 +206,7 @@ mod tests {
         fs::write(upper.join("etc/changed"), b"two").unwrap();
         fs::write(upper.join("etc/new"), b"new").unwrap();
         let mut tree = read_directory(&upper, Ownership::Keep).unwrap().tree;
-        let removed = remove_unchanged(&mut tree, &base).unwrap();
+        let removed = remove_unchanged(&mut tree, &base, UserRange::new(0)).unwrap();
         assert_eq!(removed, 4);
         assert!(tree.lookup(b"etc/changed").is_some());
         assert!(tree.lookup(b"etc/new").is_some());

@@ -89,6 +89,14 @@ pub enum ImportError {
         /// The end of what it printed.
         tail: String,
     },
+    /// A build took more of the host than it may.
+    #[error("{doing} {why}, and was ended; the limits are `[build]` in the configuration")]
+    Limit {
+        /// What it was to do.
+        doing: String,
+        /// What it took.
+        why: String,
+    },
     /// A package that the apt sources do not have.
     #[error("package {name:?} does not exist in {sources}{}", suggestion(.nearest))]
     NoSuchPackage {

@@ -20,9 +20,9 @@ use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
 use crate::dir::{Ownership, read_directory};
-use crate::sandbox::Sandbox;
-use crate::tests::{base, missing, test_cache};
+use crate::tests::{base, give, missing, sandbox, test_cache};
 use crate::unpack::write_directory;
+use crate::users::UserRange;
 
 /// What can be seen of a path: kind with content, mode, owner.
 type Seen = BTreeMap<String, (String, u16, (u32, u32))>;
@@ -227,7 +227,7 @@ fn privileged_marked_trees_are_laid_as_overlayfs_lays_them() {
             .map(|(number, tree)| {
                 let directory = host.path().join(number.to_string());
                 fs::create_dir(&directory).unwrap();
-                write_directory(tree, &directory).unwrap();
+                write_directory(tree, &directory, UserRange::new(0)).unwrap();
                 directory
             })
             .collect();
@@ -324,7 +324,7 @@ fn privileged_trees_are_laid_as_dpkg_lays_packages() {
         return;
     }
     let scratch = tempfile::tempdir_in(test_cache()).unwrap();
-    let sandbox = Sandbox::new(scratch.path(), &[&base().directory]).unwrap();
+    let sandbox = sandbox(scratch.path(), &[&base().directory]);
     let (packages, mut script) = (
         sandbox.upper().join("packages"),
         String::from("cd /packages\n"),
@@ -353,10 +353,9 @@ fn privileged_trees_are_laid_as_dpkg_lays_packages() {
         }
         cases.push((place, trees));
     }
+    give(&packages);
     let said = sandbox.run(&script).unwrap();
-    let tree = read_directory(&sandbox.upper(), Ownership::Keep)
-        .unwrap()
-        .tree;
+    let tree = sandbox.changes().unwrap();
     let mut counts = [0; 3];
     for (case, (place, trees)) in cases.into_iter().enumerate() {
         let accepted = |number: usize| said.contains(&format!("{place}-{number} ok\n"));
@@ -412,7 +411,7 @@ fn laid_as_accepted(
 fn build_package(tree: &Tree, name: &str, to: &Path) {
     let root = to.join(name);
     fs::create_dir(&root).unwrap();
-    write_directory(tree, &root).unwrap();
+    write_directory(tree, &root, UserRange::new(0)).unwrap();
     fs::create_dir(root.join("DEBIAN")).unwrap();
     let control = format!(
         "Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: a tree\n"

@@ -36,6 +36,8 @@ pub mod stable_ids;
 pub mod tar;
 mod tool;
 pub mod unpack;
+pub mod users;
+mod within;
 
 pub use build::{BuildRequest, BuildSource, Builder, BuiltComponent, BuiltComponents};
 pub use draft::{Draft, Files, Imported, Part, host_architecture};
@@ -43,6 +45,7 @@ pub use error::ImportError;
 pub use oci::{ImageOptions, ImageSource, KnownLayers};
 pub use packages::NEEDS_LDCONFIG;
 pub use progress::{BuildPhase, Progress, Reporter};
+pub use sandbox::limits::BuildLimits;
 
 #[cfg(test)]
 #[path = "debian_tests.rs"]

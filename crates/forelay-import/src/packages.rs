@@ -17,7 +17,6 @@
 //! maintainer scripts that [`crate::clean`] does not know.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use forelay_image::tree::Tree;
@@ -27,15 +26,17 @@ use crate::base::{FALLBACK_TIME_S, made, now_s};
 use crate::clean::{clamp_times, remove_noise, remove_secrets};
 use crate::describe::describe;
 use crate::difference::remove_unchanged;
-use crate::dir::{Ownership, read_directory};
 use crate::draft::{Imported, Part};
 use crate::error::{ImportError, io_error, text_of, tree_error};
 use crate::progress::{BuildPhase, Progress, Reporter};
 use crate::roots::BaseRoot;
 use crate::sandbox::Sandbox;
+use crate::sandbox::jail::ARCHIVES;
+use crate::sandbox::limits::BuildLimits;
 use crate::split::{split_off, take_libraries};
 use crate::stable_ids::{IdMap, without_change_days};
 use crate::tool::Tool;
+use crate::within::read_within;
 use forelay_guest_protocol::accounts::{Fragments, fragment_of, fragments_path, merged_paths};
 use forelay_image::control::{Paragraph, parse_paragraphs};
 use forelay_image::package_status::status_path;
@@ -55,6 +56,9 @@ const DROPPED: &[&str] = &[
 
 /// How the note begins of a component whose libraries are not where the linker looks.
 pub const NEEDS_LDCONFIG: &str = "needs ldconfig in the VM";
+
+/// dpkg's list of what is installed.
+const STATUS: &str = "var/lib/dpkg/status";
 
 /// Stays whole if a package changes it; the later component wins.
 const DIVERSIONS: &str = "var/lib/dpkg/diversions";
@@ -89,12 +93,13 @@ pub fn build_packages(
     base: &BaseRoot,
     apt: &AptCache,
     scratch: &Path,
+    limits: &BuildLimits,
     report: Reporter<'_>,
 ) -> Result<Imported, ImportError> {
     let base_status = read_status(&base.directory)?;
     check_request(options, &base_status)?;
     let started_s = now_s() - 1;
-    let sandbox = Sandbox::new(scratch, &[&base.directory])?;
+    let sandbox = Sandbox::new(scratch, &[&base.directory], base.users, limits)?;
     {
         let lock = apt.lock()?;
         apt.refresh(&lock, report)?;
@@ -102,7 +107,7 @@ pub fn build_packages(
         install(options, &sandbox, apt, &lock, report)?;
     }
     report(Progress::Started(BuildPhase::Read));
-    let mut tree = read_directory(&sandbox.upper(), Ownership::Keep)?.tree;
+    let mut tree = sandbox.changes()?;
     let mut installed = Installed::compare(&base_status, &read_status(&sandbox.upper())?);
     let mut notes = installed.notes();
     let libraries = match options.split {
@@ -116,7 +121,7 @@ pub fn build_packages(
     for path in DROPPED {
         tree.remove_path(path.as_bytes());
     }
-    remove_unchanged(&mut tree, &base.directory)?;
+    remove_unchanged(&mut tree, &base.directory, base.users)?;
     let mut parts = split_off(&mut tree, libraries, base, started_s)?;
     notes.extend(linker_notes(&tree));
     if tree.lookup(DIVERSIONS.as_bytes()).is_some() {
@@ -164,8 +169,8 @@ fn check_request(
 
 /// Installed packages by name (with architecture if several of one name are installed).
 fn read_status(root: &Path) -> Result<BTreeMap<String, Paragraph>, ImportError> {
-    let path = root.join("var/lib/dpkg/status");
-    let text = fs::read(&path).map_err(io_error("reading", &path))?;
+    let path = root.join(STATUS);
+    let text = read_within(root, STATUS).map_err(io_error("reading", &path))?;
     let mut packages = BTreeMap::new();
     for paragraph in parse_paragraphs(&String::from_utf8_lossy(&text)) {
         if paragraph.is_installed() {
@@ -239,17 +244,12 @@ fn install(
     report: Reporter<'_>,
 ) -> Result<(), ImportError> {
     report(Progress::Started(BuildPhase::Install));
-    let root = sandbox.root();
-    let config = apt.write_config(Some(&root))?;
+    let config = apt.write_sandbox_config(ARCHIVES)?;
     let doing = format!("installing {}", options.packages.join(" "));
-    let archives = root.join("var/cache/apt/archives");
     sandbox
-        .host_tool("apt-get", "util-linux", &doing)?
-        .env("APT_CONFIG", config)
-        .env("FORELAY_ARCHIVES", apt.archives())
-        .env("FORELAY_STATUS", "3")
-        .arg("-o")
-        .arg(format!("Dir::Cache::archives={}", archives.display()))
+        .tool("apt-get", &doing, true)
+        .env("APT_CONFIG", &config)
+        .apt(apt.directory())
         .args([
             "-q",
             "-o",
@@ -333,7 +333,10 @@ fn separate_shared_files(
     base: &BaseRoot,
     installed: &Installed,
 ) -> Result<(), ImportError> {
-    let base_text = |path: &str| fs::read_to_string(base.directory.join(path)).unwrap_or_default();
+    let base_text = |path: &str| {
+        let text = read_within(&base.directory, path).unwrap_or_default();
+        String::from_utf8(text).unwrap_or_default()
+    };
     let changed = |tree: &Tree, path: &str| -> Result<String, ImportError> {
         Ok(text_of(tree, path)?.unwrap_or_else(|| base_text(path)))
     };

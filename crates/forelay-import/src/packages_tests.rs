@@ -9,6 +9,7 @@ use forelay_image::component::{Capability, Component, ImageRef, Role};
 use super::*;
 use crate::describe::{conflicts, requirements, role_of, units};
 use crate::draft::plain_files;
+use crate::users::UserRange;
 
 fn paragraphs(text: &str) -> BTreeMap<String, Paragraph> {
     parse_paragraphs(text)
@@ -37,6 +38,7 @@ fn base(provides: &[(&str, &str)]) -> BaseRoot {
     BaseRoot {
         component,
         directory: PathBuf::from("/nonexistent"),
+        users: UserRange::new(0),
     }
 }
 

@@ -4,6 +4,7 @@
 //! last) and never changes: sandboxes use it as a read-only lower layer.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use forelay_image::component::{Component, NameRange};
@@ -13,6 +14,7 @@ use crate::error::{ImportError, io_error};
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
 use crate::tool::require_root;
 use crate::unpack::write_directory;
+use crate::users::UserRange;
 
 /// Most content bytes of a base that are unpacked (they are held in memory meanwhile).
 const BASE_LIMIT_BYTES: u64 = 8 << 30;
@@ -22,8 +24,10 @@ const BASE_LIMIT_BYTES: u64 = 8 << 30;
 pub struct BaseRoot {
     /// Its metadata.
     pub component: Component,
-    /// Its files.
+    /// Its files, their owners shifted into `users`.
     pub directory: PathBuf,
+    /// Who builds on it are.
+    pub users: UserRange,
 }
 
 impl BaseRoot {
@@ -33,10 +37,13 @@ impl BaseRoot {
         cache: &Path,
         component: &Component,
         image: &dyn ReadAt,
+        users: UserRange,
     ) -> Result<Self, ImportError> {
+        let name = format!("{}-{}", component.id().hex(), users.first());
         let base = Self {
             component: component.clone(),
-            directory: cache.join("roots").join(component.id().hex()),
+            directory: cache.join("roots").join(name),
+            users,
         };
         if base.directory.is_dir() {
             return Ok(base);
@@ -45,10 +52,14 @@ impl BaseRoot {
         let read = |error| ImportError::Image(Box::new(error));
         let tree = Image::open(image).map_err(read)?;
         let tree = tree.to_tree(BASE_LIMIT_BYTES).map_err(read)?;
-        let spool = Spool::new(&cache.join("roots"), DEFAULT_LIMIT_BYTES)?;
+        let roots = cache.join("roots");
+        let spool = Spool::new(&roots, DEFAULT_LIMIT_BYTES)?;
+        // What is set-uid in a base is nothing for the host's users.
+        fs::set_permissions(&roots, fs::Permissions::from_mode(0o700))
+            .map_err(io_error("closing", &roots))?;
         let partial = spool.path().join("root");
         fs::create_dir(&partial).map_err(io_error("creating", &partial))?;
-        write_directory(&tree, &partial)?;
+        write_directory(&tree, &partial, users)?;
         match fs::rename(&partial, &base.directory) {
             // Another build was quicker.
             Err(_) if base.directory.is_dir() => {}
@@ -107,13 +118,13 @@ mod tests {
         };
         let (good, evil) = (base(b"good"), base(b"evil"));
         let roots = cache.path().join("roots");
-        let unpacked = roots.join(evil.id().hex());
+        let unpacked = roots.join(format!("{}-7", evil.id().hex()));
         fs::create_dir_all(&unpacked).unwrap();
         // By what it claims, as earlier versions had it.
         fs::create_dir_all(roots.join(good.image.digest.hex())).unwrap();
         let nothing: &[u8] = &[];
-        let opened = BaseRoot::open(cache.path(), &evil, &nothing).unwrap();
+        let opened = BaseRoot::open(cache.path(), &evil, &nothing, UserRange::new(7)).unwrap();
         assert_eq!(opened.directory, unpacked);
-        assert!(BaseRoot::open(cache.path(), &good, &nothing).is_err());
+        assert!(BaseRoot::open(cache.path(), &good, &nothing, UserRange::new(7)).is_err());
     }
 }

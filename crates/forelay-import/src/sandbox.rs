@@ -1,62 +1,40 @@
 //! A scratch root: an overlay of read-only layers with a fresh upper directory, in which
 //! packages are installed and commands tried.
 //!
-//! Every run happens in mount, process, host-name and network namespaces of its own:
-//! when it ends, for whatever reason, its mounts, its daemons and its names are gone.
+//! What runs there is anybody's: maintainer scripts, and the layers' own shell and dpkg. So
+//! every run has a file tree ([`jail`]), mounts, processes, host name, network and users of its
+//! own. Its root is one of a range of the host's users that are nobody ([`UserRange`]), has no
+//! capability outside, cannot get new rights, makes no mount, and is refused system calls that
+//! packages have no business with ([`filter`]). What it takes is bounded ([`limits`]). When it
+//! ends, for whatever reason, its mounts, its daemons and its names are gone.
+//!
 //! Scripts find `/proc`, a minimal `/dev`, empty `/run` and `/tmp`, a host name that
 //! resolves, and no network but the loopback; their standard input is empty, what they
 //! print is kept. Services cannot be started (`policy-rc.d` answers 101).
 //!
+//! Layers are directories whose owners are shifted by the range ([`crate::unpack`]); so any
+//! file system serves that overlayfs takes as its upper layer (ext4, xfs, btrfs, tmpfs), from
+//! Linux 5.6 on.
+//!
 //! Invariant: the upper directory holds only what the run changed in the layers; what
 //! belongs to the sandbox itself comes from a helper layer below it and from mounts.
 
+mod filter;
+pub(crate) mod jail;
+pub(crate) mod limits;
+
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use forelay_image::tree::Tree;
+
 use crate::error::{ImportError, io_error};
+use crate::sandbox::jail::{Jail, TARGET};
+use crate::sandbox::limits::{BuildLimits, Watch};
 use crate::spool::{DEFAULT_LIMIT_BYTES, Spool};
 use crate::tool::{Tool, require_root};
-
-/// Mounts everything and becomes the command. Arguments: root, overlay options, command.
-const ENTER: &str = r#"set -eu
-root=$1 options=$2
-shift 2
-mount -t overlay -o "$options" overlay "$root"
-mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
-mount -t sysfs -o ro,nosuid,nodev,noexec sysfs "$root/sys"
-mount -t tmpfs -o mode=755,size=64m tmpfs "$root/dev"
-for node in null:3 zero:5 full:7 random:8 urandom:9; do
-    mknod -m 666 "$root/dev/${node%:*}" c 1 "${node#*:}"
-done
-mknod -m 666 "$root/dev/tty" c 5 0
-mkdir "$root/dev/pts" "$root/dev/shm"
-mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
-mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
-ln -s pts/ptmx "$root/dev/ptmx"
-ln -s /proc/self/fd "$root/dev/fd"
-ln -s /proc/self/fd/0 "$root/dev/stdin"
-ln -s /proc/self/fd/1 "$root/dev/stdout"
-ln -s /proc/self/fd/2 "$root/dev/stderr"
-mount -t tmpfs -o mode=755 tmpfs "$root/run"
-mkdir -m 1777 "$root/run/lock"
-mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-echo debian > /proc/sys/kernel/hostname
-if [ -n "${FORELAY_ARCHIVES:-}" ]; then
-    mkdir -p "$root/var/cache/apt/archives"
-    mount --bind "$FORELAY_ARCHIVES" "$root/var/cache/apt/archives"
-fi
-# The host's name resolves to an address that is there.
-ip link set lo up 2>/dev/null || :
-# Programs report on descriptor 3, which is what our caller reads; what scripts print goes
-# to standard error, which is open, and is kept for when something fails.
-status=${FORELAY_STATUS:-}
-unset FORELAY_STATUS FORELAY_ARCHIVES
-if [ -n "$status" ]; then
-    exec 3>&1 >&2
-fi
-exec "$@"
-"#;
+use crate::users::UserRange;
 
 /// The name of the sandbox's host, with a domain, as scripts ask for one.
 const HOSTS: &str = "127.0.0.1 localhost
@@ -86,49 +64,77 @@ const HELPER_DIRECTORIES: &str = "usr/share/man/man";
 pub struct Sandbox {
     spool: Spool,
     layers: Vec<PathBuf>,
+    users: UserRange,
+    limits: BuildLimits,
 }
 
 impl Sandbox {
-    /// A scratch root over `layers` (directories, topmost first), with its temporary
-    /// files in `scratch`. Needs root.
-    pub fn new(scratch: &Path, layers: &[&Path]) -> Result<Self, ImportError> {
+    /// A scratch root over `layers` (directories, topmost first, whose owners are of `users`),
+    /// with its temporary files in `scratch`. Needs root.
+    pub fn new(
+        scratch: &Path,
+        layers: &[&Path],
+        users: UserRange,
+        limits: &BuildLimits,
+    ) -> Result<Self, ImportError> {
         require_root("a scratch root for packages")?;
         let spool = Spool::new(scratch, DEFAULT_LIMIT_BYTES)?;
         let sandbox = Self {
             layers: layers.iter().map(|layer| (*layer).to_owned()).collect(),
             spool,
+            users,
+            limits: limits.clone(),
         };
-        for name in ["upper", "work", "root", "helper"] {
-            let path = sandbox.spool.path().join(name);
-            fs::create_dir(&path).map_err(io_error("creating", &path))?;
-            let mode = fs::Permissions::from_mode(0o755);
-            fs::set_permissions(&path, mode).map_err(io_error("creating", &path))?;
+        for name in ["upper", "work", "jail", "helper"] {
+            sandbox.make_directory(&sandbox.spool.path().join(name))?;
         }
+        let helper = sandbox.spool.path().join("helper");
         for section in 1..=9 {
-            let path = sandbox.spool.path().join("helper");
-            let path = path.join(format!("{HELPER_DIRECTORIES}{section}"));
-            fs::create_dir_all(&path).map_err(io_error("creating", &path))?;
+            sandbox.make_helper_directory(&format!("{HELPER_DIRECTORIES}{section}"))?;
         }
         for (name, mode, content) in HELPERS {
-            let path = sandbox.spool.path().join("helper").join(name);
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent).map_err(io_error("creating", parent))?;
+            if let Some((parent, _)) = name.rsplit_once('/') {
+                sandbox.make_helper_directory(parent)?;
             }
+            let path = helper.join(name);
             fs::write(&path, content).map_err(io_error("writing", &path))?;
-            let mode = fs::Permissions::from_mode(*mode);
-            fs::set_permissions(&path, mode).map_err(io_error("writing", &path))?;
+            sandbox.give(&path, *mode)?;
         }
         Ok(sandbox)
     }
 
-    /// The directory that receives changes.
-    pub fn upper(&self) -> PathBuf {
+    fn make_helper_directory(&self, name: &str) -> Result<(), ImportError> {
+        let mut path = self.spool.path().join("helper");
+        for part in name.split('/') {
+            path.push(part);
+            if !path.is_dir() {
+                self.make_directory(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make_directory(&self, path: &Path) -> Result<(), ImportError> {
+        fs::create_dir(path).map_err(io_error("creating", path))?;
+        self.give(path, 0o755)
+    }
+
+    /// Makes it the run's root's.
+    fn give(&self, path: &Path, mode: u32) -> Result<(), ImportError> {
+        let root = Some(self.users.first());
+        chown(path, root, root).map_err(io_error("writing", path))?;
+        let mode = fs::Permissions::from_mode(mode);
+        fs::set_permissions(path, mode).map_err(io_error("writing", path))
+    }
+
+    /// The directory that receives changes; its owners are shifted.
+    pub(crate) fn upper(&self) -> PathBuf {
         self.spool.path().join("upper")
     }
 
-    /// Where a run sees the whole root.
-    pub fn root(&self) -> PathBuf {
-        self.spool.path().join("root")
+    /// What the runs changed in the layers.
+    pub(crate) fn changes(&self) -> Result<Tree, ImportError> {
+        self.users.read(&self.upper())
     }
 
     /// Keeps the upper directory's files alive after the sandbox.
@@ -136,40 +142,26 @@ impl Sandbox {
         self.spool
     }
 
-    /// A tool that runs on the host's programs, but sees the scratch root mounted at
-    /// [`Self::root`]. `package` has the program.
-    pub(crate) fn host_tool(
-        &self,
-        program: &str,
-        package: &'static str,
-        doing: &str,
-    ) -> Result<Tool, ImportError> {
-        Ok(Tool::new("unshare", package, doing)
-            .args([
-                "--mount",
-                "--propagation",
-                "private",
-                "--uts",
-                "--net",
-                "--ipc",
-            ])
-            .args(["--pid", "--fork", "--kill-child", "--"])
-            .args(["sh", "-c", ENTER, "sh"])
-            .arg(self.root())
-            .arg(self.overlay_options()?)
-            .arg(program))
+    /// A program of the host that works on the scratch root, which is at [`TARGET`], and finds
+    /// nothing else of the host but programs. With `reports`, what is said on descriptor 3 is
+    /// its output.
+    pub(crate) fn tool(&self, program: &str, doing: &str, reports: bool) -> SandboxTool<'_> {
+        let [shell, arguments @ ..] = Jail::enter_words(reports);
+        SandboxTool {
+            sandbox: self,
+            tool: Tool::new(shell, "bash", doing)
+                .called(program)
+                .args(arguments)
+                .arg(program),
+            apt: None,
+        }
     }
 
     /// Runs a shell script inside the scratch root and returns what it prints.
     pub fn run(&self, script: &str) -> Result<String, ImportError> {
-        self.host_tool(
-            "chroot",
-            "util-linux",
-            "running a command in the scratch root",
-        )?
-        .arg(self.root())
-        .args(["sh", "-c", script])
-        .output()
+        self.tool("chroot", "running a command in the scratch root", false)
+            .args([TARGET, "sh", "-c", script])
+            .output()
     }
 
     fn overlay_options(&self) -> Result<String, ImportError> {
@@ -188,6 +180,55 @@ impl Sandbox {
     }
 }
 
+/// A program about to run in a sandbox.
+pub(crate) struct SandboxTool<'a> {
+    sandbox: &'a Sandbox,
+    tool: Tool,
+    apt: Option<PathBuf>,
+}
+
+impl SandboxTool<'_> {
+    pub fn args<S: AsRef<std::ffi::OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.tool = self.tool.args(args);
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.tool = self.tool.env(name, value);
+        self
+    }
+
+    /// Shows it apt's cache, which it cannot write.
+    pub fn apt(mut self, directory: &Path) -> Self {
+        self.apt = Some(directory.to_owned());
+        self
+    }
+
+    /// Runs it and returns what it printed on standard output.
+    pub fn output(self) -> Result<String, ImportError> {
+        let mut out = String::new();
+        self.run(|line| {
+            out.push_str(line);
+            out.push('\n');
+        })?;
+        Ok(out)
+    }
+
+    /// Runs it; each line of its standard output goes to `on_line`.
+    pub fn run(mut self, on_line: impl FnMut(&str)) -> Result<(), ImportError> {
+        let jail = Jail {
+            place: self.sandbox.spool.path().join("jail"),
+            overlay: self.sandbox.overlay_options()?,
+            apt: self.apt.clone(),
+            users: self.sandbox.users,
+        };
+        let watch = Watch::new(self.sandbox.limits.clone(), self.sandbox.upper());
+        let mut command = self.tool.take_command();
+        let follow = |child| self.tool.follow(child, Some(&watch), on_line);
+        jail.run(&mut command, |child| watch.limit(child), follow)
+    }
+}
+
 /// A path as overlayfs options hold it.
 fn option_path(path: &Path) -> Result<String, ImportError> {
     let text = path.to_string_lossy().into_owned();
@@ -198,6 +239,10 @@ fn option_path(path: &Path) -> Result<String, ImportError> {
     }
     Ok(text)
 }
+
+#[cfg(test)]
+#[path = "sandbox_tests.rs"]
+mod hostile_tests;
 
 #[cfg(test)]
 mod tests {

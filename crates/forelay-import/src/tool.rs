@@ -8,14 +8,19 @@ use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 
 use crate::error::ImportError;
+use crate::sandbox::limits::Watch;
 
 /// Lines that are kept of what a tool prints.
 const TAIL_LINES: usize = 400;
 /// Lines that are shown of its end, and before the line in which dpkg says what failed.
 const SHOWN_LINES: usize = 25;
+/// The longest line that is kept in one piece.
+const LINE_BYTES: u64 = 64 << 10;
+const DISK_FULL: &str = "No space left on device";
 const FAILED_PACKAGE: &str = "dpkg: error processing";
 
 /// A host tool about to run.
@@ -60,6 +65,12 @@ impl Tool {
         }
     }
 
+    /// Errors name `program`, which it leads to.
+    pub fn called(mut self, program: &str) -> Self {
+        self.name = program.to_owned();
+        self
+    }
+
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
         self
@@ -93,43 +104,86 @@ impl Tool {
 
     /// Runs the tool; each line of its standard output goes to `on_line`. A failure
     /// carries the last lines of both outputs.
-    pub fn run(mut self, mut on_line: impl FnMut(&str)) -> Result<(), ImportError> {
-        self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = self
-            .command
-            .spawn()
-            .map_err(|error| self.cannot_run(error))?;
-        let stderr = child.stderr.take();
-        let errors = std::thread::spawn(move || {
-            let mut tail = VecDeque::new();
-            if let Some(stderr) = stderr {
-                each_line(stderr, |line| keep_tail(&mut tail, line));
+    pub fn run(mut self, on_line: impl FnMut(&str)) -> Result<(), ImportError> {
+        let child = self.take_command().spawn();
+        let child = child.map_err(|error| self.cannot_run(error))?;
+        self.follow(child, None, on_line)
+    }
+
+    /// The command, for who starts it in another way; to be started once.
+    pub fn take_command(&mut self) -> Command {
+        let mut command = std::mem::replace(&mut self.command, Command::new("false"));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Reads what a started tool prints, until it ends.
+    pub fn follow(
+        &self,
+        mut child: Child,
+        watch: Option<&Watch>,
+        mut on_line: impl FnMut(&str),
+    ) -> Result<(), ImportError> {
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let counted = |bytes: u64| {
+            if let Some(watch) = watch {
+                watch.printed(bytes);
             }
-            tail
-        });
+        };
         let mut tail = VecDeque::new();
-        if let Some(stdout) = child.stdout.take() {
-            each_line(stdout, |line| {
-                keep_tail(&mut tail, line);
-                on_line(line);
+        let (status, errors) = std::thread::scope(|scope| {
+            let (ended, end) = mpsc::channel();
+            if let Some(watch) = watch {
+                scope.spawn(move || watch.keep(&end));
+            }
+            let errors = scope.spawn(move || {
+                let mut tail = VecDeque::new();
+                if let Some(stderr) = stderr {
+                    each_line(stderr, counted, |line| keep_tail(&mut tail, line));
+                }
+                tail
+            });
+            if let Some(stdout) = stdout {
+                each_line(stdout, counted, |line| {
+                    keep_tail(&mut tail, line);
+                    on_line(line);
+                });
+            }
+            // What closed its output may go on, and is watched until it ends.
+            let status = child.wait();
+            drop::<mpsc::Sender<()>>(ended);
+            (status, errors.join().unwrap_or_default())
+        });
+        let status = status.map_err(|error| self.cannot_run(error))?;
+        if let Some(why) = watch.and_then(|watch| watch.exceeded(!status.success())) {
+            return Err(match why.contains(DISK_FULL) {
+                true => ImportError::DiskFull {
+                    doing: self.doing.clone(),
+                },
+                false => ImportError::Limit {
+                    doing: self.doing.clone(),
+                    why,
+                },
             });
         }
-        let status = child.wait().map_err(|error| self.cannot_run(error))?;
-        let errors = errors.join().unwrap_or_default();
-        if status.success() {
-            return Ok(());
+        match status.success() {
+            true => Ok(()),
+            false => Err(self.failure(&status, if errors.is_empty() { tail } else { errors })),
         }
-        let lines = if errors.is_empty() { tail } else { errors };
+    }
+
+    fn failure(&self, status: &ExitStatus, lines: VecDeque<String>) -> ImportError {
         let tail = excerpt(&Vec::from(lines));
-        if tail.contains("No space left on device") {
-            return Err(ImportError::DiskFull { doing: self.doing });
+        let doing = self.doing.clone();
+        if tail.contains(DISK_FULL) {
+            return ImportError::DiskFull { doing };
         }
-        Err(ImportError::Tool {
-            tool: self.name,
+        ImportError::Tool {
+            tool: self.name.clone(),
             status: status.to_string(),
-            doing: self.doing,
+            doing,
             tail,
-        })
+        }
     }
 
     fn cannot_run(&self, error: io::Error) -> ImportError {
@@ -160,13 +214,11 @@ fn excerpt(lines: &[String]) -> String {
     }
 }
 
-fn each_line(from: impl Read, mut on_line: impl FnMut(&str)) {
+fn each_line(from: impl Read, counted: impl Fn(u64), mut on_line: impl FnMut(&str)) {
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
-    while from
-        .read_until(b'\n', &mut line)
-        .is_ok_and(|count| count > 0)
-    {
+    while let Ok(count @ 1..) = from.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line) {
+        counted(count as u64);
         let text = String::from_utf8_lossy(&line);
         on_line(text.trim_end_matches(['\n', '\r']));
         line.clear();

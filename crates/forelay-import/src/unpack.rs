@@ -20,9 +20,10 @@ use rustix::fs::{
 };
 
 use crate::error::{ImportError, io_error};
+use crate::users::UserRange;
 
-/// Writes `tree` into the existing directory `to`. Needs root.
-pub fn write_directory(tree: &Tree, to: &Path) -> Result<(), ImportError> {
+/// Writes `tree` into the existing directory `to`, its owners shifted into `users`. Needs root.
+pub fn write_directory(tree: &Tree, to: &Path, users: UserRange) -> Result<(), ImportError> {
     let mut written: BTreeMap<NodeId, PathBuf> = BTreeMap::new();
     let mut directories = vec![(ROOT, to.to_owned())];
     let mut at = 0;
@@ -36,7 +37,7 @@ pub fn write_directory(tree: &Tree, to: &Path) -> Result<(), ImportError> {
                 fs::hard_link(first, &child_path).map_err(io_error("linking", &child_path))?;
                 continue;
             }
-            make(tree, child, &child_path).map_err(io_error("writing", &child_path))?;
+            make(tree, child, &child_path, users).map_err(io_error("writing", &child_path))?;
             if tree.entries(child).is_some() {
                 directories.push((child, child_path));
             } else {
@@ -46,12 +47,12 @@ pub fn write_directory(tree: &Tree, to: &Path) -> Result<(), ImportError> {
     }
     for (id, path) in directories.iter().rev() {
         let attributes = &tree.node(*id).attributes;
-        set_attributes(path, attributes, true).map_err(io_error("writing", path))?;
+        set_attributes(path, attributes, true, users).map_err(io_error("writing", path))?;
     }
     Ok(())
 }
 
-fn make(tree: &Tree, id: NodeId, path: &Path) -> io::Result<()> {
+fn make(tree: &Tree, id: NodeId, path: &Path, users: UserRange) -> io::Result<()> {
     let node = tree.node(id);
     let device = |kind, major, minor| {
         let mode = Mode::from_raw_mode(0o600);
@@ -62,7 +63,7 @@ fn make(tree: &Tree, id: NodeId, path: &Path) -> io::Result<()> {
         Kind::Directory(_) => return fs::create_dir(path),
         Kind::Symlink(target) => {
             symlink(OsStr::from_bytes(target), path)?;
-            return set_attributes(path, &node.attributes, false);
+            return set_attributes(path, &node.attributes, false, users);
         }
         Kind::File(data) => write_file(data, path)?,
         Kind::CharDevice { major, minor } => device(FileType::CharacterDevice, *major, *minor)?,
@@ -70,7 +71,7 @@ fn make(tree: &Tree, id: NodeId, path: &Path) -> io::Result<()> {
         Kind::Fifo => device(FileType::Fifo, 0, 0)?,
         Kind::Socket => device(FileType::Socket, 0, 0)?,
     }
-    set_attributes(path, &node.attributes, true)
+    set_attributes(path, &node.attributes, true, users)
 }
 
 fn write_file(data: &FileData, path: &Path) -> io::Result<()> {
@@ -82,14 +83,29 @@ fn write_file(data: &FileData, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn set_attributes(path: &Path, attributes: &Attributes, follow: bool) -> io::Result<()> {
-    lchown(path, Some(attributes.uid), Some(attributes.gid))?;
+fn set_attributes(
+    path: &Path,
+    attributes: &Attributes,
+    follow: bool,
+    users: UserRange,
+) -> io::Result<()> {
+    let owner = (users.outward(attributes.uid), users.outward(attributes.gid));
+    let (Some(uid), Some(gid)) = owner else {
+        let (uid, gid) = (attributes.uid, attributes.gid);
+        let problem = format!("its owner {uid}:{gid} is beyond 65535, the last that builds have");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+    };
+    lchown(path, Some(uid), Some(gid))?;
     if follow {
         let mode = fs::Permissions::from_mode(u32::from(attributes.mode));
         fs::set_permissions(path, mode)?;
     }
     for (name, value) in &attributes.xattrs {
-        lsetxattr(path, &name[..], value, XattrFlags::empty())?;
+        let value = users.xattr_outward(name, value).ok_or_else(|| {
+            let problem = "an access list or capability names a user beyond 65535";
+            io::Error::new(io::ErrorKind::InvalidInput, problem)
+        })?;
+        lsetxattr(path, &name[..], &value, XattrFlags::empty())?;
     }
     let time = Timespec {
         tv_sec: attributes.mtime_s,
@@ -142,14 +158,18 @@ mod tests {
         }
         let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let tree = sample();
-        write_directory(&tree, directory.path()).unwrap();
-        let again = read_directory(directory.path(), Ownership::Keep)
-            .unwrap()
-            .tree;
+        let users = UserRange::new(300_000);
+        write_directory(&tree, directory.path(), users).unwrap();
+        let there = read_directory(directory.path(), Ownership::Keep).unwrap();
+        let file = there.tree.lookup(b"d/file").unwrap();
+        assert_eq!(there.tree.node(file).attributes.uid, 300_033);
+        let again = users.read(directory.path()).unwrap();
         for path in ["d", "d/file", "soft", "gone", "disk", "pipe", "hard"] {
             let one = tree.node(tree.lookup(path.as_bytes()).unwrap());
             let other = again.node(again.lookup(path.as_bytes()).unwrap());
-            assert_eq!(one.attributes, other.attributes, "{path}");
+            // Whose a whiteout is means nothing.
+            let whiteout = one.kind.is_whiteout();
+            assert!(whiteout || one.attributes == other.attributes, "{path}");
             let same = std::mem::discriminant(&one.kind) == std::mem::discriminant(&other.kind);
             assert!(same, "{path}: {:?} {:?}", one.kind, other.kind);
         }

@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use forelay_image::NameOf;
+use forelay_import::BuildLimits;
+use forelay_import::users::{DEFAULT_FIRST_USER, UserRange};
 use forelay_store::RepositoryUrl;
 use forelay_store::repositories::address::BadUrl;
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,8 @@ pub struct Config {
     pub snapshots: SnapshotConfig,
     /// VMM defaults.
     pub vmm: VmmConfig,
+    /// What builds of components run, and may take.
+    pub build: BuildConfig,
     /// Which owners users act for; root acts for all, whom no entry names for none.
     pub access: Vec<AccessRule>,
     /// The API and the dashboard over TCP.
@@ -192,6 +196,9 @@ pub struct VmmConfig {
     pub first_user: u32,
     /// How many there are: a trust domain takes one for good.
     pub users: u32,
+    /// How much is kept of what a VM's console prints, and of what its VMM says: of each the
+    /// newest, to the next 64 KiB.
+    pub log_bytes: u64,
 }
 
 impl Default for Config {
@@ -206,6 +213,7 @@ impl Default for Config {
             forecast: ForecastConfig::default(),
             snapshots: SnapshotConfig::default(),
             vmm: VmmConfig::default(),
+            build: BuildConfig::default(),
             group: None,
             access: Vec::new(),
             api: ApiConfig::default(),
@@ -308,7 +316,76 @@ impl Default for VmmConfig {
             // Neither systemd nor subordinate ids nor directories of users come near.
             first_user: 2_100_000_000,
             users: 65_536,
+            log_bytes: 4 << 20,
         }
+    }
+}
+
+/// What packages and bases run while they are installed: as whom, and what it may take.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BuildConfig {
+    /// First of the 65536 user ids of builds; nobody else may have them.
+    pub first_user: u32,
+    /// Seconds that installing may take.
+    pub time_s: u64,
+    /// Memory that it may take; 0 is half of the host's.
+    pub memory_bytes: u64,
+    /// Processes and threads that it may have.
+    pub processes: u32,
+    /// Bytes that it may write to the disk.
+    pub disk_bytes: u64,
+}
+
+impl Default for BuildConfig {
+    fn default() -> Self {
+        let limits = BuildLimits::default();
+        Self {
+            first_user: DEFAULT_FIRST_USER,
+            time_s: limits.time.as_secs(),
+            memory_bytes: 0,
+            processes: limits.processes,
+            disk_bytes: limits.disk_bytes,
+        }
+    }
+}
+
+impl BuildConfig {
+    /// What a build may take.
+    pub fn limits(&self) -> BuildLimits {
+        let defaults = BuildLimits::default();
+        BuildLimits {
+            time: std::time::Duration::from_secs(self.time_s),
+            memory_bytes: match self.memory_bytes {
+                0 => defaults.memory_bytes,
+                bytes => bytes,
+            },
+            processes: self.processes,
+            disk_bytes: self.disk_bytes,
+            ..defaults
+        }
+    }
+
+    /// Refuses users that are the host's or of VMMs.
+    fn check(&self, vmm: &VmmConfig) -> Result<(), String> {
+        let first = self.first_user;
+        let last = first
+            .checked_add(UserRange::COUNT)
+            .filter(|end| *end < u32::MAX);
+        let vmms = vmm.first_user..vmm.first_user.saturating_add(vmm.users);
+        let apart = last.is_some_and(|last| last <= vmms.start || first >= vmms.end);
+        if first < 1_000 || !apart {
+            return Err(format!(
+                "build.first_user {first}: {} user ids from there on must be above 1000 and none                  of VMMs (vmm.first_user {}, vmm.users {})",
+                UserRange::COUNT,
+                vmm.first_user,
+                vmm.users
+            ));
+        }
+        if self.time_s == 0 || self.processes == 0 || self.disk_bytes == 0 {
+            return Err("build.time_s, processes and disk_bytes must not be 0".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -397,6 +474,9 @@ impl Config {
         let VmmConfig {
             first_user, users, ..
         } = self.vmm;
+        if self.vmm.log_bytes < 64 << 10 {
+            return Err("vmm.log_bytes must be at least 65536".to_owned());
+        }
         // The last user id means none.
         let last = first_user.checked_add(users).filter(|end| *end < u32::MAX);
         if first_user < 1_000 || users == 0 || last.is_none() {
@@ -405,7 +485,7 @@ impl Config {
                  above 1000"
             ));
         }
-        Ok(())
+        self.build.check(&self.vmm)
     }
 
     /// Where the configuration is kept that a worker was last ready with.
@@ -506,6 +586,17 @@ mod tests {
                 ..ForecastConfig::default()
             };
             assert_eq!(forecast.horizon().as_secs(), expected);
+        }
+        for (text, valid) in [
+            ("[build]\nfirst_user = 2100000001\n", false),
+            ("[build]\nfirst_user = 2099934464\n", true),
+            ("[build]\nfirst_user = 0\n", false),
+            ("[build]\nfirst_user = 4294900000\n", false),
+            ("[build]\ntime_s = 0\n", false),
+            ("[vmm]\nusers = 1000000\n", false),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(Config::load(Some(&path)).is_ok(), valid, "{text}");
         }
         std::fs::write(&path, "[memory]\nbuget_bytes = 1\n").unwrap();
         let error = Config::load(Some(&path)).unwrap_err().to_string();

@@ -16,6 +16,7 @@ use forelay_import::base::BaseOptions;
 use forelay_import::dir::Ownership;
 use forelay_import::kernel::KernelOptions;
 use forelay_import::packages::PackageOptions;
+use forelay_import::users::UserRange;
 use forelay_import::{
     BuildPhase, BuildRequest, BuildSource, Builder, BuiltComponent, ImageOptions, ImageSource,
     Progress,
@@ -293,7 +294,9 @@ async fn build(arguments: BuildArguments, store: &Store, config: &Config) -> Res
 
 /// A builder with the host's cache.
 pub fn builder(config: &Config) -> Result<Builder> {
-    Ok(Builder::new(&config.state_dir.join("build"))?)
+    let builder = Builder::new(&config.state_dir.join("build"))?;
+    let users = UserRange::new(config.build.first_user);
+    Ok(builder.confined(users, config.build.limits()))
 }
 
 /// Builds and publishes what is asked for, and says so unless `quiet`.
