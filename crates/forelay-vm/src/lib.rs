@@ -24,6 +24,7 @@ pub mod handle;
 pub mod kernel;
 pub mod lifecycle;
 pub mod lines;
+pub mod logs;
 pub mod process;
 pub mod qemu;
 pub mod saved;
@@ -39,6 +40,9 @@ pub use driver::{AttachError, Detachment, LaunchError, ReattachError, VmmDriver}
 pub use exec::{ExecEvent, Execution};
 pub use handle::{HotAttached, ProgramOutput, VmError, VmHandle};
 pub use lifecycle::{Cause, Ended, Moment, Phase, Progress};
+/// Logs in the runtime directory of a VM: its console, and what its VMM says.
+pub const LOG_FILES: [&str; 2] = ["console.log", qemu::LOG_FILE];
+
 /// Files that a launched VM may leave in its runtime directory.
 pub const RUNTIME_FILES: [&str; 9] = [
     state::STATE_FILE,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use forelay_guest_protocol::snapshot::Tier;
 use forelay_vm::Forward;
+use forelay_vm::logs::kept_from;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::sync::Semaphore;
@@ -498,6 +499,7 @@ pub async fn logs(client: &Client, name: &str, follow_on: bool) -> Result<()> {
     let mut file =
         std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut part = vec![0; LOG_PART_BYTES];
+    skip_gone(&mut file, 0)?;
     loop {
         match file.read(&mut part)? {
             0 => return Ok(()),
@@ -510,6 +512,25 @@ fn console_log(vm: &Vm) -> PathBuf {
     vm.runtime_dir.join("console.log")
 }
 
+/// Moves to the first line from `at` on that is kept, saying so where others were before it.
+/// Returns where that is.
+fn skip_gone(file: &mut std::fs::File, at: u64) -> Result<u64> {
+    let kept = kept_from(file, at)?;
+    file.seek(std::io::SeekFrom::Start(kept))?;
+    if kept <= at {
+        return Ok(at);
+    }
+    complain!(
+        "older lines are gone: `log_bytes` in [vmm] of the configuration says how much is kept"
+    );
+    let mut part = vec![0; LOG_PART_BYTES];
+    let read = file.read(&mut part)?;
+    // What is left of a line whose beginning is gone.
+    let cut = part[..read].iter().position(|byte| *byte == b'\n');
+    let first = kept + cut.map_or(0, |cut| cut as u64 + 1);
+    Ok(file.seek(std::io::SeekFrom::Start(first))?)
+}
+
 /// Prints the console from its start until the VM ends; with `stop`, until its entrypoint
 /// does, and stops the VM then. Returns the entrypoint's status, 0 if there was none.
 async fn follow(client: &Client, vm: &Vm, stop: bool) -> Result<i32> {
@@ -520,7 +541,7 @@ async fn follow(client: &Client, vm: &Vm, stop: bool) -> Result<i32> {
     let mut at = 0;
     loop {
         let now: Vm = client.get(&vm_path(&vm.name, "")?).await?;
-        file.seek(std::io::SeekFrom::Start(at))?;
+        at = skip_gone(&mut file, at)?;
         buffer.clear();
         at += file.read_to_end(&mut buffer)? as u64;
         output::raw(&buffer);

@@ -77,6 +77,7 @@ use memory::samples::ForecastDemand;
 use process::health::Health;
 use snapshot::service::Snapshots;
 use vm::attach::AttachService;
+use vm::logs::keep_bounded;
 use vm::registry::VmRegistry;
 use vm::service::VmService;
 use vm::supervise::Supervisor;
@@ -423,6 +424,9 @@ impl Host {
         tokio::spawn(sampler.run());
         let learner = Arc::clone(&self.forecasts.learner);
         tokio::spawn(async move { learner.keep_history().await });
+        let config = &self.config;
+        let parents = [config.vms_dir(), config.makers_dir(), config.standby_dir()];
+        tokio::spawn(keep_bounded(parents.into(), config.vmm.log_bytes));
     }
 
     /// What brings the mapping table in line with the kernel after a takeover.

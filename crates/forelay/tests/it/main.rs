@@ -17,6 +17,7 @@ mod entrypoint;
 mod exec;
 mod failed_launch;
 mod fixture;
+mod flood;
 mod foresight;
 #[path = "../../../../xtask/src/frames.rs"]
 mod frames;

@@ -4,6 +4,7 @@ pub(super) mod attach;
 pub(super) mod directory;
 pub(super) mod instance;
 pub(super) mod launch_figures;
+pub(super) mod logs;
 pub(super) mod pause;
 pub(super) mod registry;
 pub(super) mod service;
