@@ -14,9 +14,9 @@ use crate::daemon::launch::compose::Composer;
 use crate::daemon::launch::prefetch::device_of;
 use crate::daemon::launch::start::Starter;
 use crate::daemon::order::Order;
+use crate::daemon::snapshot::kept::Kept;
 use crate::daemon::snapshot::origin::Runtime;
 use crate::daemon::snapshot::service::{Resumable, Snapshots};
-use crate::daemon::snapshot::shelf::Kept;
 
 /// How long a launch looks for a snapshot; a boot takes little longer.
 const FIND_LIMIT: Duration = Duration::from_secs(1);

@@ -34,9 +34,9 @@ use crate::daemon::launch::start::{KILL_LIMIT, Starter, spec, wrapped};
 use crate::daemon::memory::mapper::Mapper;
 use crate::daemon::memory::planner::now_ms;
 use crate::daemon::order::Order;
+use crate::daemon::snapshot::kept::Kept;
 use crate::daemon::snapshot::origin::{latest_tier, origin};
 use crate::daemon::snapshot::service::Snapshots;
-use crate::daemon::snapshot::shelf::Kept;
 use crate::daemon::vm::directory::{MAP_IMAGE, VmDir};
 use crate::recipe::KernelFiles;
 
@@ -291,11 +291,11 @@ pub(super) async fn describe(
 mod tests {
     use std::os::unix::fs::FileExt as _;
 
-    use forelay_image::snapshot::SnapshotOrigin;
     use forelay_vm::Forward;
 
     use super::*;
     use crate::daemon::order::tests::order;
+    use crate::daemon::snapshot::origin::tests::of_kernel;
 
     #[test]
     fn what_is_no_tier_of_a_manifest_is_refused_in_its_words() {
@@ -363,18 +363,7 @@ mod tests {
     #[tokio::test]
     async fn a_snapshot_is_memory_and_then_the_state_of_devices() {
         let of = SnapshotOf {
-            origin: SnapshotOrigin {
-                tier: Tier::Kernel,
-                kernel: Digest::of(b"kernel"),
-                components: None,
-                manifest: None,
-                memory_mib: 2,
-                cpus: 1,
-                accelerator: "tcg".into(),
-                machine: "q35".into(),
-                vmm: "7.2".into(),
-                vm: None,
-            },
+            origin: of_kernel(Digest::of(b"kernel")),
             ram_bytes: 2 << 20,
             state_bytes: 5,
             map: None,

@@ -17,8 +17,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::daemon::error::HostError;
 use crate::daemon::launch::start::{StartedVmm, wrapped};
+use crate::daemon::snapshot::kept::NotResumed;
 use crate::daemon::snapshot::service::Resumable;
-use crate::daemon::snapshot::shelf::NotResumed;
 
 /// Host name in the map image of a snapshot; a clone is told its own.
 pub const HOSTNAME: &str = "forelay";

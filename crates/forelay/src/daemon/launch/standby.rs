@@ -30,8 +30,8 @@ use crate::daemon::launch::restore::{clone_of, take_state, within};
 use crate::daemon::launch::start::{StartedVmm, Starter, spec};
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::order::Order;
+use crate::daemon::snapshot::kept::NotResumed;
 use crate::daemon::snapshot::service::Resumable;
-use crate::daemon::snapshot::shelf::NotResumed;
 use crate::daemon::vm::directory::VmDir;
 use crate::daemon::vm::registry::VmRegistry;
 

@@ -90,9 +90,25 @@ fn host_cpu() -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::daemon::order::tests::order;
+
+    /// Of a small VM with this kernel, and no image.
+    pub fn of_kernel(kernel: Digest) -> SnapshotOrigin {
+        SnapshotOrigin {
+            tier: Tier::Kernel,
+            kernel,
+            components: None,
+            manifest: None,
+            memory_mib: 2,
+            cpus: 1,
+            accelerator: "tcg".into(),
+            machine: "q35".into(),
+            vmm: "7.2".into(),
+            vm: None,
+        }
+    }
 
     fn runtime() -> Runtime {
         Runtime {

@@ -21,8 +21,9 @@ use crate::daemon::events::Happening;
 use crate::daemon::memory::domains::Domains;
 use crate::daemon::memory::planner::{PlannerHandle, now_ms};
 use crate::daemon::order::{DeviceRecord, Order};
+use crate::daemon::snapshot::kept::{Kept, NotResumed};
 use crate::daemon::snapshot::origin::{Runtime, latest_tier, origin};
-use crate::daemon::snapshot::shelf::{Kept, NotResumed, Shelf};
+use crate::daemon::snapshot::shelf::Shelf;
 use crate::daemon::vm::registry::VmRegistry;
 use crate::host_stats::HostStats;
 
@@ -583,7 +584,7 @@ fn expendable(mut all: Vec<Kept>, but: ComponentId, now_ms: i64) -> Vec<Kept> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::snapshot::shelf::tests::kept;
+    use crate::daemon::snapshot::samples::kept;
 
     #[test]
     fn what_was_set_aside_goes_first_and_nothing_is_kept_for_a_date_to_come() {

@@ -12,13 +12,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use forelay_cache::Domain;
-use forelay_image::snapshot::SnapshotOf;
 use forelay_image::{ChunkIndex, Component, ComponentId, Digest};
 use forelay_store::gc::GcOptions;
 use forelay_store::{DirectoryRepository, FetchConfig, Limited, Store, StoreConfig};
@@ -27,6 +26,10 @@ use tokio::sync::Semaphore;
 
 use crate::daemon::error::HostError;
 use crate::daemon::memory::planner::now_ms;
+use crate::daemon::snapshot::kept::{Kept, NotResumed};
+use crate::daemon::snapshot::on_disk::{
+    USED, failed, files, look, private_dir, read_aside, used_file, used_ms,
+};
 
 /// What a store of snapshots may keep of them a second time: nothing is read through it.
 const CACHE_BYTES: u64 = 1 << 20;
@@ -37,102 +40,17 @@ const LOOKS_AT_ONCE: usize = 16;
 /// Failed launches in a row after which a snapshot is not tried again, whatever the causes were.
 const MOST_FAILURES: u32 = 3;
 
-/// Why a launch could not resume from a snapshot.
-#[derive(Debug, thiserror::Error)]
-pub enum NotResumed {
-    /// It is wrong: it is not to be tried again.
-    #[error("{0}")]
-    Snapshot(HostError),
-    /// Something else, such as the host or what the guest did.
-    #[error("{0}")]
-    Other(HostError),
-}
-
-impl From<HostError> for NotResumed {
-    fn from(error: HostError) -> Self {
-        Self::Other(error)
-    }
-}
-
-impl From<NotResumed> for HostError {
-    fn from(error: NotResumed) -> Self {
-        match error {
-            NotResumed::Snapshot(error) | NotResumed::Other(error) => error,
-        }
-    }
-}
-
-/// A snapshot that there is.
-#[derive(Clone, Debug)]
-pub struct Kept {
-    pub domain: Domain,
-    pub id: ComponentId,
-    pub component: Arc<Component>,
-    pub of: SnapshotOf,
-    /// Why it is not used any more.
-    pub aside: Option<String>,
-    /// Launches that resumed from it since this daemon started.
-    pub uses: u64,
-    /// When the last one did, whatever daemon it was of; 0 if none has.
-    pub last_used_ms: i64,
-    /// Launches that could not resume from it since one did.
-    failures: u32,
-    /// The files that hold it, as they were when all of them were right.
-    verified: Vec<FileStamp>,
-    /// Launches that are about to resume from it.
-    held: Weak<()>,
-}
-
-impl Kept {
-    /// A component as one; in words why it is none.
-    fn new(domain: &Domain, id: ComponentId, component: Arc<Component>) -> Result<Self, String> {
-        let of = component.snapshot.as_deref().cloned();
-        let of = of.ok_or("it is no snapshot")?;
-        of.check(&component.image)?;
-        Ok(Self {
-            domain: domain.clone(),
-            id,
-            component,
-            of,
-            aside: None,
-            uses: 0,
-            last_used_ms: 0,
-            failures: 0,
-            verified: Vec::new(),
-            held: Weak::new(),
-        })
-    }
-
-    /// Whether all of it was found to be right since this daemon started.
-    pub fn was_verified(&self) -> bool {
-        !self.verified.is_empty()
-    }
-
-    /// When it was made, milliseconds since the epoch.
-    pub fn made_ms(&self) -> i64 {
-        self.component.version.parse().unwrap_or(0)
-    }
-}
-
-/// What a file looked like.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct FileStamp {
-    inode: u64,
-    bytes: u64,
-    changed_ns: (i64, i64),
-}
-
 /// See the module's header.
 pub struct Shelf {
     domain: Domain,
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     store: Store,
-    kept: Mutex<BTreeMap<ComponentId, Kept>>,
+    pub(super) kept: Mutex<BTreeMap<ComponentId, Kept>>,
     /// Held by who changes what the store has.
     turn: tokio::sync::Mutex<()>,
     /// Held while one is verified.
-    verifying: tokio::sync::Mutex<()>,
-    looks: Arc<Semaphore>,
+    pub(super) verifying: tokio::sync::Mutex<()>,
+    pub(super) looks: Arc<Semaphore>,
 }
 
 impl Shelf {
@@ -361,70 +279,6 @@ impl Shelf {
         Ok(())
     }
 
-    /// Whether a snapshot's files are as they were when all of it was read and checked.
-    pub async fn is_verified(&self, id: ComponentId, packs: &[Digest]) -> Result<bool, HostError> {
-        let stamps = self.stamps(packs).await?;
-        let kept = self.kept.lock();
-        Ok(kept.get(&id).is_some_and(|one| one.verified == stamps))
-    }
-
-    /// Has all of them read again: a disk may have other bytes in files that did not change.
-    pub fn doubt_all(&self) {
-        for one in self.kept.lock().values_mut() {
-            one.verified.clear();
-        }
-    }
-
-    /// Whether one is being verified.
-    pub fn is_verifying(&self) -> bool {
-        self.verifying.try_lock().is_err()
-    }
-
-    /// Reads all of a snapshot and checks it, unless that was done before; one after the other.
-    pub async fn verify(&self, kept: &Kept, packs: &[Digest]) -> Result<(), NotResumed> {
-        let _turn = self.verifying.lock().await;
-        if self.is_verified(kept.id, packs).await? {
-            return Ok(());
-        }
-        let stamps = self.stamps(packs).await?;
-        let report = self.store.verify_one(kept.id).await;
-        let report = report.map_err(HostError::failed)?;
-        let wrong = report.findings.iter().find(|one| !one.unreadable);
-        if let Some(found) = wrong.or(report.findings.first()) {
-            let text = HostError::Failed(format!("{}: {}", found.key, found.problem));
-            // What cannot be read now may be right.
-            return Err(match wrong {
-                Some(_) => NotResumed::Snapshot(text),
-                None => NotResumed::Other(text),
-            });
-        }
-        if let Some(one) = self.kept.lock().get_mut(&kept.id) {
-            one.verified = stamps;
-        }
-        Ok(())
-    }
-
-    async fn stamps(&self, packs: &[Digest]) -> Result<Vec<FileStamp>, HostError> {
-        let dir = self.dir.join("repository/packs");
-        let files = packs.iter().map(|pack| format!("{}.pack", pack.hex()));
-        let paths: Vec<PathBuf> = files.map(|file| dir.join(file)).collect();
-        let stamp = |path: &PathBuf| {
-            let meta = std::fs::metadata(path).map_err(|error| failed("find", path, &error))?;
-            Ok(FileStamp {
-                inode: meta.ino(),
-                bytes: meta.len(),
-                changed_ns: (meta.ctime(), meta.ctime_nsec()),
-            })
-        };
-        look(&self.looks, move || paths.iter().map(stamp).collect()).await?
-    }
-
-    /// Bytes of packs, as they are on disk.
-    pub async fn bytes_of(&self, packs: &[Digest]) -> Result<u64, HostError> {
-        let stamps = self.stamps(packs).await?;
-        Ok(stamps.iter().map(|stamp| stamp.bytes).sum())
-    }
-
     /// Bytes that its snapshots take on disk, as far as that can be seen.
     pub async fn stored_bytes(&self) -> u64 {
         let dir = self.dir.join("repository");
@@ -438,7 +292,7 @@ impl Shelf {
     }
 
     /// They hold memory: for their owner alone, wherever somebody may move them.
-    async fn close_files(&self) {
+    pub(super) async fn close_files(&self) {
         let dir = self.dir.clone();
         let closing = look(&self.looks, move || {
             for path in files(&dir) {
@@ -455,209 +309,12 @@ impl Shelf {
     }
 }
 
-/// Looks at files on a thread of its own: a disk that does not answer holds up nobody else.
-async fn look<T: Send + 'static>(
-    looks: &Arc<Semaphore>,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, HostError> {
-    let turn = Arc::clone(looks).acquire_owned().await;
-    let turn = turn.map_err(HostError::failed)?;
-    let looking = tokio::task::spawn_blocking(move || {
-        let seen = work();
-        drop(turn);
-        seen
-    });
-    looking.await.map_err(HostError::failed)
-}
-
-/// Folder of the files that say when snapshots were used.
-const USED: &str = "used";
-
-fn used_file(shelf: &Path, id: ComponentId) -> PathBuf {
-    shelf.join(USED).join(id.hex())
-}
-
-/// When each was used last, by the names of the files.
-fn used_ms(shelf: &Path) -> BTreeMap<String, i64> {
-    let used = |path: PathBuf| {
-        let meta = path.metadata().ok()?;
-        let name = path.file_name()?.to_str()?.to_owned();
-        Some((name, meta.mtime() * 1000 + meta.mtime_nsec() / 1_000_000))
-    };
-    let all = files(&shelf.join(USED)).into_iter();
-    all.filter_map(used).collect()
-}
-
-/// What does not restore, and why.
-fn read_aside(shelf: &Path) -> BTreeMap<ComponentId, String> {
-    let text = std::fs::read(shelf.join("aside.json")).ok();
-    text.and_then(|text| serde_json::from_slice(&text).ok())
-        .unwrap_or_default()
-}
-
-fn failed(doing: &str, path: &Path, error: &std::io::Error) -> HostError {
-    HostError::Failed(format!("cannot {doing} {}: {error}", path.display()))
-}
-
-fn private_dir(dir: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)?;
-    // Only where it changes anything: on a file system that is read-only now nothing can.
-    if dir.metadata()?.mode() & 0o777 == 0o700 {
-        return Ok(());
-    }
-    std::fs::set_permissions(dir, Permissions::from_mode(0o700))
-}
-
-/// The regular files below a directory.
-fn files(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut folders = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
-                Ok(kind) if kind.is_file() => found.push(entry.path()),
-                _ => {}
-            }
-        }
-    }
-    found
-}
-
 #[cfg(test)]
-pub mod tests {
-    use forelay_guest_protocol::snapshot::Tier;
-    use forelay_image::component::{ImageRef, Role};
-    use forelay_image::snapshot::SnapshotOrigin;
+mod tests {
+    use std::os::unix::fs::DirBuilderExt as _;
 
     use super::*;
-
-    /// A snapshot of nobody's that is like no other, made at a time; its image is in `dir`.
-    pub fn snapshot(dir: &Path, name: &str, made_ms: i64) -> (Component, PathBuf, ChunkIndex) {
-        sharing(dir, name, made_ms, name)
-    }
-
-    /// As [`snapshot`], known to the shelf that has it.
-    pub fn kept(dir: &Path, name: &str, made_ms: i64) -> Kept {
-        let (component, ..) = snapshot(dir, name, made_ms);
-        Kept::new(&Domain::from("me"), component.id(), Arc::new(component)).unwrap()
-    }
-
-    /// As [`snapshot`], with the first half of its bytes like those of all that say so.
-    pub fn sharing(
-        dir: &Path,
-        name: &str,
-        made_ms: i64,
-        half: &str,
-    ) -> (Component, PathBuf, ChunkIndex) {
-        let origin = SnapshotOrigin {
-            tier: Tier::Kernel,
-            kernel: Digest::of(name.as_bytes()),
-            components: None,
-            manifest: None,
-            memory_mib: 2,
-            cpus: 1,
-            accelerator: "tcg".into(),
-            machine: "q35".into(),
-            vmm: "7.2".into(),
-            vm: None,
-        };
-        of_origin(dir, (name, half), made_ms, origin)
-    }
-
-    /// As [`sharing`], made from what a launch may look for.
-    pub fn of_origin(
-        dir: &Path,
-        (name, half): (&str, &str),
-        made_ms: i64,
-        origin: SnapshotOrigin,
-    ) -> (Component, PathBuf, ChunkIndex) {
-        let of = SnapshotOf {
-            ram_bytes: u64::from(origin.memory_mib) << 20,
-            origin,
-            state_bytes: 1000,
-            map: None,
-            devices: Vec::new(),
-        };
-        // Nothing that can be compressed.
-        let words = (2 << 20) / 64_u64;
-        let word = |number: u64| {
-            let of = if number < words / 2 { half } else { name };
-            Digest::of(format!("{of} {number}").as_bytes()).hex()
-        };
-        let mut image: Vec<u8> = (0..words).map(word).flat_map(String::into_bytes).collect();
-        image.resize(of.image_bytes() as usize, 0);
-        let path = dir.join(name);
-        std::fs::write(&path, &image).unwrap();
-        let read = |buffer: &mut [u8], offset: u64| {
-            let there = &image[offset as usize..];
-            buffer.copy_from_slice(&there[..buffer.len()]);
-            Ok(())
-        };
-        let index = ChunkIndex::of_plain(of.image_bytes(), 64 << 10, read).unwrap();
-        let image = ImageRef {
-            digest: index.image,
-            bytes: index.image_bytes,
-            metadata_bytes: 0,
-            inodes: 0,
-            chunk_index: index.digest(),
-        };
-        let version = made_ms.to_string();
-        let mut component = Component::new("kept", &version, Role::Snapshot, "amd64", image);
-        component.snapshot = Some(Box::new(of));
-        (component, path, index)
-    }
-
-    /// Flips a byte in the first half of each pack, and has the files look as they were.
-    pub fn damage_and_trust(shelf: &Shelf, id: ComponentId) {
-        let mut packs = files(&shelf.dir.join("repository/packs"));
-        packs.retain(|path| path.extension().is_some_and(|end| end == "pack"));
-        for path in packs {
-            let mut bytes = std::fs::read(&path).unwrap();
-            let quarter = bytes.len() / 4;
-            bytes[quarter] ^= 1;
-            std::fs::write(&path, bytes).unwrap();
-            let meta = path.metadata().unwrap();
-            let mut kept = shelf.kept.lock();
-            let stamps = kept.get_mut(&id).unwrap().verified.iter_mut();
-            let mut stamps = stamps.filter(|stamp| stamp.inode == meta.ino());
-            let stamp = stamps.next().expect("a pack that was verified");
-            stamp.changed_ns = (meta.ctime(), meta.ctime_nsec());
-        }
-    }
-
-    async fn open(dir: &Path) -> Shelf {
-        let (dir, domain) = (dir.join("snapshots"), Domain::from("me"));
-        let limit = Duration::from_secs(60);
-        Shelf::open(&dir, &domain, limit).await.unwrap()
-    }
-
-    async fn publish(shelf: &Shelf, dir: &Path, name: &str) -> Kept {
-        let (component, image, index) = snapshot(dir, name, 1);
-        let publishing = shelf.publish(&component, &image, &index);
-        publishing.await.unwrap()
-    }
-
-    /// The pack of the one snapshot that there is.
-    fn only_pack(dir: &Path) -> (PathBuf, [Digest; 1]) {
-        let mut found = files(&dir.join("snapshots/me/repository/packs"));
-        found.retain(|path| path.extension().is_some_and(|end| end == "pack"));
-        let [pack] = &found[..] else {
-            panic!("{found:?}");
-        };
-        let hex = pack.file_stem().unwrap().to_str().unwrap();
-        let digest = format!("sha256:{hex}").parse().unwrap();
-        (pack.clone(), [digest])
-    }
-
-    async fn with_one(dir: &Path) -> (Shelf, Kept) {
-        let shelf = open(dir).await;
-        let kept = publish(&shelf, dir, "one").await;
-        (shelf, kept)
-    }
+    use crate::daemon::snapshot::samples::{only_pack, open, publish, with_one};
 
     #[tokio::test]
     async fn what_is_published_while_another_is_removed_is_whole() {
@@ -754,53 +411,6 @@ pub mod tests {
         assert!(shelf.find(key).is_none() && shelf.hold(kept.id).is_none());
         shelf.put_back(taken);
         assert!(shelf.find(key).is_some());
-    }
-
-    #[tokio::test]
-    async fn one_that_was_verified_is_not_read_again_until_its_files_change() {
-        let dir = tempfile::tempdir().unwrap();
-        let (shelf, kept) = with_one(dir.path()).await;
-        let (pack, packs) = only_pack(dir.path());
-        let is_verified = async || shelf.is_verified(kept.id, &packs).await.unwrap();
-        assert!(!is_verified().await);
-        shelf.verify(&kept, &packs).await.unwrap();
-        shelf.close_files().await;
-        assert!(is_verified().await, "closed before");
-        let right = std::fs::read(&pack).unwrap();
-        let middle = right.len() / 2;
-        let mut flipped = right.clone();
-        flipped[middle] ^= 1;
-        for wrong in [
-            &flipped[..],
-            &right[..middle],
-            &right[..right.len() - 1],
-            &[],
-        ] {
-            std::fs::write(&pack, wrong).unwrap();
-            assert!(!is_verified().await);
-            let found = shelf.verify(&kept, &packs).await;
-            assert!(matches!(found, Err(NotResumed::Snapshot(_))), "{found:?}");
-        }
-        std::fs::write(&pack, right).unwrap();
-        shelf.verify(&kept, &packs).await.unwrap();
-        assert!(is_verified().await);
-    }
-
-    #[tokio::test]
-    async fn what_cannot_be_read_now_is_not_set_aside() {
-        let dir = tempfile::tempdir().unwrap();
-        let (shelf, kept) = with_one(dir.path()).await;
-        let (pack, packs) = only_pack(dir.path());
-        let away = dir.path().join("away");
-        std::fs::rename(&pack, &away).unwrap();
-        // Reading a directory is an error, for which the bytes are not to blame.
-        std::fs::create_dir(&pack).unwrap();
-        let found = shelf.verify(&kept, &packs).await;
-        assert!(matches!(found, Err(NotResumed::Other(_))), "{found:?}");
-        std::fs::remove_dir(&pack).unwrap();
-        std::fs::rename(&away, &pack).unwrap();
-        shelf.verify(&kept, &packs).await.unwrap();
-        assert!(shelf.is_verified(kept.id, &packs).await.unwrap());
     }
 
     #[tokio::test]
