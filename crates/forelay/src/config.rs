@@ -376,7 +376,8 @@ impl BuildConfig {
         let apart = last.is_some_and(|last| last <= vmms.start || first >= vmms.end);
         if first < 1_000 || !apart {
             return Err(format!(
-                "build.first_user {first}: {} user ids from there on must be above 1000 and none                  of VMMs (vmm.first_user {}, vmm.users {})",
+                "build.first_user {first}: {} user ids from there on must be above 1000 and none \
+                 of VMMs (vmm.first_user {}, vmm.users {})",
                 UserRange::COUNT,
                 vmm.first_user,
                 vmm.users
@@ -591,7 +592,7 @@ mod tests {
             ("[build]\nfirst_user = 2100000001\n", false),
             ("[build]\nfirst_user = 2099934464\n", true),
             ("[build]\nfirst_user = 0\n", false),
-            ("[build]\nfirst_user = 4294900000\n", false),
+            ("[build]\nfirst_user = 4294950000\n", false),
             ("[build]\ntime_s = 0\n", false),
             ("[vmm]\nusers = 1000000\n", false),
         ] {
