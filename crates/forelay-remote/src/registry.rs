@@ -29,6 +29,8 @@ const MAX_TOKEN_BYTES: u64 = 64 << 10;
 /// One page of tags; so many pages are asked for at the most.
 const MAX_TAGS_BYTES: u64 = 16 << 20;
 const MAX_PAGES: usize = 1000;
+/// Tags of all pages: more than any repository has components, and what a host has room for.
+const MAX_TAGS: usize = 500_000;
 const TAGS_A_PAGE: usize = 1000;
 const DIGEST_HEADER: &str = "docker-content-digest";
 
@@ -252,6 +254,11 @@ impl Registry {
             let page: Tags = serde_json::from_slice(&page)
                 .map_err(|_| self.nonsense("its list of tags is none"))?;
             tags.extend(page.tags.unwrap_or_default());
+            if tags.len() > MAX_TAGS {
+                let text =
+                    format!("it lists more than {MAX_TAGS} tags: use a repository of its own");
+                return Err(self.nonsense(&text));
+            }
         }
         Err(self.nonsense("its list of tags does not end"))
     }

@@ -56,6 +56,13 @@ impl LastListing {
             return;
         }
         let bytes = serde_json::to_vec(&now).unwrap_or_default();
+        if bytes.len() as u64 > MAX_FILE_BYTES {
+            // What was kept before would be wrong from now on.
+            let _ = std::fs::remove_file(&self.path);
+            tracing::warn!(components = components.len(), "a list so long is not kept");
+            *written = None;
+            return;
+        }
         match forelay_host::atomic_write(&self.path, &bytes) {
             Ok(_) => *written = Some(now),
             Err(error) => {
