@@ -143,7 +143,7 @@ pub fn run<T>(start: Start) -> io::Result<T> {
                 agent.stop_image();
                 let files = agent.prepare_hold(Tier::Ready);
                 agent.wait_resumed(&files, &resumed);
-                agent.ready_again(&files);
+                agent.ready_again(&files, None);
             }
         }
         Err(text) => {
@@ -494,8 +494,9 @@ impl Agent {
         let agent = Arc::clone(self);
         let started = thread("resume", move || {
             let files = RootFiles::find(Tier::Ready, &agent.config.keeps);
+            let exited = agent.status().exited;
             match agent.resume(id, &resume, &files) {
-                Ok(()) => agent.ready_again(&files),
+                Ok(()) => agent.ready_again(&files, exited),
                 Err(text) => agent.reply(id, refuse(ErrorKind::BadRequest, text)),
             }
         });
@@ -550,11 +551,13 @@ impl Agent {
     }
 
     /// After [`Self::resume`]: tells when the VM is ready, or that it will not be. It was when it
-    /// was held, and nothing has run since but hooks, which may have started a program again.
-    fn ready_again(&self, files: &RootFiles) {
-        let ready = match files.has_hooks() {
-            true => self.wait_ready(),
-            false => self.has_not_failed(),
+    /// was held, and nothing has run since but hooks, which may have started a program again. A VM
+    /// whose entrypoint had `exited` while it ran went on without it, and so does its clone.
+    fn ready_again(&self, files: &RootFiles, exited: Option<ExitStatus>) {
+        let ready = match exited {
+            Some(_) => Ok(()),
+            None if files.has_hooks() => self.wait_ready(),
+            None => self.has_not_failed(),
         };
         match ready {
             Ok(()) => self.tell_ready(),

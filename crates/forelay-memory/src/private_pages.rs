@@ -17,21 +17,39 @@ const ENTRIES: u64 = 32 << 10;
 /// Memory that is copied at once.
 const PIECE_BYTES: u64 = 1 << 20;
 
-/// Copies a process's own pages of the `bytes` bytes from `address` on into a file, from its start
-/// on; pages of zeros are left out. Returns which pages are its own.
-pub fn copy_own(pid: u32, address: u64, bytes: u64, into: &File) -> io::Result<Vec<Extent>> {
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let memory = File::open(format!("/proc/{pid}/mem"))?;
-    let own = own_pages(&pagemap, address, bytes)?;
-    let mut buffer = vec![0; PIECE_BYTES as usize];
-    for extent in &own {
-        for piece in pieces(*extent, PIECE_BYTES) {
-            let buffer = &mut buffer[..piece.len as usize];
-            memory.read_exact_at(buffer, address + piece.offset)?;
-            write_pages(into, buffer, piece.offset)?;
-        }
+/// A process's address space, which stays that process's: once it has ended nothing is read.
+pub struct OwnMemory {
+    pagemap: File,
+    memory: File,
+}
+
+impl OwnMemory {
+    /// Of the process that has this pid now. That it is the right one is to be looked at after
+    /// this, since a pid may be given again.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        Ok(Self {
+            pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
+            memory: File::open(format!("/proc/{pid}/mem"))?,
+        })
     }
-    Ok(own)
+
+    /// Which pages of the `bytes` bytes from `address` on are its own, as offsets from there.
+    pub fn own_pages(&self, address: u64, bytes: u64) -> io::Result<Vec<Extent>> {
+        own_pages(&self.pagemap, address, bytes)
+    }
+
+    /// Copies these into a file, each to its offset; pages of zeros are left out.
+    pub fn copy(&self, own: &[Extent], address: u64, into: &File) -> io::Result<()> {
+        let mut buffer = vec![0; PIECE_BYTES as usize];
+        for extent in own {
+            for piece in pieces(*extent, PIECE_BYTES) {
+                let buffer = &mut buffer[..piece.len as usize];
+                self.memory.read_exact_at(buffer, address + piece.offset)?;
+                write_pages(into, buffer, piece.offset)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Writes what is not zero, page by page.
@@ -118,7 +136,9 @@ mod tests {
         copy.set_len(8 * PAGE_BYTES).unwrap();
         copy.write_all_at(&[9; PAGE], 3 * PAGE_BYTES).unwrap();
         let (pid, bytes) = (std::process::id(), 8 * PAGE_BYTES);
-        let own = copy_own(pid, mapped as u64, bytes, &copy).unwrap();
+        let memory = OwnMemory::open(pid).unwrap();
+        let own = memory.own_pages(mapped as u64, bytes).unwrap();
+        memory.copy(&own, mapped as u64, &copy).unwrap();
         assert_eq!(own, [Extent::new(2 * PAGE_BYTES, 2 * PAGE_BYTES)]);
         let mut read = vec![0; 8 * PAGE];
         copy.read_exact_at(&mut read, 0).unwrap();

@@ -235,6 +235,11 @@ impl Channel {
         let _ = self.outgoing.send(line).await;
     }
 
+    /// Which version the guest speaks, once it has said so.
+    pub fn version(&self) -> Option<u32> {
+        *self.version.borrow()
+    }
+
     /// Waits until the guest has said which version it speaks, and refuses one before `since`.
     pub async fn require(&self, since: u32, limit: Duration) -> Result<(), ChannelError> {
         let mut version = self.version.clone();

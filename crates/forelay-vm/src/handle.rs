@@ -218,6 +218,11 @@ impl VmHandle {
         self.inner.process.id().pid
     }
 
+    /// True while the pid is the VMM's, and no process has it that came later.
+    pub fn is_running(&self) -> bool {
+        self.inner.process.id().is_running()
+    }
+
     /// State as of launch or reattachment.
     pub fn state(&self) -> &VmState {
         &self.inner.state

@@ -10,7 +10,7 @@
 //! `unpause`.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use forelay_guest_protocol::messages::{GuestCommand, Reply};
 use forelay_guest_protocol::snapshot::{Freeze, Frozen, Release, Tier};
@@ -20,7 +20,7 @@ use crate::channel::ChannelError;
 use crate::driver::AttachError;
 use crate::handle::{VmError, VmHandle};
 use crate::qemu::QmpError;
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{SnapshotError, now_us};
 use crate::spec::PmemDevice;
 use crate::state::Hotplugged;
 
@@ -86,15 +86,14 @@ impl VmHandle {
     }
 
     /// Has a guest that stood still go on as the machine that it was: with the time of this call,
-    /// and `entropy` (hex) if it may be one of several that were made of what was saved.
+    /// and `entropy` (hex), as it may be one of several that were made of what was saved. One that
+    /// is being frozen does that first; one that is not frozen is told the time alone.
     pub async fn release(&self, entropy: String) -> Result<(), VmError> {
         let known = self.channel().require(FREEZES_SINCE, RELEASE).await;
         known.map_err(|error| self.channel_error(error))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.unwrap_or_default().as_micros();
         let release = Release {
             entropy,
-            unix_time_us: u64::try_from(now).unwrap_or(u64::MAX),
+            unix_time_us: now_us(),
         };
         let command = GuestCommand::Release(release);
         match self.channel().request(command, RELEASE).await {
@@ -105,6 +104,21 @@ impl VmHandle {
             Ok(_) => Err(self.channel_error(ChannelError::Unexpected)),
             Err(error) => Err(self.channel_error(error)),
         }
+    }
+
+    /// Tells a guest that stood still what time it is. Unlike [`Self::release`] it lets no program
+    /// go on, and one that boots or whose agent is of an earlier version may not hear of it.
+    pub async fn tell_time(&self) {
+        let unix_time_us = now_us();
+        let clock = GuestCommand::Clock { unix_time_us };
+        self.channel().tell(clock).await;
+    }
+
+    /// Whether the guest's agent is known to be of a version that cannot be frozen.
+    pub fn never_freezes(&self) -> bool {
+        self.channel()
+            .version()
+            .is_some_and(|it| it < FREEZES_SINCE)
     }
 
     /// Stops the guest's CPUs and returns all of the VM but its memory.

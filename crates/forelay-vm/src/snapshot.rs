@@ -62,7 +62,7 @@ pub enum SnapshotError {
     Resume(String),
 }
 
-fn now_us() -> u64 {
+pub(crate) fn now_us() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     u64::try_from(now.unwrap_or_default().as_micros()).unwrap_or(u64::MAX)
 }

@@ -40,6 +40,9 @@ pub struct VmState {
     pub launched_ms: u64,
     /// Accelerator in use.
     pub accelerator: String,
+    /// What the VMM's program said of its version; empty for VMs of earlier versions.
+    #[serde(default)]
+    pub vmm: String,
     /// Serial console log.
     pub console_log: PathBuf,
     /// pmem devices from the launch.

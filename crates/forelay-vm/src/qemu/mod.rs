@@ -355,6 +355,8 @@ impl VmmDriver for QemuDriver {
             })?;
         }
         prepare_directory(spec)?;
+        // Without it a VM runs as well, and is not saved.
+        let vmm = self.version().await.unwrap_or_default();
         let launched = Instant::now();
         let (started, incoming) = self.start(spec, &prepared)?;
         let state = VmState {
@@ -364,6 +366,7 @@ impl VmmDriver for QemuDriver {
             user: spec.confined.as_ref().map(|confined| confined.user),
             launched_ms: now_ms(),
             accelerator: accelerator.to_string(),
+            vmm,
             console_log: spec.console_log.clone(),
             pmem: spec.pmem.clone(),
             forwards: spec.forwards.clone(),

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Child;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -22,6 +23,9 @@ const WORD: &str = "rm -f /run/said; until [ -s /run/said ]; do sleep 0.05; done
 /// What a VM is, a line each; the last is another each time.
 const FACTS: &str = "echo id $(cat /etc/machine-id); cat /etc/hostname /proc/sys/kernel/hostname \
     /sys/class/net/eth0/address; head -c 16 /dev/urandom | md5sum";
+
+const ENDS_THE_ENTRYPOINT: &str = "for one in /proc/[0-9]*; do \
+    [ \"$(tr '\\0' ' ' < $one/cmdline)\" != 'sleep infinity ' ] || kill ${one#/proc/}; done";
 
 fn facts(host: &Host, vm: &str) -> Vec<String> {
     let facts = host.sh(vm, FACTS);
@@ -181,6 +185,12 @@ fn privileged_what_is_in_the_way_of_a_vm_that_is_saved_costs_it_nothing() {
         std::fs::read_dir(&packs).is_ok_and(|mut packs| packs.next().is_some())
     });
     goes_on(&host, &word);
+    // It dies while the guest stops its programs, of which it says nothing before they stand still.
+    let asked = Instant::now();
+    dies_within(&host, &["hibernate", "keeper"], |_| {
+        asked.elapsed() > Duration::from_secs(1)
+    });
+    goes_on(&host, &word);
     // It dies while there is a fork that knows not yet who it is, or a moment later.
     dies_within(&host, &["fork", "keeper", "--name", "twin"], |host| {
         host.vmms().len() == 2
@@ -217,7 +227,11 @@ fn privileged_what_is_in_the_way_of_a_vm_that_is_saved_costs_it_nothing() {
     assert_eq!(state(&host, "keeper"), "hibernated");
     assert_eq!(host.vmms(), Vec::<u32>::new());
     flip(&packs);
-    host.ok(["resume", "keeper"]);
+    // What it is to be launched from is another by now: it is what it was, and says so.
+    let manifest = host.write("keeper.toml", &on_disk.replace("160", "176"));
+    let woken = host.launch(&manifest, "keeper", &[]);
+    let notes = woken["launch"]["notes"].to_string();
+    assert!(notes.contains("has changed since"), "{notes}");
     has_its_word(&host, "keeper", &word);
     assert_eq!(host.sh("keeper", "cat /root/word"), word);
 
@@ -307,7 +321,13 @@ fn privileged_a_clone_sleeps_and_forks_whatever_it_resumed_from() {
         assert_eq!(host.vmms(), Vec::<u32>::new());
         host.ok(["resume", "keeper"]);
         has_its_word(&host, "keeper", &word);
+        // It goes on without its entrypoint, and so does what is made of it.
+        host.sh("keeper", ENDS_THE_ENTRYPOINT);
+        host.until("its entrypoint has ended", |host| {
+            host.vm("keeper")["exit_status"] == 128 + 15
+        });
         host.ok(["fork", "keeper", "--name", "twin"]);
+        assert_eq!(state(&host, "twin"), "ready");
         has_its_word(&host, "twin", &word);
         assert_eq!(
             host.sh("twin", "cat /root/word /etc/hostname"),

@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 
 use super::LaunchService;
 use super::restore::identity;
-use super::saving::{SavedCopy, check_room, let_go, ready, restore_into, saved_spec};
+use super::saving::{SavedCopy, and_stands, check_room, let_go, ready, restore_into, saved_spec};
 use super::start::StartedVmm;
 use crate::api::{ForkRequest, Forked, LaunchFigures, Vm, Waits};
 use crate::daemon::error::HostError;
@@ -36,6 +36,57 @@ use crate::history::LaunchId;
 const MOST: u32 = 64;
 /// Clones that are started side by side.
 const AT_ONCE: usize = 4;
+
+/// A clone that is being made.
+struct Fork {
+    claim: Claim,
+    /// Its directory is its own; what is in one that it did not make is another's.
+    made_dir: bool,
+}
+
+impl Fork {
+    fn instance(&self) -> &Arc<Instance> {
+        self.claim.instance()
+    }
+
+    fn scratch(&self) -> PathBuf {
+        self.instance().read(|vm| vm.runtime_dir.join(SCRATCH))
+    }
+
+    /// Makes its directory. From then on a later daemon knows of it.
+    fn make_dir(&mut self) -> Result<PathBuf, HostError> {
+        let dir = self.instance().dir().map_err(HostError::invalid)?;
+        dir.make().map_err(HostError::failed)?;
+        self.made_dir = true;
+        self.instance().save().map_err(HostError::failed)?;
+        Ok(dir.path())
+    }
+
+    /// Ends it, and leaves nothing of it.
+    fn undo(self, error: &HostError) {
+        if self.made_dir
+            && let Ok(dir) = self.instance().dir()
+        {
+            // A VMM that did not end in time has its disk there.
+            if let Err(error) = forelay_vm::stray::end_all(&dir.path()) {
+                tracing::error!(fork = self.instance().name(), %error, "its VMM lives on");
+            }
+            dir.clear();
+        }
+        let error = error.to_string();
+        self.claim.end(VmEnd::Failed { error });
+    }
+}
+
+/// A VM that was held for its clones.
+struct HeldSource {
+    /// Its devices then.
+    devices: Vec<DeviceRecord>,
+    /// How long it stood still.
+    seconds: f64,
+    /// Why it may still do so.
+    stands: Option<HostError>,
+}
 
 /// All that the clones of a VM have in common.
 struct Mould {
@@ -58,33 +109,33 @@ impl LaunchService {
         ready(source)?;
         let order = self.order_of(source)?;
         check(source, &order, &request)?;
-        let claims = self.claim_forks(source, &request)?;
-        let made = self.make_forks(source, order, &claims, asked).await;
-        let (made, held_s) = match made {
+        let mut forks = self.claim_forks(source, &request)?;
+        let made = self.make_forks(source, order, &mut forks, asked).await;
+        let (made, held) = match made {
             Ok(made) => made,
             Err(error) => {
-                for claim in claims {
-                    undo(claim, &error);
+                for fork in forks {
+                    fork.undo(&error);
                 }
                 return Err(error);
             }
         };
         let mut forked = Forked {
             vms: Vec::new(),
-            failed: Vec::new(),
-            held_s,
+            failed: held.stands.iter().map(HostError::to_string).collect(),
+            held_s: held.seconds,
             took_s: 0.0,
         };
-        for (claim, made) in claims.into_iter().zip(made) {
+        for (fork, made) in forks.into_iter().zip(made) {
             match made {
                 Ok(vm) => {
-                    claim.keep();
+                    fork.claim.keep();
                     forked.vms.push(vm);
                 }
                 Err(error) => {
-                    let name = claim.instance().name().to_owned();
+                    let name = fork.instance().name();
                     forked.failed.push(format!("{name}: {error}"));
-                    undo(claim, &error);
+                    fork.undo(&error);
                 }
             }
         }
@@ -99,9 +150,9 @@ impl LaunchService {
         &self,
         source: &Instance,
         request: &ForkRequest,
-    ) -> Result<Vec<Claim>, HostError> {
+    ) -> Result<Vec<Fork>, HostError> {
         let registry = &self.admission.registry;
-        let mut claims = Vec::new();
+        let mut forks: Vec<Fork> = Vec::new();
         for number in 1..=request.count {
             let name = match &request.name {
                 Some(name) if request.count > 1 => Some(format!("{name}-{number}")),
@@ -117,16 +168,19 @@ impl LaunchService {
                 Ok(fork_of(source, &dir))
             });
             match claimed {
-                Ok(claim) => claims.push(claim),
+                Ok(claim) => forks.push(Fork {
+                    claim,
+                    made_dir: false,
+                }),
                 Err(error) => {
-                    for claim in claims {
-                        undo(claim, &error);
+                    for fork in forks {
+                        fork.undo(&error);
                     }
                     return Err(error);
                 }
             }
         }
-        Ok(claims)
+        Ok(forks)
     }
 
     /// The clones, each made or not, and how long the VM stood still for them.
@@ -134,30 +188,29 @@ impl LaunchService {
         &self,
         source: &Arc<Instance>,
         order: Order,
-        claims: &[Claim],
+        forks: &mut [Fork],
         asked: Instant,
-    ) -> Result<(Vec<Result<Vm, HostError>>, f64), HostError> {
+    ) -> Result<(Vec<Result<Vm, HostError>>, HeldSource), HostError> {
         let from = source.dir().map_err(HostError::invalid)?.path();
-        for claim in claims {
-            let dir = claim.instance().dir().map_err(HostError::invalid)?;
-            dir.make().map_err(HostError::failed)?;
-            copy_beside(from.join(MAP_IMAGE), dir.path().join(MAP_IMAGE)).await?;
+        for fork in &mut *forks {
+            let dir = fork.make_dir()?;
+            copy_beside(from.join(MAP_IMAGE), dir.join(MAP_IMAGE)).await?;
         }
+        let runtime = self.runtime_of(source, &order).await?;
+        let shelf = self.snapshots.shelf(&order.domain).await?;
+        let one_save = shelf.saving.lock().await;
         let _unused_yet = self.snapshots.saving.read().await;
-        let held = Instant::now();
-        let copied = self.copy_source(source, &order, &claims[0]).await;
-        let held_s = held.elapsed().as_secs_f64();
-        let copy = copied?;
+        let (copy, held) = self.copy_source(source, &order, &forks[0]).await?;
         if from.join(SCRATCH).exists() {
-            let first = claims[0].instance().read(|vm| vm.runtime_dir.join(SCRATCH));
-            for claim in &claims[1..] {
-                let to = claim.instance().read(|vm| vm.runtime_dir.join(SCRATCH));
-                copy_beside(first.clone(), to).await?;
+            let first = forks[0].scratch();
+            for fork in &forks[1..] {
+                copy_beside(first.clone(), fork.scratch()).await?;
             }
         }
-        let mut devices = source.devices();
+        let mut devices = held.devices.clone();
         let machine = copy.vm.machine.clone();
-        let (kept, _) = self.store(source, &order, copy).await?;
+        let kept = self.store(source, &order, &runtime, copy).await?;
+        drop(one_save);
         devices.retain(|device| !device.memory);
         let mould = Mould {
             order,
@@ -166,22 +219,23 @@ impl LaunchService {
             asked,
         };
         let (mould, domain) = (&mould, &mould.order.domain);
-        let making = claims.iter().map(|claim| async move {
+        let making = forks.iter().map(|fork| async move {
             let from = self.snapshots.of_vm(domain, kept.id).await?;
-            self.make_fork(mould, claim.instance(), &from).await
+            self.make_fork(mould, fork.instance(), &from).await
         });
         let making: Vec<_> = making.collect();
         let made = futures_util::stream::iter(making).buffered(AT_ONCE);
-        Ok((made.collect().await, held_s))
+        Ok((made.collect().await, held))
     }
 
-    /// Copies the VM, with its scratch disk into the first clone's directory, and lets it go on.
+    /// Copies the VM, its scratch disk into the first clone's directory, and lets it go on.
     async fn copy_source(
         &self,
         source: &Arc<Instance>,
         order: &Order,
-        first: &Claim,
-    ) -> Result<SavedCopy, HostError> {
+        first: &Fork,
+    ) -> Result<(SavedCopy, HeldSource), HostError> {
+        let since = Instant::now();
         let (handle, frozen) = Self::hold(source, false).await?;
         let copying = async {
             if !frozen.all {
@@ -190,14 +244,23 @@ impl LaunchService {
             let copy = self.copy(source, &handle, order).await?;
             let disk = source.read(|vm| vm.runtime_dir.join(SCRATCH));
             if disk.exists() {
-                let to = first.instance().read(|vm| vm.runtime_dir.join(SCRATCH));
-                copy_beside(disk, to).await?;
+                copy_beside(disk, first.scratch()).await?;
             }
-            Ok(copy)
+            // As they are in what was copied, whatever becomes of the VM afterwards.
+            Ok((copy, source.devices()))
         };
         let copied = copying.await;
-        let_go(source, &handle).await;
-        copied
+        let stands = let_go(source, &handle).await.err();
+        let (copy, devices) = match copied {
+            Ok(copied) => copied,
+            Err(error) => return Err(and_stands(error, stands)),
+        };
+        let held = HeldSource {
+            devices,
+            seconds: since.elapsed().as_secs_f64(),
+            stands,
+        };
+        Ok((copy, held))
     }
 
     async fn make_fork(
@@ -309,15 +372,6 @@ fn fork_of(source: &Instance, dir: &VmDir) -> VmData {
         forked_from: Some(source.name().to_owned()),
         ..vm.clone()
     })
-}
-
-/// Ends a fork that is not made, and leaves nothing of it.
-fn undo(claim: Claim, error: &HostError) {
-    if let Ok(dir) = claim.instance().dir() {
-        dir.clear();
-    }
-    let error = error.to_string();
-    claim.end(VmEnd::Failed { error });
 }
 
 async fn copy_beside(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), HostError> {

@@ -9,17 +9,18 @@
 
 use std::sync::Arc;
 
+use forelay_image::ComponentId;
 use forelay_vm::VmHandle;
 
 use super::LaunchService;
-use super::saving::{check_room, let_go, restore_into, saved_spec};
+use super::saving::{and_stands, check_room, let_go, restore_into, same_vmm, saved_spec};
 use super::start::{KILL_LIMIT, StartedVmm};
 use crate::api::{LaunchRequest, Vm, VmState};
 use crate::daemon::error::HostError;
 use crate::daemon::order::{DeviceRecord, Order};
+use crate::daemon::snapshot::origin::Runtime;
 use crate::daemon::snapshot::service::Resumable;
 use crate::daemon::vm::instance::{Instance, SavedRecord};
-use crate::daemon::vm::pause::release;
 use crate::history::ProfileRef;
 
 impl LaunchService {
@@ -27,14 +28,22 @@ impl LaunchService {
     pub async fn hibernate(&self, instance: &Arc<Instance>) -> Result<Vm, HostError> {
         let _turn = instance.device_turn().await;
         let order = self.order_of(instance)?;
+        let runtime = self.runtime_of(instance, &order).await?;
+        let shelf = self.snapshots.shelf(&order.domain).await?;
+        // What has to be waited for is, before the VM stands still.
+        let one_save = shelf.saving.lock().await;
+        let unused_yet = self.snapshots.saving.read().await;
         let (handle, _) = Self::hold(instance, true).await?;
-        if let Err(error) = self.hibernate_held(instance, &handle, &order).await {
-            let_go(instance, &handle).await;
-            return Err(HostError::Failed(format!(
-                "VM {} goes on, it could not be saved: {error}",
+        let saving = self.hibernate_held(instance, &handle, &order, &runtime);
+        if let Err(error) = saving.await {
+            let stands = let_go(instance, &handle).await.err();
+            let error = HostError::Failed(format!(
+                "VM {} could not be saved and goes on: {error}",
                 instance.name()
-            )));
+            ));
+            return Err(and_stands(error, stands));
         }
+        drop((one_save, unused_yet));
         if let Err(error) = handle.kill() {
             tracing::error!(vm = instance.name(), %error, "its VMM lives on");
         }
@@ -49,11 +58,11 @@ impl LaunchService {
         instance: &Instance,
         handle: &VmHandle,
         order: &Order,
+        runtime: &Runtime,
     ) -> Result<(), HostError> {
-        let _unused_yet = self.snapshots.saving.read().await;
         let copy = self.copy(instance, handle, order).await?;
         let machine = copy.vm.machine.clone();
-        let (kept, runtime) = self.store(instance, order, copy).await?;
+        let kept = self.store(instance, order, runtime, copy).await?;
         let found = self.snapshots.of_vm(&order.domain, kept.id).await?;
         let mut devices = instance.devices();
         devices.retain(|device| !device.memory);
@@ -61,7 +70,7 @@ impl LaunchService {
         let saved = SavedRecord {
             snapshot: kept.id,
             machine,
-            vmm: runtime.vmm,
+            vmm: runtime.vmm.clone(),
             accelerator: runtime.accelerator.to_string(),
         };
         let written = instance.hibernate(saved, devices);
@@ -94,9 +103,11 @@ impl LaunchService {
             ))
         })?;
         let handle = vmm.handle().clone();
-        if !instance.wake(handle.pid(), devices) {
+        let registry = &self.admission.registry;
+        if let Err(error) = registry.wake(instance, handle.pid(), devices) {
+            // What was saved is as it was.
             vmm.end().await;
-            return Err(HostError::Cancelled);
+            return Err(error);
         }
         let going_on = async {
             instance.save().map_err(HostError::failed)?;
@@ -112,12 +123,10 @@ impl LaunchService {
             return Err(error);
         }
         let handle = vmm.commit();
-        if let Err(error) = release(&handle).await {
-            tracing::error!(vm = name, %error, "the programs of a VM that was saved stand still");
-        }
+        let goes_on = let_go(instance, &handle).await;
         self.supervisor.resume(Arc::clone(instance), handle);
         self.snapshots.remove_after(Arc::clone(instance));
-        Ok(instance.vm())
+        goes_on.map(|()| instance.vm())
     }
 
     /// What a VM was saved as, and its devices, all of which are reachable from then on.
@@ -129,13 +138,7 @@ impl LaunchService {
     ) -> Result<(Resumable, Vec<DeviceRecord>), HostError> {
         let kernel = self.composer.kernel(&order.lock.kernel).await?;
         let runtime = self.starter.runtime(&kernel.kernel).await?;
-        let now = (runtime.vmm, runtime.accelerator.to_string());
-        if now != (saved.vmm.clone(), saved.accelerator.clone()) {
-            return Err(HostError::Failed(format!(
-                "it was saved under {} ({}), which is {} ({}) now",
-                saved.vmm, saved.accelerator, now.0, now.1
-            )));
-        }
+        same_vmm("it was saved", (&saved.vmm, &saved.accelerator), &runtime)?;
         let (map, own): (Vec<_>, Vec<_>) = {
             let devices = instance.devices().into_iter().filter(|one| !one.memory);
             devices.enumerate().partition(|(slot, _)| *slot == 0)
@@ -187,6 +190,17 @@ impl LaunchService {
         let Some(instance) = wakes(found, &order.of)? else {
             return Ok(None);
         };
+        if asks_for_another(order, &self.order_of(&instance)?, &instance) {
+            let name = instance.name();
+            let note = format!(
+                "it goes on as it was saved, and what it was launched from has changed since: \
+                 `forelay stop {name}` first launches it again"
+            );
+            instance.update(|vm| {
+                vm.launch.notes.retain(|one| *one != note);
+                vm.launch.notes.push(note);
+            });
+        }
         let service = Arc::clone(self);
         // A client that goes away must not leave it half done.
         let waking = tokio::spawn(async move { service.wake(&instance).await });
@@ -203,6 +217,17 @@ async fn no_vmm(instance: &Instance) -> Result<(), HostError> {
             "the VMM that VM {name} had has not ended: try again"
         ))
     })
+}
+
+/// Whether a launch asks for another machine or other components than those of a VM that hibernates.
+/// (With what was attached to that, its components say nothing.)
+fn asks_for_another(order: &Order, saved: &Order, instance: &Instance) -> bool {
+    let ids = |order: &Order| -> Vec<ComponentId> {
+        order.lock.components.iter().map(|one| one.id).collect()
+    };
+    let attached = instance.read(|vm| vm.components.iter().any(|one| one.attached));
+    order.manifest.machine_digest() != saved.manifest.machine_digest()
+        || (!attached && ids(order) != ids(saved))
 }
 
 /// The VM that a launch of this profile has go on, of all that have the name that it wants.

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use forelay_guest_protocol::snapshot::Frozen;
@@ -18,7 +19,7 @@ use forelay_image::Extent;
 use forelay_image::snapshot::SnapshotOf;
 use forelay_memory::command_hints::Hints;
 use forelay_memory::pressure::Probe;
-use forelay_memory::private_pages::{copy_own, pieces, write_pages};
+use forelay_memory::private_pages::{OwnMemory, pieces, write_pages};
 use forelay_store::Priority;
 use forelay_vm::{Forward, GuestMemory, SavedMachine, SavedVm, VmHandle, VmSpec};
 
@@ -33,13 +34,15 @@ use crate::daemon::snapshot::origin::{Runtime, origin_of_running};
 use crate::daemon::vm::attach::running;
 use crate::daemon::vm::directory::MAP_IMAGE;
 use crate::daemon::vm::instance::Instance;
-use crate::daemon::vm::pause::release;
+use crate::daemon::vm::pause::{go_on, keep_letting_go};
 use crate::recipe::KernelFiles;
 
 /// What is read at once of the snapshot that a VM was made of.
 const WINDOW_BYTES: u64 = 1 << 20;
 /// Memory that must be left for each VM that goes on: its VMM, and what it writes at first.
 const ROOM_BYTES: u64 = 64 << 20;
+/// Disk that is left for others.
+const SPARE_DISK_BYTES: u64 = 64 << 20;
 /// How long a VMM may take to have a state restored into it.
 const RESTORE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -63,17 +66,36 @@ impl LaunchService {
         })
     }
 
+    /// How a VM that is to be saved runs. What was saved goes on under the same VMM alone, so one
+    /// that could not go on under that which is there now is not saved.
+    pub(super) async fn runtime_of(
+        &self,
+        instance: &Instance,
+        order: &Order,
+    ) -> Result<Runtime, HostError> {
+        let handle = ready(instance)?;
+        let kernel = self.composer.kernel(&order.lock.kernel).await?;
+        let now = self.starter.runtime(&kernel.kernel).await?;
+        let state = handle.state();
+        same_vmm(
+            &format!("VM {} runs", instance.name()),
+            (&state.vmm, &state.accelerator),
+            &now,
+        )?;
+        Ok(now)
+    }
+
     /// Has the programs of a VM stand still. It is to be let go, whatever comes of it.
     pub(super) async fn hold(
-        instance: &Instance,
+        instance: &Arc<Instance>,
         give_back: bool,
     ) -> Result<(VmHandle, Frozen), HostError> {
         let handle = ready(instance)?;
         match handle.freeze(give_back).await {
             Ok(frozen) => Ok((handle, frozen)),
             Err(error) => {
-                let_go(instance, &handle).await;
-                Err(HostError::failed(error))
+                let stands = let_go(instance, &handle).await.err();
+                Err(and_stands(HostError::failed(error), stands))
             }
         }
     }
@@ -94,11 +116,19 @@ impl LaunchService {
             )));
         }
         let shelf = self.snapshots.dir.join(order.domain.as_str());
-        let (pid, address) = (handle.pid(), vm.ram_address);
+        let (vmm, address) = (handle.clone(), vm.ram_address);
         let bytes = u64::from(order.memory_mib()) << 20;
         let copying = tokio::task::spawn_blocking(move || {
             let memory = unnamed(&shelf)?;
-            let own = copy_own(pid, address, bytes, &memory)?;
+            let from = OwnMemory::open(vmm.pid())?;
+            if !vmm.is_running() {
+                return Err(io::Error::other("its VMM has ended"));
+            }
+            let own = from.own_pages(address, bytes)?;
+            let own_bytes = own.iter().map(|extent| extent.len).sum();
+            let free = rustix::fs::fstatvfs(&memory)?;
+            has_disk(own_bytes, free.f_bavail.saturating_mul(free.f_frsize))?;
+            from.copy(&own, address, &memory)?;
             Ok::<_, io::Error>((memory, own))
         });
         let copied = copying.await.map_err(HostError::failed)?;
@@ -113,22 +143,21 @@ impl LaunchService {
         &self,
         instance: &Instance,
         order: &Order,
+        runtime: &Runtime,
         copy: SavedCopy,
-    ) -> Result<(Kept, Runtime), HostError> {
+    ) -> Result<Kept, HostError> {
         let ram_bytes = u64::from(order.memory_mib()) << 20;
         let devices = instance.devices();
         if let Some(from) = devices.iter().find(|device| device.memory) {
             self.fill(&copy, ram_bytes, from).await?;
         }
-        let kernel = self.composer.kernel(&order.lock.kernel).await?;
-        let runtime = self.starter.runtime(&kernel.kernel).await?;
         let devices = devices.iter().filter(|device| !device.memory);
         let of = SnapshotOf {
             ram_bytes,
             state_bytes: copy.vm.state.len() as u64,
             map: instance.read(|vm| vm.devices.first().map(|map| map.image)),
             devices: devices.map(|one| (one.image, one.device_bytes)).collect(),
-            origin: origin_of_running(order, &runtime, instance.name()),
+            origin: origin_of_running(order, runtime, instance.name()),
         };
         let made_of = format!("VM {}", instance.name());
         let described = describe(of, made_of, copy.memory, copy.vm.state);
@@ -139,7 +168,7 @@ impl LaunchService {
         let kept = publishing.await?;
         let cap_bytes = self.maker.cap_bytes;
         self.snapshots.keep_within(&shelf, &kept, cap_bytes).await?;
-        Ok((kept, runtime))
+        Ok(kept)
     }
 
     /// Adds what a VM has not written of the snapshot that it was made of.
@@ -191,15 +220,46 @@ pub(super) fn ready(instance: &Instance) -> Result<VmHandle, HostError> {
     Ok(handle)
 }
 
-/// Has a VM go on that was held, as far as it was.
-pub(super) async fn let_go(instance: &Instance, handle: &VmHandle) {
-    let vm = instance.name();
-    if let Err(error) = handle.unpause().await {
-        tracing::error!(vm, %error, "a VM that was held stands still");
+/// Has a VM go on that was held, as far as it was. Where it does not, it is tried again for as
+/// long as the VM lives, and the error says so.
+pub(super) async fn let_go(instance: &Arc<Instance>, handle: &VmHandle) -> Result<(), HostError> {
+    let gone_on = go_on(handle).await;
+    gone_on.map_err(|error| {
+        tokio::spawn(keep_letting_go(Arc::clone(instance), handle.clone()));
+        HostError::Failed(format!(
+            "VM {} may stand still ({error}); letting it go is tried again until it goes on",
+            instance.name()
+        ))
+    })
+}
+
+/// An error of what a VM was held for, with that of letting it go, if there is one.
+pub(super) fn and_stands(error: HostError, stands: Option<HostError>) -> HostError {
+    match stands {
+        Some(stands) => HostError::Failed(format!("{error}; {stands}")),
+        None => error,
     }
-    if let Err(error) = release(handle).await {
-        tracing::error!(vm, %error, "the programs of a VM that was held stand still");
+}
+
+/// Refuses what was or would be saved under one VMM and gone on with under another.
+pub(super) fn same_vmm(
+    what: &str,
+    (vmm, accelerator): (&str, &str),
+    now: &Runtime,
+) -> Result<(), HostError> {
+    let there = now.accelerator.to_string();
+    if vmm == now.vmm && accelerator == there {
+        return Ok(());
     }
+    let vmm = match vmm {
+        "" => "a VMM of which no version is known",
+        vmm => vmm,
+    };
+    Err(HostError::Invalid(format!(
+        "{what} under {vmm} ({accelerator}), and VMs are started under {} ({there}) now: a saved \
+         VM goes on under the same alone",
+        now.vmm
+    )))
 }
 
 /// Restores a state into a VMM; the guest's CPUs stand still.
@@ -260,6 +320,23 @@ fn has_room(vms: u32, what: &str, available: u64) -> Result<(), HostError> {
     )))
 }
 
+/// Refuses to save so much memory where the disk has no room for it: once as it is, once stored.
+fn has_disk(own_bytes: u64, free_bytes: u64) -> io::Result<()> {
+    let needed = own_bytes.saturating_mul(2).saturating_add(SPARE_DISK_BYTES);
+    if needed <= free_bytes {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::StorageFull,
+        format!(
+            "to save it takes up to {} MiB of disk below `state_dir`, and {} MiB are free: \
+             `forelay gc` makes room",
+            needed >> 20,
+            free_bytes >> 20
+        ),
+    ))
+}
+
 /// A file in a directory that has no name there: gone with the process.
 fn unnamed(dir: &Path) -> io::Result<File> {
     std::fs::create_dir_all(dir)?;
@@ -302,6 +379,34 @@ mod tests {
             told.contains("3 forks") && told.contains("192 MiB"),
             "{told}"
         );
+    }
+
+    #[test]
+    fn a_vm_is_saved_under_the_vmm_alone_that_could_go_on_with_it_and_where_there_is_room() {
+        let now = Runtime {
+            accelerator: forelay_vm::Accelerator::Tcg,
+            vmm: "QEMU 7.2".to_owned(),
+        };
+        assert!(same_vmm("VM web runs", ("QEMU 7.2", "tcg"), &now).is_ok());
+        for (vmm, accelerator, word) in [
+            ("QEMU 7.1", "tcg", "QEMU 7.1 (tcg)"),
+            ("QEMU 7.2", "kvm", "QEMU 7.2 (kvm)"),
+            ("", "tcg", "no version is known"),
+        ] {
+            let told = same_vmm("VM web runs", (vmm, accelerator), &now);
+            let told = told.unwrap_err().to_string();
+            assert!(
+                told.contains(word) && told.contains("QEMU 7.2 (tcg) now"),
+                "{told}"
+            );
+        }
+        assert!(has_disk(100 << 20, (200 << 20) + SPARE_DISK_BYTES).is_ok());
+        let told = has_disk(100 << 20, 200 << 20).unwrap_err().to_string();
+        assert!(
+            told.contains("264 MiB") && told.contains("200 MiB"),
+            "{told}"
+        );
+        assert!(has_disk(u64::MAX, u64::MAX - 1).is_err());
     }
 
     #[test]

@@ -171,6 +171,7 @@ mod tests {
                 hotplug_bus: Default::default(),
                 hotplugged: Vec::new(),
                 can_be_saved: true,
+                vmm: String::new(),
             };
             state.write(&dir).unwrap();
         };

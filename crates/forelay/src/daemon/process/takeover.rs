@@ -31,7 +31,6 @@ use crate::daemon::Host;
 use crate::daemon::error::HostError;
 use crate::daemon::launch::start::KILL_LIMIT;
 use crate::daemon::memory::journal::Replayed;
-use crate::daemon::vm::directory::RECORD;
 use crate::daemon::vm::instance::{Instance, VmData, VmEnd};
 use crate::daemon::vm::pause::settle;
 use crate::daemon::vm::registry::{Record, load_records};
@@ -331,7 +330,10 @@ fn note_reattached(instance: &Instance, handle: &VmHandle) {
 async fn note_ended(host: &Host, instance: &Instance, why: String) {
     let vm = instance.vm();
     tracing::warn!(vm = vm.name, error = why, "a VM ended while no daemon ran");
-    let _ = std::fs::remove_file(vm.runtime_dir.join(RECORD));
+    // What a launch had made there so far is of no use to anyone.
+    if let Ok(dir) = instance.dir() {
+        dir.clear();
+    }
     host.supervisor.note_stopped(instance).await;
     instance.end(VmEnd::Failed { error: why });
 }

@@ -48,6 +48,8 @@ pub struct Shelf {
     pub(super) kept: Mutex<BTreeMap<ComponentId, Kept>>,
     /// Held by who changes what the store has.
     turn: tokio::sync::Mutex<()>,
+    /// Held by who saves a VM that runs: each takes as much disk as the VM has memory.
+    pub saving: tokio::sync::Mutex<()>,
     /// Held while one is verified.
     pub(super) verifying: tokio::sync::Mutex<()>,
     pub(super) looks: Arc<Semaphore>,
@@ -100,6 +102,7 @@ impl Shelf {
             store,
             kept: Mutex::new(kept),
             turn: Default::default(),
+            saving: Default::default(),
             verifying: Default::default(),
             looks,
         })

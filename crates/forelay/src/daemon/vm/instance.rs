@@ -246,6 +246,8 @@ pub struct Instance {
     devices_change: tokio::sync::Mutex<()>,
     /// Held by who watches over its VMM: one after the other, where it has several in its life.
     watch: Arc<tokio::sync::Mutex<()>>,
+    /// Held by who writes its record: an earlier one never takes a later one's place.
+    record: Mutex<()>,
     /// Where it is told what becomes of it.
     events: OnceLock<Events>,
 }
@@ -264,6 +266,7 @@ impl Instance {
             cancel: watch::Sender::new(false),
             devices_change: tokio::sync::Mutex::default(),
             watch: Arc::default(),
+            record: Mutex::default(),
             events: OnceLock::new(),
         }
     }
@@ -524,6 +527,16 @@ impl Instance {
         let _ = self.now.subscribe().wait_for(ended).await;
     }
 
+    /// Waits until it has no VMM and will have none unless it is asked for: it has ended, or
+    /// hibernates.
+    pub async fn ended_or_hibernated(&self) {
+        let over = |(_, stage): &(VmData, VmStage)| {
+            matches!(stage, VmStage::Hibernated | VmStage::Ended(_))
+        };
+        // The sender lives in this instance.
+        let _ = self.now.subscribe().wait_for(over).await;
+    }
+
     /// Waits until its state is another than now.
     pub async fn state_changed(&self) {
         let before = self.state();
@@ -601,6 +614,7 @@ impl Instance {
 
     /// Writes the record to the instance's directory, whole or not at all.
     pub fn save(&self) -> std::io::Result<()> {
+        let _one_after_the_other = self.record.lock();
         let record = self.record();
         let text = serde_json::to_vec_pretty(&record)?;
         forelay_host::atomic_write(&record.vm.runtime_dir.join(RECORD), &text).map(drop)

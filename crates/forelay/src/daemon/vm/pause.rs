@@ -5,6 +5,7 @@
 //! lets it go on.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use forelay_guest_protocol::snapshot::ENTROPY_BYTES;
 use forelay_vm::VmHandle;
@@ -14,6 +15,9 @@ use crate::api::{Vm, VmState};
 use crate::daemon::error::HostError;
 use crate::daemon::vm::attach::running;
 use crate::daemon::vm::instance::Instance;
+
+/// Between tries to have a VM go on.
+const RETRY_EVERY: Duration = Duration::from_secs(5);
 
 /// Has a VM's CPUs stand still.
 pub async fn pause(instance: &Instance) -> Result<Vm, HostError> {
@@ -45,41 +49,66 @@ pub async fn unpause(instance: &Instance) -> Result<Vm, HostError> {
             "VM {name} is neither paused nor hibernated: it is {state:?}"
         ))
     })?;
-    go_on(instance, &handle).await?;
+    run_on(instance, &handle).await?;
     Ok(instance.vm())
 }
 
 /// The CPUs run from here on, whatever else fails.
-async fn go_on(instance: &Instance, handle: &VmHandle) -> Result<(), HostError> {
+async fn run_on(instance: &Instance, handle: &VmHandle) -> Result<(), HostError> {
     handle.unpause().await.map_err(HostError::failed)?;
     instance.pause(false);
     if let Err(error) = instance.save() {
         // The next daemon sees that it runs.
         tracing::warn!(vm = instance.name(), %error, "cannot save an instance's record");
     }
-    let (vm, handle) = (instance.name().to_owned(), handle.clone());
-    tokio::spawn(async move {
-        // Its clock stood still with it. One that boots, or whose agent is of an earlier version,
-        // sets it itself or not at all.
-        if let Err(error) = handle.release(String::new()).await {
-            tracing::warn!(vm, %error, "its clock may be behind");
-        }
-    });
+    // Its clock stood still with it.
+    handle.tell_time().await;
     Ok(())
 }
 
 /// Brings a VM that was found in line with its record, and lets it go on if an earlier daemon held
-/// it.
+/// it, or was about to: a guest that is being frozen does not say so.
 pub async fn settle(instance: Arc<Instance>, handle: VmHandle) {
+    if settle_cpus(&instance, &handle).await {
+        keep_letting_go(instance, handle).await;
+    }
+}
+
+/// Lets a VM go on that may be held, again and again until it does or there is none.
+pub async fn keep_letting_go(instance: Arc<Instance>, handle: VmHandle) {
+    loop {
+        let turn = instance.device_turn().await;
+        if instance.state() == VmState::Paused || !handle.is_running() || handle.never_freezes() {
+            return;
+        }
+        let Err(error) = go_on(&handle).await else {
+            return;
+        };
+        drop(turn);
+        let why = forelay_host::error_chain(&error);
+        tracing::warn!(
+            vm = instance.name(),
+            why,
+            "it may stand still; trying again"
+        );
+        tokio::time::sleep(RETRY_EVERY).await;
+    }
+}
+
+/// True if its programs may be held.
+async fn settle_cpus(instance: &Instance, handle: &VmHandle) -> bool {
     let _turn = instance.device_turn().await;
     let vm = instance.name();
     let stands = match handle.is_paused().await {
         Ok(stands) => stands,
-        Err(error) => return tracing::warn!(vm, %error, "whether it is paused is not known"),
+        Err(error) => {
+            tracing::warn!(vm, %error, "whether it is paused is not known");
+            return true;
+        }
     };
     let recorded = instance.read(|vm| vm.paused);
     let done = match (recorded, stands) {
-        (true, true) => return,
+        (true, true) => return false,
         (true, false) => {
             instance.pause(false);
             instance.save().map_err(HostError::failed)
@@ -90,18 +119,12 @@ pub async fn settle(instance: Arc<Instance>, handle: VmHandle) {
     if let Err(error) = done {
         tracing::error!(vm, %error, "it may stand still");
     }
-    let held = match handle.status().await {
-        Ok(status) => status.held.is_some(),
-        // It boots, or hangs: either way nobody holds it.
-        Err(_) => false,
-    };
-    if held && let Err(error) = release(&handle).await {
-        tracing::error!(vm, %error, "its programs stand still");
-    }
+    true
 }
 
-/// Has a held guest go on as the machine that it was.
-pub async fn release(handle: &VmHandle) -> Result<(), HostError> {
+/// Has a held VM go on as the machine that it was: its CPUs, and its programs.
+pub async fn go_on(handle: &VmHandle) -> Result<(), HostError> {
+    handle.unpause().await.map_err(HostError::failed)?;
     handle.release(entropy()?).await.map_err(HostError::failed)
 }
 

@@ -158,6 +158,22 @@ impl VmRegistry {
         self.table.lock().unknown.extend(unknown);
     }
 
+    /// Has a VM that hibernates be what a VMM has that was made of it. Refused when VMs are not
+    /// started any more: who ends them all has looked which there are.
+    pub fn wake(
+        &self,
+        instance: &Instance,
+        pid: u32,
+        devices: Vec<DeviceRecord>,
+    ) -> Result<(), HostError> {
+        let table = self.table.lock();
+        table.check_open()?;
+        match instance.wake(pid, devices) {
+            true => Ok(()),
+            false => Err(HostError::Cancelled),
+        }
+    }
+
     /// Refuses to start a VM when none is to be any more.
     pub fn check_open(&self) -> Result<(), HostError> {
         self.table.lock().check_open()
@@ -379,6 +395,26 @@ mod tests {
 
     fn instance(name: &str, dir: &Path) -> Arc<Instance> {
         Arc::new(Instance::launching(name, data(name, dir)))
+    }
+
+    #[test]
+    fn a_vm_that_hibernates_stays_so_once_nothing_is_started_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = VmRegistry::default();
+        let mut record = instance("web", dir.path()).record();
+        record.vm.state = VmState::Hibernated;
+        let sleeper = || Arc::new(Instance::left(record.clone(), None));
+        let woken = sleeper();
+        registry.insert(Arc::clone(&woken)).unwrap();
+        registry.wake(&woken, 42, vec![]).unwrap();
+        assert_eq!((woken.state(), woken.pid()), (VmState::Ready, Some(42)));
+        let again = registry.wake(&woken, 43, vec![]);
+        assert!(matches!(again, Err(HostError::Cancelled)));
+        let late = sleeper();
+        assert_eq!(registry.close().len(), 1);
+        let refused = registry.wake(&late, 44, vec![]);
+        assert!(matches!(refused, Err(HostError::Busy(_))));
+        assert_eq!(late.state(), VmState::Hibernated);
     }
 
     #[test]

@@ -107,8 +107,12 @@ impl VmService {
             let stopping = async {
                 self.supervisor.scan_now(instance).await;
                 handle.stop(STOP_GRACE).await.map_err(HostError::failed)?;
-                instance.ended().await;
-                Ok(())
+                instance.ended_or_hibernated().await;
+                // It was being saved all the while.
+                match instance.state() {
+                    VmState::Hibernated => self.delete(instance).await,
+                    _ => Ok(()),
+                }
             };
             let stopped = tokio::time::timeout(STOP_GRACE + 2 * KILL_LIMIT, stopping).await;
             return stopped.unwrap_or_else(|_| Err(not_ended(&vm, None)));
