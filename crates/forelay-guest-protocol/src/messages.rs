@@ -26,8 +26,8 @@ use crate::snapshot::{Freeze, Frozen, Release, Resume, Resumed, Tier};
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "org.forelay.channel";
 /// Version of these messages; reported in [`Status`]. Programs are run by 2 and later,
-/// 3 can be held for a snapshot, and 4 can be frozen while they run.
-pub const PROTOCOL_VERSION: u32 = 4;
+/// 3 can be held for a snapshot, 4 can be frozen while they run, and 5 gives programs terminals.
+pub const PROTOCOL_VERSION: u32 = 5;
 /// Longest line that a guest accepts, newline included: more than arguments and environment
 /// of a program can be.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -59,6 +59,8 @@ pub enum GuestCommand {
         /// Further bytes of its standard error.
         stderr: u32,
     },
+    /// The terminal of a program has another size; has no reply.
+    Resize(TerminalSize),
     /// Ends a program whose output nobody wants any more; has no reply.
     End,
     /// Ends all programs that were started for an earlier host; has no reply.
@@ -102,8 +104,20 @@ pub struct Exec {
     pub user: String,
     /// Standard input comes in frames; else it is `/dev/null`.
     pub stdin: bool,
+    /// Its standard streams are a terminal of this size; what it writes is standard output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
     /// End after this long; 0 is never.
     pub timeout_ms: u64,
+}
+
+/// Size of a terminal in characters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
 }
 
 /// A component to attach.

@@ -314,6 +314,7 @@ impl Agent {
                 }
                 GuestCommand::Start(exec) => self.start_program(id, exec),
                 GuestCommand::Credit { stdout, stderr } => self.execs.credit(id, stdout, stderr),
+                GuestCommand::Resize(size) => self.execs.resize(id, size),
                 GuestCommand::End => self.execs.end(id),
                 GuestCommand::EndAll => self.execs.end_all(),
                 GuestCommand::Clock { unix_time_us } => {
@@ -595,6 +596,7 @@ impl Agent {
             | GuestCommand::Clock { .. }
             | GuestCommand::Start(_)
             | GuestCommand::Credit { .. }
+            | GuestCommand::Resize(_)
             | GuestCommand::End
             | GuestCommand::EndAll => refuse(ErrorKind::BadRequest, "handled by the reader"),
         }

@@ -22,6 +22,7 @@ mod process;
 mod ready;
 mod root;
 mod sys;
+mod terminal;
 
 fn main() {
     if std::process::id() == 1 {

@@ -237,6 +237,39 @@ pub fn readable_bytes(fd: BorrowedFd<'_>) -> u64 {
     u64::try_from(count).unwrap_or(0)
 }
 
+/// A new terminal: the side of who shows it, and the program's.
+pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: no memory is passed; a descriptor that is new is nobody else's.
+    let shown = unsafe {
+        let shown = libc::posix_openpt(flags);
+        check(shown)?;
+        OwnedFd::from_raw_fd(shown)
+    };
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::unlockpt(shown.as_raw_fd()) })?;
+    // By no path: whatever is mounted in the image, it is this terminal's.
+    // SAFETY: as above.
+    let programs = unsafe {
+        let programs = libc::ioctl(shown.as_raw_fd(), libc::TIOCGPTPEER, flags);
+        check(programs)?;
+        OwnedFd::from_raw_fd(programs)
+    };
+    Ok((shown, programs))
+}
+
+/// Gives a terminal a size; what runs in front in it is told.
+pub fn set_terminal_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the kernel reads one structure, which outlives the call.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })
+}
+
 /// Waits until a terminal has sent what was written to it.
 pub fn drain(terminal: BorrowedFd<'_>) {
     // SAFETY: no memory is passed.

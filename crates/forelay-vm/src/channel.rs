@@ -68,6 +68,8 @@ pub enum ChannelError {
 const END_LIMIT: Duration = Duration::from_secs(70);
 /// First version of the protocol with programs whose streams are frames.
 const STREAMS_SINCE: u32 = 2;
+/// First version of the protocol with terminals.
+const TERMINALS_SINCE: u32 = 5;
 
 /// Who waits for replies.
 #[derive(Debug, Default)]
@@ -261,7 +263,11 @@ impl Channel {
         if self.version.borrow().is_none() {
             self.tell(GuestCommand::Status).await;
         }
-        self.require(STREAMS_SINCE, limit).await?;
+        let since = match exec.terminal {
+            Some(_) => TERMINALS_SINCE,
+            None => STREAMS_SINCE,
+        };
+        self.require(since, limit).await?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let run_limit = (exec.timeout_ms > 0).then(|| Duration::from_millis(exec.timeout_ms));
         let patience = run_limit.map(|limit| limit.saturating_add(END_LIMIT));

@@ -15,7 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use forelay_guest_protocol::frames::{self, Frame, MAX_DATA_BYTES, Stream, WINDOW_BYTES};
-use forelay_guest_protocol::messages::{ExitStatus, GuestCommand, GuestRequest, encode_line};
+use forelay_guest_protocol::messages::{
+    ExitStatus, GuestCommand, GuestRequest, TerminalSize, encode_line,
+};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 
@@ -299,6 +301,13 @@ impl Execution {
     fn request(&self, command: GuestCommand) -> Vec<u8> {
         let id = self.id;
         encode_line(&GuestRequest { id, command })
+    }
+
+    /// Tells the program's terminal its size.
+    pub async fn resize(&self, size: TerminalSize) -> Result<(), ChannelError> {
+        let line = self.request(GuestCommand::Resize(size));
+        let sent = self.outgoing.send(line).await;
+        sent.map_err(|_| ChannelError::Closed)
     }
 
     /// Sends bytes for the program's standard input, or its end if there are none. The caller

@@ -5,6 +5,7 @@
 //! POST /v1/vms/NAME/exec, Connection: upgrade, body ExecRequest
 //!                 <- 101 Switching Protocols; from then on frames:
 //! stdin ->        kind 0: bytes; none are the end of standard input
+//! size ->         kind 5: lines and columns of the terminal (2 bytes each)
 //!                 <- kind 1, 2: bytes of standard output, standard error
 //!                 <- kind 3: the end, JSON of ExecEnd; nothing follows
 //!                 <- kind 4: further bytes of standard input that may be sent (4 bytes)
@@ -39,6 +40,8 @@ pub enum ExecFrame {
     End(ExecEnd),
     /// Further bytes that the program takes.
     StdinCredit(u32),
+    /// To the program: its terminal has so many lines and columns.
+    Resize(u16, u16),
 }
 
 impl ExecFrame {
@@ -49,6 +52,10 @@ impl ExecFrame {
             Self::Stderr(bytes) => (2, bytes),
             Self::End(end) => (3, serde_json::to_vec(&end)?),
             Self::StdinCredit(bytes) => (4, bytes.to_be_bytes().into()),
+            Self::Resize(rows, columns) => {
+                let size = [rows.to_be_bytes(), columns.to_be_bytes()];
+                (5, size.concat())
+            }
         })
     }
 
@@ -61,6 +68,12 @@ impl ExecFrame {
             4 => match <[u8; 4]>::try_from(payload) {
                 Ok(bytes) => Self::StdinCredit(u32::from_be_bytes(bytes)),
                 Err(_) => return Err(broken("a credit that is no number")),
+            },
+            5 => match <[u8; 4]>::try_from(payload) {
+                Ok([a, b, c, d]) => {
+                    Self::Resize(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
+                }
+                Err(_) => return Err(broken("a size that is none")),
             },
             _ => return Err(broken("a frame of an unknown kind")),
         })
@@ -126,6 +139,7 @@ mod tests {
             ExecFrame::Stdout(b"out\0\n".into()),
             ExecFrame::Stderr(vec![0xff]),
             ExecFrame::StdinCredit(u32::MAX),
+            ExecFrame::Resize(24, 300),
             ExecFrame::End(end),
         ];
         let mut bytes = Vec::new();
@@ -145,7 +159,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(128))]
         #[test]
         fn any_bytes_are_frames_or_refused(
-            kind in 0u8..6, len in 0u8..40,
+            kind in 0u8..7, len in 0u8..40,
             bytes in proptest::collection::vec(any::<u8>(), 0..60),
         ) {
             let mut all = vec![kind, 0, 0, 0, 0, 0, 0, len];

@@ -13,6 +13,20 @@ pub struct ExecRequest {
     /// The client sends its standard input; else it is empty. Needs an upgrade.
     #[serde(default)]
     pub stdin: bool,
+    /// The program has a terminal, which shows on standard output. Needs an upgrade.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<ExecTerminal>,
+}
+
+/// A terminal of a program.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExecTerminal {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
+    /// What kind of terminal shows it: the program's `TERM`.
+    pub kind: String,
 }
 
 /// The end of a program whose streams were sent as they are.

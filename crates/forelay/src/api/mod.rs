@@ -14,7 +14,7 @@ mod snapshots;
 mod vms;
 
 pub use events::{EventKind, HostEvent};
-pub use exec::{ExecEnd, ExecRequest, ExecResult};
+pub use exec::{ExecEnd, ExecRequest, ExecResult, ExecTerminal};
 pub use forecasts::{ForecastEntry, HistoryEntry, SelfControl};
 pub use health::{
     ApiError, Degraded, Health, NOT_PROBED, PendingFault, WaitCulprit, WaitingVm, dashboard_name,

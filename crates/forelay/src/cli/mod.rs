@@ -16,6 +16,7 @@ mod doctor;
 #[cfg(test)]
 mod documented;
 mod events;
+mod exec;
 mod history;
 mod images;
 mod inspect;
@@ -112,7 +113,7 @@ enum Command {
         json: bool,
     },
     /// Run a command in a VM.
-    Exec(vms::ExecArguments),
+    Exec(exec::ExecArguments),
     /// Attach a component to a running VM.
     Attach {
         name: String,
@@ -311,7 +312,7 @@ async fn run_async(command: Command, config: &Config, client: &Client) -> Result
             lifecycle::each(client, "hibernate", &names, json).await?;
         }
         Command::Fork(arguments) => return lifecycle::fork(client, arguments).await,
-        Command::Exec(arguments) => return vms::exec(client, arguments).await,
+        Command::Exec(arguments) => return exec::run(client, arguments).await,
         Command::Attach {
             name,
             component,

@@ -1,6 +1,6 @@
-//! Commands on instances: run, ps, stop, exec, attach, detach, logs, console.
+//! Commands on instances: run, ps, stop, attach, detach, logs, console.
 
-use std::io::{IsTerminal as _, Read as _, Seek as _, Write as _};
+use std::io::{IsTerminal as _, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,23 +9,18 @@ use forelay_guest_protocol::snapshot::Tier;
 use forelay_vm::Forward;
 use forelay_vm::logs::kept_from;
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
-use tokio::sync::Semaphore;
 
 use super::images::{self, ImageArguments};
 use super::output;
 use crate::api::{
-    AttachRequest, Degraded, ExecRequest, ExecResult, Health, LaunchRequest, PrefetchMode,
-    PrefetchRequest, Prefetched, Vm, VmComponent, VmState,
+    AttachRequest, Degraded, Health, LaunchRequest, PrefetchMode, PrefetchRequest, Prefetched, Vm,
+    VmComponent, VmState,
 };
 use crate::client::{Client, vm_path};
 use crate::config::Config;
-use crate::exec_frames::{ExecFrame, PROTOCOL, WINDOW_BYTES};
 
 /// A log is shown in parts of this size.
 const LOG_PART_BYTES: usize = 64 << 10;
-/// Standard input of a command is read in parts of this size.
-const INPUT_PART_BYTES: usize = 32 << 10;
 
 /// Arguments of `forelay run`.
 #[derive(Debug, clap::Args)]
@@ -358,105 +353,6 @@ pub async fn stop(client: &Client, names: &[String], json: bool) -> Result<()> {
     if json { output::json(&stopped) } else { Ok(()) }
 }
 
-/// Arguments of `forelay exec`.
-#[derive(Debug, clap::Args)]
-pub struct ExecArguments {
-    /// The VM.
-    pub name: String,
-    /// Program and arguments.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<String>,
-    /// Pass standard input on.
-    #[arg(long, short)]
-    pub interactive: bool,
-    /// End the command after this many seconds, with exit code 124.
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<f64>,
-    /// Print status and output as JSON when it has ended.
-    #[arg(long, conflicts_with = "interactive")]
-    pub json: bool,
-}
-
-/// `forelay exec`: returns the command's exit status.
-pub async fn exec(client: &Client, arguments: ExecArguments) -> Result<i32> {
-    let path = vm_path(&arguments.name, "/exec")?;
-    let request = ExecRequest {
-        command: arguments.command,
-        timeout_s: arguments.timeout,
-        stdin: arguments.interactive,
-    };
-    if arguments.json {
-        let result: ExecResult = client.post(&path, &request).await?;
-        output::json(&result)?;
-        return Ok(0);
-    }
-    let connection = client.upgrade(&path, PROTOCOL, &request).await?;
-    let stdin = request.stdin.then(tokio::io::stdin);
-    pass_streams(connection, stdin).await
-}
-
-/// Between a command and this process; returns the command's exit status.
-async fn pass_streams(
-    connection: impl AsyncRead + AsyncWrite,
-    stdin: Option<impl AsyncRead + Unpin>,
-) -> Result<i32> {
-    let (from_daemon, to_daemon) = tokio::io::split(connection);
-    let credit = Semaphore::new(WINDOW_BYTES as usize);
-    let input = async {
-        if let Some(stdin) = stdin {
-            send_input(stdin, to_daemon, &credit).await?;
-        }
-        // The program ends it, not its input.
-        std::future::pending().await
-    };
-    tokio::select! {
-        status = show_output(from_daemon, &credit) => status,
-        sent = input => sent,
-    }
-}
-
-/// Prints a command's output until it ends.
-async fn show_output(mut from: impl AsyncRead + Unpin, credit: &Semaphore) -> Result<i32> {
-    loop {
-        match ExecFrame::read(&mut from).await? {
-            Some(ExecFrame::Stdout(bytes)) => output::raw(&bytes),
-            Some(ExecFrame::Stderr(bytes)) => drop(std::io::stderr().write_all(&bytes)),
-            Some(ExecFrame::StdinCredit(bytes)) => credit.add_permits(bytes as usize),
-            Some(ExecFrame::End(end)) => {
-                if let Some(error) = end.error {
-                    complain!("error: {error}");
-                }
-                return Ok(end.status);
-            }
-            Some(ExecFrame::Stdin(_)) | None => {
-                bail!("the daemon ended the connection before the command ended")
-            }
-        }
-    }
-}
-
-/// Sends standard input, as far as there is credit for it, and its end. Only what cannot be
-/// read is an error: a daemon that takes no more has said, or will say, how the command ended.
-async fn send_input(
-    mut stdin: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    credit: &Semaphore,
-) -> Result<()> {
-    let mut buffer = vec![0; INPUT_PART_BYTES];
-    loop {
-        let free = credit.available_permits().clamp(1, buffer.len());
-        let permits = credit.acquire_many(u32::try_from(free)?).await?;
-        let read = stdin.read(&mut buffer[..free]).await;
-        let len = read.context("cannot read standard input")?;
-        permits.forget();
-        credit.add_permits(free - len);
-        let sent = ExecFrame::Stdin(buffer[..len].to_vec()).write(&mut to);
-        if sent.await.is_err() || len == 0 {
-            return Ok(());
-        }
-    }
-}
-
 /// `forelay attach` and `forelay detach`.
 pub async fn attach(
     client: &Client,
@@ -583,26 +479,4 @@ pub async fn console(client: &Client, name: &str) -> Result<()> {
         _ = tokio::signal::ctrl_c() => {}
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::api::ExecEnd;
-
-    #[tokio::test]
-    async fn a_command_that_ends_before_its_input_has_its_status() {
-        // Whichever of both is looked at first.
-        for _ in 0..32 {
-            let (mut daemon, client) = tokio::net::UnixStream::pair().unwrap();
-            let end = ExecEnd {
-                status: 3,
-                error: None,
-            };
-            ExecFrame::End(end).write(&mut daemon).await.unwrap();
-            drop(daemon);
-            let endless = Some(tokio::io::repeat(b'y'));
-            assert_eq!(pass_streams(client, endless).await.unwrap(), 3);
-        }
-    }
 }

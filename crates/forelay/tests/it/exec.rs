@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 
 use crate::fixture::{Host, Settings, bench, idle, lives, md5, signal};
+use crate::screen::{self, Screen};
 
 #[test]
 fn privileged_a_program_has_its_streams_as_they_are() {
@@ -23,6 +24,7 @@ fn privileged_a_program_has_its_streams_as_they_are() {
     several_run_at_once(&host);
     a_reader_that_waits_holds_the_program_back(&host);
     a_program_ends_with_its_client(&host);
+    a_terminal_is_the_programs(&host);
     other_clients_are_told_what_is_wrong(&host);
     the_root_does_what_others_do(&host);
 }
@@ -231,6 +233,65 @@ fn a_program_ends_with_its_client(host: &Host) {
         });
     }
     assert_eq!(host.sh("exec", "cat /run/ended"), "ended\n");
+}
+
+/// `exec -it` in a real terminal: its keys, sizes and signals, and what is left of it.
+fn a_terminal_is_the_programs(host: &Host) {
+    let told = host.refused(["exec", "-t", "exec", "true"]);
+    assert!(told.contains("leave -t out"), "{told}");
+    if !screen::is_there("a_terminal_is_the_programs") {
+        return;
+    }
+    let script = "TERM=vt100 \"$@\"; echo \"left with $?\"; stty -a | grep -ow -- '-*icanon'; exec sleep 1000";
+    let words = ["exec", "-it", "exec", "--", "sh"];
+    let screen = Screen::new(host, "exec-it", script, &words);
+    let enter = |line: &str| {
+        screen.tmux(["send-keys", "-l", line]);
+        screen.press("Enter");
+    };
+    enter("tty; stty size; echo \"it is $TERM\"");
+    screen.shows(host, &["/dev/pts/", "30 100", "it is vt100"]);
+    screen.tmux(["resize-window", "-x", "90", "-y", "20"]);
+    host.until("the guest has the new size", |_| {
+        enter("stty size");
+        screen.text().contains("20 90")
+    });
+    // Ctrl-C is a key of the guest's terminal, and ends what runs in front there alone.
+    enter("echo be''gins; sleep 1000");
+    screen.shows(host, &["begins"]);
+    screen.press("C-c");
+    enter("echo \"was $?\"");
+    screen.shows(host, &["was 130"]);
+    enter("exit 7");
+    let left = screen.shows(host, &["left with 7", "icanon"]);
+    assert!(!left.contains("-icanon"), "given back as it was: {left}");
+    drop(screen);
+    // So it is when a signal ends the client.
+    let screen = Screen::new(host, "exec-int", script, &words);
+    screen.tmux(["send-keys", "-l", "echo be''gins"]);
+    screen.press("Enter");
+    screen.shows(host, &["begins"]);
+    let children = format!("/proc/{0}/task/{0}/children", screen.pid());
+    let client = std::fs::read_to_string(children).unwrap();
+    signal("INT", client.trim().parse().unwrap());
+    let left = screen.shows(host, &["left with 130", "icanon"]);
+    assert!(!left.contains("-icanon"), "given back as it was: {left}");
+    drop(screen);
+    // A terminal that dies ends the program.
+    let screen = Screen::new(host, "exec-gone", "exec \"$@\"", &words);
+    screen.tmux([
+        "send-keys",
+        "-l",
+        "echo \"pid $$ \" > /run/terminal; echo no''ted",
+    ]);
+    screen.press("Enter");
+    screen.shows(host, &["noted"]);
+    drop(screen);
+    let pid = host.sh("exec", "cut -d' ' -f2 /run/terminal");
+    host.until("the shell is gone", |host| {
+        let ran = host.run(["exec", "exec", "--", "kill", "-0", pid.trim()]);
+        ran.code != Some(0)
+    });
 }
 
 fn other_clients_are_told_what_is_wrong(host: &Host) {

@@ -35,6 +35,7 @@ mod premap;
 mod proxy;
 mod real_images;
 mod repositories;
+mod screen;
 mod self_control;
 #[path = "../../../forelay-store/tests/it/servers.rs"]
 mod servers;

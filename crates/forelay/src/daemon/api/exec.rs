@@ -13,7 +13,7 @@ use std::time::Duration;
 use axum::extract::{FromRequest as _, Json, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
-use forelay_guest_protocol::messages::{ErrorKind, Exec, ExitStatus};
+use forelay_guest_protocol::messages::{ErrorKind, Exec, ExitStatus, TerminalSize};
 use forelay_host::error_chain;
 use forelay_vm::channel::ChannelError;
 use forelay_vm::{ExecEvent, Execution, VmError, VmHandle};
@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::server::Failure;
-use crate::api::{ExecEnd, ExecRequest, ExecResult};
+use crate::api::{ExecEnd, ExecRequest, ExecResult, ExecTerminal};
 use crate::daemon::Host;
 use crate::daemon::error::HostError;
 use crate::daemon::vm::attach::running;
@@ -44,8 +44,8 @@ pub async fn exec(
         Ok(Json(request)) => request,
         Err(refused) => return Ok(refused.into_response()),
     };
-    if request.stdin && upgrade.is_none() {
-        let text = format!("standard input needs an upgrade to {PROTOCOL}");
+    if (request.stdin || request.terminal.is_some()) && upgrade.is_none() {
+        let text = format!("standard input and terminals need an upgrade to {PROTOCOL}");
         return Err(HostError::Invalid(text).into());
     }
     let exec = program(request)?;
@@ -73,12 +73,34 @@ fn program(request: ExecRequest) -> Result<Exec, HostError> {
             .ok_or_else(|| HostError::Invalid(format!("{seconds} s is no time limit")))?,
         None => Duration::ZERO,
     };
+    let terminal = request.terminal.as_ref();
+    let kind = terminal.map(kind_of).transpose()?;
     Ok(Exec {
         argv: request.command,
+        env: kind
+            .map(|kind| ("TERM".to_owned(), kind))
+            .into_iter()
+            .collect(),
         stdin: request.stdin,
+        terminal: terminal.map(|one| TerminalSize {
+            rows: one.rows,
+            columns: one.columns,
+        }),
         timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
         ..Exec::default()
     })
+}
+
+/// The `TERM` of a program's terminal.
+fn kind_of(terminal: &ExecTerminal) -> Result<String, HostError> {
+    let kind = &terminal.kind;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
+    match (1..=64).contains(&kind.len()) && kind.bytes().all(plain) {
+        true => Ok(kind.clone()),
+        false => Err(HostError::Invalid(format!(
+            "{kind:?} is no kind of terminal: set TERM"
+        ))),
+    }
 }
 
 /// The end of a program that cannot be started or is overdue: as shells say it.
@@ -170,6 +192,8 @@ async fn relay(execution: &Execution, connection: impl AsyncRead + AsyncWrite) {
 struct Input {
     bytes: Vec<u8>,
     is_ended: bool,
+    /// The terminal's new size.
+    size: Option<TerminalSize>,
 }
 
 /// Tells the client what the program does, until it has ended or nobody listens.
@@ -198,13 +222,19 @@ async fn tell(execution: &Execution, mut to: impl AsyncWrite + Unpin) {
 /// Takes what the client sends until it is gone, or sends more than it may or anything else.
 /// Waits for no guest: else it would not be noticed that the client is gone.
 async fn listen(mut from: impl AsyncRead + Unpin, input: &watch::Sender<Input>) {
-    while let Ok(Some(ExecFrame::Stdin(bytes))) = ExecFrame::read(&mut from).await {
-        let mut fits = false;
-        input.send_modify(|input| {
-            fits = input.bytes.len() + bytes.len() <= WINDOW_BYTES as usize;
-            input.is_ended |= bytes.is_empty();
-            input.bytes.extend(bytes);
-        });
+    loop {
+        let mut fits = true;
+        match ExecFrame::read(&mut from).await {
+            Ok(Some(ExecFrame::Stdin(bytes))) => input.send_modify(|input| {
+                fits = input.bytes.len() + bytes.len() <= WINDOW_BYTES as usize;
+                input.is_ended |= bytes.is_empty();
+                input.bytes.extend(bytes);
+            }),
+            Ok(Some(ExecFrame::Resize(rows, columns))) => input.send_modify(|input| {
+                input.size = Some(TerminalSize { rows, columns });
+            }),
+            _ => return,
+        }
         if !fits {
             return;
         }
@@ -214,13 +244,18 @@ async fn listen(mut from: impl AsyncRead + Unpin, input: &watch::Sender<Input>) 
 /// Sends the program its input; what comes after that is its output's to tell.
 async fn feed(execution: &Execution, input: &watch::Sender<Input>) {
     let mut news = input.subscribe();
-    let is_due = |input: &Input| input.is_ended || !input.bytes.is_empty();
+    let is_due = |input: &Input| input.is_ended || !input.bytes.is_empty() || input.size.is_some();
     while news.wait_for(is_due).await.is_ok() {
         let mut taken = Input::default();
         input.send_if_modified(|input| {
             taken = std::mem::take(input);
             false
         });
+        if let Some(size) = taken.size
+            && execution.resize(size).await.is_err()
+        {
+            break;
+        }
         let has_bytes = !taken.bytes.is_empty();
         if has_bytes && execution.stdin(&taken.bytes).await.is_err() {
             break;
