@@ -157,14 +157,17 @@ async fn pass_streams(
 /// Tells the command of each new size of this terminal.
 async fn follow_terminal(to: &Mutex<impl AsyncWrite + Unpin>) -> Result<i32> {
     let mut resized = signal(SignalKind::window_change())?;
-    while resized.recv().await.is_some() {
+    // Once unasked: it may have changed since the request was made, when nobody watched.
+    loop {
         if let Ok((columns, rows)) = terminal::size() {
             // A daemon that takes no more has said, or will say, how the command ended.
             let frame = ExecFrame::Resize(rows, columns);
             let _ = frame.write(&mut *to.lock().await).await;
         }
+        if resized.recv().await.is_none() {
+            std::future::pending().await
+        }
     }
-    std::future::pending().await
 }
 
 /// Prints a command's output until it ends.
