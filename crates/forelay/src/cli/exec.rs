@@ -30,7 +30,7 @@ pub struct ExecArguments {
     /// Pass standard input on.
     #[arg(long, short)]
     pub interactive: bool,
-    /// Give the command a terminal, this one: its keys, its size, its signals.
+    /// Give the command a terminal, this one: its size and signals, and with -i its keys.
     #[arg(long, short, conflicts_with = "json")]
     pub tty: bool,
     /// End the command after this many seconds, with exit code 124.

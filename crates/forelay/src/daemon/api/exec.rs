@@ -29,6 +29,9 @@ use crate::daemon::error::HostError;
 use crate::daemon::vm::attach::running;
 use crate::exec_frames::{ExecFrame, PROTOCOL, WINDOW_BYTES};
 
+/// How long a VM may take to go on that a daemon held which died.
+const LET_GO_LIMIT: Duration = Duration::from_secs(60);
+
 /// The request's turn among those that may take long.
 type Turn = Arc<OwnedSemaphorePermit>;
 
@@ -49,7 +52,10 @@ pub async fn exec(
         return Err(HostError::Invalid(text).into());
     }
     let exec = program(request)?;
-    let handle = running(&*host.vms.instance(&name)?)?;
+    let instance = host.vms.instance(&name)?;
+    // A guest that is held refuses it; one that hangs is told of as it is.
+    let _ = tokio::time::timeout(LET_GO_LIMIT, instance.let_go()).await;
+    let handle = running(&instance)?;
     match upgrade {
         Some(upgrade) => streams(&handle, exec, upgrade, turn).await,
         None => Ok(Json(collect(&handle, exec).await?).into_response()),

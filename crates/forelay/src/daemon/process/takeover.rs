@@ -324,6 +324,7 @@ fn is_half_resumed(vm: &VmData) -> bool {
 
 fn note_reattached(instance: &Instance, handle: &VmHandle) {
     tracing::info!(vm = instance.name(), pid = handle.pid(), "reattached");
+    instance.may_be_held(true);
     instance.started(handle.pid());
 }
 

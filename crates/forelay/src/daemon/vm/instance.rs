@@ -248,6 +248,8 @@ pub struct Instance {
     watch: Arc<tokio::sync::Mutex<()>>,
     /// Held by who writes its record: an earlier one never takes a later one's place.
     record: Mutex<()>,
+    /// An earlier daemon may have stopped its programs, and they are not known to go on.
+    may_be_held: watch::Sender<bool>,
     /// Where it is told what becomes of it.
     events: OnceLock<Events>,
 }
@@ -267,6 +269,7 @@ impl Instance {
             devices_change: tokio::sync::Mutex::default(),
             watch: Arc::default(),
             record: Mutex::default(),
+            may_be_held: watch::Sender::new(false),
             events: OnceLock::new(),
         }
     }
@@ -324,6 +327,17 @@ impl Instance {
     /// changes it and writes the record.
     pub async fn device_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.devices_change.lock().await
+    }
+
+    /// Whether an earlier daemon may have stopped its programs.
+    pub fn may_be_held(&self, held: bool) {
+        self.may_be_held.send_replace(held);
+    }
+
+    /// Waits until its programs go on, if an earlier daemon may have stopped them.
+    pub async fn let_go(&self) {
+        // The sender lives in this instance.
+        let _ = self.may_be_held.subscribe().wait_for(|held| !*held).await;
     }
 
     /// Waits until nobody watches over a VMM of it: what the end of one brings with it is done.

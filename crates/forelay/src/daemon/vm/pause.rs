@@ -70,8 +70,9 @@ async fn run_on(instance: &Instance, handle: &VmHandle) -> Result<(), HostError>
 /// it, or was about to: a guest that is being frozen does not say so.
 pub async fn settle(instance: Arc<Instance>, handle: VmHandle) {
     if settle_cpus(&instance, &handle).await {
-        keep_letting_go(instance, handle).await;
+        keep_letting_go(Arc::clone(&instance), handle).await;
     }
+    instance.may_be_held(false);
 }
 
 /// Lets a VM go on that may be held, again and again until it does or there is none.
