@@ -36,8 +36,7 @@ const KEEPS_A_WORD: &str = "word=$(cat /proc/sys/kernel/random/uuid); echo $word
     export word; setsid sh -c 'while :; do echo $word > /run/said; sleep 0.1; done' \
     > /dev/null 2>&1 < /dev/null &";
 /// Whether it still has it.
-const HAS_IT: &str = "rm -f /run/said; until [ -s /run/said ]; do sleep 0.05; done; \
-    cmp /run/said /root/word";
+const HAS_IT: &str = "rm -f /run/said; until cmp -s /run/said /root/word; do sleep 0.05; done";
 /// How long anything may take until it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(120);
 

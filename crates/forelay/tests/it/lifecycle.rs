@@ -14,7 +14,7 @@ use crate::fixture::{Host, Settings, bench, http_get, idle, signal, web};
 const KEEPS_A_WORD: &str = "word=$(cat /proc/sys/kernel/random/uuid)\n\
     echo $word > /root/word\n\
     export word\n\
-    setsid sh -c 'while :; do echo $word > /run/said; sleep 0.1; done' \
+    setsid sh -c 'while :; do echo $word > /run/saying; mv /run/saying /run/said; sleep 0.1; done' \
     > /dev/null 2>&1 < /dev/null &\n";
 
 /// The word that it has now: once it was asked.

@@ -168,12 +168,20 @@ async fn settle(
     inherited: takeover::Inherited,
     instances: Vec<Arc<crate::daemon::vm::instance::Instance>>,
 ) {
+    // Before anything is looked for that the worker before may have started. It looks at every
+    // process, and waits for those that wait for a page.
+    match tokio::task::spawn_blocking(forelay_vm::stray::end_unexecuted).await {
+        Ok(Ok(0)) => {}
+        Ok(Ok(ended)) => tracing::warn!(ended, "ended what was about to become VMMs of nobody's"),
+        Ok(Err(error)) => tracing::error!(%error, "a VMM that nobody knows may be starting"),
+        Err(error) => tracing::error!(%error, "a VMM that nobody knows may be starting"),
+    }
     let finding = takeover::find_vms(Arc::clone(&host), inherited, instances);
     let opening = async {
         host.health
             .note(Dependency::History, host.forecasts.open_history().await)
     };
-    // It looks at every process, and waits for those that wait for a page.
+    // As above.
     let launches = Arc::clone(&host.launches);
     let clearing = tokio::task::spawn_blocking(move || launches.maker.clear());
     let (_, _, cleared) = tokio::join!(finding, opening, clearing);
